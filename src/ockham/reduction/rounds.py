@@ -53,7 +53,7 @@ class RoundInfo:
         kept_share: living weights over all weights, after the round.
         delta_f: predicted change of log evidence, nats (sum over the removed).
         nll_cost: predicted rise of the mean NLL, nats per example.
-        free_energy: ELBO (nats) of the network *before* the round, refitted since the last: -N E[NLL] / T - KL.
+        free_energy: ELBO (nats) of the network *before* the round, refitted since the last: -(N E[NLL] + T KL).
     """
 
     epoch: int
