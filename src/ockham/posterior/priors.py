@@ -8,11 +8,12 @@ from the first step they collapse the network onto the prior (measured; docs: go
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from ockham.errors import OckhamError
 
-__all__ = ["EmpiricalBayes", "FixedPrior", "LayerScale", "Prior"]
+__all__ = ["EmpiricalBayes", "FixedPrior", "LayerScale", "Prior", "plain_prior", "restored_prior"]
 
 
 def _positive(owner: str, **values: float) -> None:
@@ -67,6 +68,8 @@ class EmpiricalBayes(Prior):
 
     def __post_init__(self) -> None:
         _positive("EmpiricalBayes", variance=self.variance, smoothing=self.smoothing)
+        if self.smoothing > 1:
+            raise OckhamError(f"EmpiricalBayes: smoothing is a share in (0, 1]; got {self.smoothing}")
 
     @property
     def start_precision(self) -> float:
@@ -107,3 +110,23 @@ class LayerScale(Prior):
         """Closed-form variational update."""
         scaled = second_moment / self.scale**2
         return (self.shape + 0.5 * count) / (self.rate + 0.5 * scaled) / self.scale**2
+
+
+def plain_prior(prior: Prior) -> dict[str, Any]:
+    """A prior (a dataclass) as plain values, for a saved state."""
+    return {"kind": type(prior).__name__, **asdict(prior)}  # type: ignore[call-overload]
+
+
+def restored_prior(plain: dict[str, Any], current: Prior) -> Prior:
+    """The prior that `plain_prior` described: one of this file, or of the type of the optimizer's ``current`` one.
+
+    Raises:
+        OckhamError: its kind is neither.
+    """
+    kinds: dict[str, type[Prior]] = {k.__name__: k for k in (FixedPrior, EmpiricalBayes, LayerScale, type(current))}
+    if plain["kind"] not in kinds:
+        raise OckhamError(
+            f"the saved prior is a {plain['kind']!r}; known are {sorted(kinds)}: build the optimizer with the saved "
+            "kind of prior first"
+        )
+    return kinds[plain["kind"]](**{k: v for k, v in plain.items() if k != "kind"})

@@ -8,6 +8,7 @@ stopped, to the bit; removed weights are exactly zero, noiseless and free of KL.
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch import Tensor
 from ockham.errors import OckhamError
 from ockham.posterior.pieces import Span, alive_index, read, spans, write, zero_removed_
 from ockham.posterior.posterior import Gaussian, Posterior
+from ockham.posterior.priors import Prior, plain_prior, restored_prior
 
 __all__ = ["VariationalOptimizer"]
 
@@ -57,6 +59,9 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
     @abstractmethod
     def _update_(self, mean: Tensor, grad: Tensor, vectors: Mapping[str, Tensor], facts: Facts, group: Any) -> None:
         """One step on a run of weights: changes ``mean`` and the vectors in place; ``grad`` may be overwritten."""
+
+    def _check_options(self, group: Mapping[str, Any]) -> None:
+        """Raise on an option of a new group that is out of range; nothing by default."""
 
     def _after_step(self, group: dict[str, Any]) -> None:
         """Anything slower than a step, such as learning the prior; nothing by default."""
@@ -103,13 +108,13 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad(), self.sampled():
                 loss = closure()
-        if self._backup is not None:
-            raise OckhamError("step() inside sampled(): close the block first, then step")
+        self._outside("step")
         if not self._pending:
             raise OckhamError(
                 "step() without a draw: run forward and backward inside `with optimizer.sampled():`, "
                 "call zero_grad() before that block and not between it and step()"
             )
+        self._check_grads()
         for group in self.param_groups:
             arena = self._arena(group)
             self._count(group)
@@ -127,8 +132,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         Raises:
             OckhamError: called inside `sampled`.
         """
-        if self._backup is not None:
-            raise OckhamError("posterior() inside sampled(): the weights are a draw there; leave the block first")
+        self._outside("posterior")
         moments = {}
         for group in self.param_groups:
             for p in group["params"]:
@@ -148,8 +152,10 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
             How many weights were newly removed.
 
         Raises:
-            OckhamError: an unknown name, a wrong shape or a tensor that is not boolean; nothing is removed then.
+            OckhamError: an unknown name, a wrong shape or a tensor that is not boolean; nothing is removed then. Or
+                called inside `sampled`.
         """
+        self._outside("remove")
         by_name = {name: p for p, name in self._names.items()}
         for name, mask in keep.items():
             _check_keep(name, mask, by_name)
@@ -164,12 +170,15 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         """Add parameters, as (name, parameter) pairs like everywhere here.
 
         Raises:
-            OckhamError: parameters without names, or of a type that cannot be perturbed.
+            OckhamError: parameters without names or with names in use, of a type that cannot be perturbed, listed
+                twice, or an option out of range; the group is not added then. Or called inside `sampled`.
         """
+        self._outside("add_param_group")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_group(group)
+            _check_group(group, set(self._names.values()))
+            self._check_options(group)
         except OckhamError:
             self.param_groups.pop()
             raise
@@ -177,8 +186,9 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         self._pending = self._mirror = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Torch's state plus that of the noise, all of it tensors and plain values."""
+        """Torch's state plus that of the noise, all of it tensors and plain values (`torch.load` needs no pickle)."""
         state = super().state_dict()
+        state["param_groups"] = [_plain(group) for group in state["param_groups"]]
         noise = {str(d): g.get_state() for d, g in self._generators.items()}
         state["sampler"] = {"pending": self._pending, "mirror": self._mirror, "seed": self._seed, "generators": noise}
         return state
@@ -188,12 +198,18 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         """Continue exactly where the saved optimizer was.
 
         Raises:
-            OckhamError: the state was not saved by an optimizer of this family.
+            OckhamError: the state was not saved by an optimizer of this family, or names a prior that neither this
+                library nor this optimizer has. Or called inside `sampled`.
         """
+        self._outside("load_state_dict")
         if "sampler" not in state_dict:
             raise OckhamError(f"this is not the state of a {type(self).__name__}: it has no 'sampler' entry")
         sampler = state_dict["sampler"]
-        super().load_state_dict({k: v for k, v in state_dict.items() if k != "sampler"})
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        for saved, own in zip(groups, self.param_groups, strict=False):  # torch raises where the numbers differ
+            if isinstance(saved.get("prior"), dict):
+                saved["prior"] = restored_prior(saved["prior"], own["prior"])
+        super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
         self._pending, self._mirror, self._seed = sampler["pending"], sampler["mirror"], sampler["seed"]
         self._generators = {}
         for device, saved in sampler["generators"].items():
@@ -206,10 +222,14 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
                 self._index[p] = alive_index(state["keep"])
 
     # ------------------------------------------------------------------ inside
+    def _outside(self, call: str) -> None:
+        if self._backup is not None:
+            raise OckhamError(f"{call}() inside sampled(): the weights are a draw there; leave the block first")
+
     def _arena(self, group: dict[str, Any]) -> Arena:
         alive = [p for p in group["params"] if p.requires_grad]
         found = self._arenas.get(id(group))
-        if found is None or len(found.parameters) != len(alive):
+        if found is None or not found.holds(alive):
             found = self._arenas[id(group)] = self._pack(alive, group)
         return found
 
@@ -230,12 +250,17 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
             state.update(self._start(p, group))
             state["step"] = 0
             state["noise"] = torch.zeros(p.numel(), dtype=torch.half, device=p.device)
+            self._mirror = False  # there is nothing to mirror yet: the next draw is a new one
         return state
+
+    def _check_grads(self) -> None:
+        for p, name in self._names.items():
+            if p.grad is not None and p.grad.is_sparse:
+                raise OckhamError(f"parameter {name!r} has a sparse gradient; build its Embedding with sparse=False")
 
     def _count(self, group: dict[str, Any]) -> None:
         for p in group["params"]:
             if p.requires_grad and p.grad is not None:
-                _check_grad(self._names[p], p.grad)
                 self.state[p]["step"] += 1
 
     def _facts(self, span: Span) -> Facts:
@@ -260,9 +285,9 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
     def _perturb(self) -> None:
         assert self._backup is not None
         new = not self._pending
+        arenas = [self._arena(group) for group in self.param_groups]
         self._mirror, self._pending = (not self._mirror) if new else self._mirror, True
-        for group in self.param_groups:
-            arena = self._arena(group)
+        for group, arena in zip(self.param_groups, arenas, strict=True):
             for span in arena.spans:
                 if new:
                     self._draw_(arena.at(span)["noise"])
@@ -335,6 +360,10 @@ class Arena:
     vectors: Mapping[str, Tensor]
     spans: tuple[Span, ...]
 
+    def holds(self, alive: list[Tensor]) -> bool:
+        """Whether these are the arena's parameters."""
+        return len(self.parameters) == len(alive) and all(map(operator.is_, self.parameters, alive))
+
     def at(self, span: Span) -> dict[str, Tensor]:
         """Views of all vectors on a span."""
         return {name: v[span.start : span.stop] for name, v in self.vectors.items()}
@@ -347,16 +376,21 @@ def _undo_cast(state: dict[str, Any]) -> None:
         state["keep"] = state["keep"].bool()
 
 
-def _check_group(group: Mapping[str, Any]) -> None:
+def _plain(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: plain_prior(v) if isinstance(v, Prior) else v for k, v in group.items()}
+
+
+def _check_group(group: Mapping[str, Any], taken: set[str]) -> None:
     if "param_names" not in group:
         raise OckhamError("parameters need names: pass model.named_parameters(), not model.parameters()")
-    for name, p in zip(group["param_names"], group["params"], strict=True):
+    names, params = group["param_names"], group["params"]
+    if len(set(params)) != len(params):
+        raise OckhamError("duplicate parameters: name a tied weight once, as named_parameters() does")
+    again = sorted({n for n in names if n in taken or names.count(n) > 1})
+    if again:
+        raise OckhamError(f"parameter names must differ, also between groups; twice: {again[:6]}")
+    for name, p in zip(names, params, strict=True):
         _check_parameter(name, p)
-
-
-def _check_grad(name: str, grad: Tensor) -> None:
-    if grad.is_sparse:
-        raise OckhamError(f"parameter {name!r} has a sparse gradient; build its Embedding with sparse=False")
 
 
 def _check_parameter(name: str, p: Tensor) -> None:
