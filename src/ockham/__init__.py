@@ -3,6 +3,54 @@
 from __future__ import annotations
 
 from ockham.errors import DataError, NonFiniteLossError, OckhamError, OckhamWarning, ResultError, TraceError
+from ockham.posterior.mean_field import MeanField
+from ockham.posterior.point import PointEstimate
+from ockham.posterior.posterior import Gaussian, Posterior
+from ockham.posterior.predict import Prediction, predict
+from ockham.posterior.priors import EmpiricalBayes, FixedPrior, LayerScale
+from ockham.posterior.storage import load_posterior
+from ockham.reduction.diagnose import diagnose
+from ockham.reduction.rounds import Rounds
+from ockham.reduction.rule import BudgetRule, EvidenceRule, LearnedOddsRule
+from ockham.reduction.score import score
+from ockham.version import __version__
+from ockham.workflow.batchnorm import refresh_batchnorm
+from ockham.workflow.compression import Compressed, Compression, compress
+from ockham.workflow.estimators import Training
+from ockham.workflow.likelihood import Classification, Loss, Regression
+from ockham.workflow.result import load
 
-__version__ = "0.1.0"
-__all__ = ["DataError", "NonFiniteLossError", "OckhamError", "OckhamWarning", "ResultError", "TraceError"]
+__all__ = [
+    "BudgetRule",
+    "Classification",
+    "Compressed",
+    "Compression",
+    "DataError",
+    "EmpiricalBayes",
+    "EvidenceRule",
+    "FixedPrior",
+    "Gaussian",
+    "LayerScale",
+    "LearnedOddsRule",
+    "Loss",
+    "MeanField",
+    "NonFiniteLossError",
+    "OckhamError",
+    "OckhamWarning",
+    "PointEstimate",
+    "Posterior",
+    "Prediction",
+    "Regression",
+    "ResultError",
+    "Rounds",
+    "TraceError",
+    "Training",
+    "__version__",
+    "compress",
+    "diagnose",
+    "load",
+    "load_posterior",
+    "predict",
+    "refresh_batchnorm",
+    "score",
+]

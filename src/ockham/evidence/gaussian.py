@@ -23,12 +23,20 @@ from torch import Tensor
 
 from ockham.errors import OckhamError
 
-__all__ = ["delta_f", "delta_f_dense", "delta_f_rows", "expected_nll_cost", "group_sum", "reduced_posterior", "survivors"]
+__all__ = [
+    "delta_f",
+    "delta_f_dense",
+    "delta_f_rows",
+    "expected_nll_cost",
+    "group_sum",
+    "reduced_posterior",
+    "survivors",
+]
 
 Real = Tensor | float
 
 
-def delta_f(  # noqa: PLR0913 - the three Gaussians of the formula, nothing else
+def delta_f(
     mean: Tensor,
     precision: Real,
     prior_precision: Real,
@@ -74,7 +82,7 @@ def delta_f(  # noqa: PLR0913 - the three Gaussians of the formula, nothing else
     return torch.where(spike, _spike(m, p, p0, m0, m1), narrow) if bool(spike.any()) else narrow
 
 
-def reduced_posterior(  # noqa: PLR0913 - as delta_f
+def reduced_posterior(
     mean: Tensor,
     precision: Real,
     prior_precision: Real,
@@ -140,7 +148,7 @@ def delta_f_dense(mean: Tensor, covariance: Tensor, prior_variance: Real, remove
     v0 = torch.broadcast_to(_as(prior_variance, mean), mean.shape)[index]
     _check_precision("prior_variance", v0)
     factor = _cholesky(covariance[index][:, index], "the covariance of the removed weights")
-    z = torch.linalg.solve_triangular(factor, mean[index].unsqueeze(-1), upper=False)
+    z: Tensor = torch.linalg.solve_triangular(factor, mean[index].unsqueeze(-1), upper=False)
     return 0.5 * v0.log().sum() - factor.diagonal().log().sum() - 0.5 * z.square().sum()
 
 
@@ -203,7 +211,7 @@ def delta_f_rows(mean: Tensor, row_covariance: Tensor, column_covariance: Tensor
     u = row_covariance.diagonal()
     _check_precision("row_covariance diagonal", u)
     factor = _cholesky(column_covariance, "column_covariance")
-    z = torch.linalg.solve_triangular(factor, mean.T, upper=False)
+    z: Tensor = torch.linalg.solve_triangular(factor, mean.T, upper=False)
     log_det = columns * u.log() + 2 * factor.diagonal().log().sum()
     return 0.5 * (v0.log().sum(1) - log_det - z.square().sum(0) / u)
 
@@ -242,7 +250,7 @@ def _spike(m: Tensor, p: Tensor, p0: Tensor, m0: Tensor, m1: Tensor) -> Tensor:
     return 0.5 * _log_ratio(p, p0) - 0.5 * (p * (m - m1) * (m - m1) - p0 * (m1 - m0).square())
 
 
-def _narrower(m: Tensor, p: Tensor, p0: Tensor, p1: Tensor, m0: Tensor, m1: Tensor) -> Tensor:  # noqa: PLR0913
+def _narrower(m: Tensor, p: Tensor, p0: Tensor, p1: Tensor, m0: Tensor, m1: Tensor) -> Tensor:
     gap, shift, away = p1 - p0, m1 - m0, m1 - m
     reduced = p + gap
     share = p / reduced
@@ -293,7 +301,10 @@ def _removed_index(mean: Tensor, covariance: Tensor, removed: Sequence[int]) -> 
 
 
 def _cholesky(matrix: Tensor, name: str) -> Tensor:
+    factor: Tensor
     factor, info = torch.linalg.cholesky_ex(matrix)
     if int(info) != 0:
-        raise OckhamError(f"{name} is not positive definite (leading minor {int(info)}); add damping or fix the estimate")
+        raise OckhamError(
+            f"{name} is not positive definite (leading minor {int(info)}); add damping or fix the estimate"
+        )
     return factor

@@ -70,7 +70,7 @@ def beta_log_odds(
 
 
 def beta_log_odds_published(delta: Tensor) -> Tensor:
-    r"""The published scheme, for reproduction only: Beta(1, 1), exactly four iterations from 0, removed weights included.
+    r"""The published scheme, for reproduction only: Beta(1, 1), four iterations from 0, removed weights included.
 
     Pass delta_f of *all* weights of the layer, with 0 for those already removed, as the released code does.
 

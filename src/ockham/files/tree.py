@@ -21,8 +21,10 @@ SCHEMA = 1
 """Version of all files that Ockham writes; newer files are refused, older ones read."""
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
     """Write a file so that a crash leaves the old one or the new one, never a part.
+
+    ``durable`` waits for the disk, which also guards against loss of power.
 
     Raises:
         OckhamError: the folder cannot be written.
@@ -32,12 +34,15 @@ def write_bytes(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OckhamError(f"cannot write {path}: {error.strerror or error}. Choose a folder you may write to") from error
+        raise OckhamError(
+            f"cannot write {path}: {error.strerror or error}. Choose a folder you may write to"
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -57,13 +62,14 @@ def read_json(path: Path) -> Any:
         raise ResultError(f"{path}: not readable as JSON ({error})") from error
 
 
-def write_tree(path: Path, tree: Mapping[str, Any], *, kind: str) -> None:
+def write_tree(path: Path, tree: Mapping[str, Any], *, kind: str, durable: bool = True) -> None:
     """Write a nested mapping of tensors, numbers, strings, booleans, None and lists.
 
     Args:
         path: the file.
         tree: string or integer keys.
         kind: what the file is ("checkpoint", "network", ...), checked on reading.
+        durable: wait for the disk.
 
     Raises:
         OckhamError: an unsupported value, or the folder cannot be written.
@@ -71,7 +77,7 @@ def write_tree(path: Path, tree: Mapping[str, Any], *, kind: str) -> None:
     tensors: dict[str, Tensor] = {}
     skeleton = _flatten(tree, "", tensors)
     header = {"ockham": json.dumps({"schema": SCHEMA, "kind": kind, "tree": skeleton})}
-    write_bytes(path, save(tensors, metadata=header))
+    write_bytes(path, save(tensors, metadata=header), durable=durable)
 
 
 def read_tree(path: Path, *, kind: str) -> dict[str, Any]:
@@ -100,7 +106,9 @@ def _checked(path: Path, metadata: str | None, tensors: dict[str, Tensor], kind:
     except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
         raise ResultError(f"{path}: its Ockham header is damaged ({error})") from error
     if schema > SCHEMA:
-        raise ResultError(f"{path}: written by a newer Ockham (schema {schema}, this one reads up to {SCHEMA}); upgrade")
+        raise ResultError(
+            f"{path}: written by a newer Ockham (schema {schema}, this one reads up to {SCHEMA}); upgrade"
+        )
     if found != kind:
         raise ResultError(f"{path}: is a {found!r} file, a {kind!r} file was expected")
     try:

@@ -1,4 +1,4 @@
-"""Mean-field Gaussian variational inference by reparametrisation, as an optimizer (Bayes by backprop without layers)."""
+"""Mean-field Gaussian variational inference by reparametrisation, in the shape of an optimizer."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 
 from ockham.errors import OckhamError
+from ockham.posterior.adam import adam_
 from ockham.posterior.posterior import Posterior
 from ockham.posterior.priors import FixedPrior, Prior
 from ockham.posterior.variational import Facts, VariationalOptimizer
 
 __all__ = ["MeanField"]
-
-_FUSED = {"cpu", "cuda", "mps", "xpu"}
 
 
 class MeanField(VariationalOptimizer):
@@ -38,12 +36,13 @@ class MeanField(VariationalOptimizer):
             below. Frozen parameters may be among them and are left alone. float32 or float64.
         n_data: N, the number of summed log-likelihood terms: training examples (after padding and weights; tokens for
             a language model).
-        lr: learning rate of the mean and of ln std.
+        lr: learning rate of the mean.
         betas: Adam's.
         eps: Adam's.
         prior: how wide a weight may be; see `ockham.FixedPrior`, `ockham.LayerScale`, `ockham.EmpiricalBayes`.
         prior_mean: m0.
         initial_std: starting standard deviation of every weight.
+        std_rate: learning rate of ln std as a multiple of ``lr``.
         temperature: T; below 1 the posterior is colder, and evidence from it is tempered evidence.
         kl_warmup: steps over which the KL gets its weight; learned priors move only after them.
         prior_interval: steps between two updates of a learned prior.
@@ -78,6 +77,7 @@ class MeanField(VariationalOptimizer):
         prior: Prior | None = None,
         prior_mean: float = 0.0,
         initial_std: float = 1e-2,
+        std_rate: float = 1.0,
         temperature: float = 1.0,
         kl_warmup: int = 0,
         prior_interval: int = 100,
@@ -91,6 +91,7 @@ class MeanField(VariationalOptimizer):
             "prior": FixedPrior() if prior is None else prior,
             "prior_mean": float(prior_mean),
             "initial_std": initial_std,
+            "std_rate": std_rate,
             "temperature": temperature,
             "kl_warmup": kl_warmup,
             "prior_interval": prior_interval,
@@ -110,8 +111,9 @@ class MeanField(VariationalOptimizer):
         """Take mean, std and removed weights from any posterior over (some of) the same parameters.
 
         Raises:
-            OckhamError: a name or a shape does not fit.
+            OckhamError: a name or a shape does not fit, or called inside `sampled`.
         """
+        self._outside("start_from")
         by_name = {name: p for p, name in self._names.items()}
         unknown = [name for name in posterior if name not in by_name]
         wrong = [n for n in posterior if n in by_name and posterior[n].mean.shape != by_name[n].shape]
@@ -127,9 +129,11 @@ class MeanField(VariationalOptimizer):
                 state["log_std"].copy_(source.std[source.keep].log())
 
     # ------------------------------------------------------------------ the method
+    def _check_options(self, group: Mapping[str, Any]) -> None:
+        _check_settings(group)
+
     def _start(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-        like = {"dtype": parameter.dtype, "device": parameter.device}
-        vectors = {name: torch.zeros(parameter.numel(), **like) for name in self._vectors}
+        vectors = {name: parameter.new_zeros(parameter.numel(), requires_grad=False) for name in self._vectors}
         vectors["log_std"].fill_(math.log(group["initial_std"]))
         return {**vectors, "prior_precision": group["prior"].start_precision}
 
@@ -145,14 +149,10 @@ class MeanField(VariationalOptimizer):
         grad.add_(mean, alpha=pull)
         if group["prior_mean"] != 0.0:
             grad.sub_(pull * group["prior_mean"])
-        _adam_(
-            [mean, vectors["log_std"]],
-            [grad, std_grad],
-            [vectors["exp_avg"], vectors["std_avg"]],
-            [vectors["exp_avg_sq"], vectors["std_avg_sq"]],
-            facts.step,
-            group,
-        )
+        rate, std_rate = float(group["lr"]), float(group["lr"]) * group["std_rate"]
+        rest = {"step": facts.step, "betas": group["betas"], "eps": group["eps"]}
+        adam_([mean], [grad], [vectors["exp_avg"]], [vectors["exp_avg_sq"]], lr=rate, **rest)
+        adam_([vectors["log_std"]], [std_grad], [vectors["std_avg"]], [vectors["std_avg_sq"]], lr=std_rate, **rest)
 
     def _after_step(self, group: dict[str, Any]) -> None:
         if isinstance(group["prior"], FixedPrior):
@@ -175,7 +175,7 @@ class MeanField(VariationalOptimizer):
         state = self.state[p]
         p0, count = state["prior_precision"], state["log_std"].numel()
         logs = float(state["log_std"].double().sum())
-        return 0.5 * p0 * self._second_moment(p, group) - logs - 0.5 * count * (1 + math.log(p0))
+        return float(0.5 * p0 * self._second_moment(p, group) - logs - 0.5 * count * (1 + math.log(p0)))
 
 
 def _kl_weight(step: int, group: Mapping[str, Any]) -> float:
@@ -183,32 +183,8 @@ def _kl_weight(step: int, group: Mapping[str, Any]) -> float:
     return float(warm * group["temperature"] / group["n_data"])
 
 
-def _adam_(  # noqa: PLR0913 - Adam's own arguments
-    values: list[Tensor], grads: list[Tensor], averages: list[Tensor], squares: list[Tensor], step: int, group: Any
-) -> None:
-    """torch's own Adam; ``step`` counts from 1."""
-    fused = values[0].device.type in _FUSED
-    counters = [torch.full((), step - 1.0, device=values[0].device if fused else "cpu") for _ in values]
-    adam(
-        values,
-        grads,
-        averages,
-        squares,
-        [],
-        counters,
-        fused=fused,
-        amsgrad=False,
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        lr=float(group["lr"]),
-        weight_decay=0.0,
-        eps=group["eps"],
-        maximize=False,
-    )
-
-
 def _check_settings(s: Mapping[str, Any]) -> None:
-    for name in ("n_data", "lr", "eps", "initial_std", "temperature", "prior_interval"):
+    for name in ("n_data", "lr", "eps", "initial_std", "std_rate", "temperature", "prior_interval"):
         if not 0 < s[name] < math.inf:
             raise OckhamError(f"MeanField: {name} must be positive and finite; got {s[name]}")
     if s["kl_warmup"] < 0:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -100,7 +101,7 @@ def _cut(parameter: Tensor, index: Tensor | None, *, first: int, size: int) -> l
     if index is None and not parameter.is_contiguous():
         return [whole]  # written back through its shape, so never cut
     edges = [0, *range(min(first, total), total, size), total] if total else [0]
-    cuts = [replace(whole, start=a, stop=b) for a, b in zip(edges, edges[1:], strict=False) if b > a]
+    cuts = [replace(whole, start=a, stop=b) for a, b in pairwise(edges) if b > a]
     return [c if index is None else replace(c, index=index[c.start : c.stop]) for c in cuts]
 
 

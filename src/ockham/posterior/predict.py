@@ -95,12 +95,11 @@ def predict(
     mean: Tensor | None = None
     entropy: Tensor | None = None
     for output in draw_outputs(model, posterior, x, draws=draws, generator=generator):
-        logs = output.log_softmax(1)
-        p = logs.exp()
-        h = -(p * logs).sum(1)
+        p = output.softmax(1)
+        h = torch.special.entr(p).sum(1)  # 0 ln 0 = 0: masked classes have a logit of -inf
         mean = p if mean is None else mean.add_(p)
         entropy = h if entropy is None else entropy.add_(h)
     assert mean is not None and entropy is not None
     mean, entropy = mean / draws, entropy / draws
-    total = -(mean * mean.clamp_min(torch.finfo(mean.dtype).tiny).log()).sum(1)
+    total = torch.special.entr(mean).sum(1)
     return Prediction(mean, total, entropy, (total - entropy).clamp_min(0))

@@ -92,7 +92,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
             self._pending = False
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of the posterior from the gradients at the drawn weights.
 
         Args:
@@ -325,7 +325,9 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         precision = torch.full_like(p.detach(), torch.inf, memory_format=torch.contiguous_format)
         precision[keep] = self._std(state, facts, group).double().pow(-2).to(p.dtype)
         mean = p.detach().clone(memory_format=torch.contiguous_format)
-        prior, prior_mean = (torch.tensor(x, dtype=p.dtype, device=p.device) for x in (facts.prior_precision, group["prior_mean"]))
+        prior, prior_mean = (
+            torch.tensor(x, dtype=p.dtype, device=p.device) for x in (facts.prior_precision, group["prior_mean"])
+        )
         return Gaussian(mean, precision, prior, prior_mean, keep)
 
     def _remove_from(self, p: Tensor, keep: Tensor) -> int:
@@ -370,7 +372,7 @@ class Arena:
 
 
 def _undo_cast(state: dict[str, Any]) -> None:
-    """torch casts all loaded state to the parameter's dtype; masks and noise have their own."""
+    """Torch casts all loaded state to the parameter's dtype; masks and noise have their own."""
     state["noise"] = state["noise"].half()
     if "keep" in state:
         state["keep"] = state["keep"].bool()

@@ -51,13 +51,11 @@ def _warnings(posterior: Posterior, undetermined: float, spread: float, removabl
         )
     if spread < 0.02:
         found.append(
-            f"the posterior precision hardly varies inside a layer (relative spread {spread:.1%}): delta_f is magnitude "
-            "pruning here. Train the posterior longer or warm-start its precision."
+            f"the posterior precision hardly varies inside a layer (relative spread {spread:.1%}): delta_f is "
+            "magnitude pruning here. Train the posterior longer or warm-start its precision."
         )
     if removable == 0.0:
         found.append("no weight has evidence for removal; a wider prior asks a stronger question, a budget forces one.")
     if posterior.temperature != 1.0:
         found.append(f"the posterior is tempered (T = {posterior.temperature:g}): its evidence is tempered evidence.")
     return tuple(found)
-
-

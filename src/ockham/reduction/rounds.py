@@ -36,9 +36,10 @@ class Rounds:
         """Epochs (1-based) after which a round happens, for a run of ``total`` epochs.
 
         >>> Rounds(start=0.5, count=3).epochs(10)
-        [5, 8, 10]
+        [5, 7, 10]
         """
-        first, last = max(1, math.ceil(self.start * total)), max(1, math.floor(self.end * total))
+        first = max(1, math.ceil(self.start * total))
+        last = max(first, math.floor(self.end * total))
         steps = max(1, self.count - 1)
         return sorted({first + round((last - first) * i / steps) for i in range(self.count)})
 

@@ -45,8 +45,7 @@ class EvidenceRule(Rule):
     salience: Salience = by_snr
 
     def __post_init__(self) -> None:
-        if not 0 < self.cap <= 1:
-            raise OckhamError(f"EvidenceRule: cap is a share of the living weights in (0, 1]; got {self.cap}")
+        _check_cap("EvidenceRule", self.cap)
 
     def decide(self, evidence: Evidence, protected: Collection[str], progress: float) -> dict[str, Tensor]:
         """Remove where delta_f > log_odds, at most a share ``cap`` of the living weights."""
@@ -65,6 +64,11 @@ class LearnedOddsRule(Rule):
 
     strength: float = 1.0
     cap: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_cap("LearnedOddsRule", self.cap)
+        if not self.strength >= 0:
+            raise OckhamError(f"LearnedOddsRule: strength is a share of the tensor's size, >= 0; got {self.strength}")
 
     def decide(self, evidence: Evidence, protected: Collection[str], progress: float) -> dict[str, Tensor]:
         """Remove where delta_f exceeds the learned log-odds of its tensor."""
@@ -118,6 +122,11 @@ def budget_count(keep: float, total: int) -> int:
     if not 0 < count <= total:
         raise OckhamError(f"a budget must keep between 1 and {total} weights (or a share in (0, 1]); got {keep}")
     return count
+
+
+def _check_cap(owner: str, cap: float) -> None:
+    if not 0 < cap <= 1:
+        raise OckhamError(f"{owner}: cap is a share of the living weights in (0, 1]; got {cap}")
 
 
 def _capped(evidence: Evidence, go: Mapping[str, Tensor], cap: float, salience: Salience) -> dict[str, Tensor]:

@@ -54,7 +54,8 @@ class Evidence(Mapping[str, Tensor]):
         for name in keep:
             g = self.posterior[name]
             gone = g.keep & ~keep[name]
-            cost = expected_nll_cost(g.mean[gone].double(), g.precision[gone].double(), float(g.prior_precision), 1.0)
+            prior = torch.broadcast_to(g.prior_precision, g.mean.shape)[gone].double()
+            cost = expected_nll_cost(g.mean[gone].double(), g.precision[gone].double(), prior, 1.0)
             total += float(cost.sum())
         return total / self.posterior.n_data
 

@@ -4,57 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ockham.errors import DataError, OckhamError
-from ockham.posterior.mean_field import MeanField
 from ockham.posterior.posterior import Posterior
 from ockham.posterior.predict import Prediction, predict
-from ockham.posterior.priors import FixedPrior, Prior
 from ockham.reduction.diagnose import Diagnosis
 from ockham.reduction.rounds import RoundInfo, Rounds
 from ockham.reduction.rule import BudgetRule, EvidenceRule, Rule
 from ockham.workflow.batchnorm import refresh_batchnorm
+from ockham.workflow.estimators import Estimator, Training, mean_field
 from ockham.workflow.likelihood import Likelihood, Loss, Regression, likelihood_from
 from ockham.workflow.reducer import Ignore, Reducer, protected_names
 from ockham.workflow.trainer import EpochInfo, Loader, OnStep, Trainer, count_terms, seeded
 
-__all__ = ["Compressed", "Compression", "Progress", "Training", "compress"]
-
-
-@dataclass(frozen=True, slots=True)
-class Training:
-    """Settings of the variational training run.
-
-    Attributes:
-        epochs: passes over the data, reduction and refitting included.
-        learning_rate: of mean and ln std, at first.
-        hold: share of the steps at full learning rate; it falls linearly to zero after them.
-        prior: over every weight.
-        initial_std: starting standard deviation.
-        temperature: of the posterior; 1 is Bayes.
-        kl_warmup: share of the steps over which the KL gets its weight.
-        seed: of noise, shuffling and dropout.
-    """
-
-    epochs: int = 30
-    learning_rate: float = 2e-3
-    hold: float = 0.5
-    prior: Prior = field(default_factory=lambda: FixedPrior(0.3))
-    initial_std: float = 1e-2
-    temperature: float = 1.0
-    kl_warmup: float = 0.1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise OckhamError(f"Training: epochs must be at least 1; got {self.epochs}")
-        if not (0 <= self.hold < 1 and 0 <= self.kl_warmup <= 1):
-            raise OckhamError(f"Training: hold in [0, 1), kl_warmup in [0, 1]; got {self.hold}, {self.kl_warmup}")
+__all__ = ["Compressed", "Compression", "Progress", "compress"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +96,7 @@ class Compression:
         rule: which go; default the evidence decides.
         ignore: parameters to protect: names, "re:" patterns, module names or types.
         n_data: number of summed log-likelihood terms; counted in one pass where not given.
+        estimator: makes the optimizer; default `mean_field`, for baselines `point_estimate`.
 
     Raises:
         DataError: the loader is empty, labels out of range, n_data impossible.
@@ -138,7 +107,7 @@ class Compression:
     >>> small = job.result()                                                            # doctest: +SKIP
     """
 
-    def __init__(  # noqa: PLR0913 - the façade's nouns, keywords
+    def __init__(
         self,
         model: nn.Module,
         loader: Loader,
@@ -149,6 +118,7 @@ class Compression:
         rule: Rule | None = None,
         ignore: Ignore = (),
         n_data: float | None = None,
+        estimator: Estimator | None = None,
     ) -> None:
         self.training = training or Training()
         self._loader = loader
@@ -157,24 +127,18 @@ class Compression:
         steps = _length(loader) * self.training.epochs
         terms = float(n_data) if n_data is not None else float(count_terms(loader, self._likelihood))
         _check_n_data(terms, loader, self._likelihood)
-        optimizer = MeanField(
-            [(n, p) for n, p in network.named_parameters() if p.requires_grad],
-            n_data=terms,
-            lr=self.training.learning_rate,
-            prior=self.training.prior,
-            initial_std=self.training.initial_std,
-            temperature=self.training.temperature,
-            kl_warmup=round(self.training.kl_warmup * steps),
-            prior_interval=_length(loader),
-            seed=self.training.seed,
+        estimator = estimator or mean_field
+        optimizer = self._optimizer = estimator(network, self.training, n_data=terms, steps=steps)
+        t = self.training
+        self._trainer = Trainer(
+            network, self._likelihood, optimizer, loader, epochs=t.epochs, hold=t.hold, seed=t.seed
         )
-        self._optimizer = optimizer
-        settings = {"epochs": self.training.epochs, "hold": self.training.hold, "seed": self.training.seed}
-        self._trainer = Trainer(network, self._likelihood, optimizer, loader, **settings)
         protected = protected_names(network, ignore)
         rounds = rounds or Rounds(start=0.125)
         epochs = self.training.epochs
-        self._reducer = Reducer(optimizer, rule=rule or EvidenceRule(), rounds=rounds, epochs=epochs, protected=protected)
+        self._reducer = Reducer(
+            optimizer, rule=rule or EvidenceRule(), rounds=rounds, epochs=epochs, protected=protected
+        )
         self._epochs: list[EpochInfo] = []
         self.on_step: OnStep | None = None
 

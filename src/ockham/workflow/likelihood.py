@@ -26,7 +26,7 @@ class Likelihood(nn.Module, ABC):
     def terms(self, target: Tensor) -> int:
         """How many log-likelihood terms a batch of targets sums (`n_data` counts these)."""
 
-    def check(self, output: Tensor, target: Tensor) -> None:  # noqa: B027 - optional
+    def check(self, output: Tensor, target: Tensor) -> None:
         """Raise a `DataError` when outputs and targets do not fit; called on the first batch and on a bad loss."""
 
 
@@ -56,10 +56,13 @@ class Classification(Likelihood):
             DataError: with the labels or shapes at fault.
         """
         if target.is_floating_point():
-            raise DataError(f"classification needs integer labels; got {target.dtype}. Use labels.long(), or regression")
+            raise DataError(
+                f"classification needs integer labels; got {target.dtype}. Use labels.long(), or regression"
+            )
         if output.ndim != target.ndim + 1 or output.shape[:1] + output.shape[2:] != target.shape:
             raise DataError(
-                f"classification needs logits [N, K, ...] for labels [N, ...]; got {tuple(output.shape)} for {tuple(target.shape)}"
+                f"classification needs logits [N, K, ...] for labels [N, ...]; got {tuple(output.shape)} "
+                f"for {tuple(target.shape)}"
             )
         real = target[target != self.ignore_index]
         if real.numel() and (int(real.min()) < 0 or int(real.max()) >= output.shape[1]):
@@ -124,7 +127,9 @@ class Loss(Likelihood):
     ) -> None:
         super().__init__()
         if reduction not in ("mean", "sum"):
-            raise OckhamError(f"Loss: reduction says what your loss does over the batch, 'mean' or 'sum'; got {reduction!r}")
+            raise OckhamError(
+                f"Loss: reduction says what your loss does over the batch, 'mean' or 'sum'; got {reduction!r}"
+            )
         self._function = function
         self._terms = terms
         self.reduction = reduction

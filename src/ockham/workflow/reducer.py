@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ockham.errors import OckhamError, OckhamWarning
-from ockham.posterior.mean_field import MeanField
+from ockham.posterior.variational import VariationalOptimizer
 from ockham.reduction.diagnose import Diagnosis, diagnose
 from ockham.reduction.rounds import RoundInfo, Rounds, evidence_falls
 from ockham.reduction.rule import EvidenceRule, Rule
@@ -35,7 +35,13 @@ class Reducer:
     """
 
     def __init__(
-        self, optimizer: MeanField, *, rule: Rule, rounds: Rounds, epochs: int, protected: frozenset[str] = frozenset()
+        self,
+        optimizer: VariationalOptimizer,
+        *,
+        rule: Rule,
+        rounds: Rounds,
+        epochs: int,
+        protected: frozenset[str] = frozenset(),
     ) -> None:
         self.optimizer, self.rule, self.rounds, self.protected = optimizer, rule, rounds, protected
         self.plan = rounds.epochs(epochs)
@@ -116,8 +122,8 @@ def _warn_emptied(keep: dict[str, Tensor]) -> None:
     for name, mask in keep.items():
         if mask.ndim >= 2 and not bool(mask.any()):
             warnings.warn(
-                f"every weight of {name!r} was removed: what passes through it is now a constant. If that is not wanted, "
-                f"protect it with ignore=[{name!r}] or use a wider prior",
+                f"every weight of {name!r} was removed: what passes through it is now a constant. If that is not "
+                f"wanted, protect it with ignore=[{name!r}] or use a wider prior",
                 OckhamWarning,
                 stacklevel=5,
             )

@@ -65,7 +65,7 @@ class Trainer:
         seed: of shuffling and dropout.
     """
 
-    def __init__(  # noqa: PLR0913 - the nouns of a training run, keywords
+    def __init__(
         self,
         model: nn.Module,
         likelihood: Likelihood,
@@ -132,7 +132,7 @@ class Trainer:
             if first:
                 _check_first(self.likelihood, output, y)
             loss = self.likelihood.nll(output, y)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         self.optimizer.step()
         if self._own is not None:
             self._own.step()
@@ -176,8 +176,8 @@ class _Tally:
         if len(bad):
             at = self._first + int(bad[0])
             raise NonFiniteLossError(
-                f"the loss became {float(values[bad[0]])} at step {at + 1} of epoch {self._epoch + 1}. Lower the learning "
-                "rate, check the inputs for NaN; the last checkpoint is untouched"
+                f"the loss became {float(values[bad[0]])} at step {at + 1} of epoch {self._epoch + 1}. Lower the "
+                "learning rate, check the inputs for NaN; the last checkpoint is untouched"
             )
         self._sum, self._count = self._sum + float(values.sum()), self._count + len(values)
         self._first += len(values)
@@ -241,5 +241,3 @@ def _right(output: Any, target: Tensor) -> Tensor:
     if not isinstance(output, Tensor) or target.is_floating_point() or output.ndim != target.ndim + 1:
         return torch.tensor(math.nan)
     return (output.detach().argmax(1) == target).float().mean()
-
-
