@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import pickle
 import struct
 import sys
@@ -37,6 +38,12 @@ def write_sheets(folder, split, images, labels, per_sheet=4):
         sheet = np.concatenate(list(images[start : start + per_sheet]))
         image.fromarray(sheet).save(folder / f"{split}_{number:03}.webp", lossless=True)
     np.save(folder / f"{split}_labels.npy", labels)
+
+
+def npy(array):
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
 
 
 def raw(dataset, x, low=0.0, high=255.0):
@@ -90,7 +97,7 @@ def test_npz_colour_images_by_channel_first_or_last(tmp_path, last):
 
 
 def test_npz_regression_keeps_targets_and_standardises_columns(tmp_path):
-    x = RNG.normal(size=(50, 5)) * [1, 10, 1e-3, 0, 0] + [0, 5, 1e6, 7.1, 0]
+    x = RNG.normal(size=(50, 6)) * [1, 10, 1e-3, 0, 0, 0] + [0, 5, 1e6, 0, 0.3, 7.7]
     y = RNG.normal(size=50)
     np.savez(tmp_path / "data.npz", train_x=x[:40], train_y=y[:40], test_x=x[40:], test_y=y[40:])
     got = data.load_folder(tmp_path)
@@ -156,6 +163,7 @@ IMAGES, GOOD = "train-images-idx3-ubyte", idx(PIXELS)
         (IMAGES, idx(PIXELS[:0]), "at least one"),
         (IMAGES + ".gz", gzip.compress(GOOD)[:-20], "EOFError"),
         (IMAGES + ".gz", GOOD, "BadGzipFile"),
+        (IMAGES + ".gz", gzip.compress(GOOD)[:300] + bytes(1000), "truncated, damaged or foreign"),
         ("train-labels-idx1-ubyte", idx(np.where(np.arange(40) == 3, 255, LABELS).astype(np.uint8)), "0 to 255"),
     ],
 )
@@ -240,6 +248,9 @@ def test_bad_sheets(tmp_path, monkeypatch):
     fails(tmp_path, "train_*.webp", "different widths")
     write_sheets(tmp_path, "train", RNG.integers(0, 256, (2, 9, 8, 3), dtype=np.uint8), np.arange(2), per_sheet=1)
     fails(tmp_path, "train_000.webp", "9 rows of 8")
+    for content in (npy(np.array([Trap()] * 2, dtype=object)), npy(LABELS)[:40], npy(LABELS).replace(b"}", b"(")):
+        (tmp_path / "train_labels.npy").write_bytes(content)
+        fails(tmp_path, "train_labels.npy", "truncated, damaged or foreign")
     (tmp_path / "train_labels.npy").unlink()
     fails(tmp_path, "train_labels.npy", "missing")
     np.save(tmp_path / "train_labels.npy", np.arange(2))
