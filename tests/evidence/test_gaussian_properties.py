@@ -34,9 +34,9 @@ def t(*values, dtype=F64):
 @pytest.mark.parametrize("gap", [0.0, 1e-15, 1e-12, 1e-9, 1e-6, 1e-3, -1e-9, -1e-3])
 def test_precision_close_to_prior_keeps_its_digits(gap):
     # 1/2 ln(1 + d) = d/2 - d^2/4 + d^3/6 - ..., and (1 + d) as stored
-    d = (1.0 + gap) - 1.0
+    d = ((1.0 + gap) * 3.0 - 3.0) / 3.0
     series = sum((-1) ** (k + 1) * d**k / (2 * k) for k in range(1, 8))
-    assert float(delta_f(t(0.0), 1.0 + gap, 1.0)) == pytest.approx(series, rel=1e-13, abs=0.0)
+    assert float(delta_f(t(0.0), (1.0 + gap) * 3.0, 3.0)) == pytest.approx(series, rel=1e-13, abs=0.0)
 
 
 @pytest.mark.parametrize("gap", [1e-12, 1e-8, 1e-4])
@@ -44,7 +44,13 @@ def test_reduced_prior_close_to_full_keeps_its_digits(gap):
     # to first order in P1 - P0: (P1 - P0)/2 (1/P0 - 1/P - m^2)
     p1 = 1.0 + gap
     first = 0.5 * (p1 - 1.0) * (1 - 1 / 7.0 - 0.3**2)
-    assert float(delta_f(t(0.3), 7.0, 1.0, p1)) == pytest.approx(first, rel=3 * gap + 1e-13)
+    assert float(delta_f(t(0.3), 7.0, 1.0, p1)) == pytest.approx(first, rel=3 * gap + 1e-13, abs=0.0)
+
+
+@pytest.mark.parametrize("p1", [1e6, 1e12])
+def test_a_mean_moved_almost_onto_a_narrow_prior_keeps_its_digits(p1):
+    mean, _ = reduced_posterior(t(3.0), 2.0, 1.0, p1)
+    assert float(mean) == pytest.approx(6.0 / (p1 + 1.0), rel=1e-14, abs=0.0)
 
 
 @given(logs, logs, st.floats(-5, 5), st.floats(-3, 3))

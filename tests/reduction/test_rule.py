@@ -63,6 +63,13 @@ def test_cap_takes_the_least_salient_of_those_with_evidence(evidence, posterior,
         assert float(snr[removed].max()) <= float(snr[~removed & (d > 0)].min())
 
 
+def test_no_order_takes_a_weight_without_evidence(evidence, posterior):
+    for seed in range(5):
+        keep = EvidenceRule(log_odds=0.5, cap=0.3, salience=by_random(seed)).decide(evidence, (), 1.0)
+        removed = torch.cat([evidence[n][~keep[n][g.keep]] for n, g in posterior.items()])
+        assert len(removed) == int(0.3 * posterior.kept()) and bool((removed > 0.5).all())
+
+
 def test_learned_odds_use_their_own_tensor_and_an_even_prior(evidence, posterior):
     keep = LearnedOddsRule(strength=0.5, cap=1.0).decide(evidence, (), 1.0)
     for name, delta in evidence.items():

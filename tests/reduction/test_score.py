@@ -20,7 +20,8 @@ def test_delta_f_of_living_weights_in_row_major_order(make_gaussian):
 
 
 def test_priors_per_weight_and_prior_means_count(make_gaussian):
-    g = make_gaussian([0.1, 1.0], [4.0, 9.0], torch.tensor([0.5, 2.0]), prior_mean=torch.tensor([0.3, -1.0], dtype=torch.float64))
+    means = torch.tensor([0.3, -1.0], dtype=torch.float64)
+    g = make_gaussian([0.1, 1.0], [4.0, 9.0], torch.tensor([0.5, 2.0]), prior_mean=means)
     evidence = score(Posterior({"w": g}, 10))
     want = [
         0.5 * math.log(p / p0) - 0.5 * p * m * m + 0.5 * p0 * m0 * m0
