@@ -68,5 +68,5 @@ def show_the_rest(axes: Axes, energies: Sequence[float]) -> None:
         return
     room = 0.12 * (max(rest) - min(rest)) or 1.0
     axes.set_ylim(min(rest) - 3 * room, max(rest) + room)
-    text = f"↓ first round: {count(energies[0])}"
-    axes.text(0.05, 0.04, text, transform=axes.transAxes, va="bottom", color=MUTED, size=8.5)
+    text = f"first round: {count(energies[0])} ↓"
+    axes.text(0.98, 0.05, text, transform=axes.transAxes, va="bottom", ha="right", color=MUTED, size=8.5)
