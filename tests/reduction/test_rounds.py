@@ -31,7 +31,7 @@ def test_rounds_lie_inside_the_run_and_not_before_the_start(a, b, count, total):
 @pytest.mark.parametrize(
     ("rounds", "total", "epochs"),
     [
-        (Rounds(start=0.5, count=3), 10, [5, 7, 10]),
+        (Rounds(start=0.5, end=1.0, count=3), 10, [5, 7, 10]),
         (Rounds(start=0.0, end=1.0, count=4), 4, [1, 2, 3, 4]),
         (Rounds(start=0.2, end=0.6, count=50), 10, [2, 3, 4, 5, 6]),
         (Rounds(start=0.5, end=0.5, count=3), 5, [3]),

@@ -7,7 +7,7 @@ import torch
 
 from ockham.errors import OckhamError
 from ockham.evidence.hyper import beta_log_odds
-from ockham.posterior.posterior import Posterior
+from ockham.posterior.posterior import Gaussian, Posterior
 from ockham.reduction.rule import BudgetRule, EvidenceRule, LearnedOddsRule, budget_count
 from ockham.reduction.score import by_delta_f, by_magnitude, by_random, by_snr, score
 
@@ -148,3 +148,11 @@ def test_budget_is_a_share_or_a_number(keep, count):
 def test_impossible_requests_are_named(make, message):
     with pytest.raises(OckhamError, match=message):
         make()
+
+
+def test_a_budget_below_the_protected_weights_is_refused() -> None:
+    ones = torch.ones(10)
+    gaussian = Gaussian(ones, ones, torch.tensor(1.0), torch.tensor(0.0), torch.ones(10, dtype=torch.bool))
+    evidence = score(Posterior({"a": gaussian, "b": gaussian}, 10.0))
+    with pytest.raises(OckhamError, match="budget of 4 weights cannot be met: protected parameters alone hold 10"):
+        BudgetRule(4).decide(evidence, {"a"}, 1.0)

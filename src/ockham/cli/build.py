@@ -6,6 +6,7 @@ import importlib
 import math
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,13 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ockham.cli.options import SMALL_DATA, Options, parse_device
+from ockham.cli.options import Options, parse_device
 from ockham.errors import DataError, OckhamError
 from ockham.posterior.priors import FixedPrior
-from ockham.reduction.rounds import Rounds
 from ockham.reduction.rule import BudgetRule, EvidenceRule, LearnedOddsRule, Rule
 from ockham.reduction.score import by_delta_f, by_magnitude, by_random, by_snr
-from ockham.workflow.estimators import Estimator, Training, mean_field, point_estimate
+from ockham.workflow.estimators import Estimator, Training, defaults_for, mean_field, point_estimate
 from ockham.workflow.job import Job
 from ockham.workflow.likelihood import Likelihood, likelihood_from
 from ockham.workflow.stages import Recipe
@@ -55,13 +55,14 @@ def build_job(options: Options, command: str) -> Job:
     device = parse_device(options.device)
     builder, build = load_model(options.model, data)
     training = _training(options, data)
+    _, rounds, batch_size = defaults_for(len(data.train_x))
     recipe = Recipe(
         build=build,
         likelihood=_likelihood(options, data),
         data=data,
-        batch_size=options.batch_size or (64 if _small(data) else 128),
+        batch_size=options.batch_size or batch_size,
         training=training,
-        rounds=Rounds(start=0.125, count=options.rounds),
+        rounds=rounds if options.rounds is None else replace(rounds, count=options.rounds),
         rule=_rule(options),
         ignore=options.ignore,
         estimator=_pick("--posterior", options.posterior, ESTIMATORS),
@@ -123,20 +124,17 @@ def load_model(source: str | None, data: Dataset) -> tuple[str, Callable[[], nn.
 
 
 def _training(options: Options, data: Dataset) -> Training:
-    small = _small(data)
+    default = defaults_for(len(data.train_x))[0]
     if options.learning_rate is not None and not 0 < options.learning_rate < math.inf:
         raise OckhamError(f"--learning-rate must be positive; got {options.learning_rate}")
-    return Training(
-        epochs=options.epochs or (200 if small else 30),
-        learning_rate=options.learning_rate or (3e-3 if small else 2e-3),
-        prior=FixedPrior(0.3 if options.prior_variance is None else options.prior_variance),
-        temperature=options.temperature,
-        seed=options.seed,
-    )
-
-
-def _small(data: Dataset) -> bool:
-    return len(data.train_x) < SMALL_DATA
+    given: dict[str, Any] = {
+        "epochs": options.epochs,
+        "learning_rate": options.learning_rate,
+        "prior": None if options.prior_variance is None else FixedPrior(options.prior_variance),
+        "temperature": options.temperature,
+        "seed": options.seed,
+    }
+    return replace(default, **{k: v for k, v in given.items() if v is not None})
 
 
 def _rule(options: Options) -> Rule | None:

@@ -14,9 +14,6 @@ from ockham.errors import OckhamError
 
 __all__ = ["Options", "merged", "parse_device"]
 
-SMALL_DATA = 10_000
-"""Fewer training examples than this count as small: more epochs, smaller batches, a higher rate."""
-
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -30,11 +27,11 @@ class Options:
     batch_size: int | None = None
     learning_rate: float | None = None
     prior_variance: float | None = None
-    temperature: float = 1.0
+    temperature: float | None = None
     posterior: str = "mean-field"
     rule: str = "evidence"
     keep_share: float | None = None
-    rounds: int = 20
+    rounds: int | None = None
     ignore: tuple[str, ...] = ()
     likelihood: str | None = None
     baseline: bool = True

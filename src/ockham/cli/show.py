@@ -51,11 +51,12 @@ def evaluation(
     console: Console, folder: Path, data: Dataset, model: nn.Module | None, *, draws: int, device: torch.device
 ) -> None:
     """Measures on the test part of a data set."""
-    network, posterior = load(folder, model).to(device), load_posterior(folder)
-    if device.type != "cpu":
-        raise OckhamError("evaluate runs on the cpu for now; leave --device out")
-    classify = not data.test_y.is_floating_point()
-    noise = None if classify else 1.0
+    network, posterior = load(folder, model).to(device), load_posterior(folder).to(device)
+    noise = read_json(folder / "metrics.json").get("noise_variance")
+    classify = noise is None
+    if classify is data.test_y.is_floating_point():
+        wanted = "class labels" if classify else "numbers"
+        raise OckhamError(f"{folder} was made for targets that are {wanted}; the data {data.name!r} have the other kind")
     sampled = posterior_predictor(network, posterior, classify=classify, draws=draws)
     columns: dict[str, Any] = {
         "posterior": measures(sampled, data.test_x, data.test_y, noise_variance=noise),

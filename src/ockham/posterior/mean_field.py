@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ockham.errors import OckhamError
 from ockham.posterior.adam import adam_
+from ockham.posterior.arena import Facts
 from ockham.posterior.posterior import Posterior
 from ockham.posterior.priors import FixedPrior, Prior
-from ockham.posterior.variational import Facts, VariationalOptimizer
+from ockham.posterior.variational import VariationalOptimizer
 
 __all__ = ["MeanField"]
 

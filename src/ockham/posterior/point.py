@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ockham.errors import OckhamError
 from ockham.posterior.adam import adam_
-from ockham.posterior.variational import Facts, VariationalOptimizer
+from ockham.posterior.arena import Facts
+from ockham.posterior.variational import VariationalOptimizer
 
 __all__ = ["PointEstimate"]
 

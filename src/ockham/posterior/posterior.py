@@ -43,6 +43,12 @@ class Gaussian:
         if self.keep.dtype is not torch.bool:
             raise OckhamError(f"Gaussian: keep must be boolean (True = stays); got {self.keep.dtype}")
 
+    def to(self, device: torch.device | str) -> Gaussian:
+        """The same moments on a device."""
+        marginal = None if self.marginal_precision is None else self.marginal_precision.to(device)
+        prior = self.prior_precision.to(device), self.prior_mean.to(device)
+        return Gaussian(self.mean.to(device), self.precision.to(device), *prior, self.keep.to(device), marginal)
+
     @property
     def std(self) -> Tensor:
         """Standard deviation 1/sqrt(precision); 0 where removed."""
@@ -88,6 +94,10 @@ class Posterior(Mapping[str, Gaussian]):
     def size(self) -> int:
         """Number of weights of the full network that this posterior speaks of."""
         return sum(g.keep.numel() for g in self.moments.values())
+
+    def to(self, device: torch.device | str) -> Posterior:
+        """The same posterior with its tensors on a device."""
+        return Posterior({n: g.to(device) for n, g in self.items()}, self.n_data, self.temperature, self.source)
 
     def save(self, path: str | Path) -> None:
         """Write the survivors to one safetensors file (bitmask + values), atomically.

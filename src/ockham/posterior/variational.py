@@ -8,17 +8,17 @@ stopped, to the bit; removed weights are exactly zero, noiseless and free of KL.
 
 from __future__ import annotations
 
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ockham.errors import OckhamError
+from ockham.posterior.arena import Arena, Facts
+from ockham.posterior.checks import check_group, check_keep
 from ockham.posterior.pieces import Span, alive_index, read, spans, write, zero_removed_
 from ockham.posterior.posterior import Gaussian, Posterior
 from ockham.posterior.priors import Prior, plain_prior, restored_prior
@@ -158,7 +158,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         self._outside("remove")
         by_name = {name: p for p, name in self._names.items()}
         for name, mask in keep.items():
-            _check_keep(name, mask, by_name)
+            check_keep(name, mask, by_name)
         return sum(self._remove_from(by_name[name], mask) for name, mask in keep.items())
 
     def keep(self) -> dict[str, Tensor]:
@@ -177,7 +177,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_group(group, set(self._names.values()))
+            check_group(group, set(self._names.values()))
             self._check_options(group)
         except OckhamError:
             self.param_groups.pop()
@@ -346,31 +346,6 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         return int((~stays).sum())
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What all weights of a run share: steps taken (the current one included) and prior precision."""
-
-    step: int
-    prior_precision: float
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Arena:
-    """State vectors of all living weights of a group, and their division into spans."""
-
-    parameters: tuple[Tensor, ...]
-    vectors: Mapping[str, Tensor]
-    spans: tuple[Span, ...]
-
-    def holds(self, alive: list[Tensor]) -> bool:
-        """Whether these are the arena's parameters."""
-        return len(self.parameters) == len(alive) and all(map(operator.is_, self.parameters, alive))
-
-    def at(self, span: Span) -> dict[str, Tensor]:
-        """Views of all vectors on a span."""
-        return {name: v[span.start : span.stop] for name, v in self.vectors.items()}
-
-
 def _undo_cast(state: dict[str, Any]) -> None:
     """Torch casts all loaded state to the parameter's dtype; masks and noise have their own."""
     state["noise"] = state["noise"].half()
@@ -380,35 +355,3 @@ def _undo_cast(state: dict[str, Any]) -> None:
 
 def _plain(group: Mapping[str, Any]) -> dict[str, Any]:
     return {k: plain_prior(v) if isinstance(v, Prior) else v for k, v in group.items()}
-
-
-def _check_group(group: Mapping[str, Any], taken: set[str]) -> None:
-    if "param_names" not in group:
-        raise OckhamError("parameters need names: pass model.named_parameters(), not model.parameters()")
-    names, params = group["param_names"], group["params"]
-    if len(set(params)) != len(params):
-        raise OckhamError("duplicate parameters: name a tied weight once, as named_parameters() does")
-    again = sorted({n for n in names if n in taken or names.count(n) > 1})
-    if again:
-        raise OckhamError(f"parameter names must differ, also between groups; twice: {again[:6]}")
-    for name, p in zip(names, params, strict=True):
-        _check_parameter(name, p)
-
-
-def _check_parameter(name: str, p: Tensor) -> None:
-    if p.dtype not in (torch.float32, torch.float64):
-        raise OckhamError(
-            f"parameter {name!r} is {p.dtype}: variational inference needs float32 or float64 parameters, since a "
-            "perturbation is lost in a shorter format. Keep float32 weights and use torch.autocast for speed; "
-            "freeze parameters of other types (requires_grad_(False)) and leave them out"
-        )
-
-
-def _check_keep(name: str, mask: Tensor, by_name: Mapping[str, Tensor]) -> None:
-    if name not in by_name:
-        raise OckhamError(f"keep names {name!r}, which this optimizer does not hold")
-    if mask.dtype is not torch.bool or mask.shape != by_name[name].shape:
-        raise OckhamError(
-            f"keep[{name!r}] must be boolean (True = stays) of shape {tuple(by_name[name].shape)}; "
-            f"got {mask.dtype} of shape {tuple(mask.shape)}"
-        )

@@ -21,8 +21,8 @@ class Rounds:
         patience: rounds without a rise of the free energy of the refitted network after which removal ends.
     """
 
-    start: float = 1 / 3
-    end: float = 1.0
+    start: float = 0.125
+    end: float = 0.9
     count: int = 20
     patience: int = 5
 
@@ -35,7 +35,7 @@ class Rounds:
     def epochs(self, total: int) -> list[int]:
         """Epochs (1-based) after which a round happens, for a run of ``total`` epochs.
 
-        >>> Rounds(start=0.5, count=3).epochs(10)
+        >>> Rounds(start=0.5, end=1.0, count=3).epochs(10)
         [5, 7, 10]
         """
         first = max(1, math.ceil(self.start * total))

@@ -87,7 +87,8 @@ class BudgetRule(Rule):
     """Remove the least salient weights until a budget is met, whatever the evidence says.
 
     Attributes:
-        keep: share (0..1) of the scored weights that stay at the end, or their number as an int > 1.
+        keep: share (0..1) of the scored weights that stay at the end, or their number as an int > 1. `decide` raises
+            an `OckhamError` when protected parameters alone hold more.
         salience: the order; `by_magnitude`, `by_snr`, `by_random(seed)`, `by_delta_f`.
         gradual: exponent of the path from 1 to ``keep`` over the rounds; 3 is gradual magnitude pruning
             (Zhu & Gupta 2017), 0 goes there in the first round.
@@ -109,6 +110,12 @@ class BudgetRule(Rule):
         alive = evidence.posterior.kept()
         excess = alive - max(target, round(target + (total - target) * path))
         go = {n: torch.ones_like(d, dtype=torch.bool) for n, d in evidence.items() if n not in protected}
+        removable = sum(g.numel() for g in go.values())
+        if go and excess > removable:
+            raise OckhamError(
+                f"the budget of {target} weights cannot be met: protected parameters alone hold {alive - removable}; "
+                "keep more, or protect less"
+            )
         return _lowest(evidence, go, max(0, excess), self.salience)
 
 

@@ -134,7 +134,7 @@ class Compression:
             network, self._likelihood, optimizer, loader, epochs=t.epochs, hold=t.hold, seed=t.seed
         )
         protected = protected_names(network, ignore)
-        rounds = rounds or Rounds(start=0.125)
+        rounds = rounds or Rounds()
         epochs = self.training.epochs
         self._reducer = Reducer(
             optimizer, rule=rule or EvidenceRule(), rounds=rounds, epochs=epochs, protected=protected

@@ -105,7 +105,7 @@ class Job:
         (self.out / f".{NETWORK}.before").unlink()
         classify = not self.recipe.data.test_y.is_floating_point()
         facts = network_facts(model, self.recipe.data, None if classify else (noise or 1.0), self._foreign())
-        return asdict(facts) | {"bytes": size}
+        return asdict(facts) | {"bytes": size, "noise_variance": None if classify else noise}
 
     def _go(self, stage: Stage, saved: Mapping[str, Any]) -> Iterator[StageInfo]:
         stage.on_step = self.on_step
@@ -182,7 +182,7 @@ class Job:
         old = self._facts.get("adam")
         before = {**old["measures"], "parameters": old["parameters"], "bytes": old["bytes"]} if old else None
         seconds, seed = round(self._clock(), 2), self.recipe.training.seed
-        common = {"kept": result.keep_share, "seconds": seconds, "seed": seed}
+        common = {"kept": result.keep_share, "seconds": seconds, "seed": seed, "noise_variance": result.noise_variance}
         names = {"dataset": self.recipe.data.name, "network": self.builder}
         source = {"before_source": old["source"] if old else "none", "before_rate": (old or {}).get("rate")}
         metrics = {"schema": SCHEMA, "before": before, "after": after, "mean_network": mean} | common | names | source
