@@ -71,7 +71,9 @@ def run(preset: str, method: str, seed: int, data: Path, adam: bool = True) -> d
     record["metrics"].pop("network", None)
     record["provenance"].pop("dataset", None)
     record["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    record["commit"] = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    record["commit"] = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
     RESULTS.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
     return record
@@ -117,7 +119,11 @@ def _row(preset: str, label: str, records: list[dict], side: str) -> str:
 
 def _span(values: list[float], digits: int) -> str:
     mean = sum(values) / len(values)
-    return f"{mean:.{digits}f}" if len(values) == 1 else f"{mean:.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+    return (
+        f"{mean:.{digits}f}"
+        if len(values) == 1
+        else f"{mean:.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+    )
 
 
 def main() -> None:

@@ -228,7 +228,9 @@ def test_bad_data_is_refused() -> None:
         ockham.compress(mlp(), [(x, y, y)], training=QUICK)
 
 
-@pytest.mark.parametrize(("n_data", "text"), [(0, "must be positive"), (-5, "must be positive"), (7, "smaller than one batch")])
+@pytest.mark.parametrize(
+    ("n_data", "text"), [(0, "must be positive"), (-5, "must be positive"), (7, "smaller than one batch")]
+)
 def test_impossible_n_data_is_refused(n_data: float, text: str) -> None:
     with pytest.raises(DataError, match=text):
         ockham.compress(mlp(), blobs(), training=QUICK, n_data=n_data)

@@ -71,7 +71,9 @@ def test_a_posterior_survives_and_holds_survivors_only(tmp_path: Path) -> None:
     keep = torch.rand(200, 50, generator=torch.Generator().manual_seed(1)) < 0.05
     mean = torch.randn(200, 50) * keep
     precision = torch.where(keep, torch.rand(200, 50) + 1, torch.inf)
-    posterior = Posterior({"w": Gaussian(mean, precision, torch.tensor(1.0), torch.tensor(0.0), keep)}, 100.0, 0.5, "test")
+    posterior = Posterior(
+        {"w": Gaussian(mean, precision, torch.tensor(1.0), torch.tensor(0.0), keep)}, 100.0, 0.5, "test"
+    )
     posterior.save(tmp_path / "p.safetensors")
     back = ockham.load_posterior(tmp_path / "p.safetensors")
     assert torch.equal(back["w"].mean, mean) and torch.equal(back["w"].precision, precision)

@@ -57,7 +57,9 @@ def compress(  # noqa: PLR0913 - the options of the verb, gathered into one data
     batch_size: Annotated[_Int, typer.Option(help="Examples a step [default: 128; 64 for small data].")] = None,
     learning_rate: Annotated[_Float, typer.Option(help="At first [default: 2e-3; 3e-3 for small data].")] = None,
     prior_variance: Annotated[_Float, typer.Option(help="Of every weight [default: 0.3; 1 for small data].")] = None,
-    temperature: Annotated[_Float, typer.Option(help="Of the posterior; 1 is Bayes [default: 1; 0.5 for small data].")] = None,
+    temperature: Annotated[
+        _Float, typer.Option(help="Of the posterior; 1 is Bayes [default: 1; 0.5 for small data].")
+    ] = None,
     posterior: Annotated[_Str, typer.Option(help="mean-field or map [default: mean-field].")] = None,
     rule: Annotated[_Str, typer.Option(help="evidence, learned-odds; with a budget: snr, magnitude, ...")] = None,
     keep_share: Annotated[_Float, typer.Option(help="Budget: share of the weights that stays [default: none].")] = None,

@@ -56,7 +56,9 @@ def evaluation(
     classify = noise is None
     if classify is data.test_y.is_floating_point():
         wanted = "class labels" if classify else "numbers"
-        raise OckhamError(f"{folder} was made for targets that are {wanted}; the data {data.name!r} have the other kind")
+        raise OckhamError(
+            f"{folder} was made for targets that are {wanted}; the data {data.name!r} have the other kind"
+        )
     sampled = posterior_predictor(network, posterior, classify=classify, draws=draws)
     columns: dict[str, Any] = {
         "posterior": measures(sampled, data.test_x, data.test_y, noise_variance=noise),

@@ -130,9 +130,7 @@ class Compression:
         estimator = estimator or mean_field
         optimizer = self._optimizer = estimator(network, self.training, n_data=terms, steps=steps)
         t = self.training
-        self._trainer = Trainer(
-            network, self._likelihood, optimizer, loader, epochs=t.epochs, hold=t.hold, seed=t.seed
-        )
+        self._trainer = Trainer(network, self._likelihood, optimizer, loader, epochs=t.epochs, hold=t.hold, seed=t.seed)
         protected = protected_names(network, ignore)
         rounds = rounds or Rounds()
         epochs = self.training.epochs

@@ -22,7 +22,7 @@ from ockham.version import __version__
 from ockham.workflow.analysis import Facts, compressed_facts, network_facts
 from ockham.workflow.compression import Compressed
 from ockham.workflow.result import NETWORK, POSTERIOR, fit_error, layers, save_network
-from ockham.workflow.stages import AdamStage, CompressStage, Recipe, Stage, StageInfo, as_plain, search_rates
+from ockham.workflow.stages import AdamStage, CompressStage, Recipe, Stage, StageInfo, as_plain, rule_name, search_rates
 
 __all__ = ["CHECKPOINT", "Job"]
 
@@ -153,8 +153,7 @@ class Job:
             "network": self.builder,
             "baseline": self.baseline,
         }
-        rule = type(r.rule).__name__ if r.rule else "EvidenceRule"
-        return json.dumps(settings | names | {"rule": rule}, sort_keys=True)
+        return json.dumps(settings | names | {"rule": rule_name(r.rule)}, sort_keys=True)
 
     def _checkpoint(self, stage: str, state: Mapping[str, Any]) -> None:
         tree = {"job": self._fingerprint(), "stage": stage, "state": state, "spent": self._clock()}
@@ -192,7 +191,8 @@ class Job:
         write_json(self.out / "result.json", self._provenance(seconds))
 
     def _provenance(self, seconds: float) -> dict[str, Any]:
-        data, training = self.recipe.data, self.recipe.training
+        data, training, rounds = self.recipe.data, self.recipe.training, self.recipe.rounds
+        rule = rule_name(self.recipe.rule)
         sizes = {"name": data.name, "n_train": len(data.train_x), "n_test": len(data.test_x), "source": data.name}
         return {
             "schema": SCHEMA,
@@ -205,7 +205,7 @@ class Job:
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {self.recipe.device}",
             "network": {"builder": self.builder},
             "dataset": sizes,
-            "settings": as_plain(training) | {"batch_size": self.recipe.batch_size, **asdict(self.recipe.rounds)},
+            "settings": as_plain(training) | {"batch_size": self.recipe.batch_size, "rule": rule, **asdict(rounds)},
         }
 
     def _foreign(self) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +19,17 @@ from ockham.workflow.reducer import Ignore
 from ockham.workflow.trainer import OnStep, Trainer
 from ockham.zoo.data import Batches, Dataset
 
-__all__ = ["SEARCH_RATES", "AdamStage", "CompressStage", "Recipe", "Stage", "StageInfo", "search_rates"]
+__all__ = [
+    "SEARCH_RATES",
+    "AdamStage",
+    "CompressStage",
+    "Recipe",
+    "Stage",
+    "StageInfo",
+    "as_plain",
+    "rule_name",
+    "search_rates",
+]
 
 SEARCH_RATES = (3e-4, 1e-3, 3e-3)
 """Learning rates tried for the Adam network, on a tenth of the training data held out."""
@@ -122,9 +132,7 @@ class AdamStage:
         optimizer = torch.optim.Adam(self.model.parameters(), lr=rate, fused=fused)
         loader = Batches(x, y, recipe.batch_size, shuffle=True)
         t = recipe.training
-        self.trainer = Trainer(
-            self.model, self.likelihood, optimizer, loader, epochs=epochs, hold=t.hold, seed=t.seed
-        )
+        self.trainer = Trainer(self.model, self.likelihood, optimizer, loader, epochs=epochs, hold=t.hold, seed=t.seed)
 
     @property
     def noise_variance(self) -> float | None:
@@ -210,3 +218,12 @@ def as_plain(training: Training) -> dict[str, Any]:
         f"{type(training.prior).__name__}({', '.join(f'{k}={v:g}' for k, v in asdict(training.prior).items())})"  # type: ignore[call-overload]
     )
     return plain
+
+
+def rule_name(rule: Rule | None) -> str:
+    """A rule with its numbers and its order, for the record and for telling jobs apart."""
+    if rule is None:
+        return "EvidenceRule()"
+    found: dict[str, Any] = {f.name: getattr(rule, f.name) for f in fields(rule)} if is_dataclass(rule) else {}
+    shown = {k: getattr(v, "__qualname__", v) for k, v in found.items()}
+    return f"{type(rule).__name__}({', '.join(f'{k}={v}' for k, v in shown.items())})"
