@@ -60,7 +60,7 @@ def test_a_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
 
     path = tmp_path / "bad.safetensors"
     path.write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(ResultError, match="bad.safetensors"):
+    with pytest.raises(ResultError, match=r"bad\.safetensors"):
         read_tree(path, kind="test")
     assert not (tmp_path / "boom").exists()
 

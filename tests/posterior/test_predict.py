@@ -72,7 +72,7 @@ def test_the_model_is_left_as_it_was(model):
 
 def test_train_mode_comes_back_after_an_exception_and_after_half_the_draws(model):
     model.train()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(OckhamError):
         predict(model, posterior_of(model), torch.ones(2, 7), draws=2)
     assert model.training
     outputs = draw_outputs(model, posterior_of(model), X, draws=5, generator=generator())

@@ -250,3 +250,42 @@ def test_batchnorm_statistics_are_those_of_the_reduced_network() -> None:
     first = result.model[0](x)
     assert torch.allclose(result.model[1].running_mean, first.mean(0), atol=1e-4)
     assert result.model[1].momentum == 0.1 and not result.model.training
+
+
+def test_prediction_knows_regression_from_classification(tmp_path: Path) -> None:
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(TensorDataset(x, x[:, :1] * 2), batch_size=20)
+    result = ockham.compress(nn.Linear(4, 1), loader, likelihood="regression", training=QUICK)
+    found = result.predict(x, draws=50)
+    assert isinstance(found, ockham.RegressionPrediction)
+    assert found.mean.shape == (60, 1) and found.aleatoric == result.noise_variance
+    spread = result.posterior["weight"].std.square() @ x.T.square() + result.posterior["bias"].std.square()
+    assert torch.allclose(found.epistemic[:, 0], spread[0], rtol=0.8)
+    with pytest.raises(OckhamError, match="use predict_regression"):
+        ockham.predict(result.model, result.posterior, x)
+
+
+def test_a_result_of_python_becomes_a_folder(tmp_path: Path) -> None:
+    result = ockham.compress(mlp(), blobs(), training=QUICK)
+    result.save(tmp_path / "r")
+    back = ockham.load(tmp_path / "r", model=mlp())
+    assert same(back, result.model)
+    assert torch.equal(ockham.load_posterior(tmp_path / "r")["0.weight"].keep, result.keep["0.weight"])
+    assert "weights kept" in repr(result) and len(repr(result)) < 200
+
+
+def test_settings_are_checked_at_once() -> None:
+    with pytest.raises(OckhamError, match="temperature must be positive"):
+        ockham.Training(temperature=0)
+    with pytest.raises(OckhamError, match="prior must be a Prior"):
+        ockham.Training(prior=0.3)
+    with pytest.raises(OckhamError, match="a whole number of weights"):
+        ockham.BudgetRule(1.5)
+    with pytest.raises(OckhamError, match="alias of keep_share"):
+        ockham.compress(mlp(), blobs(), keep=0.1, keep_share=0.5)
+
+
+def test_inputs_that_do_not_fit_the_network_are_named() -> None:
+    x, y = blobs().dataset.tensors
+    with pytest.raises(DataError, match=r"cannot take the data's inputs \(\(200, 5\)\)"):
+        ockham.compress(mlp(), [(x[:, :5], y)], training=QUICK)

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
+import torch
 import typer
 from rich.console import Console
 
@@ -16,6 +17,7 @@ from ockham.cli.build import build_job, load_data, load_model
 from ockham.cli.options import Options, merged, parse_device
 from ockham.cli.progress import Bars, tensorboard
 from ockham.errors import OckhamError, OckhamWarning
+from ockham.files.tree import read_json
 from ockham.version import __version__
 
 __all__ = ["app", "main"]
@@ -49,7 +51,9 @@ def root(
 @app.command()
 def compress(  # noqa: PLR0913 - the options of the verb, gathered into one dataclass below
     out: Annotated[_Str, typer.Option(help="Result folder [default: runs/digits without --data].")] = None,
-    data: Annotated[_Str, typer.Option(help="Folder (IDX, npz) or package.module:function [default: digits].")] = None,
+    data: Annotated[
+        _Str, typer.Option(help="Folder (IDX, npz, WebP sheets) or package.module:function [default: digits].")
+    ] = None,
     model: Annotated[_Str, typer.Option(help="Zoo name or package.module:function [default: by the data].")] = None,
     weights: Annotated[_Str, typer.Option(help="Start from this safetensors file.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of these options.")] = None,
@@ -58,10 +62,13 @@ def compress(  # noqa: PLR0913 - the options of the verb, gathered into one data
     learning_rate: Annotated[_Float, typer.Option(help="At first [default: 2e-3; 3e-3 for small data].")] = None,
     prior_variance: Annotated[_Float, typer.Option(help="Of every weight [default: 0.3; 1 for small data].")] = None,
     temperature: Annotated[
-        _Float, typer.Option(help="Of the posterior; 1 is Bayes [default: 1; 0.5 for small data].")
+        _Float, typer.Option(help="Of the posterior; 1 is Bayes [default: 1; 0.3 for small data].")
     ] = None,
     posterior: Annotated[_Str, typer.Option(help="mean-field or map [default: mean-field].")] = None,
-    rule: Annotated[_Str, typer.Option(help="evidence, learned-odds; with a budget: snr, magnitude, ...")] = None,
+    rule: Annotated[
+        _Str,
+        typer.Option(help="evidence, learned-odds; with a budget: snr, delta-f, magnitude, gradual-magnitude, random."),
+    ] = None,
     keep_share: Annotated[_Float, typer.Option(help="Budget: share of the weights that stays [default: none].")] = None,
     rounds: Annotated[_Int, typer.Option(help="Rounds of removal at most [default: 20; 11 for small data].")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Protect: parameter or module name, or re:pattern.")] = None,
@@ -72,6 +79,7 @@ def compress(  # noqa: PLR0913 - the options of the verb, gathered into one data
     draws: Annotated[_Int, typer.Option(help="Posterior draws of a prediction [default: 20].")] = None,
     ood: Annotated[_Str, typer.Option(help="Foreign data for the out-of-distribution measure.")] = None,
     device: Annotated[_Str, typer.Option(help="cpu, cuda, cuda:1, mps [default: cpu].")] = None,
+    threads: Annotated[_Int, typer.Option(help="CPU threads [default: torch's; 1 for small data].")] = None,
     seed: Annotated[_Int, typer.Option(help="Of everything random [default: 0].")] = None,
     resume: Annotated[bool | None, typer.Option("--resume", help="Continue an interrupted run.")] = None,
     log_dir: Annotated[_Str, typer.Option(help="Write TensorBoard scalars here.")] = None,
@@ -87,6 +95,8 @@ def compress(  # noqa: PLR0913 - the options of the verb, gathered into one data
 
 
 def _compress(options: Options) -> None:
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     job = build_job(options, "ockham " + shlex.join(sys.argv[1:]))
     with Bars(err_console, quiet=options.quiet) as bars, tensorboard(options.log_dir) as log:
         job.on_step = bars.step
@@ -106,6 +116,8 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Measure a saved result on test data: posterior predictive and mean network."""
+    if data is None and read_json(folder / "result.json")["dataset"]["name"] != "digits":
+        raise OckhamError(f"{folder} is not a result on the digits: say which data with --data")
     found = load_data(data)
     build = load_model(model, found)[1] if model else None
     show.evaluation(out_console, folder, found, build() if build else None, draws=draws, device=parse_device(device))

@@ -10,18 +10,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ockham.cli.options import Options, parse_device
 from ockham.errors import DataError, OckhamError
+from ockham.files.tree import header
 from ockham.posterior.priors import FixedPrior
 from ockham.reduction.rule import BudgetRule, EvidenceRule, LearnedOddsRule, Rule
 from ockham.reduction.score import by_delta_f, by_magnitude, by_random, by_snr
-from ockham.workflow.estimators import Estimator, Training, defaults_for, mean_field, point_estimate
+from ockham.workflow.estimators import SMALL_DATA, Estimator, Training, defaults_for, mean_field, point_estimate
 from ockham.workflow.job import Job
 from ockham.workflow.likelihood import Likelihood, likelihood_from
+from ockham.workflow.result import load_state
 from ockham.workflow.stages import Recipe
 from ockham.zoo.data import Dataset, digits, load_folder
 from ockham.zoo.networks import NETWORKS, suggest
@@ -54,6 +57,8 @@ def build_job(options: Options, command: str) -> Job:
     data = load_data(options.data)
     device = parse_device(options.device)
     builder, build = load_model(options.model, data)
+    if options.threads is None and len(data.train_x) < SMALL_DATA:
+        torch.set_num_threads(1)  # small steps: threads would wait for each other longer than they work
     training = _training(options, data)
     _, rounds, batch_size = defaults_for(len(data.train_x))
     recipe = Recipe(
@@ -156,6 +161,8 @@ def _likelihood(options: Options, data: Dataset) -> Callable[[], Likelihood]:
 
 def _weights(path: Path) -> Mapping[str, Tensor]:
     try:
+        if "ockham" in header(path):
+            return load_state(path)[1]
         return load_file(str(path))
     except (OSError, SafetensorError, ValueError) as error:
         raise OckhamError(f"--weights {path}: not readable as safetensors ({error})") from error

@@ -38,13 +38,14 @@ class Options:
     draws: int = 20
     ood: str | None = None
     device: str = "cpu"
+    threads: int | None = None
     seed: int = 0
     resume: bool = False
     log_dir: str | None = None
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "draws", "rounds"):
+        for name in ("epochs", "batch_size", "draws", "rounds", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OckhamError(f"--{name.replace('_', '-')} must be at least 1; got {value}")

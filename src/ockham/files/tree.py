@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ockham.errors import OckhamError, ResultError
 
-__all__ = ["SCHEMA", "read_json", "read_tree", "write_bytes", "write_json", "write_tree"]
+__all__ = ["SCHEMA", "header", "read_json", "read_tree", "write_bytes", "write_json", "write_tree"]
 
 SCHEMA = 1
 """Version of all files that Ockham writes; newer files are refused, older ones read."""
@@ -150,3 +150,13 @@ def _restore(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
         case "value":
             return content
     raise ValueError(f"unknown node {kind!r}")
+
+
+def header(path: Path) -> dict[str, str]:
+    """Metadata of a safetensors file, empty if there is none.
+
+    Raises:
+        SafetensorError: not a safetensors file.
+    """
+    with safe_open(str(path), framework="pt") as file:
+        return dict(file.metadata() or {})

@@ -87,6 +87,10 @@ class Posterior(Mapping[str, Gaussian]):
         """Number of parameter tensors."""
         return len(self.moments)
 
+    def __repr__(self) -> str:
+        """One line, no tensors."""
+        return f"Posterior({self.source}, {len(self)} tensors, {self.kept():,} of {self.size():,} weights kept)"
+
     def kept(self) -> int:
         """Number of weights that stay."""
         return sum(int(g.keep.sum()) for g in self.moments.values())

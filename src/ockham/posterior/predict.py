@@ -12,7 +12,7 @@ from torch.func import functional_call
 from ockham.errors import OckhamError
 from ockham.posterior.posterior import Posterior
 
-__all__ = ["Prediction", "draw_outputs", "draw_parameters", "predict"]
+__all__ = ["Prediction", "RegressionPrediction", "draw_outputs", "draw_parameters", "predict", "predict_regression"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,6 +30,26 @@ class Prediction:
     total: Tensor
     aleatoric: Tensor
     epistemic: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RegressionPrediction:
+    """Averaged prediction of a regression.
+
+    Attributes:
+        mean: [N, ...], mean over draws, in units of the target.
+        epistemic: [N, ...], variance over draws: what more data could remove.
+        aleatoric: fitted noise variance of the likelihood.
+    """
+
+    mean: Tensor
+    epistemic: Tensor
+    aleatoric: float
+
+    @property
+    def std(self) -> Tensor:
+        """Predictive standard deviation, sqrt(epistemic + aleatoric)."""
+        return (self.epistemic + self.aleatoric).sqrt()
 
 
 def draw_parameters(posterior: Posterior, generator: torch.Generator) -> dict[str, Tensor]:
@@ -63,7 +83,7 @@ def draw_outputs(
     try:
         for _ in range(draws):
             parameters = draw_parameters(posterior, generator)
-            yield torch.cat([functional_call(model, parameters, (part,), tie_weights=True) for part in x.split(batch)])
+            yield torch.cat([_outputs(model, parameters, part) for part in x.split(batch)])
     finally:
         for module, mode in training.items():
             module.training = mode
@@ -87,14 +107,18 @@ def predict(
         `Prediction`, entropies in nats.
 
     Raises:
-        OckhamError: draws < 1, or posterior and model do not fit.
+        OckhamError: draws < 1, posterior and model do not fit, or the network has a single output (see
+            `predict_regression`).
     """
-    if draws < 1:
-        raise OckhamError(f"predict: draws must be at least 1; got {draws}")
-    generator = generator if generator is not None else torch.Generator(x.device).manual_seed(0)
+    generator = _seeded(x, draws, generator)
     mean: Tensor | None = None
     entropy: Tensor | None = None
     for output in draw_outputs(model, posterior, x, draws=draws, generator=generator):
+        if output.ndim < 2 or output.shape[1] == 1:
+            raise OckhamError(
+                f"predict averages class probabilities and needs outputs [N, K >= 2, ...]; got {tuple(output.shape)}. "
+                "For a regression use predict_regression"
+            )
         p = output.softmax(1)
         h = torch.special.entr(p).sum(1)  # 0 ln 0 = 0: masked classes have a logit of -inf
         mean = p if mean is None else mean.add_(p)
@@ -103,3 +127,45 @@ def predict(
     mean, entropy = mean / draws, entropy / draws
     total = torch.special.entr(mean).sum(1)
     return Prediction(mean, total, entropy, (total - entropy).clamp_min(0))
+
+
+def predict_regression(
+    model: nn.Module,
+    posterior: Posterior,
+    x: Tensor,
+    *,
+    noise_variance: float,
+    draws: int = 20,
+    generator: torch.Generator | None = None,
+) -> RegressionPrediction:
+    """Posterior predictive mean and variance of a regression network.
+
+    Args:
+        model: the network.
+        posterior: over its parameters.
+        x: inputs, [N, ...].
+        noise_variance: of the likelihood, in squared units of the target.
+        draws: how many networks.
+        generator: of the draws; default seed 0.
+
+    Returns:
+        `RegressionPrediction`.
+
+    Raises:
+        OckhamError: draws < 1, or posterior and model do not fit.
+    """
+    outputs = torch.stack(list(draw_outputs(model, posterior, x, draws=draws, generator=_seeded(x, draws, generator))))
+    return RegressionPrediction(outputs.mean(0), outputs.var(0, correction=0), noise_variance)
+
+
+def _seeded(x: Tensor, draws: int, generator: torch.Generator | None) -> torch.Generator:
+    if draws < 1:
+        raise OckhamError(f"predict: draws must be at least 1; got {draws}")
+    return generator if generator is not None else torch.Generator(x.device).manual_seed(0)
+
+
+def _outputs(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+    try:
+        return functional_call(model, parameters, (x,), tie_weights=True)  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        raise OckhamError(f"the network cannot take inputs of shape {tuple(x.shape)}: {error}") from error

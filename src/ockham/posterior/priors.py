@@ -1,8 +1,9 @@
 """Priors over weights, as objects: one fixed, two learned per parameter tensor.
 
-A prior answers two questions: its precision at the start, and, after warm-up, its new precision given the second
-moment of the living weights. Learned priors start at a fixed value and move only after the warm-up of the KL: moved
-from the first step they collapse the network onto the prior (measured; docs: gotchas).
+A prior answers two questions: its precision at the start, and, later, its new precision given the second moment of
+the living weights. Learned priors start at a fixed value and move only after the ``kl_warmup`` steps of the optimizer.
+So give it some: with the default 0 they move at once, and moved from the first step they collapse the network onto
+the prior (measured; docs: gotchas).
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ class Rule(ABC):
     """Decides a round: takes the evidence, returns boolean keep masks (True = stays)."""
 
     @abstractmethod
-    def decide(self, evidence: Evidence, protected: Collection[str], progress: float) -> dict[str, Tensor]:
+    def decide(self, evidence: Evidence, protected: Collection[str] = (), progress: float = 1.0) -> dict[str, Tensor]:
         """Keep masks by parameter name, already removed weights False.
 
         Args:
@@ -47,7 +47,7 @@ class EvidenceRule(Rule):
     def __post_init__(self) -> None:
         _check_cap("EvidenceRule", self.cap)
 
-    def decide(self, evidence: Evidence, protected: Collection[str], progress: float) -> dict[str, Tensor]:
+    def decide(self, evidence: Evidence, protected: Collection[str] = (), progress: float = 1.0) -> dict[str, Tensor]:
         """Remove where delta_f > log_odds, at most a share ``cap`` of the living weights."""
         go = {n: d > self.log_odds for n, d in evidence.items() if n not in protected}
         return _capped(evidence, go, self.cap, self.salience)
@@ -70,7 +70,7 @@ class LearnedOddsRule(Rule):
         if not self.strength >= 0:
             raise OckhamError(f"LearnedOddsRule: strength is a share of the tensor's size, >= 0; got {self.strength}")
 
-    def decide(self, evidence: Evidence, protected: Collection[str], progress: float) -> dict[str, Tensor]:
+    def decide(self, evidence: Evidence, protected: Collection[str] = (), progress: float = 1.0) -> dict[str, Tensor]:
         """Remove where delta_f exceeds the learned log-odds of its tensor."""
         go = {}
         for name, delta in evidence.items():
@@ -99,10 +99,11 @@ class BudgetRule(Rule):
     gradual: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.keep > 0:
-            raise OckhamError(f"BudgetRule: keep is a share in (0, 1] or a number of weights; got {self.keep}")
+        count = isinstance(self.keep, int) and self.keep > 1
+        if not (count or 0 < self.keep <= 1):
+            raise OckhamError(f"BudgetRule: keep is a share in (0, 1] or a whole number of weights; got {self.keep}")
 
-    def decide(self, evidence: Evidence, protected: Collection[str], progress: float) -> dict[str, Tensor]:
+    def decide(self, evidence: Evidence, protected: Collection[str] = (), progress: float = 1.0) -> dict[str, Tensor]:
         """Remove the least salient of all living weights down to this round's budget."""
         total = evidence.posterior.size()
         target = budget_count(self.keep, total)

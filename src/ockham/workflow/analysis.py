@@ -73,7 +73,9 @@ def _facts(predictor: Predictor, model: nn.Module, data: Dataset, noise: float |
         found,
         stored_values(model),
         reliability_of(predictor, x, y) if shapes else None,
-        corruption_shift(predictor, x[few], y[few]) if shapes and data.image_shape else None,
+        corruption_shift(predictor, x[few], y[few], low=data.low, high=data.high)
+        if shapes and data.image_shape
+        else None,
         ood_auroc(predictor, x[few], foreign[few]) if shapes else None,
         "foreign inputs" if foreign.shape[1:] != x.shape[1:] else "test inputs with their pixels permuted",
         input_map(model, data),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ockham.errors import DataError, OckhamError
 from ockham.posterior.posterior import Posterior
-from ockham.posterior.predict import Prediction, predict
+from ockham.posterior.predict import Prediction, RegressionPrediction, predict, predict_regression
 from ockham.reduction.diagnose import Diagnosis
 from ockham.reduction.rounds import RoundInfo, Rounds
 from ockham.reduction.rule import BudgetRule, EvidenceRule, Rule
@@ -20,6 +21,7 @@ from ockham.workflow.batchnorm import refresh_batchnorm
 from ockham.workflow.estimators import Estimator, Training, mean_field
 from ockham.workflow.likelihood import Likelihood, Loss, Regression, likelihood_from
 from ockham.workflow.reducer import Ignore, Reducer, protected_names
+from ockham.workflow.result import NETWORK, POSTERIOR, save_network
 from ockham.workflow.trainer import EpochInfo, Loader, OnStep, Trainer, count_terms, seeded
 
 __all__ = ["Compressed", "Compression", "Progress", "compress"]
@@ -79,9 +81,37 @@ class Compressed:
         total = sum(p.numel() for p in self.model.parameters())
         return (total - self.posterior.size() + self.posterior.kept()) / total
 
-    def predict(self, x: Tensor, draws: int = 20, generator: torch.Generator | None = None) -> Prediction:
-        """Posterior predictive; see `ockham.predict`."""
-        return predict(self.model, self.posterior, x, draws=draws, generator=generator)
+    def predict(
+        self, x: Tensor, draws: int = 20, generator: torch.Generator | None = None
+    ) -> Prediction | RegressionPrediction:
+        """Posterior predictive: `ockham.predict`, or `ockham.predict_regression` after the regression likelihood."""
+        given: dict[str, Any] = {"draws": draws, "generator": generator}
+        if self.noise_variance is not None:
+            return predict_regression(self.model, self.posterior, x, noise_variance=self.noise_variance, **given)
+        return predict(self.model, self.posterior, x, **given)
+
+    def save(self, folder: str | Path, *, builder: str = "user") -> Path:
+        """Write network and posterior as a result folder that `ockham.load` and `ockham.load_posterior` read.
+
+        Args:
+            folder: made where it is missing.
+            builder: "zoo:name" lets `ockham.load` build the network; anything else is a label for people.
+
+        Returns:
+            The folder.
+
+        Raises:
+            OckhamError: it cannot be written.
+        """
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        save_network(self.model, path / NETWORK, builder=builder)
+        self.posterior.save(path / POSTERIOR)
+        return path
+
+    def __repr__(self) -> str:
+        """One line."""
+        return f"Compressed(kept {self.keep_share:.2%} of the weights, {len(self.rounds)} rounds, {self.posterior!r})"
 
 
 class Compression:
@@ -216,6 +246,8 @@ def compress(  # noqa: PLR0913 - the façade's nouns, keywords
     Raises:
         OckhamError: see `Compression`; also when both a rule and a budget are given.
     """
+    if keep is not None and keep_share is not None:
+        raise OckhamError(f"keep is an alias of keep_share: give one of them; got keep={keep}, keep_share={keep_share}")
     budget = keep_share if keep_share is not None else keep
     if budget is not None and rule is not None:
         raise OckhamError("give either a rule or a budget (keep_share), not both; BudgetRule is a rule with a budget")

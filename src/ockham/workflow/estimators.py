@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -44,6 +45,11 @@ class Training:
     def __post_init__(self) -> None:
         if self.epochs < 1:
             raise OckhamError(f"Training: epochs must be at least 1; got {self.epochs}")
+        for name in ("learning_rate", "initial_std", "temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise OckhamError(f"Training: {name} must be positive and finite; got {getattr(self, name)}")
+        if not isinstance(self.prior, Prior):
+            raise OckhamError(f"Training: prior must be a Prior such as ockham.FixedPrior(0.3); got {self.prior!r}")
         if not (0 <= self.hold < 1 and 0 <= self.kl_warmup <= 1):
             raise OckhamError(f"Training: hold in [0, 1), kl_warmup in [0, 1]; got {self.hold}, {self.kl_warmup}")
 
@@ -56,13 +62,13 @@ def defaults_for(examples: int) -> tuple[Training, Rounds, int]:
     """Training, rounds and batch size of the command for a number of training examples.
 
     Small data get more epochs and smaller batches, a wider prior, a longer warm-up of the KL and a later first round:
-    a posterior that has not formed removes too much at once. Their posterior is tempered (T = 0.5), since posterior
+    a posterior that has not formed removes too much at once. Their posterior is tempered (T = 0.3), since posterior
     averages are underconfident there; what was measured is in docs/decisions.md.
     """
     if examples >= SMALL_DATA:
         return Training(), Rounds(), 128
-    settings = {"temperature": 0.5, "kl_warmup": 0.3, "prior": FixedPrior(1.0)}
-    return Training(epochs=200, learning_rate=3e-3, **settings), Rounds(start=0.4, end=0.9, count=11), 64  # type: ignore[arg-type]
+    settings = {"temperature": 0.3, "kl_warmup": 0.15, "prior": FixedPrior(1.0)}
+    return Training(epochs=200, learning_rate=3e-3, **settings), Rounds(start=0.25, end=0.9, count=11), 64  # type: ignore[arg-type]
 
 
 Estimator = Callable[..., VariationalOptimizer]

@@ -81,20 +81,24 @@ def reliability_of(predictor: Predictor, x: Tensor, y: Tensor) -> dict[str, Any]
     return {k: [None if isinstance(e, float) and math.isnan(e) else e for e in v] for k, v in plain.items()}
 
 
-def corruption_shift(predictor: Predictor, x: Tensor, y: Tensor, *, seed: int = 0) -> dict[str, dict[str, list[float]]]:
+def corruption_shift(
+    predictor: Predictor, x: Tensor, y: Tensor, *, low: float | Tensor, high: float | Tensor, seed: int = 0
+) -> dict[str, dict[str, list[float]]]:
     """Accuracy and ECE of an image classifier under every corruption at severities 1..5.
 
     Args:
         predictor: a classifier.
         x: images [N, C, H, W].
         y: labels [N].
+        low: smallest pixel value, per channel or for all.
+        high: largest.
         seed: of the noise.
     """
     table: dict[str, dict[str, list[float]]] = {}
     for name in CORRUPTIONS:
         rows: dict[str, list[float]] = {"accuracy": [], "ece": []}
         for severity in range(1, 6):
-            shifted = corrupt(x, name, severity, generator=torch.Generator().manual_seed(seed))
+            shifted = corrupt(x, name, severity, generator=torch.Generator().manual_seed(seed), low=low, high=high)
             p = predictor(shifted).exp()
             rows["accuracy"].append(float((p.argmax(1) == y).double().mean()))
             rows["ece"].append(ece(p, y))

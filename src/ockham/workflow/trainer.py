@@ -128,9 +128,7 @@ class Trainer:
         if self._own is not None:
             self._own.zero_grad()
         with _block(self.optimizer):
-            output = forward(self.model, x)
-            if first:
-                _check_first(self.likelihood, output, y)
+            output = _first_output(self.model, self.likelihood, x, y) if first else forward(self.model, x)
             loss = self.likelihood.nll(output, y)
             loss.backward()
         self.optimizer.step()
@@ -226,7 +224,12 @@ def _block(optimizer: torch.optim.Optimizer) -> AbstractContextManager[None]:
     return optimizer.sampled() if isinstance(optimizer, VariationalOptimizer) else nullcontext()
 
 
-def _check_first(likelihood: Likelihood, output: Any, target: Tensor) -> None:
+def _first_output(model: nn.Module, likelihood: Likelihood, x: Any, target: Tensor) -> Any:
+    try:
+        output = forward(model, x)
+    except RuntimeError as error:
+        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise DataError(f"the network cannot take the data's inputs ({shape}): {error}") from error
     likelihood.check(output, target)
     if isinstance(likelihood, Loss) and likelihood.looks_summed(output, target):
         warnings.warn(
@@ -235,6 +238,7 @@ def _check_first(likelihood: Likelihood, output: Any, target: Tensor) -> None:
             OckhamWarning,
             stacklevel=4,
         )
+    return output
 
 
 def _right(output: Any, target: Tensor) -> Tensor:
