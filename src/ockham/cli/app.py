@@ -62,7 +62,7 @@ def compress(  # noqa: PLR0913 - the options of the verb, gathered into one data
     learning_rate: Annotated[_Float, typer.Option(help="At first [default: 2e-3; 3e-3 for small data].")] = None,
     prior_variance: Annotated[_Float, typer.Option(help="Of every weight [default: 0.3; 1 for small data].")] = None,
     temperature: Annotated[
-        _Float, typer.Option(help="Of the posterior; 1 is Bayes [default: 1; 0.15 for small data].")
+        _Float, typer.Option(help="Of the posterior; 1 is Bayes [default: 1; 0.3 for small data].")
     ] = None,
     posterior: Annotated[_Str, typer.Option(help="mean-field or map [default: mean-field].")] = None,
     rule: Annotated[
