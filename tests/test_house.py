@@ -27,7 +27,18 @@ ROOMS: dict[str, set[str]] = {
     "cli": {"files", "posterior", "reduction", "report", "surgery", "workflow", "zoo"},
 }
 FORBIDDEN = {"evidence": {"torch.nn", "torch.optim", "pathlib", "json", "safetensors"}}
-HEAVY = ("matplotlib", "PIL", "sklearn", "typer", "rich", "transformers", "torchvision", "pandas", "tensorboard", "onnx")
+HEAVY = (
+    "matplotlib",
+    "PIL",
+    "sklearn",
+    "typer",
+    "rich",
+    "transformers",
+    "torchvision",
+    "pandas",
+    "tensorboard",
+    "onnx",
+)
 LINES = 400
 
 FILES = sorted(SOURCE.rglob("*.py"))

@@ -189,14 +189,25 @@ def why(results: Results) -> str:
             "because a budget or a price demanded it."
         )
     costs = [r["nll_cost"] for r in rounds if r["nll_cost"] is not None]
-    return text + (_expected(sum(costs)) if costs else "")
+    return text + (_expected(sum(costs), _first_loss(results)) if costs else "")
 
 
-def _expected(cost: float) -> str:
+def _first_loss(results: Results) -> float:
+    losses = [e["loss"] for e in results.history["epochs"]]
+    return max(losses, default=0.0)
+
+
+def _expected(cost: float, loss: float) -> str:
     if cost > 0:
         return (
             f" Without any refitting, the negative log likelihood was expected to rise by {cost:.4f} nats per example; "
             "the refitting between rounds makes up for part of it."
+        )
+    if -cost > loss:
+        return (
+            " No second-order estimate of what the removal cost is given: it would fall below zero loss, which says that "
+            "the spread of the posterior had not settled when the first weights went, and that their evidence is "
+            "rather too high."
         )
     return (
         f" Without any refitting, the negative log likelihood was expected to fall by {-cost:.4f} nats per example: "
@@ -240,7 +251,7 @@ def calls(results: Results, measure: Measure) -> tuple[str, str]:
 
 def _principle(results: Results) -> str:
     rule = str((results.result["settings"] or {}).get("rule") or "evidence")
-    if any(baseline in rule.lower() for baseline in ("magnitude", "snr", "random")):
+    if rule.lower().startswith("budget") or rule.lower() in ("magnitude", "snr", "random"):
         return f"Weights were removed by the baseline rule “{rule}”, for comparison, not because of the evidence."
     return (
         "While this network was trained, it learned not only a value for every weight but also how sure it can be of "
