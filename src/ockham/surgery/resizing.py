@@ -1,0 +1,197 @@
+"""Forwards whose constants follow the plan: `x.view(-1, 800)` asks for 400 once half the channels are gone.
+
+A module that needs it gets a subclass of its own class whose forward runs under a `TorchFunctionMode`. The mode
+recognises an op by the sizes of its input and the numbers it is asked for, and replaces those; numbers it does not
+know raise, so nothing is ever resized by guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ockham.errors import OckhamError
+from ockham.surgery.sites import Edit
+
+
+class SizeError(OckhamError):
+    """A forward asks for a size the plan has no number for."""
+
+
+class Resizing(TorchFunctionMode):
+    """Replaces sizes in views, splits and slices by those of the shrunk network.
+
+    Args:
+        edits: the numbers.
+        seen: a list which gets every edit that was needed.
+    """
+
+    def __init__(self, edits: Sequence[Edit], seen: list[Edit] | None = None) -> None:
+        super().__init__()
+        self.edits = tuple(edits)
+        self.seen = seen
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run `func`, with other numbers where an edit says so."""
+        kwargs = kwargs or {}
+        handler = HANDLERS.get(func)
+        if handler is None or not args or not isinstance(args[0], Tensor):
+            return func(*args, **kwargs)
+        return handler(self, func, args, kwargs)
+
+    def fitting(self, op: str, x: Tensor, dim: int = -1) -> list[Edit]:
+        """Return the edits of `op` for an input of the shrunk sizes of `x`."""
+        return [
+            e
+            for e in self.edits
+            if e.op == op and e.rank == x.ndim and e.dim in (dim, -1) and all(x.shape[d] == n for d, _, n in e.sizes)
+        ]
+
+    def replace(self, found: list[Edit], asked: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the numbers to use instead of `asked`; raises when two edits disagree."""
+        results = {}
+        for edit in found:
+            new = _replaced(edit, asked)
+            if new is not None:
+                results[new] = edit
+        if not results:
+            return asked
+        changed = [new for new in results if new != asked]
+        if len(results) > 1:
+            raise SizeError(f"{edit.module or 'the model'}: {edit.op} to {asked} could mean {sorted(results)}")
+        if changed and self.seen is not None:
+            self.seen.append(results[changed[0]])
+        return next(iter(results))
+
+
+def _replaced(edit: Edit, asked: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return `asked` with the numbers of `edit`, or None when `asked` is not what the edit is about."""
+    if len(asked) != len(edit.old):
+        return None
+    out = list(asked)
+    for i, (have, old, new) in enumerate(zip(asked, edit.old, edit.new, strict=True)):
+        if old is None or new is None or have == -1:
+            continue
+        if have not in (old, new):
+            return None
+        out[i] = new
+    return tuple(out)
+
+
+def _sizes(args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> tuple[int, ...] | None:
+    found: Any = args if args else (kwargs.get(name),)
+    if len(found) == 1 and isinstance(found[0], (tuple, list)):
+        found = found[0]
+    return tuple(found) if all(isinstance(n, (int, torch.SymInt)) for n in found) else None
+
+
+def _view(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    op = "expand" if func is torch.Tensor.expand else "view"
+    asked = _sizes(args[1:], kwargs, "shape" if func in (torch.reshape, torch.Tensor.reshape) else "size")
+    if asked is None:
+        return func(*args, **kwargs)
+    return func(args[0], mode.replace(mode.fitting(op, args[0]), asked))
+
+
+def _unflatten(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    dim, sizes = (*args[1:], *kwargs.values())
+    if not isinstance(dim, int):
+        return func(*args, **kwargs)
+    return func(args[0], dim, mode.replace(mode.fitting("unflatten", args[0], dim % args[0].ndim), tuple(sizes)))
+
+
+def _split(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x = args[0]
+    named = [kwargs[k] for k in ("split_size_or_sections", "split_size", "split_sizes", "chunks", "indices_or_sections")
+             if k in kwargs]
+    how = args[1] if len(args) > 1 else named[0]
+    dim = int(args[2] if len(args) > 2 else kwargs.get("dim", 0)) % x.ndim
+    for edit in mode.fitting("split", x, dim):
+        old, new = edit.old, edit.new
+        if how in (list(old), tuple(old), list(new), tuple(new)) or _asks(func, how, old):
+            sizes = [int(n or 0) for n in new]
+            if mode.seen is not None and [p.shape[dim] for p in _quietly(func, args, kwargs)] != sizes:
+                mode.seen.append(edit)
+            return torch.split(x, sizes, dim)
+    return func(*args, **kwargs)
+
+
+def _quietly(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Tensor]:
+    try:
+        return list(func(*args, **kwargs))
+    except RuntimeError:
+        return []
+
+
+def _asks(func: Any, how: Any, old: tuple[int | None, ...]) -> bool:
+    if not isinstance(how, int):
+        return False
+    by_count = func in (torch.chunk, torch.Tensor.chunk, torch.tensor_split, torch.Tensor.tensor_split)
+    return how == len(old) if by_count else how == old[0]
+
+
+def _narrow(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, dim, start, length = args[0], *(kwargs.get(k, a) for k, a in zip(
+        ("dim", "start", "length"), (*args[1:], None, None, None), strict=False))
+    if not all(isinstance(n, int) for n in (dim, start, length)):
+        return func(*args, **kwargs)
+    start, stop = mode.replace(mode.fitting("slice", x, dim % x.ndim), (start, start + length))
+    return torch.narrow(x, dim, start, stop - start)
+
+
+def _getitem(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, index = args
+    items = list(index) if isinstance(index, tuple) else [index]
+    used = sum(1 for i in items if i is not None and i is not Ellipsis)
+    dim, out = 0, []
+    for item in items:
+        if isinstance(item, slice) and item.step in (None, 1):
+            item = _sliced(mode, x, dim, item)
+        out.append(item)
+        dim += x.ndim - used if item is Ellipsis else (0 if item is None else 1)
+    return func(x, tuple(out) if isinstance(index, tuple) else out[0])
+
+
+def _sliced(mode: Resizing, x: Tensor, dim: int, item: slice) -> slice:
+    """Return `item` with other bounds; an open or negative bound counts from the size before or after."""
+    if item.start is None and item.stop is None:
+        return item
+    for edit in mode.fitting("slice", x, dim):
+        old_size, new_size = next(((o, n) for d, o, n in edit.sizes if d == dim), (x.shape[dim], x.shape[dim]))
+        for size, bounds in ((old_size, edit.old), (new_size, edit.new)):
+            if item.indices(size)[:2] == bounds:
+                start, stop = (int(n or 0) for n in edit.new)
+                if mode.seen is not None and item.indices(new_size)[:2] != edit.new:
+                    mode.seen.append(edit)
+                return slice(start, stop)
+    return item
+
+
+Handler = Callable[[Resizing, Any, tuple[Any, ...], dict[str, Any]], Any]
+HANDLERS: dict[Any, Handler] = {
+    **dict.fromkeys((torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.Tensor.expand), _view),
+    **dict.fromkeys((torch.Tensor.unflatten, torch.unflatten), _unflatten),
+    **dict.fromkeys((torch.split, torch.Tensor.split, torch.Tensor.split_with_sizes, torch.split_with_sizes), _split),
+    **dict.fromkeys((torch.chunk, torch.Tensor.chunk, torch.tensor_split, torch.Tensor.tensor_split), _split),
+    **dict.fromkeys((torch.narrow, torch.Tensor.narrow), _narrow),
+    torch.Tensor.__getitem__: _getitem,
+}
+
+
+def attach(module: nn.Module, edits: Sequence[Edit], seen: list[Edit] | None = None) -> None:
+    """Let the forward of `module` run under `Resizing`: its class becomes a subclass with the same name."""
+    base = type(module)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with Resizing(edits, seen):
+            return base.forward(self, *args, **kwargs)
+
+    module.__class__ = type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
+
+
