@@ -78,6 +78,7 @@ class Groups:
         shapes: shape of every parameter and buffer of the model.
         units: group id to the settled component of each unit, shape ``(units,)``.
         sites: places of the model's code whose constants change with a plan.
+        spared: tensors which `mask` leaves alone, because zeros in them are no zeros (directions of a weight norm).
     """
 
     groups: Mapping[str, Group]
@@ -85,6 +86,7 @@ class Groups:
     shapes: Mapping[str, tuple[int, ...]]
     units: Mapping[str, Tensor]
     sites: tuple[Site, ...] = ()
+    spared: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups.values())
@@ -155,12 +157,18 @@ def build(
     for signature, values_ in families.items():
         group = _group(axes, signature, [units[v] for v in values_], consumed=consumed, shapes=shapes)
         group = _renamed(group, groups)
-        if group.size > 1:
+        if not any(member.consumes for member in group.members):
+            _freeze(frozen, group, "is read by nothing that could be taken out with it")
+        elif group.size > 1:
             groups[group.id], roots[group.id] = group, torch.tensor(values_)
         else:
-            for member in group.members:
-                frozen.setdefault((member.name, member.dim), "is a single unit: nothing would be left")
+            _freeze(frozen, group, "is a single unit: nothing would be left")
     return Groups(groups, frozen, shapes, roots)
+
+
+def _freeze(frozen: dict[tuple[str, int], str], group: Group, reason: str) -> None:
+    for member in group.members:
+        frozen.setdefault((member.name, member.dim), reason)
 
 
 def _group(

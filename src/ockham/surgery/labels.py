@@ -38,7 +38,8 @@ class Value:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ledger:
-    """Edges between atoms, frozen atoms with reasons, grids which must stay products, held dimensions, consumer atoms.
+    """Edges between atoms, frozen atoms with reasons, grids which must stay products, held dimensions, atoms of tensors which `mask`
+    must not zero, consumer atoms.
 
     The lists grow while the graph is walked; `count` is a one-element list holding the number of atoms given out.
     """
@@ -47,6 +48,7 @@ class Ledger:
     frozen: list[tuple[Tensor, str]] = field(default_factory=list)
     grids: list[Tensor] = field(default_factory=list)
     held: list[tuple[Tensor, int, str]] = field(default_factory=list)
+    spared: list[Tensor] = field(default_factory=list)
     consumed: list[Tensor] = field(default_factory=list)
     count: list[int] = field(default_factory=lambda: [0])
 

@@ -33,6 +33,7 @@ class Plan:
         cuts: tensor name to {dimension: removed indices}.
         shapes: shape of every parameter and buffer before.
         edits: constants in the model's own code that change with the sizes.
+        spared: tensors which `mask` does not zero (see `Groups`).
         nats: group id to the evidence of its removed units, if it was given (same order as `removed`).
     """
 
@@ -41,6 +42,7 @@ class Plan:
     cuts: Mapping[str, Mapping[int, tuple[int, ...]]]
     shapes: Mapping[str, tuple[int, ...]]
     edits: tuple[Edit, ...] = ()
+    spared: tuple[str, ...] = ()
     nats: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
@@ -71,6 +73,7 @@ class Plan:
                 "cuts": {n: {str(d): list(i) for d, i in c.items()} for n, c in self.cuts.items()},
                 "shapes": {n: list(s) for n, s in self.shapes.items()},
                 "edits": [e.to_data() for e in self.edits],
+                "spared": list(self.spared),
                 "nats": {k: list(v) for k, v in self.nats.items()},
             }
         )
@@ -124,6 +127,7 @@ def _read(text: str) -> Plan:
             cuts={n: {int(d): tuple(i) for d, i in c.items()} for n, c in data["cuts"].items()},
             shapes={n: tuple(s) for n, s in data["shapes"].items()},
             edits=tuple(Edit.from_data(e) for e in data["edits"]),
+            spared=tuple(data["spared"]),
             nats={k: tuple(v) for k, v in data["nats"].items()},
         )
         _check_bounds(plan)
@@ -191,6 +195,7 @@ def plan(
         cuts={n: {d: tuple(sorted(i)) for d, i in c.items()} for n, c in cuts.items()},
         shapes=dict(groups.shapes),
         edits=edits_of(groups.sites, _gone(groups, gone)),
+        spared=groups.spared,
         nats=said,
     )
 

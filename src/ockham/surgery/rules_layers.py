@@ -172,6 +172,7 @@ def weight_norm(call: Call) -> Value:
     reason = call.reason("normalises the weight over this dimension")
     factors = []
     for factor in v.factors:
+        call.ledger.spared.append(factor.flatten())
         if factor.shape[dim] > 1:
             factors.append(factor)
         else:

@@ -60,8 +60,8 @@ def mask(model: nn.Module, plan: Plan) -> Any:
         PlanError: when the plan is for another model.
     """
     check_model(plan, model)
-    learned = dict(model.named_parameters())
-    return clone(model, lambda n, t: masked_tensor(plan, n, t) if n in learned else t.detach().clone())
+    zeroed = {name for name, _ in model.named_parameters()} - set(plan.spared)
+    return clone(model, lambda n, t: masked_tensor(plan, n, t) if n in zeroed else t.detach().clone())
 
 
 def shrink(

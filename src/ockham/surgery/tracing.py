@@ -73,7 +73,11 @@ def _grouped(model: nn.Module, axes: list[Axis], ledger: Ledger, notes: list[Not
     shapes = {name: tuple(t.shape) for name, t in named_tensors(model).items()}
     reasons = reasons_by_root(root, ledger.frozen)
     groups = build(axes, root, reasons=reasons, consumed=consumed, shapes=shapes)
-    return replace(groups, sites=tuple(settled(notes, root)))
+    spared = torch.zeros(count, dtype=torch.bool)
+    for atoms in ledger.spared:
+        spared[atoms[atoms >= 0]] = True
+    names = dict.fromkeys(a.name for a in axes if bool(spared[a.start]))
+    return replace(groups, sites=tuple(settled(notes, root)), spared=tuple(names))
 
 
 def _export(model: nn.Module, example_inputs: Any) -> torch.export.ExportedProgram:

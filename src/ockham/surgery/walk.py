@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from ockham.surgery.labels import Ledger, Value
 from ockham.surgery.sites import Note
 
 Result = Value | list[Value]
+UNKNOWN = "an op whose meaning for channels is not known"
 Rule = Callable[["Call"], Result]
 
 
@@ -56,8 +58,9 @@ class Call:
         return found if isinstance(found, Value) else Value(())
 
     def tensors(self) -> list[Value]:
-        """Return all tensors among the arguments, in order."""
-        found = [self.known.get(n) for n in self.node.all_input_nodes]
+        """Return all tensors among the arguments, in order, repeated ones repeatedly."""
+        nodes = [n for n in pytree.arg_tree_leaves(*self.node.args, **self.node.kwargs) if isinstance(n, fx.Node)]
+        found = [self.known.get(n) for n in nodes]
         return [v for f in found if f is not None for v in (f if isinstance(f, list) else [f])]
 
     def operands(self) -> int:
@@ -171,8 +174,10 @@ class Walker:
             return call.like_outputs(Value)
         if call.name.endswith("_") and call.name[:-1] not in self.rules and call.name not in self.rules:
             return call.freeze_all("an in-place op whose meaning is not known")
+        if call.name.startswith(("_assert", "sym_", "_check")):
+            return Value(())
         rule = self.rules.get(call.name, self.rules.get(call.name.rstrip("_")))
-        return rule(call) if rule is not None else call.freeze_all("an op whose meaning for channels is not known")
+        return _applied(rule, call) if rule is not None else call.freeze_all(UNKNOWN)
 
     def _inline(self, call: Call, inner: fx.Graph) -> Result:
         """Walk a subgraph (autocast and no_grad regions) with the arguments of the call."""
@@ -182,6 +187,25 @@ class Walker:
             return call.freeze_all("a region whose arguments are not known")
         known = {hole: call.known[n] for hole, n in zip(holes, tensors, strict=True) if n in call.known}
         return [v if isinstance(v, Value) else v[0] for v in self.walk(inner, known)]
+
+
+def _applied(rule: Rule, call: Call) -> Result:
+    """Apply a rule; a result that does not fit the op's true shapes means it was not understood: frozen."""
+    try:
+        result = rule(call)
+    except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
+        return call.freeze_all(f"a use of this op that could not be followed ({str(error).splitlines()[0]})")
+    values = result if isinstance(result, list) else [result]
+    shapes = call.shapes() if isinstance(call.shapes(), list) else [call.shapes()]
+    if all(_fits(value, shape) for value, shape in zip(values, shapes, strict=False)):
+        return result
+    return call.freeze_all("a use of this op that could not be followed")
+
+
+def _fits(value: Value, shape: tuple[int, ...]) -> bool:
+    return value.shape == shape and all(
+        f.ndim == len(shape) and all(a in (1, b) for a, b in zip(f.shape, shape, strict=True)) for f in value.factors
+    )
 
 
 def op_name(target: Any) -> str:
