@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from functools import singledispatch
 
 from torch import nn
@@ -12,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from ockham.surgery.attention import reduce_attention
 from ockham.surgery.planning import Plan
 from ockham.surgery.resizing import attach
-from ockham.surgery.sites import Edit
+from ockham.surgery.sites import COUNTS, Edit
 
 
 def refit(model: nn.Module, small: nn.Module, plan: Plan, *, seen: list[Edit] | None = None) -> None:
@@ -20,6 +21,8 @@ def refit(model: nn.Module, small: nn.Module, plan: Plan, *, seen: list[Edit] | 
     before = dict(model.named_modules())
     for name, module in small.named_modules():
         adapt(module, before[name])
+    for path, sizes in plan.counts.items():
+        _recount(small.get_submodule(path), sizes)
     edits: dict[str, list[Edit]] = defaultdict(list)
     for edit in plan.edits:
         edits[edit.module].append(edit)
@@ -27,6 +30,16 @@ def refit(model: nn.Module, small: nn.Module, plan: Plan, *, seen: list[Edit] | 
     for path, own in edits.items():
         if not isinstance(after[path], nn.MultiheadAttention):
             attach(after[path], own, seen)
+
+
+def _recount(module: nn.Module, sizes: Mapping[int, int]) -> None:
+    """Correct attributes which count heads or hold the width of all of them."""
+    if isinstance(module, nn.MultiheadAttention):
+        return
+    for name in COUNTS & set(vars(module)):
+        held = getattr(module, name)
+        if isinstance(held, int) and held in sizes:
+            setattr(module, name, sizes[held])
 
 
 @singledispatch

@@ -78,6 +78,7 @@ class Groups:
         shapes: shape of every parameter and buffer of the model.
         units: group id to the settled component of each unit, shape ``(units,)``.
         sites: places of the model's code whose constants change with a plan.
+        heads: all places that split or join dimensions, for attributes such as `num_heads`.
         spared: tensors which `mask` leaves alone, because zeros in them are no zeros (directions of a weight norm).
     """
 
@@ -86,6 +87,7 @@ class Groups:
     shapes: Mapping[str, tuple[int, ...]]
     units: Mapping[str, Tensor]
     sites: tuple[Site, ...] = ()
+    heads: tuple[Site, ...] = ()
     spared: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Group]:

@@ -50,6 +50,7 @@ class Ledger:
     held: list[tuple[Tensor, int, str]] = field(default_factory=list)
     spared: list[Tensor] = field(default_factory=list)
     consumed: list[Tensor] = field(default_factory=list)
+    loose: list[tuple[int, int]] = field(default_factory=list)
     count: list[int] = field(default_factory=lambda: [0])
 
     def atoms(self, size: int) -> Tensor:
@@ -57,6 +58,17 @@ class Ledger:
         start = self.count[0]
         self.count[0] += size
         return torch.arange(start, start + size)
+
+    def loose_atoms(self, size: int) -> Tensor:
+        """Give out `size` atoms that belong to no tensor of the model (expanded dimensions, constants)."""
+        found = self.atoms(size)
+        self.loose.append((int(found[0]), int(found[-1])))
+        return found
+
+    def is_loose(self, factor: Tensor) -> bool:
+        """Does `factor` consist of loose atoms?"""
+        top = int(factor.max())
+        return any(start <= top <= end for start, end in self.loose)
 
     def freeze(self, labels: Tensor, reason: str) -> None:
         """Say that none of the atoms in `labels` may ever be removed, because of `reason`."""
@@ -115,16 +127,20 @@ def compress(labels: Tensor) -> Tensor:
 def tidy(shape: tuple[int, ...], labels: list[Tensor], zero: bool, ledger: Ledger, reason: str) -> Value:
     """Return the value of moved `labels`; two factors meeting in one dimension are frozen."""
     factors = [f for f in map(compress, labels) if f.numel() > 1]
-    taken: set[int] = set()
-    kept = []
-    clash = {d for i, f in enumerate(factors) for g in factors[:i] for d in set(varying(f)) & set(varying(g))}
+    if _clash(factors):
+        for factor in filter(ledger.is_loose, factors):
+            ledger.freeze(factor, reason)
+        factors = [f for f in factors if not ledger.is_loose(f)]
+    clash = _clash(factors)
     for factor in factors:
         if clash & set(varying(factor)):
             ledger.freeze(factor, reason)
-        else:
-            kept.append(factor)
-            taken |= set(varying(factor))
-    return Value(shape, tuple(kept), zero)
+    return Value(shape, tuple(f for f in factors if not clash & set(varying(f))), zero)
+
+
+def _clash(factors: list[Tensor]) -> set[int]:
+    """Return the dimensions along which more than one factor varies."""
+    return {d for i, f in enumerate(factors) for g in factors[:i] for d in set(varying(f)) & set(varying(g))}
 
 
 def drop_leading(factor: Tensor, rank: int) -> Tensor:
@@ -169,6 +185,7 @@ def _pair(
         twin = next((j for j, g in enumerate(right) if varying(g) == varying(f)), None)
         if twin is not None:
             ledger.unify(f, right[twin], reason)
+            f = right[twin] if ledger.is_loose(f) else f
             used.add(twin)
         else:
             f = ledger.collapse(f, [d for d in varying(f) if sizes[1][d] > 1], reason)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ockham.errors import OckhamError
 from ockham.surgery.cloning import named_tensors
 from ockham.surgery.grouping import Group, Groups
-from ockham.surgery.sites import Edit, edits_of
+from ockham.surgery.sites import Edit, counts_of, edits_of
 
 SCHEMA = 1
 
@@ -33,6 +33,7 @@ class Plan:
         cuts: tensor name to {dimension: removed indices}.
         shapes: shape of every parameter and buffer before.
         edits: constants in the model's own code that change with the sizes.
+        counts: module path to {size before: size after} of its heads and their widths, for attributes like `num_heads`.
         spared: tensors which `mask` does not zero (see `Groups`).
         nats: group id to the evidence of its removed units, if it was given (same order as `removed`).
     """
@@ -42,6 +43,7 @@ class Plan:
     cuts: Mapping[str, Mapping[int, tuple[int, ...]]]
     shapes: Mapping[str, tuple[int, ...]]
     edits: tuple[Edit, ...] = ()
+    counts: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
     spared: tuple[str, ...] = ()
     nats: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
@@ -73,6 +75,7 @@ class Plan:
                 "cuts": {n: {str(d): list(i) for d, i in c.items()} for n, c in self.cuts.items()},
                 "shapes": {n: list(s) for n, s in self.shapes.items()},
                 "edits": [e.to_data() for e in self.edits],
+                "counts": {m: {str(a): b for a, b in c.items()} for m, c in self.counts.items()},
                 "spared": list(self.spared),
                 "nats": {k: list(v) for k, v in self.nats.items()},
             }
@@ -127,6 +130,7 @@ def _read(text: str) -> Plan:
             cuts={n: {int(d): tuple(i) for d, i in c.items()} for n, c in data["cuts"].items()},
             shapes={n: tuple(s) for n, s in data["shapes"].items()},
             edits=tuple(Edit.from_data(e) for e in data["edits"]),
+            counts={m: {int(a): int(b) for a, b in c.items()} for m, c in data["counts"].items()},
             spared=tuple(data["spared"]),
             nats={k: tuple(v) for k, v in data["nats"].items()},
         )
@@ -195,6 +199,7 @@ def plan(
         cuts={n: {d: tuple(sorted(i)) for d, i in c.items()} for n, c in cuts.items()},
         shapes=dict(groups.shapes),
         edits=edits_of(groups.sites, _gone(groups, gone)),
+        counts=counts_of(groups.heads, _gone(groups, gone)),
         spared=groups.spared,
         nats=said,
     )

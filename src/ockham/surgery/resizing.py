@@ -7,6 +7,7 @@ know raise, so nothing is ever resized by guess.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -53,6 +54,18 @@ class Resizing(TorchFunctionMode):
             if e.op == op and e.rank == x.ndim and e.dim in (dim, -1) and all(x.shape[d] == n for d, _, n in e.sizes)
         ]
 
+    def view(self, op: str, x: Tensor, asked: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the sizes for a view of `x`; sizes that cannot hold it are replaced if only one edit fits `x`."""
+        found = self.fitting(op, x)
+        sizes = self.replace(found, asked)
+        meant = {e.new: e for e in found if len(e.new) == len(asked)}
+        if op != "view" or len(meant) != 1 or not _impossible(x, sizes):
+            return sizes
+        (new, edit), *_ = meant.items()
+        if self.seen is not None:
+            self.seen.append(edit)
+        return tuple(a if n is None or a == -1 else n for a, n in zip(asked, new, strict=True))
+
     def replace(self, found: list[Edit], asked: tuple[int, ...]) -> tuple[int, ...]:
         """Return the numbers to use instead of `asked`; raises when two edits disagree."""
         results = {}
@@ -68,6 +81,12 @@ class Resizing(TorchFunctionMode):
         if changed and self.seen is not None:
             self.seen.append(results[changed[0]])
         return next(iter(results))
+
+
+def _impossible(x: Tensor, sizes: tuple[int, ...]) -> bool:
+    """Can `x` not be viewed with these sizes?"""
+    wanted = math.prod(n for n in sizes if n != -1)
+    return x.numel() != wanted if -1 not in sizes else wanted == 0 or x.numel() % wanted != 0
 
 
 def _replaced(edit: Edit, asked: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -96,7 +115,7 @@ def _view(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     asked = _sizes(args[1:], kwargs, "shape" if func in (torch.reshape, torch.Tensor.reshape) else "size")
     if asked is None:
         return func(*args, **kwargs)
-    return func(args[0], mode.replace(mode.fitting(op, args[0]), asked))
+    return func(args[0], mode.view(op, args[0], asked))
 
 
 def _unflatten(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -90,7 +90,7 @@ def fresh(call: Call, value: Value, dims: list[int]) -> Value:
     for dim in dims:
         shape = [1] * rank
         shape[dim] = value.shape[dim]
-        new.append(call.ledger.atoms(value.shape[dim]).reshape(shape))
+        new.append(call.ledger.loose_atoms(value.shape[dim]).reshape(shape))
     return Value(value.shape, (*value.factors, *new), value.zero)
 
 
@@ -135,7 +135,7 @@ def _others(value: Value, dim: int, call: Call) -> tuple[Tensor, ...]:
         if factor.shape[dim] == 1:
             out.append(factor)
         elif len(varying(factor)) > 1:
-            call.ledger.freeze(factor, call.reason("joins a structure spread over two dimensions"))
+            out.append(call.ledger.collapse(factor, [dim], call.reason("joins it with other positions")))
     return tuple(out)
 
 

@@ -41,6 +41,7 @@ class Site:
         before: input dimension to the components along it, shape ``(size,)``.
         old: the numbers in the code: sizes of the result, (start, stop), or sizes of the parts.
         after: index into `old` to the components along that result dimension (views only).
+        fixed: indices into `old` which are known not to change (views only).
         dim: the dimension cut (slices and splits), else -1.
     """
 
@@ -51,6 +52,7 @@ class Site:
     old: tuple[int, ...]
     after: Mapping[int, Tensor]
     dim: int
+    fixed: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +105,9 @@ def _settle(note: Note, root: Tensor) -> Site | None:
             old = old[dim : dim + len(note.node.args[2])]  # type: ignore[arg-type]
             after = {d - dim: v for d, v in after.items() if dim <= d < dim + len(old)}
             return Site(note.module, "unflatten", note.before.shape, before, old, after, dim)
-        return Site(note.module, VIEWS[note.name], note.before.shape, before, old, after, -1)
+        plain = VIEWS[note.name] == "view"
+        fixed = _fixed(note.before.shape, set(before), old) - set(after) if plain else frozenset()
+        return Site(note.module, VIEWS[note.name], note.before.shape, before, old, after, -1, fixed)
     if note.name in SPLITS and isinstance(note.after, list):
         position = 1 if note.name in SPLITS else 1
         dim = int(_argument(note.node, position + 1, "dim", 0)) % len(note.before.shape)
@@ -116,6 +120,25 @@ def _settle(note: Note, root: Tensor) -> Site | None:
         assert isinstance(note.after, Value)
         return _cut(note, before, "slice", dim, (start, start + note.after.shape[dim]))
     return None
+
+
+def _fixed(shape: tuple[int, ...], labelled: set[int], out: tuple[int, ...]) -> frozenset[int]:
+    """Return the result dimensions made of labelled input dimensions only: no batch is folded into them."""
+    found: set[int] = set()
+    i = j = 0
+    while i < len(shape) and j < len(out):
+        ins, outs, have, want = [i], [j], shape[i], out[j]
+        i, j = i + 1, j + 1
+        while have != want:
+            if have < want:
+                ins.append(i)
+                have, i = have * shape[i], i + 1
+            else:
+                outs.append(j)
+                want, j = want * out[j], j + 1
+        if all(d in labelled or shape[d] == 1 for d in ins) and any(d in labelled for d in ins):
+            found.update(outs)
+    return frozenset(found)
 
 
 def _cut(note: Note, before: dict[int, Tensor], op: str, dim: int, old: tuple[int, ...]) -> Site | None:
@@ -153,6 +176,8 @@ def _edit(site: Site, gone: Tensor) -> Edit | None:
         old[dim], new[dim] = site.old[dim], int((~torch.isin(roots, gone)).sum())
     if old == new:
         return None
+    for dim in site.fixed:
+        old[dim] = new[dim] = site.old[dim]
     return Edit(site.module, site.op, len(site.shape), sizes, site.dim, tuple(old), tuple(new))
 
 
@@ -164,3 +189,21 @@ def _edit_cut(site: Site, stays: Tensor, sizes: tuple[tuple[int, int, int], ...]
         ends = torch.tensor(site.old).cumsum(0)
         new = tuple(int(below[end] - below[end - n]) for end, n in zip(ends.tolist(), site.old, strict=True))
     return Edit(site.module, site.op, len(site.shape), sizes, site.dim, site.old, new)
+
+
+COUNTS = frozenset(
+    "num_heads n_heads n_head nheads nhead heads num_attention_heads num_key_value_heads num_kv_heads n_kv_heads "
+    "all_head_size inner_dim split_size attn_dim attention_dim".split()
+)
+"""Attributes of modules which hold a number of heads or the width of all of them."""
+
+
+def counts_of(sites: tuple[Site, ...], gone: Tensor) -> dict[str, dict[int, int]]:
+    """Return, for each module, sizes of labelled dimensions before and after; sizes with two meanings are left out."""
+    found: dict[str, dict[int, set[int]]] = {}
+    for site in sites:
+        for roots in (*site.before.values(), *site.after.values()):
+            left = int((~torch.isin(roots, gone)).sum())
+            found.setdefault(site.module, {}).setdefault(roots.numel(), set()).add(left)
+    clear = {m: {old: new.pop() for old, new in sizes.items() if len(new) == 1} for m, sizes in found.items()}
+    return {m: changed for m, sizes in clear.items() if (changed := {o: n for o, n in sizes.items() if o != n})}

@@ -77,7 +77,8 @@ def _grouped(model: nn.Module, axes: list[Axis], ledger: Ledger, notes: list[Not
     for atoms in ledger.spared:
         spared[atoms[atoms >= 0]] = True
     names = dict.fromkeys(a.name for a in axes if bool(spared[a.start]))
-    return replace(groups, sites=tuple(settled(notes, root)), spared=tuple(names))
+    sites = tuple(settled(notes, root))
+    return replace(groups, sites=sites, heads=sites, spared=tuple(names))
 
 
 def _export(model: nn.Module, example_inputs: Any) -> torch.export.ExportedProgram:
