@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from functools import singledispatch
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
@@ -20,6 +20,7 @@ def refit(model: nn.Module, small: nn.Module, plan: Plan, *, seen: list[Edit] | 
     """Make the attributes of `small` (sliced tensors in it) consistent; `model` is the network before."""
     before = dict(model.named_modules())
     for name, module in small.named_modules():
+        _recompute(module)
         adapt(module, before[name])
     for path, sizes in plan.counts.items():
         _recount(small.get_submodule(path), sizes)
@@ -30,6 +31,18 @@ def refit(model: nn.Module, small: nn.Module, plan: Plan, *, seen: list[Edit] | 
     for path, own in edits.items():
         if not isinstance(after[path], nn.MultiheadAttention):
             attach(after[path], own, seen)
+
+
+def _recompute(module: nn.Module) -> None:
+    """Recompute tensors which hooks of `torch.nn.utils` keep as plain attributes: masked or normalised weights."""
+    held = {**module._parameters, **module._buffers}
+    for name in [n for n, value in vars(module).items() if isinstance(value, Tensor)]:
+        original, keep = held.get(f"{name}_orig"), held.get(f"{name}_mask")
+        scale, direction = held.get(f"{name}_g"), held.get(f"{name}_v")
+        if original is not None and keep is not None:
+            setattr(module, name, (original * keep).detach())
+        elif scale is not None and direction is not None:
+            setattr(module, name, direction.detach())
 
 
 def _recount(module: nn.Module, sizes: Mapping[int, int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import warnings
 from collections import defaultdict
@@ -70,6 +71,8 @@ def attempt(
     trial = plan(groups, {g.id: _all_but_one(g) for g in groups})
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     args, kwargs = pytree.tree_map_only(Tensor, fake.from_tensor, arguments)
+    loud = logging.getLogger("torch._subclasses.fake_tensor")
+    quiet, loud.disabled = loud.disabled, True
     try:
         with fake, torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -79,6 +82,8 @@ def attempt(
             after = _run(small, args, kwargs)
     except Exception as error:
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    finally:
+        loud.disabled = quiet
     return None if before == after else f"the output has sizes {after} instead of {before}"
 
 

@@ -24,11 +24,13 @@ class Value:
         shape: concrete shape under the example inputs.
         factors: label tensors of rank ``len(shape)``; each dimension has size 1 or that of ``shape``.
         zero: True when elements of removed units are exactly zero in a masked model.
+        learned: True for parameters, buffers and what is made of them alone.
     """
 
     shape: tuple[int, ...]
     factors: tuple[Tensor, ...] = ()
     zero: bool = False
+    learned: bool = False
 
     def factor_at(self, dim: int) -> Tensor | None:
         """Return the one factor varying along `dim`, or None."""

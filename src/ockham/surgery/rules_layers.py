@@ -101,6 +101,7 @@ def batch_norm(call: Call) -> Value:
     """Batch and instance norm: every channel of dimension 1 on its own, so removal is exact."""
     x = call.value(0)
     parts = [call.value(i) for i in range(1, 5) if call.optional(i, "") is not None]
+    call.note(x, [])
     return _per_channel(call, x, channels(x, 1, call), parts, affine=call.optional(2, "bias") is not None)
 
 

@@ -22,8 +22,9 @@ def contract(left: Value, right: Value, equation: str, call: Call) -> Value:
     one, two = ins.split(",")
     letters = "".join(dict.fromkeys(one + two))
     a, b = _spread(left, one, letters), _spread(right, two, letters)
-    for side in (a, b):
-        call.ledger.consumed.extend(_contracted(side, letters, out))
+    for side, value in ((a, left), (b, right)):
+        if value.learned:
+            call.ledger.consumed.extend(_contracted(side, letters, out))
     factors, shape = match(a, b, call.ledger, reason=call.reason("multiplies it with a tensor of fixed size"))
     zero = left.zero or right.zero
     kept = [f for f in (_consume(f, letters, out, zero=zero, call=call) for f in factors) if f.numel() > 1]

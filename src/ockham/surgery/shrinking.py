@@ -140,4 +140,11 @@ def shrink_optimizer(
 
 
 def _state(plan: Plan, name: str, value: Any) -> Any:
+    if isinstance(value, Tensor) and value.ndim and tuple(value.shape) != plan.shapes[name]:
+        raise PlanError(
+            f"the optimizer's state for {name} has shape {tuple(value.shape)}, the parameter {plan.shapes[name]}: it "
+            "cannot be sliced. Make a new optimizer over the small model"
+        )
+    if isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value):
+        raise PlanError(f"the optimizer's state for {name} is not one tensor per parameter; make a new optimizer")
     return slice_values(plan, name, value) if isinstance(value, (Tensor, Mapping)) else copy.deepcopy(value)

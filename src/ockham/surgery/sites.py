@@ -36,7 +36,7 @@ class Site:
 
     Attributes:
         module: path of the module in whose forward the op stands.
-        op: "view", "unflatten", "expand", "slice" or "split".
+        op: "view", "unflatten", "expand", "slice", "split", or "norm" (changes no number, only `num_features`).
         shape: input shape.
         before: input dimension to the components along it, shape ``(size,)``.
         old: the numbers in the code: sizes of the result, (start, stop), or sizes of the parts.
@@ -97,6 +97,8 @@ def settled(notes: list[Note], root: Tensor) -> list[Site]:
 
 def _settle(note: Note, root: Tensor) -> Site | None:
     before = _dims(note.before, root)
+    if note.name in ("batch_norm", "instance_norm"):
+        return Site(note.module, "norm", note.before.shape, before, (), {}, -1)
     if note.name in VIEWS and isinstance(note.after, Value):
         after = _dims(note.after, root)
         old = note.after.shape
@@ -109,8 +111,7 @@ def _settle(note: Note, root: Tensor) -> Site | None:
         fixed = _fixed(note.before.shape, set(before), old) - set(after) if plain else frozenset()
         return Site(note.module, VIEWS[note.name], note.before.shape, before, old, after, -1, fixed)
     if note.name in SPLITS and isinstance(note.after, list):
-        position = 1 if note.name in SPLITS else 1
-        dim = int(_argument(note.node, position + 1, "dim", 0)) % len(note.before.shape)
+        dim = int(_argument(note.node, 2, "dim", 0)) % len(note.before.shape)
         return _cut(note, before, "split", dim, tuple(v.shape[dim] for v in note.after))
     if note.name in ("slice", "narrow"):
         dim = int(_argument(note.node, 1, "dim", 0)) % len(note.before.shape)
@@ -193,9 +194,9 @@ def _edit_cut(site: Site, stays: Tensor, sizes: tuple[tuple[int, int, int], ...]
 
 COUNTS = frozenset(
     "num_heads n_heads n_head nheads nhead heads num_attention_heads num_key_value_heads num_kv_heads n_kv_heads "
-    "all_head_size inner_dim split_size attn_dim attention_dim".split()
+    "num_features all_head_size inner_dim split_size attn_dim attention_dim".split()
 )
-"""Attributes of modules which hold a number of heads or the width of all of them."""
+"""Attributes of modules which hold a number of heads, the width of all of them, or of a norm without tensors."""
 
 
 def counts_of(sites: tuple[Site, ...], gone: Tensor) -> dict[str, dict[int, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -177,7 +177,11 @@ class Walker:
         if call.name.startswith(("_assert", "sym_", "_check")):
             return Value(())
         rule = self.rules.get(call.name, self.rules.get(call.name.rstrip("_")))
-        return _applied(rule, call) if rule is not None else call.freeze_all(UNKNOWN)
+        if rule is None:
+            return call.freeze_all(UNKNOWN)
+        result = _applied(rule, call)
+        made_of_weights = all(value.learned for value in call.tensors())
+        return _learned(result) if made_of_weights and call.tensors() else result
 
     def _inline(self, call: Call, inner: fx.Graph) -> Result:
         """Walk a subgraph (autocast and no_grad regions) with the arguments of the call."""
@@ -187,6 +191,12 @@ class Walker:
             return call.freeze_all("a region whose arguments are not known")
         known = {hole: call.known[n] for hole, n in zip(holes, tensors, strict=True) if n in call.known}
         return [v if isinstance(v, Value) else v[0] for v in self.walk(inner, known)]
+
+
+def _learned(result: Result) -> Result:
+    if isinstance(result, list):
+        return [replace(value, learned=True) for value in result]
+    return replace(result, learned=True)
 
 
 def _applied(rule: Rule, call: Call) -> Result:
