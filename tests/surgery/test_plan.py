@@ -75,7 +75,9 @@ def test_a_plan_for_another_model_is_refused_by_name_and_shape(groups):
     made = plan(groups, {"0.weight:0": keep(6, 0)})
     other = nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 2))
     for apply in (mask, shrink):
-        with pytest.raises(PlanError, match=r"another model \(3 tensors differ\): 0.weight: plan \(6, 4\), model \(7, 4\)"):
+        with pytest.raises(
+            PlanError, match=r"another model \(3 tensors differ\): 0.weight: plan \(6, 4\), model \(7, 4\)"
+        ):
             apply(other, made)
 
 

@@ -181,7 +181,7 @@ def words(kinds):
 def stack(kind, names, width):
     layers, first = [], width
     for name, other in names:
-        if name in ("grouped", "groupnorm") and width % 2 or name == "slice" and width < 4:
+        if (name in ("grouped", "groupnorm") and width % 2) or (name == "slice" and width < 4):
             continue
         layers.append(kind(name, width, other))
         width = layers[-1].out

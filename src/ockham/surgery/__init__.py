@@ -1,4 +1,4 @@
-"""Surgery: which dimensions of a network live and die together, plans that remove them, and the proof that it is right."""
+"""Surgery: which dimensions of a network live and die together, plans that remove them, and the proof."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ class ReducedAttention(nn.MultiheadAttention):
     Same parameter names, same arguments, same results. It is made by `reduce_attention`, never built.
     """
 
-    def forward(  # noqa: PLR0913
+    def forward(
         self,
         query: Tensor,
         key: Tensor,
@@ -45,13 +45,12 @@ class ReducedAttention(nn.MultiheadAttention):
         return out, weights
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.in_proj_weight is not None:
-            weights = list(self.in_proj_weight.chunk(3))
-        else:
-            weights = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
+        packed: Tensor | None = self.in_proj_weight
+        apart = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
+        weights = apart if packed is None else list(packed.chunk(3))
         biases = [None] * 3 if self.in_proj_bias is None else list(self.in_proj_bias.chunk(3))
         parts = [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True)]
-        q, k, v = (p.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for p in parts)
+        q, k, v = (p.reshape(*p.shape[:-1], self.num_heads, self.head_dim).transpose(1, 2) for p in parts)
         return q, k, v
 
     def _bias(self, padding: Tensor | None, mask: Tensor | None, q: Tensor) -> Tensor | None:
@@ -61,7 +60,7 @@ class ReducedAttention(nn.MultiheadAttention):
             found.append(_as_float(padding, q)[:, None, None, :])
         if mask is not None:
             mask = _as_float(mask, q)
-            found.append(mask if mask.dim() == 2 else mask.unflatten(0, (q.shape[0], -1)))
+            found.append(mask if mask.dim() == 2 else mask.reshape(q.shape[0], -1, *mask.shape[1:]))
         return sum(found[1:], found[0]) if found else None
 
     def _attend(
@@ -91,5 +90,7 @@ def reduce_attention(module: nn.MultiheadAttention, before: nn.MultiheadAttentio
     module.embed_dim = module.out_proj.weight.shape[0]
     module.out_proj.out_features, module.out_proj.in_features = module.out_proj.weight.shape
     module.__class__ = ReducedAttention
-    attributes: dict[str, Any] = {"_qkv_same_embed_dim": False}  # keeps callers off the fused path, which wants all heads
+    attributes: dict[str, Any] = {
+        "_qkv_same_embed_dim": False
+    }  # keeps callers off the fused path, which wants all heads
     module.__dict__.update(attributes)

@@ -107,11 +107,11 @@ def _(module: nn.PReLU, before: nn.Module) -> None:
 
 @adapt.register
 def _(module: nn.RNNBase, before: nn.RNNBase) -> None:
-    gates = before.weight_ih_l0.shape[0] // before.hidden_size
-    module.input_size = module.weight_ih_l0.shape[1]
-    module.hidden_size = module.weight_ih_l0.shape[0] // gates
+    old, new = before.get_parameter("weight_ih_l0"), module.get_parameter("weight_ih_l0")
+    module.input_size = new.shape[1]
+    module.hidden_size = new.shape[0] * before.hidden_size // old.shape[0]
     if before.proj_size:
-        module.proj_size = module.weight_hr_l0.shape[0]
+        module.proj_size = module.get_parameter("weight_hr_l0").shape[0]
 
 
 @adapt.register
@@ -125,7 +125,7 @@ def _(module: nn.MultiheadAttention, before: nn.MultiheadAttention) -> None:
 
 
 def _by_name(module: nn.Module) -> None:
-    """transformers' ``Conv1D`` keeps (in, out) as ``nx`` and ``nf``."""
+    """Correct the ``Conv1D`` of transformers, which keeps (in, out) as ``nx`` and ``nf``."""
     weight = getattr(module, "weight", None)
     if hasattr(module, "nf") and weight is not None and weight.ndim == 2:
         module.nf = weight.shape[1]

@@ -1,4 +1,4 @@
-"""A trial on fake tensors: does the model's own code run at the smaller sizes? What does not is frozen, with the reason."""
+"""A trial on fake tensors: does the model's own code run at smaller sizes? What does not is frozen, with the reason."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def _frozen(groups: Groups, bad: dict[str, str]) -> Groups:
     frozen = dict(groups.frozen)
     for key, problem in bad.items():
         for member in groups[key].members:
-            frozen.setdefault((member.name, member.dim), f"cannot shrink: the forward fails at another size ({problem})")
+            frozen.setdefault(
+                (member.name, member.dim), f"cannot shrink: the forward fails at another size ({problem})"
+            )
     return replace(groups, groups={k: g for k, g in groups.groups.items() if k not in bad}, frozen=frozen)
 
 
-def attempt(
-    model: nn.Module, groups: Groups, arguments: Arguments, *, seen: list[Edit] | None = None
-) -> str | None:
+def attempt(model: nn.Module, groups: Groups, arguments: Arguments, *, seen: list[Edit] | None = None) -> str | None:
     """Remove one unit of each group and run on fake tensors; returns what goes wrong, or None."""
     trial = plan(groups, {g.id: _all_but_one(g) for g in groups})
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -102,5 +102,3 @@ def _all_but_one(group: Group) -> Tensor:
     keep = torch.ones(group.size, dtype=torch.bool)
     keep[group.size // 2] = False
     return keep
-
-

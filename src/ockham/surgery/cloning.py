@@ -28,8 +28,8 @@ def clone(model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> Any:
     """Return a deep copy of `model` in which every parameter and buffer is ``replace(name, tensor)``.
 
     Tied tensors stay tied, hooks and plain attributes are copied as `copy.deepcopy` does; the data of replaced tensors
-    are not copied. Computed tensors held as attributes (``weight`` under `torch.nn.utils.prune`) are copied detached; the
-    hook that made them makes them anew. Parameters stay parameters and keep ``requires_grad``.
+    are not copied. Computed tensors held as attributes (``weight`` under `torch.nn.utils.prune`) are copied
+    detached; the hook that made them makes them anew. Parameters stay parameters and keep ``requires_grad``.
     """
     memo: dict[int, Any] = {}
     for name, tensor in named_tensors(model).items():

@@ -43,7 +43,9 @@ def export(model: nn.Module, path: str | Path, example_inputs: Any) -> Path:
             warnings.simplefilter("ignore")
             writers[path.suffix](_program(model.eval(), example_inputs), path)
     except ImportError as error:
-        raise ExportError(f"exporting to {path.suffix} needs another package: {error}; pip install onnxscript") from error
+        raise ExportError(
+            f"exporting to {path.suffix} needs another package: {error}; pip install onnxscript"
+        ) from error
     finally:
         for name, module in model.named_modules():
             module.training = modes[name]
@@ -58,7 +60,9 @@ def _program(model: nn.Module, example_inputs: Any) -> torch.export.ExportedProg
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
         except Exception as error:
             failures.append(error)
-    raise ExportError(f"{type(model).__name__} cannot be exported: {str(failures[-1]).splitlines()[0]}") from failures[-1]
+    raise ExportError(f"{type(model).__name__} cannot be exported: {str(failures[-1]).splitlines()[0]}") from failures[
+        -1
+    ]
 
 
 def _batch_dims(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:

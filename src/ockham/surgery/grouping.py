@@ -65,7 +65,7 @@ class Group:
             if member.learned and member.consumes == consumes:
                 positions = torch.arange(torch.Size(self.shapes[member.name]).numel()).view(self.shapes[member.name])
                 found[member.name].append(positions.index_select(member.dim, member.index[unit]).flatten())
-        return [(name, torch.cat(parts).unique()) for name, parts in found.items()]
+        return [(name, torch.cat(parts).sort()[0]) for name, parts in found.items()]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,7 +123,7 @@ def reasons_by_root(root: Tensor, frozen: list[tuple[Tensor, str]]) -> dict[int,
     """Return the first reason for each frozen component."""
     found: dict[int, str] = {}
     for atoms, reason in frozen:
-        for r in root[atoms].unique().tolist():
+        for r in set(root[atoms].tolist()):
             found.setdefault(r, reason)
     return found
 
@@ -146,7 +146,7 @@ def build(
         own = root[axis.start : axis.start + axis.size]
         order = torch.argsort(own, stable=True)
         values, counts = torch.unique_consecutive(own[order], return_counts=True)
-        for value, indices in zip(values.tolist(), order.split(counts.tolist()), strict=True):
+        for value, indices in zip(values.tolist(), torch.split(order, counts.tolist()), strict=True):
             if value in reasons:
                 frozen.setdefault((axis.name, axis.dim), reasons[value])
             else:

@@ -8,6 +8,7 @@ atoms (they live and die together) or freeze them (with a reason); nothing else 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import torch
@@ -40,10 +41,17 @@ class Value:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ledger:
-    """Edges between atoms, frozen atoms with reasons, grids which must stay products, held dimensions, atoms of tensors which `mask`
-    must not zero, consumer atoms.
+    """What walking the graph writes down; the lists grow, nothing is ever taken back.
 
-    The lists grow while the graph is walked; `count` is a one-element list holding the number of atoms given out.
+    Attributes:
+        edges: pairs of atoms which live and die together.
+        frozen: atoms which stay, with the reason.
+        grids: labels after a view, which must settle to a product of rows and columns.
+        held: (labels, dimension, reason): dimensions addressed by position, along which no unit may vary.
+        spared: atoms of tensors which `mask` must not zero.
+        consumed: atoms on the reading side of a weight.
+        loose: ranges of atoms which belong to no tensor of the model.
+        count: one element, the number of atoms given out.
     """
 
     edges: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -74,13 +82,13 @@ class Ledger:
 
     def freeze(self, labels: Tensor, reason: str) -> None:
         """Say that none of the atoms in `labels` may ever be removed, because of `reason`."""
-        found = labels[labels >= 0].unique()
+        found = torch.unique(labels[labels >= 0])
         if found.numel():
             self.frozen.append((found, reason))
 
     def unify(self, one: Tensor, other: Tensor, reason: str) -> None:
         """Tie `one` and `other` element by element (broadcast); an atom which meets a fixed element is frozen."""
-        a, b = torch.broadcast_tensors(one, other)
+        a, b = torch.broadcast_tensors(one, other)  # type: ignore[no-untyped-call]
         both = (a >= 0) & (b >= 0)
         self.edges.append((a[both], b[both]))
         self.freeze(a[(a >= 0) & (b < 0)], reason)
@@ -150,9 +158,7 @@ def drop_leading(factor: Tensor, rank: int) -> Tensor:
     return factor.reshape((1,) * (rank - factor.ndim) + tuple(factor.shape))
 
 
-def match(
-    left: Value, right: Value, ledger: Ledger, *, reason: str
-) -> tuple[list[Tensor], tuple[int, ...]]:
+def match(left: Value, right: Value, ledger: Ledger, *, reason: str) -> tuple[list[Tensor], tuple[int, ...]]:
     """Return the joint factors of two values broadcast together, tying what lies on top of each other.
 
     A factor which meets a dimension of real size without labels is collapsed along it; factors of one value which vary
@@ -169,29 +175,25 @@ def match(
 def _narrow(sides: list[list[Tensor]], ledger: Ledger, reason: str) -> None:
     """Collapse factors to their first dimension where they overlap a factor of other dimensions."""
     left, right = sides
-    for i, f in enumerate(left):
-        for j, g in enumerate(right):
-            f, g = left[i], right[j]
-            df, dg = varying(f), varying(g)
-            if set(df) & set(dg) and df != dg:
-                left[i] = ledger.collapse(f, df[1:], reason)
-                right[j] = ledger.collapse(g, dg[1:], reason)
+    for i, j in itertools.product(range(len(left)), range(len(right))):
+        f, g = left[i], right[j]
+        df, dg = varying(f), varying(g)
+        if set(df) & set(dg) and df != dg:
+            left[i] = ledger.collapse(f, df[1:], reason)
+            right[j] = ledger.collapse(g, dg[1:], reason)
 
 
-def _pair(
-    sides: list[list[Tensor]], sizes: list[tuple[int, ...]], ledger: Ledger, reason: str
-) -> list[Tensor]:
+def _pair(sides: list[list[Tensor]], sizes: list[tuple[int, ...]], ledger: Ledger, reason: str) -> list[Tensor]:
     left, right = ([f for f in side if f.numel() > 1] for side in sides)
     joint, used = [], set()
     for f in left:
         twin = next((j for j, g in enumerate(right) if varying(g) == varying(f)), None)
         if twin is not None:
             ledger.unify(f, right[twin], reason)
-            f = right[twin] if ledger.is_loose(f) else f
             used.add(twin)
+            joint.append(right[twin] if ledger.is_loose(f) else f)
         else:
-            f = ledger.collapse(f, [d for d in varying(f) if sizes[1][d] > 1], reason)
-        joint.append(f)
+            joint.append(ledger.collapse(f, [d for d in varying(f) if sizes[1][d] > 1], reason))
     for j, g in enumerate(right):
         if j not in used:
             joint.append(ledger.collapse(g, [d for d in varying(g) if sizes[0][d] > 1], reason))

@@ -170,9 +170,7 @@ def check_model(plan: Plan, model: nn.Module) -> None:
     )
 
 
-def plan(
-    groups: Groups, keep: Mapping[str, Tensor], *, nats: Mapping[str, Tensor] | None = None
-) -> Plan:
+def plan(groups: Groups, keep: Mapping[str, Tensor], *, nats: Mapping[str, Tensor] | None = None) -> Plan:
     """Build a plan from masks of the units that stay.
 
     Args:

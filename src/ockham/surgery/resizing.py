@@ -127,8 +127,11 @@ def _unflatten(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[st
 
 def _split(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = args[0]
-    named = [kwargs[k] for k in ("split_size_or_sections", "split_size", "split_sizes", "chunks", "indices_or_sections")
-             if k in kwargs]
+    named = [
+        kwargs[k]
+        for k in ("split_size_or_sections", "split_size", "split_sizes", "chunks", "indices_or_sections")
+        if k in kwargs
+    ]
     how = args[1] if len(args) > 1 else named[0]
     dim = int(args[2] if len(args) > 2 else kwargs.get("dim", 0)) % x.ndim
     for edit in mode.fitting("split", x, dim):
@@ -156,8 +159,10 @@ def _asks(func: Any, how: Any, old: tuple[int | None, ...]) -> bool:
 
 
 def _narrow(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x, dim, start, length = args[0], *(kwargs.get(k, a) for k, a in zip(
-        ("dim", "start", "length"), (*args[1:], None, None, None), strict=False))
+    x, dim, start, length = (
+        args[0],
+        *(kwargs.get(k, a) for k, a in zip(("dim", "start", "length"), (*args[1:], None, None, None), strict=False)),
+    )
     if not all(isinstance(n, int) for n in (dim, start, length)):
         return func(*args, **kwargs)
     start, stop = mode.replace(mode.fitting("slice", x, dim % x.ndim), (start, start + length))
@@ -170,9 +175,8 @@ def _getitem(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str,
     used = sum(1 for i in items if i is not None and i is not Ellipsis)
     dim, out = 0, []
     for item in items:
-        if isinstance(item, slice) and item.step in (None, 1):
-            item = _sliced(mode, x, dim, item)
-        out.append(item)
+        plain = isinstance(item, slice) and item.step in (None, 1)
+        out.append(_sliced(mode, x, dim, item) if plain else item)
         dim += x.ndim - used if item is Ellipsis else (0 if item is None else 1)
     return func(x, tuple(out) if isinstance(index, tuple) else out[0])
 
@@ -212,5 +216,3 @@ def attach(module: nn.Module, edits: Sequence[Edit], seen: list[Edit] | None = N
             return base.forward(self, *args, **kwargs)
 
     module.__class__ = type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
-
-

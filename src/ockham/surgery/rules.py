@@ -9,27 +9,100 @@ from ockham.surgery import rules_recurrent as recurrent
 from ockham.surgery import rules_shape as shapes
 from ockham.surgery.walk import Rule
 
-MOVEMENT = (
-    "permute transpose t numpy_T movedim moveaxis swapaxes swapdims view reshape _unsafe_view view_as reshape_as "
-    "flatten unflatten squeeze unsqueeze ravel select slice narrow split split_with_sizes chunk tensor_split unbind "
-    "unsafe_split unsafe_chunk roll flip pixel_unshuffle unfold diagonal rot90 "
-    "repeat_interleave"
-).split()
-POOLING = (
-    "max_pool1d max_pool2d max_pool3d max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices "
-    "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d "
-    "adaptive_max_pool2d adaptive_max_pool3d _adaptive_avg_pool2d upsample_nearest1d upsample_nearest2d "
-    "upsample_nearest3d upsample_bilinear2d upsample_bicubic2d upsample_linear1d upsample_trilinear3d "
-    "_upsample_nearest_exact1d _upsample_nearest_exact2d reflection_pad1d reflection_pad2d replication_pad1d "
-    "replication_pad2d"
-).split()
+MOVEMENT = [
+    "permute",
+    "transpose",
+    "t",
+    "numpy_T",
+    "movedim",
+    "moveaxis",
+    "swapaxes",
+    "swapdims",
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "view_as",
+    "reshape_as",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    "ravel",
+    "select",
+    "slice",
+    "narrow",
+    "split",
+    "split_with_sizes",
+    "chunk",
+    "tensor_split",
+    "unbind",
+    "unsafe_split",
+    "unsafe_chunk",
+    "roll",
+    "flip",
+    "pixel_unshuffle",
+    "unfold",
+    "diagonal",
+    "rot90",
+    "repeat_interleave",
+]
+POOLING = [
+    "max_pool1d",
+    "max_pool2d",
+    "max_pool3d",
+    "max_pool1d_with_indices",
+    "max_pool2d_with_indices",
+    "max_pool3d_with_indices",
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    "adaptive_max_pool1d",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool3d",
+    "_adaptive_avg_pool2d",
+    "upsample_nearest1d",
+    "upsample_nearest2d",
+    "upsample_nearest3d",
+    "upsample_bilinear2d",
+    "upsample_bicubic2d",
+    "upsample_linear1d",
+    "upsample_trilinear3d",
+    "_upsample_nearest_exact1d",
+    "_upsample_nearest_exact2d",
+    "reflection_pad1d",
+    "reflection_pad2d",
+    "replication_pad1d",
+    "replication_pad2d",
+]
 
 RULES: dict[str, Rule] = {
     **dict.fromkeys(pointwise.KEEPS_ZERO | pointwise.LOSES_ZERO, pointwise.unary),
     **dict.fromkeys(pointwise.BINARY, pointwise.binary),
     **dict.fromkeys(("softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod"), pointwise.softmax),
-    **dict.fromkeys(("sum", "mean", "amax", "amin", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "prod",
-                     "argmax", "argmin", "any", "all", "max", "min"), pointwise.reduction),
+    **dict.fromkeys(
+        (
+            "sum",
+            "mean",
+            "amax",
+            "amin",
+            "var",
+            "std",
+            "norm",
+            "linalg_vector_norm",
+            "logsumexp",
+            "prod",
+            "argmax",
+            "argmin",
+            "any",
+            "all",
+            "max",
+            "min",
+        ),
+        pointwise.reduction,
+    ),
     **dict.fromkeys(MOVEMENT, shapes.movement),
     **dict.fromkeys(("expand", "expand_as", "repeat", "broadcast_to", "tile"), shapes.expansion),
     **dict.fromkeys(("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full"), shapes.factory),
@@ -57,6 +130,24 @@ RULES: dict[str, Rule] = {
     "glu": pointwise.gated,
 }
 
-ALWAYS = frozenset("expand expand_as zeros ones full new_zeros new_ones new_full embedding lstm gru rnn_tanh rnn_relu "
-                   "lstm_cell gru_cell rnn_tanh_cell".split())
+ALWAYS = frozenset(
+    [
+        "expand",
+        "expand_as",
+        "zeros",
+        "ones",
+        "full",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "embedding",
+        "lstm",
+        "gru",
+        "rnn_tanh",
+        "rnn_relu",
+        "lstm_cell",
+        "gru_cell",
+        "rnn_tanh_cell",
+    ]
+)
 """Ops whose rule is asked even when no input carries labels."""

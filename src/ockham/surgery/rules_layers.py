@@ -11,7 +11,7 @@ from ockham.surgery.labels import Value, along, match
 from ockham.surgery.rules_product import add_bias
 
 if TYPE_CHECKING:
-    from ockham.surgery.walk import Call
+    from ockham.surgery.walk import Call, Result
 
 
 def channels(x: Value, dim: int, call: Call) -> Tensor:
@@ -105,7 +105,7 @@ def batch_norm(call: Call) -> Value:
     return _per_channel(call, x, channels(x, 1, call), parts, affine=call.optional(2, "bias") is not None)
 
 
-def group_norm(call: Call) -> Value:
+def group_norm(call: Call) -> Result:
     """Group norm: channels of one group share statistics, so only whole groups can go, exactly."""
     x, groups = call.value(0), int(call.args[1])
     labels = channels(x, 1, call)
@@ -167,7 +167,7 @@ def pooling(call: Call) -> Value | list[Value]:
 
 
 def weight_norm(call: Call) -> Value:
-    """w = g v / ||v||: rows go freely, columns share the norm and stay."""
+    """W = g v / ||v||: rows go freely, columns share the norm and stay."""
     v, g = call.value(0), call.value(1)
     dim = int(call.arg(2, "dim", 0))
     reason = call.reason("normalises the weight over this dimension")

@@ -9,7 +9,7 @@ from torch import Tensor
 from ockham.surgery.labels import Ledger, Value, along, match, tidy, varying
 
 if TYPE_CHECKING:
-    from ockham.surgery.walk import Call
+    from ockham.surgery.walk import Call, Result
 
 
 def contract(left: Value, right: Value, equation: str, call: Call) -> Value:
@@ -57,7 +57,7 @@ def _consume(factor: Tensor, letters: str, out: str, *, zero: bool, call: Call) 
 
 
 def linear(call: Call) -> Value:
-    """x W^T + b with W ``(out, in)``."""
+    """X W^T + b with W ``(out, in)``."""
     x, weight = call.value(0), call.value(1)
     lead = "abcdefghijkl"[: len(x.shape) - 1]
     out = contract(x, weight, f"{lead}z,yz->{lead}y", call) if len(weight.shape) == 2 else _vector(x, weight, call)
@@ -97,7 +97,7 @@ def product(x: Value, y: Value, call: Call) -> Value:
 
 
 def addmm(call: Call) -> Value:
-    """addmm and baddbmm: b + x W, the form of transformers' ``Conv1D``."""
+    """Addmm and baddbmm: b + x W, the form of transformers' ``Conv1D``."""
     bias, x, y = (call.value(i) for i in range(3))
     out = product(x, y, call)
     if len(bias.shape) == 1:
@@ -106,7 +106,7 @@ def addmm(call: Call) -> Value:
     return Value(shape, tuple(factors), out.zero and bias.zero and bool(bias.factors) == bool(out.factors))
 
 
-def einsum(call: Call) -> Value:
+def einsum(call: Call) -> Result:
     """Einsum of one or two operands without repeated letters or an ellipsis; anything else is frozen."""
     equation = str(call.args[0]).replace(" ", "")
     operands = call.tensors()

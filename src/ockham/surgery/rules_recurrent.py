@@ -68,7 +68,9 @@ def _outputs(call: Call, top: Tensor, states: tuple[Tensor, ...]) -> list[Value]
     shapes = call.shapes()
     assert isinstance(shapes, list)
     labels = (top, *states)
-    return [Value(s, (along(k, len(s), -1),) if k.numel() > 1 else (), True) for s, k in zip(shapes, labels, strict=True)]
+    return [
+        Value(s, (along(k, len(s), -1),) if k.numel() > 1 else (), True) for s, k in zip(shapes, labels, strict=True)
+    ]
 
 
 def cell(call: Call) -> Value | list[Value]:
@@ -83,4 +85,3 @@ def cell(call: Call) -> Value | list[Value]:
     if lstm:
         return [Value(s, (along(hidden, len(s), -1),), True) for s in call.shapes()]
     return Value(call.shape(), (along(hidden, len(call.shape()), -1),), True)
-

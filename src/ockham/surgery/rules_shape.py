@@ -10,10 +10,10 @@ from torch import Tensor
 from ockham.surgery.labels import Value, compress, match, tidy, varying
 
 if TYPE_CHECKING:
-    from ockham.surgery.walk import Call
+    from ockham.surgery.walk import Call, Result
 
-ADDRESSING = frozenset("select unbind roll unfold diagonal rot90 repeat_interleave".split())
-SPLITTING = frozenset("view reshape unflatten _unsafe_view flatten view_as reshape_as".split())
+ADDRESSING = frozenset(["select", "unbind", "roll", "unfold", "diagonal", "rot90", "repeat_interleave"])
+SPLITTING = frozenset(["view", "reshape", "unflatten", "_unsafe_view", "flatten", "view_as", "reshape_as"])
 
 
 def movement(call: Call) -> Value | list[Value]:
@@ -101,7 +101,7 @@ def factory(call: Call) -> Value:
 
 
 def concatenation(call: Call) -> Value:
-    """cat and stack: labels are laid side by side along `dim`, tied along the others."""
+    """Cat and stack: labels are laid side by side along `dim`, tied along the others."""
     parts = call.tensors()
     dim = int(call.arg(1, "dim", 0))
     if call.name == "stack":
@@ -150,7 +150,7 @@ def _beside(parts: list[Value], dim: int) -> list[Tensor]:
     return [joined] if bool((joined >= 0).any()) else []
 
 
-def indexing(call: Call) -> Value:
+def indexing(call: Call) -> Result:
     """x[indices] with tensors: indexed dimensions are collapsed, the others keep their labels."""
     x = call.value(0)
     indices: list[Any] = call.args[1]

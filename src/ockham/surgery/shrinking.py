@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,7 +85,7 @@ def shrink(
         posterior: parameter name to an object whose tensors of the parameter's shape are to be sliced, or to a tensor.
 
     Returns:
-        The small model; with `optimizer` and/or `posterior` a tuple ``(small, optimizer, posterior)`` of what was given.
+        The small model; with `optimizer` or `posterior` a tuple ``(small, optimizer, posterior)`` of what was given.
 
     Raises:
         PlanError: when the plan is for another model.
@@ -126,7 +127,7 @@ def shrink_optimizer(
     names = canonical_names(model)
     after = dict(small.named_parameters())
     twin = copy.copy(optimizer)
-    twin.state = type(optimizer.state)(dict) if hasattr(optimizer.state, "default_factory") else {}
+    twin.state = defaultdict(dict)
     twin.param_groups = []
     for group in optimizer.param_groups:
         if any(id(p) not in names for p in group["params"]):

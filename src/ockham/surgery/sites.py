@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from ockham.surgery.labels import Value, compress, varying
 
 VIEWS = {"view": "view", "reshape": "view", "_unsafe_view": "view", "unflatten": "unflatten", "expand": "expand"}
-SPLITS = frozenset("split split_with_sizes chunk tensor_split unsafe_split unsafe_chunk".split())
+SPLITS = frozenset(["split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -103,7 +103,7 @@ def _settle(note: Note, root: Tensor) -> Site | None:
         after = _dims(note.after, root)
         old = note.after.shape
         if note.name == "unflatten":
-            dim = int(note.node.args[1]) % len(note.before.shape)  # type: ignore[arg-type, call-overload]
+            dim = int(note.node.args[1]) % len(note.before.shape)  # type: ignore[arg-type]
             old = old[dim : dim + len(note.node.args[2])]  # type: ignore[arg-type]
             after = {d - dim: v for d, v in after.items() if dim <= d < dim + len(old)}
             return Site(note.module, "unflatten", note.before.shape, before, old, after, dim)
@@ -193,8 +193,24 @@ def _edit_cut(site: Site, stays: Tensor, sizes: tuple[tuple[int, int, int], ...]
 
 
 COUNTS = frozenset(
-    "num_heads n_heads n_head nheads nhead heads num_attention_heads num_key_value_heads num_kv_heads n_kv_heads "
-    "num_features all_head_size inner_dim split_size attn_dim attention_dim".split()
+    [
+        "num_heads",
+        "n_heads",
+        "n_head",
+        "nheads",
+        "nhead",
+        "heads",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "num_kv_heads",
+        "n_kv_heads",
+        "num_features",
+        "all_head_size",
+        "inner_dim",
+        "split_size",
+        "attn_dim",
+        "attention_dim",
+    ]
 )
 """Attributes of modules which hold a number of heads, the width of all of them, or of a norm without tensors."""
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ockham.errors import TraceError
-from ockham.surgery.cloning import canonical_names, clone, named_tensors
 from ockham.surgery.checking import checked
+from ockham.surgery.cloning import canonical_names, clone, named_tensors
 from ockham.surgery.grouping import Axis, Groups, build, reasons_by_root
 from ockham.surgery.labels import Ledger, Value, along, settle
 from ockham.surgery.rules import ALWAYS, RULES

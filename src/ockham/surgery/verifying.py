@@ -77,9 +77,7 @@ def _doubled(
 
 
 def _to_double(arguments: Arguments) -> Arguments:
-    result: Arguments = pytree.tree_map_only(
-        Tensor, lambda t: t.double() if t.is_floating_point() else t, arguments
-    )
+    result: Arguments = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, arguments)
     return result
 
 
@@ -119,9 +117,7 @@ def _difference(one: list[Tensor], other: list[Tensor]) -> float:
     return worst
 
 
-def _explain(
-    pair: tuple[nn.Module, nn.Module], arguments: Arguments, difference: float, *, tolerance: float
-) -> str:
+def _explain(pair: tuple[nn.Module, nn.Module], arguments: Arguments, difference: float, *, tolerance: float) -> str:
     traces = [_intermediate(model, arguments) for model in pair]
     for name, values in traces[0].items():
         twin = traces[1].get(name)

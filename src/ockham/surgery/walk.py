@@ -82,7 +82,8 @@ class Call:
     def shape(self) -> tuple[int, ...]:
         """Return the shape of the (first) result."""
         shapes = self.shapes()
-        return shapes[0] if isinstance(shapes, list) else shapes
+        found: tuple[int, ...] = shapes[0] if isinstance(shapes, list) else shapes
+        return found
 
     def shape_of(self, node: Any) -> tuple[int, ...]:
         """Return the shape of an argument."""
@@ -109,7 +110,7 @@ class Call:
         if before.factors:
             self.sites.append(Note(place(self.node), self.name, before, after, self.node))
 
-    def freeze_all(self, why: str) -> Any:
+    def freeze_all(self, why: str) -> Result:
         """Freeze whatever the inputs are made of; the results carry no labels."""
         for value in self.tensors():
             self.ledger.freeze_value(value, self.reason(f"is {why}"))
@@ -159,21 +160,18 @@ class Walker:
         for node in graph.nodes:
             if node.op == "call_function":
                 known[node] = self._step(node, known)
-        ends = next(n for n in graph.nodes if n.op == "output").all_input_nodes
-        return [known[n] for n in ends if n in known]
+        ends = pytree.arg_tree_leaves(*next(n for n in graph.nodes if n.op == "output").args)
+        return [known.get(n, Value(())) for n in ends if isinstance(n, fx.Node)]
 
     def _step(self, node: fx.Node, known: dict[fx.Node, Result]) -> Result:
         if node.target is operator.getitem:
-            found = known.get(node.args[0])  # type: ignore[arg-type]
-            return found[node.args[1]] if isinstance(found, list) and found else Value(shapes_of(node.meta.get("val")))  # type: ignore[index]
+            return _item(node, known)
         call = Call(op_name(node.target), node, known, self.ledger, self.sites)
         inner = _subgraph(node)
         if inner is not None:
             return self._inline(call, inner)
         if call.name not in self.always and not any(value.factors for value in call.tensors()):
             return call.like_outputs(Value)
-        if call.name.endswith("_") and call.name[:-1] not in self.rules and call.name not in self.rules:
-            return call.freeze_all("an in-place op whose meaning is not known")
         if call.name.startswith(("_assert", "sym_", "_check")):
             return Value(())
         rule = self.rules.get(call.name, self.rules.get(call.name.rstrip("_")))
@@ -191,6 +189,15 @@ class Walker:
             return call.freeze_all("a region whose arguments are not known")
         known = {hole: call.known[n] for hole, n in zip(holes, tensors, strict=True) if n in call.known}
         return [v if isinstance(v, Value) else v[0] for v in self.walk(inner, known)]
+
+
+def _item(node: fx.Node, known: Mapping[fx.Node, Result]) -> Result:
+    """Return one of several results."""
+    source, index = node.args
+    found = known.get(source) if isinstance(source, fx.Node) else None
+    if isinstance(found, list) and isinstance(index, int) and index < len(found):
+        return found[index]
+    return Value(shapes_of(node.meta.get("val")))
 
 
 def _learned(result: Result) -> Result:
