@@ -21,32 +21,36 @@ from ockham.surgery.planning import plan
 from ockham.surgery.sites import Edit
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Shapes = list[tuple[int, ...]]
 
 
-def checked(model: nn.Module, groups: Groups, arguments: Arguments) -> Groups:
-    """Return `groups` without those at whose smaller sizes the forward fails, and only the sites that are needed."""
+def checked(model: nn.Module, groups: Groups, arguments: Arguments, *, expected: Shapes) -> Groups:
+    """Return `groups` without those at whose smaller sizes the forward fails, and only the sites that are needed.
+
+    `expected` holds the shapes of the model's outputs, which no removal may change.
+    """
     seen: list[Edit] = []
     if not len(groups):
         return replace(groups, sites=())
-    problem = attempt(model, groups, arguments, seen=seen)
+    problem = attempt(model, groups, arguments, expected=expected, seen=seen)
     if problem is not None:
-        groups = _without_bad(model, groups, arguments)
+        groups = _without_bad(model, groups, arguments, expected=expected)
         seen = []
-        problem = attempt(model, groups, arguments, seen=seen)
+        problem = attempt(model, groups, arguments, expected=expected, seen=seen)
         if problem is not None:
             groups = _frozen(groups, dict.fromkeys(groups.groups, problem))
     needed = {e.module for e in seen}
     return replace(groups, sites=tuple(s for s in groups.sites if s.module in needed))
 
 
-def _without_bad(model: nn.Module, groups: Groups, arguments: Arguments) -> Groups:
+def _without_bad(model: nn.Module, groups: Groups, arguments: Arguments, *, expected: Shapes) -> Groups:
     """Try kinds of layers one by one (layers whose names differ by a number together)."""
     kinds: dict[str, list[str]] = defaultdict(list)
     for key in groups.groups:
         kinds[re.sub(r"\d+", "N", key)].append(key)
     bad = {}
     for keys in kinds.values():
-        problem = attempt(model, _only(groups, keys), arguments)
+        problem = attempt(model, _only(groups, keys), arguments, expected=expected)
         if problem is not None:
             bad.update(dict.fromkeys(keys, problem))
     return _frozen(groups, bad)
@@ -66,7 +70,9 @@ def _frozen(groups: Groups, bad: dict[str, str]) -> Groups:
     return replace(groups, groups={k: g for k, g in groups.groups.items() if k not in bad}, frozen=frozen)
 
 
-def attempt(model: nn.Module, groups: Groups, arguments: Arguments, *, seen: list[Edit] | None = None) -> str | None:
+def attempt(
+    model: nn.Module, groups: Groups, arguments: Arguments, *, expected: Shapes, seen: list[Edit] | None = None
+) -> str | None:
     """Remove one unit of each group and run on fake tensors; returns what goes wrong, or None."""
     trial = plan(groups, {g.id: _all_but_one(g) for g in groups})
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -76,7 +82,6 @@ def attempt(model: nn.Module, groups: Groups, arguments: Arguments, *, seen: lis
     try:
         with fake, torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            before = _run(clone(model, lambda _, t: _fake(t, tuple(t.shape), fake)), args, kwargs)
             small = clone(model, lambda n, t: _fake(t, trial.shape(n), fake))
             refit(model, small, trial, seen=seen)
             after = _run(small, args, kwargs)
@@ -84,7 +89,7 @@ def attempt(model: nn.Module, groups: Groups, arguments: Arguments, *, seen: lis
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
     finally:
         loud.disabled = quiet
-    return None if before == after else f"the output has sizes {after} instead of {before}"
+    return None if expected == after else f"the output has sizes {after} instead of {expected}"
 
 
 def _run(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int, ...]]:

@@ -119,53 +119,74 @@ class Axis:
     learned: bool
 
 
-def reasons_by_root(root: Tensor, frozen: list[tuple[Tensor, str]]) -> dict[int, str]:
-    """Return the first reason for each frozen component."""
-    found: dict[int, str] = {}
-    for atoms, reason in frozen:
-        for r in set(root[atoms].tolist()):
-            found.setdefault(r, reason)
-    return found
-
-
 def build(
     axes: list[Axis],
     root: Tensor,
     *,
-    reasons: Mapping[int, str],
+    frozen: list[tuple[Tensor, str]],
     consumed: Tensor,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Groups:
     """Return the groups and the frozen dimensions with reasons.
 
     Components which hold the same number of indices of the same dimensions are units of one group.
+
+    Args:
+        axes: all dimensions of the model; their atoms come first and without gaps.
+        root: component of each atom.
+        frozen: atoms that stay, with reasons; their whole components stay.
+        consumed: boolean over atoms, True on the reading side of a weight.
+        shapes: shape of every tensor of the model.
     """
-    frozen: dict[tuple[str, int], str] = {}
-    units: dict[int, list[tuple[int, Tensor]]] = defaultdict(list)
-    for number, axis in enumerate(axes):
-        own = root[axis.start : axis.start + axis.size]
-        order = torch.argsort(own, stable=True)
-        values, counts = torch.unique_consecutive(own[order], return_counts=True)
-        for value, indices in zip(values.tolist(), torch.split(order, counts.tolist()), strict=True):
-            if value in reasons:
-                frozen.setdefault((axis.name, axis.dim), reasons[value])
-            else:
-                units[value].append((number, indices))
-    families: dict[tuple[tuple[int, int], ...], list[int]] = defaultdict(list)
-    for value, places in units.items():
-        families[tuple((number, len(indices)) for number, indices in places)].append(value)
+    why = _first_reason(root, frozen)
+    stays = {
+        (axis.name, axis.dim): frozen[int(reason)][1]
+        for axis in axes
+        if (reason := why[root[axis.start : axis.start + axis.size]].min()) < len(frozen)
+    }
+    families = _families(axes, root, free=why == len(frozen))
     groups: dict[str, Group] = {}
     roots: dict[str, Tensor] = {}
-    for signature, values_ in families.items():
-        group = _group(axes, signature, [units[v] for v in values_], consumed=consumed, shapes=shapes)
-        group = _renamed(group, groups)
+    for family, numbers in families:
+        group = _renamed(
+            _group([axes[n] for n in numbers], root, family=family, consumed=consumed, shapes=shapes), groups
+        )
         if not any(member.consumes for member in group.members):
-            _freeze(frozen, group, "is read by nothing that could be taken out with it")
+            _freeze(stays, group, "is read by nothing that could be taken out with it")
         elif group.size > 1:
-            groups[group.id], roots[group.id] = group, torch.tensor(values_)
+            groups[group.id], roots[group.id] = group, family
         else:
-            _freeze(frozen, group, "is a single unit: nothing would be left")
-    return Groups(groups, frozen, shapes, roots)
+            _freeze(stays, group, "is a single unit: nothing would be left")
+    return Groups(groups, stays, shapes, roots)
+
+
+def _first_reason(root: Tensor, frozen: list[tuple[Tensor, str]]) -> Tensor:
+    """Return, for each component, the index of the first reason to keep it; ``len(frozen)`` for none."""
+    why = torch.full((root.numel(),), len(frozen))
+    for number in reversed(range(len(frozen))):
+        why[root[frozen[number][0]]] = number
+    return why
+
+
+def _families(axes: list[Axis], root: Tensor, *, free: Tensor) -> list[tuple[Tensor, list[int]]]:
+    """Return (components, axis numbers) for components that touch the same axes equally often, in order of axes."""
+    if not axes:
+        return []
+    number = torch.repeat_interleave(torch.arange(len(axes)), torch.tensor([a.size for a in axes]))
+    own = root[: number.numel()]
+    number, own = number[free[own]], own[free[own]]
+    pairs, counts = torch.unique(own * len(axes) + number, return_counts=True)
+    component, axis = pairs // len(axes), pairs % len(axes)
+    _, kinds = torch.unique(axis * (root.numel() + 1) + counts, return_inverse=True)
+    code = torch.randint(
+        2**62, (int(kinds.max()) + 1 if len(kinds) else 0,), generator=torch.Generator().manual_seed(0)
+    )
+    total = torch.zeros(root.numel(), dtype=torch.long).index_add_(0, component, code[kinds])
+    present = torch.unique(component)
+    signatures, family = torch.unique(total[present], return_inverse=True)
+    found = [present[family == f] for f in range(len(signatures))]
+    numbered = [(members, axis[component == members[0]].tolist()) for members in found]
+    return sorted(numbered, key=lambda entry: (entry[1], int(entry[0][0])))
 
 
 def _freeze(frozen: dict[tuple[str, int], str], group: Group, reason: str) -> None:
@@ -174,24 +195,23 @@ def _freeze(frozen: dict[tuple[str, int], str], group: Group, reason: str) -> No
 
 
 def _group(
-    axes: list[Axis],
-    signature: tuple[tuple[int, int], ...],
-    units: list[list[tuple[int, Tensor]]],
-    *,
-    consumed: Tensor,
-    shapes: Mapping[str, tuple[int, ...]],
+    axes: list[Axis], root: Tensor, *, family: Tensor, consumed: Tensor, shapes: Mapping[str, tuple[int, ...]]
 ) -> Group:
+    """Return the group of the components in `family`, which touch `axes`."""
+    inside = torch.zeros(root.numel(), dtype=torch.bool)
+    inside[family] = True
     members = []
-    for position, (number, _) in enumerate(signature):
-        axis = axes[number]
-        index = torch.stack([unit[position][1] for unit in units])
+    for axis in axes:
+        own = root[axis.start : axis.start + axis.size]
+        positions = inside[own].nonzero().flatten()
+        index = positions[torch.argsort(own[positions], stable=True)].reshape(family.numel(), -1)
         reads = bool(consumed[axis.start + int(index[0, 0])])
         members.append(Member(axis.name, axis.dim, index, reads, axis.learned))
     made = next((m for m in members if not m.consumes and m.learned), members[0])
     learned = [m.index.shape[1] for m in members if m.learned]
     kind = "channel" if max(learned, default=1) == 1 else "block"
     held = {m.name: shapes[m.name] for m in members}
-    return Group(f"{made.name}:{made.dim}", kind, len(units), tuple(members), held)
+    return Group(f"{made.name}:{made.dim}", kind, family.numel(), tuple(members), held)
 
 
 def _renamed(group: Group, taken: Mapping[str, Group]) -> Group:

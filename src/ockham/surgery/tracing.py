@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ockham.errors import TraceError
 from ockham.surgery.checking import checked
 from ockham.surgery.cloning import canonical_names, clone, named_tensors
-from ockham.surgery.grouping import Axis, Groups, build, reasons_by_root
+from ockham.surgery.grouping import Axis, Groups, build
 from ockham.surgery.labels import Ledger, Value, along, settle
 from ockham.surgery.rules import ALWAYS, RULES
 from ockham.surgery.sites import Note, settled
@@ -61,7 +61,7 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Ignore = ()) -> Grou
     _freeze_ignored(model, axes, ledger, ignore)
     _freeze_strangers(program, axes, ledger, model)
     groups = _grouped(model, axes, ledger, notes)
-    return checked(model, groups, as_arguments(example_inputs))
+    return checked(model, groups, as_arguments(example_inputs), expected=_output_shapes(program))
 
 
 def _grouped(model: nn.Module, axes: list[Axis], ledger: Ledger, notes: list[Note]) -> Groups:
@@ -71,8 +71,7 @@ def _grouped(model: nn.Module, axes: list[Axis], ledger: Ledger, notes: list[Not
     for atoms in ledger.consumed:
         consumed[atoms[atoms >= 0]] = True
     shapes = {name: tuple(t.shape) for name, t in named_tensors(model).items()}
-    reasons = reasons_by_root(root, ledger.frozen)
-    groups = build(axes, root, reasons=reasons, consumed=consumed, shapes=shapes)
+    groups = build(axes, root, frozen=ledger.frozen, consumed=consumed, shapes=shapes)
     spared = torch.zeros(count, dtype=torch.bool)
     for atoms in ledger.spared:
         spared[atoms[atoms >= 0]] = True
@@ -142,6 +141,14 @@ def _placeholders(
 def _unlabelled(node: torch.fx.Node) -> Value:
     shape = shapes_of(node.meta.get("val"))
     return Value(shape if isinstance(shape, tuple) else ())
+
+
+def _output_shapes(program: torch.export.ExportedProgram) -> list[tuple[int, ...]]:
+    """Return the shapes of what the model returns."""
+    wanted = program.graph_signature.user_outputs
+    nodes = {n.name: n for n in program.graph.nodes}
+    shapes = [shapes_of(nodes[n].meta.get("val")) for n in wanted if isinstance(n, str) and n in nodes]
+    return [s for s in shapes if isinstance(s, tuple)]
 
 
 def _freeze_ends(outputs: list[Result], ledger: Ledger) -> None:
