@@ -31,7 +31,7 @@ def resnet():
     )
 
 
-NETS = {**{n: ZOO[n] for n in ("depthwise", "cat", "dense_cat", "chunk_glu", "conv1d", "upsample", "swiglu")},
+NETS = {**{n: ZOO[n] for n in ("depthwise", "dense_cat", "chunk_glu", "conv1d", "upsample", "swiglu")},
         "resnet": (resnet, lambda: torch.randn(2, 3, 8, 8))}  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from ockham.errors import OckhamError
 from ockham.surgery.tracing import as_arguments
@@ -55,7 +56,8 @@ def export(model: nn.Module, path: str | Path, example_inputs: Any) -> Path:
 def _program(model: nn.Module, example_inputs: Any) -> torch.export.ExportedProgram:
     args, kwargs = as_arguments(example_inputs)
     failures = []
-    for dynamic in (_batch_dims((args, kwargs)), None):
+    choices: tuple[Any, ...] = (_batch_dims((args, kwargs)), None)
+    for dynamic in choices:
         try:
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
         except Exception as error:
@@ -65,18 +67,13 @@ def _program(model: nn.Module, example_inputs: Any) -> torch.export.ExportedProg
     ]
 
 
-def _batch_dims(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
-    args, kwargs = arguments
-    dims = [_first_dim(a) for a in args], {k: _first_dim(v) for k, v in kwargs.items()}
-    if not kwargs:
-        return tuple(dims[0])
-    return dims[1] if not args else None
-
-
-def _first_dim(value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and value.ndim:
-        return {0: torch.export.Dim.AUTO}
-    return None
+def _batch_dims(arguments: Any) -> torch.export.ShapesCollection:
+    """Make the first dimension of every input tensor dynamic."""
+    shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
+    for tensor in pytree.tree_leaves(arguments):
+        if isinstance(tensor, torch.Tensor) and tensor.ndim:
+            shapes[tensor] = {0: torch.export.Dim.AUTO}
+    return shapes
 
 
 def _onnx(program: torch.export.ExportedProgram, path: Path) -> None:

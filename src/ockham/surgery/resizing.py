@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 from ockham.errors import OckhamError
 from ockham.surgery.sites import Edit
 
+Sizes = tuple[Any, ...]
+
 
 class SizeError(OckhamError):
     """A forward asks for a size the plan has no number for."""
@@ -54,42 +56,46 @@ class Resizing(TorchFunctionMode):
             if e.op == op and e.rank == x.ndim and e.dim in (dim, -1) and all(x.shape[d] == n for d, _, n in e.sizes)
         ]
 
-    def view(self, op: str, x: Tensor, asked: tuple[int, ...]) -> tuple[int, ...]:
+    def view(self, op: str, x: Tensor, asked: Sizes) -> Sizes:
         """Return the sizes for a view of `x`; sizes that cannot hold it are replaced if only one edit fits `x`."""
         found = self.fitting(op, x)
-        sizes = self.replace(found, asked)
-        meant = {e.new: e for e in found if len(e.new) == len(asked)}
-        if op != "view" or len(meant) != 1 or not _impossible(x, sizes):
-            return sizes
-        (new, edit), *_ = meant.items()
+        known = self.known(found, asked)
+        meant = list(dict.fromkeys(e.new for e in found if len(e.new) == len(asked)))
+        if known or op != "view" or len(meant) != 1 or not _impossible(x, asked):
+            return self.replace(found, asked)
+        self.remember(next(e for e in found if e.new == meant[0]))
+        return tuple(a if n is None or a == -1 else n for a, n in zip(asked, meant[0], strict=True))
+
+    def known(self, found: list[Edit], asked: Sizes) -> list[tuple[Edit, Sizes]]:
+        """Return the edits which are about `asked`, with the numbers they put instead."""
+        pairs = [(edit, _replaced(edit, asked)) for edit in found]
+        return [(edit, new) for edit, new in pairs if new is not None]
+
+    def replace(self, found: list[Edit], asked: Sizes) -> Sizes:
+        """Return the numbers to use instead of `asked`; raises when two edits disagree."""
+        known = self.known(found, asked)
+        if not known:
+            return asked
+        edit, new = known[0]
+        if any(other != new for _, other in known):
+            raise SizeError(f"{edit.module or 'the model'}: {edit.op} to {asked} could mean more than one size")
+        if new != asked:
+            self.remember(edit)
+        return new
+
+    def remember(self, edit: Edit) -> None:
+        """Note that `edit` was needed."""
         if self.seen is not None:
             self.seen.append(edit)
-        return tuple(a if n is None or a == -1 else n for a, n in zip(asked, new, strict=True))
-
-    def replace(self, found: list[Edit], asked: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the numbers to use instead of `asked`; raises when two edits disagree."""
-        results = {}
-        for edit in found:
-            new = _replaced(edit, asked)
-            if new is not None:
-                results[new] = edit
-        if not results:
-            return asked
-        changed = [new for new in results if new != asked]
-        if len(results) > 1:
-            raise SizeError(f"{edit.module or 'the model'}: {edit.op} to {asked} could mean {sorted(results)}")
-        if changed and self.seen is not None:
-            self.seen.append(results[changed[0]])
-        return next(iter(results))
 
 
-def _impossible(x: Tensor, sizes: tuple[int, ...]) -> bool:
+def _impossible(x: Tensor, sizes: Sizes) -> bool:
     """Can `x` not be viewed with these sizes?"""
     wanted = math.prod(n for n in sizes if n != -1)
     return x.numel() != wanted if -1 not in sizes else wanted == 0 or x.numel() % wanted != 0
 
 
-def _replaced(edit: Edit, asked: tuple[int, ...]) -> tuple[int, ...] | None:
+def _replaced(edit: Edit, asked: Sizes) -> Sizes | None:
     """Return `asked` with the numbers of `edit`, or None when `asked` is not what the edit is about."""
     if len(asked) != len(edit.old):
         return None
@@ -103,7 +109,7 @@ def _replaced(edit: Edit, asked: tuple[int, ...]) -> tuple[int, ...] | None:
     return tuple(out)
 
 
-def _sizes(args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> tuple[int, ...] | None:
+def _sizes(args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Sizes | None:
     found: Any = args if args else (kwargs.get(name),)
     if len(found) == 1 and isinstance(found[0], (tuple, list)):
         found = found[0]
@@ -135,9 +141,8 @@ def _split(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     how = args[1] if len(args) > 1 else named[0]
     dim = int(args[2] if len(args) > 2 else kwargs.get("dim", 0)) % x.ndim
     for edit in mode.fitting("split", x, dim):
-        old, new = edit.old, edit.new
-        if how in (list(old), tuple(old), list(new), tuple(new)) or _asks(func, how, old):
-            sizes = [int(n or 0) for n in new]
+        if _asks(func, how, edit):
+            sizes = [n or 0 for n in edit.new]
             if mode.seen is not None and [p.shape[dim] for p in _quietly(func, args, kwargs)] != sizes:
                 mode.seen.append(edit)
             return torch.split(x, sizes, dim)
@@ -151,11 +156,14 @@ def _quietly(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequen
         return []
 
 
-def _asks(func: Any, how: Any, old: tuple[int | None, ...]) -> bool:
-    if not isinstance(how, int):
-        return False
+def _asks(func: Any, how: Any, edit: Edit) -> bool:
+    """Is `edit` about a split into `how`: sizes of the parts, one size for all, or a number of parts?"""
+    if isinstance(how, (list, tuple)):
+        return list(how) == list(edit.old) or list(how) == list(edit.new)
     by_count = func in (torch.chunk, torch.Tensor.chunk, torch.tensor_split, torch.Tensor.tensor_split)
-    return how == len(old) if by_count else how == old[0]
+    wanted = len(edit.old) if by_count else edit.old[0]
+    matches: bool = how == wanted
+    return matches
 
 
 def _narrow(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -209,10 +217,10 @@ HANDLERS: dict[Any, Handler] = {
 
 def attach(module: nn.Module, edits: Sequence[Edit], seen: list[Edit] | None = None) -> None:
     """Let the forward of `module` run under `Resizing`: its class becomes a subclass with the same name."""
-    base = type(module)
+    base, mode = type(module), Resizing(edits, seen)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with Resizing(edits, seen):
+        with mode:
             return base.forward(self, *args, **kwargs)
 
     module.__class__ = type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})

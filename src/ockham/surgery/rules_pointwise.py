@@ -206,6 +206,8 @@ def reduction(call: Call) -> Result:
     """Sum, mean, maximum over dimensions: those are collapsed, the others keep their labels."""
     (x,) = call.tensors()[:1]
     dim = call.arg(1, "dim", None)
+    if isinstance(dim, fx.Node):
+        return binary(call)
     rank = len(x.shape)
     every = list(range(rank))
     dims = every if dim is None or dim == [] else [d % rank for d in ([dim] if isinstance(dim, int) else dim)]
