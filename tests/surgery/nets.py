@@ -417,6 +417,10 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
         ),
         img,
     ),
+    "zero_pad": (
+        lambda: nn.Sequential(nn.ZeroPad2d(1), nn.Conv2d(3, 8, 3), nn.ZeroPad2d((1, 0, 2, 1)), C(8, 4), nn.ReLU()),
+        img,
+    ),
     "lstmcell": (
         lambda: Fn(two_steps, l=nn.LSTMCell(6, 8), o=L(8, 3)),
         seq,
@@ -476,7 +480,8 @@ MUST: dict[str, dict[str, int]] = {
     "permute": {"a.weight:0": 8, "n.weight:0": 10},
     "weight_norm": {"0.bias:0": 12},
     "twice": {"i.weight:0": 12},
-    "pad_shortcut": {"a.weight:0": 8},
+    "pad_shortcut": {"a.weight:0": 8, "c.weight:0": 4},
+    "zero_pad": {"1.weight:0": 8},
     "lstmcell": {"l.weight_ih:0": 8},
     "upsample": {"0.weight:0": 8, "2.weight:0": 6},
 }

@@ -64,7 +64,7 @@ def test_masks_in_the_form_of_torch():
     prune.remove(twin[0], "weight")
     assert torch.equal(twin[0].weight != 0, keep)
     for wrong in ({"9.weight": keep}, {"0.weight": keep.float()}, {"0.weight": keep.T}):
-        with pytest.raises(ExecutionError, match="expected torch.bool"):
+        with pytest.raises(ExecutionError, match=r"expected torch\.bool"):
             as_pruned(net, wrong)
 
 

@@ -29,6 +29,11 @@ class CsrLinear(nn.Module):
         layer: the layer with zeros in its weight.
     """
 
+    crow: Tensor
+    col: Tensor
+    values: Tensor
+    bias: Tensor | None
+
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
@@ -42,9 +47,7 @@ class CsrLinear(nn.Module):
         """Return ``x W^T + b`` for x of shape ``(..., in)``."""
         flat = x.reshape(-1, self.in_features)
         shape = (self.out_features, self.in_features)
-        weight = _quietly(
-            lambda: torch.sparse_csr_tensor(self.crow, self.col, self.values, shape, check_invariants=False)
-        )
+        weight = _quietly(lambda: torch.sparse_csr_tensor(self.crow, self.col, self.values, shape))
         out = (weight @ flat.T).T
         out = out if self.bias is None else out + self.bias
         return out.reshape(*x.shape[:-1], self.out_features)
@@ -87,10 +90,11 @@ def sparse_linear(
     times: dict[str, LayerTime] = {}
     for name, x in inputs.items():
         layer = small.get_submodule(name)
-        zeros = float((layer.weight == 0).float().mean())  # type: ignore[arg-type, union-attr]
+        assert isinstance(layer, nn.Linear)
+        zeros = float((layer.weight == 0).float().mean())
         if zeros < 0.5 or held.count(id(layer.weight)) > 1 or not name:
             continue
-        sparse = CsrLinear(layer)  # type: ignore[arg-type]
+        sparse = CsrLinear(layer)
         dense_time, csr_time = _median(layer, x, repeats), _median(sparse, x, repeats)
         faster = csr_time < margin * dense_time
         times[name] = LayerTime(zeros, dense_time, csr_time, "csr" if faster else "dense")
@@ -106,7 +110,7 @@ def _layer_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Tensor]:
     handles = []
     for name, module in model.named_modules():
         if type(module) is nn.Linear and module.weight.device.type == "cpu":
-            handles.append(module.register_forward_pre_hook(lambda _m, a, n=name: found.setdefault(n, a[0]) and None))
+            handles.append(module.register_forward_pre_hook(_keeper(found, name)))
     args, kwargs = as_arguments(example_inputs)
     try:
         with torch.no_grad():
@@ -115,6 +119,13 @@ def _layer_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Tensor]:
         for handle in handles:
             handle.remove()
     return found
+
+
+def _keeper(found: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def keep(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        found.setdefault(name, args[0])
+
+    return keep
 
 
 def _median(layer: nn.Module, x: Tensor, repeats: int) -> float:

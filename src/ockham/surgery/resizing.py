@@ -92,7 +92,9 @@ class Resizing(TorchFunctionMode):
 def _impossible(x: Tensor, sizes: Sizes) -> bool:
     """Can `x` not be viewed with these sizes?"""
     wanted = math.prod(n for n in sizes if n != -1)
-    return x.numel() != wanted if -1 not in sizes else wanted == 0 or x.numel() % wanted != 0
+    if -1 in sizes:
+        return wanted == 0 or bool(x.numel() % wanted != 0)
+    return bool(x.numel() != wanted)
 
 
 def _replaced(edit: Edit, asked: Sizes) -> Sizes | None:
@@ -177,6 +179,14 @@ def _narrow(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     return torch.narrow(x, dim, start, stop - start)
 
 
+def _pad(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, pads = args[0], list(args[1] if len(args) > 1 else kwargs["pad"])
+    for i in range(0, len(pads), 2):
+        dim = x.ndim - 1 - i // 2
+        pads[i : i + 2] = mode.replace(mode.fitting("pad", x, dim), tuple(pads[i : i + 2]))
+    return func(x, pads, *args[2:], **{k: v for k, v in kwargs.items() if k != "pad"})
+
+
 def _getitem(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, index = args
     items = list(index) if isinstance(index, tuple) else [index]
@@ -211,6 +221,7 @@ HANDLERS: dict[Any, Handler] = {
     **dict.fromkeys((torch.split, torch.Tensor.split, torch.Tensor.split_with_sizes, torch.split_with_sizes), _split),
     **dict.fromkeys((torch.chunk, torch.Tensor.chunk, torch.tensor_split, torch.Tensor.tensor_split), _split),
     **dict.fromkeys((torch.narrow, torch.Tensor.narrow), _narrow),
+    torch.nn.functional.pad: _pad,
     torch.Tensor.__getitem__: _getitem,
 }
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ockham.surgery.labels import Value, compress, match, tidy, varying
+from ockham.surgery.labels import Value, along, compress, match, tidy, varying
 
 if TYPE_CHECKING:
     from ockham.surgery.walk import Call, Result
@@ -63,10 +63,28 @@ def shuffle(call: Call) -> Value:
 
 
 def padding(call: Call) -> Value:
-    """Padding: what is padded on always stays."""
-    x = call.value(0)
-    moved = [call.run(f.expand(x.shape) + 1) - 1 for f in x.factors]
-    return tidy(call.shape(), moved, x.zero, call.ledger, call.reason("pads"))
+    """Constant padding: what is padded on is loose (it follows what it meets); other modes keep the dimension whole."""
+    x, rank = call.value(0), len(call.shape())
+    mode = call.arg(2, "mode", "constant") if call.name == "pad" else "constant"
+    value = call.arg(3 if call.name == "pad" else 2, "value", None)
+    sides = {rank - 1 - i // 2: tuple(call.args[1][i : i + 2]) for i in range(0, len(call.args[1]), 2)}
+    moved = [_padded(call, f, sides, simple=mode == "constant") for f in x.factors]
+    zero = x.zero and not value and mode == "constant"
+    out = Value(call.shape(), tuple(f for f in moved if f.numel() > 1), zero)
+    call.note(x, out)
+    return out
+
+
+def _padded(call: Call, factor: Tensor, sides: dict[int, tuple[int, ...]], *, simple: bool) -> Tensor:
+    """Return `factor` with loose atoms on both sides of the one dimension along which it varies and is padded."""
+    dims = [d for d in varying(factor) if any(sides.get(d, ()))]
+    if not dims:
+        return factor
+    if not simple or len(varying(factor)) > 1 or min(sides[dims[0]]) < 0:
+        return call.ledger.collapse(factor, dims, call.reason("pads it with other channels"))
+    dim, rank = dims[0], factor.ndim
+    extra = [along(call.ledger.loose_atoms(n), rank, dim) if n else factor.narrow(dim, 0, 0) for n in sides[dim]]
+    return torch.cat([extra[0], factor, extra[1]], dim)
 
 
 def expansion(call: Call) -> Value:

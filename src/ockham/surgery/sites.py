@@ -15,8 +15,13 @@ from torch import Tensor, fx
 
 from ockham.surgery.labels import Value, compress, varying
 
-VIEWS = {"view": "view", "reshape": "view", "_unsafe_view": "view", "unflatten": "unflatten", "expand": "expand"}
-SPLITS = frozenset(["split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"])
+SPLITS = dict.fromkeys(["split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"], "split")
+KINDS: dict[str, str] = {
+    "view": "view", "reshape": "view", "_unsafe_view": "view", "unflatten": "unflatten", "expand": "expand",
+    "pad": "pad", "constant_pad_nd": "pad", "slice": "slice", "narrow": "slice",
+    "batch_norm": "norm", "instance_norm": "norm", **SPLITS,
+}  # fmt: skip
+"""Name of an op in the exported graph to the kind of place it is; other ops hold no sizes."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,7 +41,7 @@ class Site:
 
     Attributes:
         module: path of the module in whose forward the op stands.
-        op: "view", "unflatten", "expand", "slice", "split", or "norm" (changes no number, only `num_features`).
+        op: "view", "unflatten", "expand", "slice", "split", "pad", or "norm" (changes no number, only `num_features`).
         shape: input shape.
         before: input dimension to the components along it, shape ``(size,)``.
         old: the numbers in the code: sizes of the result, (start, stop), or sizes of the parts.
@@ -96,30 +101,61 @@ def settled(notes: list[Note], root: Tensor) -> list[Site]:
 
 
 def _settle(note: Note, root: Tensor) -> Site | None:
-    before = _dims(note.before, root)
-    if note.name in ("batch_norm", "instance_norm"):
-        return Site(note.module, "norm", note.before.shape, before, (), {}, -1)
-    if note.name in VIEWS and isinstance(note.after, Value):
-        after = _dims(note.after, root)
-        old = note.after.shape
-        if note.name == "unflatten":
-            dim = int(note.node.args[1]) % len(note.before.shape)  # type: ignore[arg-type]
-            old = old[dim : dim + len(note.node.args[2])]  # type: ignore[arg-type]
-            after = {d - dim: v for d, v in after.items() if dim <= d < dim + len(old)}
-            return Site(note.module, "unflatten", note.before.shape, before, old, after, dim)
-        plain = VIEWS[note.name] == "view"
-        fixed = _fixed(note.before.shape, set(before), old) - set(after) if plain else frozenset()
-        return Site(note.module, VIEWS[note.name], note.before.shape, before, old, after, -1, fixed)
-    if note.name in SPLITS and isinstance(note.after, list):
-        dim = int(_argument(note.node, 2, "dim", 0)) % len(note.before.shape)
-        return _cut(note, before, "split", dim, tuple(v.shape[dim] for v in note.after))
-    if note.name in ("slice", "narrow"):
-        dim = int(_argument(note.node, 1, "dim", 0)) % len(note.before.shape)
-        size = note.before.shape[dim]
-        start = int(_argument(note.node, 2, "start", 0) or 0)
-        start = max(0, start + size) if start < 0 else min(start, size)
-        assert isinstance(note.after, Value)
-        return _cut(note, before, "slice", dim, (start, start + note.after.shape[dim]))
+    makers = {
+        "norm": _norm, "view": _view, "expand": _view, "unflatten": _unflatten,
+        "split": _split, "pad": _pad, "slice": _slice,
+    }  # fmt: skip
+    kind = KINDS.get(note.name)
+    return makers[kind](note, _dims(note.before, root), root) if kind is not None else None
+
+
+def _norm(note: Note, before: dict[int, Tensor], root: Tensor) -> Site:
+    return Site(note.module, "norm", note.before.shape, before, (), {}, -1)
+
+
+def _result(note: Note) -> Value:
+    assert isinstance(note.after, Value)
+    return note.after
+
+
+def _view(note: Note, before: dict[int, Tensor], root: Tensor) -> Site:
+    after, old, op = _dims(_result(note), root), _result(note).shape, KINDS[note.name]
+    fixed = _fixed(note.before.shape, set(before), old) - set(after) if op == "view" else frozenset()
+    return Site(note.module, op, note.before.shape, before, old, after, -1, fixed)
+
+
+def _unflatten(note: Note, before: dict[int, Tensor], root: Tensor) -> Site:
+    rank = len(note.before.shape)
+    dim, count = int(note.node.args[1]) % rank, len(note.node.args[2])  # type: ignore[arg-type]
+    old = _result(note).shape[dim : dim + count]
+    after = {d - dim: v for d, v in _dims(_result(note), root).items() if dim <= d < dim + count}
+    return Site(note.module, "unflatten", note.before.shape, before, old, after, dim)
+
+
+def _split(note: Note, before: dict[int, Tensor], root: Tensor) -> Site | None:
+    assert isinstance(note.after, list)
+    dim = int(_argument(note.node, 2, "dim", 0)) % len(note.before.shape)
+    return _cut(note, before, "split", dim, tuple(v.shape[dim] for v in note.after))
+
+
+def _slice(note: Note, before: dict[int, Tensor], root: Tensor) -> Site | None:
+    dim = int(_argument(note.node, 1, "dim", 0)) % len(note.before.shape)
+    size = note.before.shape[dim]
+    start = int(_argument(note.node, 2, "start", 0) or 0)
+    start = max(0, start + size) if start < 0 else min(start, size)
+    return _cut(note, before, "slice", dim, (start, start + _result(note).shape[dim]))
+
+
+def _pad(note: Note, before: dict[int, Tensor], root: Tensor) -> Site | None:
+    """Return the site of a padding of one labelled dimension."""
+    assert isinstance(note.after, Value)
+    pads = list(note.node.args[1])  # type: ignore[arg-type]
+    for dim, roots in _dims(note.after, root).items():
+        i = 2 * (len(note.before.shape) - 1 - dim)
+        if i < len(pads) and dim in before and (pads[i] or pads[i + 1]):
+            left, right = int(pads[i]), int(pads[i + 1])
+            ends = {k: v for k, v in ((0, roots[:left]), (1, roots[roots.numel() - right :])) if v.numel()}
+            return Site(note.module, "pad", note.before.shape, before, (left, right), ends, dim)
     return None
 
 
