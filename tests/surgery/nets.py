@@ -474,7 +474,7 @@ MUST: dict[str, dict[str, int]] = {
     "nano": {"2.c_attn.weight:0": 4, "2.c_proj.weight:0": 16},
     "timm": {"2.qkv.weight:0": 4, "2.proj.weight:0": 16},
     "gqa": {"2.q.weight:0": 2, "2.o.weight:0": 16},
-    "tied": {"m.weight:0": 12},
+    "tied": {"e.weight:1": 12},
     "einsum": {"i.weight:0": 10, "w:1": 8},
     "vae": {"0.weight:0": 8, "3.weight:1": 6},
     "permute": {"a.weight:0": 8, "n.weight:0": 10},

@@ -41,6 +41,32 @@ def test_cuts_of_all_units_cover_the_tensors_once(groups):
     assert sorted(flat.tolist()) == list(range(10))
 
 
+def test_cuts_of_all_units_at_once_are_those_of_each():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+    (group,) = trace(net, torch.zeros(1, 3, 4, 4))
+    reads = dict(group.outgoing_cuts())
+    assert reads["3.weight"].shape == (4, 8)
+    for unit in range(4):
+        zeroed = net[3].weight.detach().clone()
+        zeroed.view(-1)[reads["3.weight"][unit]] = 0
+        assert torch.equal(zeroed.view(2, 4, 4)[:, unit], torch.zeros(2, 4))
+        assert int((zeroed == 0).sum()) == 8
+        assert dict(group.outgoing(unit))["3.weight"].tolist() == sorted(reads["3.weight"][unit].tolist())
+        assert dict(group.incoming(unit))["0.weight"].tolist() == list(range(27 * unit, 27 * unit + 27))
+
+
+def test_a_tied_embedding_makes_and_reads():
+    from .nets import ZOO
+
+    make, inputs = ZOO["tied"]
+    (group,) = trace(make().eval(), inputs())
+    column = list(range(2, 240, 12))
+    assert dict(group.incoming(2))["e.weight"].tolist() == column
+    assert dict(group.outgoing(2))["e.weight"].tolist() == column
+    assert set(dict(group.incoming(2))) == {"e.weight", "m.weight", "m.bias"}
+    assert set(dict(group.outgoing(2))) == {"e.weight", "m.weight"}
+
+
 def test_a_plan_removes_what_it_was_told(model, groups):
     made = plan(groups, {"0.weight:0": keep(6, 0, 4)})
     small = shrink(model, made)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,7 +23,8 @@ class Member:
         name: parameter or buffer.
         dim: dimension of it.
         index: ``(units, k)``: the k indices of the dimension which belong to each unit.
-        consumes: True on the outgoing side (weights which read the unit), False on the incoming side.
+        consumes: True on the outgoing side (weights which read the unit).
+        makes: True on the incoming side (weights, bias, norm affine of the unit); a tied embedding is on both.
         learned: True for parameters, False for buffers.
     """
 
@@ -30,6 +32,7 @@ class Member:
     dim: int
     index: Tensor
     consumes: bool
+    makes: bool
     learned: bool
 
 
@@ -53,19 +56,37 @@ class Group:
 
     def outgoing(self, unit: int) -> Cut:
         """Return the weights which read `unit`: a list of (parameter, flat positions), each parameter once."""
-        return self._cut(unit, consumes=True)
+        return _one(self.outgoing_cuts(), unit)
 
     def incoming(self, unit: int) -> Cut:
         """Return the weights, bias and norm affine which make `unit`: a list of (parameter, flat positions)."""
-        return self._cut(unit, consumes=False)
+        return _one(self.incoming_cuts(), unit)
 
-    def _cut(self, unit: int, *, consumes: bool) -> Cut:
-        found: dict[str, list[Tensor]] = defaultdict(list)
-        for member in self.members:
-            if member.learned and member.consumes == consumes:
-                positions = torch.arange(torch.Size(self.shapes[member.name]).numel()).view(self.shapes[member.name])
-                found[member.name].append(positions.index_select(member.dim, member.index[unit]).flatten())
-        return [(name, torch.cat(parts).sort()[0]) for name, parts in found.items()]
+    def outgoing_cuts(self) -> Cut:
+        """Return the reading weights of all units: a list of (parameter, flat positions ``(units, n)``).
+
+        A parameter which reads a unit along two of its dimensions comes twice; `outgoing` unites them.
+        """
+        return [self._cut(member) for member in self.members if member.learned and member.consumes]
+
+    def incoming_cuts(self) -> Cut:
+        """Return the making weights of all units, as `outgoing_cuts` does the reading ones."""
+        return [self._cut(member) for member in self.members if member.learned and member.makes]
+
+    def _cut(self, member: Member) -> tuple[str, Tensor]:
+        shape = self.shapes[member.name]
+        before, after = math.prod(shape[: member.dim]), math.prod(shape[member.dim + 1 :])
+        outer = torch.arange(before).view(1, 1, before, 1) * (shape[member.dim] * after)
+        inner = torch.arange(after).view(1, 1, 1, after)
+        return member.name, (member.index[:, :, None, None] * after + outer + inner).flatten(1)
+
+
+def _one(cuts: Cut, unit: int) -> Cut:
+    """Return the positions of one unit, sorted, each parameter once."""
+    found: dict[str, list[Tensor]] = defaultdict(list)
+    for name, positions in cuts:
+        found[name].append(positions[unit])
+    return [(name, torch.tensor(sorted(set(torch.cat(parts).tolist())))) for name, parts in found.items()]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,6 +146,7 @@ def build(
     *,
     frozen: list[tuple[Tensor, str]],
     consumed: Tensor,
+    made: Tensor,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Groups:
     """Return the groups and the frozen dimensions with reasons.
@@ -136,6 +158,7 @@ def build(
         root: component of each atom.
         frozen: atoms that stay, with reasons; their whole components stay.
         consumed: boolean over atoms, True on the reading side of a weight.
+        made: boolean over atoms, True where a weight both makes and is read.
         shapes: shape of every tensor of the model.
     """
     why = _first_reason(root, frozen)
@@ -149,7 +172,7 @@ def build(
     roots: dict[str, Tensor] = {}
     for family, numbers in families:
         group = _renamed(
-            _group([axes[n] for n in numbers], root, family=family, consumed=consumed, shapes=shapes), groups
+            _group([axes[n] for n in numbers], root, family=family, sides=(consumed, made), shapes=shapes), groups
         )
         if not any(member.consumes for member in group.members):
             _freeze(stays, group, "is read by nothing that could be taken out with it")
@@ -195,7 +218,12 @@ def _freeze(frozen: dict[tuple[str, int], str], group: Group, reason: str) -> No
 
 
 def _group(
-    axes: list[Axis], root: Tensor, *, family: Tensor, consumed: Tensor, shapes: Mapping[str, tuple[int, ...]]
+    axes: list[Axis],
+    root: Tensor,
+    *,
+    family: Tensor,
+    sides: tuple[Tensor, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> Group:
     """Return the group of the components in `family`, which touch `axes`."""
     inside = torch.zeros(root.numel(), dtype=torch.bool)
@@ -205,9 +233,9 @@ def _group(
         own = root[axis.start : axis.start + axis.size]
         positions = inside[own].nonzero().flatten()
         index = positions[torch.argsort(own[positions], stable=True)].reshape(family.numel(), -1)
-        reads = bool(consumed[axis.start + int(index[0, 0])])
-        members.append(Member(axis.name, axis.dim, index, reads, axis.learned))
-    made = next((m for m in members if not m.consumes and m.learned), members[0])
+        reads, makes = (bool(side[axis.start + int(index[0, 0])]) for side in sides)
+        members.append(Member(axis.name, axis.dim, index, reads, makes or not reads, axis.learned))
+    made = next((m for m in members if m.makes and m.learned), members[0])
     learned = [m.index.shape[1] for m in members if m.learned]
     kind = "channel" if max(learned, default=1) == 1 else "block"
     held = {m.name: shapes[m.name] for m in members}

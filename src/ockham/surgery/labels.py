@@ -50,6 +50,7 @@ class Ledger:
         held: (labels, dimension, reason): dimensions addressed by position, along which no unit may vary.
         spared: atoms of tensors which `mask` must not zero.
         consumed: atoms on the reading side of a weight.
+        made: atoms on the making side of a weight that may also be read (tied embeddings).
         loose: ranges of atoms which belong to no tensor of the model.
         count: one element, the number of atoms given out.
     """
@@ -60,6 +61,7 @@ class Ledger:
     held: list[tuple[Tensor, int, str]] = field(default_factory=list)
     spared: list[Tensor] = field(default_factory=list)
     consumed: list[Tensor] = field(default_factory=list)
+    made: list[Tensor] = field(default_factory=list)
     loose: list[tuple[int, int]] = field(default_factory=list)
     count: list[int] = field(default_factory=lambda: [0])
 

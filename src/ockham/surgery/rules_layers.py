@@ -151,6 +151,7 @@ def embedding(call: Call) -> Value:
     rows, columns = axis(table, 0), axis(table, 1)
     call.ledger.freeze(rows, call.reason("is indexed by values of the input"))
     call.ledger.freeze_value(index, call.reason("holds indices"))
+    call.ledger.made.append(columns)
     shape = call.shape()
     return Value(shape, (along(columns, len(shape), -1),) if columns.numel() > 1 else (), table.zero)
 

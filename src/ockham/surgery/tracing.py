@@ -67,17 +67,27 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Ignore = ()) -> Grou
 def _grouped(model: nn.Module, axes: list[Axis], ledger: Ledger, notes: list[Note]) -> Groups:
     count = ledger.count[0]
     root = settle(ledger, count)
-    consumed = torch.zeros(count, dtype=torch.bool)
-    for atoms in ledger.consumed:
-        consumed[atoms[atoms >= 0]] = True
     shapes = {name: tuple(t.shape) for name, t in named_tensors(model).items()}
-    groups = build(axes, root, frozen=ledger.frozen, consumed=consumed, shapes=shapes)
-    spared = torch.zeros(count, dtype=torch.bool)
-    for atoms in ledger.spared:
-        spared[atoms[atoms >= 0]] = True
+    groups = build(
+        axes,
+        root,
+        frozen=ledger.frozen,
+        consumed=_marked(ledger.consumed, count),
+        made=_marked(ledger.made, count),
+        shapes=shapes,
+    )
+    spared = _marked(ledger.spared, count)
     names = dict.fromkeys(a.name for a in axes if bool(spared[a.start]))
     sites = tuple(settled(notes, root))
     return replace(groups, sites=sites, heads=sites, spared=tuple(names))
+
+
+def _marked(lists: list[Tensor], count: int) -> Tensor:
+    """Return a boolean over atoms, True for those in `lists`."""
+    marked = torch.zeros(count, dtype=torch.bool)
+    for atoms in lists:
+        marked[atoms[atoms >= 0]] = True
+    return marked
 
 
 def _export(model: nn.Module, example_inputs: Any) -> torch.export.ExportedProgram:
