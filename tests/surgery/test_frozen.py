@@ -50,6 +50,18 @@ def test_ops_that_mix_or_address_channels_freeze_them(op, said):
     assert said in reason(net, X, "a.weight", 0)
 
 
+@pytest.mark.parametrize("swap", [False, True])
+def test_channels_that_lie_on_inputs_stay_and_the_others_go(swap):
+    def forward(self, x):
+        y, z = torch.cat([self.a(x), x], 1), self.b(x)
+        return self.c(z + y if swap else y + z)
+
+    net = Fn(forward, a=L(6, 8), b=L(6, 14), c=L(14, 2))
+    groups = trace(net, X)
+    assert [(g.id, g.size) for g in groups] == [("a.weight:0", 8)]
+    assert "add in the model meets" in groups.frozen[("b.weight", 0)]
+
+
 def test_an_unknown_custom_op_freezes_what_it_touches_and_only_that():
     net = Fn(lambda self, x: self.c(torch.special.bessel_j0(self.b(self.a(x).relu()))), a=L(6, 8), b=L(8, 5), c=L(5, 2))
     groups = trace(net, X)

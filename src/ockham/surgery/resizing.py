@@ -227,11 +227,43 @@ HANDLERS: dict[Any, Handler] = {
 
 
 def attach(module: nn.Module, edits: Sequence[Edit], seen: list[Edit] | None = None) -> None:
-    """Let the forward of `module` run under `Resizing`: its class becomes a subclass with the same name."""
-    base, mode = type(module), Resizing(edits, seen)
+    """Let the forward of `module` run under `Resizing`: its class becomes a subclass with the same name.
+
+    A module which was resized before keeps one layer of resizing: the numbers of both are composed.
+    """
+    base, earlier = module.__dict__.get("_resized", (type(module), ()))
+    every = (*edits, *compose(earlier, edits))
+    mode = Resizing(every, seen)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with mode:
             return base.forward(self, *args, **kwargs)
 
     module.__class__ = type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
+    module.__dict__["_resized"] = (base, every)
+
+
+def compose(earlier: Sequence[Edit], later: Sequence[Edit]) -> list[Edit]:
+    """Return the edits from the sizes in the code to those after both; edits that nothing follows stay as they are."""
+    out: list[Edit] = []
+    for first in earlier:
+        followed = [_follow(first, second) for second in later]
+        out.extend([edit for edit in followed if edit is not None] or [first])
+    return list(dict.fromkeys(out))
+
+
+def _follow(first: Edit, second: Edit) -> Edit | None:
+    """Return `first` and then `second` as one edit, or None when they are about different ops."""
+    if (first.op, first.rank, first.dim, len(first.old)) != (second.op, second.rank, second.dim, len(second.old)):
+        return None
+    sizes = {d: (old, new) for d, old, new in first.sizes}
+    for d, old, new in second.sizes:
+        if d in sizes and sizes[d][1] != old:
+            return None
+        sizes[d] = (sizes[d][0] if d in sizes else old, new)
+    if any(a is not None and b is not None and a != b for a, b in zip(first.new, second.old, strict=True)):
+        return None
+    start = tuple(b if a is None else a for a, b in zip(first.old, second.old, strict=True))
+    end = tuple(a if b is None else b for a, b in zip(first.new, second.new, strict=True))
+    joined = tuple((d, *pair) for d, pair in sorted(sizes.items()))
+    return Edit(first.module, first.op, first.rank, joined, first.dim, start, end)
