@@ -50,6 +50,17 @@ def test_ops_that_mix_or_address_channels_freeze_them(op, said):
     assert said in reason(net, X, "a.weight", 0)
 
 
+def test_a_size_written_in_the_code_freezes_only_its_layer():
+    def forward(self, x):
+        state = torch.zeros(1, x.shape[0], 8)
+        return self.b(self.l(self.a(x).relu()[:, None], (state, state))[0])
+
+    net = Fn(forward, a=L(6, 7), l=nn.LSTM(7, 8, batch_first=True), b=L(8, 2))
+    groups = trace(net, X)
+    assert [(g.id, g.size) for g in groups] == [("a.weight:0", 7)]
+    assert "cannot shrink: the forward fails at another size" in groups.frozen[("l.weight_hh_l0", 1)]
+
+
 @pytest.mark.parametrize("swap", [False, True])
 def test_channels_that_lie_on_inputs_stay_and_the_others_go(swap):
     def forward(self, x):
