@@ -3,6 +3,61 @@
 from __future__ import annotations
 
 from ockham.errors import DataError, NonFiniteLossError, OckhamError, OckhamWarning, ResultError, TraceError
+from ockham.posterior.mean_field import MeanField
+from ockham.posterior.point import PointEstimate
+from ockham.posterior.posterior import Gaussian, Posterior
+from ockham.posterior.predict import Prediction, RegressionPrediction, predict, predict_regression
+from ockham.posterior.priors import EmpiricalBayes, FixedPrior, LayerScale
+from ockham.posterior.storage import load_posterior
+from ockham.reduction.diagnose import diagnose
+from ockham.reduction.rounds import Rounds
+from ockham.reduction.rule import BudgetRule, EvidenceRule, LearnedOddsRule
+from ockham.reduction.score import by_magnitude, by_random, by_snr, score
+from ockham.version import __version__
+from ockham.workflow.batchnorm import refresh_batchnorm
+from ockham.workflow.compression import Compressed, Compression, compress
+from ockham.workflow.estimators import Training, defaults_for, point_estimate
+from ockham.workflow.likelihood import Classification, Loss, Regression
+from ockham.workflow.result import load
 
-__version__ = "0.1.0"
-__all__ = ["DataError", "NonFiniteLossError", "OckhamError", "OckhamWarning", "ResultError", "TraceError"]
+__all__ = [
+    "BudgetRule",
+    "Classification",
+    "Compressed",
+    "Compression",
+    "DataError",
+    "EmpiricalBayes",
+    "EvidenceRule",
+    "FixedPrior",
+    "Gaussian",
+    "LayerScale",
+    "LearnedOddsRule",
+    "Loss",
+    "MeanField",
+    "NonFiniteLossError",
+    "OckhamError",
+    "OckhamWarning",
+    "PointEstimate",
+    "Posterior",
+    "Prediction",
+    "Regression",
+    "RegressionPrediction",
+    "ResultError",
+    "Rounds",
+    "TraceError",
+    "Training",
+    "__version__",
+    "by_magnitude",
+    "by_random",
+    "by_snr",
+    "compress",
+    "defaults_for",
+    "diagnose",
+    "load",
+    "load_posterior",
+    "point_estimate",
+    "predict",
+    "predict_regression",
+    "refresh_batchnorm",
+    "score",
+]

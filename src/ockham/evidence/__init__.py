@@ -1,1 +1,1 @@
-"""placeholder."""
+"""Pure mathematics of model evidence: tensors in, tensors out, in nats; positive favours removal."""

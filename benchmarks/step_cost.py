@@ -1,0 +1,180 @@
+"""What a training step costs: ratios to `torch.optim.Adam(fused=True)` on the same network in one run, and memory.
+
+    pip install --no-deps ivon-opt bayesian-torch      # optional rivals, for this benchmark only
+    python benchmarks/step_cost.py [--rounds 30]
+
+Arms are interleaved: every round times a few steps of each, and the ratio of medians over rounds is reported, so that
+a busy machine slows all arms alike. Memory is the growth of the peak resident set of a fresh process over five steps of
+a wide network at batch 1 (activations are negligible there), in floats per weight, parameter and gradient included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import ockham
+from ockham.zoo.networks import NETWORKS
+
+RESULTS = Path(__file__).parent / "results"
+SHAPES = {"lenet_300_100": (1, 28, 28), "lenet5_caffe": (1, 28, 28), "resnet20": (3, 32, 32)}
+STEPS = {"lenet_300_100": 20, "lenet5_caffe": 4, "resnet20": 1}
+N_DATA = 60_000
+
+Step = Callable[[], None]
+
+
+def adam(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
+    optimizer = torch.optim.Adam(net.parameters(), fused=True)
+    return _loop(net, optimizer, nullcontext, x, y)
+
+
+def mean_field(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
+    optimizer = ockham.MeanField(net.named_parameters(), n_data=N_DATA)
+    return _loop(net, optimizer, optimizer.sampled, x, y)
+
+
+def mean_field_pruned(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
+    optimizer = ockham.MeanField(net.named_parameters(), n_data=N_DATA)
+    generator = torch.Generator().manual_seed(0)
+    optimizer.remove({n: torch.rand(p.shape, generator=generator) < 0.02 for n, p in net.named_parameters()})
+    return _loop(net, optimizer, optimizer.sampled, x, y)
+
+
+def ivon(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
+    import ivon as package
+
+    optimizer = package.IVON(net.parameters(), lr=0.1, ess=N_DATA)
+    return _loop(net, optimizer, lambda: optimizer.sampled_params(train=True), x, y)
+
+
+def bayesian_torch(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
+    from bayesian_torch.models.dnn_to_bnn import dnn_to_bnn, get_kl_loss
+
+    prior = {"prior_mu": 0.0, "prior_sigma": 1.0, "posterior_mu_init": 0.0, "posterior_rho_init": -3.0}
+    dnn_to_bnn(net, {**prior, "type": "Reparameterization", "moped_enable": False})
+    optimizer = torch.optim.Adam(net.parameters(), fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        (nn.functional.cross_entropy(net(x), y) + (get_kl_loss(net) or 0.0) / N_DATA).backward()
+        optimizer.step()
+
+    return step
+
+
+METHODS: dict[str, Callable[[nn.Module, torch.Tensor, torch.Tensor], Step]] = {
+    "Adam (fused)": adam,
+    "ockham.MeanField": mean_field,
+    "ockham.MeanField, 98 % removed": mean_field_pruned,
+    "ivon-opt": ivon,
+    "bayesian-torch": bayesian_torch,
+}
+
+
+def _loop(net: nn.Module, optimizer: torch.optim.Optimizer, block: Callable, x: torch.Tensor, y: torch.Tensor) -> Step:
+    def step() -> None:
+        optimizer.zero_grad()
+        with block():
+            nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def ratios(network: str, rounds: int) -> dict[str, dict[str, float]]:
+    x, y = torch.randn(128, *SHAPES[network]), torch.randint(0, 10, (128,))
+    arms = {}
+    for name, build in METHODS.items():
+        try:
+            torch.manual_seed(0)
+            arms[name] = build(NETWORKS[network](), x, y)
+            arms[name]()
+        except ImportError:
+            print(f"{name}: not installed, left out", file=sys.stderr)
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(rounds):
+        for name, step in arms.items():
+            began = time.perf_counter()
+            for _ in range(STEPS[network]):
+                step()
+            times[name].append((time.perf_counter() - began) / STEPS[network])
+    base = statistics.median(times["Adam (fused)"])
+    return {n: {"ms": 1e3 * statistics.median(t), "ratio": statistics.median(t) / base} for n, t in times.items()}
+
+
+def memory(name: str) -> float:
+    """Floats per weight at the peak, measured in a process of its own."""
+    command = [sys.executable, __file__, "--memory-of", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return float(done.stdout) if done.returncode == 0 else float("nan")
+
+
+def _memory_here(name: str) -> float:
+    torch.set_num_threads(1)
+    METHODS[name](nn.Linear(8, 8), torch.randn(2, 8), torch.tensor([0, 1]))()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    net = nn.Sequential(*(nn.Linear(2000, 2000) for _ in range(6)))
+    weights = sum(p.numel() for p in net.parameters())
+    step = METHODS[name](net, torch.randn(1, 2000), torch.zeros(1, dtype=torch.long))
+    for _ in range(5):
+        step()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 4 / weights
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory_of:
+        print(_memory_here(args.memory_of))
+        return
+    found = {network: ratios(network, args.rounds) for network in SHAPES}
+    floats = {name: memory(name) for name in found["lenet_300_100"]}
+    record = {
+        "command": f"python benchmarks/step_cost.py --rounds {args.rounds}",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "steps": found,
+        "floats_per_weight": floats,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "step_cost.json").write_text(json.dumps(record, indent=1) + "\n")
+    (RESULTS / "step_cost.md").write_text(_table(record))
+    print(_table(record))
+
+
+def _table(record: dict) -> str:
+    lines = [
+        "# Cost of a training step",
+        "",
+        f"{record['date'][:10]}, `{record['command']}`, {record['machine']},",
+        f"torch {record['versions']['torch']}. Batch 128; "
+        "ratio of medians over interleaved rounds to fused Adam; peak memory in floats per weight.",
+        "",
+        "| method | " + " | ".join(f"{n}: ms (ratio)" for n in record["steps"]) + " | floats per weight |",
+        "| --- |" + " --- |" * (len(record["steps"]) + 1),
+    ]
+    for name, floats in record["floats_per_weight"].items():
+        cells = [f"{s[name]['ms']:.2f} ({s[name]['ratio']:.2f})" for s in record["steps"].values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {floats:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()

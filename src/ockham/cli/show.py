@@ -1,0 +1,80 @@
+"""Tables for people: metrics, contents, an evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from ockham.errors import OckhamError
+from ockham.files.tree import read_json
+from ockham.posterior.storage import load_posterior
+from ockham.workflow.evaluate import mean_predictor, measures, posterior_predictor
+from ockham.workflow.result import layers, load
+from ockham.zoo.data import Dataset
+
+__all__ = ["contents", "evaluation", "metrics"]
+
+
+def metrics(console: Console, folder: Path) -> None:
+    """Before, after and mean network, one row a measure."""
+    found = read_json(folder / "metrics.json")
+    columns = {"before": found["before"], "after": found["after"], "mean network": found["mean_network"]}
+    _table(console, {k: v for k, v in columns.items() if v is not None})
+    console.print(
+        f"kept {found['kept']:.2%} of the weights in {found['seconds']:.1f} s, seed {found['seed']}", highlight=False
+    )
+
+
+def contents(console: Console, folder: Path) -> None:
+    """Per layer: shape, weights, kept, prior, median precision ratio."""
+    posterior = load_posterior(folder)
+    table = Table("parameter", "shape", "weights", "kept", "share", "prior std", "median P/P0")
+    for row in layers(posterior):
+        g = posterior[row["name"]]
+        ratio = (g.precision / g.prior_precision)[g.keep]
+        middle = f"{float(ratio.median()):.3g}" if ratio.numel() else "-"
+        share = row["kept"] / max(1, row["total"])
+        shape = "x".join(map(str, row["shape"]))
+        prior = f"{float(g.prior_precision.reshape(-1)[0]) ** -0.5:.3g}"
+        table.add_row(row["name"], shape, f"{row['total']:,}", f"{row['kept']:,}", f"{share:.2%}", prior, middle)
+    console.print(table)
+    line = f"{posterior.source}, N = {posterior.n_data:g}, temperature {posterior.temperature:g}, "
+    console.print(line + f"{posterior.kept():,} of {posterior.size():,} weights kept", highlight=False)
+
+
+def evaluation(
+    console: Console, folder: Path, data: Dataset, model: nn.Module | None, *, draws: int, device: torch.device
+) -> None:
+    """Measures on the test part of a data set."""
+    network, posterior = load(folder, model).to(device), load_posterior(folder).to(device)
+    noise = read_json(folder / "metrics.json").get("noise_variance")
+    classify = noise is None
+    if classify is data.test_y.is_floating_point():
+        wanted = "class labels" if classify else "numbers"
+        raise OckhamError(
+            f"{folder} was made for targets that are {wanted}; the data {data.name!r} have the other kind"
+        )
+    sampled = posterior_predictor(network, posterior, classify=classify, draws=draws)
+    columns: dict[str, Any] = {
+        "posterior": measures(sampled, data.test_x, data.test_y, noise_variance=noise),
+        "mean network": measures(
+            mean_predictor(network, classify=classify), data.test_x, data.test_y, noise_variance=noise
+        ),
+    }
+    _table(console, columns)
+
+
+def _table(console: Console, columns: dict[str, dict[str, float]]) -> None:
+    table = Table("measure", *columns)
+    for name in next(iter(columns.values())):
+        table.add_row(name, *(_number(c[name]) for c in columns.values()))
+    console.print(table)
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

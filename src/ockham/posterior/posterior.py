@@ -1,0 +1,114 @@
+"""The seam of the house: a posterior is a frozen mapping from parameter name to Gaussian moments with their prior."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ockham.errors import OckhamError
+
+__all__ = ["Gaussian", "Posterior"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gaussian:
+    """Independent Gaussian posterior and prior of one parameter tensor.
+
+    Attributes:
+        mean: posterior mean, shape of the parameter; exactly 0 where removed.
+        precision: posterior (conditional) precision, same shape; ``inf`` where removed.
+        prior_precision: precision of the full prior, broadcastable to ``mean``.
+        prior_mean: mean of the full prior, broadcastable.
+        keep: boolean, True = stays; same shape.
+        marginal_precision: precision of the marginal where the source knows correlations, else None (= precision).
+    """
+
+    mean: Tensor
+    precision: Tensor
+    prior_precision: Tensor
+    prior_mean: Tensor
+    keep: Tensor
+    marginal_precision: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        shape = self.mean.shape
+        for name in ("precision", "keep"):
+            got = getattr(self, name).shape
+            if got != shape:
+                raise OckhamError(f"Gaussian: {name} has shape {tuple(got)}, mean has {tuple(shape)}")
+        if self.keep.dtype is not torch.bool:
+            raise OckhamError(f"Gaussian: keep must be boolean (True = stays); got {self.keep.dtype}")
+
+    def to(self, device: torch.device | str) -> Gaussian:
+        """The same moments on a device."""
+        marginal = None if self.marginal_precision is None else self.marginal_precision.to(device)
+        prior = self.prior_precision.to(device), self.prior_mean.to(device)
+        return Gaussian(self.mean.to(device), self.precision.to(device), *prior, self.keep.to(device), marginal)
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation 1/sqrt(precision); 0 where removed."""
+        return self.precision.rsqrt()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Posterior(Mapping[str, Gaussian]):
+    """Posterior over the parameters of a network.
+
+    Attributes:
+        moments: parameter name to `Gaussian`.
+        n_data: number of summed log-likelihood terms (examples; tokens for language models).
+        temperature: tempering of the posterior; at values other than 1 evidence from it is *tempered* evidence.
+        source: which method made it, for people.
+    """
+
+    moments: Mapping[str, Gaussian]
+    n_data: float
+    temperature: float = 1.0
+    source: str = "unknown"
+
+    def __getitem__(self, name: str) -> Gaussian:
+        """Moments of the parameter called ``name``."""
+        try:
+            return self.moments[name]
+        except KeyError:
+            known = ", ".join(list(self.moments)[:6])
+            raise KeyError(f"no parameter {name!r} in this posterior; it has {known}, ...") from None
+
+    def __iter__(self) -> Iterator[str]:
+        """Names in the order of the network."""
+        return iter(self.moments)
+
+    def __len__(self) -> int:
+        """Number of parameter tensors."""
+        return len(self.moments)
+
+    def __repr__(self) -> str:
+        """One line, no tensors."""
+        return f"Posterior({self.source}, {len(self)} tensors, {self.kept():,} of {self.size():,} weights kept)"
+
+    def kept(self) -> int:
+        """Number of weights that stay."""
+        return sum(int(g.keep.sum()) for g in self.moments.values())
+
+    def size(self) -> int:
+        """Number of weights of the full network that this posterior speaks of."""
+        return sum(g.keep.numel() for g in self.moments.values())
+
+    def to(self, device: torch.device | str) -> Posterior:
+        """The same posterior with its tensors on a device."""
+        return Posterior({n: g.to(device) for n, g in self.items()}, self.n_data, self.temperature, self.source)
+
+    def save(self, path: str | Path) -> None:
+        """Write the survivors to one safetensors file (bitmask + values), atomically.
+
+        Raises:
+            OckhamError: the folder cannot be written.
+        """
+        from ockham.posterior import storage
+
+        storage.save_posterior(self, Path(path))

@@ -1,0 +1,80 @@
+"""A posterior on disk: survivors' means and precisions, masks as bits, priors, n_data, temperature."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ockham.errors import OckhamError, ResultError
+from ockham.files.sparse import pack_mask, unpack_mask
+from ockham.files.tree import read_tree, write_tree
+from ockham.posterior.posterior import Gaussian, Posterior
+
+__all__ = ["load_posterior", "save_posterior"]
+
+
+def save_posterior(posterior: Posterior, path: Path) -> None:
+    """Write one safetensors file, atomically.
+
+    Raises:
+        OckhamError: the folder cannot be written.
+    """
+    tree = {
+        "n_data": posterior.n_data,
+        "temperature": posterior.temperature,
+        "source": posterior.source,
+        "moments": {name: _pack(g) for name, g in posterior.items()},
+    }
+    write_tree(path, tree, kind="posterior")
+
+
+def load_posterior(path: str | Path) -> Posterior:
+    """Read a posterior; a result folder may be named instead of the file in it.
+
+    Raises:
+        ResultError: missing, truncated, tampered with, foreign or newer; says which file and why.
+    """
+    file = Path(path) / "posterior.safetensors" if Path(path).is_dir() else Path(path)
+    tree = read_tree(file, kind="posterior")
+    try:
+        moments = {name: _unpack(node) for name, node in tree["moments"].items()}
+        return Posterior(moments, float(tree["n_data"]), float(tree["temperature"]), str(tree["source"]))
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, OckhamError) as error:
+        raise ResultError(f"{file}: its posterior is damaged ({error})") from error
+
+
+def _pack(g: Gaussian) -> dict[str, Any]:
+    node: dict[str, Any] = {"shape": list(g.mean.shape), "mean": g.mean[g.keep], "precision": g.precision[g.keep]}
+    if not bool(g.keep.all()):
+        node["keep"] = pack_mask(g.keep)
+    for name in ("prior_precision", "prior_mean"):
+        node[name] = getattr(g, name)
+    if g.marginal_precision is not None:
+        node["marginal_precision"] = g.marginal_precision[g.keep]
+    return node
+
+
+def _unpack(node: Mapping[str, Any]) -> Gaussian:
+    shape = tuple(node["shape"])
+    keep = unpack_mask(node["keep"], shape) if "keep" in node else torch.ones(shape, dtype=torch.bool)
+    marginal = node.get("marginal_precision")
+    return Gaussian(
+        _spread(node["mean"], keep, 0.0),
+        _spread(node["precision"], keep, torch.inf),
+        node["prior_precision"],
+        node["prior_mean"],
+        keep,
+        None if marginal is None else _spread(marginal, keep, torch.inf),
+    )
+
+
+def _spread(values: Tensor, keep: Tensor, fill: float) -> Tensor:
+    if values.numel() != int(keep.sum()):
+        raise ResultError(f"the mask keeps {int(keep.sum())} weights, the file holds {values.numel()}")
+    result = torch.full(keep.shape, fill, dtype=values.dtype)
+    result[keep] = values.reshape(-1)
+    return result

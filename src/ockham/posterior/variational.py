@@ -1,0 +1,357 @@
+"""What every variational optimizer shares: the perturbed block, living weights, removal, state on disk.
+
+Contract (tested on every method): an exception inside `sampled` restores the mean; frozen and unused parameters are
+left alone; tied weights are one weight; one draw a step, shared by microbatches and (with equal seeds) by ranks;
+noise comes from the optimizer's own seeded generator, never from the global one; a resumed run equals one that never
+stopped, to the bit; removed weights are exactly zero, noiseless and free of KL.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ockham.errors import OckhamError
+from ockham.posterior.arena import Arena, Facts
+from ockham.posterior.checks import check_group, check_keep
+from ockham.posterior.pieces import Span, alive_index, read, spans, write, zero_removed_
+from ockham.posterior.posterior import Gaussian, Posterior
+from ockham.posterior.priors import Prior, plain_prior, restored_prior
+
+__all__ = ["VariationalOptimizer"]
+
+
+class VariationalOptimizer(torch.optim.Optimizer, ABC):
+    """Gaussian variational inference in the shape of a `torch.optim.Optimizer`.
+
+    Outside `sampled` the parameters hold the posterior mean, so evaluation, saving and editing work as always.
+    Consecutive draws are mirrored (noise e, then -e): each is an exact draw, a pair costs one, and the odd terms of
+    the gradient noise cancel (docs/decisions.md).
+    """
+
+    _vectors: tuple[str, ...] = ()  # names of the state vectors, one number per living weight
+
+    def __init__(self, params: Any, defaults: dict[str, Any], *, seed: int) -> None:
+        self._seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._index: dict[Tensor, Tensor | None] = {}
+        self._arenas: dict[int, Arena] = {}
+        self._backup: list[tuple[Span, Tensor]] | None = None
+        self._pending = False
+        self._mirror = False
+        self._names: dict[Tensor, str] = {}
+        super().__init__(params, defaults)
+
+    # ------------------------------------------------------------------ what a method supplies
+    @abstractmethod
+    def _start(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """State of a parameter: the vectors named in `_vectors`, and scalars; ``prior_precision`` among them."""
+
+    @abstractmethod
+    def _std(self, vectors: Mapping[str, Tensor], facts: Facts, group: dict[str, Any]) -> Tensor:
+        """Posterior standard deviation of a run of weights, a new tensor."""
+
+    @abstractmethod
+    def _update_(self, mean: Tensor, grad: Tensor, vectors: Mapping[str, Tensor], facts: Facts, group: Any) -> None:
+        """One step on a run of weights: changes ``mean`` and the vectors in place; ``grad`` may be overwritten."""
+
+    def _check_options(self, group: Mapping[str, Any]) -> None:
+        """Raise on an option of a new group that is out of range; nothing by default."""
+
+    def _after_step(self, group: dict[str, Any]) -> None:
+        """Anything slower than a step, such as learning the prior; nothing by default."""
+
+    # ------------------------------------------------------------------ the loop's three calls
+    @contextmanager
+    def sampled(self) -> Iterator[None]:
+        """Parameters hold one posterior draw inside the block and the mean again after it, exceptions included.
+
+        Blocks before the same `step` share one draw; `step` and `zero_grad` end it.
+
+        Raises:
+            OckhamError: blocks are nested.
+        """
+        if self._backup is not None:
+            raise OckhamError("sampled() blocks cannot be nested: leave the first before entering another")
+        self._backup = []
+        try:
+            self._perturb()
+            yield
+        finally:
+            self._restore()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients, and outside a `sampled` block end the current draw."""
+        super().zero_grad(set_to_none)
+        if self._backup is None:
+            self._pending = False
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of the posterior from the gradients at the drawn weights.
+
+        Args:
+            closure: recomputes the loss and its gradients; it is run inside `sampled`.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            OckhamError: no draw belongs to these gradients (the backward pass ran outside `sampled`).
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad(), self.sampled():
+                loss = closure()
+        self._outside("step")
+        if not self._pending:
+            raise OckhamError(
+                "step() without a draw: run forward and backward inside `with optimizer.sampled():`, "
+                "call zero_grad() before that block and not between it and step()"
+            )
+        self._check_grads()
+        for group in self.param_groups:
+            arena = self._arena(group)
+            self._count(group)
+            for span in arena.spans:
+                for run in self._runs(span, ready=True):
+                    self._step_run(run, arena, group)
+            self._after_step(group)
+        self._pending = False
+        return loss
+
+    # ------------------------------------------------------------------ the posterior, and removal
+    def posterior(self) -> Posterior:
+        """The posterior of all parameters that ever had a gradient, detached copies, in the order of the groups.
+
+        Raises:
+            OckhamError: called inside `sampled`.
+        """
+        self._outside("posterior")
+        moments = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad and self.state.get(p, {}).get("step", 0) > 0:
+                    moments[self._names[p]] = self._gaussian(p, group)
+        first = self.param_groups[0]
+        return Posterior(moments, first["n_data"], first["temperature"], type(self).__name__)
+
+    @torch.no_grad()
+    def remove(self, keep: Mapping[str, Tensor]) -> int:
+        """Remove weights for good: exactly zero, no noise, no KL, no state.
+
+        Args:
+            keep: parameter name to boolean tensor of the parameter's shape, True = stays. Names left out are kept.
+
+        Returns:
+            How many weights were newly removed.
+
+        Raises:
+            OckhamError: an unknown name, a wrong shape or a tensor that is not boolean; nothing is removed then. Or
+                called inside `sampled`.
+        """
+        self._outside("remove")
+        by_name = {name: p for p, name in self._names.items()}
+        for name, mask in keep.items():
+            check_keep(name, mask, by_name)
+        return sum(self._remove_from(by_name[name], mask) for name, mask in keep.items())
+
+    def keep(self) -> dict[str, Tensor]:
+        """Boolean masks, True = alive, of every parameter that requires a gradient."""
+        return {n: self._keep_of(p) for p, n in self._names.items() if p.requires_grad}
+
+    # ------------------------------------------------------------------ state
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, as (name, parameter) pairs like everywhere here.
+
+        Raises:
+            OckhamError: parameters without names or with names in use, of a type that cannot be perturbed, listed
+                twice, or an option out of range; the group is not added then. Or called inside `sampled`.
+        """
+        self._outside("add_param_group")
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_group(group, set(self._names.values()))
+            self._check_options(group)
+        except OckhamError:
+            self.param_groups.pop()
+            raise
+        self._names.update(zip(group["params"], group["param_names"], strict=True))
+        self._pending = self._mirror = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's state plus that of the noise, all of it tensors and plain values (`torch.load` needs no pickle)."""
+        state = super().state_dict()
+        state["param_groups"] = [_plain(group) for group in state["param_groups"]]
+        noise = {str(d): g.get_state() for d, g in self._generators.items()}
+        state["sampler"] = {"pending": self._pending, "mirror": self._mirror, "seed": self._seed, "generators": noise}
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue exactly where the saved optimizer was.
+
+        Raises:
+            OckhamError: the state was not saved by an optimizer of this family, or names a prior that neither this
+                library nor this optimizer has. Or called inside `sampled`.
+        """
+        self._outside("load_state_dict")
+        if "sampler" not in state_dict:
+            raise OckhamError(f"this is not the state of a {type(self).__name__}: it has no 'sampler' entry")
+        sampler = state_dict["sampler"]
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        for saved, own in zip(groups, self.param_groups, strict=False):  # torch raises where the numbers differ
+            if isinstance(saved.get("prior"), dict):
+                saved["prior"] = restored_prior(saved["prior"], own["prior"])
+        super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
+        self._pending, self._mirror, self._seed = sampler["pending"], sampler["mirror"], sampler["seed"]
+        self._generators = {}
+        for device, saved in sampler["generators"].items():
+            self._generator(torch.device(device)).set_state(saved.cpu())
+        self._index.clear()
+        self._arenas.clear()
+        for p, state in self.state.items():
+            _undo_cast(state)
+            if "keep" in state:
+                self._index[p] = alive_index(state["keep"])
+
+    # ------------------------------------------------------------------ inside
+    def _outside(self, call: str) -> None:
+        if self._backup is not None:
+            raise OckhamError(f"{call}() inside sampled(): the weights are a draw there; leave the block first")
+
+    def _arena(self, group: dict[str, Any]) -> Arena:
+        alive = [p for p in group["params"] if p.requires_grad]
+        found = self._arenas.get(id(group))
+        if found is None or not found.holds(alive):
+            found = self._arenas[id(group)] = self._pack(alive, group)
+        return found
+
+    def _pack(self, alive: list[Tensor], group: dict[str, Any]) -> Arena:
+        for p in alive:
+            self._ensure(p, group)
+        vectors = {}
+        for name in (*self._vectors, "noise") if alive else ():
+            vectors[name] = torch.cat([self.state[p][name] for p in alive])
+            sizes = [self.state[p][name].numel() for p in alive]
+            for p, part in zip(alive, vectors[name].split(sizes), strict=True):
+                self.state[p][name] = part
+        return Arena(tuple(alive), vectors, tuple(spans([(p, self._index.get(p)) for p in alive])))
+
+    def _ensure(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[p]
+        if not state:
+            state.update(self._start(p, group))
+            state["step"] = 0
+            state["noise"] = torch.zeros(p.numel(), dtype=torch.half, device=p.device)
+            self._mirror = False  # there is nothing to mirror yet: the next draw is a new one
+        return state
+
+    def _check_grads(self) -> None:
+        for p, name in self._names.items():
+            if p.grad is not None and p.grad.is_sparse:
+                raise OckhamError(f"parameter {name!r} has a sparse gradient; build its Embedding with sparse=False")
+
+    def _count(self, group: dict[str, Any]) -> None:
+        for p in group["params"]:
+            if p.requires_grad and p.grad is not None:
+                self.state[p]["step"] += 1
+
+    def _facts(self, span: Span) -> Facts:
+        state = self.state[span.pieces[0].parameter]
+        return Facts(state["step"], state["prior_precision"])
+
+    def _runs(self, span: Span, *, ready: bool = False) -> list[Span]:
+        """The span whole where its parameters agree in everything scalar, else piece by piece; only ready ones."""
+        states = [self.state[x.parameter] for x in span.pieces]
+        there = [not ready or x.parameter.grad is not None for x in span.pieces]
+        if all(there) and len({(s["step"], s["prior_precision"]) for s in states}) == 1:
+            return [span]
+        return [part for part, ok in zip(span.split(), there, strict=True) if ok]
+
+    def _step_run(self, run: Span, arena: Arena, group: dict[str, Any]) -> None:
+        mean = read(run, [x.parameter for x in run.pieces])
+        grad = read(run, [x.parameter.grad for x in run.pieces])  # type: ignore[misc]
+        self._update_(mean, grad, arena.at(run), self._facts(run), group)
+        write(run, mean)
+
+    @torch.no_grad()
+    def _perturb(self) -> None:
+        assert self._backup is not None
+        new = not self._pending
+        arenas = [self._arena(group) for group in self.param_groups]
+        self._mirror, self._pending = (not self._mirror) if new else self._mirror, True
+        for group, arena in zip(self.param_groups, arenas, strict=True):
+            for span in arena.spans:
+                if new:
+                    self._draw_(arena.at(span)["noise"])
+                for run in self._runs(span):
+                    vectors = arena.at(run)
+                    mean = read(run, [x.parameter for x in run.pieces])
+                    self._backup.append((run, mean))
+                    write(run, self._std(vectors, self._facts(run), group).mul_(vectors["noise"]).add_(mean))
+
+    def _draw_(self, noise: Tensor) -> None:
+        if self._mirror:
+            noise.copy_(torch.randn(noise.shape, generator=self._generator(noise.device), device=noise.device))
+        else:
+            noise.neg_()
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for run, mean in self._backup or ():
+            write(run, mean)
+        self._backup = None
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return self._generators[device]
+
+    def _keep_of(self, p: Tensor) -> Tensor:
+        keep = self.state.get(p, {}).get("keep")
+        return torch.ones_like(p, dtype=torch.bool) if keep is None else keep.clone()
+
+    @torch.no_grad()
+    def _gaussian(self, p: Tensor, group: dict[str, Any]) -> Gaussian:
+        state, keep = self.state[p], self._keep_of(p)
+        facts = Facts(state["step"], state["prior_precision"])
+        precision = torch.full_like(p.detach(), torch.inf, memory_format=torch.contiguous_format)
+        precision[keep] = self._std(state, facts, group).double().pow(-2).to(p.dtype)
+        mean = p.detach().clone(memory_format=torch.contiguous_format)
+        prior, prior_mean = (
+            torch.tensor(x, dtype=p.dtype, device=p.device) for x in (facts.prior_precision, group["prior_mean"])
+        )
+        return Gaussian(mean, precision, prior, prior_mean, keep)
+
+    def _remove_from(self, p: Tensor, keep: Tensor) -> int:
+        group = next(g for g in self.param_groups if any(q is p for q in g["params"]))
+        state, old = self._ensure(p, group), self._index.get(p)
+        flat = keep.to(p.device).reshape(-1)
+        stays = flat if old is None else flat[old]
+        if bool(stays.all()):
+            return 0
+        for name in (*self._vectors, "noise"):
+            state[name] = state[name][stays]
+        state["keep"] = flat.view(p.shape) & self._keep_of(p)
+        self._index[p] = alive_index(state["keep"])
+        self._arenas.pop(id(group), None)
+        zero_removed_(p, state["keep"])
+        return int((~stays).sum())
+
+
+def _undo_cast(state: dict[str, Any]) -> None:
+    """Torch casts all loaded state to the parameter's dtype; masks and noise have their own."""
+    state["noise"] = state["noise"].half()
+    if "keep" in state:
+        state["keep"] = state["keep"].bool()
+
+
+def _plain(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: plain_prior(v) if isinstance(v, Prior) else v for k, v in group.items()}

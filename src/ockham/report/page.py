@@ -1,0 +1,167 @@
+"""Pieces of the page: escaped text, tables, figures, sections, and the style they share."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+
+__all__ = ["details", "document", "escape", "figure", "grid", "note", "paragraph", "section", "table", "tile"]
+
+
+def escape(text: object) -> str:
+    """Text for HTML, in content and attributes."""
+    return html.escape(str(text).encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}"))
+
+
+def paragraph(text: str, kind: str = "") -> str:
+    """A paragraph of plain text."""
+    return f"<p{_class(kind)}>{escape(text)}</p>"
+
+
+def note(title: str, lines: Iterable[str]) -> str:
+    """A box that asks for attention."""
+    return f'<div class="note" role="note"><strong>{escape(title)}</strong>{"".join(map(paragraph, lines))}</div>'
+
+
+def tile(label: str, value: str, aside: str, tone: str = "") -> str:
+    """One number of the header; the tone colours the line below it ("good", "bad" or none)."""
+    parts = f"<dt>{escape(label)}</dt><dd>{escape(value)}</dd>"
+    return f'<div class="tile">{parts}<dd{_class(f"aside {tone}".strip())}>{escape(aside)}</dd></div>'
+
+
+def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> str:
+    """A table of plain texts.
+
+    Args:
+        caption: what the table holds.
+        header: column names.
+        rows: one text per column; a cell that starts with "better" or "worse" is coloured too.
+        words: how many leading columns are text, aligned left; the others are numbers.
+    """
+    head = "".join(f'<th scope="col"{_class("" if i < words else "n")}>{escape(h)}</th>' for i, h in enumerate(header))
+    body = "".join(f"<tr>{''.join(_cell(c, i, words) for i, c in enumerate(row))}</tr>\n" for row in rows)
+    inside = f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody>"
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>{inside}</table></div>'
+    )
+
+
+def details(summary: str, content: str) -> str:
+    """Content that opens on a click."""
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
+
+
+def figure(title: str, svg: str, caption: str = "", *, legend: Sequence[tuple[str, str]] = ()) -> str:
+    """A drawn figure on its card.
+
+    Args:
+        title: above it.
+        svg: from `ockham.report.figures`.
+        caption: below it.
+        legend: pairs (class of the colour, meaning).
+    """
+    keys = "".join(f'<span><i class="key {kind}"></i>{escape(meaning)}</span>' for kind, meaning in legend)
+    legend_ = f'<div class="legend">{keys}</div>' if keys else ""
+    below = f"<p>{escape(caption)}</p>" if caption else ""
+    return f"<figure><figcaption><strong>{escape(title)}</strong>{legend_}{below}</figcaption>\n{svg}\n</figure>"
+
+
+def grid(items: Iterable[str]) -> str:
+    """Items side by side where there is room."""
+    return f'<div class="grid">{"".join(items)}</div>'
+
+
+def section(anchor: str, title: str, *content: str) -> str:
+    """A part of the report; `document` lists it in the contents."""
+    return f'<section id="{anchor}"><h2>{escape(title)}</h2>\n{"".join(content)}\n</section>\n'
+
+
+def document(title: str, head: str, sections: Iterable[str], foot: str) -> str:
+    """The whole page."""
+    meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    meta += '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">'
+    start = (
+        f'<!DOCTYPE html>\n<html lang="en"><head>{meta}<title>{escape(title)}</title>\n<style>{_CSS}</style></head>\n'
+    )
+    body = f"<header>{head}</header>\n<main>{''.join(sections)}</main>\n<footer>{foot}</footer>"
+    return f"{start}<body>{body}</body></html>\n"
+
+
+def _class(kind: str) -> str:
+    return f' class="{kind}"' if kind else ""
+
+
+def _cell(text: str, column: int, words: int) -> str:
+    tone = "good" if text.startswith("better") else "bad" if text.startswith("worse") else ""
+    if column == 0:
+        return f'<th scope="row">{escape(text)}</th>'
+    return f"<td{_class(' '.join(filter(None, ('' if column < words else 'n', tone))))}>{escape(text)}</td>"
+
+
+_LIGHT = """--bg:#f5f6f8;--card:#fff;--ink:#1c2530;--muted:#5b6875;--line:#dfe5eb;--track:#edf0f4;--after:#2f5fd0;
+--before:#b9601f;--gone:#b4bfcb;--good:#17703f;--bad:#b02f2a;--warn:#fff5dc;--warnline:#e2b84a;"""
+_DARK = """--bg:#11151b;--card:#191f28;--ink:#e5eaf0;--muted:#9ba8b6;--line:#2c3541;--track:#252d38;--after:#84a8ff;
+--before:#eb9f64;--gone:#5a6776;--good:#6fd19a;--bad:#ff908a;--warn:#2b2513;--warnline:#8a6d1f;"""
+_CSS = f"""
+:root{{color-scheme:light dark;--font:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;
+--mono:ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace;{_LIGHT}}}
+@media (prefers-color-scheme:dark){{:root{{{_DARK}}}}}
+@media print{{:root{{{_LIGHT}}}}}
+*{{box-sizing:border-box}}
+body{{margin:0;background:var(--bg);color:var(--ink);font:16px/1.6 var(--font);-webkit-text-size-adjust:100%;
+overflow-wrap:break-word}}
+header,main,footer{{max-width:1080px;margin:0 auto;padding:0 clamp(14px,4vw,40px)}}
+header{{padding-top:clamp(24px,5vw,56px)}}
+.eyebrow{{margin:0;color:var(--muted);font-size:13px;letter-spacing:.06em;text-transform:uppercase}}
+h1{{font-size:clamp(25px,4.4vw,38px);line-height:1.18;letter-spacing:-.018em;margin:.25em 0 .6em;text-wrap:balance}}
+h2{{font-size:clamp(19px,2.6vw,23px);letter-spacing:-.01em;line-height:1.25;margin:0 0 .5em}}
+p{{margin:.5em 0;max-width:74ch}}
+.lead{{font-size:clamp(16px,2vw,18px)}}
+.quiet{{color:var(--muted)}}
+section{{margin:clamp(32px,5vw,56px) 0 0}}
+dl.tiles{{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(46%,146px),1fr));gap:12px;margin:24px 0 0}}
+.tile,figure,.scroll,.note{{background:var(--card);border:1px solid var(--line);border-radius:12px}}
+.tile{{padding:13px 14px}}
+.tile dt{{color:var(--muted);font-size:13px}}
+.tile dd{{margin:0;font-size:23px;white-space:nowrap;font-weight:650;letter-spacing:-.02em;line-height:1.3}}
+.tile dd.aside{{font-size:13px;white-space:normal;font-weight:400;letter-spacing:0;color:var(--muted);line-height:1.4}}
+.tile dd.good,td.good{{color:var(--good)}}.tile dd.bad,td.bad{{color:var(--bad)}}
+.note{{background:var(--warn);border-color:var(--warnline);padding:12px 18px;margin:18px 0}}
+.grid{{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:16px;align-items:start;
+margin:16px 0}}
+figure{{margin:0;padding:14px 16px 12px;min-width:0;break-inside:avoid}}
+figcaption{{font-size:14.5px;margin-bottom:8px}}
+figcaption p{{margin:2px 0 0;color:var(--muted);font-size:13.5px}}
+.chart{{display:block;width:100%;max-width:580px;height:auto;margin:0 auto}}
+.chart *{{stroke-linejoin:round;stroke-linecap:butt}}
+.legend{{display:flex;flex-wrap:wrap;gap:2px 16px;color:var(--muted);font-size:13.5px}}
+.key{{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:6px;background:var(--after)}}
+.key.before{{background:var(--before)}}.key.gone{{background:var(--gone)}}
+.key.mark{{background:var(--ink);height:3px;width:14px;vertical-align:middle}}
+.scroll{{overflow-x:auto;margin:16px 0;width:fit-content;max-width:100%;min-width:min(100%,520px)}}
+.grid th,.grid td{{padding:7px 11px}}.grid caption{{padding:12px 11px 4px}}
+.grid>.scroll{{margin:0;width:auto;min-width:0}}
+.grid>div{{min-width:0}}.grid>div>p:first-child{{margin-top:0}}
+table{{border-collapse:collapse;width:100%;font-size:14.5px;font-variant-numeric:tabular-nums}}
+caption{{text-align:left;padding:12px 16px 4px;color:var(--muted);font-size:13.5px}}
+th,td{{padding:7px 16px;text-align:left;border-top:1px solid var(--line);vertical-align:top}}
+thead th{{border-top:0;color:var(--muted);font-weight:500;font-size:13.5px;vertical-align:bottom}}
+tbody th{{font-weight:500;min-width:6.4em}}
+.n{{text-align:right;white-space:nowrap}}
+thead .n{{white-space:normal}}
+details{{margin:12px 0}}
+summary{{cursor:pointer;color:var(--after);font-size:14.5px}}
+pre,code{{font-family:var(--mono);font-size:13px}}
+pre{{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:12px 16px;overflow-x:auto;
+margin:12px 0}}
+pre.map{{font-size:10px;line-height:1.35;padding:12px}}
+pre.wrap{{white-space:pre-wrap;overflow-wrap:anywhere}}
+dl.words{{display:grid;grid-template-columns:minmax(110px,max-content) 1fr;gap:8px 20px;max-width:86ch}}
+dl.words dt{{font-weight:600}}dl.words dd{{margin:0}}
+footer{{color:var(--muted);font-size:13.5px;padding-top:40px;padding-bottom:48px}}
+@media (max-width:520px){{dl.words{{display:block}}dl.words dd{{margin:0 0 10px}}th,td{{padding:6px 10px}}
+caption{{padding:10px 10px 4px}}table{{font-size:13.5px}}figure{{padding:12px 10px 8px}}}}
+@media print{{body{{background:#fff;font-size:10.5pt}}section{{margin-top:22px}}h2{{break-after:avoid}}
+details::details-content{{content-visibility:visible;block-size:auto}}.scroll{{overflow:visible}}
+.grid{{grid-template-columns:repeat(2,1fr)}}tr,.tile,.note{{break-inside:avoid}}}}
+"""

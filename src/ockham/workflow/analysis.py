@@ -1,0 +1,95 @@
+"""What the report says of a network: measures, reliability, shift, foreign inputs, which input pixels still count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ockham.workflow.compression import Compressed
+from ockham.workflow.evaluate import (
+    Predictor,
+    corruption_shift,
+    mean_predictor,
+    measures,
+    ood_auroc,
+    posterior_predictor,
+    reliability_of,
+)
+from ockham.workflow.result import stored_values
+from ockham.zoo.data import Dataset
+
+__all__ = ["Facts", "compressed_facts", "input_map", "network_facts"]
+
+_SHIFT_EXAMPLES = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Plain values about one predictor on one data set.
+
+    Attributes:
+        measures: of `ockham.workflow.evaluate.measures`.
+        parameters: nonzero learnable values.
+        reliability: 15 bins, classifiers only.
+        shift: accuracy and ECE under corruption, image classifiers only.
+        ood: AUROC of entropy against foreign inputs, classifiers only.
+        ood_name: what the foreign inputs are.
+        input_map: kept first-layer weights per input pixel, image inputs only.
+    """
+
+    measures: dict[str, float]
+    parameters: int
+    reliability: dict[str, Any] | None
+    shift: dict[str, dict[str, list[float]]] | None
+    ood: float | None
+    ood_name: str
+    input_map: list[list[int]] | None
+
+
+def network_facts(model: nn.Module, data: Dataset, noise_variance: float | None, foreign: Tensor) -> Facts:
+    """Of a network as it stands; ``noise_variance`` None means a classifier."""
+    predictor = mean_predictor(model, classify=noise_variance is None)
+    return _facts(predictor, model, data, noise_variance, foreign)
+
+
+def compressed_facts(
+    result: Compressed, data: Dataset, foreign: Tensor, *, draws: int, seed: int
+) -> tuple[Facts, Facts]:
+    """Of the posterior predictive, and of the mean network."""
+    noise = result.noise_variance
+    predictor = posterior_predictor(result.model, result.posterior, classify=noise is None, draws=draws, seed=seed)
+    return _facts(predictor, result.model, data, noise, foreign), network_facts(result.model, data, noise, foreign)
+
+
+def _facts(predictor: Predictor, model: nn.Module, data: Dataset, noise: float | None, foreign: Tensor) -> Facts:
+    x, y = data.test_x, data.test_y
+    found = measures(predictor, x, y, noise_variance=noise)
+    few = slice(0, _SHIFT_EXAMPLES)
+    shapes = noise is None and y.ndim == 1
+    return Facts(
+        found,
+        stored_values(model),
+        reliability_of(predictor, x, y) if shapes else None,
+        corruption_shift(predictor, x[few], y[few], low=data.low, high=data.high)
+        if shapes and data.image_shape
+        else None,
+        ood_auroc(predictor, x[few], foreign[few]) if shapes else None,
+        "foreign inputs" if foreign.shape[1:] != x.shape[1:] else "test inputs with their pixels permuted",
+        input_map(model, data),
+    )
+
+
+@torch.no_grad()
+def input_map(model: nn.Module, data: Dataset) -> list[list[int]] | None:
+    """Kept first-layer weights per pixel [H][W], all channels; None if the first layer is no Linear on pixels."""
+    first = next((m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))), None)
+    if data.image_shape is None or not isinstance(first, nn.Linear):
+        return None
+    channels, height, width = data.image_shape
+    if first.in_features != channels * height * width:
+        return None
+    counts = (first.weight != 0).sum(0).view(channels, height, width).sum(0)
+    return [[int(c) for c in row] for row in counts]

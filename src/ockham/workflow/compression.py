@@ -1,0 +1,294 @@
+"""The main job on the user's own objects: `compress`, and the loop beneath it, `Compression`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ockham.errors import DataError, OckhamError
+from ockham.posterior.posterior import Posterior
+from ockham.posterior.predict import Prediction, RegressionPrediction, predict, predict_regression
+from ockham.reduction.diagnose import Diagnosis
+from ockham.reduction.rounds import RoundInfo, Rounds
+from ockham.reduction.rule import BudgetRule, EvidenceRule, Rule
+from ockham.workflow.batchnorm import refresh_batchnorm
+from ockham.workflow.estimators import Estimator, Training, mean_field
+from ockham.workflow.likelihood import Likelihood, Loss, Regression, likelihood_from
+from ockham.workflow.reducer import Ignore, Reducer, protected_names
+from ockham.workflow.result import NETWORK, POSTERIOR, save_network
+from ockham.workflow.trainer import EpochInfo, Loader, OnStep, Trainer, count_terms, seeded
+
+__all__ = ["Compressed", "Compression", "Progress", "compress"]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """One epoch of the main job, for those who look in.
+
+    Attributes:
+        epoch: number, from 1.
+        epochs: planned.
+        loss: mean NLL of the epoch, nats.
+        accuracy: training accuracy as drawn, nan without classes.
+        kept_share: living weights over all.
+        round: what the round after this epoch did, if there was one.
+    """
+
+    epoch: int
+    epochs: int
+    loss: float
+    accuracy: float
+    kept_share: float
+    round: RoundInfo | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Compressed:
+    """A reduced network that still carries its posterior.
+
+    Attributes:
+        model: the mean network; removed weights are exactly zero. A new module, the user's own is untouched.
+        posterior: of its weights.
+        rounds: what every round did.
+        epochs: loss and accuracy of every epoch.
+        diagnosis: of the posterior before the first round; None if there was no round.
+        noise_variance: fitted by the regression likelihood, else None.
+        histograms: delta_f before every round, counts in 60 bins over [-25, 5] nats.
+    """
+
+    model: nn.Module
+    posterior: Posterior
+    rounds: tuple[RoundInfo, ...]
+    epochs: tuple[EpochInfo, ...]
+    diagnosis: Diagnosis | None
+    noise_variance: float | None
+    histograms: tuple[dict[str, Any], ...] = ()
+
+    @property
+    def keep(self) -> dict[str, Tensor]:
+        """Boolean masks, True = stays."""
+        return {name: g.keep for name, g in self.posterior.items()}
+
+    @property
+    def keep_share(self) -> float:
+        """Weights that stay over all weights of the original network, frozen ones included."""
+        total = sum(p.numel() for p in self.model.parameters())
+        return (total - self.posterior.size() + self.posterior.kept()) / total
+
+    def predict(
+        self, x: Tensor, draws: int = 20, generator: torch.Generator | None = None
+    ) -> Prediction | RegressionPrediction:
+        """Posterior predictive: `ockham.predict`, or `ockham.predict_regression` after the regression likelihood."""
+        given: dict[str, Any] = {"draws": draws, "generator": generator}
+        if self.noise_variance is not None:
+            return predict_regression(self.model, self.posterior, x, noise_variance=self.noise_variance, **given)
+        return predict(self.model, self.posterior, x, **given)
+
+    def save(self, folder: str | Path, *, builder: str = "user") -> Path:
+        """Write network and posterior as a result folder that `ockham.load` and `ockham.load_posterior` read.
+
+        Args:
+            folder: made where it is missing.
+            builder: "zoo:name" lets `ockham.load` build the network; anything else is a label for people.
+
+        Returns:
+            The folder.
+
+        Raises:
+            OckhamError: it cannot be written.
+        """
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        save_network(self.model, path / NETWORK, builder=builder)
+        self.posterior.save(path / POSTERIOR)
+        return path
+
+    def __repr__(self) -> str:
+        """One line."""
+        return f"Compressed(kept {self.keep_share:.2%} of the weights, {len(self.rounds)} rounds, {self.posterior!r})"
+
+
+class Compression:
+    """The main job as a loop: iterate over its epochs, look in, stop when you like, then take `result`.
+
+    Args:
+        model: your network; a copy is trained.
+        loader: batches of (inputs, targets) with a length.
+        likelihood: "classification", "regression", or a `Likelihood` such as `ockham.Loss(function, reduction="mean")`.
+        training: settings of the run.
+        rounds: when weights go.
+        rule: which go; default the evidence decides.
+        ignore: parameters to protect: names, "re:" patterns, module names or types.
+        n_data: number of summed log-likelihood terms; counted in one pass where not given.
+        estimator: makes the optimizer; default `mean_field`, for baselines `point_estimate`.
+
+    Raises:
+        DataError: the loader is empty, labels out of range, n_data impossible.
+        OckhamError: settings or parameters out of range.
+
+    >>> job = Compression(net, loader)                                                  # doctest: +SKIP
+    >>> for progress in job: print(progress.epoch, progress.kept_share)                 # doctest: +SKIP
+    >>> small = job.result()                                                            # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loader: Loader,
+        *,
+        likelihood: str | Likelihood = "classification",
+        training: Training | None = None,
+        rounds: Rounds | None = None,
+        rule: Rule | None = None,
+        ignore: Ignore = (),
+        n_data: float | None = None,
+        estimator: Estimator | None = None,
+    ) -> None:
+        self.training = training or Training()
+        self._loader = loader
+        network = copy.deepcopy(model)
+        self._likelihood = _near(likelihood_from(likelihood), network)
+        steps = _length(loader) * self.training.epochs
+        terms = float(n_data) if n_data is not None else float(count_terms(loader, self._likelihood))
+        _check_n_data(terms, loader, self._likelihood)
+        estimator = estimator or mean_field
+        optimizer = self._optimizer = estimator(network, self.training, n_data=terms, steps=steps)
+        t = self.training
+        self._trainer = Trainer(network, self._likelihood, optimizer, loader, epochs=t.epochs, hold=t.hold, seed=t.seed)
+        protected = protected_names(network, ignore)
+        rounds = rounds or Rounds()
+        epochs = self.training.epochs
+        self._reducer = Reducer(
+            optimizer, rule=rule or EvidenceRule(), rounds=rounds, epochs=epochs, protected=protected
+        )
+        self._epochs: list[EpochInfo] = []
+        self.on_step: OnStep | None = None
+
+    def __iter__(self) -> Iterator[Progress]:
+        """Train and reduce, one epoch per item; iterating again goes on where the last loop stopped."""
+        while self._trainer.done < self.training.epochs:
+            info = self._trainer.epoch(self.on_step)
+            self._epochs.append(info)
+            done = self._reducer.after_epoch(info.epoch, info.loss)
+            yield Progress(info.epoch, self.training.epochs, info.loss, info.accuracy, self._kept_share(), done)
+
+    def result(self) -> Compressed:
+        """What there is now: a copy of the mean network with statistics of BatchNorm refreshed, and its posterior."""
+        model = copy.deepcopy(self._trainer.model)
+        refresh_batchnorm(model, self._loader)
+        noise = self._likelihood.noise_variance if isinstance(self._likelihood, Regression) else None
+        return Compressed(
+            model.eval(),
+            self._optimizer.posterior(),
+            tuple(self._reducer.history),
+            tuple(self._epochs),
+            self._reducer.diagnosis,
+            noise,
+            tuple(self._reducer.histograms),
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Plain values and tensors from which `load` continues to the same bits."""
+        epochs = [[e.epoch, e.loss, None if e.accuracy != e.accuracy else e.accuracy] for e in self._epochs]
+        return {"trainer": self._trainer.state(), "reducer": self._reducer.state(), "epochs": epochs}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from `state` of a `Compression` built with the same arguments."""
+        self._trainer.load(state["trainer"])
+        self._reducer.load(state["reducer"])
+        self._epochs = [EpochInfo(e, loss, float("nan") if a is None else a) for e, loss, a in state["epochs"]]
+
+    def _kept_share(self) -> float:
+        keep = self._optimizer.keep().values()
+        return sum(int(k.sum()) for k in keep) / max(1, sum(k.numel() for k in keep))
+
+
+def compress(  # noqa: PLR0913 - the façade's nouns, keywords
+    model: nn.Module,
+    loader: Loader,
+    *,
+    likelihood: str | Likelihood = "classification",
+    training: Training | None = None,
+    rounds: Rounds | None = None,
+    rule: Rule | None = None,
+    keep_share: float | None = None,
+    keep: float | None = None,
+    ignore: Ignore = (),
+    n_data: float | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Compressed:
+    """A network and data in, a smaller network with its posterior out.
+
+    Fits a mean-field posterior, removes the weights whose evidence favours removal, refits, and again (`Rounds`).
+
+    Args:
+        model: your network; it is not changed.
+        loader: batches of (inputs, targets) with a length.
+        likelihood: "classification", "regression" or a `Likelihood`.
+        training: settings of the run.
+        rounds: when weights go.
+        rule: which go; default `EvidenceRule()`: no threshold.
+        keep_share: a budget instead: share of the weights that stays (or their number, an int > 1).
+        keep: alias of ``keep_share``.
+        ignore: parameters to protect: names, "re:" patterns, module names or types.
+        n_data: number of summed log-likelihood terms; counted where not given.
+        on_progress: called after every epoch.
+
+    Returns:
+        `Compressed`.
+
+    Raises:
+        OckhamError: see `Compression`; also when both a rule and a budget are given.
+    """
+    if keep is not None and keep_share is not None:
+        raise OckhamError(f"keep is an alias of keep_share: give one of them; got keep={keep}, keep_share={keep_share}")
+    budget = keep_share if keep_share is not None else keep
+    if budget is not None and rule is not None:
+        raise OckhamError("give either a rule or a budget (keep_share), not both; BudgetRule is a rule with a budget")
+    if budget is not None:
+        rule = BudgetRule(budget)
+    job = Compression(
+        model, loader, likelihood=likelihood, training=training, rounds=rounds, rule=rule, ignore=ignore, n_data=n_data
+    )
+    for progress in job:
+        if on_progress is not None:
+            on_progress(progress)
+    return job.result()
+
+
+def _near(likelihood: Likelihood, model: nn.Module) -> Likelihood:
+    first = next(model.parameters(), None)
+    if first is None:
+        raise OckhamError("the model has no parameters")
+    own = likelihood if isinstance(likelihood, Loss) else copy.deepcopy(likelihood)
+    return own.to(first.device)
+
+
+def _length(loader: Loader) -> int:
+    try:
+        length = len(loader)
+    except TypeError as error:
+        raise DataError("the loader needs a length (batches an epoch): schedules are planned from it") from error
+    if length == 0:
+        raise DataError("the training loader is empty: no batches")
+    return length
+
+
+def _check_n_data(terms: float, loader: Loader, likelihood: Likelihood) -> None:
+    if not terms > 0:
+        raise DataError(f"n_data counts log-likelihood terms and must be positive; got {terms}")
+    with seeded(0, 0, torch.device("cpu")):
+        batch = next(iter(loader))
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise DataError(f"the loader must yield pairs (inputs, targets); got {type(batch).__name__}")
+    if likelihood.terms(batch[1]) > terms:
+        raise DataError(
+            f"n_data = {terms:g} is smaller than one batch ({likelihood.terms(batch[1])} terms); it is the number of "
+            "log-likelihood terms of the whole training set"
+        )

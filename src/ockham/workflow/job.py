@@ -1,0 +1,260 @@
+"""The command's job from start to result folder: stages, a checkpoint after every epoch, measures, files."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ockham.errors import OckhamError
+from ockham.files.tree import SCHEMA, read_tree, write_bytes, write_json, write_tree
+from ockham.report.html import write_report
+from ockham.version import __version__
+from ockham.workflow.analysis import Facts, compressed_facts, network_facts
+from ockham.workflow.compression import Compressed
+from ockham.workflow.result import NETWORK, POSTERIOR, fit_error, layers, save_network
+from ockham.workflow.stages import AdamStage, CompressStage, Recipe, Stage, StageInfo, as_plain, rule_name, search_rates
+
+__all__ = ["CHECKPOINT", "Job"]
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """Everything `ockham compress` does; iterate over `run` for progress.
+
+    Attributes:
+        recipe: network, data, settings.
+        out: result folder.
+        builder: label of the network, "zoo:name" or the user's "module:function".
+        command: as typed, for the record.
+        weights: start from these instead of from scratch; they are then also the network "before".
+        baseline: train the same network by Adam for comparison (skipped when weights are given).
+        draws: posterior draws of a prediction.
+        ood: foreign inputs for the out-of-distribution measure; None: the test images with their pixels permuted.
+        resume: continue from the checkpoint in ``out``.
+        on_step: called within epochs.
+    """
+
+    recipe: Recipe
+    out: Path
+    builder: str
+    command: str = ""
+    weights: Mapping[str, Tensor] | None = None
+    baseline: bool = True
+    draws: int = 20
+    ood: Tensor | None = None
+    resume: bool = False
+    on_step: Callable[[int, int, float], None] | None = None
+    _facts: dict[str, Any] = field(default_factory=dict)
+    _spent: float = 0.0
+
+    def run(self) -> Iterator[StageInfo]:
+        """Do the job, one epoch per item; at the end the folder is complete and the checkpoint gone.
+
+        Raises:
+            OckhamError: weights do not fit, the folder cannot be written, a checkpoint of another job.
+        """
+        started = time.monotonic()
+        saved = self._begin()
+        before = self._spent
+        self._clock = lambda: before + time.monotonic() - started
+        if self.weights is not None:
+            yield from self._given(self.weights)
+        elif self.baseline:
+            yield from self._adam(saved)
+        stage = CompressStage(self.recipe, self.weights)
+        yield from self._go(stage, saved)
+        self._finish(stage)
+
+    # ------------------------------------------------------------------ stages
+    def _adam(self, saved: Mapping[str, Any]) -> Iterator[StageInfo]:
+        for stage in search_rates(self.recipe):
+            if stage.name not in self._facts:
+                yield from self._go(stage, saved)
+                self._done(stage.name, {"nll": stage.score(), "rate": stage.trainer.optimizer.defaults["lr"]})
+        if "adam" not in self._facts:
+            rates = [f for name, f in self._facts.items() if name.startswith("search ")]
+            best = min(rates, key=lambda f: f["nll"])["rate"]
+            stage = AdamStage("adam", self.recipe, rate=best, epochs=self.recipe.training.epochs)
+            yield from self._go(stage, saved)
+            self._done("adam", self._before(stage.model, stage.noise_variance) | {"rate": best, "source": "adam"})
+
+    def _given(self, weights: Mapping[str, Tensor]) -> Iterator[StageInfo]:
+        model = self.recipe.network()
+        problem = fit_error(model, weights)
+        if problem:
+            raise OckhamError(f"the weights do not fit the model: {problem}")
+        model.load_state_dict(dict(weights))
+        if "adam" not in self._facts:
+            self._done("adam", self._before(model, None) | {"source": "given weights"})
+        yield from ()
+
+    def _before(self, model: nn.Module, noise: float | None) -> dict[str, Any]:
+        size = save_network(model, self.out / f".{NETWORK}.before", builder=self.builder)
+        (self.out / f".{NETWORK}.before").unlink()
+        classify = not self.recipe.data.test_y.is_floating_point()
+        facts = network_facts(model, self.recipe.data, None if classify else (noise or 1.0), self._foreign())
+        return asdict(facts) | {"bytes": size, "noise_variance": None if classify else noise}
+
+    def _go(self, stage: Stage, saved: Mapping[str, Any]) -> Iterator[StageInfo]:
+        stage.on_step = self.on_step
+        if saved.get("stage") == stage.name:
+            stage.load(saved["state"])
+        for info in stage.run():
+            self._checkpoint(stage.name, stage.state())
+            yield info
+
+    # ------------------------------------------------------------------ checkpoint
+    def _begin(self) -> Mapping[str, Any]:
+        self._clear_probe()
+        path = self.out / CHECKPOINT
+        if not (self.resume and path.exists()):
+            self._facts, self._spent = {}, 0.0
+            return {}
+        saved = read_tree(path, kind="checkpoint")
+        if saved["job"] != self._fingerprint():
+            theirs, ours = json.loads(saved["job"]), json.loads(self._fingerprint())
+            other = [k for k in ours if ours[k] != theirs.get(k)]
+            raise OckhamError(
+                f"{path} belongs to another job: {', '.join(f'{k} was {theirs.get(k)}, is {ours[k]}' for k in other)}. "
+                "Resume with the same settings, or start anew without --resume"
+            )
+        self._facts, self._spent = json.loads(saved["facts"]), float(saved["spent"])
+        return saved
+
+    def _clear_probe(self) -> None:
+        """Fail early if the folder cannot be written, and drop what a killed run left half-written."""
+        write_bytes(self.out / ".probe", b"")
+        (self.out / ".probe").unlink()
+        for leftover in self.out.glob(".*.part"):
+            leftover.unlink()
+
+    def _fingerprint(self) -> str:
+        r = self.recipe
+        settings = as_plain(r.training) | {
+            "batch_size": r.batch_size,
+            "rounds": repr(r.rounds),
+            "ignore": repr(r.ignore),
+        }
+        names = {
+            "data": r.data.name,
+            "examples": len(r.data.train_x),
+            "network": self.builder,
+            "baseline": self.baseline,
+        }
+        return json.dumps(settings | names | {"rule": rule_name(r.rule)}, sort_keys=True)
+
+    def _checkpoint(self, stage: str, state: Mapping[str, Any]) -> None:
+        tree = {"job": self._fingerprint(), "stage": stage, "state": state, "spent": self._clock()}
+        write_tree(self.out / CHECKPOINT, tree | {"facts": json.dumps(self._facts)}, kind="checkpoint", durable=False)
+
+    def _done(self, name: str, facts: dict[str, Any]) -> None:
+        self._facts[name] = facts
+        self._checkpoint("between", {})
+
+    # ------------------------------------------------------------------ the end
+    def _finish(self, stage: CompressStage) -> None:
+        result = stage.job.result()
+        facts = compressed_facts(
+            result, self.recipe.data, self._foreign(), draws=self.draws, seed=self.recipe.training.seed
+        )
+        self.out.mkdir(parents=True, exist_ok=True)
+        size = save_network(result.model, self.out / NETWORK, builder=self.builder)
+        result.posterior.save(self.out / POSTERIOR)
+        self._write(result, facts, size, stage.kept)
+        write_report(self.out)
+        (self.out / CHECKPOINT).unlink(missing_ok=True)
+
+    def _write(self, result: Compressed, facts: tuple[Facts, Facts], size: int, kept: list[float]) -> None:
+        after, mean = ({**f.measures, "parameters": f.parameters, "bytes": size} for f in facts)
+        old = self._facts.get("adam")
+        before = {**old["measures"], "parameters": old["parameters"], "bytes": old["bytes"]} if old else None
+        seconds, seed = round(self._clock(), 2), self.recipe.training.seed
+        common = {"kept": result.keep_share, "seconds": seconds, "seed": seed, "noise_variance": result.noise_variance}
+        names = {"dataset": self.recipe.data.name, "network": self.builder}
+        source = {"before_source": old["source"] if old else "none", "before_rate": (old or {}).get("rate")}
+        metrics = {"schema": SCHEMA, "before": before, "after": after, "mean_network": mean} | common | names | source
+        write_json(self.out / "metrics.json", metrics)
+        write_json(self.out / "history.json", _history(result, kept))
+        write_json(self.out / "analysis.json", _analysis(result, facts[0], old))
+        write_json(self.out / "result.json", self._provenance(seconds))
+
+    def _provenance(self, seconds: float) -> dict[str, Any]:
+        data, training, rounds = self.recipe.data, self.recipe.training, self.recipe.rounds
+        rule = rule_name(self.recipe.rule)
+        sizes = {"name": data.name, "n_train": len(data.train_x), "n_test": len(data.test_x), "source": data.name}
+        return {
+            "schema": SCHEMA,
+            "ockham": __version__,
+            "command": self.command,
+            "seed": training.seed,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": seconds,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {self.recipe.device}",
+            "network": {"builder": self.builder},
+            "dataset": sizes,
+            "settings": as_plain(training) | {"batch_size": self.recipe.batch_size, "rule": rule, **asdict(rounds)},
+        }
+
+    def _foreign(self) -> Tensor:
+        if self.ood is not None:
+            return self.ood
+        x = self.recipe.data.test_x
+        order = torch.randperm(x[0].numel(), generator=torch.Generator().manual_seed(0))
+        return x.reshape(len(x), -1)[:, order].reshape(x.shape)
+
+    _clock: Callable[[], float] = field(default=lambda: 0.0)
+
+
+def _history(result: Compressed, kept: list[float]) -> dict[str, Any]:
+    epochs = [
+        {
+            "epoch": e.epoch,
+            "loss": e.loss,
+            "accuracy": e.accuracy if e.accuracy == e.accuracy else None,
+            "kept_share": k,
+        }
+        for e, k in zip(result.epochs, kept, strict=True)
+    ]
+    diagnosis = asdict(result.diagnosis) if result.diagnosis else None
+    rounds = [asdict(r) for r in result.rounds]
+    return {"epochs": epochs, "rounds": rounds, "histograms": list(result.histograms), "diagnosis": diagnosis}
+
+
+def _analysis(result: Compressed, after: Facts, before: Mapping[str, Any] | None) -> dict[str, Any]:
+    shift = None
+    if after.shift is not None:
+        old = (before or {}).get("shift") or {}
+        shift = {
+            name: {
+                "severity": [1, 2, 3, 4, 5],
+                "before": old.get(name, {}).get("accuracy"),
+                "after": row["accuracy"],
+                "before_ece": old.get(name, {}).get("ece"),
+                "after_ece": row["ece"],
+            }
+            for name, row in after.shift.items()
+        }
+    reliability = {"before": (before or {}).get("reliability"), "after": after.reliability}
+    ood = (
+        None if after.ood is None else {"name": after.ood_name, "before": (before or {}).get("ood"), "after": after.ood}
+    )
+    return {
+        "layers": layers(result.posterior),
+        "reliability": reliability if after.reliability else None,
+        "input_map": after.input_map,
+        "shift": shift,
+        "ood": ood,
+    }

@@ -1,0 +1,118 @@
+"""The result folder: a reduced network as bitmask and values, its posterior, and what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ockham.errors import OckhamError, ResultError
+from ockham.files.sparse import pack, unpack
+from ockham.files.tree import read_tree, write_tree
+from ockham.posterior.posterior import Posterior
+from ockham.zoo.networks import NETWORKS
+
+__all__ = ["NETWORK", "POSTERIOR", "fit_error", "layers", "load", "load_state", "save_network", "stored_values"]
+
+NETWORK = "network.safetensors"
+POSTERIOR = "posterior.safetensors"
+
+
+def save_network(model: nn.Module, path: Path, *, builder: str) -> int:
+    """Write a network, zeros as bits, tied tensors once.
+
+    Args:
+        model: any module.
+        path: the file.
+        builder: "zoo:name", or a label such as "package.module:function" for people; only zoo names are rebuilt.
+
+    Returns:
+        Bytes on disk.
+
+    Raises:
+        OckhamError: the folder cannot be written.
+    """
+    state: dict[str, Any] = {}
+    tied: dict[str, str] = {}
+    seen: dict[Any, str] = {}
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tensor.shape) if tensor.numel() else (name, tensor.shape)
+        if place in seen:
+            tied[name] = seen[place]
+        else:
+            seen[place] = name
+            state[name] = pack(tensor)
+    write_tree(path, {"builder": builder, "state": state, "tied": tied}, kind="network")
+    return path.stat().st_size
+
+
+def load_state(path: Path) -> tuple[str, dict[str, Tensor]]:
+    """Builder label and dense state dict of a saved network.
+
+    Raises:
+        ResultError: the file is missing, damaged, foreign or newer.
+    """
+    tree = read_tree(path, kind="network")
+    try:
+        state = {name: unpack(node) for name, node in tree["state"].items()}
+        state |= {name: state[source] for name, source in tree["tied"].items()}
+        return str(tree["builder"]), state
+    except (KeyError, TypeError, AttributeError, OckhamError) as error:
+        raise ResultError(f"{path}: its network is damaged ({error})") from error
+
+
+def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """The reduced network of a result folder, in evaluation mode. Nothing in the folder is ever executed.
+
+    Args:
+        folder: what `ockham compress` or `Compressed.save` wrote.
+        model: an instance from your own constructor; it gets the weights. Networks of the zoo are built by name.
+
+    Returns:
+        The network; removed weights are exactly zero.
+
+    Raises:
+        ResultError: a file is missing, damaged, foreign or newer, or the network is not of the zoo and no model given.
+        OckhamError: the weights do not fit the model; names and shapes are listed.
+    """
+    path = Path(folder) / NETWORK if Path(folder).is_dir() else Path(folder)
+    builder, state = load_state(path)
+    if model is None:
+        name = builder.removeprefix("zoo:")
+        if name == builder or name not in NETWORKS:
+            raise ResultError(
+                f"{path}: this network was built by {builder!r}, which is your code and is not run from a file; "
+                "pass an instance: ockham.load(folder, model=your_constructor())"
+            )
+        model = NETWORKS[name]()
+    problem = fit_error(model, state)
+    if problem:
+        raise OckhamError(f"{path} does not fit the model: {problem}")
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def fit_error(model: nn.Module, state: Mapping[str, Tensor]) -> str:
+    """What keeps a state dict from fitting a model, names and shapes; empty if it fits."""
+    own = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    missing, extra = [n for n in own if n not in state], [n for n in state if n not in own]
+    shapes = [
+        f"{n}: {tuple(state[n].shape)} for {own[n]}" for n in own if n in state and tuple(state[n].shape) != own[n]
+    ]
+    parts = [("missing", missing), ("unknown", extra), ("other shapes", shapes)]
+    return "; ".join(f"{what} {', '.join(names[:6])}{' ...' * (len(names) > 6)}" for what, names in parts if names)
+
+
+def stored_values(model: nn.Module) -> int:
+    """Nonzero learnable values of a network, tied ones once."""
+    return sum(int((p != 0).sum()) for p in model.parameters())
+
+
+def layers(posterior: Posterior) -> list[dict[str, Any]]:
+    """Per parameter tensor: name, shape, total, kept."""
+    return [
+        {"name": n, "shape": list(g.mean.shape), "total": g.keep.numel(), "kept": int(g.keep.sum())}
+        for n, g in posterior.items()
+    ]

@@ -1,0 +1,180 @@
+"""The command from outside: what it leaves in the folder, what it says when something is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import ockham as library
+from ockham.zoo.networks import NETWORKS
+
+QUICK = ("--epochs", "4", "--quiet")
+
+USER_CODE = """
+import torch
+from ockham.zoo.data import Dataset
+
+def net():
+    return torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+
+def line():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(120, 3, generator=g)
+    y = 2 * x[:, :1] + 0.1 * torch.randn(120, 1, generator=g)
+    return Dataset("line", x[:90], y[:90], x[90:], y[90:], None, None, float(x.min()), float(x.max()))
+
+def not_a_net():
+    return 3
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Eighty tiny grey images as npz, told apart by their left half."""
+    rng = np.random.default_rng(0)
+    y = np.arange(120) % 2
+    x = rng.integers(0, 80, (120, 8, 8)).astype(np.uint8)
+    x[y == 1, :, :4] += 150
+    data = tmp_path / "images"
+    data.mkdir()
+    np.savez(data / "train.npz", x=x[:80], y=y[:80])
+    np.savez(data / "test.npz", x=x[80:], y=y[80:])
+    return data
+
+
+def test_the_folder_it_leaves(ockham, tmp_path: Path) -> None:
+    done = ockham("compress", "--out", "r", *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert "\x1b" not in done.stderr and "epochs" not in done.stderr
+    names = {p.name for p in (tmp_path / "r").iterdir()}
+    assert names == {
+        "network.safetensors", "posterior.safetensors", "metrics.json", "history.json", "analysis.json",
+        "result.json", "report.html",
+    }  # fmt: skip
+    metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    for side in ("before", "after", "mean_network"):
+        assert set(metrics[side]) >= {"accuracy", "nll", "ece", "parameters", "bytes"}
+    assert 0 < metrics["kept"] <= 1 and metrics["seconds"] > 0 and metrics["seed"] == 0
+    assert metrics["before_source"] == "adam"
+    network = library.load(tmp_path / "r")
+    assert metrics["after"]["parameters"] == sum(int((p != 0).sum()) for p in network.parameters())
+    posterior = library.load_posterior(tmp_path / "r")
+    assert metrics["kept"] == pytest.approx(posterior.kept() / posterior.size())
+
+
+def test_verbs_on_a_result(ockham, tmp_path: Path) -> None:
+    assert ockham("compress", "--out", "r", "--no-baseline", *QUICK).returncode == 0
+    metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert metrics["before"] is None
+    inspected = ockham("inspect", "r")
+    assert inspected.returncode == 0 and "MeanField, N = 1437" in inspected.stdout
+    evaluated = ockham("evaluate", "r")
+    assert f"{metrics['after']['accuracy']:.4f}" in evaluated.stdout, evaluated.stderr
+    (tmp_path / "r" / "report.html").unlink()
+    assert ockham("report", "r").returncode == 0
+    assert (tmp_path / "r" / "report.html").stat().st_size > 10_000
+
+
+def test_same_seed_same_bits(ockham, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        assert ockham("compress", "--out", name, "--no-baseline", *QUICK).returncode == 0
+    assert (tmp_path / "a/network.safetensors").read_bytes() == (tmp_path / "b/network.safetensors").read_bytes()
+    assert (tmp_path / "a/posterior.safetensors").read_bytes() == (tmp_path / "b/posterior.safetensors").read_bytes()
+
+
+def test_a_folder_of_data_and_a_toml_file(ockham, tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "c.toml").write_text('epochs = 9\nseed = 5\nrule = "magnitude"\nposterior = "map"\nkeep-share = 0.1\n')
+    given = ("--config", "c.toml", "--data", folder, "--model", "digits_mlp", "--epochs", "3", "--quiet")
+    done = ockham("compress", "--out", "r", *given)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "r/metrics.json").read_text())
+    result = json.loads((tmp_path / "r/result.json").read_text())
+    assert metrics["seed"] == 5 and result["settings"]["epochs"] == 3
+    assert metrics["kept"] == pytest.approx(0.1, abs=1e-4)
+
+
+def test_the_users_own_network_data_and_regression(ockham, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(USER_CODE)
+    done = ockham("compress", "--model", "mine:net", "--data", "mine:line", "--out", "r", "--epochs", "5", "--quiet")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "r/metrics.json").read_text())
+    assert set(metrics["after"]) >= {"rmse", "nll", "crps", "coverage_90", "parameters", "bytes"}
+    assert metrics["network"] == "mine:net"
+    missing = ockham("evaluate", "r", "--data", "mine:line")
+    assert missing.returncode == 2 and "built by 'mine:net'" in missing.stderr
+    assert ockham("evaluate", "r", "--data", "mine:line", "--model", "mine:net").returncode == 0
+
+
+def test_starting_from_given_weights(ockham, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    save_file(NETWORKS["digits_mlp"]().state_dict(), tmp_path / "w.safetensors")
+    done = ockham("compress", "--weights", "w.safetensors", "--out", "r", *QUICK)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "r/metrics.json").read_text())
+    assert metrics["before_source"] == "given weights" and metrics["before"]["accuracy"] < 0.3
+    save_file({"other": torch.ones(2)}, tmp_path / "wrong.safetensors")
+    wrong = ockham("compress", "--weights", "wrong.safetensors", "--out", "r", *QUICK)
+    assert wrong.returncode == 2 and "missing" in wrong.stderr and "unknown other" in wrong.stderr
+
+
+def test_tensorboard_scalars(ockham, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    done = ockham("compress", "--no-baseline", "--out", "r", "--log-dir", "logs", *QUICK)
+    assert done.returncode == 0, done.stderr
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "logs"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("compress/kept_share")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("--data", "nowhere"), "--data nowhere: no such folder"),
+        (("--model", "resnext"), "--model resnext: unknown; choose from"),
+        (("--model", "os:path"), "is a module, a function is expected"),
+        (("--model", "nothing.here:net"), "cannot import it"),
+        (("--epochs", "0"), "--epochs must be at least 1; got 0"),
+        (("--rule", "magnitude"), "needs a budget: add --keep-share"),
+        (("--rule", "guess"), "--rule guess: unknown"),
+        (("--keep-share", "1.5"), "between 1 and 50826 weights"),
+        (("--prior-variance", "-1"), "variance must be positive"),
+        (("--device", "cuda:7"), "not on this machine"),
+        (("--device", "toaster"), "--device toaster"),
+        (("--ignore", "nope"), "ignore entry 'nope' matches no parameter"),
+        (("--weights", "missing.safetensors"), "--weights missing.safetensors: not readable"),
+        (("--config", "missing.toml"), "--config missing.toml: not readable"),
+        (("--learning-rate", "-1"), "--learning-rate must be positive"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(ockham, arguments: tuple[str, ...], text: str) -> None:
+    done = ockham("compress", "--out", "r", "--no-baseline", "--epochs", "2", *arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert text in " ".join(done.stderr.split()), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unwritable_folder_fails_before_training(ockham, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    done = ockham("compress", "--out", "taken/r", *QUICK)
+    assert done.returncode == 2 and "Choose a folder you may write to" in " ".join(done.stderr.split())
+
+
+def test_unknown_keys_of_a_toml_file_are_listed(ockham, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text("epoch = 3\n")
+    done = ockham("compress", "--config", "c.toml", "--out", "r")
+    assert done.returncode == 2 and "unknown keys epoch; known are" in " ".join(done.stderr.split())
+    (tmp_path / "c.toml").write_text('epochs = "3"\n')
+    done = ockham("compress", "--config", "c.toml", "--out", "r")
+    assert done.returncode == 2 and "epochs should be" in done.stderr
+
+
+def test_version_and_help(ockham) -> None:
+    assert ockham("--version").stdout.strip() == f"ockham {library.__version__}"
+    assert "compress" in ockham("--help").stdout

@@ -1,0 +1,23 @@
+"""Where the 50-digit reference values lie: $OCKHAM_REFERENCE, else `shared/reference` beside the repository."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def reference_folder() -> Path:
+    stated = os.environ.get("OCKHAM_REFERENCE")
+    return Path(stated) if stated else Path(__file__).resolve().parents[2] / "shared" / "reference"
+
+
+def load_reference(name: str) -> dict[str, Any]:
+    """Contents of one reference file; skips the test, saying so, where the folder is not there."""
+    path = reference_folder() / f"{name}.json"
+    if not path.is_file():
+        pytest.skip(f"no reference values at {path}; set OCKHAM_REFERENCE to their folder")
+    return json.loads(path.read_text())

@@ -1,0 +1,411 @@
+"""The report of a realistic result: all is there, nothing leaks through, bad files are named, Chromium draws it."""
+
+from __future__ import annotations
+
+import copy
+import html
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from ockham.errors import ResultError
+from ockham.report.folder import read_results
+from ockham.report.html import render, write_report
+
+SECTIONS = [
+    "comparison",
+    "layers",
+    "evidence",
+    "training",
+    "calibration",
+    "inputs",
+    "shift",
+    "ood",
+    "sizes",
+    "provenance",
+    "glossary",
+]
+LAYERS = [("fc1.weight", [300, 784], 3406), ("fc1.bias", [300], 61), ("fc2.weight", [100, 300], 921),
+          ("fc2.bias", [100], 38), ("fc3.weight", [10, 100], 361), ("fc3.bias", [10], 8)]  # fmt: skip
+
+
+def measures(accuracy, nll, ece, parameters, size):
+    return {"accuracy": accuracy, "nll": nll, "ece": ece, "ece_equal_mass": 1.1 * ece, "brier": 1.5 * (1 - accuracy),
+            "parameters": parameters, "bytes": size}  # fmt: skip
+
+
+def histogram(rng, n, centre):
+    gone = round(n * (1 - centre))
+    sample = np.concatenate([rng.normal(1.6, 0.5, gone), -rng.gamma(1.2, 9, n - gone)])
+    return [int(c) for c in np.histogram(np.clip(sample, -24.99, 4.99), 60, (-25, 5))[0]]
+
+
+def reliability(sharpness):
+    edges = [i / 15 for i in range(16)]
+    count = [0, 0, 1, 6, 14, 22, 31, 40, 52, 61, 77, 104, 158, 313, 9121]
+    confidence = [(edges[i] + edges[i + 1]) / 2 if n else None for i, n in enumerate(count)]
+    accuracy = [
+        None if c is None else min(1.0, max(0.0, c + sharpness * math.sin(5 * c) * (1 - c))) for c in confidence
+    ]
+    return {"edges": edges, "confidence": confidence, "accuracy": accuracy, "count": count}
+
+
+def history(rng, epochs=30):
+    rounds, rows, share, energy = [], [], 1.0, -61_500.0
+    for epoch in range(1, epochs + 1):
+        if epoch >= 4:
+            new = 0.018 + (share - 0.018) * (0.35 if epoch < 8 else 0.8)
+            gone, cost = round((share - new) * 266_610), 0.004 * (share - new)
+            rounds.append({"epoch": epoch, "removed": gone, "kept_share": new, "delta_f": 1.4 * gone, "nll_cost": cost,
+                           "free_energy": energy})  # fmt: skip
+            share, energy = new, energy + 0.2 * (-14_800 - energy) + rng.normal(0, 60)
+        accuracy = 0.986 - 0.08 * math.exp(-epoch / 3) - 0.004 * (1 - share)
+        rows.append(
+            {"epoch": epoch, "loss": 0.9 * math.exp(-epoch / 3) + 0.06, "accuracy": accuracy, "kept_share": share}
+        )
+    ends = [
+        {"epoch": 4, "delta_f": histogram(rng, 266_610, 0.07)},
+        {"epoch": 30, "delta_f": histogram(rng, 4_900, 0.96)},
+    ]
+    diagnosis = {"undetermined": 0.012, "spread": 0.83, "removable": 0.71, "warnings": []}
+    return {"epochs": rows, "rounds": rounds, "histograms": ends, "diagnosis": diagnosis}
+
+
+def analysis(rng):
+    y, x = np.mgrid[:28, :28] - 13.5
+    pixels = rng.poisson(13 * np.exp(-((x / 7) ** 2) - (y / 8) ** 2))
+    pixels[x**2 + y**2 > 150] = 0
+    shift = {}
+    for k, (name, slope) in enumerate({"noise": 0.05, "blur": 0.03, "rotation": 0.11, "contrast": 0.02}.items()):
+        after = [0.983 - slope * s * (1 + 0.2 * s) / 2 for s in range(1, 6)]
+        shift[name] = {"severity": [1, 2, 3, 4, 5], "before": [a - 0.008 * (k + 1) for a in after], "after": after,
+                       "before_ece": [0.03 + 0.9 * slope * s for s in range(1, 6)],
+                       "after_ece": [0.01 + 0.3 * slope * s for s in range(1, 6)]}  # fmt: skip
+    rows = [{"name": n, "shape": s, "total": math.prod(s), "kept": k} for n, s, k in LAYERS]
+    diagrams = {"before": reliability(-0.35), "after": reliability(0.12)}
+    return {"layers": rows, "reliability": diagrams, "input_map": pixels.tolist(), "shift": shift,
+            "ood": {"name": "Fashion-MNIST", "before": 0.951, "after": 0.978}}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def original():
+    rng = np.random.default_rng(0)
+    after = measures(0.9834, 0.0561, 0.0049, 4795, 54_912)
+    return {
+        "metrics": {"before": measures(0.9842, 0.0713, 0.0098, 266_610, 1_066_912), "after": after,
+                    "kept": 4795 / 266_610,
+                    "mean_network": measures(0.9829, 0.0583, 0.0067, 4795, 54_912), "seconds": 84.2, "seed": 0,
+                    "dataset": "MNIST", "network": "LeNet-300-100", "before_source": "adam"},
+        "history": history(rng),
+        "analysis": analysis(rng),
+        "result": {"schema": 1, "ockham": "0.1.0", "seed": 0,
+                   "command": "ockham compress --data mnist --epochs 30 --seed 0 --out out",
+                   "date": "2025-11-03T14:05:00+00:00", "seconds": 84.2, "machine": "x86_64, 2 cores",
+                   "network": {"builder": "zoo:lenet_300_100"},
+                   "versions": {"python": "3.11.7", "torch": "2.9.0", "numpy": "2.3.4"},
+                   "dataset": {"name": "MNIST", "n_train": 60_000, "n_test": 10_000, "source": "IDX files"},
+                   "settings": {"epochs": 30, "learning_rate": 0.001, "batch_size": 128, "prior": "layer",
+                                "ignore": []}},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def files(original):
+    return copy.deepcopy(original)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def put(files):
+        for name, content in files.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        return tmp_path
+
+    return put
+
+
+def text_of(page):
+    return html.unescape(re.sub(r"<[^>]+>", " ", page[page.index("<body") :])).replace("\xa0", " ")
+
+
+def test_everything_is_there(files, write):
+    page = render(write(files))
+    assert re.findall(r'<section id="(\w+)"', page) == SECTIONS
+    assert page.count("<svg") == page.count("</svg>") == page.count('role="img" aria-label="') == 14
+    text = text_of(page)
+    for words in ("LeNet-300-100 on MNIST: 98.2 % of its weights removed", "4,795 of its 266,610 weights",
+                  "19.4 times smaller", "fell from 98.42 % to 98.34 % (−0.08 points)", "may be chance", "0.0098",
+                  "3,406", "Fashion-MNIST", "0.978",
+                  "ockham compress --data mnist", "2.9.0", "1 min 24 s", "ΔF (delta_f)", "(ECE)"):  # fmt: skip
+        assert words in text, words
+
+
+def test_numbers_of_the_figures_are_in_tables(files, write):
+    text = text_of(render(write(files)))
+    for row in files["history"]["rounds"]:
+        assert f"{row['removed']:,}" in text
+    for curves in files["analysis"]["shift"].values():
+        assert all(f"{100 * a:.1f} %" in text for a in curves["after"])
+    assert all(f"{n:,}" in text for h in files["history"]["histograms"] for n in h["delta_f"])
+
+
+def test_one_file_no_network_no_script(files, write):
+    page = render(write(files))
+    assert not re.search(r"<script|<link(?! rel=\"icon\" href=\"data:,\")|@import|\bsrc=|url\((?!#)|\son\w+=\"", page)
+    outside = set(re.findall(r"https?://[^\"' <]+", page))
+    assert outside == set()
+    assert len(page.encode()) < 1_500_000
+
+
+def test_ids_are_unique_and_resolve(files, write):
+    page = render(write(files))
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:url\(|href=")#([\w-]+)', page)) <= set(ids)
+
+
+def test_two_renders_are_equal_and_leave_no_trace(files, write):
+    import matplotlib
+
+    folder, before = write(files), dict(matplotlib.rcParams)
+    assert render(folder) == render(folder)
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_user_style_of_matplotlib_changes_nothing(files, write):
+    import matplotlib
+
+    folder = write(files)
+    plain = render(folder)
+    with matplotlib.rc_context({"font.size": 30, "text.parse_math": True, "axes.grid": False, "svg.fonttype": "path"}):
+        assert render(folder) == plain
+
+
+def test_write_report(files, write):
+    folder = write(files)
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    assert path.read_text(encoding="utf-8") == render(folder)
+    assert sorted(p.name for p in folder.iterdir() if p.suffix != ".json") == ["report.html"]
+
+
+HOSTILE = '<script>alert("1")</script>&\'$x_$--><img src=x onerror=alert(2)>\u4f60\ud800\0'
+
+
+def test_hostile_strings_are_escaped(files, write):
+    m, a, r = files["metrics"], files["analysis"], files["result"]
+    m["dataset"] = m["network"] = m["before_source"] = HOSTILE
+    r.update(command=HOSTILE, machine=HOSTILE, ockham=HOSTILE, date=HOSTILE, versions={HOSTILE: HOSTILE},
+             network={"builder": HOSTILE}, settings={HOSTILE: HOSTILE, "list": [HOSTILE]},
+             dataset={"name": HOSTILE, "n_train": 1, "n_test": 1, "source": HOSTILE})  # fmt: skip
+    a["layers"][0]["name"] = HOSTILE
+    a["layers"][0]["kept"] = 0
+    a["ood"]["name"] = HOSTILE
+    a["shift"] = {HOSTILE: a["shift"]["noise"]}
+    files["history"]["diagnosis"]["warnings"] = [HOSTILE]
+    page = render(write(files))
+    assert page.count("alert(2)") > 15
+    assert "<script" not in page and "<img" not in page and "onerror" in page and "\0" not in page
+    assert write_report(write(files)).stat().st_size > 0
+
+
+def test_no_before(files, write):
+    files["metrics"]["before"] = files["metrics"]["before_source"] = None
+    files["analysis"]["reliability"]["before"] = None
+    files["analysis"]["ood"]["before"] = None
+    for curves in files["analysis"]["shift"].values():
+        curves["before"] = curves["before_ece"] = None
+    text = text_of(render(write(files)))
+    assert "No network to compare with was measured" in text
+    assert "nothing to compare with" in text
+    assert "There is no diagram of the network before" in text
+
+
+def test_optional_parts_missing(files, write):
+    files["analysis"] = {"layers": None, "reliability": None, "input_map": None, "shift": None, "ood": None}
+    files["history"] = {"epochs": [], "rounds": [], "histograms": [], "diagnosis": None}
+    files["metrics"].update(mean_network=None, kept=1.0)
+    files["result"] = {"schema": 1}
+    page = render(write(files))
+    assert re.findall(r'<section id="(\w+)"', page) == SECTIONS
+    text = text_of(page)
+    for words in ("does not list its layers", "No round of removal took place", "does not list its epochs",
+                  "Calibration was not measured", "no map of input pixels", "corrupted inputs was not measured",
+                  "another kind was not measured", "no weight was removed"):  # fmt: skip
+        assert words in text, words
+
+
+@pytest.mark.parametrize("part", ["layers", "reliability", "input_map", "shift", "ood"])
+def test_each_analysis_may_be_missing(files, write, part):
+    del files["analysis"][part]
+    assert "not" in render(write(files))
+
+
+def test_regression(files, write):
+    m = {
+        "rmse": 2.91,
+        "nll": 2.44,
+        "crps": 1.5,
+        "coverage_50": 0.47,
+        "coverage_90": 0.91,
+        "coverage_95": 0.97,
+        "parameters": 400,
+        "bytes": 3000,
+    }
+    files["metrics"].update(before={**m, "rmse": 2.8, "coverage_50": 0.36, "parameters": 4000}, after=m, mean_network=m)
+    files["analysis"].update(reliability=None, input_map=None, shift=None, ood=None)
+    for e in files["history"]["epochs"]:
+        e["accuracy"] = None
+    page = render(write(files))
+    text = text_of(page)
+    assert (
+        "Coverage of prediction intervals" in text
+        and "root mean squared error went from 2.8000 to 2.9100 (worse" in text
+    )
+    assert (
+        "better (+11.00 points)" in text and "Loss as the network shrinks" in text and "Accuracy on unseen" not in text
+    )
+
+
+def test_a_real_loss_of_accuracy_is_said_plainly(files, write):
+    files["metrics"]["after"]["accuracy"] = 0.951
+    text = text_of(render(write(files)))
+    assert "Accuracy fell by 3.32 points, more than chance explains" in text
+    assert "worse (−3.32 points)" in text
+
+
+def test_warnings_and_negative_evidence_are_said_plainly(files, write):
+    files["history"]["diagnosis"]["warnings"] = ["99 % of the weights are undetermined."]
+    files["analysis"]["layers"][2]["kept"] = 0
+    for r in files["history"]["rounds"]:
+        r["delta_f"] = -3.0
+    text = text_of(render(write(files)))
+    assert "Before you rely on this result" in text and "99 % of the weights are undetermined." in text
+    assert "Every weight of fc2.weight was removed" in text and "more was removed than the data ask for" in text
+
+
+def test_a_fall_of_the_expected_loss_is_not_called_a_cost(files, write):
+    for r in files["history"]["rounds"]:
+        r["nll_cost"] = -0.1
+    assert "was expected to fall by 2.7000 nats per example" in text_of(render(write(files)))
+
+
+def test_many_layers_and_one_round(files, write):
+    names = [f"blocks.{i}.convolution_with_a_long_name.weight" for i in range(66)]
+    layers = [{"name": name, "shape": [16, 16, 3, 3], "total": 2304, "kept": i} for i, name in enumerate(names)]
+    files["analysis"]["layers"] = layers
+    files["history"]["rounds"] = files["history"]["rounds"][:1]
+    files["history"]["histograms"] = files["history"]["histograms"][:1]
+    text = text_of(render(write(files)))
+    assert "The 30 largest of 66" in text and "In 1 round," in text and "Last round" not in text
+
+
+@pytest.mark.parametrize("name", ["metrics", "history", "analysis", "result"])
+@pytest.mark.parametrize("content", [None, "{", "[]", "7", '"x"', "\x80", "[" * 100_000])
+def test_damaged_file_is_named(files, write, name, content):
+    folder = write(files)
+    path = folder / f"{name}.json"
+    path.unlink() if content is None else path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(ResultError, match=rf"{name}\.json"):
+        render(folder)
+    assert not (folder / "report.html").exists()
+
+
+def damage(files, *path, value):
+    *way, last = path
+    for key in way:
+        files = files[key]
+    files[last] = value
+
+
+@pytest.mark.parametrize(
+    "path, value, words",
+    [
+        (("metrics", "after"), None, r"metrics\.json.*after"),
+        (("metrics", "kept"), 1.5, r"metrics\.json.*kept: a number from 0 to 1"),
+        (("metrics", "after", "nll"), math.nan, r"metrics\.json.*after\.nll: a finite number"),
+        (("metrics", "after", "accuracy"), "high", r"metrics\.json.*after\.accuracy"),
+        (("history", "epochs"), {}, r"history\.json.*epochs: a list"),
+        (("history", "rounds", 0, "delta_f"), True, r"history\.json.*rounds\[0\]\.delta_f"),
+        (("history", "histograms", 0, "delta_f"), [1] * 59, r"history\.json.*a list of 0 or 60"),
+        (("analysis", "layers", 0, "kept"), 10**9, r"analysis\.json.*layers\[0\]\.kept"),
+        (("analysis", "reliability", "after", "edges"), [0, 1], r"analysis\.json.*reliability\.after: 15 bins"),
+        (("analysis", "input_map"), [[1, 2], [3]], r"analysis\.json.*input_map"),
+        (("analysis", "shift", "noise", "after"), [0.5], r"analysis\.json.*shift\.noise"),
+        (("result", "settings"), [], r"result\.json.*settings: an object"),
+        (("result", "schema"), 2, r"result\.json: written by a newer Ockham"),
+    ],
+)
+def test_damaged_field_is_named(files, write, path, value, words):
+    damage(files, *path, value=value)
+    with pytest.raises(ResultError, match=words):
+        render(write(files))
+
+
+def test_import_loads_no_matplotlib():
+    code = "import sys, ockham.report.html; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+PROBE = """<script>addEventListener("load", () => { const out = [...document.querySelectorAll("svg")].map(s => {
+const box = s.getBoundingClientRect(), inside = s.getBBox();
+return [box.width, box.height, inside.width, inside.height, s.querySelectorAll("path,image,use,text").length]; });
+const wide = document.documentElement.scrollWidth - innerWidth;
+document.title = JSON.stringify({out, wide, errors: window.failed || 0}); });
+addEventListener("error", () => { window.failed = 1; }, true);</script></head>"""
+
+
+def test_chromium_draws_every_figure(files, write, tmp_path_factory):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if browser is None:
+        pytest.skip("no chromium or google-chrome on the path")
+    folder = write(files)
+    page = folder / "probe.html"
+    page.write_text(render(folder).replace("</head>", PROBE, 1), encoding="utf-8")
+    quiet = "--disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
+    quiet += "--disable-sync --enable-logging=stderr --v=0"
+    profile = tmp_path_factory.mktemp("chromium")
+    command = [browser, "--headless", "--no-sandbox", *quiet.split(), f"--user-data-dir={profile}",
+               "--window-size=1200,900", "--dump-dom", page.as_uri()]  # fmt: skip
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in run.stderr, run.stderr
+    found = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", run.stdout, re.DOTALL)[1]))
+    assert found["errors"] == 0
+    assert found["wide"] <= 0, "the page scrolls sideways"
+    assert len(found["out"]) == 14
+    assert all(size > 20 for figure in found["out"] for size in figure[:4]) and all(
+        figure[4] > 5 for figure in found["out"]
+    )
+
+
+def test_a_baseline_does_not_claim_evidence(files, write):
+    files["result"]["settings"]["rule"] = "magnitude"
+    text = text_of(render(write(files)))
+    assert "by the baseline rule “magnitude”, for comparison" in text and "asked of each weight" not in text
+
+
+def test_damaged_values_of_nested_kind_never_escape_as_another_error(files, write):
+    """Replace every leaf by foreign values: the report is written or a ResultError names a file."""
+    rng = np.random.default_rng(1)
+    leaves = list(walk(files))
+    for path in rng.permutation(len(leaves))[:120]:
+        broken = copy.deepcopy(files)
+        damage(broken, *leaves[path], value=[None, -1, "x", {}, [], 1e308, 0][int(rng.integers(7))])
+        try:
+            read_results(write(broken))
+        except ResultError as error:
+            assert f"{leaves[path][0]}.json" in str(error)
+
+
+def walk(tree, path=()):
+    if isinstance(tree, (dict, list)):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from walk(value, (*path, key))
+    else:
+        yield path
