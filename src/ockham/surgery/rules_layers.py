@@ -1,0 +1,184 @@
+"""Rules of convolutions, norms, embeddings and pooling."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ockham.surgery.labels import Value, along, match
+from ockham.surgery.rules_product import add_bias
+
+if TYPE_CHECKING:
+    from ockham.surgery.walk import Call, Result
+
+
+def channels(x: Value, dim: int, call: Call) -> Tensor:
+    """Return the labels of `x` along `dim`, shape ``(size,)``; everything else they depend on is collapsed.
+
+    Elements without labels are `FIXED`.
+    """
+    reason = call.reason("needs every position to have the same channels")
+    out = torch.full((x.shape[dim],), -1)
+    for factor in x.factors:
+        rest = [d for d in range(factor.ndim) if d != dim]
+        flat = call.ledger.collapse(factor, rest, reason)
+        out = flat.flatten() if flat.numel() > 1 else out
+    return out
+
+
+def kernel(weight: Value, call: Call) -> None:
+    """Freeze the spatial dimensions of a convolution's weight."""
+    for factor in weight.factors:
+        if any(factor.shape[d] > 1 for d in range(2, factor.ndim)):
+            call.ledger.freeze(factor, call.reason("slides over this dimension"))
+
+
+def axis(weight: Value, dim: int) -> Tensor:
+    """Return the labels of dimension `dim` of a weight, shape ``(size,)``; `FIXED` where it has none."""
+    factor = weight.factor_at(dim)
+    return torch.full((weight.shape[dim],), -1) if factor is None else factor.flatten()
+
+
+def convolution(call: Call) -> Value:
+    """conv1d to conv3d, grouped and depthwise: x ``(n, in, ...)``, weight ``(out, in / groups, ...)``."""
+    x, weight = call.value(0), call.value(1)
+    groups = int(call.arg(6, "groups", 1))
+    rows, columns = axis(weight, 0), axis(weight, 1)
+    kernel(weight, call)
+    return _convolved(call, x, groups, weights=(columns, rows), width=weight.shape[1])
+
+
+def transposed(call: Call) -> Value:
+    """conv_transpose1d to 3d: weight ``(in, out / groups, ...)``."""
+    x, weight = call.value(0), call.value(1)
+    groups = int(call.arg(6, "groups", 1))
+    rows, columns = axis(weight, 0), axis(weight, 1)
+    kernel(weight, call)
+    dim = _channel_dim(call, x)
+    labels = channels(x, dim, call)
+    reason = call.reason("convolves an input of fixed width")
+    call.ledger.unify(labels, rows, reason)
+    if groups == 1:
+        call.ledger.consumed.append(rows)
+        return _finish(call, columns, dim)
+    if weight.shape[0] == groups:
+        call.ledger.freeze(columns, reason)
+        return _finish(call, rows.repeat_interleave(weight.shape[1]), dim)
+    call.ledger.consumed.append(rows)
+    grid = rows.reshape(groups, -1)
+    call.ledger.unify(grid, grid[:1].expand_as(grid), reason)
+    return _finish(call, columns.repeat(groups), dim)
+
+
+def _convolved(call: Call, x: Value, groups: int, *, weights: tuple[Tensor, Tensor], width: int) -> Value:
+    columns, rows = weights
+    dim = _channel_dim(call, x)
+    labels = channels(x, dim, call)
+    reason = call.reason("convolves an input of fixed width")
+    if groups == 1 or width > 1:
+        call.ledger.consumed.append(columns)
+        call.ledger.unify(labels.reshape(groups, -1), columns.reshape(1, -1), reason)
+        grid = rows.reshape(groups, -1)
+        call.ledger.unify(grid, grid[:1].expand_as(grid), reason)
+    else:
+        call.ledger.unify(rows.reshape(groups, -1), labels.reshape(groups, 1), reason)
+    return _finish(call, rows, dim)
+
+
+def _channel_dim(call: Call, x: Value) -> int:
+    return len(x.shape) - len(call.value(1).shape) + 1
+
+
+def _finish(call: Call, rows: Tensor, dim: int) -> Value:
+    shape = call.shape()
+    out = Value(shape, (along(rows, len(shape), dim),) if shape[dim] > 1 else (), True)
+    return add_bias(out, call.optional(2, "bias"), dim, call)
+
+
+def batch_norm(call: Call) -> Value:
+    """Batch and instance norm: every channel of dimension 1 on its own, so removal is exact."""
+    x = call.value(0)
+    parts = [call.value(i) for i in range(1, 5) if call.optional(i, "") is not None]
+    call.note(x, [])
+    return _per_channel(call, x, channels(x, 1, call), parts, affine=call.optional(2, "bias") is not None)
+
+
+def group_norm(call: Call) -> Result:
+    """Group norm: channels of one group share statistics, so only whole groups can go, exactly."""
+    x, groups = call.value(0), int(call.args[1])
+    labels = channels(x, 1, call)
+    if call.optional(2, "weight") is None:
+        return call.freeze_all("a group norm without affine: its groups are not written in any shape")
+    grid = labels.reshape(groups, -1)
+    call.ledger.unify(grid, grid[:, :1].expand_as(grid), call.reason("normalises a group with a fixed channel"))
+    if groups == 1:
+        call.ledger.freeze(labels, call.reason("normalises all channels together; removal changes the statistics"))
+    parts = [call.value(i) for i in (2, 3) if call.optional(i, "") is not None]
+    return _per_channel(call, x, labels, parts, affine=call.optional(3, "bias") is not None)
+
+
+def _per_channel(call: Call, x: Value, labels: Tensor, parts: list[Value], *, affine: bool) -> Value:
+    for part in parts:
+        call.ledger.unify(labels, axis(part, 0), call.reason("acts on an input of fixed width"))
+    factors = (along(labels, len(x.shape), 1),) if labels.numel() > 1 and bool((labels >= 0).any()) else ()
+    return Value(x.shape, factors, affine)
+
+
+def prelu(call: Call) -> Value:
+    """PReLU with one slope (shared) or one per channel."""
+    x, slope = call.value(0), call.value(1)
+    if len(slope.shape) == 0 or slope.shape[0] == 1:
+        return Value(x.shape, x.factors, x.zero)
+    return Value(x.shape, _per_channel(call, x, channels(x, 1, call), [slope], affine=False).factors, x.zero)
+
+
+def layer_norm(call: Call) -> Value:
+    """Layer and RMS norm: the normalised dimensions share statistics and stay whole."""
+    x, sizes = call.value(0), call.args[1]
+    dims = list(range(len(x.shape) - len(sizes), len(x.shape)))
+    reason = call.reason("normalises over this dimension; removal would change the statistics")
+    factors = [call.ledger.collapse(f, dims, reason) for f in x.factors]
+    for part in call.tensors()[1:]:
+        call.ledger.freeze_value(part, reason)
+    return Value(x.shape, tuple(f for f in factors if f.numel() > 1), False)
+
+
+def embedding(call: Call) -> Value:
+    """Embedding: the width of the table goes with the channels, its rows are indexed by the input and stay."""
+    table, index = call.value(0), call.value(1)
+    rows, columns = axis(table, 0), axis(table, 1)
+    call.ledger.freeze(rows, call.reason("is indexed by values of the input"))
+    call.ledger.freeze_value(index, call.reason("holds indices"))
+    call.ledger.made.append(columns)
+    shape = call.shape()
+    return Value(shape, (along(columns, len(shape), -1),) if columns.numel() > 1 else (), table.zero)
+
+
+def pooling(call: Call) -> Value | list[Value]:
+    """Pooling and interpolation: spatial dimensions are collapsed, channels pass."""
+    x = call.value(0)
+    dims = [d for d, (old, new) in enumerate(zip(x.shape, call.shape(), strict=True)) if old != new or d > 1]
+    if call.name.endswith("1d") or "pool" not in call.name:
+        dims = [d for d in dims if d > len(x.shape) - 2 or d > 1]
+    reason = call.reason("pools over this dimension")
+    factors = tuple(f for f in (call.ledger.collapse(f, dims, reason) for f in x.factors) if f.numel() > 1)
+    return call.like_outputs(lambda shape: Value(shape, factors, x.zero))
+
+
+def weight_norm(call: Call) -> Value:
+    """W = g v / ||v||: rows go freely, columns share the norm and stay."""
+    v, g = call.value(0), call.value(1)
+    dim = int(call.arg(2, "dim", 0))
+    reason = call.reason("normalises the weight over this dimension")
+    factors = []
+    for factor in v.factors:
+        call.ledger.spared.append(factor.flatten())
+        if factor.shape[dim] > 1:
+            factors.append(factor)
+        else:
+            call.ledger.freeze(factor, reason)
+    placed = Value(v.shape, tuple(factors), True)
+    joint, _ = match(placed, g, call.ledger, reason=reason)
+    return Value(v.shape, tuple(joint), g.zero)

@@ -1,0 +1,50 @@
+"""The one law all of surgery is held to, and what the tests share to state it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ockham.surgery import Groups, Plan, mask, random_plan, shrink
+
+
+def randomise(model: nn.Module, generator: torch.Generator) -> None:
+    """Give BatchNorm statistics, biases and scales values which no shortcut survives."""
+    for module in model.modules():
+        if getattr(module, "running_mean", None) is not None:
+            shape = module.running_mean.shape
+            module.running_mean.copy_(torch.randn(shape, generator=generator))
+            module.running_var.copy_(torch.rand(shape, generator=generator) + 0.5)
+    for parameter in model.parameters():
+        if parameter.ndim < 2:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3 + float(parameter.ndim == 1)
+
+
+def outputs(model: nn.Module, inputs: object) -> list[Tensor]:
+    with torch.no_grad():
+        out = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    out = out.to_tuple() if hasattr(out, "to_tuple") else out
+    return [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
+
+
+def difference(one: list[Tensor], other: list[Tensor]) -> float:
+    assert [t.shape for t in one] == [t.shape for t in other]
+    assert all(bool(torch.isfinite(t).all()) for t in (*one, *other))
+    return max(float((a - b).abs().max() / a.abs().max().clamp(min=1e-12)) for a, b in zip(one, other, strict=True))
+
+
+def size(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def worst_difference(
+    model: nn.Module, groups: Groups, inputs: object, *, ratio: float, seed: int
+) -> tuple[float, float]:
+    """Return the difference of masked and shrunk outputs and the share of units that went."""
+    plan = random_plan(groups, ratio, generator=torch.Generator().manual_seed(seed))
+    plan = Plan.from_json(plan.to_json())
+    masked, small = mask(model, plan), shrink(model, plan)
+    assert size(small) < size(model) or not plan.removed
+    gone = sum(map(len, plan.removed.values())) / max(1, sum(plan.widths.values()))
+    return difference(outputs(masked, inputs), outputs(small, inputs)), gone

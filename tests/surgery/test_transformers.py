@@ -1,0 +1,144 @@
+"""Networks of the transformers library, built from their configurations: nothing is downloaded."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+from ockham.surgery import Plan, mask, random_plan, shrink, trace, verify
+
+from .law import randomise, size, worst_difference
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+WORDS = torch.arange(18).reshape(2, 9) % 50
+IMAGE = torch.linspace(-2, 2, 2 * 3 * 16 * 16).sin().reshape(2, 3, 16, 16)
+TEXT = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 1}
+NETS = {
+    "Bert": (
+        {
+            "vocab_size": 50,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+        },
+        "BertModel",
+        {"input_ids": WORDS},
+    ),
+    "DistilBert": (
+        {"vocab_size": 50, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64},
+        "DistilBertModel",
+        {"input_ids": WORDS},
+    ),
+    "GPT2": (
+        {**TEXT, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, "use_cache": False},
+        "GPT2LMHeadModel",
+        {"input_ids": WORDS},
+    ),
+    "Llama": (
+        {
+            **TEXT,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "intermediate_size": 64,
+            "tie_word_embeddings": True,
+            "use_cache": False,
+        },
+        "LlamaForCausalLM",
+        {"input_ids": WORDS},
+    ),
+    "ViT": (
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "image_size": 16,
+            "patch_size": 4,
+        },
+        "ViTModel",
+        {"pixel_values": IMAGE},
+    ),
+    "T5": (
+        {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "use_cache": False},
+        "T5ForConditionalGeneration",
+        {"input_ids": WORDS, "decoder_input_ids": WORDS},
+    ),
+    "Swin": (
+        {"image_size": 16, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4},
+        "SwinModel",
+        {"pixel_values": IMAGE},
+    ),
+    "ConvNext": (
+        {"hidden_sizes": [8, 16], "depths": [2, 2], "num_stages": 2, "patch_size": 2},
+        "ConvNextModel",
+        {"pixel_values": IMAGE},
+    ),
+    "ResNet": (
+        {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [2, 2]},
+        "ResNetForImageClassification",
+        {"pixel_values": IMAGE},
+    ),
+}
+MUST = {
+    "Bert": {4: 2, 64: 2},
+    "DistilBert": {4: 2, 64: 2},
+    "GPT2": {4: 2, 128: 2},
+    "Llama": {4: 2, 64: 2},
+    "ViT": {4: 2, 64: 2},
+    "T5": {4: 3, 64: 4},
+    "Swin": {2: 2, 4: 2, 64: 2, 128: 2},
+    "ConvNext": {32: 2, 64: 2},
+    "ResNet": {8: 1, 16: 1, 32: 1, 4: 4},
+}  # number of groups by number of units: heads and hidden widths of every layer
+
+
+def build(name):
+    config, kind, inputs = NETS[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(getattr(transformers, f"{name}Config")(**config)).eval()
+    randomise(model, torch.Generator().manual_seed(1))
+    return model, inputs
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_masked_equals_shrunk(name):
+    model, inputs = build(name)
+    groups = trace(model, inputs)
+    found: dict[int, int] = {}
+    for group in groups:
+        found[group.size] = found.get(group.size, 0) + 1
+    for units, number in MUST[name].items():
+        assert found.get(units, 0) >= number, (units, found)
+    for seed, ratio in enumerate((0.1, 0.3, 0.5, 0.7)):
+        assert worst_difference(model, groups, inputs, ratio=ratio, seed=seed)[0] <= 1e-5, ratio
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NETS)
+def test_masked_equals_shrunk_twenty_seeds(name):
+    model, inputs = build(name)
+    groups = trace(model, inputs)
+    for ratio in (0.1, 0.3, 0.5, 0.7):
+        for seed in range(20):
+            assert worst_difference(model, groups, inputs, ratio=ratio, seed=seed)[0] <= 1e-5, (ratio, seed)
+
+
+@pytest.mark.parametrize("name", ["GPT2", "Llama"])
+def test_tied_embeddings_stay_tied_and_the_plan_replays_on_a_fresh_model(name):
+    model, inputs = build(name)
+    plan = random_plan(trace(model, inputs), 0.5, generator=torch.Generator().manual_seed(0))
+    small = shrink(model, plan)
+    assert small.get_input_embeddings().weight is small.get_output_embeddings().weight
+    assert size(small) < 0.8 * size(model)
+    fresh = shrink(build(name)[0], Plan.from_json(plan.to_json()))
+    fresh.load_state_dict(small.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert verify(mask(model, plan), fresh, inputs) <= 1e-5
