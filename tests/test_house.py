@@ -95,7 +95,8 @@ def test_nothing_loads_pickles() -> None:
 
 def test_importing_ockham_loads_nothing_heavy_and_changes_nothing() -> None:
     program = (
-        "import sys, torch, warnings; s = torch.get_rng_state(); t = torch.get_num_threads(); n = len(warnings.filters)\n"
+        "import sys, torch, warnings\n"
+        "s = torch.get_rng_state(); t = torch.get_num_threads(); n = len(warnings.filters)\n"
         "import ockham\n"
         f"print([m for m in {HEAVY!r} if m in sys.modules])\n"
         "assert torch.equal(s, torch.get_rng_state()) and t == torch.get_num_threads() and n == len(warnings.filters)"

@@ -13,6 +13,7 @@ from ockham.reduction.diagnose import diagnose
 from ockham.reduction.rounds import Rounds
 from ockham.reduction.rule import BudgetRule, EvidenceRule, LearnedOddsRule
 from ockham.reduction.score import by_magnitude, by_random, by_snr, score
+from ockham.surgery import Plan, export, mask, plan, random_plan, shrink, trace, verify
 from ockham.version import __version__
 from ockham.workflow.batchnorm import refresh_batchnorm
 from ockham.workflow.compression import Compressed, Compression, compress
@@ -37,6 +38,7 @@ __all__ = [
     "NonFiniteLossError",
     "OckhamError",
     "OckhamWarning",
+    "Plan",
     "PointEstimate",
     "Posterior",
     "Prediction",
@@ -53,11 +55,18 @@ __all__ = [
     "compress",
     "defaults_for",
     "diagnose",
+    "export",
     "load",
     "load_posterior",
+    "mask",
+    "plan",
     "point_estimate",
     "predict",
     "predict_regression",
+    "random_plan",
     "refresh_batchnorm",
     "score",
+    "shrink",
+    "trace",
+    "verify",
 ]

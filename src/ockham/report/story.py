@@ -205,8 +205,8 @@ def _expected(cost: float, loss: float) -> str:
         )
     if -cost > loss:
         return (
-            " No second-order estimate of what the removal cost is given: it would fall below zero loss, which says that "
-            "the spread of the posterior had not settled when the first weights went, and that their evidence is "
+            " No second-order estimate of what the removal cost is given: it would fall below zero loss, which says "
+            "that the spread of the posterior had not settled when the first weights went, and that their evidence is "
             "rather too high."
         )
     return (
