@@ -29,7 +29,7 @@ def main() -> None:
     print(f"kept {result.keep_share:.1%}; noise std {math.sqrt(result.noise_variance):.3f}, true {NOISE}")
     print("kept first-layer weights per input:", result.keep["0.weight"].sum(0).tolist())
 
-    # `result.predict` is for classifiers; a regression takes the outputs of the draws themselves, [draws, N, 1].
+    # `result.predict(x)` gives mean and variances; the scores below want the draws themselves, [draws, N, 1].
     generator = torch.Generator().manual_seed(0)
     outputs = torch.stack(list(draw_outputs(result.model, result.posterior, test_x, draws=20, generator=generator)))
     found = regression_summary(outputs, test_y, noise_variance=result.noise_variance)

@@ -179,5 +179,5 @@ def as_pruned(model: nn.Module, keep: Mapping[str, Tensor]) -> Any:
             expected = tuple(held[name].shape) if name in held else "no such parameter"
             raise ExecutionError(f"keep[{name!r}] is {mask.dtype} {tuple(mask.shape)}; expected torch.bool {expected}")
         path, _, leaf = name.rpartition(".")
-        prune.custom_from_mask(twin.get_submodule(path), leaf, mask)  # type: ignore[no-untyped-call]
+        prune.custom_from_mask(twin.get_submodule(path), leaf, mask)
     return twin

@@ -69,7 +69,7 @@ def _program(model: nn.Module, example_inputs: Any) -> torch.export.ExportedProg
 
 def _batch_dims(arguments: Any) -> torch.export.ShapesCollection:
     """Make the first dimension of every input tensor dynamic."""
-    shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]
+    shapes = torch.export.ShapesCollection()
     for tensor in pytree.tree_leaves(arguments):
         if isinstance(tensor, torch.Tensor) and tensor.ndim:
             shapes[tensor] = {0: torch.export.Dim.AUTO}

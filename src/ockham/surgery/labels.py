@@ -90,7 +90,7 @@ class Ledger:
 
     def unify(self, one: Tensor, other: Tensor, reason: str) -> None:
         """Tie `one` and `other` element by element (broadcast); an atom which meets a fixed element is frozen."""
-        a, b = torch.broadcast_tensors(one, other)  # type: ignore[no-untyped-call]
+        a, b = torch.broadcast_tensors(one, other)
         both = (a >= 0) & (b >= 0)
         self.edges.append((a[both], b[both]))
         self.freeze(a[(a >= 0) & (b < 0)], reason)

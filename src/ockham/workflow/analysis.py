@@ -23,7 +23,8 @@ from ockham.zoo.data import Dataset
 
 __all__ = ["Facts", "compressed_facts", "input_map", "network_facts"]
 
-_SHIFT_EXAMPLES = 1000
+_SHIFT_EXAMPLES = 500
+_SHIFT_DRAWS = 10  # twenty corrupted copies of every example are predicted, so fewer draws than for the test set
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class Facts:
 def network_facts(model: nn.Module, data: Dataset, noise_variance: float | None, foreign: Tensor) -> Facts:
     """Of a network as it stands; ``noise_variance`` None means a classifier."""
     predictor = mean_predictor(model, classify=noise_variance is None)
-    return _facts(predictor, model, data, noise_variance, foreign)
+    return _facts(predictor, predictor, model, data, noise_variance, foreign)
 
 
 def compressed_facts(
@@ -60,23 +61,29 @@ def compressed_facts(
 ) -> tuple[Facts, Facts]:
     """Of the posterior predictive, and of the mean network."""
     noise = result.noise_variance
-    predictor = posterior_predictor(result.model, result.posterior, classify=noise is None, draws=draws, seed=seed)
-    return _facts(predictor, result.model, data, noise, foreign), network_facts(result.model, data, noise, foreign)
+
+    def predictor(count: int) -> Predictor:
+        return posterior_predictor(result.model, result.posterior, classify=noise is None, draws=count, seed=seed)
+
+    few = predictor(min(draws, _SHIFT_DRAWS))
+    after = _facts(predictor(draws), few, result.model, data, noise, foreign)
+    return after, network_facts(result.model, data, noise, foreign)
 
 
-def _facts(predictor: Predictor, model: nn.Module, data: Dataset, noise: float | None, foreign: Tensor) -> Facts:
+def _facts(
+    predictor: Predictor, quick: Predictor, model: nn.Module, data: Dataset, noise: float | None, foreign: Tensor
+) -> Facts:
     x, y = data.test_x, data.test_y
-    found = measures(predictor, x, y, noise_variance=noise)
+    outputs = predictor(x)
+    found = measures(lambda _: outputs, x, y, noise_variance=noise)
     few = slice(0, _SHIFT_EXAMPLES)
     shapes = noise is None and y.ndim == 1
     return Facts(
         found,
         stored_values(model),
-        reliability_of(predictor, x, y) if shapes else None,
-        corruption_shift(predictor, x[few], y[few], low=data.low, high=data.high)
-        if shapes and data.image_shape
-        else None,
-        ood_auroc(predictor, x[few], foreign[few]) if shapes else None,
+        reliability_of(lambda _: outputs, x, y) if shapes else None,
+        corruption_shift(quick, x[few], y[few], low=data.low, high=data.high) if shapes and data.image_shape else None,
+        ood_auroc(quick, x[few], foreign[few]) if shapes else None,
         "foreign inputs" if foreign.shape[1:] != x.shape[1:] else "test inputs with their pixels permuted",
         input_map(model, data),
     )
