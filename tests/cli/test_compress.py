@@ -143,7 +143,7 @@ def test_tensorboard_scalars(ockham, tmp_path: Path) -> None:
         (("--epochs", "0"), "--epochs must be at least 1; got 0"),
         (("--rule", "magnitude"), "needs a budget: add --keep-share"),
         (("--rule", "guess"), "--rule guess: unknown"),
-        (("--keep-share", "1.5"), "between 1 and 50826 weights"),
+        (("--keep-share", "1.5"), "a share in (0, 1] or a whole number of weights; got 1.5"),
         (("--prior-variance", "-1"), "variance must be positive"),
         (("--device", "cuda:7"), "not on this machine"),
         (("--device", "toaster"), "--device toaster"),
