@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -126,13 +125,19 @@ def memory(name: str) -> float:
 def _memory_here(name: str) -> float:
     torch.set_num_threads(1)
     METHODS[name](nn.Linear(8, 8), torch.randn(2, 8), torch.tensor([0, 1]))()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak()
     net = nn.Sequential(*(nn.Linear(2000, 2000) for _ in range(6)))
     weights = sum(p.numel() for p in net.parameters())
     step = METHODS[name](net, torch.randn(1, 2000), torch.zeros(1, dtype=torch.long))
     for _ in range(5):
         step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / 4 / weights
+    return (_peak() - before) * 1024 / 4 / weights
+
+
+def _peak() -> int:
+    """Peak resident set of this process in KiB; `ru_maxrss` would be inherited from the parent."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0])
 
 
 def main() -> None:

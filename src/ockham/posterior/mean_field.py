@@ -147,13 +147,18 @@ class MeanField(VariationalOptimizer):
         std = vectors["log_std"].exp()
         std_grad = torch.mul(grad, vectors["noise"]).add_(std, alpha=pull).mul_(std).sub_(weight)
         del std
-        grad.add_(mean, alpha=pull)
+        mean_grad = grad.add(mean, alpha=pull)
         if group["prior_mean"] != 0.0:
-            grad.sub_(pull * group["prior_mean"])
+            mean_grad.sub_(pull * group["prior_mean"])
         rate, std_rate = float(group["lr"]), float(group["lr"]) * group["std_rate"]
-        rest = {"step": facts.step, "betas": group["betas"], "eps": group["eps"]}
-        adam_([mean], [grad], [vectors["exp_avg"]], [vectors["exp_avg_sq"]], lr=rate, **rest)
-        adam_([vectors["log_std"]], [std_grad], [vectors["std_avg"]], [vectors["std_avg_sq"]], lr=std_rate, **rest)
+        rest: dict[str, Any] = {"step": facts.step, "betas": group["betas"], "eps": group["eps"]}
+        first = [mean], [mean_grad], [vectors["exp_avg"]], [vectors["exp_avg_sq"]]
+        second = [vectors["log_std"]], [std_grad], [vectors["std_avg"]], [vectors["std_avg_sq"]]
+        if rate == std_rate:
+            adam_(*(a + b for a, b in zip(first, second, strict=True)), lr=rate, **rest)
+        else:
+            adam_(*first, lr=rate, **rest)
+            adam_(*second, lr=std_rate, **rest)
 
     def _after_step(self, group: dict[str, Any]) -> None:
         if isinstance(group["prior"], FixedPrior):

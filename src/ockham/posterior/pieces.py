@@ -42,10 +42,12 @@ class Piece:
         return flat[self.start : self.stop] if self.index is None else flat.index_select(0, self.index)
 
     def put(self, values: Tensor) -> None:
-        """Write the run's values into the parameter."""
+        """Write the run's values into the parameter; nothing to do where they are a view of it."""
         target = self.parameter.detach()
         if self.index is None and target.is_contiguous():
-            target.view(-1)[self.start : self.stop].copy_(values)
+            place = target.view(-1)[self.start : self.stop]
+            if place.data_ptr() != values.data_ptr():
+                place.copy_(values)
         elif self.index is None:
             target.copy_(values.view(target.shape))
         elif target.is_contiguous():
@@ -106,11 +108,9 @@ def _cut(parameter: Tensor, index: Tensor | None, *, first: int, size: int) -> l
 
 
 def read(span: Span, tensors: Sequence[Tensor]) -> Tensor:
-    """Flat copy of the span's values, one tensor (shaped like its parameter) per piece."""
+    """The span's values, one tensor (shaped like its parameter) per piece; a view where a single dense piece allows."""
     if len(span.pieces) == 1:
-        piece = span.pieces[0]
-        values = piece.flat(tensors[0])
-        return values.clone() if piece.index is None else values
+        return span.pieces[0].flat(tensors[0])
     return torch.cat([piece.flat(t) for piece, t in zip(span.pieces, tensors, strict=True)])
 
 

@@ -75,6 +75,6 @@ class PointEstimate(VariationalOptimizer):
 
     def _update_(self, mean: Tensor, grad: Tensor, vectors: Mapping[str, Tensor], facts: Facts, group: Any) -> None:
         if group["prior_variance"] < math.inf:
-            grad.add_(mean, alpha=1.0 / (group["prior_variance"] * group["n_data"]))
+            grad = grad.add(mean, alpha=1.0 / (group["prior_variance"] * group["n_data"]))
         rest = {"step": facts.step, "lr": float(group["lr"]), "betas": group["betas"], "eps": group["eps"]}
         adam_([mean], [grad], [vectors["exp_avg"]], [vectors["exp_avg_sq"]], **rest)

@@ -58,7 +58,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
 
     @abstractmethod
     def _update_(self, mean: Tensor, grad: Tensor, vectors: Mapping[str, Tensor], facts: Facts, group: Any) -> None:
-        """One step on a run of weights: changes ``mean`` and the vectors in place; ``grad`` may be overwritten."""
+        """One step on a run of weights: changes ``mean`` and the vectors in place, but not ``grad``."""
 
     def _check_options(self, group: Mapping[str, Any]) -> None:
         """Raise on an option of a new group that is out of range; nothing by default."""
@@ -293,7 +293,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
                     self._draw_(arena.at(span)["noise"])
                 for run in self._runs(span):
                     vectors = arena.at(run)
-                    mean = read(run, [x.parameter for x in run.pieces])
+                    mean = read(run, [x.parameter for x in run.pieces]).clone()
                     self._backup.append((run, mean))
                     write(run, self._std(vectors, self._facts(run), group).mul_(vectors["noise"]).add_(mean))
 
