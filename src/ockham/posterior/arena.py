@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -28,11 +28,15 @@ class Arena:
     parameters: tuple[Tensor, ...]
     vectors: Mapping[str, Tensor]
     spans: tuple[Span, ...]
+    _views: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict)
 
     def holds(self, alive: list[Tensor]) -> bool:
         """Whether these are the arena's parameters."""
         return len(self.parameters) == len(alive) and all(map(operator.is_, self.parameters, alive))
 
     def at(self, span: Span) -> dict[str, Tensor]:
-        """Views of all vectors on a span."""
-        return {name: v[span.start : span.stop] for name, v in self.vectors.items()}
+        """Views of all vectors on a span, made once."""
+        key = (span.start, span.stop)
+        if key not in self._views:
+            self._views[key] = {name: v[span.start : span.stop] for name, v in self.vectors.items()}
+        return self._views[key]

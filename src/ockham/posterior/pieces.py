@@ -116,6 +116,9 @@ def read(span: Span, tensors: Sequence[Tensor]) -> Tensor:
 
 def write(span: Span, values: Tensor) -> None:
     """Write a flat vector back into the parameters of the span."""
+    if len(span.pieces) == 1:
+        span.pieces[0].put(values)
+        return
     for piece, part in zip(span.pieces, values.split([p.stop - p.start for p in span.pieces]), strict=True):
         piece.put(part)
 
