@@ -117,7 +117,9 @@ def made(shape, classes):
 @pytest.mark.parametrize("name", ["resnet20", "resnet56"])
 def test_pretrained_weights_fit_by_name(real_data, name):
     weights = load_file(real_data / "pretrained" / f"{name}-cifar10.safetensors")
-    built(name).load_state_dict(weights, strict=True)
+    network = built(name)
+    network.load_state_dict(weights, strict=True)
+    assert all(torch.equal(value, weights[key]) for key, value in network.state_dict().items())
 
 
 @pytest.mark.data
