@@ -119,7 +119,8 @@ def test_pretrained_weights_fit_by_name(real_data, name):
     weights = load_file(real_data / "pretrained" / f"{name}-cifar10.safetensors")
     network = built(name)
     network.load_state_dict(weights, strict=True)
-    assert all(torch.equal(value, weights[key]) for key, value in network.state_dict().items())
+    state = network.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in weights.items())
 
 
 @pytest.mark.data
