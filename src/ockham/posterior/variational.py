@@ -22,6 +22,7 @@ from ockham.posterior.checks import check_group, check_keep
 from ockham.posterior.pieces import Span, alive_index, read, spans, write, zero_removed_
 from ockham.posterior.posterior import Gaussian, Posterior
 from ockham.posterior.priors import Prior, plain_prior, restored_prior
+from ockham.posterior.slicing import sliced
 
 __all__ = ["VariationalOptimizer"]
 
@@ -65,6 +66,10 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
 
     def _after_step(self, group: dict[str, Any]) -> None:
         """Anything slower than a step, such as learning the prior; nothing by default."""
+
+    def _prior_of(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """Precision of the prior as the posterior reports it, broadcastable to the parameter."""
+        return torch.tensor(self.state[p]["prior_precision"], dtype=p.dtype, device=p.device)
 
     # ------------------------------------------------------------------ the loop's three calls
     @contextmanager
@@ -164,6 +169,10 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
     def keep(self) -> dict[str, Tensor]:
         """Boolean masks, True = alive, of every parameter that requires a gradient."""
         return {n: self._keep_of(p) for p, n in self._names.items() if p.requires_grad}
+
+    def sliced(self, parameters: Mapping[str, Tensor], take: Callable[[str, Tensor], Tensor]) -> VariationalOptimizer:
+        """A copy over the parameters of a smaller network; see `ockham.posterior.slicing.sliced`."""
+        return sliced(self, parameters, take)
 
     # ------------------------------------------------------------------ state
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -295,7 +304,8 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
                     vectors = arena.at(run)
                     mean = read(run, [x.parameter for x in run.pieces]).clone()
                     self._backup.append((run, mean))
-                    write(run, self._std(vectors, self._facts(run), group).mul_(vectors["noise"]).add_(mean))
+                    noise = vectors["noise"].to(mean.dtype)  # converted first: mixed-dtype products are far slower
+                    write(run, noise.mul_(self._std(vectors, self._facts(run), group)).add_(mean))
 
     def _draw_(self, noise: Tensor) -> None:
         if self._mirror:
@@ -325,10 +335,8 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         precision = torch.full_like(p.detach(), torch.inf, memory_format=torch.contiguous_format)
         precision[keep] = self._std(state, facts, group).double().pow(-2).to(p.dtype)
         mean = p.detach().clone(memory_format=torch.contiguous_format)
-        prior, prior_mean = (
-            torch.tensor(x, dtype=p.dtype, device=p.device) for x in (facts.prior_precision, group["prior_mean"])
-        )
-        return Gaussian(mean, precision, prior, prior_mean, keep)
+        prior_mean = torch.tensor(group["prior_mean"], dtype=p.dtype, device=p.device)
+        return Gaussian(mean, precision, self._prior_of(p, group), prior_mean, keep)
 
     def _remove_from(self, p: Tensor, keep: Tensor) -> int:
         group = next(g for g in self.param_groups if any(q is p for q in g["params"]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Protocol
 
 import torch
@@ -213,11 +213,9 @@ def search_rates(recipe: Recipe) -> Iterator[AdamStage]:
 
 def as_plain(training: Training) -> dict[str, Any]:
     """Settings as JSON-able values, the prior by its type and numbers."""
-    plain = asdict(training)
-    plain["prior"] = (
-        f"{type(training.prior).__name__}({', '.join(f'{k}={v:g}' for k, v in asdict(training.prior).items())})"  # type: ignore[call-overload]
-    )
-    return plain
+    plain = {f.name: getattr(training, f.name) for f in fields(training)}
+    shown = [f"{f.name}={getattr(training.prior, f.name):g}" for f in fields(training.prior) if f.repr]  # type: ignore[arg-type]
+    return plain | {"prior": f"{type(training.prior).__name__}({', '.join(shown)})"}
 
 
 def rule_name(rule: Rule | None) -> str:
