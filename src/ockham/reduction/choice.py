@@ -61,6 +61,6 @@ def choose_units(evidence: StructureEvidence, prices: Mapping[str, Tensor], *, r
 
 def _width(worth: Tensor, round_to: int) -> int:
     """The width whose best units are worth most in sum, among multiples of ``round_to`` and the whole group."""
-    widths = [*range(round_to, len(worth), round_to), len(worth)]
+    widths: list[int] = [*range(round_to, worth.numel(), round_to), worth.numel()]
     sums: list[float] = worth.sort(descending=True).values.cumsum(0)[torch.tensor(widths) - 1].tolist()
     return max(w for w, s in zip(widths, sums, strict=True) if s == max(sums))

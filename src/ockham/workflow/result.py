@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -154,9 +155,10 @@ def stored_values(model: nn.Module) -> int:
     return sum(int((p != 0).sum()) for p in model.parameters())
 
 
-def layers(posterior: Posterior) -> list[dict[str, Any]]:
-    """Per parameter tensor: name, shape, total, kept."""
+def layers(posterior: Posterior, plan: Plan | None = None) -> list[dict[str, Any]]:
+    """Per parameter tensor: name, shape and total as they were before the plan, weights kept."""
+    shapes = {n: tuple(g.mean.shape) for n, g in posterior.items()} | dict(plan.shapes if plan else {})
     return [
-        {"name": n, "shape": list(g.mean.shape), "total": g.keep.numel(), "kept": int(g.keep.sum())}
+        {"name": n, "shape": list(shapes[n]), "total": math.prod(shapes[n]), "kept": int(g.keep.sum())}
         for n, g in posterior.items()
     ]
