@@ -128,6 +128,7 @@ class MeanField(VariationalOptimizer):
                 if not bool(source.keep.all()):
                     self._remove_from(p, source.keep)
                 state["log_std"].copy_(source.std[source.keep].log())
+            self._arenas.pop(id(group), None)  # it may remember standard deviations
 
     # ------------------------------------------------------------------ the method
     def _check_options(self, group: Mapping[str, Any]) -> None:
@@ -138,27 +139,22 @@ class MeanField(VariationalOptimizer):
         vectors["log_std"].fill_(math.log(group["initial_std"]))
         return {**vectors, "prior_precision": group["prior"].start_precision}
 
-    def _std(self, vectors: Mapping[str, Tensor], facts: Facts, group: dict[str, Any]) -> Tensor:
-        return vectors["log_std"].exp()
+    def _std_(self, out: Tensor, vectors: Mapping[str, Tensor], facts: Facts, group: dict[str, Any]) -> Tensor:
+        return torch.exp(vectors["log_std"], out=out)
 
     def _update_(self, mean: Tensor, grad: Tensor, vectors: Mapping[str, Tensor], facts: Facts, group: Any) -> None:
         weight = _kl_weight(facts.step, group)
         pull = weight * facts.prior_precision
-        std = vectors["log_std"].exp()
-        std_grad = torch.mul(grad, vectors["noise"]).add_(std, alpha=pull).mul_(std).sub_(weight)
-        del std
-        mean_grad = grad.add(mean, alpha=pull)
+        std = vectors["first"]
+        std_grad = vectors["second"].copy_(vectors["noise"]).mul_(grad).add_(std, alpha=pull)
+        torch.addcmul(std.new_full((), -weight), std_grad, std, out=std_grad)
         if group["prior_mean"] != 0.0:
-            mean_grad.sub_(pull * group["prior_mean"])
-        rate, std_rate = float(group["lr"]), float(group["lr"]) * group["std_rate"]
+            grad = grad - pull * group["prior_mean"]
+        rate = float(group["lr"])
         rest: dict[str, Any] = {"step": facts.step, "betas": group["betas"], "eps": group["eps"]}
-        first = [mean], [mean_grad], [vectors["exp_avg"]], [vectors["exp_avg_sq"]]
-        second = [vectors["log_std"]], [std_grad], [vectors["std_avg"]], [vectors["std_avg_sq"]]
-        if rate == std_rate:
-            adam_(*(a + b for a, b in zip(first, second, strict=True)), lr=rate, **rest)
-        else:
-            adam_(*first, lr=rate, **rest)
-            adam_(*second, lr=std_rate, **rest)
+        adam_(mean, grad, vectors["exp_avg"], vectors["exp_avg_sq"], lr=rate, decay=pull, **rest)
+        rate *= group["std_rate"]
+        adam_(vectors["log_std"], std_grad, vectors["std_avg"], vectors["std_avg_sq"], lr=rate, decay=0.0, **rest)
 
     def _after_step(self, group: dict[str, Any]) -> None:
         if isinstance(group["prior"], FixedPrior):
