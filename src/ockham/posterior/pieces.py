@@ -115,7 +115,7 @@ def _cut(parameter: Tensor, index: Tensor | None, *, first: int, size: int) -> l
 
 
 def read(span: Span, tensors: Sequence[Tensor], out: Tensor) -> Tensor:
-    """The span's values, one tensor (shaped like its parameter) per piece: a view if one dense piece, else in ``out``."""
+    """The span's values, one tensor per piece, shaped like its parameter: a view if one dense piece, else ``out``."""
     if len(span.pieces) == 1:
         return span.pieces[0].flat(tensors[0], out)
     return torch.cat([piece.flat(t) for piece, t in zip(span.pieces, tensors, strict=True)], out=out)
