@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 
@@ -151,7 +152,7 @@ def test_resumed_equals_never_stopped(toy) -> None:
     net, opt = toy.train(20, **options)
     again, other = toy.make(**options)
     again.load_state_dict(net.state_dict())
-    other.load_state_dict(opt.state_dict())
+    other.load_state_dict(copy.deepcopy(opt.state_dict()))
     for _ in range(10):
         toy.step(net, opt)
         toy.step(again, other)

@@ -136,6 +136,7 @@ class MeanField(VariationalOptimizer):
                 if not bool(source.keep.all()):
                     self._remove_from(p, source.keep)
                 state["log_std"].copy_(source.std[source.keep].log())
+            self._arenas.pop(id(group), None)  # it may remember standard deviations
 
     # ------------------------------------------------------------------ the method
     def _check_options(self, group: Mapping[str, Any]) -> None:
@@ -156,28 +157,24 @@ class MeanField(VariationalOptimizer):
             return prior_of(p, group, self.state[p])
         return super()._prior_of(p, group)
 
-    def _std(self, vectors: Mapping[str, Tensor], facts: Facts, group: dict[str, Any]) -> Tensor:
-        return vectors["log_std"].exp()
+    def _std_(self, out: Tensor, vectors: Mapping[str, Tensor], facts: Facts, group: dict[str, Any]) -> Tensor:
+        return torch.exp(vectors["log_std"], out=out)
 
     def _update_(self, mean: Tensor, grad: Tensor, vectors: Mapping[str, Tensor], facts: Facts, group: Any) -> None:
         weight = _kl_weight(facts.step, group)
         pull = vectors.get(VECTOR, facts.prior_precision) * weight
-        std = vectors["log_std"].exp()
-        std_grad = vectors["noise"].to(grad.dtype).mul_(grad)
-        _plus(std_grad, std, pull, out=std_grad).mul_(std).sub_(weight)
-        del std
-        mean_grad = _plus(grad, mean, pull)
+        std = vectors["first"]
+        std_grad = _plus_(vectors["second"].copy_(vectors["noise"]).mul_(grad), std, pull)
+        torch.addcmul(std.new_full((), -weight), std_grad, std, out=std_grad)
         if group["prior_mean"] != 0.0:
-            mean_grad.sub_(pull * group["prior_mean"])
-        rate, std_rate = float(group["lr"]), float(group["lr"]) * group["std_rate"]
+            grad = grad - pull * group["prior_mean"]
+        if isinstance(pull, Tensor):
+            grad, pull = torch.addcmul(grad, mean, pull), 0.0
+        rate = float(group["lr"])
         rest: dict[str, Any] = {"step": facts.step, "betas": group["betas"], "eps": group["eps"]}
-        first = [mean], [mean_grad], [vectors["exp_avg"]], [vectors["exp_avg_sq"]]
-        second = [vectors["log_std"]], [std_grad], [vectors["std_avg"]], [vectors["std_avg_sq"]]
-        if rate == std_rate:
-            adam_(*(a + b for a, b in zip(first, second, strict=True)), lr=rate, **rest)
-        else:
-            adam_(*first, lr=rate, **rest)
-            adam_(*second, lr=std_rate, **rest)
+        adam_(mean, grad, vectors["exp_avg"], vectors["exp_avg_sq"], lr=rate, decay=pull, **rest)
+        rate *= group["std_rate"]
+        adam_(vectors["log_std"], std_grad, vectors["std_avg"], vectors["std_avg_sq"], lr=rate, decay=0.0, **rest)
 
     def _after_step(self, group: dict[str, Any]) -> None:
         if isinstance(group["prior"], FixedPrior):
@@ -221,11 +218,11 @@ class MeanField(VariationalOptimizer):
         return 0.5 * fit - logs - 0.5 * float((1 + p0.log()).expand(state["log_std"].shape).sum())
 
 
-def _plus(target: Tensor, values: Tensor, factor: Tensor | float, out: Tensor | None = None) -> Tensor:
-    """``target + factor * values``."""
+def _plus_(target: Tensor, values: Tensor, factor: Tensor | float) -> Tensor:
+    """``target + factor * values``, in place."""
     if isinstance(factor, Tensor):
-        return torch.addcmul(target, values, factor, out=out)
-    return torch.add(target, values, alpha=factor, out=out)
+        return target.addcmul_(values, factor)
+    return target.add_(values, alpha=factor)
 
 
 def _kl_weight(step: int, group: Mapping[str, Any]) -> float:

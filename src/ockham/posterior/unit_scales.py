@@ -74,7 +74,7 @@ def learn_scales(
         precision[layout[p][1]] = states[p][_EACH].double()
     new = group["prior"].updated_each(precision, count, second)
     for p, (_, ids) in layout.items():
-        states[p][_EACH].copy_(new[ids])
+        states[p][_EACH] = new[ids].to(states[p][_EACH].dtype)  # a new tensor: a loaded state may be shared
         states[p][VECTOR].copy_(new[numbers[p]])
 
 
