@@ -10,7 +10,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ class GroupPrior(Prior):
     ``ockham.units_of(groups)``. Parameters that ``units`` does not name are divided by row.
     """
 
+    updates_per_epoch: ClassVar[int] = 10
     units: Units | None
 
     @abstractmethod

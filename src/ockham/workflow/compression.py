@@ -201,7 +201,7 @@ class Compression:
             info = self._trainer.epoch(self.on_step)
             self._epochs.append(info)
             done = self._reducer.after_epoch(info.epoch, info.loss)
-            gone = self._shrink(info.epoch) if done is not None and self._shrinker is not None else None
+            gone = None if done is None else self._shrink(info.epoch)
             yield Progress(info.epoch, self.training.epochs, info.loss, info.accuracy, self._kept_share(), done, gone)
 
     def result(self) -> Compressed:
@@ -241,7 +241,8 @@ class Compression:
         return sum(int(k.sum()) for k in self._optimizer.keep().values()) / max(1, self._trainable)
 
     def _shrink(self, epoch: int) -> StructureInfo | None:
-        assert self._shrinker is not None
+        if self._shrinker is None or len(self._reducer.history) <= self._shrinker.rule.wait:
+            return None
         smaller = self._shrinker.shrink(self._trainer.model, self._optimizer, epoch)
         if smaller is None:
             return None

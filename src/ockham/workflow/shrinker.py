@@ -132,7 +132,8 @@ class Shrinker:
     def _choose(self, network: nn.Module, evidence: StructureEvidence) -> Plan:
         assert self._now is not None
         costs = unit_costs(network, self._now, _as_given(self._inputs), measured=self.rule.price.measured)
-        choice = choose_units(evidence, self.rule.price.nats(evidence, costs), round_to=self.rule.round_to)
+        options: dict[str, Any] = {"round_to": self.rule.round_to, "cap": self.rule.cap}
+        choice = choose_units(evidence, self.rule.price.nats(evidence, costs), **options)
         if choice.forced:
             warnings.warn(
                 f"no unit of {', '.join(choice.forced)} was worth its price; the best stays, since an empty layer "

@@ -227,7 +227,8 @@ def structures_name(structures: Structures | None) -> str:
     """How structures go, with its numbers, for the record and for telling jobs apart."""
     if structures is None:
         return "none"
-    return f"{structures.price!r}, {structures.cut.__name__} cut, widths in steps of {structures.round_to}"
+    shown = f"{structures.price!r}, {structures.cut.__name__} cut, widths in steps of {structures.round_to}"
+    return f"{shown}, cap {structures.cap:g}, after {structures.wait} round(s)"
 
 
 def rule_name(rule: Rule | None) -> str:
