@@ -126,7 +126,7 @@ class Shrinker:
         assert self._now is not None
         before = {g.id: g.size for g in self.origin.groups}
         gone = {g.id: before[g.id] - g.size for g in self._now if g.id in before}
-        options = {"cut": self.rule.cut, "inclusion": self.rule.inclusion, "ledger": self.ledger, "gone": gone}
+        options = {"cut": self.rule.cut, "inside": self.rule.inside, "ledger": self.ledger, "gone": gone}
         return score(optimizer.posterior()).by_group(self._now, **options)
 
     def _choose(self, network: nn.Module, evidence: StructureEvidence) -> Plan:
