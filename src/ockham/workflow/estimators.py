@@ -85,7 +85,7 @@ def mean_field(model: nn.Module, training: Training, *, n_data: float, steps: in
         initial_std=training.initial_std,
         temperature=training.temperature,
         kl_warmup=round(training.kl_warmup * steps),
-        prior_interval=max(1, steps // training.epochs),
+        prior_interval=max(1, steps // (training.epochs * training.prior.updates_per_epoch)),
         seed=training.seed,
     )
 
