@@ -38,6 +38,7 @@ PRESETS: dict[str, dict] = {
 METHODS: dict[str, dict] = {
     "ockham": {"rule": "evidence"},
     "snr": {"rule": "snr", "baseline": False},
+    "gradual-snr": {"rule": "gradual-snr", "baseline": False},
     "magnitude": {"rule": "magnitude", "posterior": "map", "baseline": False},
     "gradual-magnitude": {"rule": "gradual-magnitude", "posterior": "map", "baseline": False},
     "random": {"rule": "random", "posterior": "map", "baseline": False},

@@ -67,7 +67,9 @@ def compress(  # noqa: PLR0913 - the options of the verb, gathered into one data
     posterior: Annotated[_Str, typer.Option(help="mean-field or map [default: mean-field].")] = None,
     rule: Annotated[
         _Str,
-        typer.Option(help="evidence, learned-odds; with a budget: snr, delta-f, magnitude, gradual-magnitude, random."),
+        typer.Option(
+            help="evidence, learned-odds; with a budget: snr, delta-f, magnitude, random, gradual-snr (-magnitude)."
+        ),
     ] = None,
     keep_share: Annotated[_Float, typer.Option(help="Budget: share of the weights that stays [default: none].")] = None,
     structure: Annotated[

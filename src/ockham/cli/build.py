@@ -39,6 +39,7 @@ ESTIMATORS: dict[str, Estimator] = {"mean-field": mean_field, "map": point_estim
 
 BUDGET_RULES: dict[str, Callable[[float, int], Rule]] = {
     "snr": lambda keep, seed: BudgetRule(keep, by_snr),
+    "gradual-snr": lambda keep, seed: BudgetRule(keep, by_snr, gradual=3.0),
     "delta-f": lambda keep, seed: BudgetRule(keep, by_delta_f),
     "magnitude": lambda keep, seed: BudgetRule(keep, by_magnitude),
     "gradual-magnitude": lambda keep, seed: BudgetRule(keep, by_magnitude, gradual=3.0),
