@@ -36,7 +36,6 @@ __all__ = [
 ]
 
 _CG_STEPS = 500
-_CG_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,7 +98,8 @@ def factorised(inputs: Tensor, outputs: Tensor, prior_precision: float) -> Krone
         raise OckhamError(f"prior_precision must be positive and finite; got {prior_precision}")
     a, q = torch.linalg.eigh(inputs.double())
     b, u = torch.linalg.eigh(outputs.double())
-    return KroneckerPrecision(a.clamp_min(0), q, b.clamp_min(0), u, float(prior_precision))
+    # contiguous, so that the same bits come back from a file
+    return KroneckerPrecision(a.clamp_min(0), q.contiguous(), b.clamp_min(0), u.contiguous(), float(prior_precision))
 
 
 def conditional_precision(k: KroneckerPrecision) -> Tensor:
@@ -148,7 +148,9 @@ def covariance(k: KroneckerPrecision, group: int = 0) -> Tensor:
     return (basis / values) @ basis.mT
 
 
-def compensated(mean: Tensor, k: KroneckerPrecision, keep: Tensor, damping: float | None = None) -> Tensor:
+def compensated(
+    mean: Tensor, k: KroneckerPrecision, keep: Tensor, damping: float | None = None, tolerance: float = 1e-8
+) -> Tensor:
     r"""Conditional mean of the survivors when all other weights of the matrix are zero.
 
         mean_r - S_rG S_GG^-1 mean_G    =    argmin over w with w_G = 0 of (w - mean)' (G (x) A + d I) (w - mean)
@@ -161,6 +163,7 @@ def compensated(mean: Tensor, k: KroneckerPrecision, keep: Tensor, damping: floa
         keep: boolean, True = stays, the same shape.
         damping: None takes d = P0, the posterior as it stands. A number takes d = damping x (mean of the diagonal of
             G (x) A) instead: the survivors' reduced prior is then all but flat, and they move as the data alone say.
+        tolerance: at which the iteration ends, relative, in the norm of the quadratic form.
 
     Returns:
         [groups, outputs, inputs], exactly zero where removed, in the dtype of ``mean``.
@@ -175,7 +178,7 @@ def compensated(mean: Tensor, k: KroneckerPrecision, keep: Tensor, damping: floa
     else:
         ridge = (damping * diagonal.mean((-2, -1), keepdim=True)).clamp_min(torch.finfo(torch.float64).tiny)
     stays, start = keep.to(a.dtype), mean.double() * keep
-    found = _conjugate(lambda x: b @ x @ a + ridge * x, diagonal + ridge, mean.double(), start, stays)
+    found = _conjugate(lambda x: b @ x @ a + ridge * x, diagonal + ridge, mean.double(), start, stays, tolerance)
     return found.to(mean.dtype)
 
 
@@ -186,11 +189,11 @@ def removal_cost(mean: Tensor, k: KroneckerPrecision, keep: Tensor) -> float:
     return float(0.5 * ((k.curvature + k.prior_precision) * turned.square()).sum())
 
 
-def _conjugate(apply, diagonal: Tensor, mean: Tensor, x: Tensor, stays: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+def _conjugate(apply, diagonal: Tensor, mean: Tensor, x: Tensor, stays: Tensor, tolerance: float) -> Tensor:  # type: ignore[no-untyped-def]
     residual = stays * apply(mean - x)
     z = residual / diagonal
     direction, product = z, (residual * z).sum((-2, -1), keepdim=True)
-    target = _CG_TOLERANCE**2 * product
+    target = tolerance**2 * product
     for _ in range(_CG_STEPS):
         if bool((product <= target).all()):
             break

@@ -18,6 +18,7 @@ from ockham.reduction.score import score
 __all__ = ["COMPENSATION_DAMPING", "reduced", "removed_in_rounds"]
 
 _NEGLIGIBLE = 1e-3
+_TOLERANCE = 1e-4
 COMPENSATION_DAMPING = 1e-3
 """Ridge of the survivors' move, relative to the mean curvature of their matrix (docs/decisions.md has the table)."""
 
@@ -115,7 +116,7 @@ def _moved(
     means = {name: posterior[name].mean for name in block.names}
     if bool((block.pack(means)[~stays] == 0).all()):
         return {}
-    return block.unpack(compensated(block.pack(means), block.precision, stays, damping), means)
+    return block.unpack(compensated(block.pack(means), block.precision, stays, damping, _TOLERANCE), means)
 
 
 def _survivors(g: Gaussian, mean: Tensor, keep: Tensor) -> Gaussian:
