@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ockham.errors import DataError, NonFiniteLossError, OckhamError, OckhamWarning, ResultError, TraceError
+from ockham.posterior.group_priors import GroupHorseshoe, GroupScale
 from ockham.posterior.mean_field import MeanField
 from ockham.posterior.point import PointEstimate
 from ockham.posterior.posterior import Gaussian, Posterior
@@ -10,9 +11,12 @@ from ockham.posterior.predict import Prediction, RegressionPrediction, predict, 
 from ockham.posterior.priors import EmpiricalBayes, FixedPrior, LayerScale
 from ockham.posterior.storage import load_posterior
 from ockham.reduction.diagnose import diagnose
+from ockham.reduction.prices import FlatPrice, LearnedRate, PerMac, PerMillisecond, PerParameter
 from ockham.reduction.rounds import Rounds
 from ockham.reduction.rule import BudgetRule, EvidenceRule, LearnedOddsRule
 from ockham.reduction.score import by_magnitude, by_random, by_snr, score
+from ockham.reduction.structure_rule import Structures
+from ockham.reduction.structures import units_of
 from ockham.surgery import Plan, export, mask, plan, random_plan, shrink, trace, verify
 from ockham.version import __version__
 from ockham.workflow.batchnorm import refresh_batchnorm
@@ -31,14 +35,21 @@ __all__ = [
     "EmpiricalBayes",
     "EvidenceRule",
     "FixedPrior",
+    "FlatPrice",
     "Gaussian",
+    "GroupHorseshoe",
+    "GroupScale",
     "LayerScale",
     "LearnedOddsRule",
+    "LearnedRate",
     "Loss",
     "MeanField",
     "NonFiniteLossError",
     "OckhamError",
     "OckhamWarning",
+    "PerMac",
+    "PerMillisecond",
+    "PerParameter",
     "Plan",
     "PointEstimate",
     "Posterior",
@@ -47,6 +58,7 @@ __all__ = [
     "RegressionPrediction",
     "ResultError",
     "Rounds",
+    "Structures",
     "TraceError",
     "Training",
     "__version__",
@@ -71,5 +83,6 @@ __all__ = [
     "score",
     "shrink",
     "trace",
+    "units_of",
     "verify",
 ]

@@ -67,9 +67,16 @@ def compress(  # noqa: PLR0913 - the options of the verb, gathered into one data
     posterior: Annotated[_Str, typer.Option(help="mean-field or map [default: mean-field].")] = None,
     rule: Annotated[
         _Str,
-        typer.Option(help="evidence, learned-odds; with a budget: snr, delta-f, magnitude, gradual-magnitude, random."),
+        typer.Option(
+            help="evidence, learned-odds; with a budget: snr, delta-f, magnitude, random, gradual-snr (-magnitude)."
+        ),
     ] = None,
     keep_share: Annotated[_Float, typer.Option(help="Budget: share of the weights that stays [default: none].")] = None,
+    structure: Annotated[
+        _Str, typer.Option(help="auto: remove whole channels, neurons, heads, too; none [default: none].")
+    ] = None,
+    unit_price: Annotated[_Float, typer.Option(help="With --structure: nats a unit must be worth.")] = None,
+    round_to: Annotated[_Int, typer.Option(help="With --structure: widths in multiples of this [default: 1].")] = None,
     rounds: Annotated[_Int, typer.Option(help="Rounds of removal at most [default: 20; 11 for small data].")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Protect: parameter or module name, or re:pattern.")] = None,
     likelihood: Annotated[_Str, typer.Option(help="classification or regression [default: by the targets].")] = None,

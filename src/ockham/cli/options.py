@@ -31,6 +31,9 @@ class Options:
     posterior: str = "mean-field"
     rule: str = "evidence"
     keep_share: float | None = None
+    structure: str = "none"
+    unit_price: float | None = None
+    round_to: int = 1
     rounds: int | None = None
     ignore: tuple[str, ...] = ()
     likelihood: str | None = None
@@ -45,7 +48,7 @@ class Options:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "draws", "rounds", "threads"):
+        for name in ("epochs", "batch_size", "draws", "rounds", "threads", "round_to"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OckhamError(f"--{name.replace('_', '-')} must be at least 1; got {value}")

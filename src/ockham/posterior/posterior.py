@@ -14,6 +14,9 @@ from ockham.posterior.matrix import WeightMatrix
 
 __all__ = ["Gaussian", "Posterior"]
 
+POINT = "PointEstimate"
+"""Source of a posterior whose spread is no statement of the data."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Gaussian:
@@ -106,6 +109,11 @@ class Posterior(Mapping[str, Gaussian]):
     def size(self) -> int:
         """Number of weights of the full network that this posterior speaks of."""
         return sum(g.keep.numel() for g in self.moments.values())
+
+    @property
+    def is_point(self) -> bool:
+        """Whether the source knew a point only (`PointEstimate`): its draws are the mean, its spread is the prior's."""
+        return self.source == POINT
 
     def to(self, device: torch.device | str) -> Posterior:
         """The same posterior with its tensors on a device."""

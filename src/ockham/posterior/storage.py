@@ -58,10 +58,23 @@ def _pack(g: Gaussian) -> dict[str, Any]:
     if not bool(g.keep.all()):
         node["keep"] = pack_mask(g.keep)
     for name in ("prior_precision", "prior_mean"):
-        node[name] = getattr(g, name)
+        node[name] = _compact(getattr(g, name))
     if g.marginal_precision is not None:
         node["marginal_precision"] = g.marginal_precision[g.keep]
     return node
+
+
+def _compact(values: Tensor) -> Tensor:
+    """The same values, each dimension along which they do not change cut to one: priors of rows, of whole layers."""
+    for dim in range(values.ndim):
+        first = values.narrow(dim, 0, 1)
+        if bool((values == first).all()):
+            values = first
+    return values.contiguous()
+
+
+def _expanded(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return values.expand(shape) if values.ndim else values
 
 
 def _unpack(node: Mapping[str, Any]) -> Gaussian:
@@ -71,8 +84,8 @@ def _unpack(node: Mapping[str, Any]) -> Gaussian:
     return Gaussian(
         _spread(node["mean"], keep, 0.0),
         _spread(node["precision"], keep, torch.inf),
-        node["prior_precision"],
-        node["prior_mean"],
+        _expanded(node["prior_precision"], shape),
+        _expanded(node["prior_mean"], shape),
         keep,
         None if marginal is None else _spread(marginal, keep, torch.inf),
     )

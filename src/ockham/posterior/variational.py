@@ -23,6 +23,7 @@ from ockham.posterior.noise import CYCLE, renew_
 from ockham.posterior.pieces import Span, alive_index, read, spans, write, zero_removed_
 from ockham.posterior.posterior import Gaussian, Posterior
 from ockham.posterior.priors import Prior, plain_prior, restored_prior
+from ockham.posterior.slicing import sliced
 
 __all__ = ["VariationalOptimizer"]
 
@@ -69,6 +70,10 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
 
     def _after_step(self, group: dict[str, Any]) -> None:
         """Anything slower than a step, such as learning the prior; nothing by default."""
+
+    def _prior_of(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """Precision of the prior as the posterior reports it, broadcastable to the parameter."""
+        return torch.tensor(self.state[p]["prior_precision"], dtype=p.dtype, device=p.device)
 
     # ------------------------------------------------------------------ the loop's three calls
     @contextmanager
@@ -169,6 +174,10 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
     def keep(self) -> dict[str, Tensor]:
         """Boolean masks, True = alive, of every parameter that requires a gradient."""
         return {n: self._keep_of(p) for p, n in self._names.items() if p.requires_grad}
+
+    def sliced(self, parameters: Mapping[str, Tensor], take: Callable[[str, Tensor], Tensor]) -> VariationalOptimizer:
+        """A copy over the parameters of a smaller network; see `ockham.posterior.slicing.sliced`."""
+        return sliced(self, parameters, take)
 
     # ------------------------------------------------------------------ state
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -343,10 +352,8 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         std = self._std_(p.new_empty(state["noise"].numel()), state, facts, group)
         precision[keep] = std.double().pow(-2).to(p.dtype)
         mean = p.detach().clone(memory_format=torch.contiguous_format)
-        prior, prior_mean = (
-            torch.tensor(x, dtype=p.dtype, device=p.device) for x in (facts.prior_precision, group["prior_mean"])
-        )
-        return Gaussian(mean, precision, prior, prior_mean, keep)
+        prior_mean = torch.tensor(group["prior_mean"], dtype=p.dtype, device=p.device)
+        return Gaussian(mean, precision, self._prior_of(p, group), prior_mean, keep)
 
     def _remove_from(self, p: Tensor, keep: Tensor) -> int:
         group = next(g for g in self.param_groups if any(q is p for q in g["params"]))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ockham.evidence.gaussian import delta_f, expected_nll_cost
 from ockham.posterior.posterior import Posterior
+
+if TYPE_CHECKING:
+    from ockham.reduction.structures import GroupLike, StructureEvidence
 
 __all__ = ["Evidence", "Salience", "by_delta_f", "by_magnitude", "by_random", "by_snr", "score"]
 
@@ -39,6 +43,12 @@ class Evidence(Mapping[str, Tensor]):
     def __len__(self) -> int:
         """Number of parameter tensors."""
         return len(self.delta_f)
+
+    def by_group(self, groups: Iterable[GroupLike], **options: Any) -> StructureEvidence:
+        """E_g of the structures that ``groups`` names; options and formula: `ockham.reduction.structures`."""
+        from ockham.reduction.structures import score_structures
+
+        return score_structures(self, groups, **options)
 
     def gain(self, keep: Mapping[str, Tensor]) -> float:
         """Summed delta_f, float64 nats, of the living weights that ``keep`` removes (independent weights)."""
