@@ -23,6 +23,7 @@ from ockham.workflow.batchnorm import refresh_batchnorm
 from ockham.workflow.compression import Compressed, Compression, compress
 from ockham.workflow.estimators import Training, defaults_for, point_estimate
 from ockham.workflow.likelihood import Classification, Loss, Regression
+from ockham.workflow.one_shot import laplace, reduce
 from ockham.workflow.result import load
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "defaults_for",
     "diagnose",
     "export",
+    "laplace",
     "load",
     "load_posterior",
     "mask",
@@ -76,6 +78,7 @@ __all__ = [
     "predict",
     "predict_regression",
     "random_plan",
+    "reduce",
     "refresh_batchnorm",
     "score",
     "shrink",

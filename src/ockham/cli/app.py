@@ -67,11 +67,13 @@ def compress(  # noqa: PLR0913 - the options of the verb, gathered into one data
     posterior: Annotated[_Str, typer.Option(help="mean-field or map [default: mean-field].")] = None,
     rule: Annotated[
         _Str,
-        typer.Option(help="evidence, learned-odds; with a budget: snr, delta-f, magnitude, gradual-magnitude, random."),
+        typer.Option(
+            help="evidence, learned-odds; with a budget: snr, delta-f, magnitude, random, gradual-snr (-magnitude)."
+        ),
     ] = None,
     keep_share: Annotated[_Float, typer.Option(help="Budget: share of the weights that stays [default: none].")] = None,
     structure: Annotated[
-        _Str, typer.Option(help="auto: remove whole channels, neurons, heads, too; none [default: none].")
+        bool | None, typer.Option("--structure/--no-structure", help="Take out whole channels, neurons, heads, too.")
     ] = None,
     unit_price: Annotated[_Float, typer.Option(help="With --structure: nats a unit must be worth.")] = None,
     round_to: Annotated[_Int, typer.Option(help="With --structure: widths in multiples of this [default: 1].")] = None,

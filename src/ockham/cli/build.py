@@ -39,13 +39,13 @@ ESTIMATORS: dict[str, Estimator] = {"mean-field": mean_field, "map": point_estim
 
 BUDGET_RULES: dict[str, Callable[[float, int], Rule]] = {
     "snr": lambda keep, seed: BudgetRule(keep, by_snr),
+    "gradual-snr": lambda keep, seed: BudgetRule(keep, by_snr, gradual=3.0),
     "delta-f": lambda keep, seed: BudgetRule(keep, by_delta_f),
     "magnitude": lambda keep, seed: BudgetRule(keep, by_magnitude),
     "gradual-magnitude": lambda keep, seed: BudgetRule(keep, by_magnitude, gradual=3.0),
     "random": lambda keep, seed: BudgetRule(keep, by_random(seed)),
 }
 
-STRUCTURES: dict[str, Structures | None] = {"none": None, "auto": Structures()}
 
 EVIDENCE_RULES: dict[str, Rule] = {"evidence": EvidenceRule(), "learned-odds": LearnedOddsRule()}
 
@@ -159,13 +159,13 @@ def _rule(options: Options) -> Rule | None:
 
 
 def _structures(options: Options) -> Structures | None:
-    found = _pick("--structure", options.structure, STRUCTURES)
-    if found is None:
+    if not options.structure:
         if options.unit_price is not None or options.round_to != 1:
-            raise OckhamError("--unit-price and --round-to are about structures: add --structure auto")
+            raise OckhamError("--unit-price and --round-to are about structures: add --structure")
         return None
-    price = found.price if options.unit_price is None else FlatPrice(options.unit_price)
-    return replace(found, price=price, round_to=options.round_to)
+    usual = Structures()
+    price = usual.price if options.unit_price is None else FlatPrice(options.unit_price)
+    return replace(usual, price=price, round_to=options.round_to)
 
 
 def _likelihood(options: Options, data: Dataset) -> Callable[[], Likelihood]:

@@ -31,7 +31,7 @@ class Options:
     posterior: str = "mean-field"
     rule: str = "evidence"
     keep_share: float | None = None
-    structure: str = "none"
+    structure: bool = False
     unit_price: float | None = None
     round_to: int = 1
     rounds: int | None = None

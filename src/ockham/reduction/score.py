@@ -75,7 +75,10 @@ Salience = Callable[[Evidence], Mapping[str, Tensor]]
 
 
 def score(posterior: Posterior) -> Evidence:
-    """delta_f of every living weight (Savage-Dickey, elementwise; see `ockham.evidence.gaussian.delta_f`).
+    """delta_f of every living weight alone (Savage-Dickey; see `ockham.evidence.gaussian.delta_f`).
+
+    Where the posterior knows correlations the *marginal* precision is used: of two duplicates either one may go, and
+    the scores of both do not add.
 
     Raises:
         OckhamError: the posterior is outside the domain of delta_f.
@@ -84,13 +87,13 @@ def score(posterior: Posterior) -> Evidence:
     for name, g in posterior.items():
         prior = torch.broadcast_to(g.prior_precision, g.mean.shape)[g.keep]
         prior_mean = torch.broadcast_to(g.prior_mean, g.mean.shape)[g.keep]
-        result[name] = delta_f(g.mean[g.keep], g.precision[g.keep], prior, prior_mean=prior_mean)
+        result[name] = delta_f(g.mean[g.keep], g.scored_precision[g.keep], prior, prior_mean=prior_mean)
     return Evidence(result, posterior)
 
 
 def by_snr(evidence: Evidence) -> Mapping[str, Tensor]:
-    """P mean^2, the squared signal-to-noise ratio: never worse than delta_f as an order where P is uncertain."""
-    return {n: g.precision[g.keep] * g.mean[g.keep].square() for n, g in evidence.posterior.items()}
+    """P mean^2 with the scored precision: squared signal-to-noise, never worse than delta_f where P is uncertain."""
+    return {n: g.scored_precision[g.keep] * g.mean[g.keep].square() for n, g in evidence.posterior.items()}
 
 
 def by_delta_f(evidence: Evidence) -> Mapping[str, Tensor]:

@@ -194,7 +194,16 @@ _HISTORY = _record(
     epochs=_list(_EPOCH),
     rounds=_list(_ROUND),
     histograms=_maybe(_list(_record(epoch=_count, delta_f=_list(_count, (0, BINS))))),
-    diagnosis=_maybe(_record(undetermined=_share, spread=_number, removable=_share, warnings=_list(_text))),
+    diagnosis=_maybe(
+        _record(
+            undetermined=_share,
+            spread=_number,
+            removable=_share,
+            noise_cost=_maybe(_number),
+            nll=_maybe(_number),
+            warnings=_list(_text),
+        )
+    ),
 )
 _ANALYSIS = _record(
     layers=_maybe(_list(_layer)),

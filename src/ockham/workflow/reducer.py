@@ -66,7 +66,7 @@ class Reducer:
             return None
         evidence = score(self.optimizer.posterior())
         if self.diagnosis is None:
-            self.diagnosis = diagnose(evidence.posterior)
+            self.diagnosis = diagnose(evidence.posterior, loss)
             for text in self.diagnosis.warnings:
                 warnings.warn(text, OckhamWarning, stacklevel=3)
         self.history.append(self._round(evidence, epoch, loss))
