@@ -319,7 +319,7 @@ def table() -> str:
     records = {p.stem: json.loads(p.read_text()) for p in sorted(RESULTS.glob("*.json"))}
     lines = [
         "# Structures by evidence", "",
-        f"Written {datetime.now(UTC):%Y-%m-%d} by `python benchmarks/structures.py --table`, torch {torch.__version__}.",
+        f"Written {datetime.now(UTC):%Y-%m-%d} by `python benchmarks/structures.py --table`.",
         "One thread of a shared machine: latencies are medians of networks measured in turn, read their ratios.",
         "Error: 20 posterior draws.",
     ]  # fmt: skip
@@ -365,7 +365,8 @@ def _shrinking_lines(records: dict[str, dict]) -> list[str]:
         times = [a["epoch_seconds"], b["epoch_seconds"]]
         lines.append(
             f"| {r['run']} | {sum(times[0]):.0f} | {sum(times[1]):.0f} | {r['ratio']:.2f} | "
-            f"{times[1][-1] / times[0][-1]:.2f} | {100 * a['error']:.2f} | {100 * b['error']:.2f} | {'-'.join(map(str, b['units'].values()))} |"
+            f"{times[1][-1] / times[0][-1]:.2f} | {100 * a['error']:.2f} | {100 * b['error']:.2f} | "
+            f"{'-'.join(map(str, b['units'].values()))} |"
         )
     return lines
 
