@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ockham.errors import DataError, NonFiniteLossError, OckhamError, OckhamWarning, ResultError, TraceError
 from ockham.posterior.group_priors import GroupHorseshoe, GroupScale
+from ockham.posterior.ivon import IVON
 from ockham.posterior.mean_field import MeanField
 from ockham.posterior.point import PointEstimate
 from ockham.posterior.posterior import Gaussian, Posterior
@@ -27,6 +28,7 @@ from ockham.workflow.one_shot import laplace, reduce
 from ockham.workflow.result import load
 
 __all__ = [
+    "IVON",
     "BudgetRule",
     "Classification",
     "Compressed",
