@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from ockham.errors import DataError, NonFiniteLossError, OckhamError, OckhamWarning, ResultError, TraceError
+from ockham.posterior.adapters import from_ivon, from_laplace, from_moments, from_swag
 from ockham.posterior.group_priors import GroupHorseshoe, GroupScale
+from ockham.posterior.ivon import IVON
 from ockham.posterior.mean_field import MeanField
 from ockham.posterior.point import PointEstimate
 from ockham.posterior.posterior import Gaussian, Posterior
@@ -27,6 +29,7 @@ from ockham.workflow.one_shot import laplace, reduce
 from ockham.workflow.result import load
 
 __all__ = [
+    "IVON",
     "BudgetRule",
     "Classification",
     "Compressed",
@@ -69,6 +72,10 @@ __all__ = [
     "defaults_for",
     "diagnose",
     "export",
+    "from_ivon",
+    "from_laplace",
+    "from_moments",
+    "from_swag",
     "laplace",
     "load",
     "load_posterior",
