@@ -30,12 +30,12 @@ from ockham.evidence.cut_normal import (
     Standard,
     check_interval,
     finish,
-    kl_by_quadrature,
     mass_from_low,
     repaired,
     snr_by_quadrature,
     standard,
 )
+from ockham.evidence.divergence import UniformDivergence
 from ockham.evidence.quantile import LogNormalQuantile
 from ockham.evidence.special import anchor, log_scaled_mass
 
@@ -81,12 +81,10 @@ def kl(mean: Tensor, std: Tensor, *, low: float = LOW, high: float = HIGH) -> Te
     >>> kl(torch.tensor([0.0, -10.0]), torch.tensor([0.01, 100.0]))
     tensor([6.8751e+00, 1.1104e-06])
     """
-    q = standard(mean, std, low, high)
-    mass = log_scaled_mass(q.alpha, q.beta)
-    at_low, at_high = (e * torch.exp(-0.5 * (e - q.anchor) * (e + q.anchor)) for e in (q.alpha, q.beta))
-    ends = 0.5 * (at_low - at_high) * torch.exp(-mass - LOG_ROOT_TWO_PI)
-    plain = math.log(high - low) - q.std.log() - mass + 0.5 * q.anchor.square() - LOG_ROOT_TWO_PI - 0.5 - ends
-    return finish(repaired(plain, q, kl_by_quadrature), mean)
+    check_interval(std, low, high)
+    mean, std = torch.broadcast_tensors(mean, std)
+    found: Tensor = UniformDivergence.apply(mean.reshape(-1), std.reshape(-1), low, high)  # type: ignore[no-untyped-call]
+    return found.view(mean.shape)
 
 
 def log_moment(mean: Tensor, std: Tensor, order: float, *, low: float = LOW, high: float = HIGH) -> Tensor:
@@ -182,8 +180,13 @@ def sample(mean: Tensor, std: Tensor, uniform: Tensor, *, low: float = LOW, high
     tensor([9.9328e-01, 4.5400e-05])
     """
     check_interval(std, low, high)
-    theta: Tensor = LogNormalQuantile.apply(mean, std, uniform, low, high)  # type: ignore[no-untyped-call]
-    return theta
+    mean, std = torch.broadcast_tensors(mean, std)
+    shape = torch.broadcast_shapes(mean.shape, uniform.shape)
+    if shape[len(shape) - mean.ndim :] != mean.shape or uniform.shape != shape:
+        mean, std, uniform = mean.expand(shape), std.expand(shape), uniform.expand(shape)
+    flat = mean.reshape(-1), std.reshape(-1), uniform.reshape(-1, mean.numel())
+    theta: Tensor = LogNormalQuantile.apply(*flat, low, high)  # type: ignore[no-untyped-call]
+    return theta.view(shape)
 
 
 def delta_f_n(mean: Tensor, std: Tensor, *, reduced_std: float = 1e-6, low: float = LOW, high: float = HIGH) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["anchor", "far_quantile", "legendre", "log_mills", "log_scaled_mass", "normal_tail"]
+__all__ = ["anchor", "excess", "far_change", "far_quantile", "legendre", "log_mills", "log_scaled_mass", "normal_tail"]
 
 _ROOT_HALF = math.sqrt(0.5)
 _LOG_ROOT_HALF_PI = 0.5 * math.log(0.5 * math.pi)
@@ -35,12 +35,24 @@ class _LogMills(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         x, log = ctx.saved_tensors
-        square = x.clamp_min(_SERIES_FROM).reciprocal().square()
-        series = torch.ones_like(x)
-        for odd in (13, 11, 9, 7, 5, 3):  # (1 - x R) x^2 = 1 - 3/x^2 + 15/x^4 - ...
-            series = 1 - odd * square * series
-        far = -series * square / log.exp()
-        return grad * torch.where(x > _SERIES_FROM, far, x - (-log).exp())
+        return -grad * _excess(x, log)
+
+
+def excess(x: Tensor) -> Tensor:
+    """H(x) = 1/R(x) - x, elementwise, x >= 0: how much steeper than x the normal's tail falls; about 1/x.
+
+    >>> excess(torch.tensor([0.0, 100.0], dtype=torch.float64))
+    tensor([0.7979, 0.0100], dtype=torch.float64)
+    """
+    return _excess(x, torch.special.erfcx(x * _ROOT_HALF).log() + _LOG_ROOT_HALF_PI)
+
+
+def _excess(x: Tensor, log_ratio: Tensor) -> Tensor:
+    square = x.clamp_min(_SERIES_FROM).reciprocal().square()
+    series = torch.ones_like(x)
+    for odd in (13, 11, 9, 7, 5, 3):  # (1 - x R) x^2 = 1 - 3/x^2 + 15/x^4 - ...
+        series = 1 - odd * square * series
+    return torch.where(x > _SERIES_FROM, series * square / log_ratio.exp(), (-log_ratio).exp() - x)
 
 
 def log_mills(x: Tensor) -> Tensor:
@@ -100,27 +112,55 @@ def normal_tail(x: Tensor) -> Tensor:
     return 0.5 * torch.erfc(x * _ROOT_HALF)
 
 
-def far_quantile(near: Tensor, share: Tensor, rest: Tensor) -> Tensor:
-    r"""Quantile of a normal that is cut off to [n, f], n > 0 far from the mode: the distance from n.
+def far_quantile(near: Tensor, beyond: Tensor, rest: Tensor) -> Tensor:
+    r"""Quantile of a normal that is cut off to [n, f], n > 0 far from the mode: the distance x from n.
 
-    Solves  n x + x^2/2 + ln R(n) - ln R(n + x) = -ln(1 - share (1 - rest))  by two steps of Newton's method from the
-    exponential's quantile (relative error 1/n^2 at the start; quadratic convergence).
+    Solves  n x + x^2/2 + ln R(n) - ln R(n + x) = -ln(beyond + (1 - beyond) rest): by its third-order series around n,
+    and in float64 by two steps of Newton's method from there. The series alone is exact to 2e-5 for all but the last
+    hundredth of the draws at n = 5, and to float32 from n = 12 on.
 
     Args:
-        near: n in standard deviations, at least about 4.
-        share: probability between n and the quantile.
-        rest: (1 - Phi(f)) / (1 - Phi(n)), what the cut at f leaves out.
+        near: n in standard deviations, at least 5, float64, one per gate.
+        beyond: probability between the quantile and f, last dimension the gates.
+        rest: (1 - Phi(f)) / (1 - Phi(n)), what the cut at f leaves out, float64.
 
     Returns:
-        Distances x >= 0, broadcast shape.
+        Distances x >= 0, shape and dtype of ``beyond``.
     """
-    goal = -torch.log1p(-share * (1 - rest)).clamp_min(-700.0)
-    x = 2 * goal / (near + (near.square() + 2 * goal).sqrt())
-    start = _mills(near)
+    kind = beyond.dtype
+    slope, bend, twist = (c.to(kind) for c in _hazard(near))
+    goal = torch.addcmul(rest.to(kind), (1 - rest).to(kind), beyond).log_().neg_().clamp_(0.0, 700.0)
+    x = 2 * goal / torch.addcmul(slope.square(), 2 * bend, goal).sqrt_().add_(slope)
+    x = x - twist / 6 * x * x * x / torch.addcmul(slope, bend, x)
+    if kind is not torch.float64:
+        return x.clamp_min_(0.0)
+    log_start = log_mills(near)
     for _ in range(2):
         ratio = _mills(near + x)
-        x = (x - (x * (near + 0.5 * x) + (start / ratio).log() - goal) * ratio).clamp_min(0)
+        x = (x - (x * (near + 0.5 * x) + log_start - ratio.log() - goal) * ratio).clamp_min(0)
     return x
+
+
+def far_change(near: Tensor, x: Tensor) -> Tensor:
+    """How much the distance of `far_quantile` shrinks as n moves out, -dx/dn at equal probability.
+
+    [x - H(n) + H(n + x)] / [n + x + H(n + x)], H = `excess`; in float32 by the series of `far_quantile`.
+    """
+    if x.dtype is torch.float64:
+        left = excess(near + x)
+        return (x - excess(near) + left) / (near + x + left)
+    slope, bend, twist = (c.to(x.dtype) for c in _hazard(near))
+    risen = torch.addcmul(bend, 0.5 * twist, x) * x
+    return risen / (slope + risen)
+
+
+def _hazard(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """1/R and its first two derivatives."""
+    extra = excess(x)
+    slope = x + extra
+    bend = torch.where(x > _SERIES_FROM, 1.0 - x.clamp_min(1.0).square().reciprocal(), slope * extra)
+    twist = torch.where(x > _SERIES_FROM, 2.0 / x.clamp_min(1.0).pow(3), (2 * slope - x) * bend - slope)
+    return slope, bend, twist
 
 
 def _mills(x: Tensor) -> Tensor:

@@ -47,7 +47,20 @@ class Reader:
 
 
 Noise = Callable[["GateNoise", Tensor, int, int], Tensor]
-"""(gates, input, axis of it, number of the reader) to theta, broadcastable to the input."""
+"""(gates, input, axis of it, number of the reader) to the input times theta."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """Where the positions of a reader stand in a row of drawn gates: a run, each gate ``repeat`` times, or any order.
+
+    ``index`` counts living gates first, then a 0 for removed ones and a 1 for positions without a gate.
+    """
+
+    start: int
+    count: int
+    repeat: int
+    index: Tensor | None
 
 
 class GateNoise(nn.Module):
@@ -92,7 +105,7 @@ class GateNoise(nn.Module):
         for i, reader in enumerate(readers):
             self.register_buffer(f"reader_{i}", reader.gates.clone())
         self._draws: dict[int, Tensor] | None = None
-        self._columns: tuple[Any, ...] = ()
+        self._places: tuple[Any, ...] = ()
         self._swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
 
     @property
@@ -140,45 +153,51 @@ class GateNoise(nn.Module):
         return gone
 
     # ------------------------------------------------------------------ draws
-    def columns(self, reader: int) -> Tensor | slice:
-        """Where the positions of a reader stand in a row of `draw`: a slice where they are in order."""
+    def place(self, reader: int) -> Place:
+        """Where the positions of a reader stand among the living gates."""
         stamp = (self.key.numel(), int(self.keep.sum()), self.key.device)
-        if not self._columns or self._columns[0] != stamp:
-            self._columns = (stamp, [self._place(i) for i in range(len(self.readers))])
-        found: Tensor | slice = self._columns[1][reader]
+        if not self._places or self._places[0] != stamp:
+            self._places = (stamp, [self._place(i) for i in range(len(self.readers))])
+        found: Place = self._places[1][reader]
         return found
 
-    def _place(self, reader: int) -> Tensor | slice:
-        """Living gates come first in a row, then a 0 for removed ones and a 1 for positions without a gate."""
+    def _place(self, reader: int) -> Place:
         keys, alive = self.positions(reader), int(self.keep.sum())
-        gated = keys != _UNGATED
-        index = torch.where(gated, self.indices(keys.clamp_min(0)), 0)
         rank = torch.where(self.keep, self.keep.cumsum(0) - 1, alive)
-        column = torch.where(gated, rank[index] if rank.numel() else index, alive + 1)
-        first = int(column[0])
-        run = torch.arange(first, first + column.numel(), device=column.device)
-        return slice(first, first + column.numel()) if torch.equal(column, run) else column
+        gated = keys != _UNGATED
+        index = torch.where(gated, rank[self.indices(keys.clamp_min(0))], alive + 1)
+        start, count = int(index[0]), int(index[-1] - index[0]) + 1
+        repeat = index.numel() // count if count > 0 else 0
+        run = torch.arange(start, start + count, device=index.device) if count > 0 else index[:0]
+        in_order = int(index.max()) < alive and torch.equal(run.repeat_interleave(max(1, repeat)), index)
+        return Place(start, count, repeat, None) if in_order else Place(0, 0, 0, index)
 
     def draw(self, rows: int) -> Tensor:
-        """Theta for a number of examples, [rows, living gates + 2]; one row without noise in evaluation mode.
+        """Theta of the living gates for a number of examples [rows, gates]; one row, E[theta], in evaluation mode.
 
         Within one forward of the network the same rows are returned to every reader.
         """
-        if not self.training:
-            rows = 1
+        rows = rows if self.training else 1
         if self._draws is not None and rows in self._draws:
             return self._draws[rows]
         theta = self._sampled(rows) if self.training else self.expected()[self.keep].unsqueeze(0)
-        row = torch.cat([theta, theta.new_zeros(rows, 1), theta.new_ones(rows, 1)], 1)
         if self._draws is not None:
-            self._draws[rows] = row
-        return row
+            self._draws[rows] = theta
+        return theta
 
     def _sampled(self, rows: int) -> Tensor:
         whole = bool(self.keep.all())
         mean, std = (self.mean, self.std) if whole else (self.mean[self.keep], self.std[self.keep])
         uniform = torch.rand(rows, mean.numel(), generator=self.generator, device=mean.device, dtype=mean.dtype)
         return lognormal.sample(mean, std, uniform, low=self.low, high=self.high)
+
+    def theta(self, rows: int, place: Place) -> Tensor:
+        """Theta at the positions of a reader, [rows, positions]; with a run, [rows, gates of the run]."""
+        theta = self.draw(rows)
+        if place.index is None:
+            return theta.narrow(1, place.start, place.count)
+        zero, one = theta.new_zeros(theta.shape[0], 1), theta.new_ones(theta.shape[0], 1)
+        return torch.cat([theta, zero, one], 1).index_select(1, place.index)
 
     # ------------------------------------------------------------------ one forward of the network
     def begin(self, model: nn.Module) -> None:
@@ -191,7 +210,8 @@ class GateNoise(nn.Module):
                 weight = module._parameters[name]
                 assert weight is not None
                 self._swapped.append((module, name, weight))
-                theta = self.draw(1)[0][self.columns(i)]
+                place = self.place(i)
+                theta = self.theta(1, place)[0].repeat_interleave(max(1, place.repeat))
                 module._parameters[name] = weight * _along(theta, weight.ndim, dim)  # type: ignore[assignment]
 
     def end(self) -> None:
@@ -228,10 +248,17 @@ class GateNoise(nn.Module):
 def per_example(gates: GateNoise, x: Tensor, axis: int, reader: int) -> Tensor:
     """One draw per example (row of the first dimension) and structure: the model of the paper."""
     axis %= x.ndim
-    row = gates.draw(x.shape[0] if axis else 1)
-    columns = gates.columns(reader)
-    theta = row[:, columns] if isinstance(columns, slice) else row.index_select(1, columns)
-    shape = [1] * x.ndim
+    place = gates.place(reader)
+    theta = gates.theta(x.shape[0] if axis else 1, place).to(x.dtype)
+    if place.index is None and place.repeat > 1:
+        split: Tensor = x.unflatten(axis, (place.count, place.repeat))
+        gated: Tensor = split * _rows(theta, split.ndim, axis)
+        return gated.flatten(axis, axis + 1)
+    return x * _rows(theta, x.ndim, axis)
+
+
+def _rows(theta: Tensor, rank: int, axis: int) -> Tensor:
+    shape = [1] * rank
     shape[0], shape[axis] = theta.shape[0], theta.shape[1]
     return theta.view(shape)
 
@@ -247,7 +274,7 @@ def per_element(gates: GateNoise, x: Tensor, axis: int, reader: int) -> Tensor:
     uniform = torch.rand(x.shape, generator=gates.generator, device=x.device, dtype=gates.mean.dtype)
     theta = lognormal.sample(mean, std, uniform, low=gates.low, high=gates.high)
     stays = torch.where(_along(gates.keep[index], x.ndim, axis), theta, 0.0)
-    return torch.where(_along(gated, x.ndim, axis), stays, 1.0)
+    return x * torch.where(_along(gated, x.ndim, axis), stays, 1.0).to(x.dtype)
 
 
 def _along(values: Tensor, rank: int, dim: int) -> Tensor:
@@ -267,7 +294,7 @@ class _InputGate:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = None if args else next(iter(kwargs))
         x = args[0] if name is None else kwargs[name]
-        gated = x * self.gates.noise(self.gates, x, self.axis, self.reader).to(x.dtype)
+        gated = self.gates.noise(self.gates, x, self.axis, self.reader)
         return ((gated, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: gated})
 
 
