@@ -13,13 +13,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["anchor", "excess", "far_change", "far_quantile", "legendre", "log_mills", "log_scaled_mass", "normal_tail"]
+__all__ = [
+    "anchor",
+    "excess",
+    "far_change",
+    "far_quantile",
+    "hazard_of",
+    "legendre",
+    "log_mills",
+    "log_scaled_mass",
+    "normal_tail",
+]
 
 _ROOT_HALF = math.sqrt(0.5)
 _LOG_ROOT_HALF_PI = 0.5 * math.log(0.5 * math.pi)
 _LOG_ROOT_TWO_PI = 0.5 * math.log(2 * math.pi)
 _NOTHING = 40.0  # e^-40 of a probability is less than its rounding
-_SERIES_FROM = 25.0  # from here on the asymptotic series below is exact to float64
+_SERIES_FROM = 100.0  # from here on the asymptotic series below is exact to 1e-13
 
 
 class _LogMills(torch.autograd.Function):
@@ -50,7 +60,7 @@ def excess(x: Tensor) -> Tensor:
 def _excess(x: Tensor, log_ratio: Tensor) -> Tensor:
     square = x.clamp_min(_SERIES_FROM).reciprocal().square()
     series = torch.ones_like(x)
-    for odd in (13, 11, 9, 7, 5, 3):  # (1 - x R) x^2 = 1 - 3/x^2 + 15/x^4 - ...
+    for odd in (7, 5, 3):  # (1 - x R) x^2 = 1 - 3/x^2 + 15/x^4 - 105/x^6
         series = 1 - odd * square * series
     return torch.where(x > _SERIES_FROM, series * square / log_ratio.exp(), (-log_ratio).exp() - x)
 
@@ -112,7 +122,10 @@ def normal_tail(x: Tensor) -> Tensor:
     return 0.5 * torch.erfc(x * _ROOT_HALF)
 
 
-def far_quantile(near: Tensor, beyond: Tensor, rest: Tensor) -> Tensor:
+Hazard = tuple[Tensor, Tensor, Tensor]
+
+
+def far_quantile(near: Tensor, hazard: Hazard, beyond: Tensor, rest: Tensor | None) -> Tensor:
     r"""Quantile of a normal that is cut off to [n, f], n > 0 far from the mode: the distance x from n.
 
     Solves  n x + x^2/2 + ln R(n) - ln R(n + x) = -ln(beyond + (1 - beyond) rest): by its third-order series around n,
@@ -121,15 +134,17 @@ def far_quantile(near: Tensor, beyond: Tensor, rest: Tensor) -> Tensor:
 
     Args:
         near: n in standard deviations, at least 5, float64, one per gate.
+        hazard: `hazard_of` them, in the dtype of ``beyond``.
         beyond: probability between the quantile and f, last dimension the gates.
-        rest: (1 - Phi(f)) / (1 - Phi(n)), what the cut at f leaves out, float64.
+        rest: (1 - Phi(f)) / (1 - Phi(n)), what the cut at f leaves out, float64; None for nothing.
 
     Returns:
         Distances x >= 0, shape and dtype of ``beyond``.
     """
     kind = beyond.dtype
-    slope, bend, twist = (c.to(kind) for c in _hazard(near))
-    goal = torch.addcmul(rest.to(kind), (1 - rest).to(kind), beyond).log_().neg_().clamp_(0.0, 700.0)
+    slope, bend, twist = hazard
+    cut = beyond if rest is None else torch.addcmul(rest.to(kind), (1 - rest).to(kind), beyond)
+    goal = cut.log().neg_().clamp_(0.0, 700.0)
     x = 2 * goal / torch.addcmul(slope.square(), 2 * bend, goal).sqrt_().add_(slope)
     x = x - twist / 6 * x * x * x / torch.addcmul(slope, bend, x)
     if kind is not torch.float64:
@@ -141,7 +156,7 @@ def far_quantile(near: Tensor, beyond: Tensor, rest: Tensor) -> Tensor:
     return x
 
 
-def far_change(near: Tensor, x: Tensor) -> Tensor:
+def far_change(near: Tensor, hazard: Hazard, x: Tensor) -> Tensor:
     """How much the distance of `far_quantile` shrinks as n moves out, -dx/dn at equal probability.
 
     [x - H(n) + H(n + x)] / [n + x + H(n + x)], H = `excess`; in float32 by the series of `far_quantile`.
@@ -149,18 +164,17 @@ def far_change(near: Tensor, x: Tensor) -> Tensor:
     if x.dtype is torch.float64:
         left = excess(near + x)
         return (x - excess(near) + left) / (near + x + left)
-    slope, bend, twist = (c.to(x.dtype) for c in _hazard(near))
+    slope, bend, twist = hazard
     risen = torch.addcmul(bend, 0.5 * twist, x) * x
     return risen / (slope + risen)
 
 
-def _hazard(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """1/R and its first two derivatives."""
+def hazard_of(x: Tensor, kind: torch.dtype) -> Hazard:
+    """1/R(x) and its first two derivatives, in another dtype."""
     extra = excess(x)
     slope = x + extra
-    bend = torch.where(x > _SERIES_FROM, 1.0 - x.clamp_min(1.0).square().reciprocal(), slope * extra)
-    twist = torch.where(x > _SERIES_FROM, 2.0 / x.clamp_min(1.0).pow(3), (2 * slope - x) * bend - slope)
-    return slope, bend, twist
+    bend = slope * extra
+    return slope.to(kind), bend.to(kind), ((slope + extra) * bend - slope).to(kind)
 
 
 def _mills(x: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ class GateNoise(nn.Module):
         for i, reader in enumerate(readers):
             self.register_buffer(f"reader_{i}", reader.gates.clone())
         self._draws: dict[int, Tensor] | None = None
-        self._places: tuple[Any, ...] = ()
+        self._cache: tuple[Any, Tensor | None, list[Place]] | None = None
         self._swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
 
     @property
@@ -129,9 +129,7 @@ class GateNoise(nn.Module):
     # ------------------------------------------------------------------ scores
     def kl(self) -> Tensor:
         """Sum of the KL divergences of the living gates from their priors, nats, a scalar."""
-        mean, std = self.mean, self.std
-        if not bool(self.keep.all()):
-            mean, std = mean[self.keep], std[self.keep]
+        mean, std = self._living()
         return lognormal.kl(mean, std, low=self.low, high=self.high).sum()
 
     @torch.no_grad()
@@ -155,11 +153,21 @@ class GateNoise(nn.Module):
     # ------------------------------------------------------------------ draws
     def place(self, reader: int) -> Place:
         """Where the positions of a reader stand among the living gates."""
-        stamp = (self.key.numel(), int(self.keep.sum()), self.key.device)
-        if not self._places or self._places[0] != stamp:
-            self._places = (stamp, [self._place(i) for i in range(len(self.readers))])
-        found: Place = self._places[1][reader]
+        found: Place = self._layout()[1][reader]
         return found
+
+    def _layout(self) -> tuple[Tensor | None, list[Place]]:
+        """Living gates (None: all of them) and places, found anew when gates were removed, sliced or moved."""
+        stamp = (id(self.keep), self.keep._version, self.keep.numel())
+        if self._cache is None or self._cache[0] != stamp:
+            alive = None if bool(self.keep.all()) else self.keep.nonzero().squeeze(1)
+            self._cache = (stamp, alive, [self._place(i) for i in range(len(self.readers))])
+        return self._cache[1], self._cache[2]
+
+    def _living(self) -> tuple[Tensor, Tensor]:
+        """Means and stds of the living gates."""
+        alive = self._layout()[0]
+        return (self.mean, self.std) if alive is None else (self.mean[alive], self.std[alive])
 
     def _place(self, reader: int) -> Place:
         keys, alive = self.positions(reader), int(self.keep.sum())
@@ -186,8 +194,7 @@ class GateNoise(nn.Module):
         return theta
 
     def _sampled(self, rows: int) -> Tensor:
-        whole = bool(self.keep.all())
-        mean, std = (self.mean, self.std) if whole else (self.mean[self.keep], self.std[self.keep])
+        mean, std = self._living()
         uniform = torch.rand(rows, mean.numel(), generator=self.generator, device=mean.device, dtype=mean.dtype)
         return lognormal.sample(mean, std, uniform, low=self.low, high=self.high)
 
