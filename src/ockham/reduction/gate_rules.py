@@ -96,8 +96,8 @@ def snr_below(limit: float) -> GateRule:
 
 
 def by_mean(table: GateTable) -> Tensor:
-    """Order of E[theta], smallest first: score ln E[theta] < 0; needs a budget."""
-    return lognormal.log_moment(table.mean, table.std, 1, low=table.low, high=table.high) - 1e-12
+    """Order of E[theta], smallest first: score -E[theta] < 0; needs a budget."""
+    return -lognormal.moment(table.mean, table.std, 1, low=table.low, high=table.high)
 
 
 def by_norm(table: GateTable) -> Tensor:
