@@ -53,6 +53,11 @@ def mean_field_pruned(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
     return _loop(net, optimizer, optimizer.sampled, x, y)
 
 
+def ivon_ours(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
+    optimizer = ockham.IVON(net.named_parameters(), n_data=N_DATA)
+    return _loop(net, optimizer, optimizer.sampled, x, y)
+
+
 def ivon(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
     import ivon as package
 
@@ -79,6 +84,7 @@ METHODS: dict[str, Callable[[nn.Module, torch.Tensor, torch.Tensor], Step]] = {
     "Adam (fused)": adam,
     "ockham.MeanField": mean_field,
     "ockham.MeanField, 98 % removed": mean_field_pruned,
+    "ockham.IVON": ivon_ours,
     "ivon-opt": ivon,
     "bayesian-torch": bayesian_torch,
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from ockham.errors import DataError, NonFiniteLossError, OckhamError, OckhamWarning, ResultError, TraceError
+from ockham.posterior.adapters import from_ivon, from_laplace, from_moments, from_swag
 from ockham.posterior.group_priors import GroupHorseshoe, GroupScale
+from ockham.posterior.ivon import IVON
 from ockham.posterior.mean_field import MeanField
 from ockham.posterior.point import PointEstimate
 from ockham.posterior.posterior import Gaussian, Posterior
@@ -22,11 +24,13 @@ from ockham.version import __version__
 from ockham.workflow.batchnorm import refresh_batchnorm
 from ockham.workflow.compression import Compressed, Compression, compress
 from ockham.workflow.estimators import Training, defaults_for, point_estimate
+from ockham.workflow.gating import Gates, attach_gates
 from ockham.workflow.likelihood import Classification, Loss, Regression
 from ockham.workflow.one_shot import laplace, reduce
 from ockham.workflow.result import load
 
 __all__ = [
+    "IVON",
     "BudgetRule",
     "Classification",
     "Compressed",
@@ -36,6 +40,7 @@ __all__ = [
     "EvidenceRule",
     "FixedPrior",
     "FlatPrice",
+    "Gates",
     "Gaussian",
     "GroupHorseshoe",
     "GroupScale",
@@ -62,6 +67,7 @@ __all__ = [
     "TraceError",
     "Training",
     "__version__",
+    "attach_gates",
     "by_magnitude",
     "by_random",
     "by_snr",
@@ -69,6 +75,10 @@ __all__ = [
     "defaults_for",
     "diagnose",
     "export",
+    "from_ivon",
+    "from_laplace",
+    "from_moments",
+    "from_swag",
     "laplace",
     "load",
     "load_posterior",

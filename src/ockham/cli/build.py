@@ -148,6 +148,10 @@ def _training(options: Options, data: Dataset) -> Training:
 
 
 def _rule(options: Options) -> Rule | None:
+    if options.log_odds is not None:
+        if options.rule != "evidence" or options.keep_share is not None:
+            raise OckhamError("--log-odds needs --rule evidence and no --keep-share: drop those")
+        return EvidenceRule(options.log_odds)
     if options.keep_share is None:
         if options.rule in BUDGET_RULES:
             raise OckhamError(

@@ -30,6 +30,7 @@ class Options:
     temperature: float | None = None
     posterior: str = "mean-field"
     rule: str = "evidence"
+    log_odds: float | None = None
     keep_share: float | None = None
     structure: bool = False
     unit_price: float | None = None
