@@ -25,6 +25,7 @@ from ockham.version import __version__
 from ockham.workflow.batchnorm import refresh_batchnorm
 from ockham.workflow.compression import Compressed, Compression, compress
 from ockham.workflow.estimators import Training, defaults_for, point_estimate
+from ockham.workflow.gating import Gates, attach_gates
 from ockham.workflow.likelihood import Classification, Loss, Regression
 from ockham.workflow.one_shot import laplace, reduce
 from ockham.workflow.result import load
@@ -40,6 +41,7 @@ __all__ = [
     "EvidenceRule",
     "FixedPrior",
     "FlatPrice",
+    "Gates",
     "Gaussian",
     "GroupHorseshoe",
     "GroupScale",
@@ -66,6 +68,7 @@ __all__ = [
     "TraceError",
     "Training",
     "__version__",
+    "attach_gates",
     "by_magnitude",
     "by_random",
     "by_snr",

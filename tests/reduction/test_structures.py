@@ -19,9 +19,9 @@ from ockham.reduction.prices import FlatPrice, LearnedRate, PerMac, PerMilliseco
 from ockham.reduction.structures import (
     Ledger,
     StructureEvidence,
-    fixed_inclusion,
+    all_masks,
+    held_weights,
     incoming,
-    learned_inclusion,
     outgoing,
     structures_from,
     unit_evidence,
@@ -145,20 +145,22 @@ def test_one_sufficient_cut_and_not_both_for_a_chain() -> None:
     assert sum(each) > 1.85 * truth
 
 
-def test_removed_weights_count_by_the_ledger_and_not_at_all_without_it() -> None:
+def half(source: ockham.Posterior, share: float = 0.5) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(3)
+    return {n: torch.rand(x.mean.shape, generator=g) > share for n, x in source.items()}
+
+
+def test_all_masks_reads_removed_weights_from_the_ledger_and_held_weights_leaves_them_out() -> None:
     full = ockham.score(posterior())
-    keep = {
-        n: torch.rand(g.mean.shape, generator=torch.Generator().manual_seed(3)) > 0.5 for n, g in full.posterior.items()
-    }
-    ledger = Ledger()
+    keep, ledger = half(full.posterior), Ledger()
     ledger.enter(full, keep)
     after = ockham.score(without(full.posterior, keep))
-    odds = fixed_inclusion(0.4)
-    whole = full.by_group([Pair()], inclusion=odds)["a.weight:0"]
-    assert torch.allclose(after.by_group([Pair()], inclusion=odds, ledger=ledger)["a.weight:0"], whole, rtol=1e-6)
+    whole = full.by_group([Pair()], inside=all_masks())["a.weight:0"]
+    assert torch.allclose(after.by_group([Pair()], inside=all_masks(), ledger=ledger)["a.weight:0"], whole, rtol=1e-5)
     held = unit_evidence(full["b.weight"].view(3, 4), 0.4).masked_fill(~keep["b.weight"], 0).sum(0)
-    assert torch.allclose(after.by_group([Pair()], inclusion=odds)["a.weight:0"], held)
-    assert after.by_group([Pair()]).held["a.weight:0"].tolist() == keep["b.weight"].sum(0).tolist()
+    found = after.by_group([Pair()], inside=held_weights(0.4), ledger=ledger)
+    assert torch.allclose(found["a.weight:0"], held)
+    assert found.held["a.weight:0"].tolist() == keep["b.weight"].sum(0).tolist()
 
 
 def test_the_ledger_is_cut_with_the_network() -> None:
@@ -170,23 +172,24 @@ def test_the_ledger_is_cut_with_the_network() -> None:
     assert torch.equal(small.delta_f["b.weight"], full["b.weight"].view(3, 4)[:, 1:].float())
 
 
-def test_the_learned_inclusion_is_its_own_fixed_point() -> None:
+def test_the_rate_of_all_masks_is_its_own_fixed_point() -> None:
     full = ockham.score(posterior(size=40))
-    keep = {
-        n: torch.rand(g.mean.shape, generator=torch.Generator().manual_seed(3)) > 0.7 for n, g in full.posterior.items()
-    }
-    ledger = Ledger()
+    keep, ledger = half(full.posterior, 0.7), Ledger()
     ledger.enter(full, keep)
-    found = learned_inclusion(strength=2.0)(ockham.score(without(full.posterior, keep)), ledger)["b.weight"]
     delta = full["b.weight"].double()
 
     def gap(odds: float) -> float:
         on = float(torch.sigmoid(odds - delta).sum())
         return math.log((on + 2) / (len(delta) - on + 2)) - odds
 
-    assert found == pytest.approx(scipy.optimize.brentq(gap, -8, 8), abs=1e-5)
-    unknown = learned_inclusion()(ockham.score(without(full.posterior, keep)), Ledger())["b.weight"]
-    assert unknown < found  # removed weights of which nothing is known count as off
+    odds = scipy.optimize.brentq(gap, -8, 8)
+    after = ockham.score(without(full.posterior, keep))
+    found = after.by_group([Pair(size=40)], inside=all_masks(strength=2.0), ledger=ledger)["a.weight:0"]
+    assert torch.allclose(found, unit_evidence(full["b.weight"], odds).view(3, 40).sum(0), atol=1e-3)
+    # removed weights of which nothing is known count as off: they lower the rate, and add nothing themselves
+    unknown = after.by_group([Pair(size=40)], inside=all_masks(strength=2.0))["a.weight:0"]
+    living = unit_evidence(full["b.weight"], odds).view(3, 40).masked_fill(~keep["b.weight"], 0).sum(0)
+    assert bool((unknown[living > 0] < living[living > 0]).all()) and int((living > 0).sum()) > 5
 
 
 def test_a_weight_read_along_two_dimensions_counts_once() -> None:

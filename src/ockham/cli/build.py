@@ -46,7 +46,6 @@ BUDGET_RULES: dict[str, Callable[[float, int], Rule]] = {
     "random": lambda keep, seed: BudgetRule(keep, by_random(seed)),
 }
 
-STRUCTURES: dict[str, Structures | None] = {"none": None, "auto": Structures()}
 
 EVIDENCE_RULES: dict[str, Rule] = {"evidence": EvidenceRule(), "learned-odds": LearnedOddsRule()}
 
@@ -149,6 +148,10 @@ def _training(options: Options, data: Dataset) -> Training:
 
 
 def _rule(options: Options) -> Rule | None:
+    if options.log_odds is not None:
+        if options.rule != "evidence" or options.keep_share is not None:
+            raise OckhamError("--log-odds needs --rule evidence and no --keep-share: drop those")
+        return EvidenceRule(options.log_odds)
     if options.keep_share is None:
         if options.rule in BUDGET_RULES:
             raise OckhamError(
@@ -160,13 +163,13 @@ def _rule(options: Options) -> Rule | None:
 
 
 def _structures(options: Options) -> Structures | None:
-    found = _pick("--structure", options.structure, STRUCTURES)
-    if found is None:
+    if not options.structure:
         if options.unit_price is not None or options.round_to != 1:
-            raise OckhamError("--unit-price and --round-to are about structures: add --structure auto")
+            raise OckhamError("--unit-price and --round-to are about structures: add --structure")
         return None
-    price = found.price if options.unit_price is None else FlatPrice(options.unit_price)
-    return replace(found, price=price, round_to=options.round_to)
+    usual = Structures()
+    price = usual.price if options.unit_price is None else FlatPrice(options.unit_price)
+    return replace(usual, price=price, round_to=options.round_to)
 
 
 def _likelihood(options: Options, data: Dataset) -> Callable[[], Likelihood]:

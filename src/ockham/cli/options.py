@@ -30,8 +30,9 @@ class Options:
     temperature: float | None = None
     posterior: str = "mean-field"
     rule: str = "evidence"
+    log_odds: float | None = None
     keep_share: float | None = None
-    structure: str = "none"
+    structure: bool = False
     unit_price: float | None = None
     round_to: int = 1
     rounds: int | None = None

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from ockham.errors import OckhamError
 from ockham.reduction.prices import LearnedRate, Price
-from ockham.reduction.structures import Cut, Inclusion, learned_inclusion, outgoing
+from ockham.reduction.structures import Cut, Inside, held_weights, outgoing
 
 __all__ = ["Structures"]
 
@@ -18,7 +18,7 @@ class Structures:
     Attributes:
         price: what a unit must be worth, nats.
         cut: the side of a unit that is scored, `outgoing` or `incoming` of `ockham.reduction.structures`.
-        inclusion: where the probability comes from that a weight of a living unit is on.
+        inside: which weights of the cut count, `held_weights()` or `all_masks()` of the same module.
         round_to: widths become multiples of it.
         cap: largest share of the units of a group that one round takes, those that nobody reads aside.
         wait: rounds of single weights before the first structures go.
@@ -26,7 +26,7 @@ class Structures:
 
     price: Price = field(default_factory=LearnedRate)
     cut: Cut = outgoing
-    inclusion: Inclusion = field(default_factory=learned_inclusion)
+    inside: Inside = field(default_factory=held_weights)
     round_to: int = 1
     cap: float = 0.25
     wait: int = 1

@@ -9,9 +9,10 @@ to its prior. Inside the cut every weight may be on or off, and the evidence ave
 with p0 the probability before the data that a weight of a unit that is on is on itself. A unit is removed when E_g is
 below its price, ln P(off)/P(on) before the data (`ockham.reduction.prices`).
 
-The question is *nested*: single weights go first. A removed weight enters with the delta_f it had when it went (a
-`Ledger` keeps them), or not at all where nobody kept it. The plain sum over unpruned weights is a trap: it compares
-the unit with none of its weights to the unit with all of them, and empties the network (docs: gotchas).
+The question is *nested*: single weights go first. Then either the removed ones are gone from both sides of the
+comparison (`held_weights`), or they enter with the delta_f that they had when they went, which a `Ledger` keeps, and p0
+is learned (`all_masks`). With p0 = 1/2 the latter is a trap like the plain sum over unpruned weights: it compares the
+unit with none of its weights to a unit with half of them, and empties the network (docs: gotchas).
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from ockham.reduction.score import Evidence, score
 __all__ = [
     "Cut",
     "GroupLike",
-    "Inclusion",
+    "Inside",
     "Ledger",
     "StructureEvidence",
-    "fixed_inclusion",
+    "all_masks",
+    "held_weights",
     "incoming",
-    "learned_inclusion",
     "outgoing",
     "score_structures",
     "structures_from",
@@ -68,8 +69,8 @@ class GroupLike(Protocol):
 Cut = Callable[[GroupLike], list[tuple[str, Tensor]]]
 """Which side of a unit is scored: `outgoing` or `incoming`."""
 
-Inclusion = Callable[[Evidence, "Ledger"], Mapping[str, float]]
-"""Parameter name to ln p0/(1 - p0), the log-odds that a weight of a living unit is on."""
+Inside = Callable[[Evidence, "Ledger"], Mapping[str, Tensor]]
+"""Parameter name to the summand of every weight, shape of the parameter: `held_weights` or `all_masks`."""
 
 
 def outgoing(group: GroupLike) -> list[tuple[str, Tensor]]:
@@ -144,26 +145,43 @@ class StructureEvidence(Mapping[str, Tensor]):
         return self.nats[key] / self.n_data
 
 
-def fixed_inclusion(log_odds: float = 0.0) -> Inclusion:
-    """The same log-odds ln p0/(1 - p0) for every weight; those of the rule that removes single weights."""
+def held_weights(log_odds: float = 0.0) -> Inside:
+    """Over the weights that a unit still holds; p0 from the log-odds of the rule that removed the others."""
 
-    def inclusion(evidence: Evidence, ledger: Ledger) -> Mapping[str, float]:
-        return dict.fromkeys(evidence.posterior, log_odds)
+    def terms(evidence: Evidence, ledger: Ledger) -> Mapping[str, Tensor]:
+        return {name: _spread(evidence, name, unit_evidence(evidence[name], log_odds)) for name in evidence.posterior}
 
-    return inclusion
+    return terms
 
 
-def learned_inclusion(*, strength: float = 1.0) -> Inclusion:
-    """The rate of weights that are on, learned per parameter tensor: p0 <- mean of sigma(ln p0/(1 - p0) - delta_f).
+def all_masks(*, strength: float = 1.0) -> Inside:
+    """Over all weights, the removed ones with the delta_f of the ledger; p0 learned per parameter tensor.
 
-    All weights count: living ones with their delta_f, removed ones with that of the ledger (as off where it is
-    unknown). ``strength`` is the pseudo-count of one weight on and one off.
+    The rate of weights that are on solves p0 = mean of sigma(ln p0/(1 - p0) - delta_f), with ``strength`` as the
+    pseudo-count of one weight on and one off; removed weights of which nothing is known count as off. A weight that a
+    unit holds then has to pay for being on, ln 1/p0, and only what is beyond that speaks for the unit.
     """
 
-    def inclusion(evidence: Evidence, ledger: Ledger) -> Mapping[str, float]:
-        return {name: _rate(*_all_weights(evidence, ledger, name), strength) for name in evidence.posterior}
+    def terms(evidence: Evidence, ledger: Ledger) -> Mapping[str, Tensor]:
+        found = {}
+        for name in evidence.posterior:
+            odds = _rate(*_all_weights(evidence, ledger, name), strength)
+            found[name] = _spread(evidence, name, unit_evidence(evidence[name], odds))
+            if name in ledger.delta_f:
+                gone = ~evidence.posterior[name].keep
+                past = unit_evidence(ledger.delta_f[name][gone], odds)
+                found[name][gone] = past.nan_to_num(nan=0.0)
+        return found
 
-    return inclusion
+    return terms
+
+
+def _spread(evidence: Evidence, name: str, living: Tensor) -> Tensor:
+    """Values of the living weights in the shape of their parameter, 0 elsewhere."""
+    keep = evidence.posterior[name].keep
+    wide = torch.zeros(keep.shape, dtype=torch.float64, device=keep.device)
+    wide[keep] = living
+    return wide
 
 
 def _all_weights(evidence: Evidence, ledger: Ledger, name: str) -> tuple[Tensor, int]:
@@ -205,7 +223,7 @@ def score_structures(
     groups: Iterable[GroupLike],
     *,
     cut: Cut = outgoing,
-    inclusion: Inclusion | None = None,
+    inside: Inside | None = None,
     ledger: Ledger | None = None,
     gone: Mapping[str, int] | None = None,
 ) -> StructureEvidence:
@@ -215,18 +233,15 @@ def score_structures(
         evidence: of the living weights, after the single weights of this round went.
         groups: what `ockham.trace` found.
         cut: the side that is scored.
-        inclusion: where p0 comes from; default `learned_inclusion()` with a ledger, `fixed_inclusion()` without: the
-            removed weights are then unknown, and E_g is over what the unit still holds.
+        inside: which weights of the cut count, and where p0 comes from; default `held_weights()`.
         ledger: delta_f of the removed weights.
         gone: group id to units removed before.
 
     Raises:
         OckhamError: a cut names a parameter of another shape than the posterior's: trace the network it belongs to.
     """
-    book = ledger or Ledger()
-    inclusion = inclusion or (learned_inclusion() if ledger else fixed_inclusion())
-    odds = inclusion(evidence, book)
-    terms = {name: _terms(evidence, book, name, odds[name]) for name in evidence.posterior}
+    found = (inside or held_weights())(evidence, ledger or Ledger())
+    terms = {name: values.reshape(-1) for name, values in found.items()}
     alive = {name: g.keep.reshape(-1) for name, g in evidence.posterior.items()}
     nats, held, made = {}, {}, {}
     for group in groups:
@@ -261,16 +276,6 @@ def _(source: Evidence, groups: Iterable[GroupLike]) -> StructureEvidence:
 @structures_from.register
 def _(source: Posterior, groups: Iterable[GroupLike]) -> StructureEvidence:
     return score_structures(score(source), groups)
-
-
-def _terms(evidence: Evidence, ledger: Ledger, name: str, odds: float) -> Tensor:
-    """The summand of every weight of a parameter, flat; 0 for a removed weight that nobody wrote down."""
-    keep = evidence.posterior[name].keep
-    terms = torch.zeros(keep.shape, dtype=torch.float64, device=keep.device)
-    terms[keep] = unit_evidence(evidence[name], odds)
-    if name in ledger.delta_f:
-        terms[~keep] = unit_evidence(ledger.delta_f[name][~keep], odds).nan_to_num(nan=0.0)
-    return terms.reshape(-1)
 
 
 def _check(group: GroupLike, alive: Mapping[str, Tensor]) -> None:

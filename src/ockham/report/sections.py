@@ -90,10 +90,10 @@ def structures(results: Results) -> str:
         ("latency, batch 64, ms", f"{1e3 * before['latency_64']:.3f}", f"{1e3 * after['latency_64']:.3f}"),
     ]
     costs_table = page.table("What a forward pass costs", ("", "before", "after"), costs)
+    work, time = (percent(after[key] / max(1e-12, before[key]), 0) for key in ("macs", "latency_64"))
     text = page.paragraph(
         f"{count(gone)} channels, neurons or heads went as a whole, and the network is physically smaller: "
-        f"{percent(after['macs'] / max(1, before['macs']))} of the multiply-accumulates and "
-        f"{percent(after['latency_64'] / max(1e-12, before['latency_64']))} of the measured time at batch 64 remain. "
+        f"{work} of the multiply-accumulates and {time} of the measured time at batch 64 remain. "
         "A group is named after the first dimension in it; the dimensions of other layers that read it shrank with it."
     )
     return page.section("structures", "The shape of the network", text, page.grid([picture, table]), costs_table)

@@ -129,7 +129,7 @@ def plan(
     Raises:
         PlanError: masks that do not fit, a budget that cannot be met (says what the least is), something is missing.
     """
-    if isinstance(keep, Mapping) and all(isinstance(m, Tensor) and m.dtype is torch.bool for m in keep.values()):
+    if isinstance(keep, dict):
         if price is not None or budget is not None or round_to != 1:
             raise PlanError("masks say what stays; a price, a budget or round_to need evidence instead of masks")
         return plan_masks(groups, keep, nats=nats)

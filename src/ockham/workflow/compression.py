@@ -206,18 +206,20 @@ class Compression:
 
     def result(self) -> Compressed:
         """What there is now: a copy of the mean network with statistics of BatchNorm refreshed, and its posterior."""
-        model = copy.deepcopy(self._trainer.model)
+        model, posterior, plan = copy.deepcopy(self._trainer.model), self._optimizer.posterior(), None
         refresh_batchnorm(model, self._loader)
+        if self._shrinker is not None:
+            model, posterior, plan = self._shrinker.finished(model.eval(), posterior)
         noise = self._likelihood.noise_variance if isinstance(self._likelihood, Regression) else None
         return Compressed(
             model.eval(),
-            self._optimizer.posterior(),
+            posterior,
             tuple(self._reducer.history),
             tuple(self._epochs),
             self._reducer.diagnosis,
             noise,
             tuple(self._reducer.histograms),
-            None if self._shrinker is None else self._shrinker.plan(),
+            plan,
             () if self._shrinker is None else tuple(self._shrinker.history),
             self._parameters,
         )

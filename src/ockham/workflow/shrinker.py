@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ockham.errors import OckhamError, OckhamWarning
+from ockham.posterior.posterior import Posterior
 from ockham.posterior.variational import VariationalOptimizer
 from ockham.reduction.choice import choose_units
 from ockham.reduction.score import score
@@ -24,6 +25,7 @@ from ockham.surgery.shrinking import mask, shrink, slice_tensor
 from ockham.surgery.tracing import trace
 from ockham.surgery.unit_costs import unit_costs
 from ockham.surgery.verifying import verify
+from ockham.workflow.finishing import fold_constants
 from ockham.workflow.origin import Origin
 from ockham.workflow.reducer import Ignore
 from ockham.workflow.trainer import Loader, seeded, to_device
@@ -98,9 +100,11 @@ class Shrinker:
         self._note(small[0], evidence, plan, epoch)
         return small
 
-    def plan(self) -> Plan:
-        """All that went so far, as one plan for the network that the run started with."""
-        return self.origin.plan()
+    def finished(self, network: nn.Module, posterior: Posterior) -> tuple[nn.Module, Posterior, Plan]:
+        """Network and posterior with constants folded, and all that went as one plan for the first network."""
+        with seeded(0, 0, _device(network)):
+            options: dict[str, Any] = {"example_inputs": _as_given(self._inputs), "ignore": tuple(self._ignore)}
+            return fold_constants(network, posterior, self.origin, round_to=self.rule.round_to, **options)
 
     def state(self) -> dict[str, Any]:
         """Plain values and tensors."""
@@ -126,7 +130,7 @@ class Shrinker:
         assert self._now is not None
         before = {g.id: g.size for g in self.origin.groups}
         gone = {g.id: before[g.id] - g.size for g in self._now if g.id in before}
-        options = {"cut": self.rule.cut, "inclusion": self.rule.inclusion, "ledger": self.ledger, "gone": gone}
+        options = {"cut": self.rule.cut, "inside": self.rule.inside, "ledger": self.ledger, "gone": gone}
         return score(optimizer.posterior()).by_group(self._now, **options)
 
     def _choose(self, network: nn.Module, evidence: StructureEvidence) -> Plan:
