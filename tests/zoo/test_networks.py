@@ -23,7 +23,7 @@ PARAMETERS = {
     "mlp_swish": 1_149_010,
     "mlp_swish_cifar": 2_293_010,
     "lenet_tanh": 61_706,
-    "lenet_tanh_cifar": 550_570,
+    "lenet_tanh_cifar": 550_362,
     "vit": 3_186_442,
     "vit_cifar": 3_194_634,
     "mixer": 1_987_722,

@@ -115,8 +115,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[N, T, dim] to [N, T, dim]."""
         n, t, _ = x.shape
-        parts = (f(x).view(n, t, -1, self.size).transpose(1, 2) for f in (self.query, self.key, self.value))
-        mixed = F.scaled_dot_product_attention(*parts, is_causal=self.causal)
+        q, k, v = (f(x).view(n, t, -1, self.size).transpose(1, 2) for f in (self.query, self.key, self.value))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         projected: Tensor = self.out(mixed.transpose(1, 2).reshape(n, t, -1))
         return projected
 
