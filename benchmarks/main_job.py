@@ -28,7 +28,7 @@ RESULTS = Path(__file__).parent / "results" / "main_job"
 PRESETS: dict[str, dict] = {
     "digits": {},
     "lenet300-mnist": {"data": "mnist", "model": "lenet_300_100"},
-    "lenet300-mnist-sparse": {"data": "mnist", "model": "lenet_300_100", "prior_variance": 0.5, "epochs": 60},
+    "lenet300-mnist-sparse": {"data": "mnist", "model": "lenet_300_100", "log_odds": -0.4, "epochs": 50},
     "lenet300-fashion": {"data": "fashion-mnist", "model": "lenet_300_100", "epochs": 50},
     "lenet5-mnist": {"data": "mnist", "model": "lenet5_caffe", "prior_variance": 0.5, "epochs": 24},
     "resnet20-cifar10": {"data": "cifar10", "model": "resnet20", "epochs": 5},
