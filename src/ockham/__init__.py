@@ -5,6 +5,7 @@ from __future__ import annotations
 from ockham.errors import DataError, NonFiniteLossError, OckhamError, OckhamWarning, ResultError, TraceError
 from ockham.posterior.adapters import from_ivon, from_laplace, from_moments, from_swag
 from ockham.posterior.group_priors import GroupHorseshoe, GroupScale
+from ockham.posterior.horseshoe import horseshoe
 from ockham.posterior.ivon import IVON
 from ockham.posterior.mean_field import MeanField
 from ockham.posterior.point import PointEstimate
@@ -79,6 +80,7 @@ __all__ = [
     "from_laplace",
     "from_moments",
     "from_swag",
+    "horseshoe",
     "laplace",
     "load",
     "load_posterior",
