@@ -8,8 +8,11 @@ from ockham.posterior.point import PointEstimate
 from ockham.posterior.posterior import Gaussian, Posterior
 from ockham.posterior.predict import Prediction, RegressionPrediction, predict, predict_regression
 from ockham.posterior.priors import EmpiricalBayes, FixedPrior, LayerScale
+from ockham.posterior.slab_priors import FixedSpikeSlab, LearnedSpikeSlab
+from ockham.posterior.spike_slab import SpikeSlab
 from ockham.posterior.storage import load_posterior
 from ockham.reduction.diagnose import diagnose
+from ockham.reduction.inclusion import MedianRule, inclusion
 from ockham.reduction.rounds import Rounds
 from ockham.reduction.rule import BudgetRule, EvidenceRule, LearnedOddsRule
 from ockham.reduction.score import by_magnitude, by_random, by_snr, score
@@ -30,11 +33,14 @@ __all__ = [
     "EmpiricalBayes",
     "EvidenceRule",
     "FixedPrior",
+    "FixedSpikeSlab",
     "Gaussian",
     "LayerScale",
     "LearnedOddsRule",
+    "LearnedSpikeSlab",
     "Loss",
     "MeanField",
+    "MedianRule",
     "NonFiniteLossError",
     "OckhamError",
     "OckhamWarning",
@@ -46,6 +52,7 @@ __all__ = [
     "RegressionPrediction",
     "ResultError",
     "Rounds",
+    "SpikeSlab",
     "TraceError",
     "Training",
     "__version__",
@@ -56,6 +63,7 @@ __all__ = [
     "defaults_for",
     "diagnose",
     "export",
+    "inclusion",
     "load",
     "load_posterior",
     "mask",

@@ -53,15 +53,16 @@ def _pack(g: Gaussian) -> dict[str, Any]:
         node["keep"] = pack_mask(g.keep)
     for name in ("prior_precision", "prior_mean"):
         node[name] = getattr(g, name)
-    if g.marginal_precision is not None:
-        node["marginal_precision"] = g.marginal_precision[g.keep]
+    for name in ("marginal_precision", "inclusion"):
+        if getattr(g, name) is not None:
+            node[name] = getattr(g, name)[g.keep]
     return node
 
 
 def _unpack(node: Mapping[str, Any]) -> Gaussian:
     shape = tuple(node["shape"])
     keep = unpack_mask(node["keep"], shape) if "keep" in node else torch.ones(shape, dtype=torch.bool)
-    marginal = node.get("marginal_precision")
+    marginal, inclusion = node.get("marginal_precision"), node.get("inclusion")
     return Gaussian(
         _spread(node["mean"], keep, 0.0),
         _spread(node["precision"], keep, torch.inf),
@@ -69,6 +70,7 @@ def _unpack(node: Mapping[str, Any]) -> Gaussian:
         node["prior_mean"],
         keep,
         None if marginal is None else _spread(marginal, keep, torch.inf),
+        None if inclusion is None else _spread(inclusion, keep, 0.0),
     )
 
 

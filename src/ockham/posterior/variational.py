@@ -66,6 +66,23 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
     def _after_step(self, group: dict[str, Any]) -> None:
         """Anything slower than a step, such as learning the prior; nothing by default."""
 
+    def _std_about(self, mean: Tensor, vectors: Mapping[str, Tensor], facts: Facts, group: dict[str, Any]) -> Tensor:
+        """Standard deviation of the draws, a new tensor; `_std` unless a method's depends on the mean."""
+        return self._std(vectors, facts, group)
+
+    def _facts_of(self, state: Mapping[str, Any]) -> Facts:
+        """What the weights of a run share, from a parameter's state; weights that differ in it step apart."""
+        return Facts(state["step"], state["prior_precision"])
+
+    def _block_began(self, new: bool) -> None:
+        """Called in a `sampled` block when the draw is in place; ``new`` where no gradient belongs to it yet."""
+
+    def _block_ended(self) -> None:
+        """Called when the mean is back."""
+
+    def _before_step(self) -> None:
+        """Called with the final gradients in place, before anything moves."""
+
     # ------------------------------------------------------------------ the loop's three calls
     @contextmanager
     def sampled(self) -> Iterator[None]:
@@ -115,6 +132,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
                 "call zero_grad() before that block and not between it and step()"
             )
         self._check_grads()
+        self._before_step()
         for group in self.param_groups:
             arena = self._arena(group)
             self._count(group)
@@ -264,14 +282,13 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
                 self.state[p]["step"] += 1
 
     def _facts(self, span: Span) -> Facts:
-        state = self.state[span.pieces[0].parameter]
-        return Facts(state["step"], state["prior_precision"])
+        return self._facts_of(self.state[span.pieces[0].parameter])
 
     def _runs(self, span: Span, *, ready: bool = False) -> list[Span]:
         """The span whole where its parameters agree in everything scalar, else piece by piece; only ready ones."""
         states = [self.state[x.parameter] for x in span.pieces]
         there = [not ready or x.parameter.grad is not None for x in span.pieces]
-        if all(there) and len({(s["step"], s["prior_precision"]) for s in states}) == 1:
+        if all(there) and len({self._facts_of(s) for s in states}) == 1:
             return [span]
         return [part for part, ok in zip(span.split(), there, strict=True) if ok]
 
@@ -295,7 +312,9 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
                     vectors = arena.at(run)
                     mean = read(run, [x.parameter for x in run.pieces]).clone()
                     self._backup.append((run, mean))
-                    write(run, self._std(vectors, self._facts(run), group).mul_(vectors["noise"]).add_(mean))
+                    std = self._std_about(mean, vectors, self._facts(run), group)
+                    write(run, std.mul_(vectors["noise"]).add_(mean))
+        self._block_began(new)
 
     def _draw_(self, noise: Tensor) -> None:
         if self._mirror:
@@ -308,6 +327,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         for run, mean in self._backup or ():
             write(run, mean)
         self._backup = None
+        self._block_ended()
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:
@@ -321,7 +341,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
     @torch.no_grad()
     def _gaussian(self, p: Tensor, group: dict[str, Any]) -> Gaussian:
         state, keep = self.state[p], self._keep_of(p)
-        facts = Facts(state["step"], state["prior_precision"])
+        facts = self._facts_of(state)
         precision = torch.full_like(p.detach(), torch.inf, memory_format=torch.contiguous_format)
         precision[keep] = self._std(state, facts, group).double().pow(-2).to(p.dtype)
         mean = p.detach().clone(memory_format=torch.contiguous_format)
