@@ -12,6 +12,7 @@ from ockham.errors import OckhamError
 from ockham.evidence.exact import inclusion as exact_inclusion
 from ockham.posterior.mean_field import MeanField
 from ockham.posterior.slab_priors import FixedSpikeSlab, LearnedSpikeSlab
+from ockham.posterior.slab_updates import by_gradient, by_moments
 from ockham.posterior.spike_slab import SpikeSlab
 from ockham.posterior.storage import load_posterior
 
@@ -20,11 +21,11 @@ KEEP = {"0.weight": torch.arange(30).view(6, 5) % 4 > 0, "2.bias": torch.tensor(
 LEARNED = {"prior": LearnedSpikeSlab(0.5, 1.0), "prior_interval": 2, "kl_warmup": 3}
 
 
-def make(toy, seed=0, propagate=False, **options):
+def make(toy, seed=0, propagate=None, **options):
     net = toy.net(seed)
     opt = SpikeSlab(net.named_parameters(), **{"n_data": 200, "lr": 0.01, "initial_std": 0.1, **options})
     if propagate:
-        opt.propagate(net)
+        opt.propagate(net, update=propagate)
     return net, opt
 
 
@@ -36,7 +37,7 @@ def same(one, two):
     return list(one) == list(two)
 
 
-@pytest.mark.parametrize("propagate", [False, True])
+@pytest.mark.parametrize("propagate", [None, by_moments, by_gradient])
 @pytest.mark.parametrize("stop", [0, 1, 2, 3, 5])
 def test_resumed_at_any_step_equals_never_stopped(toy, tmp_path, stop, propagate):
     def go_on(net, opt, steps):
@@ -58,14 +59,14 @@ def test_resumed_at_any_step_equals_never_stopped(toy, tmp_path, stop, propagate
 
 
 def test_a_propagated_state_needs_propagation(toy):
-    net, opt = make(toy, propagate=True)
+    net, opt = make(toy, propagate=by_moments)
     toy.step(net, opt)
     _, other = make(toy)
     with pytest.raises(OckhamError, match="propagate"):
         other.load_state_dict(opt.state_dict())
 
 
-@pytest.mark.parametrize("propagate", [False, True])
+@pytest.mark.parametrize("propagate", [None, by_moments, by_gradient])
 def test_an_exception_restores_the_mean(toy, snapshot, propagate):
     net, opt = make(toy, propagate=propagate)
     toy.step(net, opt)
@@ -77,7 +78,7 @@ def test_an_exception_restores_the_mean(toy, snapshot, propagate):
         assert torch.equal(net(toy.x), net(toy.x))
 
 
-@pytest.mark.parametrize("propagate", [False, True])
+@pytest.mark.parametrize("propagate", [None, by_moments, by_gradient])
 def test_removed_weights_are_zero_and_the_survivors_step_as_if_they_had_never_been(toy, propagate):
     net, opt = make(toy, propagate=propagate)
     toy.step(net, opt)
@@ -100,15 +101,15 @@ def test_outside_the_block_parameters_hold_the_expected_weight(toy):
     torch.testing.assert_close(g.expected, g.inclusion * g.mean)
 
 
-@pytest.mark.parametrize("propagate", [False, True])
-def test_draws_have_the_moments_of_the_mixture(toy64, propagate):
+@pytest.mark.parametrize("through", [False, True])
+def test_draws_have_the_moments_of_the_mixture(toy64, through):
     # a linear network's outputs over many blocks: mean and variance from E[w] and V
     net = torch.nn.Linear(5, 2, dtype=F64)
     opt = SpikeSlab(net.named_parameters(), n_data=10, initial_std=0.3, initial_inclusion=0.6)
-    if propagate:
-        assert set(opt.propagate(net).values()) == {"E3, pre-activation moments"}
+    if through:
+        assert all("pre-activations" in said for said in opt.propagate(net).values())
     out = []
-    for _ in range(4000):
+    for _ in range(1000):
         with opt.sampled(), torch.no_grad():
             out.append(net(toy64.x[:1]))
         opt.zero_grad()
@@ -117,8 +118,8 @@ def test_draws_have_the_moments_of_the_mixture(toy64, propagate):
     v = pi * (s2 + (1 - pi) * m.square())
     v_bias = pi * (s2 + (1 - pi) * (net.bias.detach() / 0.6).square())
     want = toy64.x[:1].square() @ v.T + v_bias
-    torch.testing.assert_close(out.var(0), want, rtol=0.1, atol=0)
-    torch.testing.assert_close(out.mean(0), net(toy64.x[:1]).detach(), rtol=0, atol=0.08)
+    torch.testing.assert_close(out.var(0), want, rtol=0.2, atol=0)
+    torch.testing.assert_close(out.mean(0), net(toy64.x[:1]).detach(), rtol=0, atol=0.15)
 
 
 def design(rho, seed=3, n=60, p=6):
@@ -130,7 +131,7 @@ def design(rho, seed=3, n=60, p=6):
     return z, y
 
 
-@pytest.mark.parametrize("propagate", [False, True])
+@pytest.mark.parametrize("propagate", [None, by_moments, by_gradient])
 def test_a_linear_model_ends_near_its_exact_inclusion(propagate):
     x, y = design(0.3)
     want = exact_inclusion(x, y, prior_inclusion=0.2, slab_variance=1.0, noise_variance=1.0).probabilities
@@ -139,7 +140,7 @@ def test_a_linear_model_ends_near_its_exact_inclusion(propagate):
     settings = {"prior": FixedSpikeSlab(0.2), "initial_std": 0.1, "initial_inclusion": 0.5, "inclusion_rate": 0.05}
     opt = SpikeSlab(net.named_parameters(), n_data=60, lr=0.03, betas=(0.9, 0.99), **settings)
     if propagate:
-        opt.propagate(net)
+        opt.propagate(net, update=propagate)
     logits = []
     for k in range(900):
         opt.param_groups[0]["lr"] = 0.03 * 0.02 ** (k / 900)
@@ -171,9 +172,9 @@ def test_updates_say_how_each_parameter_is_found():
 
     net = Net()
     opt = SpikeSlab(net.named_parameters(), n_data=100)
-    said = opt.propagate(net)
-    by_gradient = {n for n, text in said.items() if text.startswith("E3")}
-    assert by_gradient == {"conv.weight", "conv.bias", "out.weight", "out.bias"}
+    said = opt.propagate(net, update=by_gradient)
+    driven = {n for n, text in said.items() if text.startswith("E3")}
+    assert driven == {"conv.weight", "conv.bias", "out.weight", "out.bias"}
     before = opt.posterior
     x = torch.randint(0, 7, (3, 5), generator=torch.Generator().manual_seed(0))
     for _ in range(3):
@@ -188,8 +189,8 @@ def test_updates_say_how_each_parameter_is_found():
 
 
 def test_scaled_and_clipped_gradients_reach_the_variance_too(toy):
-    one, first = make(toy, propagate=True)
-    two, second = make(toy, propagate=True)
+    one, first = make(toy, propagate=by_moments)
+    two, second = make(toy, propagate=by_moments)
     for net, opt, factor in ((one, first, 1.0), (two, second, 1024.0)):
         with opt.sampled():
             (toy.loss(net) * factor).backward()
@@ -227,12 +228,8 @@ def test_start_from_takes_any_posterior(toy):
         toy.step(net, opt)
     _, other = make(toy, seed=5)
     other.start_from(opt.posterior())
-    assert (
-        float(
-            (other.state[other.param_groups[0]["params"][0]]["logit"] - opt.state[net[0].weight]["logit"]).abs().max()
-        )
-        < 1e-4
-    )
+    there, here = (o.state[o.param_groups[0]["params"][0]]["logit"] for o in (other, opt))
+    torch.testing.assert_close(there, here, atol=1e-4, rtol=0)
     gaussian = MeanField(net.named_parameters(), n_data=10)
     with gaussian.sampled():
         toy.loss(net).backward()
@@ -262,7 +259,7 @@ def test_gaussian_spike_keeps_its_width(toy):
     for _ in range(5):
         toy.step(net, opt)
     assert all(torch.isfinite(g.inclusion).all() for g in opt.posterior().values())
-    net, opt = make(toy, propagate=True, prior=FixedSpikeSlab(0.2, 1.0, spike_variance=0.01))
+    net, opt = make(toy, propagate=by_moments, prior=FixedSpikeSlab(0.2, 1.0, spike_variance=0.01))
     for _ in range(5):
         toy.step(net, opt)
     assert all(torch.isfinite(g.inclusion).all() for g in opt.posterior().values())

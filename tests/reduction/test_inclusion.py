@@ -58,7 +58,7 @@ def test_removed_weights_have_probability_zero_and_odds_go_by_name():
 
 @pytest.mark.parametrize("prior", [math.nan, 0.0, math.inf])
 def test_an_unknown_prior_is_refused(prior):
-    with pytest.raises(OckhamError, match="'w'.*prior is unknown"):
+    with pytest.raises(OckhamError, match=r"'w'.*prior is unknown"):
         ockham.inclusion(Posterior({"w": gaussian([0.1], 50.0, prior=prior)}, n_data=10))
 
 

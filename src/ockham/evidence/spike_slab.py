@@ -81,7 +81,7 @@ def slab_kl(mean: Tensor, variance: Tensor, slab_precision: Real, log_slab_varia
     """
     precision = torch.as_tensor(slab_precision, dtype=mean.dtype, device=mean.device)
     log_v: Real = -precision.log() if log_slab_variance is None else log_slab_variance
-    cost = (variance + mean.square()) * precision - variance.log()
+    cost: Tensor = (variance + mean.square()) * precision - variance.log()
     return cost.add_(log_v).sub_(1).mul_(0.5)
 
 
@@ -137,7 +137,7 @@ def spike_slab_kl(inclusion: Tensor, cost: Tensor, log_rate: Real, log_rest: Rea
     """
     out = 1 - inclusion
     entropy = torch.special.entr(inclusion) + torch.special.entr(out)
-    return inclusion * (cost - log_rate) - out * log_rest - entropy
+    return torch.sub(inclusion * (cost - log_rate) - out * log_rest, entropy)
 
 
 def gaussian_spike_log_odds(

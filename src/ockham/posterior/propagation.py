@@ -44,6 +44,7 @@ class Propagation:
     def __init__(self) -> None:
         self.layers: list[nn.Module] = []
         self.parameters: list[Tensor] = []
+        self.driven = False
         self.variances: dict[Tensor, Tensor] = {}
         self.probes: dict[Tensor, Tensor] = {}
         self._handles: list[Any] = []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ockham.evidence.spike_slab import gaussian_spike_log_odds, inclusion_slope, slab_kl
 
-__all__ = ["Run", "SlabFacts", "by_gradient", "by_moments", "kl_share"]
+__all__ = ["InclusionUpdate", "Run", "SlabFacts", "by_gradient", "by_moments", "kl_share"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,7 @@ class SlabFacts:
         log_rate: E ln p0.
         log_rest: E ln(1 - p0).
         propagated: whether the noise enters through pre-activations.
+        driven: whether inclusion follows the gradient (E3) instead of the running moments (E4).
     """
 
     step: int
@@ -33,6 +34,7 @@ class SlabFacts:
     log_rate: float
     log_rest: float
     propagated: bool
+    driven: bool
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,8 +54,12 @@ class Run:
         return of_mean.add_(self.mean, alpha=pull * precision), of_log_std
 
 
+InclusionUpdate = Callable[[Run, Tensor, SlabFacts, Mapping[str, Any]], Tensor]
+"""(run, logit, facts, group) to the direction in which the logit of the inclusion moves, nats."""
+
+
 def by_gradient(here: Run, logit: Tensor, facts: SlabFacts, group: Mapping[str, Any]) -> Tensor:
-    """E3: k (log_odds - K - logit) + D."""
+    """E3: k (log_odds - K - logit) + D, the natural gradient of the ELBO; for gradients of little noise."""
     cost = slab_kl(here.mean, here.variance, facts.prior_precision, facts.log_slab_variance)
     spike = group["prior"].spike_variance
     slope = inclusion_slope(here.mean_grad, here.variance_grad, here.mean, here.variance, here.inclusion, spike)
@@ -62,7 +68,7 @@ def by_gradient(here: Run, logit: Tensor, facts: SlabFacts, group: Mapping[str, 
 
 
 def by_moments(here: Run, logit: Tensor, facts: SlabFacts, group: Mapping[str, Any]) -> Tensor:
-    """E4, or E5 where the spike is Gaussian: target - logit."""
+    """E4, or E5 where the spike is Gaussian: target - logit, from the running mean and std."""
     log_odds, spike = facts.log_rate - facts.log_rest, group["prior"].spike_variance
     slab_variance = math.exp(facts.log_slab_variance)
     if spike > 0:

@@ -19,7 +19,7 @@ from ockham.posterior.adam import adam_
 from ockham.posterior.posterior import Gaussian, Posterior
 from ockham.posterior.propagation import Propagation
 from ockham.posterior.slab_priors import FixedSpikeSlab, SlabPrior
-from ockham.posterior.slab_updates import Run, SlabFacts, by_gradient, by_moments, kl_share
+from ockham.posterior.slab_updates import InclusionUpdate, Run, SlabFacts, by_gradient, by_moments, kl_share
 from ockham.posterior.variational import VariationalOptimizer
 
 __all__ = ["SpikeSlab"]
@@ -40,9 +40,9 @@ class SpikeSlab(VariationalOptimizer):
         E3:  logit pi <- logit pi + rate [ k (log_odds - K - logit pi) + D ],   D = -(N / T) dNLL/dpi
         E4:  logit pi <- logit pi + rate [ log_odds - delta_f - logit pi ]
 
-    E3 is a natural-gradient step of the ELBO. It needs gradients of little noise, so it is used where `propagate` lets
-    the noise enter through the moments of pre-activations (Linear and convolutions); all other parameters take E4 from
-    their running mean and variance. `updates` says which is which.
+    E3 is a natural-gradient step of the ELBO and needs gradients of little noise: `propagate` offers it where the noise
+    can enter through the moments of pre-activations (Linear and convolutions). All other parameters take E4 from their
+    running mean and variance. `updates` says which is which.
 
     Args:
         params: `model.named_parameters()`, or dicts of parameter groups. Frozen parameters are left alone.
@@ -116,25 +116,31 @@ class SpikeSlab(VariationalOptimizer):
         self._propagation = Propagation()
         super().__init__(params, settings, seed=seed)
 
-    def propagate(self, model: nn.Module) -> dict[str, str]:
+    def propagate(self, model: nn.Module, *, update: InclusionUpdate = by_moments) -> dict[str, str]:
         """Let the noise of Linear and convolution layers enter through the moments of their pre-activations.
 
         Their weights stay at E[w] inside `sampled`; each layer's output gets its own Gaussian noise per example, of
-        variance F(x^2, V). Gradients are far less noisy and their inclusion probabilities are updated by E3.
+        variance F(x^2, V). Gradients are far less noisy; other parameters go on as before.
 
         Args:
             model: holds the parameters of this optimizer; its forward hooks stay until `release`.
+            update: of the inclusion in these layers, `by_moments` (E4) or `by_gradient` (E3) of
+                `ockham.posterior.slab_updates`. E3 is the exact natural gradient and needs batches large enough that N
+                times a gradient's noise stays below the evidence; E4 is robust (measured: docs/decisions.md).
 
         Returns:
             `updates` after it.
 
         Raises:
-            OckhamError: called inside `sampled`.
+            OckhamError: called inside `sampled`, or another update.
         """
         self._outside("propagate")
         held = {p: self._group_of(p) for p in self._names if p.requires_grad}
+        if update not in (by_gradient, by_moments):
+            raise OckhamError("propagate: update must be by_moments or by_gradient of ockham.posterior.slab_updates")
+        self._propagation.driven = update is by_gradient
         for p in self._propagation.attach(model, set(held), self._noise_like):
-            self._ensure(p, held[p])["propagated"] = True
+            self._ensure(p, held[p]).update(propagated=True, driven=update is by_gradient)
         if "variance_grad" not in self._vectors:
             self._vectors = (*self._vectors, "variance_grad")
             for state in self.state.values():
@@ -146,14 +152,14 @@ class SpikeSlab(VariationalOptimizer):
         """Take the hooks of `propagate` off the model again."""
         self._propagation.detach()
         for state in self.state.values():
-            state["propagated"] = False
+            state.update(propagated=False, driven=False)
 
     def updates(self) -> dict[str, str]:
-        """How the inclusion of each parameter is found: "E3, pre-activation moments" or "E4, running mean and std"."""
-        texts = {True: "E3, pre-activation moments", False: "E4, running mean and std"}
-        return {
-            n: texts[bool(self.state.get(p, {}).get("propagated"))] for p, n in self._names.items() if p.requires_grad
-        }
+        """How the inclusion of each parameter is found (E3 or E4), and where its noise enters."""
+        rules = {True: "E3, gradient", False: "E4, running mean and std"}
+        places = {True: "noise in pre-activations", False: "noise in weights"}
+        held = {n: self.state.get(p, {}) for p, n in self._names.items() if p.requires_grad}
+        return {n: f"{rules[bool(s.get('driven'))]}; {places[bool(s.get('propagated'))]}" for n, s in held.items()}
 
     @torch.no_grad()
     def kl(self) -> float:
@@ -201,6 +207,7 @@ class SpikeSlab(VariationalOptimizer):
         """
         super().load_state_dict(state_dict)
         held = set(self._propagation.parameters)
+        driven = self._propagation.driven
         for p, state in self.state.items():
             if state["propagated"] and p not in held:
                 raise OckhamError(
@@ -208,6 +215,7 @@ class SpikeSlab(VariationalOptimizer):
                     "load_state_dict()"
                 )
             state["propagated"] = p in held
+            state["driven"] = p in held and driven
             if "variance_grad" in self._vectors and "variance_grad" not in state:
                 state["variance_grad"] = torch.zeros_like(state["logit"])
 
@@ -229,10 +237,11 @@ class SpikeSlab(VariationalOptimizer):
             "log_slab_variance": log_variance,
             **rates,
             "propagated": False,
+            "driven": False,
         }
 
     def _facts_of(self, state: Mapping[str, Any]) -> SlabFacts:  # type: ignore[override]
-        names = ("step", "prior_precision", "log_slab_variance", "log_rate", "log_rest", "propagated")
+        names = ("step", "prior_precision", "log_slab_variance", "log_rate", "log_rest", "propagated", "driven")
         return SlabFacts(*(state[n] for n in names))
 
     def _std(self, vectors: Mapping[str, Tensor], facts: Any, group: dict[str, Any]) -> Tensor:
@@ -251,7 +260,7 @@ class SpikeSlab(VariationalOptimizer):
         here = Run(slab, variance, pi, grad, self._variance_grad(grad, slab, variance, pi, vectors, facts, group))
         pull = kl_share(facts.step, group) * group["temperature"] / group["n_data"]
         mean_grad, std_grad = here.gradients(pull, facts.prior_precision)
-        towards = (by_gradient if facts.propagated else by_moments)(here, vectors["logit"], facts, group)
+        towards = (by_gradient if facts.driven else by_moments)(here, vectors["logit"], facts, group)
         rest: dict[str, Any] = {"step": facts.step, "betas": group["betas"], "eps": group["eps"]}
         rate = float(group["lr"])
         adam_([slab], [mean_grad], [vectors["exp_avg"]], [vectors["exp_avg_sq"]], lr=rate, **rest)

@@ -33,11 +33,11 @@ def plan_unread(groups: Groups, keep: Mapping[str, Tensor]) -> Plan:
     changed = True
     while changed:
         changed = False
-        for key in stays:
-            read = _read(groups[key], alive) & stays[key]
+        for key, before in list(stays.items()):
+            read = _read(groups[key], alive) & before
             if not bool(read.any()):
-                read[int(stays[key].nonzero()[0])] = True
-            if not torch.equal(read, stays[key]):
+                read[int(before.nonzero()[0])] = True
+            if not torch.equal(read, before):
                 changed = True
                 _silence(groups[key], alive, ~read)
                 stays[key] = read
