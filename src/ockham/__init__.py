@@ -5,14 +5,18 @@ from __future__ import annotations
 from ockham.errors import DataError, NonFiniteLossError, OckhamError, OckhamWarning, ResultError, TraceError
 from ockham.posterior.adapters import from_ivon, from_laplace, from_moments, from_swag
 from ockham.posterior.group_priors import GroupHorseshoe, GroupScale
+from ockham.posterior.horseshoe import horseshoe
 from ockham.posterior.ivon import IVON
 from ockham.posterior.mean_field import MeanField
 from ockham.posterior.point import PointEstimate
 from ockham.posterior.posterior import Gaussian, Posterior
 from ockham.posterior.predict import Prediction, RegressionPrediction, predict, predict_regression
 from ockham.posterior.priors import EmpiricalBayes, FixedPrior, LayerScale
+from ockham.posterior.slab_priors import FixedSpikeSlab, LearnedSpikeSlab
+from ockham.posterior.spike_slab import SpikeSlab
 from ockham.posterior.storage import load_posterior
 from ockham.reduction.diagnose import diagnose
+from ockham.reduction.inclusion import MedianRule, inclusion
 from ockham.reduction.prices import FlatPrice, LearnedRate, PerMac, PerMillisecond, PerParameter
 from ockham.reduction.rounds import Rounds
 from ockham.reduction.rule import BudgetRule, EvidenceRule, LearnedOddsRule
@@ -39,6 +43,7 @@ __all__ = [
     "EmpiricalBayes",
     "EvidenceRule",
     "FixedPrior",
+    "FixedSpikeSlab",
     "FlatPrice",
     "Gates",
     "Gaussian",
@@ -47,8 +52,10 @@ __all__ = [
     "LayerScale",
     "LearnedOddsRule",
     "LearnedRate",
+    "LearnedSpikeSlab",
     "Loss",
     "MeanField",
+    "MedianRule",
     "NonFiniteLossError",
     "OckhamError",
     "OckhamWarning",
@@ -63,6 +70,7 @@ __all__ = [
     "RegressionPrediction",
     "ResultError",
     "Rounds",
+    "SpikeSlab",
     "Structures",
     "TraceError",
     "Training",
@@ -79,6 +87,8 @@ __all__ = [
     "from_laplace",
     "from_moments",
     "from_swag",
+    "horseshoe",
+    "inclusion",
     "laplace",
     "load",
     "load_posterior",
