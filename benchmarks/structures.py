@@ -29,6 +29,7 @@ from ockham.files.tree import read_tree, write_tree
 from ockham.reduction.structures import all_masks
 from ockham.surgery.cost import cost, latencies
 from ockham.surgery.execution import sparse_linear
+from ockham.workflow.stages import structures_name
 from ockham.zoo.data import Batches, load_folder
 from ockham.zoo.networks import NETWORKS
 
@@ -117,7 +118,12 @@ def judged(result: ockham.Compressed, dense: nn.Module, x: Tensor, y: Tensor) ->
     return record
 
 
-def saved(name: str, make: Callable[[], dict], settings: object) -> dict:
+def shown(training: ockham.Training, structures: ockham.Structures | None) -> str:
+    """Settings of a run as text."""
+    return f"{training}, {structures_name(structures)}"
+
+
+def saved(name: str, make: Callable[[], dict], settings: str) -> dict:
     """The record of a run, made where it is not there."""
     path = RESULTS / f"{name.replace(',', '').replace(' ', '-')}.json"
     if path.exists():
@@ -125,7 +131,7 @@ def saved(name: str, make: Callable[[], dict], settings: object) -> dict:
     print(name, file=sys.stderr, flush=True)
     RESULTS.mkdir(parents=True, exist_ok=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    record = {"run": name, "settings": repr(settings), "date": f"{datetime.now(UTC):%Y-%m-%d}"} | make()
+    record = {"run": name, "settings": settings, "date": f"{datetime.now(UTC):%Y-%m-%d}"} | make()
     record |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "commit": commit.stdout.strip()}
     path.write_text(json.dumps(record, indent=1) + "\n")
     return record
@@ -146,7 +152,7 @@ def prices(data: Path, seeds: list[int], epochs: int) -> None:
                     structures=s,
                     checkpoint=RESULTS / f".{n}",
                 ),
-                (training, structures),
+                shown(training, structures),
             )
 
 
@@ -167,7 +173,7 @@ def final(which: str, data: Path, seeds: list[int]) -> None:
             lambda t=own, n=name: train(
                 network, split(data / "mnist", 0), training=t, structures=structures, checkpoint=RESULTS / f".{n}"
             ),
-            (own, structures),
+            shown(own, structures),
         )
 
 
@@ -176,7 +182,9 @@ def shrinking(data: Path, seeds: list[int]) -> None:
     for seed in seeds:
         training = ockham.Training(epochs=30, prior=SCALE, seed=seed)
         structures = FINAL["lenet5"][2]
-        saved(f"shrinking.{seed}", lambda t=training, s=structures: _interleaved(data, t, s), (training, structures))
+        saved(
+            f"shrinking.{seed}", lambda t=training, s=structures: _interleaved(data, t, s), shown(training, structures)
+        )
 
 
 def _interleaved(data: Path, training: ockham.Training, structures: ockham.Structures) -> dict:

@@ -261,6 +261,10 @@ def test_a_learned_rate_is_worth_about_the_log_of_the_number_of_units() -> None:
     assert 3 < float(LearnedRate().nats(weak, NOTHING)["g"][0]) < math.log(1000) + 1
 
 
+def test_where_all_units_are_wanted_the_learned_price_is_nothing_and_not_less() -> None:
+    assert LearnedRate().nats(evidence_of([50.0] * 20), NOTHING)["g"].tolist() == [0.0] * 20
+
+
 def test_stated_prices() -> None:
     found, costs = evidence_of([1.0, 2.0]), UnitCosts({"g": 30.0}, {"g": 200.0}, {"g": 0.5})
     assert FlatPrice(3).nats(found, costs)["g"].tolist() == [3, 3]

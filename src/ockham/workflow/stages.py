@@ -228,7 +228,8 @@ def structures_name(structures: Structures | None) -> str:
     if structures is None:
         return "none"
     shown = f"{structures.price!r}, {structures.cut.__name__} cut, widths in steps of {structures.round_to}"
-    return f"{shown}, cap {structures.cap:g}, after {structures.wait} round(s)"
+    inside = structures.inside.__qualname__.partition(".")[0]
+    return f"{shown}, {inside}, cap {structures.cap:g}, after {structures.wait} round(s)"
 
 
 def rule_name(rule: Rule | None) -> str:
