@@ -75,7 +75,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         return torch.tensor(self.state[p]["prior_precision"], dtype=p.dtype, device=p.device)
 
     def _draw_std_(self, out: Tensor, vectors: Mapping[str, Tensor], facts: Facts, group: dict[str, Any]) -> Tensor:
-        """Write the standard deviation of the draws into ``out``, `_std_` by default; ``vectors["mean"]`` holds the mean."""
+        """Write the standard deviation of the draws into ``out``: `_std_` by default; `vectors["mean"]` is the mean."""
         return self._std_(out, vectors, facts, group)
 
     def _facts_of(self, state: Mapping[str, Any]) -> Facts:
