@@ -29,7 +29,7 @@ PRESETS: dict[str, dict] = {
     "digits": {},
     "lenet300-mnist": {"data": "mnist", "model": "lenet_300_100"},
     "lenet300-mnist-sparse": {"data": "mnist", "model": "lenet_300_100", "log_odds": -0.4, "epochs": 50},
-    "lenet300-fashion": {"data": "fashion-mnist", "model": "lenet_300_100", "epochs": 50},
+    "lenet300-fashion": {"data": "fashion-mnist", "model": "lenet_300_100"},
     "lenet5-mnist": {"data": "mnist", "model": "lenet5_caffe", "prior_variance": 0.5, "epochs": 24},
     "resnet20-cifar10": {"data": "cifar10", "model": "resnet20", "epochs": 5},
     "resnet20-cifar10-gpu": {"data": "cifar10", "model": "resnet20", "epochs": 160, "device": "cuda"},
