@@ -28,8 +28,8 @@ RESULTS = Path(__file__).parent / "results" / "main_job"
 PRESETS: dict[str, dict] = {
     "digits": {},
     "lenet300-mnist": {"data": "mnist", "model": "lenet_300_100"},
-    "lenet300-mnist-sparse": {"data": "mnist", "model": "lenet_300_100", "prior_variance": 0.5, "epochs": 60},
-    "lenet300-fashion": {"data": "fashion-mnist", "model": "lenet_300_100"},
+    "lenet300-mnist-sparse": {"data": "mnist", "model": "lenet_300_100", "log_odds": -0.4, "epochs": 50},
+    "lenet300-fashion": {"data": "fashion-mnist", "model": "lenet_300_100", "epochs": 50},
     "lenet5-mnist": {"data": "mnist", "model": "lenet5_caffe", "prior_variance": 0.5, "epochs": 24},
     "resnet20-cifar10": {"data": "cifar10", "model": "resnet20", "epochs": 5},
     "resnet20-cifar10-gpu": {"data": "cifar10", "model": "resnet20", "epochs": 160, "device": "cuda"},
@@ -38,6 +38,7 @@ PRESETS: dict[str, dict] = {
 METHODS: dict[str, dict] = {
     "ockham": {"rule": "evidence"},
     "snr": {"rule": "snr", "baseline": False},
+    "gradual-snr": {"rule": "gradual-snr", "baseline": False},
     "magnitude": {"rule": "magnitude", "posterior": "map", "baseline": False},
     "gradual-magnitude": {"rule": "gradual-magnitude", "posterior": "map", "baseline": False},
     "random": {"rule": "random", "posterior": "map", "baseline": False},

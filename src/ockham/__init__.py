@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from ockham.errors import DataError, NonFiniteLossError, OckhamError, OckhamWarning, ResultError, TraceError
+from ockham.posterior.adapters import from_ivon, from_laplace, from_moments, from_swag
+from ockham.posterior.group_priors import GroupHorseshoe, GroupScale
+from ockham.posterior.horseshoe import horseshoe
+from ockham.posterior.ivon import IVON
 from ockham.posterior.mean_field import MeanField
 from ockham.posterior.point import PointEstimate
 from ockham.posterior.posterior import Gaussian, Posterior
@@ -13,18 +17,24 @@ from ockham.posterior.spike_slab import SpikeSlab
 from ockham.posterior.storage import load_posterior
 from ockham.reduction.diagnose import diagnose
 from ockham.reduction.inclusion import MedianRule, inclusion
+from ockham.reduction.prices import FlatPrice, LearnedRate, PerMac, PerMillisecond, PerParameter
 from ockham.reduction.rounds import Rounds
 from ockham.reduction.rule import BudgetRule, EvidenceRule, LearnedOddsRule
 from ockham.reduction.score import by_magnitude, by_random, by_snr, score
+from ockham.reduction.structure_rule import Structures
+from ockham.reduction.structures import units_of
 from ockham.surgery import Plan, export, mask, plan, random_plan, shrink, trace, verify
 from ockham.version import __version__
 from ockham.workflow.batchnorm import refresh_batchnorm
 from ockham.workflow.compression import Compressed, Compression, compress
 from ockham.workflow.estimators import Training, defaults_for, point_estimate
+from ockham.workflow.gating import Gates, attach_gates
 from ockham.workflow.likelihood import Classification, Loss, Regression
+from ockham.workflow.one_shot import laplace, reduce
 from ockham.workflow.result import load
 
 __all__ = [
+    "IVON",
     "BudgetRule",
     "Classification",
     "Compressed",
@@ -34,9 +44,14 @@ __all__ = [
     "EvidenceRule",
     "FixedPrior",
     "FixedSpikeSlab",
+    "FlatPrice",
+    "Gates",
     "Gaussian",
+    "GroupHorseshoe",
+    "GroupScale",
     "LayerScale",
     "LearnedOddsRule",
+    "LearnedRate",
     "LearnedSpikeSlab",
     "Loss",
     "MeanField",
@@ -44,6 +59,9 @@ __all__ = [
     "NonFiniteLossError",
     "OckhamError",
     "OckhamWarning",
+    "PerMac",
+    "PerMillisecond",
+    "PerParameter",
     "Plan",
     "PointEstimate",
     "Posterior",
@@ -53,9 +71,11 @@ __all__ = [
     "ResultError",
     "Rounds",
     "SpikeSlab",
+    "Structures",
     "TraceError",
     "Training",
     "__version__",
+    "attach_gates",
     "by_magnitude",
     "by_random",
     "by_snr",
@@ -63,7 +83,13 @@ __all__ = [
     "defaults_for",
     "diagnose",
     "export",
+    "from_ivon",
+    "from_laplace",
+    "from_moments",
+    "from_swag",
+    "horseshoe",
     "inclusion",
+    "laplace",
     "load",
     "load_posterior",
     "mask",
@@ -72,9 +98,11 @@ __all__ = [
     "predict",
     "predict_regression",
     "random_plan",
+    "reduce",
     "refresh_batchnorm",
     "score",
     "shrink",
     "trace",
+    "units_of",
     "verify",
 ]

@@ -151,6 +151,8 @@ def test_tensorboard_scalars(ockham, tmp_path: Path) -> None:
         (("--weights", "missing.safetensors"), "--weights missing.safetensors: not readable"),
         (("--config", "missing.toml"), "--config missing.toml: not readable"),
         (("--learning-rate", "-1"), "--learning-rate must be positive"),
+        (("--log-odds", "1", "--keep-share", "0.1"), "--log-odds needs --rule evidence"),
+        (("--round-to", "8"), "add --structure"),
     ],
 )
 def test_mistakes_end_in_one_sentence(ockham, arguments: tuple[str, ...], text: str) -> None:

@@ -7,13 +7,15 @@ import copy
 import pytest
 import torch
 
+from ockham.posterior.ivon import IVON
 from ockham.posterior.mean_field import MeanField
 
 
 class Toy:
     """A small regression task and the steps of a loop on it."""
 
-    def __init__(self, dtype=torch.float32):
+    def __init__(self, dtype=torch.float32, method=MeanField):
+        self.method = method
         g = torch.Generator().manual_seed(7)
         self.x = torch.randn(16, 5, generator=g, dtype=dtype)
         self.y = torch.randn(16, 2, generator=g, dtype=dtype)
@@ -38,7 +40,7 @@ class Toy:
     def make(self, seed=0, **options):
         net = self.net(seed)
         settings = {"n_data": 200, "lr": 0.01, "initial_std": 0.1, **options}
-        return net, MeanField(net.named_parameters(), **settings)
+        return net, self.method(net.named_parameters(), **settings)
 
     def train(self, steps, seed=0, **options):
         net, opt = self.make(seed, **options)
@@ -47,14 +49,15 @@ class Toy:
         return net, opt
 
 
-@pytest.fixture
-def toy():
-    return Toy()
+@pytest.fixture(params=[MeanField, IVON], ids=["MeanField", "IVON"])
+def toy(request):
+    """Every method: the contract is common."""
+    return Toy(method=request.param)
 
 
-@pytest.fixture
-def toy64():
-    return Toy(torch.float64)
+@pytest.fixture(params=[MeanField, IVON], ids=["MeanField", "IVON"])
+def toy64(request):
+    return Toy(torch.float64, method=request.param)
 
 
 @pytest.fixture

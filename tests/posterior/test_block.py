@@ -266,7 +266,7 @@ def test_the_size_of_a_span_changes_nothing_but_the_noise(toy64, monkeypatch, li
                 opt.remove({"0.weight": torch.arange(30).view(6, 5) % 3 > 0})
         return [p.detach().clone() for p in net.parameters()] + [g.precision for g in opt.posterior().values()]
 
-    monkeypatch.setattr(MeanField, "_draw_", noise)
+    monkeypatch.setattr(toy64.method, "_draw_", noise)
     whole = run()
     monkeypatch.setattr(pieces, "_CPU_SPAN", limit)
     net, opt = toy64.make()

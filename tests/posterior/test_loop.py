@@ -140,7 +140,8 @@ def test_schedulers_set_the_learning_rate(toy, snapshot):
     toy.step(net, opt)
     for name, p in net.named_parameters():
         torch.testing.assert_close(p, before[name], rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(opt.posterior()["0.bias"].std, std, rtol=1e-6, atol=0)
+    if toy.method is MeanField:  # the spread of IVON is an average, not a step
+        torch.testing.assert_close(opt.posterior()["0.bias"].std, std, rtol=1e-6, atol=0)
 
 
 def test_bfloat16_autocast_keeps_float32_weights(toy):

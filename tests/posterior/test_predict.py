@@ -132,3 +132,18 @@ def test_bad_requests_are_named(model):
         predict(model, posterior_of(model), X, draws=0)
     with pytest.raises(OckhamError, match=r"lacks: \['0.weight'.*load the model it belongs to"):
         predict(nn.Linear(4, 3), posterior_of(model), X)
+
+
+def test_draws_of_a_point_are_the_point():
+    from ockham import PointEstimate
+
+    torch.manual_seed(0)
+    net = torch.nn.Linear(3, 2)
+    opt = PointEstimate(net.named_parameters(), n_data=10)
+    with opt.sampled():
+        net(torch.ones(4, 3)).square().mean().backward()
+    opt.step()
+    posterior, x = opt.posterior(), torch.randn(5, 3)
+    found = predict(net, posterior, x, draws=3)
+    torch.testing.assert_close(found.probabilities, net(x).softmax(-1))
+    assert posterior.is_point and float(found.epistemic.abs().max()) < 1e-6

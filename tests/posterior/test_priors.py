@@ -10,6 +10,7 @@ import torch
 from scipy.special import digamma, gammaln
 
 from ockham.errors import OckhamError
+from ockham.posterior.mean_field import MeanField
 from ockham.posterior.priors import EmpiricalBayes, FixedPrior, LayerScale
 
 
@@ -88,6 +89,7 @@ def test_learned_priors_wait_for_the_warmup_and_keep_their_interval(toy):
     assert seen[0] == 2.0 and moved == [9, 12]
 
 
+@pytest.mark.parametrize("toy", [MeanField], indirect=True)
 def test_each_parameter_learns_its_own_prior_from_its_living_weights(toy):
     net, opt = toy.make(prior=EmpiricalBayes(0.5, smoothing=1.0), prior_interval=4, prior_mean=0.1)
     keep = {"0.weight": torch.arange(30).view(6, 5) % 3 > 0}

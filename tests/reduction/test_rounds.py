@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ockham.errors import OckhamError
-from ockham.posterior.posterior import Posterior
+from ockham.posterior.posterior import Gaussian, Posterior
 from ockham.reduction.diagnose import diagnose
 from ockham.reduction.rounds import RoundInfo, Rounds, evidence_falls
 
@@ -107,3 +107,18 @@ def test_an_emptied_posterior_is_diagnosed_and_not_a_crash(make_gaussian):
     g = make_gaussian([1.0, 2.0], 4.0, 1.0, [False, False])
     d = diagnose(Posterior({"w": g, "b": make_gaussian([0.3], 2.0)}, 10))
     assert d.spread == 0.0 and d.undetermined == 0.0
+
+
+def test_noise_cost_is_the_expected_rise_of_a_quadratic_loss():
+    # N * NLL(w) = 1/2 sum c_i (w_i - m_i)^2 with P = c + P0: E over the posterior = 1/2 sum c / P, exactly
+    torch.manual_seed(0)
+    c, p0, n = torch.rand(500, dtype=torch.double) * 50, 2.0, 40.0
+    one = torch.ones(500, dtype=torch.bool)
+    zero = torch.zeros((), dtype=torch.double)
+    gaussian = Gaussian(torch.randn(500, dtype=torch.double), c + p0, torch.tensor(p0).double(), zero, one)
+    posterior = Posterior({"w": gaussian}, n, 1.0, "test")
+    draws = gaussian.std * torch.randn(4000, 500, dtype=torch.double)
+    rise = float((0.5 * c * draws.square()).sum(1).mean() / n)
+    found = diagnose(posterior, nll=rise * 0.5)
+    assert found.noise_cost == pytest.approx(rise, rel=0.01) and found.settled is False
+    assert diagnose(posterior, nll=rise * 2).settled is True and diagnose(posterior).settled is None

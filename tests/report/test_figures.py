@@ -40,6 +40,9 @@ ALL = {
     "coverage": lambda: figures.coverage([0.4, 0.8, 0.9], [0.5, 0.9, 0.95], [0.5, 0.9, 0.95]),
     "shift": lambda: figures.shift("s", "noise", CURVES, clean={"after": 0.95}),
     "sizes": lambda: figures.sizes({"parameters": 1000, "bytes": 4000}, {"parameters": 10, "bytes": 200}),
+    "widths": lambda: figures.widths(
+        [{"id": "c.weight:0", "before": 500, "after": 3}, {"id": "d:0", "before": 20, "after": 20}]
+    ),
     "input_map": lambda: figures.input_map([[0, 1], [3, 0]]),
 }
 
@@ -78,6 +81,7 @@ def test_no_text_leaves_its_figure(name):
 def test_bars_carry_their_numbers():
     assert "1.0 %  ·  10 of 1,000" in texts(figures.layers([row(), row("b", 3, 0)]))
     assert {"1,000", "10", "4 kB", "200 B"} <= set(texts(ALL["sizes"]()))
+    assert {"500 → 3", "20 → 20", "c.weight:0"} <= set(texts(ALL["widths"]()))
 
 
 @pytest.mark.parametrize("rows", [[row(kept=0)], [row(kept=1000)], [row(total=0, kept=0)], [row(total=10**9, kept=1)]])

@@ -412,3 +412,38 @@ def walk(tree, path=()):
             yield from walk(value, (*path, key))
     else:
         yield path
+
+
+COST = {"parameters": 266_610, "bytes": 1_066_440, "macs": 266_200, "latency_1": 0.0002, "latency_64": 0.0040}
+STRUCTURE = {
+    "schema": 1,
+    "groups": [
+        {"id": "fc1.weight:0", "before": 300, "after": 61, "nats": 812.4},
+        {"id": "fc2.weight:0", "before": 100, "after": 100, "nats": 0.0},
+    ],
+    "before": COST,
+    "after": {**COST, "macs": 58_000, "parameters": 58_123, "latency_64": 0.0010},
+}
+
+
+def test_structures_have_a_section_with_widths_and_costs(files, write):
+    page = render(write(files | {"structure": STRUCTURE}))
+    assert re.findall(r'<section id="(\w+)"', page) == [*SECTIONS[:2], "structures", *SECTIONS[2:]]
+    text = text_of(page)
+    for words in ("239 channels, neurons or heads", "22 % of the multiply-accumulates", "25 % of the measured time",
+                  "812.4", "58,123", "4.000", "1.000", "300 → 61"):  # fmt: skip
+        assert words in text, words
+
+
+def test_structures_that_all_stay_say_so(files, write):
+    stay = copy.deepcopy(STRUCTURE)
+    stay["groups"] = stay["groups"][1:]
+    assert "each was worth its price" in text_of(render(write(files | {"structure": stay})))
+
+
+@pytest.mark.parametrize("value", [{"after": 0}, {"after": 301}, {"nats": "x"}, {"id": None}])
+def test_damaged_structures_are_named(files, write, value):
+    bad = copy.deepcopy(STRUCTURE)
+    bad["groups"][0] |= value
+    with pytest.raises(ResultError, match=r"structure\.json"):
+        render(write(files | {"structure": bad}))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ockham.errors import DataError, OckhamError
-from ockham.zoo import data, networks
+from ockham.zoo import data, networks, paper
 
 PARAMETERS = {
     "digits_mlp": 50_826,
@@ -20,8 +20,17 @@ PARAMETERS = {
     "resnet32": 464_154,
     "resnet56": 853_018,
     "resnet110": 1_727_962,
+    "mlp_swish": 1_149_010,
+    "mlp_swish_cifar": 2_293_010,
+    "lenet_tanh": 61_706,
+    "lenet_tanh_cifar": 550_362,
+    "vit": 3_186_442,
+    "vit_cifar": 3_194_634,
+    "mixer": 1_987_722,
+    "mixer_cifar": 1_995_914,
 }
-SHAPES = {"digits_mlp": (1, 8, 8), "lenet_300_100": (1, 28, 28), "lenet5_caffe": (1, 28, 28)}
+GREY = ("lenet_300_100", "lenet5_caffe", "mlp_swish", "lenet_tanh", "vit", "mixer")
+SHAPES = {"digits_mlp": (1, 8, 8), **dict.fromkeys(GREY, (1, 28, 28))}
 
 
 def built(name):
@@ -51,6 +60,38 @@ def test_mlp_is_its_layers():
     x = torch.randn(7, 2, 3)
     hidden = torch.tanh(network.fc2(torch.tanh(network.fc1(x.reshape(7, 6)))))
     assert torch.equal(network(x), network.fc3(hidden))
+
+
+def test_a_character_sees_only_those_before_it():
+    torch.manual_seed(0)
+    network = paper.CharTransformer(11, context=8, dim=16, blocks=2, heads=2).eval()
+    symbols = torch.randint(0, 11, (2, 8))
+    changed = symbols.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % 11
+    a, b = network(symbols), network(changed)
+    assert a.shape == (2, 11, 8)
+    torch.testing.assert_close(a[:, :, :5], b[:, :, :5])
+    assert not torch.allclose(a[:, :, 5:], b[:, :, 5:])
+
+
+def test_attention_is_that_of_torch():
+    torch.manual_seed(0)
+    ours, theirs = paper.Attention(12, 3, causal=False), nn.MultiheadAttention(12, 3, batch_first=True)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.cat([ours.query.weight, ours.key.weight, ours.value.weight]))
+        theirs.in_proj_bias.copy_(torch.cat([ours.query.bias, ours.key.bias, ours.value.bias]))
+        theirs.out_proj.load_state_dict(ours.out.state_dict())
+    x = torch.randn(2, 5, 12)
+    torch.testing.assert_close(ours(x), theirs(x, x, x, need_weights=False)[0])
+    with pytest.raises(OckhamError, match="multiple"):
+        paper.Attention(12, 5, causal=False)
+
+
+def test_small_images_are_padded_around():
+    x = torch.randn(1, 1, 28, 27)
+    padded = paper.PadTo32()(x)
+    assert padded.shape == (1, 1, 32, 32) and torch.equal(padded[:, :, 2:30, 2:29], x)
+    assert float(padded.abs().sum()) == float(x.abs().sum()) and paper.PadTo32()(padded) is padded
 
 
 @pytest.mark.parametrize("sizes", [[], [3], [3, 0, 2]])

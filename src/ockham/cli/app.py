@@ -57,19 +57,29 @@ def compress(  # noqa: PLR0913 - the options of the verb, gathered into one data
     model: Annotated[_Str, typer.Option(help="Zoo name or package.module:function [default: by the data].")] = None,
     weights: Annotated[_Str, typer.Option(help="Start from this safetensors file.")] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with any of these options.")] = None,
-    epochs: Annotated[_Int, typer.Option(help="Passes over the data [default: 30; 200 for small data].")] = None,
+    epochs: Annotated[_Int, typer.Option(help="Passes over the data [default: 30; 80 for small data].")] = None,
     batch_size: Annotated[_Int, typer.Option(help="Examples a step [default: 128; 64 for small data].")] = None,
     learning_rate: Annotated[_Float, typer.Option(help="At first [default: 2e-3; 3e-3 for small data].")] = None,
     prior_variance: Annotated[_Float, typer.Option(help="Of every weight [default: 0.3; 1 for small data].")] = None,
     temperature: Annotated[
-        _Float, typer.Option(help="Of the posterior; 1 is Bayes [default: 1; 0.3 for small data].")
+        _Float, typer.Option(help="Of the posterior; 1 is Bayes [default: 1; 0.1 for small data].")
     ] = None,
     posterior: Annotated[_Str, typer.Option(help="mean-field or map [default: mean-field].")] = None,
     rule: Annotated[
         _Str,
-        typer.Option(help="evidence, learned-odds; with a budget: snr, delta-f, magnitude, gradual-magnitude, random."),
+        typer.Option(
+            help="evidence, learned-odds; with a budget: snr, delta-f, magnitude, random, gradual-snr (-magnitude)."
+        ),
+    ] = None,
+    log_odds: Annotated[
+        _Float, typer.Option(help="Of the evidence rule: ln P(keep)/P(remove) before the data [default: 0].")
     ] = None,
     keep_share: Annotated[_Float, typer.Option(help="Budget: share of the weights that stays [default: none].")] = None,
+    structure: Annotated[
+        bool | None, typer.Option("--structure/--no-structure", help="Take out whole channels, neurons, heads, too.")
+    ] = None,
+    unit_price: Annotated[_Float, typer.Option(help="With --structure: nats a unit must be worth.")] = None,
+    round_to: Annotated[_Int, typer.Option(help="With --structure: widths in multiples of this [default: 1].")] = None,
     rounds: Annotated[_Int, typer.Option(help="Rounds of removal at most [default: 20; 11 for small data].")] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Protect: parameter or module name, or re:pattern.")] = None,
     likelihood: Annotated[_Str, typer.Option(help="classification or regression [default: by the targets].")] = None,

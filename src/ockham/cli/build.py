@@ -19,8 +19,10 @@ from ockham.cli.options import Options, parse_device
 from ockham.errors import DataError, OckhamError
 from ockham.files.tree import header
 from ockham.posterior.priors import FixedPrior
+from ockham.reduction.prices import FlatPrice
 from ockham.reduction.rule import BudgetRule, EvidenceRule, LearnedOddsRule, Rule
 from ockham.reduction.score import by_delta_f, by_magnitude, by_random, by_snr
+from ockham.reduction.structure_rule import Structures
 from ockham.workflow.estimators import SMALL_DATA, Estimator, Training, defaults_for, mean_field, point_estimate
 from ockham.workflow.job import Job
 from ockham.workflow.likelihood import Likelihood, likelihood_from
@@ -37,11 +39,13 @@ ESTIMATORS: dict[str, Estimator] = {"mean-field": mean_field, "map": point_estim
 
 BUDGET_RULES: dict[str, Callable[[float, int], Rule]] = {
     "snr": lambda keep, seed: BudgetRule(keep, by_snr),
+    "gradual-snr": lambda keep, seed: BudgetRule(keep, by_snr, gradual=3.0),
     "delta-f": lambda keep, seed: BudgetRule(keep, by_delta_f),
     "magnitude": lambda keep, seed: BudgetRule(keep, by_magnitude),
     "gradual-magnitude": lambda keep, seed: BudgetRule(keep, by_magnitude, gradual=3.0),
     "random": lambda keep, seed: BudgetRule(keep, by_random(seed)),
 }
+
 
 EVIDENCE_RULES: dict[str, Rule] = {"evidence": EvidenceRule(), "learned-odds": LearnedOddsRule()}
 
@@ -72,6 +76,7 @@ def build_job(options: Options, command: str) -> Job:
         ignore=options.ignore,
         estimator=_pick("--posterior", options.posterior, ESTIMATORS),
         device=device,
+        structures=_structures(options),
     )
     weights = None if options.weights is None else _weights(Path(options.weights))
     ood = None if options.ood is None else load_data(options.ood).test_x
@@ -143,6 +148,10 @@ def _training(options: Options, data: Dataset) -> Training:
 
 
 def _rule(options: Options) -> Rule | None:
+    if options.log_odds is not None:
+        if options.rule != "evidence" or options.keep_share is not None:
+            raise OckhamError("--log-odds needs --rule evidence and no --keep-share: drop those")
+        return EvidenceRule(options.log_odds)
     if options.keep_share is None:
         if options.rule in BUDGET_RULES:
             raise OckhamError(
@@ -151,6 +160,16 @@ def _rule(options: Options) -> Rule | None:
         return _pick("--rule", options.rule, EVIDENCE_RULES)
     name = "snr" if options.rule == "evidence" else options.rule
     return _pick("--rule", name, BUDGET_RULES)(options.keep_share, options.seed)
+
+
+def _structures(options: Options) -> Structures | None:
+    if not options.structure:
+        if options.unit_price is not None or options.round_to != 1:
+            raise OckhamError("--unit-price and --round-to are about structures: add --structure")
+        return None
+    usual = Structures()
+    price = usual.price if options.unit_price is None else FlatPrice(options.unit_price)
+    return replace(usual, price=price, round_to=options.round_to)
 
 
 def _likelihood(options: Options, data: Dataset) -> Callable[[], Likelihood]:

@@ -30,7 +30,11 @@ class Options:
     temperature: float | None = None
     posterior: str = "mean-field"
     rule: str = "evidence"
+    log_odds: float | None = None
     keep_share: float | None = None
+    structure: bool = False
+    unit_price: float | None = None
+    round_to: int = 1
     rounds: int | None = None
     ignore: tuple[str, ...] = ()
     likelihood: str | None = None
@@ -45,7 +49,7 @@ class Options:
     quiet: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "draws", "rounds", "threads"):
+        for name in ("epochs", "batch_size", "draws", "rounds", "threads", "round_to"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OckhamError(f"--{name.replace('_', '-')} must be at least 1; got {value}")

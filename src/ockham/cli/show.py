@@ -40,7 +40,7 @@ def contents(console: Console, folder: Path) -> None:
         middle = f"{float(ratio.median()):.3g}" if ratio.numel() else "-"
         share = row["kept"] / max(1, row["total"])
         shape = "x".join(map(str, row["shape"]))
-        prior = f"{float(g.prior_precision.reshape(-1)[0]) ** -0.5:.3g}"
+        prior = f"{float(g.prior_precision.median()) ** -0.5:.3g}"
         table.add_row(row["name"], shape, f"{row['total']:,}", f"{row['kept']:,}", f"{share:.2%}", prior, middle)
     console.print(table)
     line = f"{posterior.source}, N = {posterior.n_data:g}, temperature {posterior.temperature:g}, "

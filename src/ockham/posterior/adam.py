@@ -12,43 +12,45 @@ _FUSED = {"cpu", "cuda", "mps", "xpu"}
 
 
 def adam_(
-    values: list[Tensor],
-    grads: list[Tensor],
-    averages: list[Tensor],
-    squares: list[Tensor],
+    value: Tensor,
+    grad: Tensor,
+    average: Tensor,
+    square: Tensor,
     *,
     step: int,
     lr: float,
     betas: tuple[float, float],
     eps: float,
+    decay: float,
 ) -> None:
-    """One step of Adam in place (Kingma & Ba 2015), no weight decay.
+    """One step of Adam in place (Kingma & Ba 2015) on the gradient grad + decay * value.
 
     Args:
-        values: to be updated.
-        grads: their gradients.
-        averages: first moments.
-        squares: second moments.
+        value: to be updated.
+        grad: its gradient, left as it is.
+        average: first moment.
+        square: second moment.
         step: number of this step, from 1.
         lr: learning rate.
         betas: decay of the moments.
         eps: added to the root of the second moment.
+        decay: precision of a Gaussian pull towards zero, in the units of the gradient.
     """
-    fused = values[0].device.type in _FUSED
-    counters = [torch.full((), step - 1.0, device=values[0].device if fused else "cpu") for _ in values]
+    fused = value.device.type in _FUSED
+    counter = torch.full((), step - 1.0, device=value.device if fused else "cpu")
     adam(
-        values,
-        grads,
-        averages,
-        squares,
+        [value],
+        [grad],
+        [average],
+        [square],
         [],
-        counters,
+        [counter],
         fused=fused,
         amsgrad=False,
         beta1=betas[0],
         beta2=betas[1],
         lr=lr,
-        weight_decay=0.0,
+        weight_decay=decay,
         eps=eps,
         maximize=False,
     )

@@ -6,11 +6,15 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ockham.posterior.pieces import Span
 
-__all__ = ["Arena", "Facts"]
+__all__ = ["WORK", "Arena", "Facts"]
+
+WORK = ("first", "second", "third")  # names of the vectors as long as a span that a step may overwrite
+_SMALL = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,20 +27,46 @@ class Facts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Arena:
-    """State vectors of all living weights of a group, and their division into spans."""
+    """State vectors of all living weights of a group, their division into spans, and memory to work in.
+
+    Memory to work in is kept from step to step: fresh memory for every operation would cost more than the operations.
+    It is shared by all spans, except the ``first`` part of it in a small arena, which then still holds the standard
+    deviations of the draw (runs in `drawn`) when the step needs them again.
+    """
 
     parameters: tuple[Tensor, ...]
     vectors: Mapping[str, Tensor]
     spans: tuple[Span, ...]
+    drawn: set[tuple[int, int]] = field(default_factory=set)
     _views: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict)
+    _work: dict[str, Tensor] = field(default_factory=dict)
 
     def holds(self, alive: list[Tensor]) -> bool:
         """Whether these are the arena's parameters."""
         return len(self.parameters) == len(alive) and all(map(operator.is_, self.parameters, alive))
 
     def at(self, span: Span) -> dict[str, Tensor]:
-        """Views of all vectors on a span, made once."""
+        """Views, made once: of all vectors on a span, of ``mean`` (the mean behind a draw), and of `WORK`."""
         key = (span.start, span.stop)
         if key not in self._views:
-            self._views[key] = {name: v[span.start : span.stop] for name, v in self.vectors.items()}
+            size, own = span.stop - span.start, slice(span.start, span.stop)
+            found = {name: v[own] for name, v in self.vectors.items()}
+            found["mean"] = self._memory("mean", found, self.spans[-1].stop)[own]
+            for name in WORK:
+                if name == "first" and self.small:
+                    found[name] = self._memory(name, found, self.spans[-1].stop)[own]
+                else:
+                    found[name] = self._memory(name, found, max(x.stop - x.start for x in self.spans))[:size]
+            self._views[key] = found
         return self._views[key]
+
+    @property
+    def small(self) -> bool:
+        """Whether memory for one more vector does not matter."""
+        return self.spans[-1].stop <= _SMALL
+
+    def _memory(self, name: str, like: Mapping[str, Tensor], size: int) -> Tensor:
+        if name not in self._work:
+            kind = next(v for n, v in like.items() if n != "noise")
+            self._work[name] = torch.empty(size, dtype=kind.dtype, device=kind.device)
+        return self._work[name]

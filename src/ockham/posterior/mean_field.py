@@ -12,8 +12,10 @@ from torch import Tensor
 from ockham.errors import OckhamError
 from ockham.posterior.adam import adam_
 from ockham.posterior.arena import Facts
+from ockham.posterior.group_priors import GroupPrior
 from ockham.posterior.posterior import Posterior
 from ockham.posterior.priors import FixedPrior, Prior
+from ockham.posterior.unit_scales import VECTOR, learn_scales, prior_of, start_scales
 from ockham.posterior.variational import VariationalOptimizer
 
 __all__ = ["MeanField"]
@@ -40,7 +42,8 @@ class MeanField(VariationalOptimizer):
         lr: learning rate of the mean.
         betas: Adam's.
         eps: Adam's.
-        prior: how wide a weight may be; see `ockham.FixedPrior`, `ockham.LayerScale`, `ockham.EmpiricalBayes`.
+        prior: how wide a weight may be; see `ockham.FixedPrior`, `ockham.LayerScale`, `ockham.EmpiricalBayes`; with
+            one scale per structure `ockham.GroupScale`, `ockham.GroupHorseshoe`.
         prior_mean: m0.
         initial_std: starting standard deviation of every weight.
         std_rate: learning rate of ln std as a multiple of ``lr``.
@@ -52,7 +55,8 @@ class MeanField(VariationalOptimizer):
     Raises:
         OckhamError: a setting out of range, parameters without names or of another dtype.
 
-    Memory: 8.5 floats per weight at the peak of a block, gradient and parameter included; removed weights cost one.
+    Memory: 8.5 floats per weight at the peak of a block, gradient and parameter included (one more with a scale per
+    structure); removed weights cost one.
 
     Reference: Graves 2011; Blundell et al. 2015, arXiv 1505.05424; arXiv 2309.12095 eqs 4-6.
 
@@ -65,7 +69,7 @@ class MeanField(VariationalOptimizer):
     ['bias', 'weight']
     """
 
-    _vectors = ("log_std", "exp_avg", "exp_avg_sq", "std_avg", "std_avg_sq")
+    _vectors: tuple[str, ...] = ("log_std", "exp_avg", "exp_avg_sq", "std_avg", "std_avg_sq")
 
     def __init__(  # noqa: PLR0913 - the settings of an optimizer, all keywords
         self,
@@ -98,7 +102,11 @@ class MeanField(VariationalOptimizer):
             "prior_interval": prior_interval,
         }
         _check_settings(settings)
-        super().__init__(params, settings, seed=seed)
+        entries: list[Any] = list(params)
+        given = [settings["prior"], *(g.get("prior") for g in entries if isinstance(g, dict))]
+        if any(isinstance(prior, GroupPrior) for prior in given):
+            self._vectors = (*type(self)._vectors, VECTOR)
+        super().__init__(entries, settings, seed=seed)
 
     def kl(self) -> float:
         """KL(q || prior) of the living weights, a sum in nats (float64 accumulation)."""
@@ -128,40 +136,51 @@ class MeanField(VariationalOptimizer):
                 if not bool(source.keep.all()):
                     self._remove_from(p, source.keep)
                 state["log_std"].copy_(source.std[source.keep].log())
+            self._arenas.pop(id(group), None)  # it may remember standard deviations
 
     # ------------------------------------------------------------------ the method
     def _check_options(self, group: Mapping[str, Any]) -> None:
         _check_settings(group)
+        if isinstance(group["prior"], GroupPrior) and VECTOR not in self._vectors:
+            raise OckhamError("a prior with a scale per structure must be there from the start: build a new MeanField")
 
     def _start(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         vectors = {name: parameter.new_zeros(parameter.numel(), requires_grad=False) for name in self._vectors}
         vectors["log_std"].fill_(math.log(group["initial_std"]))
-        return {**vectors, "prior_precision": group["prior"].start_precision}
+        start = group["prior"].start_precision
+        if VECTOR in vectors:
+            vectors |= start_scales(parameter, group, vectors[VECTOR].fill_(start))
+        return {**vectors, "prior_precision": start}
 
-    def _std(self, vectors: Mapping[str, Tensor], facts: Facts, group: dict[str, Any]) -> Tensor:
-        return vectors["log_std"].exp()
+    def _prior_of(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        if isinstance(group["prior"], GroupPrior):
+            return prior_of(p, group, self.state[p])
+        return super()._prior_of(p, group)
+
+    def _std_(self, out: Tensor, vectors: Mapping[str, Tensor], facts: Facts, group: dict[str, Any]) -> Tensor:
+        return torch.exp(vectors["log_std"], out=out)
 
     def _update_(self, mean: Tensor, grad: Tensor, vectors: Mapping[str, Tensor], facts: Facts, group: Any) -> None:
         weight = _kl_weight(facts.step, group)
-        pull = weight * facts.prior_precision
-        std = vectors["log_std"].exp()
-        std_grad = torch.mul(grad, vectors["noise"]).add_(std, alpha=pull).mul_(std).sub_(weight)
-        del std
-        mean_grad = grad.add(mean, alpha=pull)
+        pull = vectors.get(VECTOR, facts.prior_precision) * weight
+        std = vectors["first"]
+        std_grad = _plus_(vectors["second"].copy_(vectors["noise"]).mul_(grad), std, pull)
+        torch.addcmul(std.new_full((), -weight), std_grad, std, out=std_grad)
         if group["prior_mean"] != 0.0:
-            mean_grad.sub_(pull * group["prior_mean"])
-        rate, std_rate = float(group["lr"]), float(group["lr"]) * group["std_rate"]
+            grad = grad - pull * group["prior_mean"]
+        if isinstance(pull, Tensor):
+            grad, pull = torch.addcmul(grad, mean, pull), 0.0
+        rate = float(group["lr"])
         rest: dict[str, Any] = {"step": facts.step, "betas": group["betas"], "eps": group["eps"]}
-        first = [mean], [mean_grad], [vectors["exp_avg"]], [vectors["exp_avg_sq"]]
-        second = [vectors["log_std"]], [std_grad], [vectors["std_avg"]], [vectors["std_avg_sq"]]
-        if rate == std_rate:
-            adam_(*(a + b for a, b in zip(first, second, strict=True)), lr=rate, **rest)
-        else:
-            adam_(*first, lr=rate, **rest)
-            adam_(*second, lr=std_rate, **rest)
+        adam_(mean, grad, vectors["exp_avg"], vectors["exp_avg_sq"], lr=rate, decay=pull, **rest)
+        rate *= group["std_rate"]
+        adam_(vectors["log_std"], std_grad, vectors["std_avg"], vectors["std_avg_sq"], lr=rate, decay=0.0, **rest)
 
     def _after_step(self, group: dict[str, Any]) -> None:
         if isinstance(group["prior"], FixedPrior):
+            return
+        if isinstance(group["prior"], GroupPrior):
+            self._learn_scales(group)
             return
         for p in (p for p in group["params"] if p.grad is not None and p.requires_grad):
             state = self.state[p]
@@ -169,19 +188,41 @@ class MeanField(VariationalOptimizer):
                 moment = self._second_moment(p, group)
                 count = state["log_std"].numel()
                 state["prior_precision"] = group["prior"].updated(state["prior_precision"], count, moment)
+                if VECTOR in state:
+                    state[VECTOR].fill_(state["prior_precision"])
+
+    def _learn_scales(self, group: dict[str, Any]) -> None:
+        ready = [p for p in group["params"] if p.grad is not None and p.requires_grad]
+        step = max((self.state[p]["step"] for p in ready), default=0)
+        if ready and step >= group["kl_warmup"] and step % group["prior_interval"] == 0:
+            moments = {p: self._moments(p, group) for p in self._arena(group).parameters}
+            learn_scales(group, moments, self._index, self.state)
 
     def _second_moment(self, p: Tensor, group: dict[str, Any]) -> float:
+        return float(self._moments(p, group).sum())
+
+    def _moments(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """E[(w - m0)^2] of the living weights, float64."""
         index = self._index.get(p)
         mean = p.detach().reshape(-1) if index is None else p.detach().reshape(-1)[index]
         variance = (2 * self.state[p]["log_std"].double()).exp()
-        return float(variance.sum() + (mean.double() - group["prior_mean"]).square().sum())
+        moments: Tensor = variance + (mean.double() - group["prior_mean"]).square()
+        return moments
 
     @torch.no_grad()
     def _kl_of(self, p: Tensor, group: dict[str, Any]) -> float:
         state = self.state[p]
-        p0, count = state["prior_precision"], state["log_std"].numel()
+        p0 = state.get(VECTOR, torch.tensor(state["prior_precision"], dtype=torch.float64)).double()
         logs = float(state["log_std"].double().sum())
-        return float(0.5 * p0 * self._second_moment(p, group) - logs - 0.5 * count * (1 + math.log(p0)))
+        fit = float((p0 * self._moments(p, group)).sum())
+        return 0.5 * fit - logs - 0.5 * float((1 + p0.log()).expand(state["log_std"].shape).sum())
+
+
+def _plus_(target: Tensor, values: Tensor, factor: Tensor | float) -> Tensor:
+    """``target + factor * values``, in place."""
+    if isinstance(factor, Tensor):
+        return target.addcmul_(values, factor)
+    return target.add_(values, alpha=factor)
 
 
 def _kl_weight(step: int, group: Mapping[str, Any]) -> float:

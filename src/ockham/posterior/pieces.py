@@ -16,7 +16,7 @@ from torch import Tensor
 
 __all__ = ["Piece", "Span", "alive_index", "read", "spans", "write", "zero_removed_"]
 
-_CPU_SPAN = 3 << 15
+_CPU_SPAN = 3 << 17
 _ACCELERATOR_SPAN = 1 << 24
 
 
@@ -36,10 +36,12 @@ class Piece:
     stop: int
     index: Tensor | None
 
-    def flat(self, tensor: Tensor) -> Tensor:
-        """The run's values of a tensor shaped like the parameter; a view where possible, else a copy."""
+    def flat(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
+        """The run's values of a tensor shaped like the parameter; a view where possible, else a copy (in ``out``)."""
         flat = tensor.detach().reshape(-1)
-        return flat[self.start : self.stop] if self.index is None else flat.index_select(0, self.index)
+        if self.index is None:
+            return flat[self.start : self.stop]
+        return torch.index_select(flat, 0, self.index, out=out)
 
     def put(self, values: Tensor) -> None:
         """Write the run's values into the parameter; nothing to do where they are a view of it."""
@@ -63,6 +65,11 @@ class Span:
     start: int
     stop: int
     pieces: tuple[Piece, ...]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of the pieces."""
+        return [p.stop - p.start for p in self.pieces]
 
     def split(self) -> list[Span]:
         """The same run, one span per piece."""
@@ -107,11 +114,11 @@ def _cut(parameter: Tensor, index: Tensor | None, *, first: int, size: int) -> l
     return [c if index is None else replace(c, index=index[c.start : c.stop]) for c in cuts]
 
 
-def read(span: Span, tensors: Sequence[Tensor]) -> Tensor:
-    """The span's values, one tensor (shaped like its parameter) per piece; a view where a single dense piece allows."""
+def read(span: Span, tensors: Sequence[Tensor], out: Tensor) -> Tensor:
+    """The span's values, one tensor per piece, shaped like its parameter: a view if one dense piece, else ``out``."""
     if len(span.pieces) == 1:
-        return span.pieces[0].flat(tensors[0])
-    return torch.cat([piece.flat(t) for piece, t in zip(span.pieces, tensors, strict=True)])
+        return span.pieces[0].flat(tensors[0], out)
+    return torch.cat([piece.flat(t) for piece, t in zip(span.pieces, tensors, strict=True)], out=out)
 
 
 def write(span: Span, values: Tensor) -> None:
@@ -119,7 +126,7 @@ def write(span: Span, values: Tensor) -> None:
     if len(span.pieces) == 1:
         span.pieces[0].put(values)
         return
-    for piece, part in zip(span.pieces, values.split([p.stop - p.start for p in span.pieces]), strict=True):
+    for piece, part in zip(span.pieces, values.split(span.lengths), strict=True):
         piece.put(part)
 
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ockham.errors import OckhamError
@@ -67,14 +66,13 @@ class PointEstimate(VariationalOptimizer):
         finite = group["prior_variance"] < math.inf
         return {**vectors, "prior_precision": 1.0 / group["prior_variance"] if finite else 1.0}
 
-    def _std(self, vectors: Mapping[str, Tensor], facts: Facts, group: dict[str, Any]) -> Tensor:
-        return torch.full_like(vectors["exp_avg"], facts.prior_precision**-0.5)
+    def _std_(self, out: Tensor, vectors: Mapping[str, Tensor], facts: Facts, group: dict[str, Any]) -> Tensor:
+        return out.fill_(facts.prior_precision**-0.5)
 
     def _draw_(self, noise: Tensor) -> None:
         """No noise: it stays zero."""
 
     def _update_(self, mean: Tensor, grad: Tensor, vectors: Mapping[str, Tensor], facts: Facts, group: Any) -> None:
-        if group["prior_variance"] < math.inf:
-            grad = grad.add(mean, alpha=1.0 / (group["prior_variance"] * group["n_data"]))
+        decay = 1.0 / (group["prior_variance"] * group["n_data"])  # 0 for the flat prior
         rest = {"step": facts.step, "lr": float(group["lr"]), "betas": group["betas"], "eps": group["eps"]}
-        adam_([mean], [grad], [vectors["exp_avg"]], [vectors["exp_avg_sq"]], **rest)
+        adam_(mean, grad, vectors["exp_avg"], vectors["exp_avg_sq"], decay=decay, **rest)

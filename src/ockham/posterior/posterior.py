@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 
 from ockham.errors import OckhamError
+from ockham.posterior.matrix import WeightMatrix
 
 __all__ = ["Gaussian", "Posterior"]
+
+POINT = "PointEstimate"
+"""Source of a posterior whose spread is no statement of the data."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,6 +60,11 @@ class Gaussian:
         )
 
     @property
+    def scored_precision(self) -> Tensor:
+        """Precision of a weight with the others integrated out where that is known, else the conditional one."""
+        return self.precision if self.marginal_precision is None else self.marginal_precision
+
+    @property
     def std(self) -> Tensor:
         """Standard deviation 1/sqrt(precision); 0 where removed."""
         return self.precision.rsqrt()
@@ -75,12 +84,14 @@ class Posterior(Mapping[str, Gaussian]):
         n_data: number of summed log-likelihood terms (examples; tokens for language models).
         temperature: tempering of the posterior; at values other than 1 evidence from it is *tempered* evidence.
         source: which method made it, for people.
+        matrices: weight matrices whose posterior is correlated; empty where all weights are independent.
     """
 
     moments: Mapping[str, Gaussian]
     n_data: float
     temperature: float = 1.0
     source: str = "unknown"
+    matrices: tuple[WeightMatrix, ...] = ()
 
     def __getitem__(self, name: str) -> Gaussian:
         """Moments of the parameter called ``name``."""
@@ -110,9 +121,15 @@ class Posterior(Mapping[str, Gaussian]):
         """Number of weights of the full network that this posterior speaks of."""
         return sum(g.keep.numel() for g in self.moments.values())
 
+    @property
+    def is_point(self) -> bool:
+        """Whether the source knew a point only (`PointEstimate`): its draws are the mean, its spread is the prior's."""
+        return self.source == POINT
+
     def to(self, device: torch.device | str) -> Posterior:
         """The same posterior with its tensors on a device."""
-        return Posterior({n: g.to(device) for n, g in self.items()}, self.n_data, self.temperature, self.source)
+        moments, matrices = {n: g.to(device) for n, g in self.items()}, tuple(m.to(device) for m in self.matrices)
+        return Posterior(moments, self.n_data, self.temperature, self.source, matrices)
 
     def save(self, path: str | Path) -> None:
         """Write the survivors to one safetensors file (bitmask + values), atomically.

@@ -53,7 +53,12 @@ class RegressionPrediction:
 
 
 def draw_parameters(posterior: Posterior, generator: torch.Generator) -> dict[str, Tensor]:
-    """One draw of all parameters, float tensors by name; removed weights are exactly zero."""
+    """One draw of all parameters, float tensors by name; removed weights are exactly zero.
+
+    The draws of a point (`Posterior.is_point`) are the point.
+    """
+    if posterior.is_point:
+        return {name: g.mean.clone() for name, g in posterior.items()}
     result = {}
     for name, g in posterior.items():
         flat, alive = g.mean.reshape(-1).clone(), g.keep.reshape(-1)

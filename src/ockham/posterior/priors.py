@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from ockham.errors import OckhamError
 
@@ -25,6 +25,8 @@ def _positive(owner: str, **values: float) -> None:
 
 class Prior(ABC):
     """Zero-or-stated-mean Gaussian prior, one precision per parameter tensor."""
+
+    updates_per_epoch: ClassVar[int] = 1
 
     @property
     @abstractmethod

@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 
 from ockham.errors import OckhamError, ResultError
+from ockham.evidence.kronecker import KroneckerPrecision
 from ockham.files.sparse import pack_mask, unpack_mask
 from ockham.files.tree import read_tree, write_tree
+from ockham.posterior.matrix import WeightMatrix
 from ockham.posterior.posterior import Gaussian, Posterior
+
+_FACTORS = ("input_values", "input_vectors", "output_values", "output_vectors")
 
 __all__ = ["load_posterior", "save_posterior"]
 
@@ -28,6 +32,7 @@ def save_posterior(posterior: Posterior, path: Path) -> None:
         "temperature": posterior.temperature,
         "source": posterior.source,
         "moments": {name: _pack(g) for name, g in posterior.items()},
+        "matrices": [_pack_matrix(m) for m in posterior.matrices],
     }
     write_tree(path, tree, kind="posterior")
 
@@ -42,7 +47,8 @@ def load_posterior(path: str | Path) -> Posterior:
     tree = read_tree(file, kind="posterior")
     try:
         moments = {name: _unpack(node) for name, node in tree["moments"].items()}
-        return Posterior(moments, float(tree["n_data"]), float(tree["temperature"]), str(tree["source"]))
+        matrices = tuple(_unpack_matrix(node) for node in tree.get("matrices", []))
+        return Posterior(moments, float(tree["n_data"]), float(tree["temperature"]), str(tree["source"]), matrices)
     except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, OckhamError) as error:
         raise ResultError(f"{file}: its posterior is damaged ({error})") from error
 
@@ -52,11 +58,24 @@ def _pack(g: Gaussian) -> dict[str, Any]:
     if not bool(g.keep.all()):
         node["keep"] = pack_mask(g.keep)
     for name in ("prior_precision", "prior_mean"):
-        node[name] = getattr(g, name)
+        node[name] = _compact(getattr(g, name))
     for name in ("marginal_precision", "inclusion"):
         if getattr(g, name) is not None:
             node[name] = getattr(g, name)[g.keep]
     return node
+
+
+def _compact(values: Tensor) -> Tensor:
+    """The same values, each dimension along which they do not change cut to one: priors of rows, of whole layers."""
+    for dim in range(values.ndim):
+        first = values.narrow(dim, 0, 1)
+        if bool((values == first).all()):
+            values = first
+    return values.contiguous()
+
+
+def _expanded(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return values.expand(shape) if values.ndim else values
 
 
 def _unpack(node: Mapping[str, Any]) -> Gaussian:
@@ -66,12 +85,23 @@ def _unpack(node: Mapping[str, Any]) -> Gaussian:
     return Gaussian(
         _spread(node["mean"], keep, 0.0),
         _spread(node["precision"], keep, torch.inf),
-        node["prior_precision"],
-        node["prior_mean"],
+        _expanded(node["prior_precision"], shape),
+        _expanded(node["prior_mean"], shape),
         keep,
         None if marginal is None else _spread(marginal, keep, torch.inf),
         None if inclusion is None else _spread(inclusion, keep, 0.0),
     )
+
+
+def _pack_matrix(block: WeightMatrix) -> dict[str, Any]:
+    p = block.precision
+    parts = {name: getattr(p, name) for name in _FACTORS}
+    return {"weight": block.weight, "bias": block.bias, "prior_precision": p.prior_precision, **parts}
+
+
+def _unpack_matrix(node: Mapping[str, Any]) -> WeightMatrix:
+    precision = KroneckerPrecision(**{name: node[name] for name in (*_FACTORS, "prior_precision")})
+    return WeightMatrix(str(node["weight"]), node["bias"], precision)
 
 
 def _spread(values: Tensor, keep: Tensor, fill: float) -> Tensor:

@@ -19,9 +19,11 @@ from torch import Tensor
 from ockham.errors import OckhamError
 from ockham.posterior.arena import Arena, Facts
 from ockham.posterior.checks import check_group, check_keep
+from ockham.posterior.noise import CYCLE, renew_
 from ockham.posterior.pieces import Span, alive_index, read, spans, write, zero_removed_
 from ockham.posterior.posterior import Gaussian, Posterior
 from ockham.posterior.priors import Prior, plain_prior, restored_prior
+from ockham.posterior.slicing import sliced
 
 __all__ = ["VariationalOptimizer"]
 
@@ -30,8 +32,8 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
     """Gaussian variational inference in the shape of a `torch.optim.Optimizer`.
 
     Outside `sampled` the parameters hold the posterior mean, so evaluation, saving and editing work as always.
-    Consecutive draws are mirrored (noise e, then -e): each is an exact draw, a pair costs one, and the odd terms of
-    the gradient noise cancel (docs/decisions.md).
+    Consecutive draws are made from one another (noise e, -e, e rotated, its mirror, then new noise): each is an exact
+    draw, four cost one, and the odd terms of the gradient noise cancel in pairs (docs/decisions.md).
     """
 
     _vectors: tuple[str, ...] = ()  # names of the state vectors, one number per living weight
@@ -43,7 +45,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         self._arenas: dict[int, Arena] = {}
         self._backup: list[tuple[Span, Tensor]] | None = None
         self._pending = False
-        self._mirror = False
+        self._phase = -1  # place of the current draw in the cycle of the noise
         self._names: dict[Tensor, str] = {}
         super().__init__(params, defaults)
 
@@ -53,12 +55,15 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         """State of a parameter: the vectors named in `_vectors`, and scalars; ``prior_precision`` among them."""
 
     @abstractmethod
-    def _std(self, vectors: Mapping[str, Tensor], facts: Facts, group: dict[str, Any]) -> Tensor:
-        """Posterior standard deviation of a run of weights, a new tensor."""
+    def _std_(self, out: Tensor, vectors: Mapping[str, Tensor], facts: Facts, group: dict[str, Any]) -> Tensor:
+        """Write the posterior standard deviation of a run of weights into ``out``, and return it."""
 
     @abstractmethod
     def _update_(self, mean: Tensor, grad: Tensor, vectors: Mapping[str, Tensor], facts: Facts, group: Any) -> None:
-        """One step on a run of weights: changes ``mean`` and the vectors in place, but not ``grad``."""
+        """One step on a run of weights: changes ``mean`` and the vectors in place, but not ``grad``.
+
+        ``vectors["first"]`` holds the standard deviation; it and ``["second"]`` may be overwritten.
+        """
 
     def _check_options(self, group: Mapping[str, Any]) -> None:
         """Raise on an option of a new group that is out of range; nothing by default."""
@@ -66,16 +71,16 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
     def _after_step(self, group: dict[str, Any]) -> None:
         """Anything slower than a step, such as learning the prior; nothing by default."""
 
-    def _std_about(self, mean: Tensor, vectors: Mapping[str, Tensor], facts: Facts, group: dict[str, Any]) -> Tensor:
-        """Standard deviation of the draws, a new tensor; `_std` unless a method's depends on the mean."""
-        return self._std(vectors, facts, group)
+    def _prior_of(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """Precision of the prior as the posterior reports it, broadcastable to the parameter."""
+        return torch.tensor(self.state[p]["prior_precision"], dtype=p.dtype, device=p.device)
 
     def _facts_of(self, state: Mapping[str, Any]) -> Facts:
-        """What the weights of a run share, from a parameter's state; weights that differ in it step apart."""
+        """What the weights of a run share; parameters that differ in it step apart."""
         return Facts(state["step"], state["prior_precision"])
 
     def _block_began(self, new: bool) -> None:
-        """Called in a `sampled` block when the draw is in place; ``new`` where no gradient belongs to it yet."""
+        """Called in a `sampled` block with the draw in place; ``new`` where no gradient belongs to it yet."""
 
     def _block_ended(self) -> None:
         """Called when the mean is back."""
@@ -139,6 +144,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
             for span in arena.spans:
                 for run in self._runs(span, ready=True):
                     self._step_run(run, arena, group)
+            arena.drawn.clear()
             self._after_step(group)
         self._pending = False
         return loss
@@ -183,6 +189,10 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         """Boolean masks, True = alive, of every parameter that requires a gradient."""
         return {n: self._keep_of(p) for p, n in self._names.items() if p.requires_grad}
 
+    def sliced(self, parameters: Mapping[str, Tensor], take: Callable[[str, Tensor], Tensor]) -> VariationalOptimizer:
+        """A copy over the parameters of a smaller network; see `ockham.posterior.slicing.sliced`."""
+        return sliced(self, parameters, take)
+
     # ------------------------------------------------------------------ state
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, as (name, parameter) pairs like everywhere here.
@@ -201,14 +211,14 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
             self.param_groups.pop()
             raise
         self._names.update(zip(group["params"], group["param_names"], strict=True))
-        self._pending = self._mirror = False
+        self._pending, self._phase = False, -1
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's state plus that of the noise, all of it tensors and plain values (`torch.load` needs no pickle)."""
         state = super().state_dict()
         state["param_groups"] = [_plain(group) for group in state["param_groups"]]
         noise = {str(d): g.get_state() for d, g in self._generators.items()}
-        state["sampler"] = {"pending": self._pending, "mirror": self._mirror, "seed": self._seed, "generators": noise}
+        state["sampler"] = {"pending": self._pending, "phase": self._phase, "seed": self._seed, "generators": noise}
         return state
 
     @torch.no_grad()
@@ -228,7 +238,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
             if isinstance(saved.get("prior"), dict):
                 saved["prior"] = restored_prior(saved["prior"], own["prior"])
         super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
-        self._pending, self._mirror, self._seed = sampler["pending"], sampler["mirror"], sampler["seed"]
+        self._pending, self._phase, self._seed = sampler["pending"], sampler["phase"], sampler["seed"]
         self._generators = {}
         for device, saved in sampler["generators"].items():
             self._generator(torch.device(device)).set_state(saved.cpu())
@@ -268,7 +278,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
             state.update(self._start(p, group))
             state["step"] = 0
             state["noise"] = torch.zeros(p.numel(), dtype=torch.half, device=p.device)
-            self._mirror = False  # there is nothing to mirror yet: the next draw is a new one
+            self._phase = -1  # there is no noise to go on from: the next draw is a new one
         return state
 
     def _check_grads(self) -> None:
@@ -293,9 +303,13 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         return [part for part, ok in zip(span.split(), there, strict=True) if ok]
 
     def _step_run(self, run: Span, arena: Arena, group: dict[str, Any]) -> None:
-        mean = read(run, [x.parameter for x in run.pieces])
-        grad = read(run, [x.parameter.grad for x in run.pieces])  # type: ignore[misc]
-        self._update_(mean, grad, arena.at(run), self._facts(run), group)
+        vectors = arena.at(run)
+        mean = read(run, [x.parameter for x in run.pieces], vectors["mean"])
+        grad = read(run, [x.parameter.grad for x in run.pieces], vectors["third"])  # type: ignore[misc]
+        facts = self._facts(run)
+        if (run.start, run.stop) not in arena.drawn:
+            self._std_(vectors["first"], vectors, facts, group)
+        self._update_(mean, grad, vectors, facts, group)
         write(run, mean)
 
     @torch.no_grad()
@@ -303,24 +317,31 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         assert self._backup is not None
         new = not self._pending
         arenas = [self._arena(group) for group in self.param_groups]
-        self._mirror, self._pending = (not self._mirror) if new else self._mirror, True
+        self._phase, self._pending = (self._phase + 1) % CYCLE if new else self._phase, True
         for group, arena in zip(self.param_groups, arenas, strict=True):
             for span in arena.spans:
                 if new:
                     self._draw_(arena.at(span)["noise"])
                 for run in self._runs(span):
-                    vectors = arena.at(run)
-                    mean = read(run, [x.parameter for x in run.pieces]).clone()
-                    self._backup.append((run, mean))
-                    std = self._std_about(mean, vectors, self._facts(run), group)
-                    write(run, std.mul_(vectors["noise"]).add_(mean))
+                    self._backup.append((run, self._draw_run(run, arena, group)))
         self._block_began(new)
 
+    def _draw_run(self, run: Span, arena: Arena, group: dict[str, Any]) -> Tensor:
+        """Write mean + std * noise into the parameters of a run; returns the mean."""
+        vectors = arena.at(run)
+        mean = vectors["mean"]
+        place = read(run, [x.parameter for x in run.pieces], mean)
+        if place is not mean:
+            mean.copy_(place)
+        std = self._std_(vectors["first"], vectors, self._facts(run), group)
+        noise = vectors["second"].copy_(vectors["noise"])  # converted first: products of mixed dtypes are far slower
+        write(run, torch.addcmul(mean, std, noise, out=noise))
+        if arena.small:
+            arena.drawn.add((run.start, run.stop))
+        return mean
+
     def _draw_(self, noise: Tensor) -> None:
-        if self._mirror:
-            noise.copy_(torch.randn(noise.shape, generator=self._generator(noise.device), device=noise.device))
-        else:
-            noise.neg_()
+        renew_(noise, self._phase, self._generator(noise.device))
 
     @torch.no_grad()
     def _restore(self) -> None:
@@ -343,12 +364,11 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         state, keep = self.state[p], self._keep_of(p)
         facts = self._facts_of(state)
         precision = torch.full_like(p.detach(), torch.inf, memory_format=torch.contiguous_format)
-        precision[keep] = self._std(state, facts, group).double().pow(-2).to(p.dtype)
+        std = self._std_(p.new_empty(state["noise"].numel()), state, facts, group)
+        precision[keep] = std.double().pow(-2).to(p.dtype)
         mean = p.detach().clone(memory_format=torch.contiguous_format)
-        prior, prior_mean = (
-            torch.tensor(x, dtype=p.dtype, device=p.device) for x in (facts.prior_precision, group["prior_mean"])
-        )
-        return Gaussian(mean, precision, prior, prior_mean, keep)
+        prior_mean = torch.tensor(group["prior_mean"], dtype=p.dtype, device=p.device)
+        return Gaussian(mean, precision, self._prior_of(p, group), prior_mean, keep)
 
     def _remove_from(self, p: Tensor, keep: Tensor) -> int:
         group = next(g for g in self.param_groups if any(q is p for q in g["params"]))

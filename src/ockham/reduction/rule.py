@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from ockham.errors import OckhamError
 from ockham.evidence.hyper import beta_log_odds
 from ockham.reduction.score import Evidence, Salience, by_snr
 
-__all__ = ["BudgetRule", "EvidenceRule", "LearnedOddsRule", "Rule", "budget_count"]
+__all__ = ["BudgetRule", "EvidenceRule", "LearnedOddsRule", "Rule", "budget_count", "counted"]
 
 
 class Rule(ABC):
@@ -130,6 +130,13 @@ def budget_count(keep: float, total: int) -> int:
     if not 0 < count <= total:
         raise OckhamError(f"a budget must keep between 1 and {total} weights (or a share in (0, 1]); got {keep}")
     return count
+
+
+def counted(rule: Rule, total: int) -> Rule:
+    """The same rule with a budget in weights instead of a share, for a network that will become smaller."""
+    if isinstance(rule, BudgetRule):
+        return replace(rule, keep=max(2, budget_count(rule.keep, total)))
+    return rule
 
 
 def _check_cap(owner: str, cap: float) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ockham.evidence.gaussian import delta_f, expected_nll_cost
 from ockham.posterior.posterior import Posterior
+
+if TYPE_CHECKING:
+    from ockham.reduction.structures import GroupLike, StructureEvidence
 
 __all__ = ["Evidence", "Salience", "by_delta_f", "by_magnitude", "by_random", "by_snr", "score"]
 
@@ -40,6 +44,12 @@ class Evidence(Mapping[str, Tensor]):
         """Number of parameter tensors."""
         return len(self.delta_f)
 
+    def by_group(self, groups: Iterable[GroupLike], **options: Any) -> StructureEvidence:
+        """E_g of the structures that ``groups`` names; options and formula: `ockham.reduction.structures`."""
+        from ockham.reduction.structures import score_structures
+
+        return score_structures(self, groups, **options)
+
     def gain(self, keep: Mapping[str, Tensor]) -> float:
         """Summed delta_f, float64 nats, of the living weights that ``keep`` removes (independent weights)."""
         total = 0.0
@@ -65,7 +75,10 @@ Salience = Callable[[Evidence], Mapping[str, Tensor]]
 
 
 def score(posterior: Posterior) -> Evidence:
-    """delta_f of every living weight (Savage-Dickey, elementwise; see `ockham.evidence.gaussian.delta_f`).
+    """delta_f of every living weight alone (Savage-Dickey; see `ockham.evidence.gaussian.delta_f`).
+
+    Where the posterior knows correlations the *marginal* precision is used: of two duplicates either one may go, and
+    the scores of both do not add.
 
     Raises:
         OckhamError: the posterior is outside the domain of delta_f.
@@ -74,13 +87,13 @@ def score(posterior: Posterior) -> Evidence:
     for name, g in posterior.items():
         prior = torch.broadcast_to(g.prior_precision, g.mean.shape)[g.keep]
         prior_mean = torch.broadcast_to(g.prior_mean, g.mean.shape)[g.keep]
-        result[name] = delta_f(g.mean[g.keep], g.precision[g.keep], prior, prior_mean=prior_mean)
+        result[name] = delta_f(g.mean[g.keep], g.scored_precision[g.keep], prior, prior_mean=prior_mean)
     return Evidence(result, posterior)
 
 
 def by_snr(evidence: Evidence) -> Mapping[str, Tensor]:
-    """P mean^2, the squared signal-to-noise ratio: never worse than delta_f as an order where P is uncertain."""
-    return {n: g.precision[g.keep] * g.mean[g.keep].square() for n, g in evidence.posterior.items()}
+    """P mean^2 with the scored precision: squared signal-to-noise, never worse than delta_f where P is uncertain."""
+    return {n: g.scored_precision[g.keep] * g.mean[g.keep].square() for n, g in evidence.posterior.items()}
 
 
 def by_delta_f(evidence: Evidence) -> Mapping[str, Tensor]:

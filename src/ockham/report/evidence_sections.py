@@ -156,7 +156,18 @@ def _diagnosis(results: Results) -> str:
         if d["warnings"]
         else "That is enough to prune from."
     )
-    return page.paragraph(text)
+    return page.paragraph(text + _settled(d))
+
+
+def _settled(d: Record) -> str:
+    cost, nll = d.get("noise_cost"), d.get("nll")
+    if cost is None or nll is None or cost <= nll:
+        return ""
+    return (
+        f" Its spread should have cost {number(cost)} nats an example, yet the whole loss was {number(nll)}: the "
+        "standard deviations were still growing, and the first round's evidence is larger than a settled posterior "
+        "would give. The later rounds refit before they ask again."
+    )
 
 
 def _rounds(rounds: Sequence[Record]) -> str:

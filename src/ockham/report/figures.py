@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "coverage", "evidence", "histogram", "input_map", "kept_share", "layers", "path", "reliability", "shift", "sizes",
+    "widths",
 ]  # fmt: skip
 
 Record = dict[str, Any]
@@ -102,6 +103,12 @@ def sizes(before: Record | None, after: Record) -> str:
     return draw("sizes", label, 2.6, partial(_sizes, before=before, after=after), margins=(0.05, 0.05, 0.05, 0.25))
 
 
+def widths(rows: Sequence[Record]) -> str:
+    """Width of every group of units before and after, as nested bars."""
+    label = "Widths: " + ", ".join(f"{r['id']} {r['after']} of {r['before']}" for r in rows)
+    return draw("widths", label, 0.55 + 0.44 * len(rows), partial(_widths, rows=rows), margins=(0.24, 0.3, 0.5, 0.05))
+
+
 def input_map(rows: Sequence[Sequence[int]]) -> str:
     """Heat map of kept first-layer weights per input pixel."""
     high, wide = len(rows), len(rows[0])
@@ -137,6 +144,25 @@ def _layers(figure: Figure, rows: Sequence[Record]) -> None:
     axes.set_xlabel("share kept" + (" (log scale)" if left else ""))
     axes.spines["left"].set_visible(False)
     percents(axes.xaxis)
+
+
+def _widths(figure: Figure, rows: Sequence[Record]) -> None:
+    axes = figure.add_subplot()
+    most, least = max(r["before"] for r in rows), min(r["after"] for r in rows)
+    wide = most > 30 * least
+    left = 0.7 if wide else 0.0
+    for i, row in enumerate(rows):
+        axes.barh(i, row["before"] - left, left=left, height=0.3, color=TRACK)
+        axes.barh(i, row["after"] - left, left=left, height=0.3, color=AFTER)
+        place: Record = {"transform": axes.get_yaxis_transform(), "va": "baseline"}
+        axes.text(0, i - 0.27, _short(row["id"]), color=INK, **place)
+        axes.text(1, i - 0.27, f"{row['before']:,} → {row['after']:,}", ha="right", color=MUTED, size=8.5, **place)
+    if wide:
+        axes.set_xscale("log")
+    axes.set(xlim=(left, most), ylim=(len(rows) - 0.6, -0.75), yticks=[])
+    axes.set_xlabel("units" + (" (log scale)" if wide else ""))
+    axes.spines["left"].set_visible(False)
+    integers(axes) if not wide else thousands(axes.xaxis)
 
 
 def _histogram(figure: Figure, counts: Sequence[int], line: float) -> None:

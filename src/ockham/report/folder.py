@@ -1,4 +1,4 @@
-"""The four JSON files of a result, read and checked field by field before anything is drawn."""
+"""The JSON files of a result, read and checked field by field before anything is drawn."""
 
 from __future__ import annotations
 
@@ -30,16 +30,18 @@ class Results:
         history: epochs, rounds, histograms of delta_f, diagnosis.
         analysis: layers, reliability, input map, corruption shift, out-of-distribution detection.
         result: how it was made.
+        structure: what the removal of whole structures changed; None where none was asked for.
     """
 
     metrics: dict[str, Any]
     history: dict[str, Any]
     analysis: dict[str, Any]
     result: dict[str, Any]
+    structure: dict[str, Any] | None = None
 
 
 def read_results(folder: Path) -> Results:
-    """Read and check ``metrics.json``, ``history.json``, ``analysis.json`` and ``result.json``.
+    """Read and check ``metrics.json``, ``history.json``, ``analysis.json``, ``result.json``, and ``structure.json``.
 
     Raises:
         ResultError: a file is missing or damaged, or was made by a newer version; names the file and the field.
@@ -52,7 +54,8 @@ def read_results(folder: Path) -> Results:
         )
     metrics = _read(folder / "metrics.json", _METRICS)
     history = _read(folder / "history.json", _HISTORY)
-    return Results(metrics, history, _read(folder / "analysis.json", _ANALYSIS), result)
+    structure = _read(folder / "structure.json", _STRUCTURE) if (folder / "structure.json").exists() else None
+    return Results(metrics, history, _read(folder / "analysis.json", _ANALYSIS), result, structure)
 
 
 def _read(path: Path, check: Check) -> dict[str, Any]:
@@ -160,6 +163,13 @@ def _layer(value: Any, at: str) -> dict[str, Any]:
     return layer
 
 
+def _width(value: Any, at: str) -> dict[str, Any]:
+    group: dict[str, Any] = _record(id=_text, before=_count, after=_count, nats=_number)(value, at)
+    if not 0 < group["after"] <= group["before"]:
+        raise _wrong(f"{at}.after", f"1 to {group['before']}", group["after"])
+    return group
+
+
 def _measures(value: Any, at: str) -> dict[str, Any]:
     found: dict[str, Any] = _table(_maybe(_number))(value, at)
     kinds = dict.fromkeys(("accuracy", "ece", "coverage_50", "coverage_90", "coverage_95"), _share)
@@ -184,7 +194,16 @@ _HISTORY = _record(
     epochs=_list(_EPOCH),
     rounds=_list(_ROUND),
     histograms=_maybe(_list(_record(epoch=_count, delta_f=_list(_count, (0, BINS))))),
-    diagnosis=_maybe(_record(undetermined=_share, spread=_number, removable=_share, warnings=_list(_text))),
+    diagnosis=_maybe(
+        _record(
+            undetermined=_share,
+            spread=_number,
+            removable=_share,
+            noise_cost=_maybe(_number),
+            nll=_maybe(_number),
+            warnings=_list(_text),
+        )
+    ),
 )
 _ANALYSIS = _record(
     layers=_maybe(_list(_layer)),
@@ -193,6 +212,8 @@ _ANALYSIS = _record(
     shift=_maybe(_table(_corruption)),
     ood=_maybe(_record(name=_text, before=_maybe(_share), after=_maybe(_share))),
 )
+_COST = _record(parameters=_count, bytes=_count, macs=_count, latency_1=_number, latency_64=_number)
+_STRUCTURE = _record(groups=_list(_width), before=_COST, after=_COST)
 _RESULT = _record(
     schema=_count, ockham=_maybe(_text), command=_maybe(_text), seed=_maybe(_count), date=_maybe(_text),
     seconds=_maybe(_number), versions=_maybe(_table(_text)), machine=_maybe(_text),

@@ -16,7 +16,7 @@ def render(folder: Path) -> str:
     """The report as HTML text; the same files give the same text.
 
     Args:
-        folder: with ``metrics.json``, ``history.json``, ``analysis.json`` and ``result.json``.
+        folder: with ``metrics.json``, ``history.json``, ``analysis.json``, ``result.json``; ``structure.json`` if any.
 
     Raises:
         ResultError: a file is missing, damaged or newer; names the file.
@@ -25,6 +25,7 @@ def render(folder: Path) -> str:
     parts = (
         sections.comparison(results),
         sections.layers(results),
+        sections.structures(results),
         evidence_sections.evidence(results),
         evidence_sections.training(results),
         evidence_sections.calibration(results),

@@ -9,7 +9,7 @@ from ockham.report import figures, page, story
 from ockham.report.folder import Results
 from ockham.report.words import count, number, percent, seconds, signed
 
-__all__ = ["comparison", "glossary", "input_map", "layers", "ood", "provenance", "shift", "sizes"]
+__all__ = ["comparison", "glossary", "input_map", "layers", "ood", "provenance", "shift", "sizes", "structures"]
 
 Record = dict[str, Any]
 
@@ -58,6 +58,45 @@ def layers(results: Results) -> str:
         "No share was set per layer; it follows from what was decided weight by weight."
     )
     return page.section("layers", "Where weights were removed", text, page.grid([picture, table]))
+
+
+def structures(results: Results) -> str:
+    """Widths before and after, and what they changed; nothing where no structures were asked for."""
+    found = results.structure
+    if found is None:
+        return ""
+    rows, before, after = found["groups"], found["before"], found["after"]
+    gone = sum(r["before"] - r["after"] for r in rows)
+    if not gone:
+        return page.section(
+            "structures",
+            "The shape of the network",
+            page.paragraph(
+                "No channel, neuron or head went as a whole: each was worth its price, or cannot be removed."
+            ),
+        )
+    shown = sorted(sorted(range(len(rows)), key=lambda i: rows[i]["after"] - rows[i]["before"])[:_MOST_BARS])
+    some = f"The {_MOST_BARS} groups that lost most, of {len(rows)}." if len(rows) > _MOST_BARS else ""
+    picture = page.figure("Units of each group, before and after", figures.widths([rows[i] for i in shown]), some)
+    cells = [
+        (r["id"], count(r["before"]), count(r["after"]), f"{r['nats']:,.1f}" if r["after"] < r["before"] else "–")
+        for r in rows
+    ]
+    table = page.table("Units per group", ("group", "before", "after", "evidence of the removed, nats"), cells)
+    costs = [
+        ("parameters, dense", count(before["parameters"]), count(after["parameters"])),
+        ("multiply-accumulates of one example", count(before["macs"]), count(after["macs"])),
+        ("latency, batch 1, ms", f"{1e3 * before['latency_1']:.3f}", f"{1e3 * after['latency_1']:.3f}"),
+        ("latency, batch 64, ms", f"{1e3 * before['latency_64']:.3f}", f"{1e3 * after['latency_64']:.3f}"),
+    ]
+    costs_table = page.table("What a forward pass costs", ("", "before", "after"), costs)
+    work, time = (percent(after[key] / max(1e-12, before[key]), 0) for key in ("macs", "latency_64"))
+    text = page.paragraph(
+        f"{count(gone)} channels, neurons or heads went as a whole, and the network is physically smaller: "
+        f"{work} of the multiply-accumulates and {time} of the measured time at batch 64 remain. "
+        "A group is named after the first dimension in it; the dimensions of other layers that read it shrank with it."
+    )
+    return page.section("structures", "The shape of the network", text, page.grid([picture, table]), costs_table)
 
 
 def input_map(results: Results) -> str:

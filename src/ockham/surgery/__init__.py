@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from ockham.surgery.choosing import plan
 from ockham.surgery.exporting import ExportError, export
 from ockham.surgery.grouping import Group, Groups, Member
-from ockham.surgery.planning import Plan, PlanError, plan, random_plan
+from ockham.surgery.planning import Plan, PlanError, random_plan
 from ockham.surgery.shrinking import mask, shrink, slice_tensor
 from ockham.surgery.tracing import trace
 from ockham.surgery.verifying import MismatchError, verify

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from ockham.surgery.attributes import refit
 from ockham.surgery.cloning import clone
 from ockham.surgery.grouping import Group, Groups
-from ockham.surgery.planning import plan
+from ockham.surgery.planning import plan_masks
 from ockham.surgery.sites import Edit
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -74,7 +74,7 @@ def attempt(
     model: nn.Module, groups: Groups, arguments: Arguments, *, expected: Shapes, seen: list[Edit] | None = None
 ) -> str | None:
     """Remove one unit of each group and run on fake tensors; returns what goes wrong, or None."""
-    trial = plan(groups, {g.id: _all_but_one(g) for g in groups})
+    trial = plan_masks(groups, {g.id: _all_but_one(g) for g in groups})
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     args, kwargs = pytree.tree_map_only(Tensor, fake.from_tensor, arguments)
     loud = logging.getLogger("torch._subclasses.fake_tensor")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,22 +64,34 @@ def latency(model: nn.Module, example_inputs: Any, *, batch: int = 1, repeats: i
         repeats: number of timed passes.
         warmup: number of passes before.
     """
+    return latencies([model], example_inputs, batch=batch, repeats=repeats, warmup=warmup)[0]
+
+
+def latencies(
+    models: Sequence[nn.Module], example_inputs: Any, *, batch: int = 1, repeats: int = 20, warmup: int = 5
+) -> list[float]:
+    """Measure several networks in turn, pass by pass, so that a machine that is busy slows all of them alike.
+
+    Arguments and result are those of `latency`, one number per network.
+    """
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: _rows(t, batch), as_arguments(example_inputs))
-    modes = {module: module.training for module in model.modules()}
-    times = []
+    modes = {module: module.training for model in models for module in model.modules()}
+    times: list[list[float]] = [[] for _ in models]
     try:
-        model.eval()
+        for model in models:
+            model.eval()
         with torch.no_grad():
             for step in range(warmup + repeats):
-                start = time.perf_counter()
-                model(*args, **kwargs)
-                _wait(args, kwargs)
-                if step >= warmup:
-                    times.append(time.perf_counter() - start)
+                for model, own in zip(models, times, strict=True):
+                    start = time.perf_counter()
+                    model(*args, **kwargs)
+                    _wait(args, kwargs)
+                    if step >= warmup:
+                        own.append(time.perf_counter() - start)
     finally:
         for module, training in modes.items():
             module.training = training
-    return statistics.median(times)
+    return [statistics.median(own) for own in times]
 
 
 def _rows(tensor: Tensor, batch: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ockham.surgery.grouping import Group, Groups
-from ockham.surgery.planning import Plan, PlanError, plan
+from ockham.surgery.planning import Plan, PlanError, plan_masks
 
 __all__ = ["plan_unread"]
 
@@ -41,7 +41,7 @@ def plan_unread(groups: Groups, keep: Mapping[str, Tensor]) -> Plan:
                 changed = True
                 _silence(groups[key], alive, ~read)
                 stays[key] = read
-    return plan(groups, stays)
+    return plan_masks(groups, stays)
 
 
 def _read(group: Group, alive: Mapping[str, Tensor]) -> Tensor:

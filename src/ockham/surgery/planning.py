@@ -170,7 +170,7 @@ def check_model(plan: Plan, model: nn.Module) -> None:
     )
 
 
-def plan(groups: Groups, keep: Mapping[str, Tensor], *, nats: Mapping[str, Tensor] | None = None) -> Plan:
+def plan_masks(groups: Groups, keep: Mapping[str, Tensor], *, nats: Mapping[str, Tensor] | None = None) -> Plan:
     """Build a plan from masks of the units that stay.
 
     Args:
@@ -231,7 +231,7 @@ def random_plan(groups: Groups, ratio: float, *, generator: torch.Generator | No
     """
     if not 0 <= ratio <= 1:
         raise PlanError(f"ratio is {ratio}; expected a share between 0 and 1")
-    return plan(groups, {g.id: _random_mask(g, ratio, generator) for g in groups})
+    return plan_masks(groups, {g.id: _random_mask(g, ratio, generator) for g in groups})
 
 
 def _random_mask(group: Group, ratio: float, generator: torch.Generator | None) -> Tensor:

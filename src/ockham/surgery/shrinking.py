@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,14 @@ from torch import Tensor, nn
 from ockham.surgery.attributes import refit
 from ockham.surgery.cloning import canonical_names, clone
 from ockham.surgery.planning import Plan, PlanError, check_model
+
+
+@runtime_checkable
+class Sliceable(Protocol):
+    """An optimizer that carries its own state over to a smaller network."""
+
+    def sliced(self, parameters: Mapping[str, Tensor], take: Callable[[str, Tensor], Tensor]) -> Any:
+        """A copy over ``parameters`` (by name); ``take`` cuts a tensor shaped like the named parameter."""
 
 
 def slice_tensor(plan: Plan, name: str, tensor: Tensor) -> Tensor:
@@ -121,11 +129,16 @@ def shrink_optimizer(
 ) -> torch.optim.Optimizer:
     """Return a copy of `optimizer` over the parameters of `small`, with its state (momenta, ...) sliced alike.
 
+    An optimizer that knows how (it has ``sliced(parameters, take)``, as the variational ones do) does it itself.
+
     Raises:
         PlanError: when the optimizer holds a parameter the model does not have.
     """
     names = canonical_names(model)
     after = dict(small.named_parameters())
+    if isinstance(optimizer, Sliceable):
+        carried: torch.optim.Optimizer = optimizer.sliced(after, lambda name, tensor: slice_tensor(plan, name, tensor))
+        return carried
     twin = copy.copy(optimizer)
     twin.state = defaultdict(dict)
     twin.param_groups = []

@@ -35,9 +35,9 @@ def input_evidence(
         E_j = -delta_f(G_j) + sum_{i in G_j} log_odds_i,    G_j = weights that read input j
 
     with delta_f of the block under the Laplace covariance (J' L J + P0)^-1, J the outputs' gradient by the living
-    weights and L the likelihood's curvature. Only weights that read an input, and the last bias, are free: let the layers
-    after them move too, and a rectifier's gain, w dw + b db = v dv, would make up for any weight's removal, which it does
-    in the tangent and not in the network.
+    weights and L the likelihood's curvature. Only weights that read an input, and the last bias, are free: let the
+    layers after them move too, and a rectifier's gain, w dw + b db = v dv, would make up for the removal of any weight,
+    which it does in the tangent and not in the network.
 
     Args:
         network: `StackedMLP(1, ...)` holding the posterior's mean.

@@ -14,14 +14,18 @@ from torch import Tensor, nn
 from ockham.errors import DataError, OckhamError
 from ockham.posterior.posterior import Posterior
 from ockham.posterior.predict import Prediction, RegressionPrediction, predict, predict_regression
+from ockham.posterior.variational import VariationalOptimizer
 from ockham.reduction.diagnose import Diagnosis
 from ockham.reduction.rounds import RoundInfo, Rounds
-from ockham.reduction.rule import BudgetRule, EvidenceRule, Rule
+from ockham.reduction.rule import BudgetRule, EvidenceRule, Rule, counted
+from ockham.reduction.structure_rule import Structures
+from ockham.surgery.planning import Plan
 from ockham.workflow.batchnorm import refresh_batchnorm
 from ockham.workflow.estimators import Estimator, Training, mean_field
 from ockham.workflow.likelihood import Likelihood, Loss, Regression, likelihood_from
 from ockham.workflow.reducer import Ignore, Reducer, protected_names
-from ockham.workflow.result import NETWORK, POSTERIOR, save_network
+from ockham.workflow.result import NETWORK, PLAN, POSTERIOR, save_network, save_plan
+from ockham.workflow.shrinker import Shrinker, StructureInfo, example_of
 from ockham.workflow.trainer import EpochInfo, Loader, OnStep, Trainer, count_terms, seeded
 
 __all__ = ["Compressed", "Compression", "Progress", "compress"]
@@ -38,6 +42,7 @@ class Progress:
         accuracy: training accuracy as drawn, nan without classes.
         kept_share: living weights over all.
         round: what the round after this epoch did, if there was one.
+        structures: what it removed as a whole, if anything.
     """
 
     epoch: int
@@ -46,6 +51,7 @@ class Progress:
     accuracy: float
     kept_share: float
     round: RoundInfo | None
+    structures: StructureInfo | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,6 +66,9 @@ class Compressed:
         diagnosis: of the posterior before the first round; None if there was no round.
         noise_variance: fitted by the regression likelihood, else None.
         histograms: delta_f before every round, counts in 60 bins over [-25, 5] nats.
+        plan: what was taken out of the user's network as a whole; None unless structures went.
+        structures: what every round removed as a whole.
+        parameters: learnable values of the network before.
     """
 
     model: nn.Module
@@ -69,6 +78,9 @@ class Compressed:
     diagnosis: Diagnosis | None
     noise_variance: float | None
     histograms: tuple[dict[str, Any], ...] = ()
+    plan: Plan | None = None
+    structures: tuple[StructureInfo, ...] = ()
+    parameters: int = 0
 
     @property
     def keep(self) -> dict[str, Tensor]:
@@ -78,8 +90,8 @@ class Compressed:
     @property
     def keep_share(self) -> float:
         """Weights that stay over all weights of the original network, frozen ones included."""
-        total = sum(p.numel() for p in self.model.parameters())
-        return (total - self.posterior.size() + self.posterior.kept()) / total
+        now = sum(p.numel() for p in self.model.parameters())
+        return (now - self.posterior.size() + self.posterior.kept()) / (self.parameters or now)
 
     def predict(
         self, x: Tensor, draws: int = 20, generator: torch.Generator | None = None
@@ -91,7 +103,7 @@ class Compressed:
         return predict(self.model, self.posterior, x, **given)
 
     def save(self, folder: str | Path, *, builder: str = "user") -> Path:
-        """Write network and posterior as a result folder that `ockham.load` and `ockham.load_posterior` read.
+        """Write network, posterior and plan as a result folder that `ockham.load` and `ockham.load_posterior` read.
 
         Args:
             folder: made where it is missing.
@@ -107,6 +119,7 @@ class Compressed:
         path.mkdir(parents=True, exist_ok=True)
         save_network(self.model, path / NETWORK, builder=builder)
         self.posterior.save(path / POSTERIOR)
+        save_plan(self.plan, path / PLAN)
         return path
 
     def __repr__(self) -> str:
@@ -127,17 +140,20 @@ class Compression:
         ignore: parameters to protect: names, "re:" patterns, module names or types.
         n_data: number of summed log-likelihood terms; counted in one pass where not given.
         estimator: makes the optimizer; default `mean_field`, for baselines `point_estimate`.
+        structures: take whole channels, neurons and heads out, too: after each round network and optimizer become
+            physically smaller and training goes on at the lower cost. None: single weights only.
 
     Raises:
         DataError: the loader is empty, labels out of range, n_data impossible.
         OckhamError: settings or parameters out of range.
+        TraceError: structures are asked for and the network cannot be traced.
 
     >>> job = Compression(net, loader)                                                  # doctest: +SKIP
     >>> for progress in job: print(progress.epoch, progress.kept_share)                 # doctest: +SKIP
     >>> small = job.result()                                                            # doctest: +SKIP
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the settings of a run, all keywords
         self,
         model: nn.Module,
         loader: Loader,
@@ -149,6 +165,7 @@ class Compression:
         ignore: Ignore = (),
         n_data: float | None = None,
         estimator: Estimator | None = None,
+        structures: Structures | None = None,
     ) -> None:
         self.training = training or Training()
         self._loader = loader
@@ -167,6 +184,14 @@ class Compression:
         self._reducer = Reducer(
             optimizer, rule=rule or EvidenceRule(), rounds=rounds, epochs=epochs, protected=protected
         )
+        self._parameters = sum(p.numel() for p in network.parameters())
+        self._trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        self._shrinker = None
+        if structures is not None:
+            inputs = example_of(loader, next(network.parameters()).device)
+            self._shrinker = Shrinker(network, structures, inputs, ignore)
+            self._reducer.ledger = self._shrinker.ledger
+            self._reducer.rule = counted(self._reducer.rule, self._trainable)
         self._epochs: list[EpochInfo] = []
         self.on_step: OnStep | None = None
 
@@ -176,37 +201,61 @@ class Compression:
             info = self._trainer.epoch(self.on_step)
             self._epochs.append(info)
             done = self._reducer.after_epoch(info.epoch, info.loss)
-            yield Progress(info.epoch, self.training.epochs, info.loss, info.accuracy, self._kept_share(), done)
+            gone = None if done is None else self._shrink(info.epoch)
+            yield Progress(info.epoch, self.training.epochs, info.loss, info.accuracy, self._kept_share(), done, gone)
 
     def result(self) -> Compressed:
         """What there is now: a copy of the mean network with statistics of BatchNorm refreshed, and its posterior."""
-        model = copy.deepcopy(self._trainer.model)
+        model, posterior, plan = copy.deepcopy(self._trainer.model), self._optimizer.posterior(), None
         refresh_batchnorm(model, self._loader)
+        if self._shrinker is not None:
+            model, posterior, plan = self._shrinker.finished(model.eval(), posterior)
         noise = self._likelihood.noise_variance if isinstance(self._likelihood, Regression) else None
         return Compressed(
             model.eval(),
-            self._optimizer.posterior(),
+            posterior,
             tuple(self._reducer.history),
             tuple(self._epochs),
             self._reducer.diagnosis,
             noise,
             tuple(self._reducer.histograms),
+            plan,
+            () if self._shrinker is None else tuple(self._shrinker.history),
+            self._parameters,
         )
 
     def state(self) -> dict[str, Any]:
         """Plain values and tensors from which `load` continues to the same bits."""
         epochs = [[e.epoch, e.loss, None if e.accuracy != e.accuracy else e.accuracy] for e in self._epochs]
-        return {"trainer": self._trainer.state(), "reducer": self._reducer.state(), "epochs": epochs}
+        structures = {} if self._shrinker is None else self._shrinker.state()
+        state = {"trainer": self._trainer.state(), "reducer": self._reducer.state(), "epochs": epochs}
+        return state | {"structures": structures}
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from `state` of a `Compression` built with the same arguments."""
+        if self._shrinker is not None:
+            self._swap(*self._shrinker.load(state["structures"], self._trainer.model, self._optimizer))
         self._trainer.load(state["trainer"])
         self._reducer.load(state["reducer"])
         self._epochs = [EpochInfo(e, loss, float("nan") if a is None else a) for e, loss, a in state["epochs"]]
 
     def _kept_share(self) -> float:
-        keep = self._optimizer.keep().values()
-        return sum(int(k.sum()) for k in keep) / max(1, sum(k.numel() for k in keep))
+        return sum(int(k.sum()) for k in self._optimizer.keep().values()) / max(1, self._trainable)
+
+    def _shrink(self, epoch: int) -> StructureInfo | None:
+        if self._shrinker is None or len(self._reducer.history) <= self._shrinker.rule.wait:
+            return None
+        smaller = self._shrinker.shrink(self._trainer.model, self._optimizer, epoch)
+        if smaller is None:
+            return None
+        self._swap(*smaller)
+        return self._shrinker.history[-1]
+
+    def _swap(self, network: nn.Module, optimizer: VariationalOptimizer) -> None:
+        assert self._shrinker is not None
+        self._optimizer = self._reducer.optimizer = optimizer
+        self._trainer.swap(network, optimizer)
+        self._reducer.ledger = self._shrinker.ledger
 
 
 def compress(  # noqa: PLR0913 - the façade's nouns, keywords
@@ -221,6 +270,7 @@ def compress(  # noqa: PLR0913 - the façade's nouns, keywords
     keep: float | None = None,
     ignore: Ignore = (),
     n_data: float | None = None,
+    structure: str | Structures | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Compressed:
     """A network and data in, a smaller network with its posterior out.
@@ -238,6 +288,8 @@ def compress(  # noqa: PLR0913 - the façade's nouns, keywords
         keep: alias of ``keep_share``.
         ignore: parameters to protect: names, "re:" patterns, module names or types.
         n_data: number of summed log-likelihood terms; counted where not given.
+        structure: "auto" or `Structures`: whole channels, neurons and heads go, too, and the result is physically
+            smaller, with the plan that made it so. Default: single weights only.
         on_progress: called after every epoch.
 
     Returns:
@@ -253,13 +305,26 @@ def compress(  # noqa: PLR0913 - the façade's nouns, keywords
         raise OckhamError("give either a rule or a budget (keep_share), not both; BudgetRule is a rule with a budget")
     if budget is not None:
         rule = BudgetRule(budget)
-    job = Compression(
-        model, loader, likelihood=likelihood, training=training, rounds=rounds, rule=rule, ignore=ignore, n_data=n_data
-    )
+    structures = structures_from_name(structure)
+    settings: dict[str, Any] = {"likelihood": likelihood, "training": training, "rounds": rounds, "rule": rule}
+    job = Compression(model, loader, ignore=ignore, n_data=n_data, structures=structures, **settings)
     for progress in job:
         if on_progress is not None:
             on_progress(progress)
     return job.result()
+
+
+def structures_from_name(structure: str | Structures | None) -> Structures | None:
+    """The façade's choice by name.
+
+    Raises:
+        OckhamError: an unknown name.
+    """
+    if structure is None or isinstance(structure, Structures):
+        return structure
+    if structure == "auto":
+        return Structures()
+    raise OckhamError(f"structure must be 'auto', a Structures or None; got {structure!r}")
 
 
 def _near(likelihood: Likelihood, model: nn.Module) -> Likelihood:

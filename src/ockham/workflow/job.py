@@ -21,8 +21,19 @@ from ockham.report.html import write_report
 from ockham.version import __version__
 from ockham.workflow.analysis import Facts, compressed_facts, network_facts
 from ockham.workflow.compression import Compressed
-from ockham.workflow.result import NETWORK, POSTERIOR, fit_error, layers, save_network
-from ockham.workflow.stages import AdamStage, CompressStage, Recipe, Stage, StageInfo, as_plain, rule_name, search_rates
+from ockham.workflow.result import NETWORK, PLAN, POSTERIOR, fit_error, layers, save_network, save_plan
+from ockham.workflow.stages import (
+    AdamStage,
+    CompressStage,
+    Recipe,
+    Stage,
+    StageInfo,
+    as_plain,
+    rule_name,
+    search_rates,
+    structures_name,
+)
+from ockham.workflow.structure_facts import STRUCTURE, structure_facts
 
 __all__ = ["CHECKPOINT", "Job"]
 
@@ -153,7 +164,8 @@ class Job:
             "network": self.builder,
             "baseline": self.baseline,
         }
-        return json.dumps(settings | names | {"rule": rule_name(r.rule)}, sort_keys=True)
+        rules = {"rule": rule_name(r.rule), "structures": structures_name(r.structures)}
+        return json.dumps(settings | names | rules, sort_keys=True)
 
     def _checkpoint(self, stage: str, state: Mapping[str, Any]) -> None:
         tree = {"job": self._fingerprint(), "stage": stage, "state": state, "spent": self._clock()}
@@ -188,7 +200,17 @@ class Job:
         write_json(self.out / "metrics.json", metrics)
         write_json(self.out / "history.json", _history(result, kept))
         write_json(self.out / "analysis.json", _analysis(result, facts[0], old))
+        self._structures(result)
         write_json(self.out / "result.json", self._provenance(seconds))
+
+    def _structures(self, result: Compressed) -> None:
+        """The plan, and what it changed; what an earlier run left is taken away."""
+        save_plan(result.plan, self.out / PLAN)
+        if result.plan is None:
+            (self.out / STRUCTURE).unlink(missing_ok=True)
+            return
+        facts = structure_facts(self.recipe.network(), result, self.recipe.data.test_x[:1].to(self.recipe.device))
+        write_json(self.out / STRUCTURE, {"schema": SCHEMA} | facts)
 
     def _provenance(self, seconds: float) -> dict[str, Any]:
         data, training, rounds = self.recipe.data, self.recipe.training, self.recipe.rounds
@@ -205,7 +227,9 @@ class Job:
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {self.recipe.device}",
             "network": {"builder": self.builder},
             "dataset": sizes,
-            "settings": as_plain(training) | {"batch_size": self.recipe.batch_size, "rule": rule, **asdict(rounds)},
+            "settings": as_plain(training)
+            | {"batch_size": self.recipe.batch_size, "rule": rule, **asdict(rounds)}
+            | {"structures": structures_name(self.recipe.structures)},
         }
 
     def _foreign(self) -> Tensor:
@@ -252,7 +276,7 @@ def _analysis(result: Compressed, after: Facts, before: Mapping[str, Any] | None
         None if after.ood is None else {"name": after.ood_name, "before": (before or {}).get("ood"), "after": after.ood}
     )
     return {
-        "layers": layers(result.posterior),
+        "layers": layers(result.posterior, result.plan),
         "reliability": reliability if after.reliability else None,
         "input_map": after.input_map,
         "shift": shift,

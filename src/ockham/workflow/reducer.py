@@ -14,8 +14,9 @@ from ockham.errors import OckhamError, OckhamWarning
 from ockham.posterior.variational import VariationalOptimizer
 from ockham.reduction.diagnose import Diagnosis, diagnose
 from ockham.reduction.rounds import RoundInfo, Rounds, evidence_falls
-from ockham.reduction.rule import EvidenceRule, Rule
+from ockham.reduction.rule import BudgetRule, EvidenceRule, Rule
 from ockham.reduction.score import Evidence, score
+from ockham.reduction.structures import Ledger
 
 __all__ = ["Ignore", "Reducer", "protected_names"]
 
@@ -48,6 +49,8 @@ class Reducer:
         self.history: list[RoundInfo] = []
         self.diagnosis: Diagnosis | None = None
         self.histograms: list[dict[str, Any]] = []
+        self.ledger: Ledger | None = None
+        self._total: int | None = None
 
     def after_epoch(self, epoch: int, loss: float) -> RoundInfo | None:
         """Do the round that is due after this epoch, if one is.
@@ -63,7 +66,7 @@ class Reducer:
             return None
         evidence = score(self.optimizer.posterior())
         if self.diagnosis is None:
-            self.diagnosis = diagnose(evidence.posterior)
+            self.diagnosis = diagnose(evidence.posterior, loss)
             for text in self.diagnosis.warnings:
                 warnings.warn(text, OckhamWarning, stacklevel=3)
         self.history.append(self._round(evidence, epoch, loss))
@@ -76,7 +79,8 @@ class Reducer:
     def state(self) -> dict[str, Any]:
         """History and diagnosis, plain values."""
         diagnosis = asdict(self.diagnosis) if self.diagnosis else None
-        return {"history": [asdict(r) for r in self.history], "diagnosis": diagnosis, "histograms": self.histograms}
+        history = [asdict(r) for r in self.history]
+        return {"history": history, "diagnosis": diagnosis, "histograms": self.histograms, "total": self._total}
 
     def load(self, state: dict[str, Any]) -> None:
         """Continue from `state`."""
@@ -84,18 +88,29 @@ class Reducer:
         found = state["diagnosis"]
         self.diagnosis = Diagnosis(**{**found, "warnings": tuple(found["warnings"])}) if found else None
         self.histograms = list(state["histograms"])
+        self._total = state["total"]
 
     def _round(self, evidence: Evidence, epoch: int, loss: float) -> RoundInfo:
         posterior = evidence.posterior
         progress = (self.plan.index(epoch) + 1) / len(self.plan)
-        keep = self.rule.decide(evidence, self.protected, progress)
+        self._total = self._total or posterior.size()
+        keep = self._decide(evidence, progress)
+        if self.ledger is not None:
+            self.ledger.enter(evidence, keep)
         gain, cost = evidence.gain(keep), evidence.nll_cost(keep)
         self.histograms.append({"epoch": epoch, "delta_f": _histogram(evidence)})
         removed = self.optimizer.remove(keep)
         _warn_emptied(keep)
         energy = -(posterior.n_data * loss + posterior.temperature * self._kl_before(evidence))
-        share = (posterior.kept() - removed) / posterior.size()
+        share = (posterior.kept() - removed) / self._total
         return RoundInfo(epoch, removed, share, gain, cost, energy)
+
+    def _decide(self, evidence: Evidence, progress: float) -> dict[str, Tensor]:
+        """The rule's keep masks; a budget in weights that structures have met already removes none."""
+        limit = self.rule.keep if isinstance(self.rule, BudgetRule) else 0
+        if limit > 1 and limit >= evidence.posterior.kept():
+            return {name: g.keep.clone() for name, g in evidence.posterior.items()}
+        return self.rule.decide(evidence, self.protected, progress)
 
     @staticmethod
     def _kl_before(evidence: Evidence) -> float:
@@ -104,7 +119,7 @@ class Reducer:
 
 def _kl(evidence: Evidence, name: str) -> float:
     g = evidence.posterior[name]
-    p0, p = g.prior_precision.double(), g.precision[g.keep].double()
+    p0, p = g.prior_precision.expand(g.mean.shape)[g.keep].double(), g.precision[g.keep].double()
     away = (g.mean - g.prior_mean)[g.keep].double()
     return float((0.5 * p0 * (1 / p + away.square()) - 0.5 + 0.5 * (p / p0).log()).sum())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,28 @@ from torch import Tensor, nn
 
 from ockham.errors import OckhamError, ResultError
 from ockham.files.sparse import pack, unpack
-from ockham.files.tree import read_tree, write_tree
+from ockham.files.tree import read_tree, write_bytes, write_tree
 from ockham.posterior.posterior import Posterior
+from ockham.surgery.planning import Plan, PlanError
+from ockham.surgery.shrinking import shrink
 from ockham.zoo.networks import NETWORKS
 
-__all__ = ["NETWORK", "POSTERIOR", "fit_error", "layers", "load", "load_state", "save_network", "stored_values"]
+__all__ = [
+    "NETWORK",
+    "PLAN",
+    "POSTERIOR",
+    "fit_error",
+    "layers",
+    "load",
+    "load_state",
+    "save_network",
+    "save_plan",
+    "stored_values",
+]
 
 NETWORK = "network.safetensors"
 POSTERIOR = "posterior.safetensors"
+PLAN = "plan.json"
 
 
 def save_network(model: nn.Module, path: Path, *, builder: str) -> int:
@@ -48,6 +63,18 @@ def save_network(model: nn.Module, path: Path, *, builder: str) -> int:
     return path.stat().st_size
 
 
+def save_plan(plan: Plan | None, path: Path) -> None:
+    """Write what was taken out as a whole; a result without a plan takes an older plan away.
+
+    Raises:
+        OckhamError: the folder cannot be written.
+    """
+    if plan is not None and plan.removed:
+        write_bytes(path, plan.to_json().encode())
+    else:
+        path.unlink(missing_ok=True)
+
+
 def load_state(path: Path) -> tuple[str, dict[str, Tensor]]:
     """Builder label and dense state dict of a saved network.
 
@@ -68,7 +95,8 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
 
     Args:
         folder: what `ockham compress` or `Compressed.save` wrote.
-        model: an instance from your own constructor; it gets the weights. Networks of the zoo are built by name.
+        model: an instance from your own constructor; it gets the weights. Networks of the zoo are built by name. A
+            plan in the folder is replayed on it (a copy is returned then); an instance of the small sizes will do, too.
 
     Returns:
         The network; removed weights are exactly zero.
@@ -87,11 +115,28 @@ def load(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
                 "pass an instance: ockham.load(folder, model=your_constructor())"
             )
         model = NETWORKS[name]()
-    problem = fit_error(model, state)
+    plan = _plan_beside(path)
+    small = model if plan is None or _fits(model, state) else shrink(model, plan)
+    problem = fit_error(small, state)
     if problem:
         raise OckhamError(f"{path} does not fit the model: {problem}")
-    model.load_state_dict(state)
-    return model.eval()
+    small.load_state_dict(state)
+    evaluated: nn.Module = small.eval()
+    return evaluated
+
+
+def _fits(model: nn.Module, state: Mapping[str, Tensor]) -> bool:
+    return not fit_error(model, state)
+
+
+def _plan_beside(path: Path) -> Plan | None:
+    file = path.parent / PLAN
+    if path.name != NETWORK or not file.exists():
+        return None
+    try:
+        return Plan.from_json(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, PlanError) as error:
+        raise ResultError(f"{file}: its plan is damaged or foreign ({error})") from error
 
 
 def fit_error(model: nn.Module, state: Mapping[str, Tensor]) -> str:
@@ -110,9 +155,10 @@ def stored_values(model: nn.Module) -> int:
     return sum(int((p != 0).sum()) for p in model.parameters())
 
 
-def layers(posterior: Posterior) -> list[dict[str, Any]]:
-    """Per parameter tensor: name, shape, total, kept."""
+def layers(posterior: Posterior, plan: Plan | None = None) -> list[dict[str, Any]]:
+    """Per parameter tensor: name, shape and total as they were before the plan, weights kept."""
+    shapes = {n: tuple(g.mean.shape) for n, g in posterior.items()} | dict(plan.shapes if plan else {})
     return [
-        {"name": n, "shape": list(g.mean.shape), "total": g.keep.numel(), "kept": int(g.keep.sum())}
+        {"name": n, "shape": list(shapes[n]), "total": math.prod(shapes[n]), "kept": int(g.keep.sum())}
         for n, g in posterior.items()
     ]

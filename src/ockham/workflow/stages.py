@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from ockham.reduction.rounds import Rounds
 from ockham.reduction.rule import Rule
+from ockham.reduction.structure_rule import Structures
 from ockham.workflow.compression import Compression
 from ockham.workflow.estimators import Estimator, Training, mean_field
 from ockham.workflow.evaluate import mean_predictor, measures
@@ -29,6 +30,7 @@ __all__ = [
     "as_plain",
     "rule_name",
     "search_rates",
+    "structures_name",
 ]
 
 SEARCH_RATES = (3e-4, 1e-3, 3e-3)
@@ -50,6 +52,7 @@ class Recipe:
         ignore: protected parameters.
         estimator: makes the optimizer.
         device: where to compute.
+        structures: how whole channels, neurons and heads go, too; None: single weights only.
     """
 
     build: Callable[[], nn.Module]
@@ -62,6 +65,7 @@ class Recipe:
     ignore: Ignore = ()
     estimator: Estimator = mean_field
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    structures: Structures | None = None
 
     def network(self) -> nn.Module:
         """A fresh network with the job's own initial weights, on the device; global randomness untouched."""
@@ -184,6 +188,7 @@ class CompressStage:
             rule=recipe.rule,
             ignore=recipe.ignore,
             estimator=recipe.estimator,
+            structures=recipe.structures,
         )
         self.kept: list[float] = []
 
@@ -213,11 +218,17 @@ def search_rates(recipe: Recipe) -> Iterator[AdamStage]:
 
 def as_plain(training: Training) -> dict[str, Any]:
     """Settings as JSON-able values, the prior by its type and numbers."""
-    plain = asdict(training)
-    plain["prior"] = (
-        f"{type(training.prior).__name__}({', '.join(f'{k}={v:g}' for k, v in asdict(training.prior).items())})"  # type: ignore[call-overload]
-    )
-    return plain
+    plain = {f.name: getattr(training, f.name) for f in fields(training)}
+    shown = [f"{f.name}={getattr(training.prior, f.name):g}" for f in fields(training.prior) if f.repr]  # type: ignore[arg-type]
+    return plain | {"prior": f"{type(training.prior).__name__}({', '.join(shown)})"}
+
+
+def structures_name(structures: Structures | None) -> str:
+    """How structures go, with its numbers, for the record and for telling jobs apart."""
+    if structures is None:
+        return "none"
+    shown = f"{structures.price!r}, {structures.cut.__name__} cut, widths in steps of {structures.round_to}"
+    return f"{shown}, cap {structures.cap:g}, after {structures.wait} round(s)"
 
 
 def rule_name(rule: Rule | None) -> str:

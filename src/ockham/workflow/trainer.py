@@ -105,6 +105,10 @@ class Trainer:
         self.done += 1
         return EpochInfo(self.done, tally.loss(final=True), tally.accuracy())
 
+    def swap(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Go on with a smaller model and the optimizer that was carried over to it."""
+        self.model, self.optimizer = model, optimizer
+
     def state(self) -> dict[str, Any]:
         """Everything the next epoch depends on, plain values and tensors."""
         own = self._own.state_dict()["state"] if self._own is not None else {}

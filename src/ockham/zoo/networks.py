@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ockham.errors import DataError, OckhamError
+from ockham.zoo import paper
 from ockham.zoo.data import Dataset
 
 __all__ = [
@@ -186,6 +187,14 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "resnet32": resnet32,
     "resnet56": resnet56,
     "resnet110": resnet110,
+    "mlp_swish": paper.mlp_swish,
+    "mlp_swish_cifar": paper.mlp_swish_cifar,
+    "lenet_tanh": paper.lenet_tanh,
+    "lenet_tanh_cifar": paper.lenet_tanh_cifar,
+    "vit": paper.vit,
+    "vit_cifar": paper.vit_cifar,
+    "mixer": paper.mixer,
+    "mixer_cifar": paper.mixer_cifar,
 }
 
 _DEFAULTS = {

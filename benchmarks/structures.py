@@ -1,0 +1,427 @@
+"""Structures by evidence: prices compared, LeNets against the bars, continuous shrinking, latency, tracing.
+
+    python benchmarks/structures.py --data PATH prices|lenet5|lenet300|shrinking|latency|tracing|all [--seed 0 1 2]
+    python benchmarks/structures.py --table
+
+Every run is one JSON in benchmarks/results/structures/ and is skipped when it is there. A run of hours writes a
+checkpoint after each epoch beside it and goes on from there. Settings were chosen on the last 10,000 training images
+(`prices`); the test set is read once, at the end of `lenet5`, `lenet300` and `shrinking`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import ockham
+from ockham.files.tree import read_tree, write_tree
+from ockham.reduction.structures import all_masks
+from ockham.surgery.cost import cost, latencies
+from ockham.surgery.execution import sparse_linear
+from ockham.zoo.data import Batches, load_folder
+from ockham.zoo.networks import NETWORKS
+
+RESULTS = Path(__file__).parent / "results" / "structures"
+FIXED, SCALE, HORSESHOE = ockham.FixedPrior(0.3), ockham.GroupScale(0.3), ockham.GroupHorseshoe(0.5)
+AUTO = ockham.Structures()
+MAC = ockham.Structures(price=ockham.PerMac(1e-3))
+
+PRICES: dict[str, tuple[ockham.FixedPrior | ockham.GroupScale | ockham.GroupHorseshoe, ockham.Structures]] = {
+    "learned rate": (FIXED, AUTO),
+    "learned rate, all masks": (FIXED, ockham.Structures(inside=all_masks())),
+    "learned rate, group scale": (SCALE, AUTO),
+    "learned rate, group horseshoe": (HORSESHOE, AUTO),
+    "100 nats a unit": (FIXED, ockham.Structures(price=ockham.FlatPrice(100.0))),
+    "0.001 nats a MAC": (FIXED, MAC),
+    "0.003 nats a MAC": (FIXED, ockham.Structures(price=ockham.PerMac(3e-3))),
+    "0.003 nats a MAC, group scale": (SCALE, ockham.Structures(price=ockham.PerMac(3e-3))),
+    "0.001 nats a MAC, all masks": (FIXED, ockham.Structures(price=ockham.PerMac(1e-3), inside=all_masks())),
+    "0.01 nats a parameter": (FIXED, ockham.Structures(price=ockham.PerParameter(1e-2))),
+}
+
+
+def split(folder: Path, held_out: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training and judging part: the last ``held_out`` training images, or the test set for 0."""
+    data = load_folder(folder)
+    if held_out:
+        return data.train_x[:-held_out], data.train_y[:-held_out], data.train_x[-held_out:], data.train_y[-held_out:]
+    return data.train_x, data.train_y, data.test_x, data.test_y
+
+
+def train(
+    network: str,
+    data: tuple[Tensor, Tensor, Tensor, Tensor],
+    *,
+    training: ockham.Training,
+    structures: ockham.Structures | None,
+    checkpoint: Path,
+) -> dict:
+    """One run, its measures on the judging part, and what the network costs; resumed where it was interrupted."""
+    x, y, other_x, other_y = data
+    torch.manual_seed(training.seed)
+    dense = NETWORKS[network]()
+    job = ockham.Compression(dense, Batches(x, y, 128, shuffle=True), training=training, structures=structures)
+    seconds: list[float] = []
+    widths: list[dict[str, int]] = []
+    if checkpoint.exists():
+        saved = read_tree(checkpoint, kind="checkpoint")
+        job.load(saved["job"])
+        seconds, widths = list(saved["seconds"]), list(saved["widths"])
+    start = time.perf_counter()
+    for progress in job:
+        seconds.append(time.perf_counter() - start)
+        widths.append(dict(progress.structures.widths) if progress.structures else {})
+        print(f"  {progress.epoch}: {progress.loss:.4f} kept {progress.kept_share:.4f} {widths[-1]}", file=sys.stderr)
+        tree = {"job": job.state(), "seconds": seconds, "widths": widths}
+        write_tree(checkpoint, tree, kind="checkpoint", durable=False)
+        start = time.perf_counter()
+    result = job.result()
+    record = judged(result, dense, other_x, other_y) | {"epoch_seconds": seconds, "widths": widths}
+    checkpoint.unlink(missing_ok=True)
+    return record
+
+
+def judged(result: ockham.Compressed, dense: nn.Module, x: Tensor, y: Tensor) -> dict:
+    """Error by 20 posterior draws and of the mean network, costs, latencies interleaved with the dense network's."""
+    outputs = result.predict(x, draws=20, generator=torch.Generator().manual_seed(0)).probabilities
+    with torch.no_grad():
+        mean = torch.cat([result.model(part) for part in x.split(1000)])
+    one = x[:1]
+    sparse, layers = sparse_linear(result.model, x[:64])
+    before, after = cost(dense, one), cost(result.model, one)
+    record = {
+        "error": 1 - float((outputs.argmax(1) == y).double().mean()),
+        "error_mean_network": 1 - float((mean.argmax(1) == y).double().mean()),
+        "nll": float(-outputs.gather(1, y[:, None]).log().mean()),
+        "kept": result.keep_share,
+        "macs": [before.macs, after.macs],
+        "parameters": [before.parameters, after.parameters],
+        "units": {k: w - len(result.plan.removed.get(k, ())) for k, w in result.plan.widths.items()}
+        if result.plan
+        else {},
+        "csr": {name: entry.used for name, entry in layers.items()},
+    }
+    for batch in (1, 64):
+        record[f"latency_{batch}"] = latencies([dense, result.model, sparse], one, batch=batch, repeats=300, warmup=20)
+    return record
+
+
+def saved(name: str, make: Callable[[], dict], settings: object) -> dict:
+    """The record of a run, made where it is not there."""
+    path = RESULTS / f"{name.replace(',', '').replace(' ', '-')}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    print(name, file=sys.stderr, flush=True)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    record = {"run": name, "settings": repr(settings), "date": f"{datetime.now(UTC):%Y-%m-%d}"} | make()
+    record |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "commit": commit.stdout.strip()}
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def prices(data: Path, seeds: list[int], epochs: int) -> None:
+    """Priors and prices on LeNet-5-Caffe, judged on validation images."""
+    for label, (prior, structures) in PRICES.items():
+        for seed in seeds:
+            training = ockham.Training(epochs=epochs, prior=prior, seed=seed)
+            name = f"prices.{label}.{seed}"
+            saved(
+                name,
+                lambda t=training, s=structures, n=name: train(
+                    "lenet5_caffe",
+                    split(data / "mnist", 10_000),
+                    training=t,
+                    structures=s,
+                    checkpoint=RESULTS / f".{n}",
+                ),
+                (training, structures),
+            )
+
+
+FINAL = {
+    "lenet5": ("lenet5_caffe", ockham.Training(epochs=40), ockham.Structures(price=ockham.PerMac(3e-3))),
+    "lenet300": ("lenet_300_100", ockham.Training(epochs=30), ockham.Structures()),
+}
+
+
+def final(which: str, data: Path, seeds: list[int]) -> None:
+    """The chosen settings on the test set."""
+    network, training, structures = FINAL[which]
+    for seed in seeds:
+        own = ockham.Training(**{f: getattr(training, f) for f in training.__slots__} | {"seed": seed})
+        name = f"{which}.{seed}"
+        saved(
+            name,
+            lambda t=own, n=name: train(
+                network, split(data / "mnist", 0), training=t, structures=structures, checkpoint=RESULTS / f".{n}"
+            ),
+            (own, structures),
+        )
+
+
+def shrinking(data: Path, seeds: list[int]) -> None:
+    """Continuous shrinking against masks only: two jobs, epoch by epoch in turn, so that both meet the same machine."""
+    for seed in seeds:
+        training = ockham.Training(epochs=30, seed=seed)
+        structures = FINAL["lenet5"][2]
+        saved(f"shrinking.{seed}", lambda t=training, s=structures: _interleaved(data, t, s), (training, structures))
+
+
+def _interleaved(data: Path, training: ockham.Training, structures: ockham.Structures) -> dict:
+    x, y, test_x, test_y = split(data / "mnist", 0)
+    torch.manual_seed(training.seed)
+    dense = NETWORKS["lenet5_caffe"]()
+    arms = {"masks only": None, "shrinking": structures}
+    jobs = {
+        k: ockham.Compression(dense, Batches(x, y, 128, shuffle=True), training=training, structures=s)
+        for k, s in arms.items()
+    }
+    seconds: dict[str, list[float]] = {k: [] for k in arms}
+    checkpoint = RESULTS / f".shrinking.{training.seed}"
+    if checkpoint.exists():
+        kept = read_tree(checkpoint, kind="checkpoint")
+        seconds = {k: list(v) for k, v in kept["seconds"].items()}
+        for k, job in jobs.items():
+            job.load(kept[k])
+    loops = {k: iter(job) for k, job in jobs.items()}
+    while len(seconds["shrinking"]) < training.epochs:
+        for k, loop in loops.items():
+            start = time.perf_counter()
+            progress = next(loop)
+            seconds[k].append(time.perf_counter() - start)
+            print(
+                f"  {k} {progress.epoch}: {seconds[k][-1]:.1f} s, {progress.kept_share:.4f}",
+                file=sys.stderr,
+                flush=True,
+            )
+        tree = {k: job.state() for k, job in jobs.items()} | {"seconds": seconds}
+        write_tree(checkpoint, tree, kind="checkpoint", durable=False)
+    found = {k: judged(job.result(), dense, test_x, test_y) | {"epoch_seconds": seconds[k]} for k, job in jobs.items()}
+    checkpoint.unlink(missing_ok=True)
+    return {"arms": found, "ratio": sum(seconds["shrinking"]) / sum(seconds["masks only"])}
+
+
+class Residual(nn.Module):
+    """A ResNet-style CNN with 64, 128, 256 channels at 32 x 32, two blocks a stage, option-B shortcuts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU())
+        sizes = [(64, 64, 1), (64, 64, 1), (64, 128, 2), (128, 128, 1), (128, 256, 2), (256, 256, 1)]
+        self.blocks = nn.Sequential(*(Block(*s) for s in sizes))
+        self.head = nn.Linear(256, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 3, 32, 32] to logits."""
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class Block(nn.Module):
+    """Two 3 x 3 convolutions around a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.one = nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs))
+        self.two = nn.Sequential(nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs))
+        same = inputs == outputs and stride == 1
+        skip = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.skip = nn.Identity() if same else skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, inputs, H, W] to [N, outputs, H / stride, W / stride]."""
+        return torch.relu(self.two(torch.relu(self.one(x))) + self.skip(x))
+
+
+def latency() -> None:
+    """Half the multiply-accumulates of a ResNet-style CNN by evidence, widths in steps of 16 and of 1."""
+    saved("latency", _latency, "budget macs 50%, posterior of 20 steps on noise: the shapes count here")
+
+
+def _latency() -> dict:
+    torch.manual_seed(0)
+    model, x = Residual(), torch.randn(64, 3, 32, 32)
+    groups = ockham.trace(model, x[:2])
+    optimizer = ockham.MeanField(model.named_parameters(), n_data=640)
+    for _ in range(20):
+        optimizer.zero_grad()
+        with optimizer.sampled():
+            nn.functional.cross_entropy(model(x[:16]), torch.randint(10, (16,))).backward()
+        optimizer.step()
+    evidence = ockham.score(optimizer.posterior()).by_group(groups)
+    networks, macs = {"dense": model}, {"dense": cost(model, x[:1]).macs}
+    for step in (16, 1):
+        budget = {"budget": {"macs": "50%"}, "round_to": step, "model": model, "example_inputs": x[:2]}
+        plan = ockham.plan(groups, evidence, **budget)
+        small = ockham.shrink(model, plan)
+        ockham.verify(ockham.mask(model, plan), small, x[:2])
+        networks[f"round_to={step}"], macs[f"round_to={step}"] = small, cost(small, x[:1]).macs
+    times = dict(zip(networks, latencies(list(networks.values()), x[:1], batch=64, repeats=30), strict=True))
+    return {"macs": macs, "latency_64": times, "ratio": {k: t / times["dense"] for k, t in times.items()}}
+
+
+def tracing() -> None:
+    """Time and peak memory of trace and plan for models of real size, each in a process of its own."""
+    for name in ("resnet50", "bert", "swin"):
+        saved(f"tracing.{name}", lambda n=name: _fresh_process(n), f"{name}, random weights, batch 2")
+
+
+def _fresh_process(name: str) -> dict:
+    done = subprocess.run([sys.executable, __file__, "one-trace", name], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def one_trace(name: str) -> dict:
+    """Trace and plan once, measured after the imports; a small network is traced before, to load torch.export."""
+    model, inputs = _large(name)
+    ockham.trace(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 3)), torch.randn(2, 3))
+    size = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]) / 2**20
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    start, cpu = time.perf_counter(), time.process_time()
+    groups = ockham.trace(model, inputs)
+    traced, traced_cpu = time.perf_counter() - start, time.process_time() - cpu
+    plan = ockham.random_plan(groups, 0.5, generator=torch.Generator().manual_seed(0))
+    planned = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    gone = sum(len(units) for units in plan.removed.values())
+    return {
+        "trace_seconds": traced, "trace_cpu_seconds": traced_cpu, "trace_and_plan_seconds": planned,
+        "cpu_seconds": time.process_time() - cpu, "groups": len(groups), "units_removed": gone,
+        "model_mb": size, "rss_growth_mb": peak - before,
+    }  # fmt: skip
+
+
+def _large(name: str) -> tuple[nn.Module, object]:
+    import transformers as tf
+
+    torch.manual_seed(0)
+    if name == "resnet50":
+        return tf.ResNetForImageClassification(tf.ResNetConfig()).eval(), {"pixel_values": torch.randn(2, 3, 224, 224)}
+    if name == "swin":
+        return tf.SwinForImageClassification(tf.SwinConfig()).eval(), {"pixel_values": torch.randn(2, 3, 224, 224)}
+    config = tf.BertConfig(num_labels=3)
+    return tf.BertForSequenceClassification(config).eval(), {"input_ids": torch.randint(1, 1000, (2, 16))}
+
+
+def table() -> str:
+    """All records as Markdown."""
+    records = {p.stem: json.loads(p.read_text()) for p in sorted(RESULTS.glob("*.json"))}
+    lines = [
+        "# Structures by evidence", "",
+        f"Written {datetime.now(UTC):%Y-%m-%d} by `python benchmarks/structures.py --table`.",
+        "One thread of a shared machine: latencies are medians of networks measured in turn, read their ratios.",
+        "Error: 20 posterior draws.",
+    ]  # fmt: skip
+    runs = [r for n, r in records.items() if n.startswith("prices.")]
+    if runs:
+        lines += ["", "## Where the price comes from: LeNet-5-Caffe, MNIST, validation images", "", _HEAD, _RULE]
+        lines += [_row(r) for r in sorted(runs, key=lambda r: r["macs"][1])]
+    for which, title in (("lenet5", "LeNet-5-Caffe, MNIST, test"), ("lenet300", "LeNet-300-100, MNIST, test")):
+        runs = [r for n, r in records.items() if n.startswith(f"{which}.")]
+        if runs:
+            lines += ["", f"## {title}", "", f"`{runs[0]['settings']}`", "", _HEAD, _RULE, *map(_row, runs)]
+    lines += _shrinking_lines(records) + _small_lines(records)
+    return "\n".join(lines) + "\n"
+
+
+_HEAD = (
+    "| run | error % | mean network | units | kept % | MACs | parameters | latency / dense, batch 64 | batch 1 | "
+    "with CSR, 64 | s |"
+)
+_RULE = "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
+
+
+def _row(r: dict) -> str:
+    (d64, s64, c64), (d1, s1, _) = r["latency_64"], r["latency_1"]
+    units = "-".join(str(n) for n in r["units"].values())
+    name = r["run"].removeprefix("prices.")
+    return (
+        f"| {name} | {100 * r['error']:.2f} | {100 * r['error_mean_network']:.2f} | {units} | "
+        f"{100 * r['kept']:.2f} | {r['macs'][1]:,} | {r['parameters'][1]:,} | {s64 / d64:.2f} | {s1 / d1:.2f} | "
+        f"{c64 / d64:.2f} | {sum(r['epoch_seconds']):.0f} |"
+    )
+
+
+def _shrinking_lines(records: dict[str, dict]) -> list[str]:
+    runs = [r for n, r in records.items() if n.startswith("shrinking.")]
+    if not runs:
+        return []
+    lines = ["", "## Continuous shrinking: LeNet-5-Caffe, 30 epochs, both arms epoch by epoch in turn", ""]
+    lines += ["| run | seconds masks only | shrinking | ratio | last epoch | error % masks only | shrinking | units |"]
+    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for r in runs:
+        a, b = r["arms"]["masks only"], r["arms"]["shrinking"]
+        times = [a["epoch_seconds"], b["epoch_seconds"]]
+        lines.append(
+            f"| {r['run']} | {sum(times[0]):.0f} | {sum(times[1]):.0f} | {r['ratio']:.2f} | "
+            f"{times[1][-1] / times[0][-1]:.2f} | {100 * a['error']:.2f} | {100 * b['error']:.2f} | "
+            f"{'-'.join(map(str, b['units'].values()))} |"
+        )
+    return lines
+
+
+def _small_lines(records: dict[str, dict]) -> list[str]:
+    lines = []
+    if "latency" in records:
+        r = records["latency"]
+        lines += ["", "## Latency against multiply-accumulates: a ResNet-style CNN, batch 64", ""]
+        lines += ["| network | MACs | share | latency ms | share |", "| --- | --- | --- | --- | --- |"]
+        for name, macs in r["macs"].items():
+            share, ms = macs / r["macs"]["dense"], 1e3 * r["latency_64"][name]
+            lines.append(f"| {name} | {macs:,} | {share:.2f} | {ms:.1f} | {r['ratio'][name]:.2f} |")
+    runs = [r for n, r in records.items() if n.startswith("tracing.")]
+    if runs:
+        lines += ["", "## Tracing and planning, random weights", ""]
+        lines += ["| network | trace s (CPU s) | with plan s (CPU s) | groups | model MB | growth of the peak MB |"]
+        lines += ["| --- | --- | --- | --- | --- | --- |"]
+        lines += [
+            f"| {r['run'].removeprefix('tracing.')} | {r['trace_seconds']:.1f} ({r['trace_cpu_seconds']:.1f}) | "
+            f"{r['trace_and_plan_seconds']:.1f} ({r['cpu_seconds']:.1f}) | {r['groups']} | {r['model_mb']:.0f} | "
+            f"{r['rss_growth_mb']:.0f} |"
+            for r in runs
+        ]
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", default=[])
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--epochs", type=int, default=16, help="of the comparison of prices")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table", action="store_true")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    warnings.simplefilter("ignore", ockham.OckhamWarning)
+    if given.what[:1] == ["one-trace"]:
+        print(json.dumps(one_trace(given.what[1])))
+        return
+    jobs: dict[str, Callable[[], None]] = {
+        "prices": lambda: prices(given.data, given.seed, given.epochs),
+        "lenet5": lambda: final("lenet5", given.data, given.seed),
+        "lenet300": lambda: final("lenet300", given.data, given.seed),
+        "shrinking": lambda: shrinking(given.data, given.seed),
+        "latency": latency,
+        "tracing": tracing,
+    }
+    for what in jobs if given.what == ["all"] else given.what:
+        jobs[what]()
+    if given.table:
+        (RESULTS.parent / "structures.md").write_text(table())
+        print(table())
+
+
+if __name__ == "__main__":
+    main()

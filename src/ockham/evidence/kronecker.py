@@ -1,0 +1,220 @@
+r"""Evidence of a weight matrix whose posterior precision is a Kronecker product plus the prior.
+
+The posterior of a weight matrix W [outputs, inputs] is N(mean, S) with the precision
+
+    S^-1 = G (x) A + P0 I,      (G (x) A)_{rj,sk} = G_rs A_jk
+
+A [inputs, inputs] being the summed curvature on the side of the inputs, G [outputs, outputs] on the side of the
+outputs. With eigendecompositions G = U diag(b) U', A = Q diag(a) Q' everything below is exact: K-FAC *plus a prior* is
+no matrix-normal distribution, and factors damped into one invent evidence (1.2 nats for weights that the data never
+touched). All tensors carry a leading dimension of independent groups (grouped convolutions; 1 elsewhere).
+
+Reference: Martens & Grosse 2015, arXiv 1503.05671; Grosse & Martens 2016, arXiv 1602.01407; Ritter, Botev & Barber
+2018 (K-FAC Laplace); Hassibi & Stork 1993 (the conditional mean as update of the survivors).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ockham.errors import OckhamError
+
+__all__ = [
+    "KroneckerPrecision",
+    "compensated",
+    "conditional_precision",
+    "covariance",
+    "delta_f_kronecker_rows",
+    "factorised",
+    "marginal_variance",
+    "removal_cost",
+    "row_covariance",
+]
+
+_CG_STEPS = 500
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KroneckerPrecision:
+    """G (x) A + P0 I in the eigenbasis of its factors.
+
+    Attributes:
+        input_values: a >= 0, [groups, inputs].
+        input_vectors: Q, [groups, inputs, inputs], eigenvectors in columns.
+        output_values: b >= 0, [groups, outputs].
+        output_vectors: U, [groups, outputs, outputs].
+        prior_precision: P0 of every weight of the matrix.
+    """
+
+    input_values: Tensor
+    input_vectors: Tensor
+    output_values: Tensor
+    output_vectors: Tensor
+    prior_precision: float
+
+    @property
+    def curvature(self) -> Tensor:
+        """Eigenvalues b_k a_j of the data's part, [groups, outputs, inputs], float64."""
+        return self.output_values.double().unsqueeze(-1) * self.input_values.double().unsqueeze(-2)
+
+    @property
+    def shape(self) -> torch.Size:
+        """(groups, outputs, inputs)."""
+        return torch.Size((*self.output_values.shape, self.input_values.shape[-1]))
+
+    def to(self, device: torch.device | str) -> KroneckerPrecision:
+        """The same factors on a device."""
+        inputs = self.input_values.to(device), self.input_vectors.to(device)
+        outputs = self.output_values.to(device), self.output_vectors.to(device)
+        return KroneckerPrecision(*inputs, *outputs, self.prior_precision)
+
+
+def factorised(inputs: Tensor, outputs: Tensor, prior_precision: float) -> KroneckerPrecision:
+    """Eigendecompose the two factors; eigenvalues that rounding made negative count as zero.
+
+    Args:
+        inputs: A, symmetric, [groups, inputs, inputs].
+        outputs: G, symmetric, [groups, outputs, outputs].
+        prior_precision: P0 > 0.
+
+    Raises:
+        OckhamError: shapes that do not fit, values that are not finite, or P0 out of range.
+
+    >>> k = factorised(torch.eye(3)[None], 2 * torch.eye(2)[None], 1.0)
+    >>> conditional_precision(k)[0]
+    tensor([[3., 3., 3.],
+            [3., 3., 3.]], dtype=torch.float64)
+    """
+    for name, t in (("inputs", inputs), ("outputs", outputs)):
+        if t.ndim != 3 or t.shape[-1] != t.shape[-2] or t.shape[0] != inputs.shape[0]:
+            raise OckhamError(f"factor {name} must be [groups, n, n]; got {tuple(t.shape)}")
+        if not bool(t.isfinite().all()):
+            raise OckhamError(f"factor {name} is not finite: the network's outputs or gradients overflow")
+    if not 0 < prior_precision < math.inf:
+        raise OckhamError(f"prior_precision must be positive and finite; got {prior_precision}")
+    a, q = torch.linalg.eigh(inputs.double())
+    b, u = torch.linalg.eigh(outputs.double())
+    # contiguous, so that the same bits come back from a file
+    return KroneckerPrecision(a.clamp_min(0), q.contiguous(), b.clamp_min(0), u.contiguous(), float(prior_precision))
+
+
+def conditional_precision(k: KroneckerPrecision) -> Tensor:
+    """Diagonal of the precision, [groups, outputs, inputs]: what a weight feels with all others held."""
+    b = _spread(k.output_vectors, k.output_values.double())
+    a = _spread(k.input_vectors, k.input_values.double())
+    return b.unsqueeze(-1) * a.unsqueeze(-2) + k.prior_precision
+
+
+def marginal_variance(k: KroneckerPrecision) -> Tensor:
+    r"""Diagonal of the covariance: sum_kl U_rk^2 Q_jl^2 / (b_k a_l + P0), [groups, outputs, inputs]."""
+    inner = 1 / (k.curvature + k.prior_precision)
+    return k.output_vectors.double().square() @ inner @ k.input_vectors.double().square().mT
+
+
+def row_covariance(k: KroneckerPrecision, group: int, row: int) -> Tensor:
+    """Marginal covariance of one row of the matrix, Q diag(d_r) Q', [inputs, inputs]."""
+    d = _row_spectrum(k)[group, row]
+    q = k.input_vectors[group].double()
+    return (q * d) @ q.mT
+
+
+def delta_f_kronecker_rows(mean: Tensor, k: KroneckerPrecision) -> Tensor:
+    r"""Log evidence change of setting one whole row (an output unit, a filter) to zero.
+
+    Row r has the marginal covariance Q diag(d_r) Q' with d_rj = sum_k U_rk^2 / (b_k a_j + P0), so
+
+        delta_f_r = -1/2 sum_j ln(P0 d_rj) - 1/2 sum_j (Q' mean_r)_j^2 / d_rj
+
+    Args:
+        mean: posterior means, [groups, outputs, inputs].
+        k: their precision.
+
+    Returns:
+        [groups, outputs], nats, positive favours removal; scores of different rows do not add.
+    """
+    d = _row_spectrum(k)
+    turned = mean.double() @ k.input_vectors.double()
+    return -0.5 * ((k.prior_precision * d).log() + turned.square() / d).sum(-1)
+
+
+def covariance(k: KroneckerPrecision, group: int = 0) -> Tensor:
+    """The dense covariance of vec(W), rows behind each other, for small matrices: [outputs*inputs, outputs*inputs]."""
+    basis = torch.kron(k.output_vectors[group].double(), k.input_vectors[group].double())
+    values = (k.curvature[group] + k.prior_precision).reshape(-1)
+    return (basis / values) @ basis.mT
+
+
+def compensated(
+    mean: Tensor, k: KroneckerPrecision, keep: Tensor, damping: float | None = None, tolerance: float = 1e-8
+) -> Tensor:
+    r"""Conditional mean of the survivors when all other weights of the matrix are zero.
+
+        mean_r - S_rG S_GG^-1 mean_G    =    argmin over w with w_G = 0 of (w - mean)' (G (x) A + d I) (w - mean)
+
+    solved by preconditioned conjugate gradients, all rows together.
+
+    Args:
+        mean: [groups, outputs, inputs].
+        k: their precision.
+        keep: boolean, True = stays, the same shape.
+        damping: None takes d = P0, the posterior as it stands. A number takes d = damping x (mean of the diagonal of
+            G (x) A) instead: the survivors' reduced prior is then all but flat, and they move as the data alone say.
+        tolerance: at which the iteration ends, relative, in the norm of the quadratic form.
+
+    Returns:
+        [groups, outputs, inputs], exactly zero where removed, in the dtype of ``mean``.
+
+    Reference: Hassibi & Stork 1993; corrections of survivors under the K-FAC Laplace posterior.
+    """
+    b = _restored(k.output_vectors, k.output_values)
+    a = _restored(k.input_vectors, k.input_values)
+    diagonal = b.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * a.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+    if damping is None:
+        ridge = torch.full_like(diagonal[:, :1, :1], k.prior_precision)
+    else:
+        ridge = (damping * diagonal.mean((-2, -1), keepdim=True)).clamp_min(torch.finfo(torch.float64).tiny)
+    stays, start = keep.to(a.dtype), mean.double() * keep
+    found = _conjugate(lambda x: b @ x @ a + ridge * x, diagonal + ridge, mean.double(), start, stays, tolerance)
+    return found.to(mean.dtype)
+
+
+def removal_cost(mean: Tensor, k: KroneckerPrecision, keep: Tensor) -> float:
+    """Quadratic part of a joint removal, 1/2 mean_G' S_GG^-1 mean_G, nats: what the survivors cannot make good."""
+    moved = compensated(mean.double(), k, keep) - mean.double()
+    turned = k.output_vectors.double().mT @ moved @ k.input_vectors.double()
+    return float(0.5 * ((k.curvature + k.prior_precision) * turned.square()).sum())
+
+
+def _conjugate(apply, diagonal: Tensor, mean: Tensor, x: Tensor, stays: Tensor, tolerance: float) -> Tensor:  # type: ignore[no-untyped-def]
+    residual = stays * apply(mean - x)
+    z = residual / diagonal
+    direction, product = z, (residual * z).sum((-2, -1), keepdim=True)
+    target = tolerance**2 * product
+    for _ in range(_CG_STEPS):
+        if bool((product <= target).all()):
+            break
+        image = stays * apply(direction)
+        length = product / (direction * image).sum((-2, -1), keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+        x = x + length * direction
+        residual = residual - length * image
+        z = residual / diagonal
+        before, product = product, (residual * z).sum((-2, -1), keepdim=True)
+        direction = z + product / before.clamp_min(torch.finfo(x.dtype).tiny) * direction
+    return x * stays
+
+
+def _row_spectrum(k: KroneckerPrecision) -> Tensor:
+    return k.output_vectors.double().square() @ (1 / (k.curvature + k.prior_precision))
+
+
+def _restored(vectors: Tensor, values: Tensor) -> Tensor:
+    v = vectors.double()
+    return (v * values.double().unsqueeze(-2)) @ v.mT
+
+
+def _spread(vectors: Tensor, values: Tensor) -> Tensor:
+    return (vectors.double().square() @ values.unsqueeze(-1)).squeeze(-1)
