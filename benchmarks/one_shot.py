@@ -56,6 +56,7 @@ class Bench:
         return x.contiguous(), torch.from_numpy(part.y[:n]).long()
 
     def posterior(self, structure: str, prior: str, fisher: str) -> Posterior:
+        """Cached by what made it."""
         key = f"{structure}-{prior}-{fisher}"
         if key not in self._posteriors:
             loader = Batches(*self.train, batch_size=100, shuffle=False)
@@ -68,11 +69,13 @@ class Bench:
 
     @torch.no_grad()
     def accuracy(self, model: nn.Module) -> float:
+        """Per cent of the test images."""
         x, y = self.test
         right = torch.cat([model.eval()(part).argmax(1) for part in x.split(500)]).eq(y)
         return 100 * float(right.double().mean())
 
     def refreshed(self, model: nn.Module) -> nn.Module:
+        """The model with its BatchNorm statistics taken anew, in place."""
         loader = Batches(*self.train, batch_size=250, shuffle=False)
         ockham.refresh_batchnorm(model, loader)
         return model
@@ -155,7 +158,8 @@ def table(rows: dict, header: str) -> str:
     lines = [
         header,
         "",
-        f"Dense: {rows['dense']['accuracy']:.2f} / {rows['dense']['refreshed']:.2f} %. Accuracy, %: as it is / BatchNorm re-estimated.",
+        f"Dense: {rows['dense']['accuracy']:.2f} / {rows['dense']['refreshed']:.2f} %. "
+        "Accuracy, %: as it is / BatchNorm re-estimated.",
         "",
     ]
     lines += ["| removed | " + " | ".join(f"{s:.0%}" for s in SHARES) + " | no target given |"]

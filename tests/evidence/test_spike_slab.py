@@ -107,7 +107,7 @@ def test_gradients_of_the_elbo_equal_finite_differences(spike):
     class Prior:
         spike_variance = spike
 
-    facts = SlabFacts(1, 1 / task.v1, math.log(task.v1), math.log(task.p0), math.log1p(-task.p0), True)
+    facts = SlabFacts(1, 1 / task.v1, math.log(task.v1), math.log(task.p0), math.log1p(-task.p0), True, True)
     group = {"prior": Prior(), "n_data": 1.0, "temperature": 1.0, "kl_warmup": 0}
     logit_grad = -by_gradient(run, torch.logit(pi), facts, group)
     for j, grads in enumerate((mean_grad * pi, std_grad * pi, logit_grad)):

@@ -14,6 +14,7 @@ from scipy.special import digamma, gammaln
 import ockham
 from ockham.errors import OckhamError
 from ockham.posterior.group_priors import GroupHorseshoe, GroupScale, rows
+from ockham.posterior.mean_field import MeanField
 from ockham.posterior.priors import EmpiricalBayes
 
 
@@ -74,6 +75,7 @@ def test_given_units_are_followed_and_the_rest_is_divided_by_row() -> None:
         prior.layout({"a.weight": (2, 4)})
 
 
+@pytest.mark.parametrize("toy", [MeanField], indirect=True)
 def test_a_single_row_learns_what_empirical_bayes_learns(toy) -> None:
     made = []
     for prior in (EmpiricalBayes(0.5, 0.3), GroupScale(0.5, 0.3)):
@@ -93,6 +95,7 @@ def test_a_single_row_learns_what_empirical_bayes_learns(toy) -> None:
 
 
 @pytest.mark.parametrize("prior", [GroupScale(0.5), GroupHorseshoe(0.5)])
+@pytest.mark.parametrize("toy64", [MeanField], indirect=True)
 def test_kl_and_the_reported_prior_are_per_weight(toy64, prior) -> None:
     _net, opt = toy64.train(60, prior=prior, prior_interval=7)
     total = torch.zeros((), dtype=torch.float64)
@@ -107,11 +110,13 @@ def test_kl_and_the_reported_prior_are_per_weight(toy64, prior) -> None:
     assert torch.equal(first[:, 0], opt.posterior()["0.bias"].prior_precision)
 
 
+@pytest.mark.parametrize("toy", [MeanField], indirect=True)
 def test_scales_move_only_after_the_warm_up(toy) -> None:
     _net, opt = toy.train(20, prior=GroupScale(0.5), kl_warmup=21, prior_interval=1)
     assert (opt.posterior()["0.weight"].prior_precision == 2.0).all()
 
 
+@pytest.mark.parametrize("toy64", [MeanField], indirect=True)
 def test_one_step_equals_the_same_step_with_autograd(toy64) -> None:
     net, opt = toy64.train(30, prior=GroupScale(0.5), prior_interval=7)
     g = opt.posterior()["0.weight"]
@@ -147,6 +152,7 @@ def test_a_unit_without_use_loses_its_scale() -> None:
     assert int((variance < 0.1).sum()) >= 2 and int((variance > 0.3).sum()) >= 1
 
 
+@pytest.mark.parametrize("toy", [MeanField], indirect=True)
 def test_resumed_equals_never_stopped(toy) -> None:
     options = {"prior": GroupHorseshoe(0.5), "kl_warmup": 5, "prior_interval": 3}
     net, opt = toy.train(20, **options)
@@ -161,6 +167,7 @@ def test_resumed_equals_never_stopped(toy) -> None:
         assert torch.equal(g.prior_precision, other.posterior()[name].prior_precision)
 
 
+@pytest.mark.parametrize("toy", [MeanField], indirect=True)
 def test_a_posterior_with_scales_is_saved_small_and_comes_back(toy, tmp_path: Path) -> None:
     _net, opt = toy.train(30, prior=GroupScale(0.5), prior_interval=7)
     posterior = opt.posterior()
@@ -170,6 +177,7 @@ def test_a_posterior_with_scales_is_saved_small_and_comes_back(toy, tmp_path: Pa
         assert torch.equal(back[name].prior_precision, g.prior_precision)
 
 
+@pytest.mark.parametrize("toy", [MeanField], indirect=True)
 def test_a_group_prior_cannot_join_later(toy) -> None:
     _, opt = toy.make()
     with pytest.raises(OckhamError, match="from the start"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ockham.errors import OckhamError
+from ockham.posterior.mean_field import MeanField
 from ockham.posterior.posterior import Gaussian, Posterior
 
 
@@ -22,6 +23,7 @@ def gaussian(n=3, **changes):
     return Gaussian(**{**fields, **changes})
 
 
+@pytest.mark.parametrize("toy", [MeanField], indirect=True)
 def test_posterior_of_an_optimizer_in_the_order_of_the_network(toy):
     net, opt = toy.train(3, n_data=321, temperature=0.5)
     posterior = opt.posterior()
@@ -34,6 +36,7 @@ def test_posterior_of_an_optimizer_in_the_order_of_the_network(toy):
         assert g.precision.dtype is p.dtype and g.mean.data_ptr() != p.data_ptr()
 
 
+@pytest.mark.parametrize("toy64", [MeanField], indirect=True)
 def test_initial_std_is_the_std_of_the_first_posterior(toy64):
     net, opt = toy64.make(initial_std=0.37, lr=1e-12)
     toy64.step(net, opt)

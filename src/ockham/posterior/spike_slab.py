@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ockham.posterior.posterior import Gaussian, Posterior
 from ockham.posterior.propagation import Propagation
 from ockham.posterior.slab_priors import FixedSpikeSlab, SlabPrior
 from ockham.posterior.slab_updates import InclusionUpdate, Run, SlabFacts, by_gradient, by_moments, kl_share
+from ockham.posterior.slicing import sliced
 from ockham.posterior.variational import VariationalOptimizer
 
 __all__ = ["SpikeSlab"]
@@ -219,6 +220,15 @@ class SpikeSlab(VariationalOptimizer):
             if "variance_grad" in self._vectors and "variance_grad" not in state:
                 state["variance_grad"] = torch.zeros_like(state["logit"])
 
+    def sliced(self, parameters: Mapping[str, Tensor], take: Callable[[str, Tensor], Tensor]) -> SpikeSlab:
+        """A copy over the parameters of a smaller network; call its `propagate` with that network again."""
+        twin = sliced(self, parameters, take)
+        assert isinstance(twin, SpikeSlab)
+        twin._propagation = Propagation()
+        for state in twin.state.values():
+            state.update(propagated=False, driven=False)
+        return twin
+
     # ------------------------------------------------------------------ the method
     def _check_options(self, group: Mapping[str, Any]) -> None:
         _check_settings(group)
@@ -245,45 +255,31 @@ class SpikeSlab(VariationalOptimizer):
         return SlabFacts(*(state[n] for n in names))
 
     def _std_(self, out: Tensor, vectors: Mapping[str, Tensor], facts: Any, group: dict[str, Any]) -> Tensor:
-        return torch.exp(vectors["log_std"], out=out)
-
-    def _draw_std_(self, out: Tensor, vectors: Mapping[str, Tensor], facts: Any, group: dict[str, Any]) -> Tensor:
         if facts.propagated:
             return out.zero_()
-        pi = torch.sigmoid(vectors["logit"])
-        variance = (2 * vectors["log_std"]).exp()
-        std = weight_variance(vectors["mean"] / pi, variance, pi, group["prior"].spike_variance).sqrt_()
-        return out.copy_(std)
+        pi, variance = torch.sigmoid(vectors["logit"]), (2 * vectors["log_std"]).exp_()
+        spread = weight_variance(vectors["mean"] / pi, variance, pi, group["prior"].spike_variance)
+        return torch.sqrt(spread, out=out)
 
     def _update_(self, mean: Tensor, grad: Tensor, vectors: Mapping[str, Tensor], facts: Any, group: Any) -> None:
         pi, variance = torch.sigmoid(vectors["logit"]), (2 * vectors["log_std"]).exp()
         slab = mean / pi
-        here = Run(slab, variance, pi, grad, self._variance_grad(grad, slab, variance, pi, vectors, facts, group))
+        if facts.propagated:
+            variance_grad = vectors["variance_grad"]
+        else:
+            noise = vectors["second"].copy_(vectors["noise"])
+            variance_grad = noise.mul_(grad).div_(vectors["first"].mul_(2).clamp_min_(1e-30))
+        here = Run(slab, variance, pi, grad, variance_grad)
         pull = kl_share(facts.step, group) * group["temperature"] / group["n_data"]
         mean_grad, std_grad = here.gradients(pull, facts.prior_precision)
         towards = (by_gradient if facts.driven else by_moments)(here, vectors["logit"], facts, group)
-        rest: dict[str, Any] = {"step": facts.step, "betas": group["betas"], "eps": group["eps"]}
+        rest: dict[str, Any] = {"step": facts.step, "betas": group["betas"], "eps": group["eps"], "decay": 0.0}
         rate = float(group["lr"])
-        adam_(slab, mean_grad, vectors["exp_avg"], vectors["exp_avg_sq"], lr=rate, decay=0.0, **rest)
-        std = vectors["log_std"], std_grad, vectors["std_avg"], vectors["std_avg_sq"]
-        adam_(*std, lr=rate * group["std_rate"], decay=0.0, **rest)
+        adam_(slab, mean_grad, vectors["exp_avg"], vectors["exp_avg_sq"], lr=rate, **rest)
+        rate *= group["std_rate"]
+        adam_(vectors["log_std"], std_grad, vectors["std_avg"], vectors["std_avg_sq"], lr=rate, **rest)
         logit = vectors["logit"].add_(towards, alpha=group["inclusion_rate"]).clamp_(-_LOGIT_LIMIT, _LOGIT_LIMIT)
         torch.mul(slab, torch.sigmoid(logit), out=mean)
-
-    def _variance_grad(
-        self,
-        grad: Tensor,
-        slab: Tensor,
-        variance: Tensor,
-        pi: Tensor,
-        vectors: Mapping[str, Tensor],
-        facts: Any,
-        group: Any,
-    ) -> Tensor:
-        if facts.propagated:
-            return vectors["variance_grad"]
-        std = weight_variance(slab, variance, pi, group["prior"].spike_variance).sqrt_()
-        return torch.mul(grad, vectors["noise"]).div_(std.mul_(2).clamp_min_(1e-30))
 
     @torch.no_grad()
     def _after_step(self, group: dict[str, Any]) -> None:

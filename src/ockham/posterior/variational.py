@@ -32,7 +32,8 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
     """Gaussian variational inference in the shape of a `torch.optim.Optimizer`.
 
     Outside `sampled` the parameters hold the posterior mean, so evaluation, saving and editing work as always.
-    Consecutive draws are made from one another (`ockham.posterior.noise`): each is exact, and four cost one.
+    Consecutive draws are made from one another (noise e, -e, e rotated, its mirror, then new noise): each is an exact
+    draw, four cost one, and the odd terms of the gradient noise cancel in pairs (docs/decisions.md).
     """
 
     _vectors: tuple[str, ...] = ()  # names of the state vectors, one number per living weight
@@ -74,16 +75,12 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         """Precision of the prior as the posterior reports it, broadcastable to the parameter."""
         return torch.tensor(self.state[p]["prior_precision"], dtype=p.dtype, device=p.device)
 
-    def _draw_std_(self, out: Tensor, vectors: Mapping[str, Tensor], facts: Facts, group: dict[str, Any]) -> Tensor:
-        """Write the standard deviation of the draws into ``out``, `_std_` by default; ``vectors["mean"]`` holds the mean."""
-        return self._std_(out, vectors, facts, group)
-
     def _facts_of(self, state: Mapping[str, Any]) -> Facts:
-        """What the weights of a run share, from a parameter's state; weights that differ in it step apart."""
+        """What the weights of a run share; parameters that differ in it step apart."""
         return Facts(state["step"], state["prior_precision"])
 
     def _block_began(self, new: bool) -> None:
-        """Called in a `sampled` block when the draw is in place; ``new`` where no gradient belongs to it yet."""
+        """Called in a `sampled` block with the draw in place; ``new`` where no gradient belongs to it yet."""
 
     def _block_ended(self) -> None:
         """Called when the mean is back."""
@@ -336,7 +333,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         place = read(run, [x.parameter for x in run.pieces], mean)
         if place is not mean:
             mean.copy_(place)
-        std = self._draw_std_(vectors["first"], vectors, self._facts(run), group)
+        std = self._std_(vectors["first"], vectors, self._facts(run), group)
         noise = vectors["second"].copy_(vectors["noise"])  # converted first: products of mixed dtypes are far slower
         write(run, torch.addcmul(mean, std, noise, out=noise))
         if arena.small:

@@ -36,7 +36,7 @@ def input_evidence(
 
     with delta_f of the block under the Laplace covariance (J' L J + P0)^-1, J the outputs' gradient by the living
     weights and L the likelihood's curvature. Only weights that read an input, and the last bias, are free: let the
-    layers after them move too, and a rectifier's gain, w dw + b db = v dv, would make up for any weight's removal,
+    layers after them move too, and a rectifier's gain, w dw + b db = v dv, would make up for the removal of any weight,
     which it does in the tangent and not in the network.
 
     Args:

@@ -1,0 +1,517 @@
+"""Structured pruning by log-normal gates against the published numbers: every setting, every rule, some seeds.
+
+    python benchmarks/bmrs.py --data PATH [--setting NAME ...] [--arm NAME ...] [--seed 0 1 2] [--epochs N] [--table]
+    python benchmarks/bmrs.py --step-cost
+
+Every run is one JSON in benchmarks/results/bmrs/ and is skipped when it is there; a run that was interrupted goes on at
+its last epoch. `--validate` trains and measures without the test set (the last 10,000 training images take its place)
+and writes nothing but a line: that is how settings were chosen. The test set is read once, at the end of a run.
+Arms that only order (l2, mean, taylor, random) get the parameters that the arm `n` of the same seed has left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import ockham
+from ockham.files.tree import read_tree, write_tree
+from ockham.posterior.gates import per_element
+from ockham.surgery.cost import latency
+from ockham.workflow.evaluate import mean_predictor, measures
+from ockham.workflow.gate_settings import Budget, GateTraining, Tempered, by_threshold, mean_mean, true_elbo
+from ockham.workflow.gate_training import GateCompression
+from ockham.workflow.gating import GATE_RULES
+from ockham.workflow.stages import Batches
+from ockham.zoo.data import digits, load_folder
+from ockham.zoo.networks import NETWORKS
+
+RESULTS = Path(__file__).parent / "results" / "bmrs"
+
+
+# ------------------------------------------------------------------ networks and data
+
+
+def mlp(hidden: int, width: int, inputs: int) -> nn.Module:
+    """N x width has n + 1 hidden layers, as in the paper."""
+    inner = itertools.chain(*((nn.Linear(width, width), nn.Tanh()) for _ in range(hidden)))
+    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, width), nn.Tanh(), *inner, nn.Linear(width, 10))
+
+
+def lenet5(scale: int = 1) -> nn.Module:
+    """LeNet-5 with ReLU on 32 x 32 images; the CIFAR-10 one is three times as wide."""
+    c = scale
+    return nn.Sequential(
+        nn.Conv2d(c, 6 * c, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6 * c, 16 * c, 5), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(400 * c, 120 * c), nn.ReLU(), nn.Linear(120 * c, 84 * c), nn.ReLU(),
+        nn.Linear(84 * c, 10),
+    )  # fmt: skip
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block."""
+
+    def __init__(self, dim: int, heads: int, ratio: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.up, self.down = nn.Linear(dim, ratio * dim), nn.Linear(ratio * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, tokens, dim] to the same."""
+        n, tokens, dim = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(n, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, dim)
+        x = x + self.proj(y)
+        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+
+
+class ViT(nn.Module):
+    """A vision transformer."""
+
+    def __init__(
+        self, *, image: int = 32, patch: int = 4, dim: int = 256, depth: int = 6, heads: int = 8, ratio: int = 2
+    ):
+        super().__init__()
+        self.patches = nn.Conv2d(3, dim, patch, patch)
+        self.place = nn.Parameter(0.02 * torch.randn(1, (image // patch) ** 2, dim))
+        self.blocks = nn.Sequential(*(Block(dim, heads, ratio) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images to logits."""
+        return self.head(self.norm(self.blocks(self.patches(x).flatten(2).transpose(1, 2) + self.place)).mean(1))
+
+
+def resnet50() -> nn.Module:
+    """torchvision's, ten classes; weights come from a file given by --weights."""
+    import torchvision
+
+    return torchvision.models.resnet50(num_classes=10)
+
+
+def vit_b16() -> nn.Module:
+    """ViT-B/16 for 224 x 224 images; weights come from a file given by --weights."""
+    return ViT(image=224, patch=16, dim=768, depth=12, heads=12, ratio=4)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the paper's table: network, data, how the paper trained it, what it found."""
+
+    data: str
+    build: Callable[[], nn.Module]
+    batch: int
+    rate: float
+    epochs: int
+    fine_tune: int
+    published: dict[str, tuple[float, float]]
+    ours: dict[str, Any]
+    image: int = 32
+    device: str = "cpu"
+
+
+def published(*numbers: str) -> dict[str, tuple[float, float]]:
+    """Parameters removed and accuracy, percent, of: none, snr, n, u8, u4."""
+    rows = dict(zip(("none", "snr", "n", "u8", "u4"), numbers, strict=True))
+    return {k: tuple(float(x) for x in v.split("/")) for k, v in rows.items()}  # type: ignore[misc]
+
+
+# What was chosen on validation data; "temperature" weighs the KL, 1 is the ELBO.
+MLP = {"batch": 128, "rate": 2e-3, "temperature": 20.0, "gate_rate": 3.0}
+LENET = {"batch": 128, "rate": 3e-3, "temperature": 60.0, "gate_rate": 3.0}
+
+SETTINGS: dict[str, Setting] = {
+    "mlp-mnist": Setting(
+        "mnist", lambda: mlp(7, 100, 1024), 128, 8.5e-4, 50, 10,
+        published("0/97.43", "58.57/96.92", "48.86/96.95", "48.73/96.93", "54.47/96.99"), MLP,
+    ),
+    "mlp-fashion": Setting(
+        "fashion-mnist", lambda: mlp(1, 150, 1024), 128, 1.5e-3, 50, 10,
+        published("0/88.17", "99.83/10.00", "93.20/84.99", "93.02/85.01", "91.57/85.79"), MLP,
+    ),
+    "mlp-cifar10": Setting(
+        "cifar10", lambda: mlp(5, 150, 3072), 32, 6.8e-4, 50, 10,
+        published("0/44.94", "75.93/43.97", "76.36/43.59", "77.17/43.45", "76.63/44.06"), MLP,
+    ),
+    "lenet-mnist": Setting(
+        "mnist", lenet5, 128, 1.4e-3, 50, 10,
+        published("0/99.07", "92.66/62.70", "86.90/95.59", "86.11/95.27", "87.58/96.66"), LENET,
+    ),
+    "lenet-fashion": Setting(
+        "fashion-mnist", lenet5, 32, 1.4e-3, 50, 10,
+        published("0/89.16", "98.47/17.01", "88.02/77.90", "87.61/77.23", "88.72/81.10"), LENET,
+    ),
+    "lenet-cifar10": Setting(
+        "cifar10", lambda: lenet5(3), 64, 1e-3, 50, 10,
+        published("0/67.62", "70.29/67.68", "62.87/66.14", "62.54/66.28", "68.07/67.66"), LENET,
+    ),
+    "resnet50-cifar10": Setting(
+        "cifar10", resnet50, 64, 1e-4, 50, 10,
+        published("0/90.65", "91.73/89.24", "87.10/89.62", "88.18/89.29", "89.85/89.26"), LENET, 224, "cuda",
+    ),
+    "vit-cifar10": Setting(
+        "cifar10", vit_b16, 64, 1e-5, 50, 10,
+        published("0/94.80", "73.03/94.78", "57.74/94.60", "58.14/94.69", "67.16/94.83"), LENET, 224, "cuda",
+    ),
+    "digits": Setting(
+        "digits", NETWORKS["digits_mlp"], 64, 3e-3, 200, 40, {},
+        {"batch": 64, "rate": 3e-3, "temperature": 1.0, "gate_rate": 5.0},
+    ),
+}  # fmt: skip
+
+EVIDENCE = ("n", "n-printed", "u8", "u4", "snr")
+ORDERS = ("mean", "l2", "taylor", "random")
+ARMS: dict[str, str] = {
+    "none": "no gates: Adam, same epochs",
+    **{f"{r}-elbo": f"rule {r}, KL / N" for r in EVIDENCE},
+    **{r: f"rule {r}, tempered KL" for r in EVIDENCE},
+    **{r: f"order {r}, at the parameters of n" for r in ORDERS},
+    "published-n": "rule n, the paper's KL weight and noise per element",
+    "published-snr": "rule snr, the paper's KL weight and noise per element",
+}
+
+
+@functools.cache
+def prepared(root: Path, name: str, image: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images as the paper has them: resized, (x - 127) / 255; the last dimension of size one where grey."""
+    if name == "digits":
+        d = digits()
+        return d.train_x, d.train_y, d.test_x, d.test_y
+    d = load_folder(root / name)
+    low, high = torch.as_tensor(d.low), torch.as_tensor(d.high)
+    pixels = [((x - low) / (high - low) * 255 - 127) / 255 for x in (d.train_x, d.test_x)]
+    if pixels[0].shape[-1] != image:
+        grow = {"size": image, "mode": "bilinear", "antialias": True}
+        pixels = [torch.cat([nn.functional.interpolate(p, **grow) for p in x.split(5000)]) for x in pixels]
+    return pixels[0], d.train_y, pixels[1], d.test_y
+
+
+# ------------------------------------------------------------------ a run
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run does, beyond its setting and arm."""
+
+    seed: int
+    epochs: int
+    fine_tune: int
+    validate: bool
+    data: Path
+    overrides: dict[str, Any]
+
+
+def training_of(setting: Setting, arm: str, plan: Plan) -> tuple[GateTraining, int]:
+    """Settings of an arm, and its batch size."""
+    shared = {"epochs": plan.epochs, "fine_tune": plan.fine_tune, "seed": plan.seed}
+    if arm.startswith("published"):
+        paper = GateTraining(learning_rate=setting.rate, kl_weight=mean_mean, kl_warmup=0.0, hold=1.0, **shared)
+        return replace(paper, noise=per_element), setting.batch
+    ours = {**setting.ours, **plan.overrides}
+    temperature = 1.0 if arm.endswith("-elbo") else ours["temperature"]
+    weight = true_elbo if temperature == 1.0 else Tempered(temperature)
+    start = ours.get("start", 0.15)
+    given = {"learning_rate": ours["rate"], "gate_rate": ours["gate_rate"], "kl_weight": weight, "start": start}
+    return GateTraining(kl_warmup=ours.get("kl_warmup", 0.2), **given, **shared), int(ours["batch"])
+
+
+def network(setting: Setting, seed: int) -> nn.Module:
+    """The same initial weights for every arm of a seed."""
+    torch.manual_seed(1000 + seed)
+    return setting.build()
+
+
+def run(name: str, arm: str, plan: Plan) -> dict[str, Any]:
+    path = RESULTS / f"{name}.{arm}.{plan.seed}.json"
+    if path.exists() and not plan.validate:
+        return json.loads(path.read_text())
+    setting = SETTINGS[name]
+    x, y, test_x, test_y = prepared(plan.data, setting.data, setting.image)
+    if plan.validate:
+        x, y, test_x, test_y = x[:-10_000], y[:-10_000], x[-10_000:], y[-10_000:]
+    model = network(setting, plan.seed).to(setting.device)
+    full = sum(p.numel() for p in model.parameters())
+    training, batch = training_of(setting, arm, plan)
+    label = f"{name} {arm} {plan.seed}"
+    if arm == "none":
+        record, small = adam(model, (x, y), training, batch, label)
+    else:
+        budget = None
+        if arm in ORDERS:
+            budget = Budget(run(name, "n", plan)["parameters"], full)
+        record, small = gated(model, (x, y), training, batch, arm=arm, budget=budget, label=label)
+    found = measures(mean_predictor(small, classify=True), test_x, test_y, noise_variance=None)
+    left = sum(p.numel() for p in small.parameters())
+    record |= {
+        "setting": name, "arm": arm, "what": ARMS[arm], "seed": plan.seed, "batch": batch,
+        "training": {k: v for k, v in shown(training).items()}, "parameters": left, "parameters_before": full,
+        "removed": 1 - left / full, "latency_ms": 1e3 * latency(small, test_x[:1]),
+        "latency_before_ms": 1e3 * latency(network(setting, plan.seed), test_x[:1]), **found,
+        "command": "python benchmarks/bmrs.py " + " ".join(sys.argv[1:]), "validated": plan.validate,
+    }  # fmt: skip
+    print(
+        f"{label}: removed {record['removed']:.4f} accuracy {found['accuracy']:.4f} nll {found['nll']:.4f}", flush=True
+    )
+    if not plan.validate:
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record | {"commit": git.stdout.strip()}, indent=1) + "\n")
+        checkpoint_of(label).unlink(missing_ok=True)
+    return record
+
+
+def shown(training: GateTraining) -> dict[str, Any]:
+    plain = {k: getattr(v, "__name__", v) for k, v in asdict(training).items()}
+    weight = training.kl_weight
+    return plain | {"kl_weight": getattr(weight, "__name__", str(weight))}
+
+
+def adam(
+    model: nn.Module, data: tuple[Tensor, Tensor], training: GateTraining, batch: int, label: str
+) -> tuple[dict, nn.Module]:
+    """Plain Adam for all epochs, the same schedule."""
+    optimizer = torch.optim.Adam(model.parameters(), training.learning_rate, fused=True)
+    total = training.epochs + training.fine_tune
+    loader, seconds = Batches(*data, batch, shuffle=True), []
+    torch.manual_seed(training.seed)
+    for epoch in range(total):
+        start = time.process_time()
+        for i, (x, y) in enumerate(loader):
+            progress = (epoch + i / len(loader)) / total
+            optimizer.param_groups[0]["lr"] = training.learning_rate * min(
+                1.0, (1 - progress) / (1 - training.hold + 1e-9)
+            )
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        seconds.append(time.process_time() - start)
+        print(f"{label}: epoch {epoch + 1}", file=sys.stderr, flush=True)
+    return {"epochs": [{"epoch": i + 1, "cpu_seconds": s} for i, s in enumerate(seconds)]}, model.eval()
+
+
+def checkpoint_of(label: str) -> Path:
+    return Path(tempfile.gettempdir()) / f"ockham-bmrs-{label.replace(' ', '.')}.safetensors"
+
+
+def gated(
+    model: nn.Module,
+    data: tuple[Tensor, Tensor],
+    training: GateTraining,
+    batch: int,
+    *,
+    arm: str,
+    budget: Budget | None,
+    label: str,
+) -> tuple[dict, nn.Module]:
+    """Training with gates; after every epoch a checkpoint, from which an interrupted run goes on."""
+    rule = GATE_RULES[arm.removeprefix("published-").removesuffix("-elbo")]
+    job = GateCompression(
+        model, data[0][:2], Batches(*data, batch, shuffle=True), training=training, rule=rule,
+        decide=budget or by_threshold, n_data=len(data[0]),
+    )  # fmt: skip
+    path, settings = checkpoint_of(label), json.dumps(shown(training), sort_keys=True, default=str)
+    cpu: list[float] = []
+    if path.exists():
+        saved = read_tree(path, kind="bmrs-checkpoint")
+        if saved["settings"] == settings:
+            plain = json.loads(saved["plain"])
+            job.load({**saved["state"], **{k: plain[k] for k in ("plans", "history", "layers")}})
+            cpu = plain["cpu"]
+    start = time.process_time()
+    for p in job:
+        cpu.append(time.process_time() - start)
+        print(f"{label}: {p.epoch} nll {p.loss:.4f} kl {p.kl:.0f} acc {p.accuracy:.4f} left {p.parameters} "
+              f"{list(p.widths.values())} {cpu[-1]:.1f} s", file=sys.stderr, flush=True)  # fmt: skip
+        state = job.state()
+        plain = {k: state.pop(k) for k in ("plans", "history", "layers")} | {"cpu": cpu}
+        write_tree(
+            path,
+            {"settings": settings, "state": state, "plain": json.dumps(plain)},
+            kind="bmrs-checkpoint",
+            durable=False,
+        )
+        start = time.process_time()
+    history = [
+        {"epoch": h.epoch, "loss": h.loss, "kl": h.kl, "parameters": h.parameters, "widths": dict(h.widths)}
+        for h in job.history
+    ]
+    epochs = [{**h, "cpu_seconds": s} for h, s in zip(history, cpu, strict=True)]
+    return {"epochs": epochs, "removed_by_the_papers_count": papers_count(model, job)}, job.result()
+
+
+def papers_count(model: nn.Module, job: GateCompression) -> float:
+    """The published count: zeros in weights, columns only where sizes match, gates counted, over everything.
+
+    Rows of removed units count, columns of the next layer only where its inputs are the units themselves; biases
+    count as never removed; mean and ln std of every gate are in both sums.
+    """
+    groups = ockham.trace(model, job._inputs)
+    left = job.history[-1].widths
+    share: dict[tuple[str, int], float] = {}
+    gone = 0
+    for group in groups:
+        stays = left.get(group.id, 1)
+        gone += 2 * (group.size - stays)
+        for member in group.members:
+            if member.index.shape[1] == 1:
+                share[member.name, member.dim] = stays / group.size
+    total = sum(p.numel() for p in model.parameters()) + 2 * sum(g.size for g in groups)
+    for name, p in model.named_parameters():
+        if p.ndim > 1:
+            gone += p.numel() * (1 - share.get((name, 0), 1.0) * share.get((name, 1), 1.0))
+    return gone / total
+
+
+# ------------------------------------------------------------------ table
+
+
+def table() -> str:
+    lines = [
+        "# Structured pruning by log-normal gates",
+        "",
+        f"Written {datetime.now(UTC):%Y-%m-%d} by `python benchmarks/bmrs.py --table`; torch {torch.__version__}.",
+        "Mean (range) over seeds; last epoch, test set read once, parameters counted on what is physically gone (the",
+        "paper's own count in brackets). Published: mean of 10 seeds, 50 + 10 epochs. `-elbo`: KL / N; without it the",
+        "KL is weighted by the temperature given, chosen on 10,000 held-out training images (`--validate`): evidence",
+        "is tempered there. CPU seconds of the whole run on one thread of a shared machine.",
+        "",
+        "| setting | arm | seeds | epochs | temperature | removed % | accuracy % | NLL | ECE "
+        "| latency before → after, ms | CPU s | published: removed / accuracy |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, setting in SETTINGS.items():
+        for arm in ARMS:
+            found = [json.loads(p.read_text()) for p in sorted(RESULTS.glob(f"{name}.{arm}.*.json"))]
+            if found:
+                lines.append(row(setting, name, arm, found))
+    return "\n".join(lines) + "\n"
+
+
+def row(setting: Setting, name: str, arm: str, found: list[dict]) -> str:
+    key = arm.removeprefix("published-").removesuffix("-elbo")
+    there = setting.published.get(key)
+    weight = found[0]["training"]["kl_weight"]
+    temperature = {"true_elbo": "1", "mean_mean": "mean-mean"}.get(
+        weight, weight.removeprefix("Tempered(temperature=").rstrip(")")
+    )
+    epochs = f"{found[0]['training']['epochs']} + {found[0]['training']['fine_tune']}"
+    before, after = (statistics.mean(r[k] for r in found) for k in ("latency_before_ms", "latency_ms"))
+    removed = span([100 * r["removed"] for r in found], 2)
+    if "removed_by_the_papers_count" in found[0]:
+        removed += f" [{statistics.mean(100 * r['removed_by_the_papers_count'] for r in found):.1f}]"
+    cells = [
+        name, arm, " ".join(str(r["seed"]) for r in found), epochs,
+        "–" if arm == "none" else temperature, removed, span([100 * r["accuracy"] for r in found], 2),
+        span([r["nll"] for r in found], 4), span([r["ece"] for r in found], 4),
+        f"{before:.2f} → {after:.2f}",
+        span([sum(e["cpu_seconds"] for e in r["epochs"]) for r in found], 0),
+        f"{there[0]:.2f} / {there[1]:.2f}" if there else "–",
+    ]  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+def span(values: list[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+
+
+# ------------------------------------------------------------------ the cost of a step
+
+
+COSTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, float]] = {
+    "LeNet-5, batch 128": (lenet5, (128, 1, 32, 32), 60, 1.3),
+    "ResNet-20, batch 128": (NETWORKS["resnet20"], (128, 3, 32, 32), 6, 1.3),
+    "ViT dim 256 depth 6, batch 32": (ViT, (32, 3, 32, 32), 6, 1.1),
+}
+
+
+def step_cost(repeats: float) -> str:
+    """A training step with gates over one without, interleaved in one process; medians of wall and processor time."""
+    lines = [
+        "# Cost of a training step with gates",
+        "",
+        f"torch {torch.__version__}, {torch.get_num_threads()} thread(s)",
+        "",
+    ]
+    lines += [
+        "| network | gates | plain, ms | gated, ms | ratio, wall | ratio, processor | bar |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, (build, shape, steps, bar) in COSTS.items():
+        torch.manual_seed(0)
+        x, y = torch.randn(shape), torch.randint(0, 10, (shape[0],))
+        models = [build()]
+        models.append(copy.deepcopy(models[0]))
+        gates = ockham.attach_gates(models[1], x[:2])
+        optimizers = [torch.optim.Adam(m.parameters(), 1e-3, fused=True) for m in models]
+        times: list[list[tuple[float, float]]] = [[], []]
+        for _ in range(round(steps * repeats) + 3):
+            for arm, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+                start = time.perf_counter(), time.process_time()
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(model(x), y)
+                (loss + gates.kl() / 50_000 if arm else loss).backward()
+                optimizer.step()
+                times[arm].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+        wall, cpu = ([statistics.median(t[i] for t in side[3:]) for side in times] for i in (0, 1))
+        lines.append(
+            f"| {name} | {gates.noise.mean.numel()} | {1e3 * wall[0]:.1f} | {1e3 * wall[1]:.1f} "
+            f"| {wall[1] / wall[0]:.2f} | "
+            f"{cpu[1] / cpu[0]:.2f} | {bar} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("."))
+    parser.add_argument("--setting", nargs="+", default=["digits"], choices=SETTINGS)
+    parser.add_argument("--arm", nargs="+", default=["n"], choices=ARMS)
+    parser.add_argument("--seed", nargs="+", type=int, default=[0])
+    parser.add_argument("--epochs", type=int, help="with gates; default as published")
+    parser.add_argument("--fine-tune", type=int, help="after them; default as published")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=NUMBER", help="temperature, rate, batch, gate_rate, start"
+    )
+    parser.add_argument("--validate", action="store_true")
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--step-cost", action="store_true")
+    parser.add_argument("--repeats", type=float, default=1.0)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.step_cost:
+        text = step_cost(args.repeats)
+        (RESULTS.parent / "bmrs_step_cost.md").write_text(text)
+        print(text)
+        return
+    overrides = {k: float(v) for k, v in (pair.split("=") for pair in args.set)}
+    if not args.table:
+        for seed, name, arm in itertools.product(args.seed, args.setting, args.arm):
+            s = SETTINGS[name]
+            fine = s.fine_tune if args.fine_tune is None else args.fine_tune
+            run(name, arm, Plan(seed, args.epochs or s.epochs, fine, args.validate, args.data, overrides))
+    if any(RESULTS.glob("*.json")) and not args.validate:
+        (RESULTS.parent / "bmrs.md").write_text(table())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""`ockham compress --method bmrs`: a folder that is complete, resumable and loads."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from ockham.cli.app import app
+from ockham.cli.build import build_job
+from ockham.cli.options import Options
+from ockham.errors import OckhamError, ResultError
+from ockham.report.gate_report import write_gate_report
+from ockham.workflow.gate_job import CHECKPOINT, load_shrunk
+
+FAST = {"method": "bmrs", "epochs": 4, "baseline": False, "quiet": True, "temperature": 300.0, "learning_rate": 2e-2}
+
+
+def run(folder, **options):
+    job = build_job(Options(out=str(folder), **{**FAST, **options}), "test")
+    return job, list(job.run())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gates")
+    run(path, after_training=True, rule="u4", baseline=True)
+    return path
+
+
+def test_the_folder_is_complete_and_loads(folder):
+    names = {p.name for p in folder.iterdir()}
+    assert names == {"metrics.json", "gates.json", "result.json", "network.safetensors", "plans.json", "report.html"}
+    metrics = json.loads((folder / "metrics.json").read_text())
+    small = load_shrunk(folder)
+    assert sum(p.numel() for p in small.parameters()) == metrics["after"]["parameters"]
+    assert metrics["kept"] == pytest.approx(metrics["after"]["parameters"] / metrics["before"]["parameters"])
+    assert small(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+
+
+def test_the_report_shows_gates_evidence_widths_and_curves(folder):
+    text = (folder / "report.html").read_text()
+    for part in ("Widths over the epochs", "posterior", "evidence", "Accuracy against compression", "does not stop"):
+        assert part in text
+    assert "<script" not in text and "http" not in text.replace("http-equiv", "")
+    assert write_gate_report(folder).read_text() == text
+    assert "Tempered" in text
+    out = CliRunner().invoke(app, ["report", str(folder)])
+    assert out.exit_code == 0 and (folder / "report.html").read_text() == text
+
+
+def test_a_damaged_folder_is_refused(folder, tmp_path):
+    for name in ("metrics.json", "gates.json", "result.json"):
+        (tmp_path / name).write_text((folder / name).read_text())
+    (tmp_path / "gates.json").write_text('{"schema": 1, "rule": "n"}')
+    with pytest.raises(ResultError, match="damaged"):
+        write_gate_report(tmp_path)
+
+
+def test_interrupted_and_resumed_ends_the_same(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(whole)
+    job = build_job(Options(out=str(parts), **FAST), "test")
+    for info in job.run():
+        if info.epoch == 3:
+            break
+    assert (parts / CHECKPOINT).exists()
+    run(parts, resume=True)
+    one, other = (load_shrunk(p).state_dict() for p in (whole, parts))
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    job = build_job(Options(out=str(parts), **FAST), "test")
+    next(iter(job.run()))
+    with pytest.raises(OckhamError, match="belongs to another job"):
+        run(parts, resume=True, rule="u8")
+
+
+def test_names_and_budgets_are_checked(tmp_path):
+    with pytest.raises(OckhamError, match="--rule there: unknown for --method bmrs; choose from n, n-printed"):
+        run(tmp_path, rule="there")
+    with pytest.raises(OckhamError, match="only orders"):
+        run(tmp_path, rule="l2")
+    with pytest.raises(OckhamError, match="--method gates: unknown"):
+        run(tmp_path, method="gates")
+    run(tmp_path, rule="l2", keep_share=0.3)
+    assert json.loads((tmp_path / "metrics.json").read_text())["kept"] <= 0.3
