@@ -122,10 +122,10 @@ def ratios(network: str, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def memory(name: str) -> float:
-    """Floats per weight at the peak, measured in a process of its own."""
+    """Floats per weight at the peak, median of five processes: what an allocator keeps differs from run to run."""
     command = [sys.executable, __file__, "--memory-of", name]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return float(done.stdout) if done.returncode == 0 else float("nan")
+    runs = [subprocess.run(command, capture_output=True, text=True, check=False) for _ in range(5)]
+    return statistics.median(float(r.stdout) if r.returncode == 0 else float("nan") for r in runs)
 
 
 def _memory_here(name: str) -> float:

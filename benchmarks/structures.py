@@ -151,7 +151,7 @@ def prices(data: Path, seeds: list[int], epochs: int) -> None:
 
 
 FINAL = {
-    "lenet5": ("lenet5_caffe", ockham.Training(epochs=40), ockham.Structures(price=ockham.PerMac(3e-3))),
+    "lenet5": ("lenet5_caffe", ockham.Training(epochs=40, prior=SCALE), ockham.Structures(price=ockham.PerMac(2.5e-3))),
     "lenet300": ("lenet_300_100", ockham.Training(epochs=30), ockham.Structures()),
 }
 
@@ -174,7 +174,7 @@ def final(which: str, data: Path, seeds: list[int]) -> None:
 def shrinking(data: Path, seeds: list[int]) -> None:
     """Continuous shrinking against masks only: two jobs, epoch by epoch in turn, so that both meet the same machine."""
     for seed in seeds:
-        training = ockham.Training(epochs=30, seed=seed)
+        training = ockham.Training(epochs=30, prior=SCALE, seed=seed)
         structures = FINAL["lenet5"][2]
         saved(f"shrinking.{seed}", lambda t=training, s=structures: _interleaved(data, t, s), (training, structures))
 

@@ -12,8 +12,11 @@ from ockham.posterior.point import PointEstimate
 from ockham.posterior.posterior import Gaussian, Posterior
 from ockham.posterior.predict import Prediction, RegressionPrediction, predict, predict_regression
 from ockham.posterior.priors import EmpiricalBayes, FixedPrior, LayerScale
+from ockham.posterior.slab_priors import FixedSpikeSlab, LearnedSpikeSlab
+from ockham.posterior.spike_slab import SpikeSlab
 from ockham.posterior.storage import load_posterior
 from ockham.reduction.diagnose import diagnose
+from ockham.reduction.inclusion import MedianRule, inclusion
 from ockham.reduction.prices import FlatPrice, LearnedRate, PerMac, PerMillisecond, PerParameter
 from ockham.reduction.rounds import Rounds
 from ockham.reduction.rule import BudgetRule, EvidenceRule, LearnedOddsRule
@@ -40,6 +43,7 @@ __all__ = [
     "EmpiricalBayes",
     "EvidenceRule",
     "FixedPrior",
+    "FixedSpikeSlab",
     "FlatPrice",
     "Gates",
     "Gaussian",
@@ -48,8 +52,10 @@ __all__ = [
     "LayerScale",
     "LearnedOddsRule",
     "LearnedRate",
+    "LearnedSpikeSlab",
     "Loss",
     "MeanField",
+    "MedianRule",
     "NonFiniteLossError",
     "OckhamError",
     "OckhamWarning",
@@ -64,6 +70,7 @@ __all__ = [
     "RegressionPrediction",
     "ResultError",
     "Rounds",
+    "SpikeSlab",
     "Structures",
     "TraceError",
     "Training",
@@ -81,6 +88,7 @@ __all__ = [
     "from_moments",
     "from_swag",
     "horseshoe",
+    "inclusion",
     "laplace",
     "load",
     "load_posterior",

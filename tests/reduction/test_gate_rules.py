@@ -48,7 +48,12 @@ def test_every_rule_keeps_the_useful_gate_and_ranks_the_dead_one_out_first():
     for rule in (bmrs_n, bmrs_n_printed, bmrs_u(8), bmrs_u(4), snr_below(1.0), by_mean):
         score = rule(table())
         assert float(score[0]) < 0 and int(score.argmin()) == 0, rule
-    assert int(bmrs_u(8)(table()).argmax()) == 2 == int(by_mean(table()).argmax())
+    assert int(by_mean(table()).argmax()) == 2 == int(bmrs_u(8, -20.0)(table()).argmax())
+
+
+def test_the_published_uniform_rule_counts_mass_below_its_lower_end_against_removal():
+    dead = 2
+    assert float(bmrs_u(8)(table())[dead]) < 0 < float(bmrs_u(8, -20.0)(table())[dead])
 
 
 def test_snr_score_is_zero_at_its_limit():

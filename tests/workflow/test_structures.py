@@ -193,6 +193,35 @@ def test_an_untraceable_network_says_so_before_it_trains() -> None:
         ockham.compress(Branch(), images(), training=TRAINING, structure="auto")
 
 
+class Tiny(nn.Module):
+    """A transformer block: what LayerNorm couples stays, the hidden units between need not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 16)
+        self.before = nn.LayerNorm(16)
+        self.attend = nn.MultiheadAttention(16, 4, batch_first=True)
+        self.between = nn.LayerNorm(16)
+        self.up, self.down, self.out = nn.Linear(16, 32), nn.Linear(32, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x.squeeze(1))
+        n = self.before(h)
+        h = h + self.attend(n, n, n, need_weights=False)[0]
+        h = h + self.down(torch.relu(self.up(self.between(h))))
+        return self.out(h.mean(1))
+
+
+def test_a_transformer_block_loses_hidden_units_and_keeps_its_stream() -> None:
+    torch.manual_seed(0)
+    training = ockham.Training(epochs=10, learning_rate=1e-2, prior=ockham.FixedPrior(1.0))
+    structures = ockham.Structures(price=ockham.FlatPrice(20.0))
+    found = ockham.compress(Tiny(), images(), training=training, structure=structures)
+    assert found.model.up.out_features < 32 and found.model.embed.out_features == 16
+    x = images().dataset.tensors[0]
+    assert found.model(x).shape == (256, 3)
+
+
 # ------------------------------------------------------------------ constants
 def constant_net(padding: int = 0) -> nn.Module:
     torch.manual_seed(1)
@@ -255,17 +284,24 @@ def test_origin_follows_many_plans_as_one() -> None:
     first = ockham.trace(model, x)
     origin, small = Origin(first), model
     generator = torch.Generator().manual_seed(0)
+    places = {g.id: torch.arange(g.size) for g in first}
+    worth = {g.id: torch.zeros(g.size, dtype=torch.float64) for g in first}
     for _ in range(3):
         groups = ockham.trace(small, x)
         keep = {g.id: torch.rand(g.size, generator=generator) > 0.3 for g in groups}
         keep = {k: m | (torch.arange(len(m)) == 0) for k, m in keep.items()}
         nats = {k: torch.arange(len(m)).double() for k, m in keep.items()}
         plan = ockham.plan(groups, keep, nats=nats)
+        for key, mask in keep.items():
+            worth[key][places[key][~mask]] = nats[key][~mask]
+            places[key] = places[key][mask]
         origin.follow(groups, plan)
         small = ockham.shrink(small, plan)
     whole = ockham.shrink(model, origin.plan())
     assert torch.equal(whole.eval()(x), small.eval()(x))
-    assert origin.widths() == {g.id: int(origin.alive(g.id).sum()) for g in first}
+    assert origin.widths() == {key: len(left) for key, left in places.items()}
+    for key, units in origin.plan().removed.items():
+        assert list(origin.plan().nats[key]) == worth[key][list(units)].tolist() and sum(worth[key]) > 0
 
 
 # ------------------------------------------------------------------ the command

@@ -67,10 +67,15 @@ def compress(  # noqa: PLR0913 - the options of the verb, gathered into one data
     posterior: Annotated[
         _Str, typer.Option(help="mean-field, ivon, map; with --weights laplace, kronecker [default: mean-field].")
     ] = None,
+    method: Annotated[_Str, typer.Option(help="evidence: single weights; bmrs: gated structures.")] = None,
+    after_training: Annotated[
+        bool | None, typer.Option("--after-training", help="bmrs: remove once, after training, and draw the curves.")
+    ] = None,
     rule: Annotated[
         _Str,
         typer.Option(
-            help="evidence, learned-odds; with a budget: snr, delta-f, magnitude, random, gradual-snr (-magnitude)."
+            help="evidence, learned-odds; with a budget: snr, delta-f, magnitude, random, gradual-snr (-magnitude). "
+            "bmrs: n, n-printed, u8, u4, snr; with a budget: mean, l2, taylor, random."
         ),
     ] = None,
     log_odds: Annotated[
@@ -144,9 +149,11 @@ def inspect(folder: _Folder) -> None:
 @app.command()
 def report(folder: _Folder) -> None:
     """Write report.html again from the numbers in a result folder."""
+    from ockham.report.gate_report import GATES, write_gate_report
     from ockham.report.html import write_report
 
-    typer.echo(f"Report: {write_report(folder)}")
+    write = write_gate_report if (folder / GATES).exists() else write_report
+    typer.echo(f"Report: {write(folder)}")
 
 
 def main() -> None:

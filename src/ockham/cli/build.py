@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ockham.cli.gates import build_gate_job
 from ockham.cli.options import Options, parse_device
 from ockham.errors import DataError, OckhamError
 from ockham.files.tree import header
@@ -24,6 +25,7 @@ from ockham.reduction.rule import BudgetRule, EvidenceRule, LearnedOddsRule, Rul
 from ockham.reduction.score import by_delta_f, by_magnitude, by_random, by_snr
 from ockham.reduction.structure_rule import Structures
 from ockham.workflow.estimators import SMALL_DATA, Estimator, Training, defaults_for, ivon, mean_field, point_estimate
+from ockham.workflow.gate_job import GateJob
 from ockham.workflow.job import Job
 from ockham.workflow.likelihood import Likelihood, likelihood_from
 from ockham.workflow.result import load_state
@@ -34,6 +36,8 @@ from ockham.zoo.networks import NETWORKS, suggest
 __all__ = ["build_job", "load_data", "load_model"]
 
 T = TypeVar("T")
+
+METHODS = {"evidence": False, "bmrs": True}
 
 ESTIMATORS: dict[str, Estimator] = {"mean-field": mean_field, "ivon": ivon, "map": point_estimate}
 
@@ -52,7 +56,7 @@ BUDGET_RULES: dict[str, Callable[[float, int], Rule]] = {
 EVIDENCE_RULES: dict[str, Rule] = {"evidence": EvidenceRule(), "learned-odds": LearnedOddsRule()}
 
 
-def build_job(options: Options, command: str) -> Job:
+def build_job(options: Options, command: str) -> Job | GateJob:
     """Everything that the options name, checked.
 
     Raises:
@@ -60,6 +64,7 @@ def build_job(options: Options, command: str) -> Job:
     """
     if options.out is None:
         raise OckhamError("--out FOLDER is needed: where shall the result go?")
+    gated = _pick("--method", options.method, METHODS)
     data = load_data(options.data)
     device = parse_device(options.device)
     builder, build = load_model(options.model, data)
@@ -74,13 +79,15 @@ def build_job(options: Options, command: str) -> Job:
         batch_size=options.batch_size or batch_size,
         training=training,
         rounds=rounds if options.rounds is None else replace(rounds, count=options.rounds),
-        rule=_rule(options),
+        rule=None if gated else _rule(options),
         ignore=options.ignore,
         estimator=_pick("--posterior", options.posterior, {**ESTIMATORS, **dict.fromkeys(LAPLACE, point_estimate)}),
         device=device,
         structures=_structures(options),
         one_shot=_one_shot(options),
     )
+    if gated:
+        return build_gate_job(options, recipe, builder, small=len(data.train_x) < SMALL_DATA, command=command)
     weights = None if options.weights is None else _weights(Path(options.weights))
     ood = None if options.ood is None else load_data(options.ood).test_x
     return Job(

@@ -28,6 +28,8 @@ class Options:
     learning_rate: float | None = None
     prior_variance: float | None = None
     temperature: float | None = None
+    method: str = "evidence"
+    after_training: bool = False
     posterior: str = "mean-field"
     rule: str = "evidence"
     log_odds: float | None = None

@@ -29,6 +29,8 @@ class Gaussian:
         prior_mean: mean of the full prior, broadcastable.
         keep: boolean, True = stays; same shape.
         marginal_precision: precision of the marginal where the source knows correlations, else None (= precision).
+        inclusion: probability that the weight is not zero, same shape, 0 where removed; None where the source has no
+            spike. Mean and precision are then those of the slab: of the weight given that it is included.
     """
 
     mean: Tensor
@@ -37,6 +39,7 @@ class Gaussian:
     prior_mean: Tensor
     keep: Tensor
     marginal_precision: Tensor | None = None
+    inclusion: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = self.mean.shape
@@ -49,9 +52,12 @@ class Gaussian:
 
     def to(self, device: torch.device | str) -> Gaussian:
         """The same moments on a device."""
-        marginal = None if self.marginal_precision is None else self.marginal_precision.to(device)
+        optional = (self.marginal_precision, self.inclusion)
+        marginal, inclusion = (None if t is None else t.to(device) for t in optional)
         prior = self.prior_precision.to(device), self.prior_mean.to(device)
-        return Gaussian(self.mean.to(device), self.precision.to(device), *prior, self.keep.to(device), marginal)
+        return Gaussian(
+            self.mean.to(device), self.precision.to(device), *prior, self.keep.to(device), marginal, inclusion
+        )
 
     @property
     def scored_precision(self) -> Tensor:
@@ -62,6 +68,11 @@ class Gaussian:
     def std(self) -> Tensor:
         """Standard deviation 1/sqrt(precision); 0 where removed."""
         return self.precision.rsqrt()
+
+    @property
+    def expected(self) -> Tensor:
+        """E[w]: the mean, times the inclusion probability where there is one."""
+        return self.mean if self.inclusion is None else self.inclusion * self.mean
 
 
 @dataclass(frozen=True, slots=True, eq=False)

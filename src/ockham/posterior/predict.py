@@ -64,6 +64,8 @@ def draw_parameters(posterior: Posterior, generator: torch.Generator) -> dict[st
         flat, alive = g.mean.reshape(-1).clone(), g.keep.reshape(-1)
         noise = torch.randn(int(alive.sum()), generator=generator, dtype=flat.dtype, device=flat.device)
         flat[alive] += noise * g.std.reshape(-1)[alive]
+        if g.inclusion is not None:
+            flat[alive] *= torch.bernoulli(g.inclusion.reshape(-1)[alive], generator=generator)
         result[name] = flat.view(g.mean.shape)
     return result
 

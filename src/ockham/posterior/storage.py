@@ -59,8 +59,9 @@ def _pack(g: Gaussian) -> dict[str, Any]:
         node["keep"] = pack_mask(g.keep)
     for name in ("prior_precision", "prior_mean"):
         node[name] = _compact(getattr(g, name))
-    if g.marginal_precision is not None:
-        node["marginal_precision"] = g.marginal_precision[g.keep]
+    for name in ("marginal_precision", "inclusion"):
+        if getattr(g, name) is not None:
+            node[name] = getattr(g, name)[g.keep]
     return node
 
 
@@ -80,7 +81,7 @@ def _expanded(values: Tensor, shape: tuple[int, ...]) -> Tensor:
 def _unpack(node: Mapping[str, Any]) -> Gaussian:
     shape = tuple(node["shape"])
     keep = unpack_mask(node["keep"], shape) if "keep" in node else torch.ones(shape, dtype=torch.bool)
-    marginal = node.get("marginal_precision")
+    marginal, inclusion = node.get("marginal_precision"), node.get("inclusion")
     return Gaussian(
         _spread(node["mean"], keep, 0.0),
         _spread(node["precision"], keep, torch.inf),
@@ -88,6 +89,7 @@ def _unpack(node: Mapping[str, Any]) -> Gaussian:
         _expanded(node["prior_mean"], shape),
         keep,
         None if marginal is None else _spread(marginal, keep, torch.inf),
+        None if inclusion is None else _spread(inclusion, keep, 0.0),
     )
 
 

@@ -75,6 +75,19 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         """Precision of the prior as the posterior reports it, broadcastable to the parameter."""
         return torch.tensor(self.state[p]["prior_precision"], dtype=p.dtype, device=p.device)
 
+    def _facts_of(self, state: Mapping[str, Any]) -> Facts:
+        """What the weights of a run share; parameters that differ in it step apart."""
+        return Facts(state["step"], state["prior_precision"])
+
+    def _block_began(self, new: bool) -> None:
+        """Called in a `sampled` block with the draw in place; ``new`` where no gradient belongs to it yet."""
+
+    def _block_ended(self) -> None:
+        """Called when the mean is back."""
+
+    def _before_step(self) -> None:
+        """Called with the final gradients in place, before anything moves."""
+
     # ------------------------------------------------------------------ the loop's three calls
     @contextmanager
     def sampled(self) -> Iterator[None]:
@@ -124,6 +137,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
                 "call zero_grad() before that block and not between it and step()"
             )
         self._check_grads()
+        self._before_step()
         for group in self.param_groups:
             arena = self._arena(group)
             self._count(group)
@@ -278,14 +292,13 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
                 self.state[p]["step"] += 1
 
     def _facts(self, span: Span) -> Facts:
-        state = self.state[span.pieces[0].parameter]
-        return Facts(state["step"], state["prior_precision"])
+        return self._facts_of(self.state[span.pieces[0].parameter])
 
     def _runs(self, span: Span, *, ready: bool = False) -> list[Span]:
         """The span whole where its parameters agree in everything scalar, else piece by piece; only ready ones."""
         states = [self.state[x.parameter] for x in span.pieces]
         there = [not ready or x.parameter.grad is not None for x in span.pieces]
-        if all(there) and len({(s["step"], s["prior_precision"]) for s in states}) == 1:
+        if all(there) and len({self._facts_of(s) for s in states}) == 1:
             return [span]
         return [part for part, ok in zip(span.split(), there, strict=True) if ok]
 
@@ -311,6 +324,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
                     self._draw_(arena.at(span)["noise"])
                 for run in self._runs(span):
                     self._backup.append((run, self._draw_run(run, arena, group)))
+        self._block_began(new)
 
     def _draw_run(self, run: Span, arena: Arena, group: dict[str, Any]) -> Tensor:
         """Write mean + std * noise into the parameters of a run; returns the mean."""
@@ -334,6 +348,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         for run, mean in self._backup or ():
             write(run, mean)
         self._backup = None
+        self._block_ended()
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:
@@ -347,7 +362,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
     @torch.no_grad()
     def _gaussian(self, p: Tensor, group: dict[str, Any]) -> Gaussian:
         state, keep = self.state[p], self._keep_of(p)
-        facts = Facts(state["step"], state["prior_precision"])
+        facts = self._facts_of(state)
         precision = torch.full_like(p.detach(), torch.inf, memory_format=torch.contiguous_format)
         std = self._std_(p.new_empty(state["noise"].numel()), state, facts, group)
         precision[keep] = std.double().pow(-2).to(p.dtype)

@@ -77,11 +77,16 @@ def bmrs_n_printed(table: GateTable) -> Tensor:
     return lognormal.delta_f_n(table.mean, table.std, low=table.low, high=table.high)
 
 
-def bmrs_u(bits: float) -> GateRule:
-    """BMRS_U: the true delta_f of a uniform reduced prior below 2^-bits."""
+def bmrs_u(bits: float, reduced_low: float = -23.0 * math.log(2.0)) -> GateRule:
+    """BMRS_U: the true delta_f of a uniform reduced prior on [reduced_low, -bits ln 2].
+
+    With the published lower end, 2^-23, mass below it counts *against* removal: a gate at e^-18 stays. The lower end of
+    the prior, -20, mends that.
+    """
 
     def rule(table: GateTable) -> Tensor:
-        return lognormal.delta_f_u(table.mean, table.std, bits, low=table.low, high=table.high)
+        given = {"reduced_low": reduced_low, "low": table.low, "high": table.high}
+        return lognormal.delta_f_u(table.mean, table.std, bits, **given)
 
     return rule
 

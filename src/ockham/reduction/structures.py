@@ -257,6 +257,8 @@ def score_structures(
 def structures_from(source: Any, groups: Iterable[GroupLike]) -> StructureEvidence:
     """Structure evidence from what a user has at hand: itself, `Evidence`, or a `Posterior` that is scored here.
 
+    A posterior with correlated matrices is scored row by row (`ockham.reduction.rows.score_rows`).
+
     Raises:
         OckhamError: anything else.
     """
@@ -275,6 +277,10 @@ def _(source: Evidence, groups: Iterable[GroupLike]) -> StructureEvidence:
 
 @structures_from.register
 def _(source: Posterior, groups: Iterable[GroupLike]) -> StructureEvidence:
+    if source.matrices:
+        from ockham.reduction.rows import score_rows  # it builds on this file
+
+        return score_rows(source, groups)
     return score_structures(score(source), groups)
 
 

@@ -1,0 +1,263 @@
+"""What the two estimators share: settings, checks, screening, fitting, and what can be asked afterwards."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from numbers import Integral, Real
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sklearn.base import BaseEstimator
+from sklearn.utils._param_validation import Interval
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, check_random_state, validate_data
+from torch import Tensor
+
+from ockham.errors import OckhamError, OckhamWarning
+from ockham.tabular.columns import Floats, Scaling, canonical, duplicates
+from ockham.tabular.fitting import Fitted, Plan, Table, fit
+from ockham.tabular.predicting import input_inclusion, weights_by_input
+from ockham.tabular.screening import screen
+from ockham.tabular.showing import bars, progress, table_of
+
+__all__ = ["SparseBNN"]
+
+_RESERVOIR = 10_000
+_FEW = 20
+
+
+class SparseBNN(BaseEstimator):  # type: ignore[misc]
+    """Base of `SparseBNNRegressor` and `SparseBNNClassifier`."""
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "hidden_layer_sizes": ["array-like", Interval(Integral, 1, None, closed="left")],
+        "n_restarts": [Interval(Integral, 1, None, closed="left")],
+        "max_iter": [Interval(Integral, 1, None, closed="left")],
+        "batch_size": [Interval(Integral, 1, None, closed="left")],
+        "learning_rate": [Interval(Real, 0, None, closed="neither")],
+        "slab_variance": [Interval(Real, 0, None, closed="neither")],
+        "max_inputs": [Interval(Integral, 1, None, closed="left")],
+        "early_stopping": ["boolean"],
+        "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
+        "n_draws": [Interval(Integral, 1, None, closed="left")],
+        "warm_start": ["boolean"],
+        "verbose": ["verbose"],
+        "random_state": ["random_state"],
+    }
+    _classify: ClassVar[bool]
+    _fitted: Fitted
+    _kept_rows: tuple[Floats, Floats, Floats]
+
+    def __init__(  # noqa: PLR0913 - scikit-learn: every setting is a keyword of the constructor
+        self,
+        hidden_layer_sizes: Any = (32,),
+        *,
+        n_restarts: int = 4,
+        max_iter: int = 3000,
+        batch_size: int = 256,
+        learning_rate: float = 0.01,
+        slab_variance: float = 1.0,
+        max_inputs: int = 24,
+        early_stopping: bool = True,
+        n_iter_no_change: int = 6,
+        n_draws: int = 64,
+        warm_start: bool = False,
+        verbose: bool = False,
+        random_state: Any = None,
+    ) -> None:
+        self.hidden_layer_sizes = hidden_layer_sizes
+        self.n_restarts = n_restarts
+        self.max_iter = max_iter
+        self.batch_size = batch_size
+        self.learning_rate = learning_rate
+        self.slab_variance = slab_variance
+        self.max_inputs = max_inputs
+        self.early_stopping = early_stopping
+        self.n_iter_no_change = n_iter_no_change
+        self.n_draws = n_draws
+        self.warm_start = warm_start
+        self.verbose = verbose
+        self.random_state = random_state
+
+    # ------------------------------------------------------------------ what the two supply
+    @abstractmethod
+    def _targets(self, y: Any, classes: Any, first: bool) -> Floats:
+        """Targets as numbers: themselves, or the index of the class."""
+
+    @abstractmethod
+    def _scaled_target(self, y: Floats, weight: Floats, first: bool) -> Tensor:
+        """What the network is fitted to."""
+
+    @abstractmethod
+    def _outputs(self) -> int:
+        """Outputs of the network."""
+
+    @abstractmethod
+    def _screened_target(self, y: Tensor) -> Tensor:
+        """[n, k] columns that inputs are screened against."""
+
+    # ------------------------------------------------------------------ fitting
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:  # noqa: N803
+        """Fit to a table.
+
+        Args:
+            X: features [n, p]: numbers, array or data frame.
+            y: targets [n].
+            sample_weight: of the rows, not negative; a weight of two equals the row twice.
+
+        Raises:
+            ValueError: NaN, infinity, wrong shapes, a single class, settings out of range.
+
+        Warns:
+            OckhamWarning: fewer than 20 rows; columns that duplicate each other.
+        """
+        first = not (self.warm_start and hasattr(self, "_fitted"))
+        x, target, weight = self._checked(X, y, sample_weight, None, first=first)
+        return self._fit(x, target, weight, first=first, share=1.0)
+
+    def _partial_fit(self, X: Any, y: Any, sample_weight: Any, classes: Any) -> Self:  # noqa: N803
+        first = not hasattr(self, "_fitted")
+        x, target, weight = self._checked(X, y, sample_weight, classes, first=first)
+        seen = weight.sum()
+        if not first and hasattr(self, "_kept_rows"):
+            old_x, old_target, old_weight = self._kept_rows
+            x, target = np.concatenate([old_x, x]), np.concatenate([old_target, target])
+            weight, seen = np.concatenate([old_weight, weight]), seen + old_weight.sum()
+        if len(x) > _RESERVOIR:
+            chance = np.random.default_rng(len(x)).random(len(x))
+            rows = np.argsort(chance)[:_RESERVOIR]
+            x, target, weight = x[rows], target[rows], weight[rows] * (seen / weight[rows].sum())
+        self._kept_rows = (x, target, weight)
+        return self._fit(x, target, weight, first=first, share=1.0 if first else 0.3)
+
+    def _checked(
+        self,
+        X: Any,  # noqa: N803
+        y: Any,
+        sample_weight: Any,
+        classes: Any,
+        *,
+        first: bool,
+    ) -> tuple[Floats, Floats, Floats]:
+        self._validate_params()
+        numeric = not self._classify
+        x, y = validate_data(self, X, y, dtype=np.float64, y_numeric=numeric, ensure_min_samples=2, reset=first)
+        weight = _check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True)
+        if not weight.sum() > 0:
+            raise OckhamError("sample_weight is zero for every row: nothing to fit")
+        target = self._targets(y, classes, first)
+        if len(x) < _FEW:
+            warnings.warn(
+                f"{len(x)} rows are few: inclusion probabilities will be close to what was believed before the data",
+                OckhamWarning,
+                stacklevel=4,
+            )
+        return x, target, weight
+
+    def _fit(self, x: Floats, target: Floats, weight: Floats, *, first: bool, share: float) -> Self:
+        x, target, weight = canonical(x, target, weight)
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        if first:
+            self._seed = seed
+            self._scaling = Scaling.of(x, weight)
+        inputs, weights = self._scaling.apply(x), torch.from_numpy(weight.astype(np.float32))
+        y = self._scaled_target(target, weight, first)
+        if first:
+            self._choose_inputs(inputs, self._screened_target(y), weights)
+        plan = self._plan(len(self._scaling.constant) - len(self._active), seed, share)
+        table = Table(inputs[:, self._active], y, weights)
+        with progress(bool(self.verbose)) as on_step:
+            self._fitted = fit(table, plan, start=None if first else self._fitted, on_step=on_step)
+        self._take_stock()
+        return self
+
+    def _choose_inputs(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
+        """Columns that enter: no constants, no duplicates, not more than screening lets through."""
+        self._same_as = duplicates(x)
+        own = (self._same_as == np.arange(x.shape[1])) & ~self._scaling.constant
+        same = [j for j in range(x.shape[1]) if self._same_as[j] != j and not self._scaling.constant[j]]
+        if same:
+            names = self._names()
+            pairs = ", ".join(f"{names[j]} = {names[self._same_as[j]]}" for j in same[:4])
+            warnings.warn(
+                f"{len(same)} columns say the same as others ({pairs}): one of each stays, they share its inclusion",
+                OckhamWarning,
+                stacklevel=5,
+            )
+        candidates = torch.from_numpy(own.nonzero()[0])
+        self._outside = np.zeros(x.shape[1])
+        if len(candidates) > self.max_inputs:
+            found = screen(x[:, candidates], y, weight, most=self.max_inputs)
+            self._outside[candidates.numpy()] = torch.sigmoid(found.evidence).numpy()
+            candidates = candidates[found.active]
+        self._active = candidates
+
+    def _plan(self, left_out: int, seed: int, share: float) -> Plan:
+        hidden = self.hidden_layer_sizes
+        return Plan(
+            hidden=tuple(int(h) for h in (hidden if np.iterable(hidden) else (hidden,))),
+            outputs=self._outputs(),
+            classify=self._classify,
+            restarts=self.n_restarts,
+            steps=max(5, round(self.max_iter * share)),
+            batch=self.batch_size,
+            lr=self.learning_rate,
+            slab_variance=self.slab_variance,
+            left_out=left_out,
+            patience=self.n_iter_no_change if self.early_stopping else 0,
+            seed=seed,
+        )
+
+    def _take_stock(self) -> None:
+        inclusion = self._outside.copy()
+        inclusion[self._active.numpy()] = self._inside()
+        self.inclusion_: Floats = np.where(self._scaling.constant, 0.0, inclusion[self._same_as])
+        self.n_weights_ = self._fitted.posterior.kept()
+        self.evidence_curve_ = np.array(self._fitted.evidence)
+        self.evidence_ = float(self.evidence_curve_[-1])
+        self.n_iter_ = self._fitted.steps
+
+    def _inside(self) -> Floats:
+        """Path rule; where the full covariance sent an input away, what it says."""
+        found = input_inclusion(self._fitted.before)
+        for j, nats in self._fitted.by_input.items():
+            if nats < 0:
+                found[j] = torch.minimum(found[j], torch.sigmoid(torch.tensor(nats, dtype=found.dtype)))
+        return found.numpy()
+
+    # ------------------------------------------------------------------ afterwards
+    @property
+    def feature_importances_(self) -> Floats:
+        """Inclusion probability of each feature: `inclusion_` under scikit-learn's name."""
+        check_is_fitted(self)
+        return self.inclusion_
+
+    def summary(self, top: int = 10) -> str:
+        """Features by inclusion, as a table; all that are used and the ``top`` likeliest of those that are not."""
+        check_is_fitted(self)
+        weights = np.zeros(len(self.inclusion_))
+        weights[self._active.numpy()] = weights_by_input(self._fitted.posterior).numpy()
+        table = table_of(self._names(), self.inclusion_, weights, top)
+        return f"{table}\n{self.n_weights_} weights, evidence {self.evidence_:.1f} nats"
+
+    def plot_inclusion(self, *, top: int = 20, ax: Any = None) -> Any:
+        """Bars of the ``top`` likeliest features; returns the matplotlib axes."""
+        check_is_fitted(self)
+        return bars(self._names(), self.inclusion_, top, ax)
+
+    def _names(self) -> list[str]:
+        given = getattr(self, "feature_names_in_", None)
+        return [str(n) for n in given] if given is not None else [f"x{j}" for j in range(self.n_features_in_)]
+
+    def _inputs(self, X: Any) -> Tensor:  # noqa: N803
+        check_is_fitted(self)
+        x: npt.NDArray[np.float64] = validate_data(self, X, dtype=np.float64, reset=False)
+        return self._scaling.apply(x)[:, self._active].double()
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self._seed)
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "_fitted")

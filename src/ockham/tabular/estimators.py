@@ -1,0 +1,171 @@
+"""`SparseBNNRegressor` and `SparseBNNClassifier`: scikit-learn's contract over spike-and-slab networks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sklearn.base import ClassifierMixin, RegressorMixin
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted
+
+from ockham.errors import OckhamError
+from ockham.tabular.base import SparseBNN
+from ockham.tabular.columns import Floats, Scaling
+from ockham.tabular.predicting import draw_outputs
+
+__all__ = ["SparseBNNClassifier", "SparseBNNRegressor"]
+
+
+class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
+    """Sparse Bayesian network for a number, with its uncertainty and the inclusion probability of every feature.
+
+    Works without tuning from a hundred to a hundred thousand rows and up to thousands of columns: inputs and target are
+    standardised inside, columns are screened by evidence, several spike-and-slab networks are fitted side by side, the
+    best by evidence goes on, and what is likelier out than in is removed.
+
+    PARAMETERS
+    Attributes:
+        inclusion_: probability that a feature is used, shape [n_features_in_]: the path rule through the network.
+        feature_importances_: the same, under scikit-learn's name.
+        n_weights_: weights of the network that predicts.
+        evidence_: its ELBO, nats; `evidence_curve_` its course.
+        noise_std_: fitted standard deviation of the noise, in units of the target.
+        n_iter_: steps taken.
+
+    >>> import numpy as np
+    >>> rng = np.random.default_rng(0)
+    >>> X = rng.normal(size=(200, 6)); y = 2 * X[:, 0] - X[:, 3] + 0.1 * rng.normal(size=200)
+    >>> model = SparseBNNRegressor(max_iter=600, random_state=0).fit(X, y)
+    >>> (model.inclusion_ > 0.5).nonzero()[0].tolist()
+    [0, 3]
+    """
+
+    _classify = False
+
+    def predict(self, X: Any, return_std: bool = False) -> Any:  # noqa: N803
+        """Posterior predictive mean, in units of the target.
+
+        Args:
+            X: features [n, p].
+            return_std: also return the predictive standard deviation: disagreement of networks and noise together.
+        """
+        inputs = self._inputs(X)
+        means, variances = [], []
+        for out in draw_outputs(self._fitted.posterior, inputs, self.n_draws, self._generator()):
+            means.append(out[..., 0].mean(0))
+            variances.append(out[..., 0].var(0, correction=0) + self._fitted.noise_variance)
+        scale: Scaling = self._target_scaling
+        mean = torch.cat(means).numpy() * scale.std[0] + scale.mean[0]
+        if not return_std:
+            return mean
+        return mean, torch.cat(variances).sqrt().numpy() * scale.std[0]
+
+    @property
+    def noise_std_(self) -> float:
+        """Fitted standard deviation of the noise, in units of the target."""
+        check_is_fitted(self)
+        return float(self._fitted.noise_variance**0.5 * self._target_scaling.std[0])
+
+    def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> SparseBNNRegressor:  # noqa: N803
+        """Go on with more rows. A sample of at most 10,000 of all rows so far is kept and counts for all of them."""
+        return self._partial_fit(X, y, sample_weight, None)
+
+    def _targets(self, y: Any, classes: Any, first: bool) -> Floats:
+        return np.asarray(y, dtype=np.float64)
+
+    def _scaled_target(self, y: Floats, weight: Floats, first: bool) -> torch.Tensor:
+        if first:
+            self._target_scaling = Scaling.of(y[:, None], weight)
+        return self._target_scaling.apply(y[:, None])[:, 0]
+
+    def _outputs(self) -> int:
+        return 1
+
+    def _screened_target(self, y: torch.Tensor) -> torch.Tensor:
+        return y.unsqueeze(1)
+
+
+class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
+    """Sparse Bayesian network for classes; everything else as `SparseBNNRegressor`.
+
+    PARAMETERS
+    Attributes:
+        classes_: labels, sorted.
+        inclusion_: probability that a feature is used, shape [n_features_in_]: the path rule through the network.
+        feature_importances_: the same, under scikit-learn's name.
+        n_weights_: weights of the network that predicts.
+        evidence_: its ELBO, nats; `evidence_curve_` its course.
+        n_iter_: steps taken.
+    """
+
+    _classify = True
+
+    def predict_proba(self, X: Any) -> npt.NDArray[np.float64]:  # noqa: N803
+        """Posterior predictive probabilities [n, classes], averaged over networks."""
+        inputs = self._inputs(X)
+        parts = []
+        for out in draw_outputs(self._fitted.posterior, inputs, self.n_draws, self._generator()):
+            if out.shape[2] == 1:
+                one = torch.sigmoid(out[..., 0]).mean(0)
+                parts.append(torch.stack([1 - one, one], 1))
+            else:
+                parts.append(out.softmax(2).mean(0))
+        return torch.cat(parts).numpy()
+
+    def predict(self, X: Any) -> Any:  # noqa: N803
+        """The likeliest class."""
+        check_is_fitted(self)
+        return self.classes_[self.predict_proba(X).argmax(1)]
+
+    def partial_fit(self, X: Any, y: Any, classes: Any = None, sample_weight: Any = None) -> SparseBNNClassifier:  # noqa: N803
+        """Go on with more rows; the first call needs all ``classes`` that will ever come."""
+        return self._partial_fit(X, y, sample_weight, classes)
+
+    def _targets(self, y: Any, classes: Any, first: bool) -> Floats:
+        check_classification_targets(y)
+        if first:
+            found = np.unique(y if classes is None else classes)
+            if len(found) < 2:
+                raise OckhamError(
+                    f"{type(self).__name__} needs samples of at least 2 classes in the data, but the data "
+                    f"contains only one class: {found[0]!r}"
+                )
+            self.classes_ = found
+        index = np.searchsorted(self.classes_, y).clip(0, len(self.classes_) - 1)
+        strange = self.classes_[index] != y
+        if strange.any():
+            raise OckhamError(f"label {np.asarray(y)[strange][0]!r} is not among the classes {list(self.classes_)}")
+        result: Floats = index.astype(np.float64)
+        return result
+
+    def _scaled_target(self, y: Floats, weight: Floats, first: bool) -> torch.Tensor:
+        return torch.from_numpy(y).long()
+
+    def _outputs(self) -> int:
+        return 1 if len(self.classes_) == 2 else len(self.classes_)
+
+    def _screened_target(self, y: torch.Tensor) -> torch.Tensor:
+        onehot = torch.nn.functional.one_hot(y, len(self.classes_)).float()
+        return onehot[:, 1:] if len(self.classes_) == 2 else onehot
+
+
+_PARAMETERS = """Args:
+        hidden_layer_sizes: units of each hidden layer, most of which will go; a straight path is always there.
+        n_restarts: networks fitted side by side, of which the best by evidence goes on.
+        max_iter: steps at most.
+        batch_size: rows a step.
+        learning_rate: of the weights.
+        slab_variance: prior variance of an included weight (learned from there).
+        max_inputs: tables with more columns are screened first; at most so many enter by evidence.
+        early_stopping: stop a phase when the evidence has not risen.
+        n_iter_no_change: checks (every 50 steps) that this takes.
+        n_draws: networks that a prediction averages.
+        warm_start: `fit` goes on from the last one instead of starting again.
+        verbose: show a progress bar.
+        random_state: of initial weights, batches and noise.
+"""
+for _estimator in (SparseBNNRegressor, SparseBNNClassifier):
+    _estimator.__doc__ = (_estimator.__doc__ or "").replace("PARAMETERS\n", _PARAMETERS)

@@ -1,0 +1,138 @@
+"""Which inputs may matter, before a network is fitted: evidence of single terms, squares and products of two inputs.
+
+Among hundreds of inputs a network's weight noise hides the few that matter. Every input gets the evidence, in nats, of
+the best term it appears in (x_j, x_j^2, x_j x_k, x_j^2 x_k), less the price of having searched so many. The best term
+enters, a small regression on what has entered explains its part away, and the rest is searched again, until nothing has
+evidence. The network is then fitted on what entered (the best four at least), and decides.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Screened", "screen"]
+
+_ROWS = 4000
+_BLOCK = 512
+_ALL_PAIRS = 512
+_LEAST = 4
+
+
+class Screened(NamedTuple):
+    """Which inputs enter.
+
+    Attributes:
+        active: their indices, ascending.
+        evidence: of every input after what entered was explained away, nats; shape [p].
+    """
+
+    active: Tensor
+    evidence: Tensor
+
+
+def screen(x: Tensor, target: Tensor, weight: Tensor, *, most: int = 24) -> Screened:
+    r"""Greedy search by evidence.
+
+        t^2 / 2 - 1/2 ln n - ln(terms of that family),   t^2 = n r^2 / (1 - r^2)
+
+    with r the correlation of a term with what is not yet explained.
+
+    Args:
+        x: standardised inputs [n, p].
+        target: [n, k], several columns for several classes; the best counts.
+        weight: of the examples [n].
+        most: inputs that may enter by evidence; at least four do.
+    """
+    rows = torch.arange(len(x)) if len(x) <= _ROWS else torch.linspace(0, len(x) - 1, _ROWS).long()
+    weight = weight[rows] / weight[rows].sum()
+    first = _standardised(x[rows].clamp(-3, 3), weight)
+    second = _standardised(first.square(), weight)
+    terms = _Terms(first, second, weight)
+    active: list[int] = []
+    rest = _standardised(target[rows], weight)
+    evidence = first.new_zeros(first.shape[1])
+    for done in range(most + 1):
+        evidence, partner = terms.evidence(rest, active, everything=done == 0 or first.shape[1] <= _ALL_PAIRS)
+        evidence[active] = -math.inf
+        best = int(evidence.argmax())
+        if float(evidence[best]) <= 0 or len(active) >= most:
+            break
+        active += [j for j in dict.fromkeys((best, int(partner[best]))) if j not in active]
+        rest = terms.unexplained(target[rows], active)
+    spare = evidence.argsort(descending=True)[: max(0, min(_LEAST, first.shape[1]) - len(active))]
+    chosen = torch.tensor(sorted({*active, *spare.tolist()}), dtype=torch.long)
+    return Screened(chosen, evidence)
+
+
+class _Terms(NamedTuple):
+    first: Tensor
+    second: Tensor
+    weight: Tensor
+
+    def evidence(self, y: Tensor, active: list[int], *, everything: bool) -> tuple[Tensor, Tensor]:
+        """Evidence of each input's best term, and the input that the best term shares it with (itself if none)."""
+        n, p = self.first.shape
+        best = torch.full((p,), -math.inf, dtype=self.first.dtype)
+        partner = torch.arange(p)
+        for terms in (self.first, self.second):
+            r2 = (terms.T @ (y * self.weight.unsqueeze(1))).square().amax(1)
+            best = torch.maximum(best, _nats(r2, n) - math.log(p))
+        others = torch.arange(p) if everything else torch.tensor(active, dtype=torch.long)
+        for column in y.T:
+            for terms in (self.first, self.second):
+                self._pairs(terms, others, column * self.weight, best, partner)
+        return best, partner
+
+    def _pairs(self, terms: Tensor, others: Tensor, weighted: Tensor, best: Tensor, partner: Tensor) -> None:
+        """Products terms_j first_k, k in others: raise best (of j and of k) and partner where they are better."""
+        n, p = self.first.shape
+        if len(others) == 0:
+            return
+        price = math.log(p * len(others))
+        with_k = self.first[:, others]
+        for start in range(0, p, _BLOCK):
+            block = terms[:, start : start + _BLOCK]
+            scale = (block.square() * self.weight.unsqueeze(1)).T @ with_k.square()
+            r2 = ((block * weighted.unsqueeze(1)).T @ with_k).square() / scale.clamp_min(1e-9)
+            j = torch.arange(start, start + len(r2))
+            r2[j.unsqueeze(1) == others] = 0.0
+            found = _nats(r2, n) - price
+            _raise(best, partner, j, *found.max(1), others)
+            _raise(best, partner, others, *found.max(0), j)
+
+    def unexplained(self, target: Tensor, active: list[int]) -> Tensor:
+        """What a ridge regression on all terms of the active inputs leaves of the target, standardised."""
+        a, b = self.first[:, active], self.second[:, active]
+        i, j = torch.tril_indices(len(active), len(active), -1)
+        pairs = [a, b, a[:, i] * a[:, j], (b.unsqueeze(2) * a.unsqueeze(1)).flatten(1)]
+        root = self.weight.sqrt().unsqueeze(1) * math.sqrt(len(a))
+        basis = torch.cat([_standardised(t, self.weight) for t in pairs if t.shape[1]], 1).double()
+        y = _standardised(target, self.weight).double()
+        left, right = basis * root, y * root
+        if basis.shape[1] <= len(basis):
+            ridge = torch.eye(basis.shape[1], dtype=left.dtype)
+            coefficient = torch.linalg.solve(left.T @ left + ridge, left.T @ right)
+        else:
+            ridge = torch.eye(len(basis), dtype=left.dtype)
+            coefficient = left.T @ torch.linalg.solve(left @ left.T + ridge, right)
+        return _standardised((y - basis @ coefficient).to(self.first.dtype), self.weight)
+
+
+def _raise(best: Tensor, partner: Tensor, index: Tensor, value: Tensor, at: Tensor, other: Tensor) -> None:
+    better = value > best[index]
+    best[index[better]] = value[better]
+    partner[index[better]] = other[at[better]]
+
+
+def _standardised(columns: Tensor, weight: Tensor) -> Tensor:
+    centred = columns - weight @ columns
+    return centred / (weight @ centred.square()).sqrt().clamp_min(1e-9)
+
+
+def _nats(r2: Tensor, n: int) -> Tensor:
+    r2 = r2.clamp(0.0, 1 - 1e-6)
+    return 0.5 * n * r2 / (1 - r2) - 0.5 * math.log(n)
