@@ -64,7 +64,9 @@ def compress(  # noqa: PLR0913 - the options of the verb, gathered into one data
     temperature: Annotated[
         _Float, typer.Option(help="Of the posterior; 1 is Bayes [default: 1; 0.1 for small data].")
     ] = None,
-    posterior: Annotated[_Str, typer.Option(help="mean-field or map [default: mean-field].")] = None,
+    posterior: Annotated[
+        _Str, typer.Option(help="mean-field, ivon, map; with --weights laplace, kronecker [default: mean-field].")
+    ] = None,
     method: Annotated[_Str, typer.Option(help="evidence: single weights; bmrs: gated structures.")] = None,
     after_training: Annotated[
         bool | None, typer.Option("--after-training", help="bmrs: remove once, after training, and draw the curves.")

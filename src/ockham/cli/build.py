@@ -24,12 +24,12 @@ from ockham.reduction.prices import FlatPrice
 from ockham.reduction.rule import BudgetRule, EvidenceRule, LearnedOddsRule, Rule
 from ockham.reduction.score import by_delta_f, by_magnitude, by_random, by_snr
 from ockham.reduction.structure_rule import Structures
-from ockham.workflow.estimators import SMALL_DATA, Estimator, Training, defaults_for, mean_field, point_estimate
+from ockham.workflow.estimators import SMALL_DATA, Estimator, Training, defaults_for, ivon, mean_field, point_estimate
 from ockham.workflow.gate_job import GateJob
 from ockham.workflow.job import Job
 from ockham.workflow.likelihood import Likelihood, likelihood_from
 from ockham.workflow.result import load_state
-from ockham.workflow.stages import Recipe
+from ockham.workflow.stages import OneShot, Recipe
 from ockham.zoo.data import Dataset, digits, load_folder
 from ockham.zoo.networks import NETWORKS, suggest
 
@@ -39,7 +39,9 @@ T = TypeVar("T")
 
 METHODS = {"evidence": False, "bmrs": True}
 
-ESTIMATORS: dict[str, Estimator] = {"mean-field": mean_field, "map": point_estimate}
+ESTIMATORS: dict[str, Estimator] = {"mean-field": mean_field, "ivon": ivon, "map": point_estimate}
+
+LAPLACE = {"laplace": "diagonal", "kronecker": "kronecker"}  # posteriors of given weights, and their structure
 
 BUDGET_RULES: dict[str, Callable[[float, int], Rule]] = {
     "snr": lambda keep, seed: BudgetRule(keep, by_snr),
@@ -79,9 +81,10 @@ def build_job(options: Options, command: str) -> Job | GateJob:
         rounds=rounds if options.rounds is None else replace(rounds, count=options.rounds),
         rule=None if gated else _rule(options),
         ignore=options.ignore,
-        estimator=_pick("--posterior", options.posterior, ESTIMATORS),
+        estimator=_pick("--posterior", options.posterior, {**ESTIMATORS, **dict.fromkeys(LAPLACE, point_estimate)}),
         device=device,
         structures=_structures(options),
+        one_shot=_one_shot(options),
     )
     if gated:
         return build_gate_job(options, recipe, builder, small=len(data.train_x) < SMALL_DATA, command=command)
@@ -152,6 +155,17 @@ def _training(options: Options, data: Dataset) -> Training:
         "seed": options.seed,
     }
     return replace(default, **{k: v for k, v in given.items() if v is not None})
+
+
+def _one_shot(options: Options) -> OneShot | None:
+    if options.posterior not in LAPLACE:
+        return None
+    if options.weights is None:
+        raise OckhamError(f"--posterior {options.posterior} needs a trained network: add --weights file.safetensors")
+    if options.rule not in ("evidence", "snr") or _structures(options) is not None:
+        raise OckhamError(f"--posterior {options.posterior} removes single weights by evidence or to a --keep-share")
+    given = {} if options.learning_rate is None else {"learning_rate": options.learning_rate}
+    return OneShot(LAPLACE[options.posterior], options.keep_share, options.epochs or 0, **given)
 
 
 def _rule(options: Options) -> Rule | None:

@@ -76,7 +76,7 @@ class IVON(VariationalOptimizer):
     Raises:
         OckhamError: a setting out of range, parameters without names or of another dtype.
 
-    Memory: 5.5 floats per weight at the peak of a block, gradient and parameter included; removed weights cost one.
+    Memory: 5.6 floats per weight at the peak of a block, gradient and parameter included; removed weights cost one.
 
     Reference: Shen et al. 2024, Variational learning is effective for large deep networks, arXiv 2402.17641,
     algorithm 1; the retraction: Lin, Schmidt & Khan 2020, arXiv 2002.10060.

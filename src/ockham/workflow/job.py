@@ -21,6 +21,7 @@ from ockham.report.html import write_report
 from ockham.version import __version__
 from ockham.workflow.analysis import Facts, compressed_facts, network_facts
 from ockham.workflow.compression import Compressed
+from ockham.workflow.one_shot_stage import OneShotStage
 from ockham.workflow.result import NETWORK, PLAN, POSTERIOR, fit_error, layers, save_network, save_plan
 from ockham.workflow.stages import (
     AdamStage,
@@ -84,7 +85,8 @@ class Job:
             yield from self._given(self.weights)
         elif self.baseline:
             yield from self._adam(saved)
-        stage = CompressStage(self.recipe, self.weights)
+        one_shot = self.recipe.one_shot is not None
+        stage = (OneShotStage if one_shot else CompressStage)(self.recipe, self.weights)
         yield from self._go(stage, saved)
         self._finish(stage)
 
@@ -164,7 +166,7 @@ class Job:
             "network": self.builder,
             "baseline": self.baseline,
         }
-        rules = {"rule": rule_name(r.rule), "structures": structures_name(r.structures)}
+        rules = {"rule": rule_name(r.rule), "structures": structures_name(r.structures), "one_shot": repr(r.one_shot)}
         return json.dumps(settings | names | rules, sort_keys=True)
 
     def _checkpoint(self, stage: str, state: Mapping[str, Any]) -> None:
@@ -176,7 +178,7 @@ class Job:
         self._checkpoint("between", {})
 
     # ------------------------------------------------------------------ the end
-    def _finish(self, stage: CompressStage) -> None:
+    def _finish(self, stage: CompressStage | OneShotStage) -> None:
         result = stage.job.result()
         facts = compressed_facts(
             result, self.recipe.data, self._foreign(), draws=self.draws, seed=self.recipe.training.seed

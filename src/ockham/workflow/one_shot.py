@@ -28,7 +28,7 @@ from ockham.workflow.likelihood import Classification, Likelihood, Regression, l
 from ockham.workflow.reducer import Ignore, protected_names
 from ockham.workflow.trainer import Loader, seeded, to_device
 
-__all__ = ["laplace", "reduce"]
+__all__ = ["laplace", "reduce", "unscored", "with_means"]
 
 T = TypeVar("T")
 _STRUCTURES: dict[str, Callable[..., Curvature]] = {"diagonal": diagonal_curvature, "kronecker": kronecker_curvature}
@@ -134,7 +134,7 @@ def reduce(
     wrong = [name for name, g in posterior.items() if shapes.get(name) != g.mean.shape]
     if wrong:
         raise OckhamError(f"posterior and model do not fit: {wrong[:6]} differ in name or shape; load the right model")
-    protected = protected_names(model, ignore) | {name for name, shape in shapes.items() if len(shape) < 2}
+    protected = unscored(model, ignore)
     if not any(name not in protected for name in posterior):
         raise OckhamError("there is nothing to remove: the posterior has no weight matrix that is not protected")
     if keep is None:
@@ -142,11 +142,17 @@ def reduce(
         if found:
             warnings.warn(" ".join(found), OckhamWarning, stacklevel=2)
     small = removed_in_rounds(posterior, keep, protected, rounds)
-    return _with_means(model, small)
+    return with_means(model, small)
+
+
+def unscored(model: nn.Module, ignore: Ignore = ()) -> frozenset[str]:
+    """Parameters from which a single reduction takes nothing: vectors, and what ``ignore`` covers."""
+    return protected_names(model, ignore) | {name for name, p in model.named_parameters() if p.ndim < 2}
 
 
 @torch.no_grad()
-def _with_means(model: nn.Module, posterior: Posterior) -> nn.Module:
+def with_means(model: nn.Module, posterior: Posterior) -> nn.Module:
+    """A copy of a network with the means of a posterior for its weights."""
     new = copy.deepcopy(model)
     for name, p in new.named_parameters():
         if name in posterior:

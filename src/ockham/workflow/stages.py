@@ -24,6 +24,7 @@ __all__ = [
     "SEARCH_RATES",
     "AdamStage",
     "CompressStage",
+    "OneShot",
     "Recipe",
     "Stage",
     "StageInfo",
@@ -35,6 +36,23 @@ __all__ = [
 
 SEARCH_RATES = (3e-4, 1e-3, 3e-3)
 """Learning rates tried for the Adam network, on a tenth of the training data held out."""
+
+
+@dataclass(frozen=True, slots=True)
+class OneShot:
+    """Settings of a job that prunes a trained network once.
+
+    Attributes:
+        structure: of the Laplace posterior, "diagonal" or "kronecker".
+        keep: share of the scored weights that stays; None: the evidence decides.
+        epochs: of fine-tuning afterwards, 0 for none.
+        learning_rate: of fine-tuning.
+    """
+
+    structure: str
+    keep: float | None = None
+    epochs: int = 0
+    learning_rate: float = 3e-4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,6 +71,7 @@ class Recipe:
         estimator: makes the optimizer.
         device: where to compute.
         structures: how whole channels, neurons and heads go, too; None: single weights only.
+        one_shot: prune given weights once instead of training a posterior; None: train.
     """
 
     build: Callable[[], nn.Module]
@@ -66,6 +85,7 @@ class Recipe:
     estimator: Estimator = mean_field
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     structures: Structures | None = None
+    one_shot: OneShot | None = None
 
     def network(self) -> nn.Module:
         """A fresh network with the job's own initial weights, on the device; global randomness untouched."""

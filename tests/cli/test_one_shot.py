@@ -1,0 +1,67 @@
+"""`ockham compress --weights ... --posterior kronecker`: a trained network in, a reduced one out."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import ockham as library
+from ockham.zoo.data import Batches, digits
+from ockham.zoo.networks import NETWORKS
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The digits network after a few epochs of Adam: file content and data."""
+    data = digits()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = NETWORKS["digits_mlp"]()
+        optimizer = torch.optim.Adam(net.parameters(), lr=2e-3, weight_decay=1e-4)
+        for _ in range(12):
+            for x, y in Batches(data.train_x, data.train_y, 64, shuffle=True):
+                optimizer.zero_grad()
+                torch.nn.functional.cross_entropy(net(x), y).backward()
+                optimizer.step()
+    return net.state_dict()
+
+
+def metrics_of(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def test_kronecker_without_a_target(ockham, tmp_path, trained):
+    save_file(trained, tmp_path / "w.safetensors")
+    done = ockham("compress", "--weights", "w.safetensors", "--posterior", "kronecker", "--out", "r", "--quiet")
+    assert done.returncode == 0, done.stderr
+    m = metrics_of(tmp_path / "r")
+    assert m["before_source"] == "given weights" and 0.02 < m["kept"] < 0.6
+    assert m["after"]["accuracy"] > m["before"]["accuracy"] - 0.04
+    assert m["after"] == m["mean_network"] or abs(m["after"]["nll"] - m["mean_network"]["nll"]) < 1e-6
+    small = library.load(tmp_path / "r")
+    assert int(sum((p != 0).sum() for p in small.parameters())) == round(m["kept"] * 50826)
+
+
+def test_a_budget_and_fine_tuning(ockham, tmp_path, trained):
+    save_file(trained, tmp_path / "w.safetensors")
+    given = ("--weights", "w.safetensors", "--posterior", "laplace", "--keep-share", "0.2", "--epochs", "3")
+    done = ockham("compress", "--out", "r", "--quiet", *given)
+    assert done.returncode == 0, done.stderr
+    m = metrics_of(tmp_path / "r")
+    assert m["after"]["accuracy"] > 0.85
+    before, after = trained, load_file(tmp_path / "w.safetensors")
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    history = json.loads((tmp_path / "r" / "history.json").read_text())
+    assert [e["epoch"] for e in history["epochs"]] == [1, 2, 3]
+
+
+def test_what_does_not_go_together_is_said(ockham, tmp_path, trained):
+    save_file(trained, tmp_path / "w.safetensors")
+    done = ockham("compress", "--posterior", "kronecker", "--out", "r")
+    assert done.returncode != 0 and "--weights" in done.stderr and "Traceback" not in done.stderr
+    given = ("--weights", "w.safetensors", "--posterior", "laplace", "--rule", "magnitude", "--keep-share", "0.1")
+    done = ockham("compress", "--out", "r", *given)
+    assert done.returncode != 0 and "single weights by evidence" in done.stderr
