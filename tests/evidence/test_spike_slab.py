@@ -232,3 +232,37 @@ def test_unfit_matrices_are_refused():
         inclusion_correlated(torch.eye(2), torch.zeros(2), log_odds=math.inf, slab_variance=1.0)
     with pytest.raises(OckhamError, match="positive definite"):
         likelihood_of(torch.zeros(2), torch.zeros(2, 2), 1.0)
+
+
+def test_paired_fixed_points_maximise_the_elbo_of_every_coordinate(reference):
+    from ockham.evidence.paired import inclusion_paired
+
+    c = reference("spike_slab")["linear_gaussian"][1]
+    x, y = torch.tensor(c["X"], dtype=F64), torch.tensor(c["y"], dtype=F64)
+    want = torch.tensor(c["inclusion"], dtype=F64)
+    one = inclusion_paired(x.T @ x, x.T @ y, log_odds=math.log(0.25), slab_variance=1.0)
+    assert float((one.probabilities - want).abs().max()) < 0.15
+    assert float(torch.corrcoef(torch.stack([one.probabilities, want]))[0, 1]) > 0.99
+    c = reference("spike_slab")["linear_gaussian"][0]
+    base = -0.5 * (len(c["y"]) * math.log(2 * math.pi) + float(np.square(c["y"]).sum()))
+    x, y = torch.tensor(c["X"], dtype=F64), torch.tensor(c["y"], dtype=F64)
+    one = inclusion_paired(x.T @ x, x.T @ y, log_odds=math.log(0.25), slab_variance=1.0)
+    evidence = inclusion(x, y, prior_inclusion=0.2, slab_variance=1.0, noise_variance=1.0).log_evidence
+    assert -1.0 < one.elbo + base - float(evidence) < 0  # a lower bound, and close
+
+
+def test_several_starts_mix_the_twins_of_a_duplicated_column():
+    from ockham.evidence.paired import inclusion_paired
+
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 1, generator=g, dtype=F64)
+    x = torch.cat([x, x + 0.01 * torch.randn(40, 1, generator=g, dtype=F64)], 1)
+    y = 2 * x[:, 0] + torch.randn(40, generator=g, dtype=F64)
+    one = inclusion_paired(x.T @ x, x.T @ y, log_odds=-2.0, slab_variance=4.0)
+    many = inclusion_paired(x.T @ x, x.T @ y, log_odds=-2.0, slab_variance=4.0, starts=20)
+    rate = 1 / (1 + math.exp(2.0))
+    want = inclusion(x, y, prior_inclusion=rate, slab_variance=4.0, noise_variance=1.0).probabilities
+    assert many.fixed_points >= 2 and many.elbo >= one.elbo - 1e-9
+    assert float((many.probabilities - want).abs().max()) < 0.5 * float((one.probabilities - want).abs().max())
+    with pytest.raises(OckhamError, match="starts"):
+        inclusion_paired(x.T @ x, x.T @ y, log_odds=0.0, slab_variance=1.0, starts=0)

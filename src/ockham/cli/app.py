@@ -1,4 +1,4 @@
-"""The verbs: compress, evaluate, inspect, report."""
+"""The verbs: compress, evaluate, audit, inspect, report."""
 
 from __future__ import annotations
 
@@ -138,6 +138,23 @@ def evaluate(
     found = load_data(data)
     build = load_model(model, found)[1] if model else None
     show.evaluation(out_console, folder, found, build() if build else None, draws=draws, device=parse_device(device))
+
+
+@app.command()
+def audit(
+    folder: _Folder,
+    data: Annotated[_Str, typer.Option(help="Folder or package.module:function [default: digits].")] = None,
+    model: Annotated[_Str, typer.Option(help="package.module:function for networks that are not of the zoo.")] = None,
+    log_odds: Annotated[
+        float, typer.Option(help="ln P(keep)/P(remove), for posteriors without one.")
+    ] = 0.0,
+) -> None:
+    """Check inclusion probabilities: enumerate the last layer exactly on the training data, and compare."""
+    if data is None and read_json(folder / "result.json")["dataset"]["name"] != "digits":
+        raise OckhamError(f"{folder} is not a result on the digits: say which data with --data")
+    found = load_data(data)
+    build = load_model(model, found)[1] if model else None
+    show.audited(out_console, folder, found, build() if build else None, log_odds=log_odds)
 
 
 @app.command()

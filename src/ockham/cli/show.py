@@ -13,11 +13,12 @@ from torch import nn
 from ockham.errors import OckhamError
 from ockham.files.tree import read_json
 from ockham.posterior.storage import load_posterior
+from ockham.workflow.audit import audit
 from ockham.workflow.evaluate import mean_predictor, measures, posterior_predictor
 from ockham.workflow.result import layers, load
 from ockham.zoo.data import Dataset
 
-__all__ = ["contents", "evaluation", "metrics"]
+__all__ = ["audited", "contents", "evaluation", "metrics"]
 
 
 def metrics(console: Console, folder: Path) -> None:
@@ -67,6 +68,14 @@ def evaluation(
         ),
     }
     _table(console, columns)
+
+
+def audited(console: Console, folder: Path, data: Dataset, model: nn.Module | None, *, log_odds: float) -> None:
+    """Claims about the last layer against enumeration on the training part of a data set."""
+    network, posterior = load(folder, model), load_posterior(folder)
+    noise = read_json(folder / "metrics.json").get("noise_variance")
+    found = audit(network, posterior, data.train_x, data.train_y, noise_variance=noise, log_odds=log_odds)
+    console.print(str(found), markup=False, highlight=False, soft_wrap=True)
 
 
 def _table(console: Console, columns: dict[str, dict[str, float]]) -> None:

@@ -47,11 +47,11 @@ class Run:
     mean_grad: Tensor
     variance_grad: Tensor
 
-    def gradients(self, pull: float, precision: float) -> tuple[Tensor, Tensor]:
+    def gradients(self, pull: float, precision: Tensor | float) -> tuple[Tensor, Tensor]:
         """(dL/dm, dL/dln s), both divided by pi."""
         of_mean = self.mean_grad + 2 * (1 - self.inclusion) * self.mean * self.variance_grad
         of_log_std = 2 * self.variance * self.variance_grad + pull * (precision * self.variance - 1)
-        return of_mean.add_(self.mean, alpha=pull * precision), of_log_std
+        return of_mean.add_(self.mean * (pull * precision)), of_log_std
 
 
 InclusionUpdate = Callable[[Run, Tensor, SlabFacts, Mapping[str, Any]], Tensor]

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from ockham.errors import NonFiniteLossError
-from ockham.evidence.spike_slab import slab_kl, spike_slab_kl
-from ockham.posterior.posterior import Gaussian, Posterior
+from ockham.posterior.posterior import Posterior
 from ockham.posterior.slab_priors import LearnedSpikeSlab
-from ockham.posterior.spike_slab import SpikeSlab
-from ockham.tabular.network import StackedMLP
+from ockham.tabular.inference import Inference
+from ockham.tabular.network import Layout
 from ockham.tabular.trimming import input_evidence
 
 __all__ = ["Fitted", "Plan", "Table", "fit", "median_keep"]
@@ -74,11 +73,12 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fitted:
-    """A network that lives on: posterior over `StackedMLP(1, ...)`, noise, and how it went.
+    """A network that lives on: posterior over one network of its layout, noise, and how it went.
 
     Attributes:
         posterior: with inclusion; removed weights are gone.
-        before: the posterior before anything was removed; what inclusion is read from, and where a warm start begins.
+        before: the posterior before anything was removed; what inclusion is read from.
+        whole: the inference at that point; where a warm start begins.
         noise_variance: of the standardised target; of no meaning for classes.
         by_input: input to the full-covariance evidence of its weights, nats; of those that it sent away, too.
         evidence: ELBO in nats at the checks, of the network that lived on.
@@ -88,6 +88,7 @@ class Fitted:
 
     posterior: Posterior
     before: Posterior
+    whole: Inference
     noise_variance: float
     by_input: dict[int, float]
     evidence: tuple[float, ...]
@@ -115,48 +116,36 @@ def fit(table: Table, plan: Plan, *, start: Fitted | None = None, on_step: OnSte
         NonFiniteLossError: the loss became NaN or infinite.
     """
     if start is None:
-        crowd = _Run(table, plan, noise=0.25)
+        crowd = _Run(table, plan, _begin(table, plan), torch.full((plan.restarts,), 0.25))
         crowd.go(0.0, 0.5, warm=True, on_step=on_step)
         scores = crowd.elbo()
         best = int(scores.argmax())
-        chosen = crowd.slice(best)
-        start = Fitted(chosen, chosen, float(crowd.noise[best]), {}, (), tuple(scores.tolist()), crowd.steps)
-    alone = _Run(table, replace(plan, restarts=1), noise=start.noise_variance, before=start.before)
+        alone = _Run(table, plan, crowd.inference.only(best), crowd.noise[best : best + 1].clone())
+        restarts = tuple(scores.tolist())
+    else:
+        alone = _Run(table, plan, start.whole.only(0), torch.tensor([start.noise_variance]))
+        restarts = start.restarts
     alone.go(0.5, 0.8, warm=False, on_step=on_step)
-    before = alone.optimizer.posterior()
-    alone.optimizer.remove(median_keep(before))
+    before, whole = alone.inference.posterior(), alone.inference.only(0)
+    alone.remove(median_keep(before))
     alone.go(0.8, 1.0, warm=False, on_step=on_step)
-    alone.optimizer.remove(median_keep(alone.optimizer.posterior()))
-    steps, history = start.steps + alone.steps, alone.history
+    alone.remove(median_keep(alone.inference.posterior()))
+    history = tuple(alone.history)
     alone, by_input = _trimmed(alone, on_step)
     evidence = (*history, float(alone.elbo()[0]))
-    return Fitted(alone.optimizer.posterior(), before, float(alone.noise[0]), by_input, evidence, start.restarts, steps)
+    posterior, noise = alone.inference.posterior(), float(alone.noise[0])
+    return Fitted(posterior, before, whole, noise, by_input, evidence, restarts, alone.inference.steps)
 
 
 class _Run:
-    """Networks, their optimizer, the noise of the target, and the loop."""
+    """Networks and their inference, the noise of the target, and the loop."""
 
-    def __init__(self, table: Table, plan: Plan, *, noise: float, before: Posterior | None = None) -> None:
-        self.table, self.plan = table, plan
-        self.generator = torch.Generator().manual_seed(plan.seed)
-        self.network = StackedMLP(plan.restarts, table.x.shape[1], plan.hidden, plan.outputs, self.generator)
-        self.noise = torch.full((plan.restarts,), noise)
+    def __init__(self, table: Table, plan: Plan, inference: Inference, noise: Tensor) -> None:
+        self.table, self.plan, self.inference, self.noise = table, plan, inference, noise
+        inference.n_data = table.terms
+        self.generator = torch.Generator().manual_seed(plan.seed + inference.steps)
         self.history: list[float] = []
-        self.steps = 0
-        self.optimizer = SpikeSlab(
-            _groups(self.network, plan),
-            n_data=table.terms,
-            lr=plan.lr,
-            initial_std=0.02,
-            initial_inclusion=0.95,
-            inclusion_rate=0.02,
-            kl_warmup=round(0.4 * plan.steps) if before is None else 0,
-            prior_interval=25,
-            seed=plan.seed,
-        )
-        self.optimizer.propagate(self.network)
-        if before is not None:
-            self.optimizer.start_from(before)
+        self._all = table.x, table.y, table.weight * (len(table.weight) / table.terms)
 
     def go(self, first: float, last: float, *, warm: bool, on_step: OnStep | None) -> None:
         """Steps from share ``first`` to ``last`` of the plan; without warm-up, until the evidence stops rising."""
@@ -164,10 +153,11 @@ class _Run:
         best, since = -math.inf, 0
         for k in range(begin, end):
             share = k / self.plan.steps
-            self._rate(1.0 if share < 0.5 else 2 * (1 - share) + 0.02)
-            self._step()
+            value = self._step(self.plan.lr * (1.0 if share < 0.5 else 2 * (1 - share) + 0.02))
             if k % _CHECK or k == begin:
                 continue
+            if not math.isfinite(float(value)):
+                raise NonFiniteLossError(f"the loss became {float(value)} at step {k}; lower learning_rate")
             elbo = math.nan if warm else float(self.elbo()[0])
             if on_step is not None:
                 on_step(k, self.plan.steps, elbo)
@@ -183,17 +173,18 @@ class _Run:
         """ELBO of each network, nats (float64): one noisy pass over (at most 4096 of) the data, closed-form KL."""
         n = len(self.table.x)
         rows = torch.arange(n) if n <= _ELBO_ROWS else torch.linspace(0, n - 1, _ELBO_ROWS).long()
-        with self.optimizer.sampled():
-            nll = self._nll(self.network(self.table.x[rows]), self.table.y[rows])
-        self.optimizer.zero_grad()
+        nll = self._nll(self.inference.noisy(self.table.x[rows]), self.table.y[rows])
         weight = self.table.weight[rows].double()
         mean = (nll.double() * weight).sum(1) / weight.sum()
-        return -(mean * self.table.terms + self._kl())
+        return -(mean * self.table.terms + self.inference.kl())
 
-    def slice(self, index: int) -> Posterior:
-        """The posterior of one of the networks."""
-        whole = self.optimizer.posterior()
-        return Posterior({n: _part(g, index) for n, g in whole.items()}, whole.n_data, source=whole.source)
+    def remove(self, keep: dict[str, Tensor]) -> None:
+        """Remove weights for good."""
+        self.inference.remove(keep)
+
+    def copy(self) -> _Run:
+        """The same with an inference of its own."""
+        return _Run(self.table, self.plan, self.inference.only(0), self.noise.clone())
 
     def without(self) -> dict[int, float]:
         """Take out inputs whose weights together have no evidence, one by one.
@@ -204,48 +195,33 @@ class _Run:
         gone: dict[int, float] = {}
         table, noise = self.table, None if self.plan.classify else float(self.noise[0])
         while True:
-            posterior = self.optimizer.posterior()
-            found = input_evidence(self.network, posterior, table.x, table.weight, self._log_odds(), noise)
+            posterior = self.inference.posterior()
+            found = input_evidence(posterior, table.x, table.weight, self.inference.log_odds(), noise)
             if not found or min(found.values()) >= 0:
                 return {**found, **gone}
             worst = min(found, key=found.__getitem__)
             gone[worst] = found[worst]
             keep = {n: g.keep.clone() for n, g in posterior.items()}
-            for name in ("skip.weight", "hidden.0.weight" if self.plan.hidden else "out.weight"):
-                if name in keep:
-                    keep[name][..., worst] = False
-            self.optimizer.remove(keep)
-            self.optimizer.remove(median_keep(self.optimizer.posterior()))
+            for name in self.inference.layout.readers:
+                keep[name][..., worst] = False
+            self.remove(keep)
+            self.remove(median_keep(self.inference.posterior()))
 
-    def _log_odds(self) -> dict[str, float]:
-        states = {n: self.optimizer.state[p] for n, p in self.network.named_parameters()}
-        return {n: s["log_rate"] - s["log_rest"] for n, s in states.items()}
-
-    def _step(self) -> None:
-        rows = self._rows()
-        x, y, weight = self.table.x[rows], self.table.y[rows], self.table.weight[rows]
-        weight = weight / self._mean_weight
-        self.optimizer.zero_grad()
-        with self.optimizer.sampled():
-            output = self.network(x)
-            loss = (self._nll(output, y) * weight).mean(1).sum()
-            loss.backward()
-        self.optimizer.step()
-        self.steps += 1
+    def _step(self, lr: float) -> Tensor:
+        x, y, weight = self._batch()
+        value, output = self.inference.step(x, lambda out: (self._nll(out, y) * weight).mean(1).sum(), lr)
         if not self.plan.classify:
-            self._learn_noise(output.detach()[..., 0], y, weight)
-        if self.steps % _CHECK == 0 and not math.isfinite(float(loss.detach())):
-            raise NonFiniteLossError(f"the loss became {float(loss)} at step {self.steps}; lower learning_rate")
+            residual = ((y - output[..., 0]).square() * weight).mean(1)
+            self.noise.lerp_(residual, 0.03).clamp_min_(1e-6)
+        return value
 
-    @property
-    def _mean_weight(self) -> float:
-        return self.table.terms / len(self.table.weight)
-
-    def _rows(self) -> Tensor:
+    def _batch(self) -> tuple[Tensor, Tensor, Tensor]:
         n = len(self.table.x)
         if n <= self.plan.batch:
-            return torch.arange(n)
-        return torch.randint(n, (self.plan.batch,), generator=self.generator)
+            return self._all
+        rows = torch.randint(n, (self.plan.batch,), generator=self.generator)
+        x, y, weight = self._all
+        return x[rows], y[rows], weight[rows]
 
     def _nll(self, output: Tensor, y: Tensor) -> Tensor:
         """[R, B]."""
@@ -258,66 +234,40 @@ class _Run:
         chosen = y.expand(len(output), -1).unsqueeze(2)
         return -output.log_softmax(2).gather(2, chosen)[..., 0]
 
-    def _learn_noise(self, output: Tensor, y: Tensor, weight: Tensor) -> None:
-        residual = ((y - output).square() * weight).mean(1)
-        self.noise += 0.03 * (residual - self.noise)
-        self.noise.clamp_min_(1e-6)
-
-    def _rate(self, factor: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.lr * factor
-
-    def _kl(self) -> Tensor:
-        total = torch.zeros(self.plan.restarts, dtype=torch.float64)
-        named = dict(self.network.named_parameters())
-        for name, g in self.optimizer.posterior().items():
-            state = self.optimizer.state[named[name]]
-            assert g.inclusion is not None
-            precision, log_variance = state["prior_precision"], state["log_slab_variance"]
-            variance = torch.where(g.keep, 1 / g.precision, 1.0).double()
-            cost = slab_kl(g.mean.double(), variance, precision, log_variance)
-            each = spike_slab_kl(g.inclusion.double(), cost, state["log_rate"], state["log_rest"])
-            total += torch.where(g.keep, each, -state["log_rest"]).flatten(1).sum(1)
-        return total
-
 
 def _trimmed(full: _Run, on_step: OnStep | None) -> tuple[_Run, dict[int, float]]:
     """The run without the inputs that the full covariance sends away, unless its evidence is the worse for it."""
-    trial = _Run(full.table, full.plan, noise=float(full.noise[0]), before=full.optimizer.posterior())
-    trial.go(0.95, 1.0, warm=False, on_step=on_step)
-    before = float(trial.elbo()[0])
+    trial, before = full.copy(), float(full.elbo()[0])
     by_input = trial.without()
     if not by_input or min(by_input.values()) >= 0:
         return full, by_input
     trial.go(0.9, 1.0, warm=False, on_step=on_step)
-    trial.optimizer.remove(median_keep(trial.optimizer.posterior()))
+    trial.remove(median_keep(trial.inference.posterior()))
     if float(trial.elbo()[0]) < before:
         return full, {j: abs(nats) for j, nats in by_input.items()}
     return trial, by_input
 
 
-def _groups(network: StackedMLP, plan: Plan) -> list[dict[str, object]]:
-    """One group per tensor: each layer has its own prior."""
-    inputs = network.out.weight.shape[2] if network.skip is None else network.skip.weight.shape[2]
-    of_inputs = min(_RATE, _PER_UNIT / (inputs + plan.left_out))
-    groups: list[dict[str, object]] = []
-    for name, p in network.named_parameters():
-        reads = name in ("skip.weight", "hidden.0.weight" if plan.hidden else "out.weight")
-        outside = plan.left_out * p.shape[0] * p.shape[1] if reads else 0
-        rate, strength = (of_inputs if reads else _RATE), _STRENGTH * (p.numel() + outside)
+def _begin(table: Table, plan: Plan) -> Inference:
+    """All restarts at their initial weights; each tensor has its own prior."""
+    inputs = table.x.shape[1]
+    layout = Layout.of(inputs, plan.hidden, plan.outputs)
+    of_inputs = min(_RATE, _PER_UNIT / max(1, inputs + plan.left_out))
+    priors = {}
+    for name, shape in layout.shapes.items():
+        reads = name in layout.readers
+        outside = plan.left_out * plan.restarts * shape[0] if reads else 0
+        rate = of_inputs if reads else _RATE
+        strength = _STRENGTH * (plan.restarts * math.prod(shape) + outside)
         counts = {"keep_count": rate * strength, "remove_count": (1 - rate) * strength + outside}
-        groups.append({"params": [(name, p)], "prior": LearnedSpikeSlab(rate, plan.slab_variance, **counts)})
-    return groups
-
-
-def _part(g: Gaussian, index: int) -> Gaussian:
-    assert g.inclusion is not None
-    one = slice(index, index + 1)
-    return replace(g, mean=g.mean[one], precision=g.precision[one], keep=g.keep[one], inclusion=g.inclusion[one])
+        priors[name] = LearnedSpikeSlab(rate, plan.slab_variance, **counts)
+    start = layout.start(plan.restarts, torch.Generator().manual_seed(plan.seed))
+    warmup = round(0.4 * plan.steps)
+    return Inference(layout, priors, n_data=table.terms, start=start, kl_warmup=warmup, seed=plan.seed)
 
 
 def median_keep(posterior: Posterior) -> dict[str, Tensor]:
-    """True where the inclusion exceeds one half and a path leads through the weight, in a `StackedMLP(1, ...)`."""
+    """True where the inclusion exceeds one half and a path leads through the weight; masks [1, ...]."""
     keep = {n: g.keep & (g.inclusion > 0.5) for n, g in posterior.items() if g.inclusion is not None}
     layers = [n.removesuffix(".weight") for n in keep if n.startswith("hidden") and n.endswith(".weight")] + ["out"]
     for _ in layers:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ockham.posterior.posterior import Posterior
 from ockham.posterior.predict import draw_parameters
 from ockham.reduction.paths import NodeRule, by_path, node_inclusion
-from ockham.tabular.network import stacked
+from ockham.tabular.network import affine
 
 __all__ = ["draw_outputs", "input_inclusion", "weights_by_input"]
 
@@ -18,7 +18,7 @@ _ROWS = 8192
 
 
 def draw_outputs(posterior: Posterior, x: Tensor, draws: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Outputs [draws, rows, outputs], float64, of networks drawn from a posterior over `StackedMLP(1, ...)`.
+    """Outputs [draws, rows, outputs], float64, of networks drawn from a posterior over one network.
 
     Rows come in parts. Only inputs and units on living paths are computed.
     """
@@ -30,14 +30,14 @@ def draw_outputs(posterior: Posterior, x: Tensor, draws: int, generator: torch.G
         h, columns = part, torch.ones(part.shape[1], dtype=torch.bool)
         for layer in layers:
             weight, bias = network[f"{layer}.weight"], network[f"{layer}.bias"]
-            h = torch.relu(stacked(h, weight[:, live[layer]][:, :, columns], bias[:, live[layer]]))
+            h = torch.relu(affine(h, weight[:, live[layer]][:, :, columns], bias[:, live[layer]]))
             columns = live[layer]
-        out = stacked(h, network["out.weight"][:, :, columns], network["out.bias"])
-        yield out + stacked(part, network["skip.weight"], None) if "skip.weight" in network else out
+        out = affine(h, network["out.weight"][:, :, columns], network["out.bias"])
+        yield out + affine(part, network["skip.weight"], None) if "skip.weight" in network else out
 
 
 def input_inclusion(posterior: Posterior, rule: NodeRule = by_path) -> Tensor:
-    """Inclusion of the inputs of a `StackedMLP(1, ...)` by a path rule, the direct weights included; float64."""
+    """Inclusion of the inputs of a network by a path rule, the direct weights included; float64."""
     chain = {n: g.inclusion[0] for n, g in posterior.items() if _in_chain(n) and g.inclusion is not None}
     through = node_inclusion(chain, rule=rule).inputs.double()
     if "skip.weight" not in posterior:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, jacrev, vmap
+from torch.func import jacrev, vmap
 
 from ockham.evidence.gaussian import delta_f_dense
 from ockham.posterior.posterior import Posterior
-from ockham.tabular.network import StackedMLP
+from ockham.tabular.network import mean_output
 
 __all__ = ["input_evidence"]
 
@@ -23,12 +23,7 @@ _MOST = 1500
 
 
 def input_evidence(
-    network: StackedMLP,
-    posterior: Posterior,
-    x: Tensor,
-    weight: Tensor,
-    log_odds: dict[str, float],
-    noise: float | None,
+    posterior: Posterior, x: Tensor, weight: Tensor, log_odds: Odds, noise: float | None
 ) -> dict[int, float]:
     r"""Evidence for each input that the reduced network still reads, nats; negative says it should go.
 
@@ -40,8 +35,7 @@ def input_evidence(
     which it does in the tangent and not in the network.
 
     Args:
-        network: `StackedMLP(1, ...)` holding the posterior's mean.
-        posterior: over its parameters, removed weights marked.
+        posterior: over one network, tensors [1, ...], removed weights marked.
         x: inputs [n, p].
         weight: of the examples [n].
         log_odds: prior log-odds of inclusion by parameter name.
@@ -55,7 +49,7 @@ def input_evidence(
     rows = torch.arange(len(x)) if len(x) <= _ROWS else torch.linspace(0, len(x) - 1, _ROWS).long()
     scale = weight[rows] * (weight.sum() / weight[rows].sum())
     names, means, precisions, reads, odds = _layout(posterior, log_odds)
-    h = _curvature(network, posterior, names, x[rows], scale, noise)
+    h = _curvature(posterior, names, x[rows], scale, noise)
     covariance = torch.linalg.inv(h + torch.diag(precisions))
     covariance = 0.5 * (covariance + covariance.T)
     found = {}
@@ -81,14 +75,12 @@ def _layout(posterior: Posterior, log_odds: Odds) -> tuple[list[str], Tensor, Te
     return names, torch.cat(means), torch.cat(precisions), torch.cat(reads), torch.cat(odds)
 
 
-def _curvature(
-    network: StackedMLP, posterior: Posterior, names: list[str], x: Tensor, scale: Tensor, noise: float | None
-) -> Tensor:
+def _curvature(posterior: Posterior, names: list[str], x: Tensor, scale: Tensor, noise: float | None) -> Tensor:
     values = {n: posterior[n].mean * posterior[n].keep for n in posterior}
     free = {n: values.pop(n) for n in names}
 
     def output(parameters: dict[str, Tensor], row: Tensor) -> Tensor:
-        return functional_call(network, {**values, **parameters}, (row.unsqueeze(0),))[0, 0]  # type: ignore[no-any-return]
+        return mean_output({**values, **parameters}, row.unsqueeze(0))[0, 0]
 
     jacobian = vmap(jacrev(output), in_dims=(None, 0))(free, x)
     j = torch.cat([jacobian[n][:, :, posterior[n].keep] for n in names], 2).double()  # [n, outputs, living]
