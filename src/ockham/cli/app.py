@@ -145,9 +145,7 @@ def audit(
     folder: _Folder,
     data: Annotated[_Str, typer.Option(help="Folder or package.module:function [default: digits].")] = None,
     model: Annotated[_Str, typer.Option(help="package.module:function for networks that are not of the zoo.")] = None,
-    log_odds: Annotated[
-        float, typer.Option(help="ln P(keep)/P(remove), for posteriors without one.")
-    ] = 0.0,
+    log_odds: Annotated[float, typer.Option(help="ln P(keep)/P(remove), for posteriors without one.")] = 0.0,
 ) -> None:
     """Check inclusion probabilities: enumerate the last layer exactly on the training data, and compare."""
     if data is None and read_json(folder / "result.json")["dataset"]["name"] != "digits":
