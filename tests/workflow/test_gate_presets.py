@@ -1,4 +1,4 @@
-"""The benchmark's networks are what the table says they are; the two large presets take two steps with random weights."""
+"""The benchmark's networks are what the table says; the two large presets take two steps with random weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SIZES = {  # learnable values of the networks in the paper's table, by hand
 @pytest.fixture
 def bmrs(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import bmrs  # noqa: PLC0415
+    import bmrs
 
     yield bmrs
     for name in ("bmrs", "bmrs_networks"):
