@@ -135,6 +135,8 @@ def test_after_training_nothing_goes_before_the_end():
     list(run)
     sizes = [h.parameters for h in run.history]
     assert sizes[:11] == [size(network())] * 11 and sizes[-1] < sizes[0] and len(seen) == 1
+    small = run.result()
+    assert list(run.history[11].widths.values()) == [small[1].out_features, small[3].out_features] < [40, 20]
 
 
 # ------------------------------------------------------------------ weights of the KL

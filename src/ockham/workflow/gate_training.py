@@ -101,6 +101,7 @@ class GateCompression:
         self.layers: list[dict[str, Any]] = []
         self.on_trained: Callable[[Gates], None] | None = None
         self._removals = 0
+        self._folded: dict[str, int] = {}
 
     # ------------------------------------------------------------------ the run
     @property
@@ -209,6 +210,7 @@ class GateCompression:
 
     def _fold(self) -> None:
         assert self.gates is not None
+        self._folded = self._widths()
         if not bool(self.gates.noise.keep.all()):
             self._shrink(self.gates)
         self.gates.fold()
@@ -229,7 +231,7 @@ class GateCompression:
 
     def _widths(self) -> dict[str, int]:
         if self.gates is None:
-            return dict(self.history[-1].widths) if self.history else {}
+            return self._folded or dict(self.history[-1].widths)
         return {k: int(v.sum()) for k, v in self.gates.keep.items()}
 
     # ------------------------------------------------------------------ state
