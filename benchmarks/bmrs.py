@@ -296,8 +296,15 @@ def gated(
         )
         start = time.process_time()
     history = [
-        {"epoch": h.epoch, "loss": h.loss, "kl": h.kl, "parameters": h.parameters, "widths": dict(h.widths)}
-        for h in job.history
+        {
+            "epoch": h.epoch,
+            "loss": h.loss,
+            "kl": h.kl,
+            "training_accuracy": h.accuracy,
+            "parameters": h.parameters,
+            "widths": dict(h.widths),
+        }
+        for h in job.history  # fmt: skip
     ]
     epochs = [{**h, "cpu_seconds": s} for h, s in zip(history, cpu, strict=True)]
     return {"epochs": epochs, "removed_by_the_papers_count": papers_count(model, job)}, job.result()
