@@ -304,7 +304,7 @@ def gated(
             "parameters": h.parameters,
             "widths": dict(h.widths),
         }
-        for h in job.history  # fmt: skip
+        for h in job.history
     ]
     epochs = [{**h, "cpu_seconds": s} for h, s in zip(history, cpu, strict=True)]
     return {"epochs": epochs, "removed_by_the_papers_count": papers_count(model, job)}, job.result()
