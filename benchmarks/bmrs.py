@@ -16,6 +16,7 @@ import copy
 import functools
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 import ockham
 from bmrs_networks import ViT, lenet5, load_weights, mlp, resnet50, vit_b16
+from ockham.evidence import lognormal
 from ockham.files.tree import read_tree, write_tree
 from ockham.posterior.gates import per_element
 from ockham.surgery.cost import latencies
@@ -401,7 +403,8 @@ def step_cost(repeats: float) -> str:
     lines = [
         "# Cost of a training step with gates",
         "",
-        f"torch {torch.__version__}, {torch.get_num_threads()} thread(s)",
+        f"`python benchmarks/bmrs.py --step-cost`; torch {torch.__version__}, {torch.get_num_threads()} thread(s), load of "
+        f"the machine {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores. Medians; steps of both arms in turn.",
         "",
     ]
     lines += [
@@ -430,6 +433,28 @@ def step_cost(repeats: float) -> str:
             f"| {wall[1] / wall[0]:.2f} | "
             f"{cpu[1] / cpu[0]:.2f} | {bar} |"
         )
+    return "\n".join(lines) + "\n\n" + delta_f_cost(round(10 * repeats))
+
+
+def delta_f_cost(repeats: int) -> str:
+    """Milliseconds for the delta_f of a million gates in float32, all parts of their range among them."""
+    generator = torch.Generator().manual_seed(0)
+    mean = 30 * torch.rand(1_000_000, generator=generator) - 25
+    std = (13 * torch.rand(1_000_000, generator=generator) - 8).exp()
+    lines = ["| score of 10^6 gates, float32 | wall, ms: median (least) | processor, ms: median (least) | bar |"]
+    lines.append("| --- | --- | --- | --- |")
+    for name, score in (
+        ("delta_f_n", lognormal.delta_f_n),
+        ("delta_f_u, 8 bits", lambda m, s: lognormal.delta_f_u(m, s, 8)),
+    ):
+        times = []
+        for _ in range(repeats + 2):
+            start = time.perf_counter(), time.process_time()
+            score(mean, std)
+            times.append((1e3 * (time.perf_counter() - start[0]), 1e3 * (time.process_time() - start[1])))
+        wall, cpu = zip(*times[2:], strict=True)
+        shown = " | ".join(f"{statistics.median(t):.0f} ({min(t):.0f})" for t in (wall, cpu))
+        lines.append(f"| {name} | {shown} | 100 |")
     return "\n".join(lines) + "\n"
 
 
@@ -453,7 +478,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.step_cost:
-        text = step_cost(args.repeats)
+        text = "\n".join(step_cost(args.repeats) for _ in range(2))
         (RESULTS.parent / "bmrs_step_cost.md").write_text(text)
         print(text)
         return
