@@ -195,7 +195,7 @@ def run(name: str, arm: str, plan: Plan) -> dict[str, Any]:
         print(f"left at first values: {load_weights(model, plan.weights)}", file=sys.stderr)
     full = sum(p.numel() for p in model.parameters())
     training, batch = training_of(setting, arm, plan)
-    label = f"{name} {arm} {plan.seed}"
+    label = f"{name} {arm} {plan.seed}" + (" validated" if plan.validate else "")
     if arm == "none":
         record, small = adam(model, (x, y), training, batch, label)
     else:
@@ -220,7 +220,7 @@ def run(name: str, arm: str, plan: Plan) -> dict[str, Any]:
         git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
         RESULTS.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record | {"commit": git.stdout.strip()}, indent=1) + "\n")
-        checkpoint_of(label).unlink(missing_ok=True)
+    checkpoint_of(label).unlink(missing_ok=True)
     return record
 
 
@@ -275,7 +275,8 @@ def gated(
         model, example, Batches(*data, batch, shuffle=True), training=training, rule=rule,
         decide=budget or by_threshold, n_data=len(data[0]),
     )  # fmt: skip
-    path, settings = checkpoint_of(label), json.dumps(shown(training), sort_keys=True, default=str)
+    given = {**shown(training), "batch": batch, "examples": len(data[0]), "budget": str(budget)}
+    path, settings = checkpoint_of(label), json.dumps(given, sort_keys=True, default=str)
     cpu: list[float] = []
     if path.exists():
         saved = read_tree(path, kind="bmrs-checkpoint")
@@ -403,8 +404,8 @@ def step_cost(repeats: float) -> str:
     lines = [
         "# Cost of a training step with gates",
         "",
-        f"`python benchmarks/bmrs.py --step-cost`; torch {torch.__version__}, {torch.get_num_threads()} thread(s), load of "
-        f"the machine {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores. Medians; steps of both arms in turn.",
+        f"`python benchmarks/bmrs.py --step-cost`; torch {torch.__version__}, {torch.get_num_threads()} thread(s), load "
+        f"of the machine {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores. Medians; steps of both arms in turn.",
         "",
     ]
     lines += [
