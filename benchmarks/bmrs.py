@@ -404,8 +404,8 @@ def step_cost(repeats: float) -> str:
     lines = [
         "# Cost of a training step with gates",
         "",
-        f"`python benchmarks/bmrs.py --step-cost`; torch {torch.__version__}, {torch.get_num_threads()} thread(s), load "
-        f"of the machine {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores. Medians; steps of both arms in turn.",
+        f"`python benchmarks/bmrs.py --step-cost`; torch {torch.__version__}, {torch.get_num_threads()} thread(s), "
+        f"load of the machine {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores. Medians; steps of both arms in turn.",
         "",
     ]
     lines += [
