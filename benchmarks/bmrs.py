@@ -99,7 +99,7 @@ SETTINGS: dict[str, Setting] = {
     ),
     "lenet-fashion": Setting(
         "fashion-mnist", lenet5, 32, 1.4e-3, 50, 10,
-        published("0/89.16", "98.47/17.01", "88.02/77.90", "87.61/77.23", "88.72/81.10"), LENET,
+        published("0/89.16", "98.47/17.01", "88.02/77.90", "87.61/77.23", "88.72/81.10"), {**LENET, "temperature": 150.0},
     ),
     "lenet-cifar10": Setting(
         "cifar10", lambda: lenet5(3), 64, 1e-3, 50, 10,
