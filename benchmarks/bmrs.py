@@ -83,7 +83,7 @@ RESNET, VIT = {**PRETRAINED, "rate": 1e-4, "gate_rate": 30.0}, {**PRETRAINED, "r
 SETTINGS: dict[str, Setting] = {
     "mlp-mnist": Setting(
         "mnist", lambda: mlp(7, 100, 1024), 128, 8.5e-4, 50, 10,
-        published("0/97.43", "58.57/96.92", "48.86/96.95", "48.73/96.93", "54.47/96.99"), MLP,
+        published("0/97.43", "58.57/96.92", "48.86/96.95", "48.73/96.93", "54.47/96.99"), {**MLP, "temperature": 30.0},
     ),
     "mlp-fashion": Setting(
         "fashion-mnist", lambda: mlp(1, 150, 1024), 128, 1.5e-3, 50, 10,
