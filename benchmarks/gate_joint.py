@@ -8,6 +8,7 @@ structures are taken out in the order of each score, without refitting, and accu
 the same shares of structures removed for all scores. The scores of a structure, with w its outgoing weights:
 
 * gate:    delta_f of the gate, a spike at e^-20;
+* rate:    the same + ln P(off)/P(on) of its layer, learned from the delta_f of the layer (Beta(1, 1), fixed point);
 * weights: sum of delta_f of w, w = 0;
 * masked:  the same averaged over masks inside the unit (`unit_evidence`, p0 = 1/2);
 * joint:   delta_f of the product theta w = 0, its posterior and its prior matched by a Gaussian in mean and covariance:
@@ -26,6 +27,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import statistics
 import sys
 import time
@@ -55,7 +57,7 @@ PRIORS: dict[str, Callable[[], Any]] = {
     "empirical scale": lambda: ockham.EmpiricalBayes(0.1),
     "laplace": lambda: None,
 }
-SCORES = ("gate", "weights", "masked", "joint", "sum", "mean", "norm", "random")
+SCORES = ("gate", "rate", "weights", "masked", "joint", "sum", "mean", "norm", "random")
 
 
 def held_out(setting: str, root: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -133,8 +135,18 @@ def scores(gates: Gates, posterior: Posterior, seed: int) -> dict[str, Tensor]:
         found["joint"][places] = product_delta_f(m, 1 / p, prior_second / p0, first, second)
         size = (first * m).norm(dim=1)
         found["norm"][places] = -size / size.mean()
+        found["rate"][places] = found["gate"][places] + log_odds_off(found["gate"][places])
     found["sum"] = found["gate"] + found["weights"]
     return found
+
+
+def log_odds_off(delta: Tensor, strength: float = 1.0) -> float:
+    """Ln P(off)/P(on) of a layer: the fixed point of the mean posterior probability of being off."""
+    odds = 0.0
+    for _ in range(300):
+        off = float(torch.sigmoid(odds + delta).sum())
+        odds = math.log(off + strength) - math.log(len(delta) - off + strength)
+    return odds
 
 
 def product_delta_f(m: Tensor, v: Tensor, prior: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -194,7 +206,9 @@ def run(setting: str, prior: str, seed: int, root: Path) -> dict[str, Any]:
         counts = [round(s * total) for s in SHARES]
         record["accuracy"][name] = [accuracy(gates, keep_of(gates, score, n), *data[2:]) for n in counts]
     released = table["gate"] + 0.9189385
-    stops = {k: table[k] for k in ("gate", "weights", "masked", "joint", "sum")} | {"gate as released": released}
+    stops = {k: table[k] for k in ("gate", "rate", "weights", "masked", "joint", "sum")} | {
+        "gate as released": released
+    }
     for name, score in stops.items():
         gone = int((score >= 0).sum())
         record["stop"][name] = [gone / total, accuracy(gates, keep_of(gates, score, gone), *data[2:])]
