@@ -211,7 +211,7 @@ def run(name: str, arm: str, plan: Plan) -> dict[str, Any]:
         "training": {k: v for k, v in shown(training).items()}, "parameters": left, "parameters_before": full,
         "removed": 1 - left / full, "latency_ms": 1e3 * after,
         "latency_before_ms": 1e3 * before, **found,
-        "command": "python benchmarks/bmrs.py " + " ".join(sys.argv[1:]), "validated": plan.validate,
+        "command": "python benchmarks/bmrs.py " + " ".join(sys.argv[1:]).replace(str(plan.data), "PATH"), "validated": plan.validate,
     }  # fmt: skip
     print(
         f"{label}: removed {record['removed']:.4f} accuracy {found['accuracy']:.4f} nll {found['nll']:.4f}", flush=True
