@@ -99,7 +99,8 @@ SETTINGS: dict[str, Setting] = {
     ),
     "lenet-fashion": Setting(
         "fashion-mnist", lenet5, 32, 1.4e-3, 50, 10,
-        published("0/89.16", "98.47/17.01", "88.02/77.90", "87.61/77.23", "88.72/81.10"), {**LENET, "temperature": 150.0},
+        published("0/89.16", "98.47/17.01", "88.02/77.90", "87.61/77.23", "88.72/81.10"),
+        {**LENET, "temperature": 150.0},
     ),
     "lenet-cifar10": Setting(
         "cifar10", lambda: lenet5(3), 64, 1e-3, 50, 10,
@@ -204,6 +205,7 @@ def run(name: str, arm: str, plan: Plan) -> dict[str, Any]:
             budget = Budget(run(name, "n", plan)["parameters"], full)
         record, small = gated(model, (x, y), training, batch, arm=arm, budget=budget, label=label)
     before, after = latencies([network(setting, plan.seed).to(setting.device), small], test_x[:1].to(setting.device))
+    typed = " ".join(sys.argv[1:]).replace(str(plan.data), "PATH")
     found = measures(mean_predictor(small, classify=True), test_x, test_y, noise_variance=None)
     left = sum(p.numel() for p in small.parameters())
     record |= {
@@ -211,7 +213,7 @@ def run(name: str, arm: str, plan: Plan) -> dict[str, Any]:
         "training": {k: v for k, v in shown(training).items()}, "parameters": left, "parameters_before": full,
         "removed": 1 - left / full, "latency_ms": 1e3 * after,
         "latency_before_ms": 1e3 * before, **found,
-        "command": "python benchmarks/bmrs.py " + " ".join(sys.argv[1:]).replace(str(plan.data), "PATH"), "validated": plan.validate,
+        "command": f"python benchmarks/bmrs.py {typed}", "validated": plan.validate,
     }  # fmt: skip
     print(
         f"{label}: removed {record['removed']:.4f} accuracy {found['accuracy']:.4f} nll {found['nll']:.4f}", flush=True
