@@ -53,7 +53,7 @@ def save_pretrained(
     except OSError as error:
         raise OckhamError(f"cannot write to {path}: {error}") from error
     config = getattr(model, "config", None)
-    if callable(getattr(config, "to_dict", None)):
+    if config is not None and callable(getattr(config, "to_dict", None)):
         text = json.dumps(config.to_dict(), indent=2, default=str)
         write_bytes(path / CONFIG, text.encode())
     if plan is not None:
