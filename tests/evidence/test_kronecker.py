@@ -37,23 +37,6 @@ def test_diagonals_are_those_of_the_dense_matrix(case):
     torch.testing.assert_close(kron.row_covariance(k, 1, 2), block)
 
 
-@pytest.mark.parametrize("at_once", [16, 2**23])
-def test_survivors_of_a_row_have_the_dense_variance_given_what_went_from_it(case, at_once, monkeypatch):
-    monkeypatch.setattr(kron, "_ROWS_AT_ONCE", at_once)
-    k, _, dense = case
-    keep = torch.ones(GROUPS, ROWS, COLUMNS, dtype=torch.bool)
-    keep[1, 2, [0, 3]] = False
-    got = kron.survivors_precision(k, keep)
-    stays = [i for i in range(ROWS * COLUMNS) if i not in (8, 11)]
-    want = 1 / dense[1][stays][:, stays].inverse().diagonal()
-    torch.testing.assert_close(got[1, 2, [1, 2]], want[-2:])
-    assert bool((got[~keep] == torch.inf).all())
-    untouched = 1 / kron.marginal_variance(k)
-    torch.testing.assert_close(got[0], untouched[0])
-    torch.testing.assert_close(got[1, :2], untouched[1, :2])
-    assert bool((got[1, 2, [1, 2]] > untouched[1, 2, [1, 2]]).all())
-
-
 def test_row_evidence_is_the_dense_savage_dickey_of_the_row(case):
     k, mean, dense = case
     got = kron.delta_f_kronecker_rows(mean, k)

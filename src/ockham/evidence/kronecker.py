@@ -33,11 +33,9 @@ __all__ = [
     "marginal_variance",
     "removal_cost",
     "row_covariance",
-    "survivors_precision",
 ]
 
 _CG_STEPS = 500
-_ROWS_AT_ONCE = 2**23
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,38 +120,6 @@ def row_covariance(k: KroneckerPrecision, group: int, row: int) -> Tensor:
     d = _row_spectrum(k)[group, row]
     q = k.input_vectors[group].double()
     return (q * d) @ q.mT
-
-
-def survivors_precision(k: KroneckerPrecision, keep: Tensor) -> Tensor:
-    r"""Marginal precision of every survivor, given that the removed weights of its own row are zero.
-
-    Row r has the covariance C_r = Q diag(d_r) Q' (`row_covariance`); with m its survivors,
-
-        1 / diag[((C_r^-1)_mm)^-1]
-
-    which is 1 / `marginal_variance` where nothing went, and exact where no other row lost a weight.
-
-    Args:
-        k: precision of the full matrix.
-        keep: boolean, True = stays, [groups, outputs, inputs].
-
-    Returns:
-        The same shape, float64; inf where removed. Costs outputs x inputs^3 operations.
-    """
-    groups, outputs, inputs = k.shape
-    spectrum, q = _row_spectrum(k), k.input_vectors.double()
-    found = torch.full(keep.shape, math.inf, dtype=torch.float64, device=keep.device)
-    some = max(1, _ROWS_AT_ONCE // inputs**2)
-    one = torch.ones((), dtype=torch.float64, device=keep.device)
-    for g in range(groups):
-        for first in range(0, outputs, some):
-            rows = slice(first, first + some)
-            m = keep[g, rows]
-            within = (q[g] / spectrum[g, rows].unsqueeze(1)) @ q[g].mT
-            within = within * (m.unsqueeze(1) & m.unsqueeze(2)) + torch.diag_embed(torch.where(m, 0 * one, one))
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(within))
-            found[g, rows] = torch.where(m, 1 / inverse.diagonal(dim1=-2, dim2=-1), found[g, rows])
-    return found
 
 
 def delta_f_kronecker_rows(mean: Tensor, k: KroneckerPrecision) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ockham.errors import OckhamError
-from ockham.evidence.kronecker import compensated, survivors_precision
+from ockham.evidence.kronecker import compensated
 from ockham.posterior.matrix import WeightMatrix
 from ockham.posterior.posterior import Gaussian, Posterior
 from ockham.reduction.rule import BudgetRule
@@ -19,7 +19,6 @@ __all__ = ["COMPENSATION_DAMPING", "reduced", "removed_in_rounds"]
 
 _NEGLIGIBLE = 1e-3
 _TOLERANCE = 1e-4
-_AFFORDABLE = 1e12
 COMPENSATION_DAMPING = 1e-3
 """Ridge of the survivors' move, relative to the mean curvature of their matrix (docs/decisions.md has the table)."""
 
@@ -39,9 +38,8 @@ def reduced(
 
     Returns:
         Means and masks of the survivors, removed weights exactly zero with infinite precision. Conditioning again is
-        the same as conditioning once on both sets. Conditional precisions are exact; marginal ones know what went from
-        their own row (`ockham.evidence.kronecker.survivors_precision`). In matrices where that would take more than
-        10^12 operations they stay those of the full posterior, a lower bound.
+        the same as conditioning once on both sets. Conditional precisions are exact; marginal ones stay those of the
+        full posterior, a lower bound, since the exact ones need the inverse of every survivors' block.
 
     Raises:
         OckhamError: a mask of an unknown parameter, of another shape or not boolean.
@@ -54,8 +52,6 @@ def reduced(
     for block in posterior.matrices:
         means |= _moved(block, posterior, masks, damping)
     moments = {name: _survivors(g, means[name], masks[name]) for name, g in posterior.items()}
-    for block in posterior.matrices:
-        moments |= _rescaled(block, moments, masks)
     return replace(posterior, moments=moments)
 
 
@@ -121,16 +117,6 @@ def _moved(
     if bool((block.pack(means)[~stays] == 0).all()):
         return {}
     return block.unpack(compensated(block.pack(means), block.precision, stays, damping, _TOLERANCE), means)
-
-
-def _rescaled(block: WeightMatrix, moments: Mapping[str, Gaussian], masks: Mapping[str, Tensor]) -> dict[str, Gaussian]:
-    groups, outputs, inputs = block.precision.shape
-    if groups * outputs * inputs**3 > _AFFORDABLE:
-        return {}
-    means = {name: moments[name].mean for name in block.names}
-    stays = block.pack({name: masks[name] for name in block.names})
-    marginal = block.unpack(survivors_precision(block.precision, stays), means)
-    return {name: replace(moments[name], marginal_precision=marginal[name]) for name in block.names}
 
 
 def _survivors(g: Gaussian, mean: Tensor, keep: Tensor) -> Gaussian:
