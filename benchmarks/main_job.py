@@ -32,8 +32,9 @@ PRESETS: dict[str, dict] = {
     "lenet300-fashion": {
         "data": "fashion-mnist",
         "model": "lenet_300_100",
-        "prior_variance": 0.5,
-        "first_round": 0.06,
+        "prior_variance": 0.4,
+        "epochs": 50,
+        "first_round": 0.05,
         "cap": 0.5,
     },
     "lenet5-mnist": {"data": "mnist", "model": "lenet5_caffe", "prior_variance": 0.5, "epochs": 24},
