@@ -2,11 +2,11 @@
 
     python benchmarks/bmr.py --data PATH [--preset lenet-fashion ...] [--method bmr ...] [--seed 0 1 2] [--table]
 
-Every run is one JSON in benchmarks/results/bmr/ and is skipped when it is there. All methods get the same number of steps,
-the same schedule (constant, then linear to 0 over the last half) and the same search: three learning rates, a tenth of the
-epochs each, chosen on the NLL of the last 10,000 training images, which no run trains on. The test set is read once, at
-the end of a run. Predictions average 20 draws (MAP: none). "seconds" is processor time of the final run, "peak MB" the
-largest resident set of its process. ECE has 20 bins of equal mass, as in the paper.
+Every run is one JSON in benchmarks/results/bmr/ and is skipped when it is there. All methods get the same number of
+steps, the same schedule (constant, then linear to 0 over the last half) and the same search: three learning rates, a
+tenth of the epochs each, chosen on the NLL of the last 10,000 training images, which no run trains on. The test set
+is read once, at the end of a run. Predictions average 20 draws (MAP: none). "seconds" is processor time of the final
+run, "peak MB" the largest resident set of its process. ECE has 20 bins of equal mass, as in the paper.
 
 map           Adam with the prior as weight decay
 mean-field    MeanField, layer scales c^-2 ~ Gamma(2, 2), 1/10 in hidden layers, 1 in the last
@@ -146,7 +146,7 @@ def _mean_field(network: nn.Module, lr: float, n: int, steps: int) -> ockham.Mea
     return ockham.MeanField(_scales(network), n_data=n, lr=lr, kl_warmup=steps // 10)
 
 
-def build(method: str, network: nn.Module, lr: float, n: int, steps: int) -> Arm:
+def build(method: str, network: nn.Module, lr: float, n: int, steps: int) -> Arm:  # noqa: PLR0911
     """Network, optimizer and rule of a method."""
     named, half = list(network.named_parameters()), ockham.Rounds(start=0.5, end=0.9, count=20, patience=99)
     fixed = FixedPrior(0.3)
@@ -264,7 +264,8 @@ def table() -> str:
         "",
         "`python benchmarks/bmr.py`; means (and ranges) over seeds, last epoch; what the columns mean is said there.",
         "",
-        "| preset | method | seeds | epochs | lr | accuracy % | NLL | ECE (20 bins of equal mass) | removed % | seconds | peak MB |",
+        "| preset | method | seeds | epochs | lr | accuracy % | NLL | ECE (20 bins of equal mass) | removed % "
+        "| seconds | peak MB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in PRESETS:

@@ -25,12 +25,14 @@ from ockham.reduction.structure_rule import Structures
 from ockham.reduction.structures import units_of
 from ockham.surgery import Plan, export, mask, plan, random_plan, shrink, trace, verify
 from ockham.version import __version__
+from ockham.workflow.audit import audit
 from ockham.workflow.batchnorm import refresh_batchnorm
 from ockham.workflow.compression import Compressed, Compression, compress
 from ockham.workflow.estimators import Training, defaults_for, point_estimate
 from ockham.workflow.gating import Gates, attach_gates
 from ockham.workflow.likelihood import Classification, Loss, Regression
 from ockham.workflow.one_shot import laplace, reduce
+from ockham.workflow.publish import save_pretrained
 from ockham.workflow.result import load
 
 __all__ = [
@@ -76,6 +78,7 @@ __all__ = [
     "Training",
     "__version__",
     "attach_gates",
+    "audit",
     "by_magnitude",
     "by_random",
     "by_snr",
@@ -100,6 +103,7 @@ __all__ = [
     "random_plan",
     "reduce",
     "refresh_batchnorm",
+    "save_pretrained",
     "score",
     "shrink",
     "trace",

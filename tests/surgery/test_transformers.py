@@ -6,10 +6,12 @@ import warnings
 
 import pytest
 import torch
+from safetensors import torch as safetensors
 
-from ockham.surgery import Plan, mask, random_plan, shrink, trace, verify
+from ockham import OckhamError, save_pretrained
+from ockham.surgery import Plan, mask, plan, random_plan, shrink, trace, verify
 
-from .law import randomise, size, worst_difference
+from .law import difference, outputs, randomise, size, worst_difference
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -142,3 +144,46 @@ def test_tied_embeddings_stay_tied_and_the_plan_replays_on_a_fresh_model(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert verify(mask(model, plan), fresh, inputs) <= 1e-5
+
+
+def halved(groups, width, parts):
+    """A plan that leaves of every group of one width the given numbers of units, group after group."""
+    chosen = [g for g in groups if g.size == width]
+    keep = {g.id: torch.arange(width) < parts[i % len(parts)] for i, g in enumerate(chosen)}
+    return plan(groups, keep)
+
+
+@pytest.mark.parametrize("name", ["Bert", "Llama", "ViT"])
+def test_the_configuration_describes_widths_that_are_alike_in_all_layers(name, tmp_path):
+    model, inputs = build(name)
+    cut = halved(trace(model, inputs), 64, [40])
+    small = shrink(model, cut)
+    assert small.config.intermediate_size == 40 and model.config.intermediate_size == 64
+    folder = save_pretrained(small, tmp_path / "hub", plan=cut, facts={"accuracy": "97.1 %"})
+    again = type(model).from_pretrained(folder).eval()
+    assert difference(outputs(small, inputs), outputs(again, inputs)) == 0
+    card = (folder / "README.md").read_text()
+    assert "accuracy: 97.1 %" in card and "64 -> 40" in card
+    assert Plan.from_json((folder / "plan.json").read_text()).removed == cut.removed
+
+
+@pytest.mark.parametrize("name", ["Bert", "Llama"])
+def test_a_configuration_that_cannot_describe_the_widths_stays_that_of_the_model(name, tmp_path):
+    model, inputs = build(name)
+    cut = halved(trace(model, inputs), 64, [40, 24])
+    small = shrink(model, cut)
+    assert small.config.intermediate_size == 64
+    folder = save_pretrained(small, tmp_path / "hub", plan=cut)
+    fresh = shrink(build(name)[0], Plan.from_json((folder / "plan.json").read_text()))
+    safetensors.load_model(fresh, folder / "model.safetensors")
+    assert difference(outputs(small, inputs), outputs(fresh, inputs)) == 0
+
+
+def test_a_hub_folder_without_configuration_or_plan(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    folder = save_pretrained(net, tmp_path / "plain")
+    assert sorted(p.name for p in folder.iterdir()) == ["README.md", "model.safetensors"]
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(OckhamError, match="cannot write"):
+        save_pretrained(net, blocked / "folder")

@@ -58,7 +58,7 @@ def test_correlated_features_are_warned_of_and_the_full_covariance_is_closer():
     want = exact(x, y, prior_inclusion=0.2, slab_variance=1.0, noise_variance=1.0).probabilities
     for w in found.weights:
         assert w.exact == pytest.approx(float(want[w.unit]), abs=1e-6)
-    assert found.correlation > 0.8 and found.correlated_error < 0.12 < found.max_error
+    assert found.correlation > 0.8 and found.correlated_error < 0.15 < found.max_error
     assert "correlate" in str(found) and len(found.warnings) >= 2
 
 
@@ -97,6 +97,7 @@ def test_a_classifier_and_a_plain_gaussian_posterior():
 
 def test_networks_that_do_not_end_in_a_linear_layer_are_refused():
     net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()).double()
+    torch.nn.init.ones_(net[0].weight)
     w = net[0].weight.detach()
     one = torch.ones((), dtype=F64)
     g = Gaussian(w, torch.ones_like(w), one, 0 * one, torch.ones_like(w, dtype=torch.bool))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ockham.surgery.attributes import refit
 from ockham.surgery.cloning import canonical_names, clone
+from ockham.surgery.configs import settle_config
 from ockham.surgery.planning import Plan, PlanError, check_model
 
 
@@ -83,7 +84,8 @@ def shrink(
     """Return a smaller copy of `model`: ``f_small(x) = f_masked(x)``. The original is left as it is.
 
     Parameters keep dtype, device, memory format and ``requires_grad``, modules their mode, and their attributes
-    (``out_channels``, ``num_heads``, ...) follow the new shapes.
+    (``out_channels``, ``num_heads``, ...) follow the new shapes; a transformers ``config`` does where it can describe
+    them (all layers alike), and stays the old one where it cannot.
 
     Args:
         model: the model the plan was made for (a fresh instance will do).
@@ -101,6 +103,7 @@ def shrink(
     check_model(plan, model)
     small = clone(model, lambda n, t: slice_tensor(plan, n, t))
     refit(model, small, plan)
+    settle_config(model, small, plan)
     extras: list[Any] = []
     if optimizer is not None:
         extras.append(shrink_optimizer(model, small, plan, optimizer=optimizer))
