@@ -87,7 +87,8 @@ SETTINGS: dict[str, Setting] = {
     ),
     "mlp-fashion": Setting(
         "fashion-mnist", lambda: mlp(1, 150, 1024), 128, 1.5e-3, 50, 10,
-        published("0/88.17", "99.83/10.00", "93.20/84.99", "93.02/85.01", "91.57/85.79"), MLP,
+        published("0/88.17", "99.83/10.00", "93.20/84.99", "93.02/85.01", "91.57/85.79"),
+        {**MLP, "temperature": 200.0},
     ),
     "mlp-cifar10": Setting(
         "cifar10", lambda: mlp(5, 150, 3072), 32, 6.8e-4, 50, 10,
