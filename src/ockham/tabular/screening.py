@@ -3,7 +3,7 @@
 Among hundreds of inputs a network's weight noise hides the few that matter. Every input gets the evidence, in nats, of
 the best term it appears in (x_j, x_j^2, x_j x_k, x_j^2 x_k), less the price of having searched so many. The best term
 enters, a small regression on what has entered explains its part away, and the rest is searched again, until nothing has
-evidence. The network is then fitted on what entered (the best four at least), and decides.
+evidence. Among many inputs only products with what has entered are searched on the way, and all products at the end. The network is then fitted on what entered (the best four at least), and decides.
 """
 
 from __future__ import annotations
@@ -55,12 +55,17 @@ def screen(x: Tensor, target: Tensor, weight: Tensor, *, most: int = 24) -> Scre
     active: list[int] = []
     rest = _standardised(target[rows], weight)
     evidence = first.new_zeros(first.shape[1])
-    for done in range(most + 1):
-        evidence, partner = terms.evidence(rest, active, everything=done == 0 or first.shape[1] <= _ALL_PAIRS)
+    everything = True
+    while True:
+        evidence, partner = terms.evidence(rest, active, everything=everything)
         evidence[active] = -math.inf
         best = int(evidence.argmax())
-        if float(evidence[best]) <= 0 or len(active) >= most:
+        if len(active) >= most or (everything and float(evidence[best]) <= 0):
             break
+        if float(evidence[best]) <= 0:
+            everything = True  # a product of two that nobody sees alone shows once what entered is explained away
+            continue
+        everything = first.shape[1] <= _ALL_PAIRS
         active += [j for j in dict.fromkeys((best, int(partner[best]))) if j not in active]
         rest = terms.unexplained(target[rows], active)
     spare = evidence.argsort(descending=True)[: max(0, min(_LEAST, first.shape[1]) - len(active))]
