@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ockham.errors import DataError, OckhamError
 from ockham.posterior.posterior import Posterior
-from ockham.posterior.propagation import without_noise
 from ockham.posterior.predict import Prediction, RegressionPrediction, predict, predict_regression
+from ockham.posterior.propagation import without_noise
 from ockham.posterior.variational import VariationalOptimizer
 from ockham.reduction.diagnose import Diagnosis
 from ockham.reduction.rounds import RoundInfo, Rounds
