@@ -13,6 +13,7 @@ import argparse
 import json
 import time
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ def network(hidden: list[int]) -> nn.Module:
     """Rectifiers between fully connected layers."""
     sizes = [784, *hidden, 10]
     layers: list[nn.Module] = [nn.Flatten()]
-    for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (a, b) in enumerate(pairwise(sizes)):
         layers += [nn.Linear(a, b)] + ([nn.ReLU()] if i + 2 < len(sizes) else [])
     return nn.Sequential(*layers)
 

@@ -385,10 +385,16 @@ def depth(args: argparse.Namespace) -> dict:
     posterior = options.posterior()
     before = _accuracy(model, x, test_x, test_y)
     rows = [
-        {"name": n, "expected": float(g.inclusion.sum()), "median": int((g.inclusion > 0.5).sum()), "size": g.mean.numel(),
-         "median_log_ratio": float((g.precision / g.prior_precision).log().median())}
-        for n, g in posterior.items() if g.mean.ndim == 4
-    ]  # fmt: skip
+        {
+            "name": n,
+            "expected": float(g.inclusion.sum()),
+            "median": int((g.inclusion > 0.5).sum()),
+            "size": g.mean.numel(),
+            "median_log_ratio": float((g.precision / g.prior_precision).log().median()),
+        }
+        for n, g in posterior.items()
+        if g.mean.ndim == 4
+    ]
     options.remove(MedianRule().decide(score(posterior)))
     return {
         "network": "ResNet-110, CIFAR-10 at 8 x 8, 20,000 images, batches of 64",

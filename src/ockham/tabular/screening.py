@@ -3,7 +3,8 @@
 Among hundreds of inputs a network's weight noise hides the few that matter. Every input gets the evidence, in nats, of
 the best term it appears in (x_j, x_j^2, x_j x_k, x_j^2 x_k), less the price of having searched so many. The best term
 enters, a small regression on what has entered explains its part away, and the rest is searched again, until nothing has
-evidence. Among many inputs only products with what has entered are searched on the way, and all products at the end. The network is then fitted on what entered (the best four at least), and decides.
+evidence. Among many inputs only products with what has entered are searched on the way, and all products at the end.
+The network is then fitted on what entered (the best four at least), and decides.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ def screen(x: Tensor, target: Tensor, weight: Tensor, *, most: int = 24) -> Scre
 
         t^2 / 2 - 1/2 ln n - ln(terms of that family),   t^2 = n mean(u e)^2 / (mean(u^2 e^2) - mean(u e)^2)
 
-    with u a centred term and e what is not yet explained. The variance of u e is estimated, not assumed (White's): what
-    a polynomial leaves unexplained is larger where inputs are extreme, and extreme values of chance terms meet it there.
+    with u a centred term and e what is not yet explained. The variance of u e is estimated, not assumed (White's):
+    what a polynomial leaves is larger where inputs are extreme, and there the extremes of chance terms meet it.
 
     Args:
         x: standardised inputs [n, p].
