@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Collection
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -22,8 +24,10 @@ from torch import nn
 from ockham.files.tree import read_tree, write_tree
 from ockham.posterior.slab_priors import FixedSpikeSlab, LearnedSpikeSlab
 from ockham.reduction.inclusion import MedianRule
+from ockham.reduction.paths import living
 from ockham.reduction.rounds import Rounds
-from ockham.reduction.rule import BudgetRule
+from ockham.reduction.rule import BudgetRule, Rule
+from ockham.reduction.score import Evidence
 from ockham.workflow.compression import Compression
 from ockham.workflow.estimators import Training, spike_slab
 from ockham.workflow.evaluate import mean_predictor, measures, posterior_predictor
@@ -40,6 +44,28 @@ def network(hidden: list[int]) -> nn.Module:
     for i, (a, b) in enumerate(pairwise(sizes)):
         layers += [nn.Linear(a, b)] + ([nn.ReLU()] if i + 2 < len(sizes) else [])
     return nn.Sequential(*layers)
+
+
+@dataclass(frozen=True)
+class LivingBudget(Rule):
+    """A budget of weights on living paths, reached by the gradual path of `BudgetRule`; ordered by signal to noise."""
+
+    count: int
+
+    def decide(self, evidence: Evidence, protected: Collection[str] = (), progress: float = 1.0) -> dict:
+        """The most salient weights that make ``count`` on living paths."""
+        total, alive = evidence.posterior.size(), evidence.posterior.kept()
+        target = min(alive, max(self.count, round(self.count + (total - self.count) * (1 - progress) ** 3)))
+        low, high = target, alive
+        best = living(BudgetRule(target).decide(evidence))
+        while high - low > 1:
+            middle = (low + high) // 2
+            found = living(BudgetRule(middle).decide(evidence))
+            if sum(int(m.sum()) for m in found.values()) <= target:
+                low, best = middle, found
+            else:
+                high = middle
+        return best
 
 
 def job_of(args: argparse.Namespace, x: torch.Tensor, y: torch.Tensor) -> Compression:
@@ -60,7 +86,7 @@ def job_of(args: argparse.Namespace, x: torch.Tensor, y: torch.Tensor) -> Compre
         Batches(x, y, args.batch, shuffle=True),
         training=training,
         rounds=Rounds(args.start, args.end, args.count),
-        rule=MedianRule() if args.keep is None else BudgetRule(args.keep, gradual=3.0),
+        rule=MedianRule() if args.keep is None else LivingBudget(args.keep),
         n_data=len(x),
         estimator=spike_slab,
     )
@@ -112,8 +138,10 @@ def main() -> None:
     result = job.result()
     x, y = (data.train_x[cut:], data.train_y[cut:]) if args.validate else (data.test_x, data.test_y)
     found = {
-        "mean_network": measures(mean_predictor(result.model, classify=True), x, y),
-        "posterior": measures(posterior_predictor(result.model, result.posterior, classify=True, draws=50), x, y),
+        "mean_network": measures(mean_predictor(result.model, classify=True), x, y, noise_variance=None),
+        "posterior": measures(
+            posterior_predictor(result.model, result.posterior, classify=True, draws=50), x, y, noise_variance=None
+        ),
     }
     record = {
         "hidden": args.hidden,

@@ -74,7 +74,7 @@ def prior(args: argparse.Namespace) -> dict:
 def fit_digits(prior: FixedSpikeSlab | LearnedSpikeSlab, epochs: int, seed: int = 0) -> dict:
     result = digits_job(spike_slab, prior, epochs, seed)
     data = digits()
-    found = measures(mean_predictor(result.model, classify=True), data.test_x, data.test_y)
+    found = measures(mean_predictor(result.model, classify=True), data.test_x, data.test_y, noise_variance=None)
     inputs = node_inclusion(chain_weights(result.model, result.posterior)).inputs
     said = {"weights": result.posterior.kept(), "accuracy": found["accuracy"], "nll": found["nll"]}
     print(prior, seed, said, flush=True)
@@ -185,7 +185,7 @@ def shift(args: argparse.Namespace) -> dict:
         )
         curve = corruption_shift(predict, data.test_x, data.test_y, low=data.low, high=data.high)
         kept = 50826 if dense else result.posterior.kept()
-        clean = measures(predict, data.test_x, data.test_y)
+        clean = measures(predict, data.test_x, data.test_y, noise_variance=None)
         record["curves"][name] = {"kept": kept, "clean": {k: clean[k] for k in ("accuracy", "ece")}, **curve}
         print(name, kept, clean["accuracy"], flush=True)
         if estimator is spike_slab:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from ockham.cli.options import Options
 from ockham.errors import OckhamError
 from ockham.posterior.priors import FixedPrior
-from ockham.posterior.slab_priors import FixedSpikeSlab, LearnedSpikeSlab, SlabPrior
+from ockham.posterior.slab_priors import FixedSpikeSlab
 from ockham.reduction.inclusion import MedianRule
 from ockham.reduction.rounds import Rounds
 from ockham.workflow.estimators import spike_slab
@@ -17,7 +17,8 @@ from ockham.workflow.stages import Recipe
 __all__ = ["with_spike_slab"]
 
 _ROUNDS = Rounds(start=0.5, end=0.9, count=5)
-_SLAB_VARIANCE = 0.3
+_LOG_ODDS = math.log(0.1 / 0.9)
+_SLAB_VARIANCE = 1.0
 
 
 def with_spike_slab(options: Options, recipe: Recipe) -> Recipe:
@@ -38,11 +39,10 @@ def with_spike_slab(options: Options, recipe: Recipe) -> Recipe:
     return replace(recipe, training=training, rounds=rounds, rule=rule, estimator=spike_slab)
 
 
-def _prior(options: Options) -> SlabPrior:
-    """Learned inclusion rate and slab; with --log-odds the rate is that, for good."""
+def _prior(options: Options) -> FixedSpikeSlab:
+    """A tenth of the weights, unit slab, or --log-odds and --prior-variance. Not learned: docs/decisions.md."""
     variance = _SLAB_VARIANCE if options.prior_variance is None else FixedPrior(options.prior_variance).variance
-    if options.log_odds is None:
-        return LearnedSpikeSlab(slab_variance=variance)
-    if not abs(options.log_odds) < 100:
-        raise OckhamError(f"--log-odds is ln p/(1-p) of the prior inclusion, within 100 nats; got {options.log_odds}")
-    return FixedSpikeSlab(inclusion=1 / (1 + math.exp(-options.log_odds)), slab_variance=variance)
+    odds = _LOG_ODDS if options.log_odds is None else options.log_odds
+    if not abs(odds) < 30:
+        raise OckhamError(f"--log-odds is ln p/(1-p) of the prior inclusion, within 30 nats; got {odds}")
+    return FixedSpikeSlab(inclusion=1 / (1 + math.exp(-odds)), slab_variance=variance)

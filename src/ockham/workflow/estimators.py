@@ -13,7 +13,7 @@ from ockham.posterior.ivon import IVON
 from ockham.posterior.mean_field import MeanField
 from ockham.posterior.point import PointEstimate
 from ockham.posterior.priors import FixedPrior, Prior
-from ockham.posterior.slab_priors import LearnedSpikeSlab, SlabPrior
+from ockham.posterior.slab_priors import FixedSpikeSlab, SlabPrior
 from ockham.posterior.spike_slab import SpikeSlab
 from ockham.posterior.variational import VariationalOptimizer
 from ockham.reduction.rounds import Rounds
@@ -118,14 +118,14 @@ def ivon(model: nn.Module, training: Training, *, n_data: float, steps: int) -> 
 def spike_slab(model: nn.Module, training: Training, *, n_data: float, steps: int) -> VariationalOptimizer:
     """`ockham.SpikeSlab` with the settings of the run, noise in pre-activations where the layers allow it.
 
-    A prior that is no `ockham.FixedSpikeSlab` or `ockham.LearnedSpikeSlab` gives the variance of a learned slab.
+    A prior that is no `ockham.FixedSpikeSlab` or `ockham.LearnedSpikeSlab` gives the slab of one with inclusion 0.1.
     """
     prior = training.prior
     optimizer = SpikeSlab(
         [(n, p) for n, p in model.named_parameters() if p.requires_grad],
         n_data=n_data,
         lr=training.learning_rate,
-        prior=prior if isinstance(prior, SlabPrior) else LearnedSpikeSlab(slab_variance=1 / prior.start_precision),
+        prior=prior if isinstance(prior, SlabPrior) else FixedSpikeSlab(0.1, 1 / prior.start_precision),
         initial_std=training.initial_std,
         temperature=training.temperature,
         kl_warmup=round(training.kl_warmup * steps),
