@@ -307,7 +307,7 @@ def _write(name: str, record: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=["linear", "calibration", "s1", "s2", "friedman", "uci"])
+    parser.add_argument("what", nargs="*", help="linear, calibration, s1, s2, friedman, uci")
     parser.add_argument("--reference", type=Path, default=Path("."))
     parser.add_argument("--data", type=Path, default=Path("."), help="folder of the UCI sets")
     parser.add_argument("--seed", nargs="+", type=int)

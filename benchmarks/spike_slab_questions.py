@@ -142,10 +142,10 @@ def draw_prior(record: dict) -> plt.Figure:
         "linear, exact: flipped, %",
     )
     for ax, grid, title, form in zip(axes, grids, titles, ("{:.0f}", "{:.1f}", "{:.0f}", "{:.1f}"), strict=True):
-        ax.imshow(np.log(grid) if "kept" in title else grid, cmap="Blues", aspect="auto")
-        middle = (np.log(grid) if "kept" in title else grid).mean()
+        shade = np.log(grid) if "kept" in title else np.sqrt(grid) if "flipped" in title else grid
+        ax.imshow(shade, cmap="Blues", aspect="auto")
         for i, j in np.ndindex(*grid.shape):
-            dark = (np.log(grid) if "kept" in title else grid)[i, j] > middle
+            dark = shade[i, j] > 0.5 * (shade.min() + shade.max())
             ax.text(j, i, form.format(grid[i, j]), ha="center", va="center", color="w" if dark else "k", fontsize=8)
         ax.set(title=title, xticks=range(len(SLABS)), yticks=range(len(RATES)), xlabel="slab variance")
         ax.set_xticklabels([f"{v:g}" for v in SLABS])
@@ -466,7 +466,7 @@ def figures() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=list(QUESTIONS))
+    parser.add_argument("what", nargs="*", help=", ".join(QUESTIONS))
     parser.add_argument("--data", type=Path, default=Path("."))
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--steps", type=int, default=600)
