@@ -251,7 +251,7 @@ def uci_split(data: Path, name: str, split: int) -> tuple[Array, Array, Array, A
 
 def _ockham(x: Array, y: Array, x_test: Array, y_test: Array, seed: int) -> dict[str, float]:
     model = SparseBNNRegressor(random_state=seed).fit(x, y)
-    total = 32 * (x.shape[1] + 2) + 1 + x.shape[1]
+    total = 64 * (x.shape[1] + 2) + 1 + x.shape[1]
     kept = {"weights": model.n_weights_, "kept_share": model.n_weights_ / total, "evidence": model.evidence_}
     return _scores(y_test, *model.predict(x_test, return_std=True)) | kept
 

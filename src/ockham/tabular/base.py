@@ -53,10 +53,10 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
 
     def __init__(  # noqa: PLR0913 - scikit-learn: every setting is a keyword of the constructor
         self,
-        hidden_layer_sizes: Any = (32,),
+        hidden_layer_sizes: Any = (64,),
         *,
         n_restarts: int = 4,
-        max_iter: int = 3000,
+        max_iter: int = 6000,
         batch_size: int = 256,
         learning_rate: float = 0.01,
         slab_variance: float = 1.0,
