@@ -262,7 +262,7 @@ def _mlp(x: Array, y: Array, x_test: Array, y_test: Array, seed: int) -> dict[st
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    network = MLPRegressor((50,), early_stopping=len(x) > 1000, max_iter=2000, random_state=seed)
+    network = MLPRegressor(hidden_layer_sizes=(50,), early_stopping=len(x) > 1000, max_iter=2000, random_state=seed)
     model = TransformedTargetRegressor(make_pipeline(StandardScaler(), network), transformer=StandardScaler())
     return _with_residual_noise(model, x, y, x_test, y_test, seed)
 
