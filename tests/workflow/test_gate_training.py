@@ -150,6 +150,15 @@ def test_after_training_nothing_goes_before_the_end():
     assert list(run.history[11].widths.values()) == [small[1].out_features, small[3].out_features] < [40, 20]
 
 
+@pytest.mark.parametrize("weight", [true_elbo, mean_mean])
+def test_training_goes_on_with_one_structure_left_in_every_layer(weight):
+    run = job(rule=lambda table: table.mean + 100.0, epochs=3, fine_tune=1, kl_weight=weight)
+    infos = list(run)
+    small = run.result()
+    assert [small[1].out_features, small[3].out_features] == [1, 1] and all(math.isfinite(i.loss) for i in infos)
+    assert size(shrink(network(), run.plan)) == size(small) == infos[-1].parameters
+
+
 # ------------------------------------------------------------------ weights of the KL
 
 
