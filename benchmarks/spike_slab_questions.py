@@ -17,6 +17,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -215,7 +216,7 @@ def under_corruption(data: Dataset, clean: Compressed, epochs: int) -> dict:
     for name in ("gaussian_noise", "gaussian_blur", "contrast", "rotation"):
         generator = torch.Generator().manual_seed(0)
         x = corrupt(data.train_x, name, 3, generator=generator, low=data.low, high=data.high)
-        other = Dataset(data.name, x, data.train_y, data.test_x, data.test_y, data.classes, data.image_shape)
+        other = replace(data, train_x=x)
         rows[name] = _moved(base, digits_job(spike_slab, FixedSpikeSlab(0.1, 1.0), epochs, 0, other))
         print(name, {k: v for k, v in rows[name].items() if k != "inclusion"}, flush=True)
     return {"clean": base.tolist(), **rows}
