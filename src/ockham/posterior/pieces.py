@@ -118,7 +118,7 @@ def _cut(parameter: Tensor, index: Tensor | None, *, first: int, size: int) -> l
 def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Flat tensors of one length side by side, on the CPU in pieces whose temporaries stay in cache.
 
-    Longer temporaries are given back to the system after every operation and faulted in again, which costs more than it.
+    Longer ones are given back to the system after every operation and faulted in again, which costs more than it.
     """
     size = _CPU_CHUNK if tensors[0].device.type == "cpu" else max(1, tensors[0].numel())
     return zip(*(t.split(size) for t in tensors), strict=True)
