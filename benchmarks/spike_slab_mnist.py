@@ -48,14 +48,22 @@ def network(hidden: list[int]) -> nn.Module:
 
 @dataclass(frozen=True)
 class LivingBudget(Rule):
-    """A budget of weights on living paths, reached by the gradual path of `BudgetRule`; ordered by signal to noise."""
+    """A budget of weights on living paths, ordered by signal to noise.
+
+    The way there: "cubic" as gradual pruning, or "geometric", a fiftieth at once and then the same share every round.
+    """
 
     count: int
+    path: str = "geometric"
 
     def decide(self, evidence: Evidence, protected: Collection[str] = (), progress: float = 1.0) -> dict:
         """The most salient weights that make ``count`` on living paths."""
         total, alive = evidence.posterior.size(), evidence.posterior.kept()
-        target = min(alive, max(self.count, round(self.count + (total - self.count) * (1 - progress) ** 3)))
+        if self.path == "cubic":
+            target = round(self.count + (total - self.count) * (1 - progress) ** 3)
+        else:
+            target = round(self.count * max(1.0, total / 50 / self.count) ** (1 - progress))
+        target = min(alive, max(self.count, target))
         low, high = target, alive
         best = living(BudgetRule(target).decide(evidence))
         while high - low > 1:
@@ -86,7 +94,7 @@ def job_of(args: argparse.Namespace, x: torch.Tensor, y: torch.Tensor) -> Compre
         Batches(x, y, args.batch, shuffle=True),
         training=training,
         rounds=Rounds(args.start, args.end, args.count),
-        rule=MedianRule() if args.keep is None else LivingBudget(args.keep),
+        rule=MedianRule() if args.keep is None else LivingBudget(args.keep, args.path),
         n_data=len(x),
         estimator=spike_slab,
     )
@@ -110,6 +118,7 @@ def main() -> None:
     parser.add_argument("--start", type=float, default=0.4)
     parser.add_argument("--end", type=float, default=0.8)
     parser.add_argument("--count", type=int, default=20)
+    parser.add_argument("--path", choices=["cubic", "geometric"], default="geometric")
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--work", type=Path, default=Path("runs/spike_slab_mnist"), help="folder of checkpoints")
     parser.add_argument("--tag", default="")

@@ -17,6 +17,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -172,7 +173,7 @@ def shift(args: argparse.Namespace) -> dict:
     kinds = {
         "Adam, dense": (point_estimate, ockham.FixedPrior(1.0)),
         "mean field, evidence": (mean_field, ockham.FixedPrior(1.0)),
-        "spike and slab": (spike_slab, LearnedSpikeSlab(slab_variance=0.3)),
+        "spike and slab": (spike_slab, FixedSpikeSlab(0.1, 1.0)),
     }
     record: dict = {"network": "digits, 64-256-128-10, 360 test images", "epochs": args.epochs, "curves": {}}
     for name, (estimator, p) in kinds.items():
@@ -210,13 +211,13 @@ def adam_digits(epochs: int) -> nn.Module:
 def under_corruption(data: Dataset, clean: Compressed, epochs: int) -> dict:
     """Inclusion of inputs when the training images themselves are corrupted: fitted again, same start, same seed."""
     base = node_inclusion(chain_weights(clean.model, clean.posterior)).inputs
-    again = digits_job(spike_slab, LearnedSpikeSlab(slab_variance=0.3), epochs, 1)
+    again = digits_job(spike_slab, FixedSpikeSlab(0.1, 1.0), epochs, 1)
     rows = {"clean, another seed": _moved(base, again)}
     for name in ("gaussian_noise", "gaussian_blur", "contrast", "rotation"):
         generator = torch.Generator().manual_seed(0)
         x = corrupt(data.train_x, name, 3, generator=generator, low=data.low, high=data.high)
-        other = Dataset(data.name, x, data.train_y, data.test_x, data.test_y, data.classes, data.image_shape)
-        rows[name] = _moved(base, digits_job(spike_slab, LearnedSpikeSlab(slab_variance=0.3), epochs, 0, other))
+        other = replace(data, train_x=x)
+        rows[name] = _moved(base, digits_job(spike_slab, FixedSpikeSlab(0.1, 1.0), epochs, 0, other))
         print(name, {k: v for k, v in rows[name].items() if k != "inclusion"}, flush=True)
     return {"clean": base.tolist(), **rows}
 
@@ -278,8 +279,8 @@ def text(args: argparse.Namespace, build: Callable[[int], nn.Module], rate: floa
     torch.manual_seed(0)
     model = build(len(symbols))
     options = SpikeSlab(
-        model.named_parameters(), n_data=len(train), lr=rate, prior=LearnedSpikeSlab(slab_variance=0.1),
-        initial_std=5e-3, kl_warmup=args.steps // 4, prior_interval=20, inclusion_rate=0.05,
+        model.named_parameters(), n_data=len(train), lr=rate, prior=FixedSpikeSlab(0.1, 1.0),
+        initial_std=5e-3, std_rate=5.0, kl_warmup=args.steps // 4, prior_interval=20, inclusion_rate=0.05,
     )  # fmt: skip
     options.propagate(model)
     budgets = {
@@ -367,8 +368,8 @@ def depth(args: argparse.Namespace) -> dict:
     torch.manual_seed(0)
     model = resnet110()
     options = SpikeSlab(
-        model.named_parameters(), n_data=len(x), lr=2e-3, prior=LearnedSpikeSlab(slab_variance=0.05),
-        initial_std=1e-3, kl_warmup=args.steps // 3, prior_interval=20, inclusion_rate=0.05,
+        model.named_parameters(), n_data=len(x), lr=2e-3, prior=FixedSpikeSlab(0.1, 1.0),
+        initial_std=1e-3, std_rate=20.0, kl_warmup=args.steps // 3, prior_interval=20, inclusion_rate=0.05,
     )  # fmt: skip
     options.propagate(model)
     generator, losses = torch.Generator().manual_seed(0), []

@@ -33,6 +33,7 @@ def test_digits_with_inclusion_probabilities(ockham, tmp_path):
     assert "likelier used than not" in page and "sum of inclusion probabilities" in page
 
 
+@pytest.mark.filterwarnings("ignore::ockham.errors.OckhamWarning")
 def test_the_network_is_handed_out_without_hooks_and_training_goes_on():
     from ockham.workflow.compression import Compression
     from ockham.workflow.estimators import Training, spike_slab

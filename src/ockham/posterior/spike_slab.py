@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ockham.errors import OckhamError
 from ockham.evidence.spike_slab import slab_kl, spike_slab_kl, weight_variance
 from ockham.posterior.adam import adam_
-from ockham.posterior.pieces import Span
+from ockham.posterior.pieces import Span, chunks
 from ockham.posterior.posterior import Gaussian, Posterior
 from ockham.posterior.propagation import Propagation
 from ockham.posterior.slab_priors import FixedSpikeSlab, SlabPrior
@@ -23,7 +23,6 @@ from ockham.posterior.variational import VariationalOptimizer
 __all__ = ["SpikeSlab"]
 
 _LOGIT_LIMIT = 14.0
-_CHUNK = 1 << 17
 
 
 class SpikeSlab(VariationalOptimizer):
@@ -255,11 +254,17 @@ class SpikeSlab(VariationalOptimizer):
     def _std_(self, out: Tensor, vectors: Mapping[str, Tensor], facts: Any, group: dict[str, Any]) -> Tensor:
         if facts.propagated:
             return out.zero_()
-        pi, variance = torch.sigmoid(vectors["logit"]), (2 * vectors["log_std"]).exp_()
-        spread = weight_variance(vectors["mean"] / pi, variance, pi, group["prior"].spike_variance)
-        return torch.sqrt(spread, out=out)
+        for o, mean, logit, log_std in chunks(out, vectors["mean"], vectors["logit"], vectors["log_std"]):
+            pi, variance = torch.sigmoid(logit), (2 * log_std).exp_()
+            torch.sqrt(weight_variance(mean / pi, variance, pi, group["prior"].spike_variance), out=o)
+        return out
 
     def _update_(self, mean: Tensor, grad: Tensor, vectors: Mapping[str, Tensor], facts: Any, group: Any) -> None:
+        names = (*self._vectors, "noise", "first", "second")
+        for m, g, *rest in chunks(mean, grad, *(vectors[n] for n in names)):
+            self._update_chunk(m, g, dict(zip(names, rest, strict=True)), facts, group)
+
+    def _update_chunk(self, mean: Tensor, grad: Tensor, vectors: Mapping[str, Tensor], facts: Any, group: Any) -> None:
         pi, variance = torch.sigmoid(vectors["logit"]), (2 * vectors["log_std"]).exp()
         slab = mean / pi
         if facts.propagated:
@@ -339,7 +344,7 @@ class SpikeSlab(VariationalOptimizer):
         state, index, spike = self.state[p], self._index.get(p), self._group_of(p)["prior"].spike_variance
         flat = p.detach().reshape(-1)
         parts = (alive, flat if index is None else flat[index], state["logit"], state["log_std"])
-        for out, mean, logit, log_std in zip(*(t.split(_CHUNK) for t in parts), strict=True):
+        for out, mean, logit, log_std in chunks(*parts):
             pi = torch.sigmoid(logit)
             out.copy_(weight_variance(mean / pi, (2 * log_std).exp(), pi, spike))
         leaf = alive if index is None else torch.zeros_like(flat).index_copy_(0, index, alive)
