@@ -16,6 +16,7 @@ import copy
 import functools
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -31,9 +32,11 @@ import torch
 from torch import Tensor, nn
 
 import ockham
+from bmrs_networks import ViT, lenet5, load_weights, mlp, resnet50, vit_b16
+from ockham.evidence import lognormal
 from ockham.files.tree import read_tree, write_tree
 from ockham.posterior.gates import per_element
-from ockham.surgery.cost import latency
+from ockham.surgery.cost import latencies
 from ockham.workflow.evaluate import mean_predictor, measures
 from ockham.workflow.gate_settings import Budget, GateTraining, Tempered, by_threshold, mean_mean, true_elbo
 from ockham.workflow.gate_training import GateCompression
@@ -43,73 +46,10 @@ from ockham.zoo.data import digits, load_folder
 from ockham.zoo.networks import NETWORKS
 
 RESULTS = Path(__file__).parent / "results" / "bmrs"
+SIDE = 32
 
 
-# ------------------------------------------------------------------ networks and data
-
-
-def mlp(hidden: int, width: int, inputs: int) -> nn.Module:
-    """N x width has n + 1 hidden layers, as in the paper."""
-    inner = itertools.chain(*((nn.Linear(width, width), nn.Tanh()) for _ in range(hidden)))
-    return nn.Sequential(nn.Flatten(), nn.Linear(inputs, width), nn.Tanh(), *inner, nn.Linear(width, 10))
-
-
-def lenet5(scale: int = 1) -> nn.Module:
-    """LeNet-5 with ReLU on 32 x 32 images; the CIFAR-10 one is three times as wide."""
-    c = scale
-    return nn.Sequential(
-        nn.Conv2d(c, 6 * c, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6 * c, 16 * c, 5), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(400 * c, 120 * c), nn.ReLU(), nn.Linear(120 * c, 84 * c), nn.ReLU(),
-        nn.Linear(84 * c, 10),
-    )  # fmt: skip
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block."""
-
-    def __init__(self, dim: int, heads: int, ratio: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.up, self.down = nn.Linear(dim, ratio * dim), nn.Linear(ratio * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[n, tokens, dim] to the same."""
-        n, tokens, dim = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(n, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
-        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, tokens, dim)
-        x = x + self.proj(y)
-        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
-
-
-class ViT(nn.Module):
-    """A vision transformer."""
-
-    def __init__(
-        self, *, image: int = 32, patch: int = 4, dim: int = 256, depth: int = 6, heads: int = 8, ratio: int = 2
-    ):
-        super().__init__()
-        self.patches = nn.Conv2d(3, dim, patch, patch)
-        self.place = nn.Parameter(0.02 * torch.randn(1, (image // patch) ** 2, dim))
-        self.blocks = nn.Sequential(*(Block(dim, heads, ratio) for _ in range(depth)))
-        self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Images to logits."""
-        return self.head(self.norm(self.blocks(self.patches(x).flatten(2).transpose(1, 2) + self.place)).mean(1))
-
-
-def resnet50() -> nn.Module:
-    """torchvision's, ten classes; weights come from a file given by --weights."""
-    import torchvision
-
-    return torchvision.models.resnet50(num_classes=10)
-
-
-def vit_b16() -> nn.Module:
-    """ViT-B/16 for 224 x 224 images; weights come from a file given by --weights."""
-    return ViT(image=224, patch=16, dim=768, depth=12, heads=12, ratio=4)
+# ------------------------------------------------------------------ settings and data
 
 
 @dataclass(frozen=True)
@@ -124,7 +64,6 @@ class Setting:
     fine_tune: int
     published: dict[str, tuple[float, float]]
     ours: dict[str, Any]
-    image: int = 32
     device: str = "cpu"
 
 
@@ -137,15 +76,19 @@ def published(*numbers: str) -> dict[str, tuple[float, float]]:
 # What was chosen on validation data; "temperature" weighs the KL, 1 is the ELBO.
 MLP = {"batch": 128, "rate": 2e-3, "temperature": 20.0, "gate_rate": 3.0}
 LENET = {"batch": 128, "rate": 3e-3, "temperature": 60.0, "gate_rate": 3.0}
+# Never run to the end here (no GPU): the published rates, the ELBO, gates at a rate that reaches ln std = 3 in time.
+PRETRAINED = {"batch": 64, "temperature": 1.0}
+RESNET, VIT = {**PRETRAINED, "rate": 1e-4, "gate_rate": 30.0}, {**PRETRAINED, "rate": 1e-5, "gate_rate": 300.0}
 
 SETTINGS: dict[str, Setting] = {
     "mlp-mnist": Setting(
         "mnist", lambda: mlp(7, 100, 1024), 128, 8.5e-4, 50, 10,
-        published("0/97.43", "58.57/96.92", "48.86/96.95", "48.73/96.93", "54.47/96.99"), MLP,
+        published("0/97.43", "58.57/96.92", "48.86/96.95", "48.73/96.93", "54.47/96.99"), {**MLP, "temperature": 30.0},
     ),
     "mlp-fashion": Setting(
         "fashion-mnist", lambda: mlp(1, 150, 1024), 128, 1.5e-3, 50, 10,
-        published("0/88.17", "99.83/10.00", "93.20/84.99", "93.02/85.01", "91.57/85.79"), MLP,
+        published("0/88.17", "99.83/10.00", "93.20/84.99", "93.02/85.01", "91.57/85.79"),
+        {**MLP, "temperature": 200.0},
     ),
     "mlp-cifar10": Setting(
         "cifar10", lambda: mlp(5, 150, 3072), 32, 6.8e-4, 50, 10,
@@ -157,7 +100,8 @@ SETTINGS: dict[str, Setting] = {
     ),
     "lenet-fashion": Setting(
         "fashion-mnist", lenet5, 32, 1.4e-3, 50, 10,
-        published("0/89.16", "98.47/17.01", "88.02/77.90", "87.61/77.23", "88.72/81.10"), LENET,
+        published("0/89.16", "98.47/17.01", "88.02/77.90", "87.61/77.23", "88.72/81.10"),
+        {**LENET, "temperature": 150.0},
     ),
     "lenet-cifar10": Setting(
         "cifar10", lambda: lenet5(3), 64, 1e-3, 50, 10,
@@ -165,11 +109,11 @@ SETTINGS: dict[str, Setting] = {
     ),
     "resnet50-cifar10": Setting(
         "cifar10", resnet50, 64, 1e-4, 50, 10,
-        published("0/90.65", "91.73/89.24", "87.10/89.62", "88.18/89.29", "89.85/89.26"), LENET, 224, "cuda",
+        published("0/90.65", "91.73/89.24", "87.10/89.62", "88.18/89.29", "89.85/89.26"), RESNET, "cuda",
     ),
     "vit-cifar10": Setting(
         "cifar10", vit_b16, 64, 1e-5, 50, 10,
-        published("0/94.80", "73.03/94.78", "57.74/94.60", "58.14/94.69", "67.16/94.83"), LENET, 224, "cuda",
+        published("0/94.80", "73.03/94.78", "57.74/94.60", "58.14/94.69", "67.16/94.83"), VIT, "cuda",
     ),
     "digits": Setting(
         "digits", NETWORKS["digits_mlp"], 64, 3e-3, 200, 40, {},
@@ -190,7 +134,7 @@ ARMS: dict[str, str] = {
 
 
 @functools.cache
-def prepared(root: Path, name: str, image: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def prepared(root: Path, name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Images as the paper has them: resized, (x - 127) / 255; the last dimension of size one where grey."""
     if name == "digits":
         d = digits()
@@ -198,8 +142,8 @@ def prepared(root: Path, name: str, image: int) -> tuple[Tensor, Tensor, Tensor,
     d = load_folder(root / name)
     low, high = torch.as_tensor(d.low), torch.as_tensor(d.high)
     pixels = [((x - low) / (high - low) * 255 - 127) / 255 for x in (d.train_x, d.test_x)]
-    if pixels[0].shape[-1] != image:
-        grow = {"size": image, "mode": "bilinear", "antialias": True}
+    if pixels[0].shape[-1] != SIDE:
+        grow = {"size": SIDE, "mode": "bilinear", "antialias": True}
         pixels = [torch.cat([nn.functional.interpolate(p, **grow) for p in x.split(5000)]) for x in pixels]
     return pixels[0], d.train_y, pixels[1], d.test_y
 
@@ -217,6 +161,7 @@ class Plan:
     validate: bool
     data: Path
     overrides: dict[str, Any]
+    weights: Path | None = None
 
 
 def training_of(setting: Setting, arm: str, plan: Plan) -> tuple[GateTraining, int]:
@@ -244,13 +189,15 @@ def run(name: str, arm: str, plan: Plan) -> dict[str, Any]:
     if path.exists() and not plan.validate:
         return json.loads(path.read_text())
     setting = SETTINGS[name]
-    x, y, test_x, test_y = prepared(plan.data, setting.data, setting.image)
+    x, y, test_x, test_y = prepared(plan.data, setting.data)
     if plan.validate:
         x, y, test_x, test_y = x[:-10_000], y[:-10_000], x[-10_000:], y[-10_000:]
     model = network(setting, plan.seed).to(setting.device)
+    if plan.weights is not None:
+        print(f"left at first values: {load_weights(model, plan.weights)}", file=sys.stderr)
     full = sum(p.numel() for p in model.parameters())
     training, batch = training_of(setting, arm, plan)
-    label = f"{name} {arm} {plan.seed}"
+    label = f"{name} {arm} {plan.seed}" + (" validated" if plan.validate else "")
     if arm == "none":
         record, small = adam(model, (x, y), training, batch, label)
     else:
@@ -258,14 +205,16 @@ def run(name: str, arm: str, plan: Plan) -> dict[str, Any]:
         if arm in ORDERS:
             budget = Budget(run(name, "n", plan)["parameters"], full)
         record, small = gated(model, (x, y), training, batch, arm=arm, budget=budget, label=label)
+    before, after = latencies([network(setting, plan.seed).to(setting.device), small], test_x[:1].to(setting.device))
+    typed = " ".join(sys.argv[1:]).replace(str(plan.data), "PATH")
     found = measures(mean_predictor(small, classify=True), test_x, test_y, noise_variance=None)
     left = sum(p.numel() for p in small.parameters())
     record |= {
         "setting": name, "arm": arm, "what": ARMS[arm], "seed": plan.seed, "batch": batch,
         "training": {k: v for k, v in shown(training).items()}, "parameters": left, "parameters_before": full,
-        "removed": 1 - left / full, "latency_ms": 1e3 * latency(small, test_x[:1]),
-        "latency_before_ms": 1e3 * latency(network(setting, plan.seed), test_x[:1]), **found,
-        "command": "python benchmarks/bmrs.py " + " ".join(sys.argv[1:]), "validated": plan.validate,
+        "removed": 1 - left / full, "latency_ms": 1e3 * after,
+        "latency_before_ms": 1e3 * before, **found,
+        "command": f"python benchmarks/bmrs.py {typed}", "validated": plan.validate,
     }  # fmt: skip
     print(
         f"{label}: removed {record['removed']:.4f} accuracy {found['accuracy']:.4f} nll {found['nll']:.4f}", flush=True
@@ -274,7 +223,7 @@ def run(name: str, arm: str, plan: Plan) -> dict[str, Any]:
         git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
         RESULTS.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record | {"commit": git.stdout.strip()}, indent=1) + "\n")
-        checkpoint_of(label).unlink(missing_ok=True)
+    checkpoint_of(label).unlink(missing_ok=True)
     return record
 
 
@@ -289,12 +238,13 @@ def adam(
 ) -> tuple[dict, nn.Module]:
     """Plain Adam for all epochs, the same schedule."""
     optimizer = torch.optim.Adam(model.parameters(), training.learning_rate, fused=True)
-    total = training.epochs + training.fine_tune
+    total, device = training.epochs + training.fine_tune, next(model.parameters()).device
     loader, seconds = Batches(*data, batch, shuffle=True), []
     torch.manual_seed(training.seed)
     for epoch in range(total):
         start = time.process_time()
-        for i, (x, y) in enumerate(loader):
+        for i, pair in enumerate(loader):
+            x, y = (part.to(device) for part in pair)
             progress = (epoch + i / len(loader)) / total
             optimizer.param_groups[0]["lr"] = training.learning_rate * min(
                 1.0, (1 - progress) / (1 - training.hold + 1e-9)
@@ -323,11 +273,13 @@ def gated(
 ) -> tuple[dict, nn.Module]:
     """Training with gates; after every epoch a checkpoint, from which an interrupted run goes on."""
     rule = GATE_RULES[arm.removeprefix("published-").removesuffix("-elbo")]
+    example = data[0][:2].to(next(model.parameters()).device)
     job = GateCompression(
-        model, data[0][:2], Batches(*data, batch, shuffle=True), training=training, rule=rule,
+        model, example, Batches(*data, batch, shuffle=True), training=training, rule=rule,
         decide=budget or by_threshold, n_data=len(data[0]),
     )  # fmt: skip
-    path, settings = checkpoint_of(label), json.dumps(shown(training), sort_keys=True, default=str)
+    given = {**shown(training), "batch": batch, "examples": len(data[0]), "budget": str(budget)}
+    path, settings = checkpoint_of(label), json.dumps(given, sort_keys=True, default=str)
     cpu: list[float] = []
     if path.exists():
         saved = read_tree(path, kind="bmrs-checkpoint")
@@ -350,7 +302,14 @@ def gated(
         )
         start = time.process_time()
     history = [
-        {"epoch": h.epoch, "loss": h.loss, "kl": h.kl, "parameters": h.parameters, "widths": dict(h.widths)}
+        {
+            "epoch": h.epoch,
+            "loss": h.loss,
+            "kl": h.kl,
+            "training_accuracy": h.accuracy,
+            "parameters": h.parameters,
+            "widths": dict(h.widths),
+        }
         for h in job.history
     ]
     epochs = [{**h, "cpu_seconds": s} for h, s in zip(history, cpu, strict=True)]
@@ -448,7 +407,8 @@ def step_cost(repeats: float) -> str:
     lines = [
         "# Cost of a training step with gates",
         "",
-        f"torch {torch.__version__}, {torch.get_num_threads()} thread(s)",
+        f"`python benchmarks/bmrs.py --step-cost`; torch {torch.__version__}, {torch.get_num_threads()} thread(s), "
+        f"load of the machine {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores. Medians; steps of both arms in turn.",
         "",
     ]
     lines += [
@@ -477,6 +437,28 @@ def step_cost(repeats: float) -> str:
             f"| {wall[1] / wall[0]:.2f} | "
             f"{cpu[1] / cpu[0]:.2f} | {bar} |"
         )
+    return "\n".join(lines) + "\n\n" + delta_f_cost(round(10 * repeats))
+
+
+def delta_f_cost(repeats: int) -> str:
+    """Milliseconds for the delta_f of a million gates in float32, all parts of their range among them."""
+    generator = torch.Generator().manual_seed(0)
+    mean = 30 * torch.rand(1_000_000, generator=generator) - 25
+    std = (13 * torch.rand(1_000_000, generator=generator) - 8).exp()
+    lines = ["| score of 10^6 gates, float32 | wall, ms: median (least) | processor, ms: median (least) | bar |"]
+    lines.append("| --- | --- | --- | --- |")
+    for name, score in (
+        ("delta_f_n", lognormal.delta_f_n),
+        ("delta_f_u, 8 bits", lambda m, s: lognormal.delta_f_u(m, s, 8)),
+    ):
+        times = []
+        for _ in range(repeats + 2):
+            start = time.perf_counter(), time.process_time()
+            score(mean, std)
+            times.append((1e3 * (time.perf_counter() - start[0]), 1e3 * (time.process_time() - start[1])))
+        wall, cpu = zip(*times[2:], strict=True)
+        shown = " | ".join(f"{statistics.median(t):.0f} ({min(t):.0f})" for t in (wall, cpu))
+        lines.append(f"| {name} | {shown} | 100 |")
     return "\n".join(lines) + "\n"
 
 
@@ -491,6 +473,7 @@ def main() -> None:
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="NAME=NUMBER", help="temperature, rate, batch, gate_rate, start"
     )
+    parser.add_argument("--weights", type=Path, help="safetensors in the names of timm, for resnet50 and vit")
     parser.add_argument("--validate", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--step-cost", action="store_true")
@@ -499,7 +482,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.step_cost:
-        text = step_cost(args.repeats)
+        text = "\n".join(step_cost(args.repeats) for _ in range(2))
         (RESULTS.parent / "bmrs_step_cost.md").write_text(text)
         print(text)
         return
@@ -508,7 +491,7 @@ def main() -> None:
         for seed, name, arm in itertools.product(args.seed, args.setting, args.arm):
             s = SETTINGS[name]
             fine = s.fine_tune if args.fine_tune is None else args.fine_tune
-            run(name, arm, Plan(seed, args.epochs or s.epochs, fine, args.validate, args.data, overrides))
+            run(name, arm, Plan(seed, args.epochs or s.epochs, fine, args.validate, args.data, overrides, args.weights))
     if any(RESULTS.glob("*.json")) and not args.validate:
         (RESULTS.parent / "bmrs.md").write_text(table())
 

@@ -29,7 +29,14 @@ PRESETS: dict[str, dict] = {
     "digits": {},
     "lenet300-mnist": {"data": "mnist", "model": "lenet_300_100"},
     "lenet300-mnist-sparse": {"data": "mnist", "model": "lenet_300_100", "log_odds": -0.4, "epochs": 50},
-    "lenet300-fashion": {"data": "fashion-mnist", "model": "lenet_300_100"},
+    "lenet300-fashion": {
+        "data": "fashion-mnist",
+        "model": "lenet_300_100",
+        "prior_variance": 0.4,
+        "epochs": 50,
+        "first_round": 0.05,
+        "cap": 0.5,
+    },
     "lenet5-mnist": {"data": "mnist", "model": "lenet5_caffe", "prior_variance": 0.5, "epochs": 24},
     "resnet20-cifar10": {"data": "cifar10", "model": "resnet20", "epochs": 5},
     "resnet20-cifar10-gpu": {"data": "cifar10", "model": "resnet20", "epochs": 160, "device": "cuda"},
@@ -57,6 +64,8 @@ def run(preset: str, method: str, seed: int, data: Path, adam: bool = True) -> d
     if not adam:
         settings["baseline"] = False
     if method != "ockham":
+        settings.pop("cap", None)
+        settings.pop("log_odds", None)
         settings["keep_share"] = run(preset, "ockham", seed, data)["metrics"]["kept"]
     with tempfile.TemporaryDirectory() as folder:
         job = build_job(Options(out=folder, **settings), f"benchmarks/main_job.py --preset {preset} --method {method}")

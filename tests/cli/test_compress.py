@@ -151,7 +151,10 @@ def test_tensorboard_scalars(ockham, tmp_path: Path) -> None:
         (("--weights", "missing.safetensors"), "--weights missing.safetensors: not readable"),
         (("--config", "missing.toml"), "--config missing.toml: not readable"),
         (("--learning-rate", "-1"), "--learning-rate must be positive"),
-        (("--log-odds", "1", "--keep-share", "0.1"), "--log-odds needs --rule evidence"),
+        (("--log-odds", "1", "--keep-share", "0.1"), "--log-odds and --cap need --rule evidence"),
+        (("--cap", "0.5", "--rule", "learned-odds"), "--log-odds and --cap need --rule evidence"),
+        (("--cap", "1.5"), "cap is a share of the living weights"),
+        (("--first-round", "1.5"), "--first-round is a share of the epochs, 0 to 0.9; got 1.5"),
         (("--round-to", "8"), "add --structure"),
     ],
 )
@@ -160,6 +163,13 @@ def test_mistakes_end_in_one_sentence(ockham, arguments: tuple[str, ...], text: 
     assert done.returncode == 2, done.stdout + done.stderr
     assert text in " ".join(done.stderr.split()), done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_first_round_and_what_it_may_take_can_be_set(ockham, tmp_path: Path) -> None:
+    settings = ("--epochs", "4", "--first-round", "0.5", "--cap", "0.3")
+    assert ockham("compress", "--out", "r", "--no-baseline", *settings).returncode == 0
+    first = json.loads((tmp_path / "r" / "history.json").read_text())["rounds"][0]
+    assert first["epoch"] == 2 and first["kept_share"] >= 0.7
 
 
 def test_an_unwritable_folder_fails_before_training(ockham, tmp_path: Path) -> None:

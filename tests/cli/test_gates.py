@@ -8,12 +8,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import ockham
 from ockham.cli.app import app
 from ockham.cli.build import build_job
 from ockham.cli.options import Options
 from ockham.errors import OckhamError, ResultError
 from ockham.report.gate_report import write_gate_report
-from ockham.workflow.gate_job import CHECKPOINT, load_shrunk
+from ockham.workflow.gate_job import CHECKPOINT
 
 FAST = {"method": "bmrs", "epochs": 4, "baseline": False, "quiet": True, "temperature": 300.0, "learning_rate": 2e-2}
 
@@ -26,15 +27,15 @@ def run(folder, **options):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("gates")
-    run(path, after_training=True, rule="u4", baseline=True)
+    run(path, after_training=True, rule="l2", keep_share=0.3, baseline=True)
     return path
 
 
 def test_the_folder_is_complete_and_loads(folder):
     names = {p.name for p in folder.iterdir()}
-    assert names == {"metrics.json", "gates.json", "result.json", "network.safetensors", "plans.json", "report.html"}
+    assert names == {"metrics.json", "gates.json", "result.json", "network.safetensors", "plan.json", "report.html"}
     metrics = json.loads((folder / "metrics.json").read_text())
-    small = load_shrunk(folder)
+    small = ockham.load(folder)
     assert sum(p.numel() for p in small.parameters()) == metrics["after"]["parameters"]
     assert metrics["kept"] == pytest.approx(metrics["after"]["parameters"] / metrics["before"]["parameters"])
     assert small(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
@@ -42,13 +43,31 @@ def test_the_folder_is_complete_and_loads(folder):
 
 def test_the_report_shows_gates_evidence_widths_and_curves(folder):
     text = (folder / "report.html").read_text()
-    for part in ("Widths over the epochs", "posterior", "evidence", "Accuracy against compression", "does not stop"):
+    for part in (
+        "Widths over the epochs",
+        "posterior",
+        "evidence",
+        "Accuracy against compression",
+        "nothing by itself",
+    ):
         assert part in text
     assert "<script" not in text and "http" not in text.replace("http-equiv", "")
     assert write_gate_report(folder).read_text() == text
     assert "Tempered" in text
     out = CliRunner().invoke(app, ["report", str(folder)])
     assert out.exit_code == 0 and (folder / "report.html").read_text() == text
+
+
+def test_the_folder_is_evaluated_and_inspected(folder):
+    accuracy = json.loads((folder / "metrics.json").read_text())["after"]["accuracy"]
+    out = CliRunner().invoke(app, ["evaluate", str(folder)])
+    assert out.exit_code == 0 and f"{accuracy:.4f}" in out.output and "mean network" in out.output
+    out = CliRunner().invoke(app, ["inspect", str(folder)], env={"COLUMNS": "140"})
+    gates = json.loads((folder / "gates.json").read_text())
+    left = gates["epochs"][-1]["widths"]["fc1.weight:0"]
+    assert out.exit_code == 0 and "rule l2, KL weighted by Tempered" in out.output
+    row = next(line for line in out.output.splitlines() if "fc1.weight:0" in line)
+    assert [c.strip() for c in row.split("│")][2:4] == ["256", str(left)] and left < 256
 
 
 def test_a_damaged_folder_is_refused(folder, tmp_path):
@@ -68,7 +87,7 @@ def test_interrupted_and_resumed_ends_the_same(tmp_path):
             break
     assert (parts / CHECKPOINT).exists()
     run(parts, resume=True)
-    one, other = (load_shrunk(p).state_dict() for p in (whole, parts))
+    one, other = (ockham.load(p).state_dict() for p in (whole, parts))
     assert all(torch.equal(one[k], other[k]) for k in one)
     job = build_job(Options(out=str(parts), **FAST), "test")
     next(iter(job.run()))

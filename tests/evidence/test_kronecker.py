@@ -47,6 +47,29 @@ def test_row_evidence_is_the_dense_savage_dickey_of_the_row(case):
             assert float(got[group, row]) == pytest.approx(float(want), rel=1e-9)
 
 
+@pytest.mark.parametrize("at_once", [16, 2**23])
+def test_joint_evidence_is_dense_for_one_row_and_below_it_for_more(case, at_once, monkeypatch):
+    monkeypatch.setattr(kron, "_AT_ONCE", at_once)
+    k, mean, dense = case
+
+    def both(keep):
+        want = 0.0
+        for i in range(GROUPS):
+            gone = (~keep[i]).reshape(-1).nonzero().squeeze(1).tolist()
+            if gone:
+                want += float(delta_f_dense(mean[i].reshape(-1), dense[i].inverse(), 1 / 0.7, gone))
+        return kron.delta_f_kronecker(mean, k, keep, 1e-9), want
+
+    keep = torch.ones(GROUPS, ROWS, COLUMNS, dtype=torch.bool)
+    assert kron.delta_f_kronecker(mean, k, keep) == 0.0
+    keep[0, 1, [0, 2, 3]] = keep[1, 0, [1, 2]] = False
+    got, want = both(keep)
+    assert got == pytest.approx(want, rel=1e-9)
+    for seed in range(3):
+        got, want = both(mask_of(seed))
+        assert got <= want + 1e-9 and got > want - 0.5 * abs(want) - 5
+
+
 def test_rows_that_the_data_never_touch_have_no_evidence():
     # factors damped by sqrt(prior), the usual shortcut, would give 1.2 nats here
     a = torch.diag(torch.tensor([3.0, 1.0], dtype=F64))[None]

@@ -72,9 +72,19 @@ def test_the_plans_rebuild_the_small_network_from_a_fresh_one(finished):
     for plan in finished.plain_plans:
         fresh = shrink(fresh, Plan.from_json(plan.to_json()))
     small = finished.result()
-    fresh.load_state_dict(small.state_dict())
+    at_once = shrink(network(), Plan.from_json(finished.plan.to_json()))
     x = torch.randn(3, 1, 8, 8)
-    torch.testing.assert_close(fresh.eval()(x), small(x))
+    for model in (fresh, at_once):
+        model.load_state_dict(small.state_dict())
+        torch.testing.assert_close(model.eval()(x), small(x))
+    # the same units, not only as many of them
+    torch.manual_seed(4)
+    marked = network()
+    chain = marked
+    for plan in finished.plain_plans:
+        chain = shrink(chain, plan)
+    once = shrink(marked, finished.plan).state_dict()
+    assert all(torch.equal(once[k], v) for k, v in chain.state_dict().items())
 
 
 def test_facts_of_the_last_decision_are_plain_and_complete(finished):
@@ -107,6 +117,7 @@ def test_resumed_is_never_stopped():
         second.load(state)
         rest = list(second)
         assert [i.widths for i in rest] == [i.widths for i in infos[stop:]]
+        assert second.plan.to_json() == whole.plan.to_json()
         for name, value in whole.model.state_dict().items():
             assert torch.equal(value, second.model.state_dict()[name]), (stop, name)
 
@@ -135,6 +146,17 @@ def test_after_training_nothing_goes_before_the_end():
     list(run)
     sizes = [h.parameters for h in run.history]
     assert sizes[:11] == [size(network())] * 11 and sizes[-1] < sizes[0] and len(seen) == 1
+    small = run.result()
+    assert list(run.history[11].widths.values()) == [small[1].out_features, small[3].out_features] < [40, 20]
+
+
+@pytest.mark.parametrize("weight", [true_elbo, mean_mean])
+def test_training_goes_on_with_one_structure_left_in_every_layer(weight):
+    run = job(rule=lambda table: table.mean + 100.0, epochs=3, fine_tune=1, kl_weight=weight)
+    infos = list(run)
+    small = run.result()
+    assert [small[1].out_features, small[3].out_features] == [1, 1] and all(math.isfinite(i.loss) for i in infos)
+    assert size(shrink(network(), run.plan)) == size(small) == infos[-1].parameters
 
 
 # ------------------------------------------------------------------ weights of the KL

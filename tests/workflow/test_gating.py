@@ -288,6 +288,21 @@ def test_a_forward_that_fails_leaves_the_weights_alone():
     assert isinstance(weight, nn.Parameter)
 
 
+def test_a_gated_network_has_a_laplace_posterior():
+    """Evaluation mode goes through torch.func; the curvature of what reads a gate is the folded one times E squared."""
+    model, gates, x = gated()
+    for parameter in gates.parameters():
+        parameter.requires_grad_(False)
+    loader = [(x, torch.arange(len(x)) % 2)]
+    expected = gates.noise.expected()[gates.places["0.weight:0"]]
+    found = ockham.laplace(model, loader, structure="diagonal", fisher="empirical", prior=1.0)["3.weight"]
+    folded = ockham.laplace(gates.fold(), loader, structure="diagonal", fisher="empirical", prior=1.0)["3.weight"]
+    scale = expected.double().square().view(1, -1, 1, 1)
+    torch.testing.assert_close(
+        found.precision.double() - 1, (folded.precision.double() - 1) * scale, rtol=1e-3, atol=1e-6
+    )
+
+
 # ------------------------------------------------------------------ KL, evidence
 
 

@@ -83,6 +83,9 @@ def compress(  # noqa: PLR0913 - the options of the verb, gathered into one data
     log_odds: Annotated[
         _Float, typer.Option(help="Of the evidence rule: ln P(keep)/P(remove) before the data [default: 0].")
     ] = None,
+    cap: Annotated[
+        _Float, typer.Option(help="Of the evidence rule: share of the living a round may take [default: 1].")
+    ] = None,
     keep_share: Annotated[_Float, typer.Option(help="Budget: share of the weights that stays [default: none].")] = None,
     structure: Annotated[
         bool | None, typer.Option("--structure/--no-structure", help="Take out whole channels, neurons, heads, too.")
@@ -90,6 +93,9 @@ def compress(  # noqa: PLR0913 - the options of the verb, gathered into one data
     unit_price: Annotated[_Float, typer.Option(help="With --structure: nats a unit must be worth.")] = None,
     round_to: Annotated[_Int, typer.Option(help="With --structure: widths in multiples of this [default: 1].")] = None,
     rounds: Annotated[_Int, typer.Option(help="Rounds of removal at most [default: 20; 11 for small data].")] = None,
+    first_round: Annotated[
+        _Float, typer.Option(help="Share of the epochs before the first [default: 0.125; 0.25 for small data].")
+    ] = None,
     ignore: Annotated[list[str] | None, typer.Option(help="Protect: parameter or module name, or re:pattern.")] = None,
     likelihood: Annotated[_Str, typer.Option(help="classification or regression [default: by the targets].")] = None,
     baseline: Annotated[

@@ -22,6 +22,7 @@ from ockham.errors import DataError, OckhamError
 from ockham.files.tree import header
 from ockham.posterior.priors import FixedPrior
 from ockham.reduction.prices import FlatPrice
+from ockham.reduction.rounds import Rounds
 from ockham.reduction.rule import BudgetRule, EvidenceRule, LearnedOddsRule, Rule
 from ockham.reduction.score import by_delta_f, by_magnitude, by_random, by_snr
 from ockham.reduction.structure_rule import Structures
@@ -79,7 +80,7 @@ def build_job(options: Options, command: str) -> Job | GateJob:
         data=data,
         batch_size=options.batch_size or batch_size,
         training=training,
-        rounds=rounds if options.rounds is None else replace(rounds, count=options.rounds),
+        rounds=_rounds(options, rounds),
         rule=None if method == "bmrs" else _rule(options),
         ignore=options.ignore,
         estimator=_pick("--posterior", options.posterior, {**ESTIMATORS, **dict.fromkeys(LAPLACE, point_estimate)}),
@@ -160,6 +161,13 @@ def _training(options: Options, data: Dataset) -> Training:
     return replace(default, **{k: v for k, v in given.items() if v is not None})
 
 
+def _rounds(options: Options, usual: Rounds) -> Rounds:
+    given = {"count": options.rounds, "start": options.first_round}
+    if options.first_round is not None and not 0 <= options.first_round <= usual.end:
+        raise OckhamError(f"--first-round is a share of the epochs, 0 to {usual.end}; got {options.first_round}")
+    return replace(usual, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+
+
 def _one_shot(options: Options) -> OneShot | None:
     if options.posterior not in LAPLACE:
         return None
@@ -172,10 +180,10 @@ def _one_shot(options: Options) -> OneShot | None:
 
 
 def _rule(options: Options) -> Rule | None:
-    if options.log_odds is not None:
+    if options.log_odds is not None or options.cap is not None:
         if options.rule != "evidence" or options.keep_share is not None:
-            raise OckhamError("--log-odds needs --rule evidence and no --keep-share: drop those")
-        return EvidenceRule(options.log_odds)
+            raise OckhamError("--log-odds and --cap need --rule evidence and no --keep-share: drop those")
+        return EvidenceRule(options.log_odds or 0.0, 1.0 if options.cap is None else options.cap)
     if options.keep_share is None:
         if options.rule in BUDGET_RULES:
             raise OckhamError(

@@ -33,11 +33,13 @@ class Options:
     posterior: str = "mean-field"
     rule: str = "evidence"
     log_odds: float | None = None
+    cap: float | None = None
     keep_share: float | None = None
     structure: bool = False
     unit_price: float | None = None
     round_to: int = 1
     rounds: int | None = None
+    first_round: float | None = None
     ignore: tuple[str, ...] = ()
     likelihood: str | None = None
     baseline: bool = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -13,6 +12,7 @@ from torch import nn
 from ockham.errors import OckhamError
 from ockham.files.tree import read_json
 from ockham.posterior.storage import load_posterior
+from ockham.report.gate_report import GATES
 from ockham.workflow.audit import audit
 from ockham.workflow.evaluate import mean_predictor, measures, posterior_predictor
 from ockham.workflow.result import layers, load
@@ -32,7 +32,9 @@ def metrics(console: Console, folder: Path) -> None:
 
 
 def contents(console: Console, folder: Path) -> None:
-    """Per layer: shape, weights, kept, prior, median precision ratio; sum of the inclusion probabilities, if any."""
+    """Per layer: shape, weights, kept, prior, median P/P0, sum of inclusion if any; of gates what became of them."""
+    if (folder / GATES).exists():
+        return _gates(console, folder)
     posterior = load_posterior(folder)
     rows = layers(posterior)
     table = Table("parameter", "shape", "weights", "kept", "share", "prior std", "median P/P0")
@@ -53,11 +55,23 @@ def contents(console: Console, folder: Path) -> None:
     console.print(line + f"{posterior.kept():,} of {posterior.size():,} weights kept", highlight=False)
 
 
+def _gates(console: Console, folder: Path) -> None:
+    found = read_json(folder / GATES)
+    table = Table("structures", "at first", "left", "before the last decision", "posterior = prior", "KL, nats")
+    widths, layers_ = found["epochs"][-1]["widths"], {layer["id"]: layer for layer in found["layers"]}
+    for name, first in found["epochs"][0]["start"].items():
+        layer = layers_.get(name, {"keep": [], "no_evidence": [], "kl": []})
+        facts = (len(layer["keep"]), sum(layer["no_evidence"]), f"{sum(layer['kl']):.4g}")
+        table.add_row(name, str(first), str(widths.get(name, first)), *map(str, facts))
+    console.print(table)
+    console.print(f"rule {found['rule']}, KL weighted by {found['kl_weight']}", highlight=False)
+
+
 def evaluation(
     console: Console, folder: Path, data: Dataset, model: nn.Module | None, *, draws: int, device: torch.device
 ) -> None:
     """Measures on the test part of a data set."""
-    network, posterior = load(folder, model).to(device), load_posterior(folder).to(device)
+    network = load(folder, model).to(device)
     noise = read_json(folder / "metrics.json").get("noise_variance")
     classify = noise is None
     if classify is data.test_y.is_floating_point():
@@ -65,14 +79,12 @@ def evaluation(
         raise OckhamError(
             f"{folder} was made for targets that are {wanted}; the data {data.name!r} have the other kind"
         )
-    sampled = posterior_predictor(network, posterior, classify=classify, draws=draws)
-    columns: dict[str, Any] = {
-        "posterior": measures(sampled, data.test_x, data.test_y, noise_variance=noise),
-        "mean network": measures(
-            mean_predictor(network, classify=classify), data.test_x, data.test_y, noise_variance=noise
-        ),
-    }
-    _table(console, columns)
+    predictors = {"mean network": mean_predictor(network, classify=classify)}
+    if not (folder / GATES).exists():  # gates are folded into the weights: one network is left
+        sampled = load_posterior(folder).to(device)
+        drawn = posterior_predictor(network, sampled, classify=classify, draws=draws)
+        predictors = {"posterior": drawn, **predictors}
+    _table(console, {k: measures(p, data.test_x, data.test_y, noise_variance=noise) for k, p in predictors.items()})
 
 
 def audited(console: Console, folder: Path, data: Dataset, model: nn.Module | None, *, log_odds: float) -> None:

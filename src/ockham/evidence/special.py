@@ -35,11 +35,16 @@ _SERIES_FROM = 100.0  # from here on the asymptotic series below is exact to 1e-
 class _LogMills(torch.autograd.Function):
     """ln R(x) with the derivative x - 1/R(x), which the derivative rule of erfcx loses to cancellation."""
 
+    generate_vmap_rule = True  # gated networks in evaluation mode go through torch.func, as `ockham.laplace` does
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         log: Tensor = torch.special.erfcx(x * _ROOT_HALF).log() + _LOG_ROOT_HALF_PI
-        ctx.save_for_backward(x, log)
         return log
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from ockham.errors import OckhamError
-from ockham.evidence.kronecker import compensated
+from ockham.evidence.kronecker import compensated, delta_f_kronecker
 from ockham.posterior.matrix import WeightMatrix
 from ockham.posterior.posterior import Gaussian, Posterior
 from ockham.reduction.rule import BudgetRule
 from ockham.reduction.score import score
 
-__all__ = ["COMPENSATION_DAMPING", "reduced", "removed_in_rounds"]
+__all__ = ["COMPENSATION_DAMPING", "joint_delta_f", "reduced", "removed_in_rounds"]
 
 _NEGLIGIBLE = 1e-3
 _TOLERANCE = 1e-4
@@ -62,8 +62,8 @@ def removed_in_rounds(
 
     The order is P mean^2 (`by_snr`). With a budget the living weights fall geometrically over the rounds. Without one
     every round counts the weights with delta_f > 0 and removes as many, at most ``1 / rounds`` of the living; it ends
-    where there are none, and after ``4 * rounds`` rounds in any case. Where no weight can move (no correlations) one
-    round does it all.
+    where there are none, where the evidence of all that went *together* (`joint_delta_f`) falls (that round is taken
+    back), and after ``4 * rounds`` rounds in any case. Where no weight can move (no correlations) one round does it.
 
     Args:
         posterior: of the full network.
@@ -88,16 +88,47 @@ def removed_in_rounds(
     return posterior
 
 
+def joint_delta_f(posterior: Posterior, keep: Mapping[str, Tensor]) -> float:
+    """Log evidence change of removing many weights together, nats, a lower bound.
+
+    Weight matrices with correlations count as `ockham.evidence.kronecker.delta_f_kronecker` says, others by their sum.
+
+    Args:
+        posterior: of the full network.
+        keep: parameter name to boolean tensor, True = stays. Names left out are kept.
+    """
+    masks = {name: _mask(name, g, keep) for name, g in posterior.items()}
+    total = score(posterior).gain({n: m for n, m in masks.items() if all(n not in b.names for b in posterior.matrices)})
+    for block in posterior.matrices:
+        means = {name: posterior[name].mean for name in block.names}
+        stays = block.pack({name: masks[name] for name in block.names})
+        total += delta_f_kronecker(block.pack(means), block.precision, stays, _TOLERANCE)
+    return total
+
+
 def _until_the_evidence_ends(posterior: Posterior, protected: Collection[str], rounds: int) -> Posterior:
-    cap = 1.0 if rounds == 1 else 1 / rounds
-    for _ in range(1 if rounds == 1 else 4 * rounds):
-        evidence = score(posterior)
-        alive = sum(d.numel() for name, d in evidence.items() if name not in protected)
-        wanted = sum(int((d > 0).sum()) for name, d in evidence.items() if name not in protected)
-        if wanted <= _NEGLIGIBLE * alive:
+    if rounds == 1:
+        return _round_of_evidence(posterior, protected, 1.0) or posterior
+    full, highest = posterior, joint_delta_f(posterior, {})
+    for _ in range(4 * rounds):
+        smaller = _round_of_evidence(posterior, protected, 1 / rounds)
+        if smaller is None:
             break
-        posterior = _without(posterior, protected, alive - min(wanted, max(1, int(cap * alive))))
+        joint = joint_delta_f(full, {name: g.keep for name, g in smaller.items()})
+        if joint < highest:
+            break
+        posterior, highest = smaller, joint
     return posterior
+
+
+def _round_of_evidence(posterior: Posterior, protected: Collection[str], cap: float) -> Posterior | None:
+    """Without as many weights as have delta_f > 0, at most a share ``cap``; None where there are none to speak of."""
+    evidence = score(posterior)
+    alive = sum(d.numel() for name, d in evidence.items() if name not in protected)
+    wanted = sum(int((d > 0).sum()) for name, d in evidence.items() if name not in protected)
+    if wanted <= _NEGLIGIBLE * alive:
+        return None
+    return _without(posterior, protected, alive - min(wanted, max(1, int(cap * alive))))
 
 
 def _without(posterior: Posterior, protected: Collection[str], scored_left: int) -> Posterior:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ockham.report.axes import integers, percents, ylabel
+from ockham.report.axes import integers, percents, thousands, ylabel
 from ockham.report.canvas import AFTER, BEFORE, GONE, INK, MUTED, draw
 from ockham.report.words import percent
 
@@ -57,7 +57,7 @@ def _gates(figure: Figure, layer: Record) -> None:
     for place, i in enumerate(order):
         colour = AFTER if layer["keep"][i] else GONE
         low, high = (layer["mean"][i] + s * 2 * layer["std"][i] for s in (-1, 1))
-        axes.plot([place, place], [max(-20, low), min(0, high)], color=colour, linewidth=1.2)
+        axes.plot([place, place], [max(-20, low), min(0, high)], color=colour, linewidth=1.2, alpha=0.45)
         axes.plot([place], [min(0, max(-20, layer["mean"][i]))], marker="o", markersize=2.5, color=colour)
     axes.set(ylim=(-20.5, 0.8), xlabel="gates, largest E[θ] first")
     integers(axes)
@@ -72,6 +72,7 @@ def _evidence(figure: Figure, layer: Record) -> None:
     axes.axhline(0, color=INK, linewidth=1)
     axes.axhline(-0.9189385, color=INK, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_yscale("symlog", linthresh=1.0)
+    thousands(axes.yaxis)
     axes.set_xlabel("gates, least removable first")
     integers(axes)
     ylabel(axes, "ΔF, nats")
@@ -80,6 +81,8 @@ def _evidence(figure: Figure, layer: Record) -> None:
 def _widths(figure: Figure, epochs: Sequence[Record]) -> None:
     axes = figure.add_subplot()
     first = epochs[0]["start"]
+    ends = {name: epochs[-1]["widths"].get(name, 1) / first[name] for name in first}
+    heights = dict(zip(sorted(ends, key=lambda k: ends[k]), _apart(sorted(ends.values())), strict=True))
     for n, name in enumerate(first):
         shares = [1.0] + [e["widths"].get(name, 1) / first[name] for e in epochs]
         shade = 1 - 0.6 * n / max(1, len(first) - 1)
@@ -87,12 +90,21 @@ def _widths(figure: Figure, epochs: Sequence[Record]) -> None:
         text = f"{name.split(':')[0].removesuffix('.weight')}: {epochs[-1]['widths'].get(name, 1)} of {first[name]}"
         if len(first) <= 9:
             axes.text(
-                1.02, shares[-1], text[:22], transform=axes.get_yaxis_transform(), color=MUTED, size=8, va="center"
+                1.02, heights[name], text[:22], transform=axes.get_yaxis_transform(), color=MUTED, size=8, va="center"
             )
     axes.set(ylim=(0, 1.03), xlabel="epoch")
     integers(axes)
     percents(axes.yaxis)
     ylabel(axes, "structures left")
+
+
+def _apart(heights: Sequence[float], least: float = 0.075) -> list[float]:
+    """Ascending heights in [0, 1], moved as little as it takes for labels not to overlap."""
+    placed: list[float] = []
+    for n, height in enumerate(heights):
+        room = 1.0 - least * (len(heights) - 1 - n)
+        placed.append(min(max(height, placed[-1] + least if placed else 0.0), max(room, 0.0)))
+    return placed
 
 
 def _curve(figure: Figure, curves: Mapping[str, Record]) -> None:

@@ -130,12 +130,13 @@ def _curves(gates: Record) -> str:
         return ""
     text = page.paragraph(
         "After training, structures taken out step by step in the order of each rule, without refitting, on held-out "
-        "data. A dot marks where a rule stops by itself; rules without one only order."
+        "data. A dot marks where a rule stops by itself; rules without one only order, or find nothing to remove. (The "
+        "Taylor rule takes structures without any gradient by itself.)"
     )
     rows = [
         (
             name,
-            percent(c["stop"]["removed"]) if c["stop"]["structures"] else "does not stop",
+            percent(c["stop"]["removed"]) if c["stop"]["structures"] else "removes nothing by itself",
             percent(c["stop"]["measures"]["accuracy"], 2) if c["stop"]["structures"] else "–",
         )
         for name, c in curves.items()
@@ -147,8 +148,12 @@ def _curves(gates: Record) -> str:
 
 def _numbers(metrics: Record) -> str:
     before, after = metrics["before"] or {}, metrics["after"]
-    rows = [(k, number(before.get(k)), number(after[k])) for k in after if isinstance(after[k], (int, float))]
+    rows = [(k, _shown(before.get(k)), _shown(after[k])) for k in after if isinstance(after[k], (int, float))]
     return page.section("numbers", "Numbers", page.table("On test data", ("measure", "before", "after"), rows))
+
+
+def _shown(value: float | None) -> str:
+    return count(value) if isinstance(value, int) else number(value)
 
 
 def _provenance(result: Record) -> str:

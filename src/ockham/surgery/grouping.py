@@ -124,9 +124,13 @@ class Groups:
         lines = [f"{g.id}: {g.size} {g.kind}s in {len(g.members)} dimensions" for g in self]
         reasons: dict[str, list[str]] = defaultdict(list)
         for (name, dim), why in self.frozen.items():
-            reasons[why].append(f"{name}:{dim}")
-        lines += [f"stays: {', '.join(names)} ({why})" for why, names in reasons.items()]
-        return "\n".join(lines)
+            reasons[why.replace(f" in {name.rpartition('.')[0]} ", " ")].append(f"{name}:{dim}")
+        return "\n".join([*lines, *(f"stays: {_some(names)} ({why})" for why, names in reasons.items())])
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ockham.errors import OckhamError, ResultError
-from ockham.files.tree import SCHEMA, read_json, read_tree, write_json, write_tree
+from ockham.errors import OckhamError
+from ockham.files.tree import SCHEMA, read_tree, write_json, write_tree
 from ockham.reduction.gate_rules import GateRule
 from ockham.report.gate_report import GATES, write_gate_report
-from ockham.surgery import Plan, shrink
 from ockham.surgery.cost import cost, latency
 from ockham.version import __version__
 from ockham.workflow.evaluate import mean_predictor, measures
@@ -27,16 +26,14 @@ from ockham.workflow.gate_settings import Budget, Decision, GateTraining, by_thr
 from ockham.workflow.gate_training import GateCompression, gate_sensitivity
 from ockham.workflow.gating import GATE_RULES, Gates
 from ockham.workflow.likelihood import Regression
-from ockham.workflow.result import NETWORK, load_state, save_network
+from ockham.workflow.result import NETWORK, PLAN, save_network, save_plan
 from ockham.workflow.stages import AdamStage, Recipe, StageInfo
 from ockham.workflow.trainer import OnStep
 from ockham.zoo.data import Batches
-from ockham.zoo.networks import NETWORKS
 
-__all__ = ["CHECKPOINT", "PLANS", "GateJob", "load_shrunk"]
+__all__ = ["CHECKPOINT", "GateJob"]
 
 CHECKPOINT = "checkpoint.safetensors"
-PLANS = "plans.json"
 _HELD_OUT = 0.1
 
 
@@ -201,7 +198,7 @@ class GateJob:
         model, data = job.result(), self.recipe.data
         after = {**self._measures(model, data.test_x, data.test_y, job), **self._costs(model)}
         save_network(model, self.out / NETWORK, builder=self.builder)
-        write_json(self.out / PLANS, {"schema": SCHEMA, "plans": [p.to_json() for p in job.plain_plans]})
+        save_plan(job.plan, self.out / PLAN)
         kept = after["parameters"] / self._full()
         names = {"dataset": data.name, "network": self.builder, "method": "bmrs", "seed": self.training.seed}
         metrics = {
@@ -242,27 +239,3 @@ class GateJob:
             "dataset": {"name": self.recipe.data.name, "n_train": len(self.recipe.data.train_x)},
             "settings": {**self._settings(), "rule": self.rule, "batch_size": self.recipe.batch_size},
         }
-
-
-def load_shrunk(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """The smaller network of a result folder with gates, in evaluation mode. Nothing in the folder is ever executed.
-
-    Args:
-        folder: what `ockham compress --method bmrs` wrote.
-        model: a fresh instance of the network that was compressed; networks of the zoo are built by name.
-
-    Raises:
-        ResultError: a file is missing or damaged, or the network is not of the zoo and no model given.
-    """
-    path = Path(folder)
-    builder, state = load_state(path / NETWORK)
-    if model is None:
-        name = builder.removeprefix("zoo:")
-        if name == builder or name not in NETWORKS:
-            raise ResultError(f"{path}: built by {builder!r}, your code; pass an instance: load_shrunk(folder, model)")
-        model = NETWORKS[name]()
-    for text in read_json(path / PLANS)["plans"]:
-        model = shrink(model, Plan.from_json(text))
-    assert model is not None
-    model.load_state_dict(state)
-    return model.eval()

@@ -39,7 +39,8 @@ def mean_mean(gates: Gates, n_data: float) -> Tensor:
     noise = gates.noise
     each = lognormal.kl(noise.mean, noise.std, low=noise.low, high=noise.high)
     means = [each[p][noise.keep[p]].mean() for p in gates.places.values()]
-    return torch.stack(means).mean()
+    # a group of one unit is no group: with one left in every layer nothing more can go
+    return torch.stack(means).mean() if means else 0 * gates.kl()
 
 
 @dataclass(frozen=True, slots=True)

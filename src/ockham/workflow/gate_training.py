@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ockham.errors import OckhamError
 from ockham.reduction.gate_rules import GateEvidence, GateRule, bmrs_n, by_taylor
-from ockham.surgery import Plan, shrink
+from ockham.surgery import Plan, plan, shrink
 from ockham.workflow.batchnorm import refresh_batchnorm
 from ockham.workflow.gate_settings import Decision, GateTraining, by_threshold
 from ockham.workflow.gating import Gates, attach_gates
@@ -94,6 +94,7 @@ class GateCompression:
         self._inputs, self._ignore = example_inputs, ignore
         self.gates: Gates | None = attach_gates(self.model, example_inputs, ignore=ignore, noise=self.training.noise)
         self.first = dict(self.gates.places)
+        self._groups, self._keys = self.gates.groups, self.gates.noise.key.clone()
         self.optimizer = self._adam()
         self.plans: list[Plan] = []
         self.done = 0
@@ -101,12 +102,19 @@ class GateCompression:
         self.layers: list[dict[str, Any]] = []
         self.on_trained: Callable[[Gates], None] | None = None
         self._removals = 0
+        self._folded: dict[str, int] = {}
 
     # ------------------------------------------------------------------ the run
     @property
     def plain_plans(self) -> list[Plan]:
         """What surgery did, in order, as plans for a fresh network without gates."""
         return [without_gates(p) for p in self.plans]
+
+    @property
+    def plan(self) -> Plan:
+        """All that went so far, as one plan for a fresh network without gates."""
+        keys = self._living().cpu()
+        return plan(self._groups, {group: torch.isin(places.cpu(), keys) for group, places in self.first.items()})
 
     @property
     def total(self) -> int:
@@ -202,13 +210,14 @@ class GateCompression:
         return gate_sensitivity(gates, self.loader, self.likelihood, seed=self.training.seed)
 
     def _shrink(self, gates: Gates) -> None:
-        plan = gates.plan
-        self.model, self.optimizer = shrink(self.model, plan, optimizer=self.optimizer)
-        self.plans.append(plan)
+        surgery = gates.plan
+        self.model, self.optimizer = shrink(self.model, surgery, optimizer=self.optimizer)
+        self.plans.append(surgery)
         self.gates = Gates.of(self.model, self._inputs, ignore=self._ignore)
 
     def _fold(self) -> None:
         assert self.gates is not None
+        self._folded, self._keys = self._widths(), self._living()
         if not bool(self.gates.noise.keep.all()):
             self._shrink(self.gates)
         self.gates.fold()
@@ -224,12 +233,16 @@ class GateCompression:
             groups.append({"params": self.gates.parameters(), "scale": self.training.gate_rate})
         return torch.optim.Adam(groups, lr=rate, fused=self.device.type in ("cpu", "cuda"))
 
+    def _living(self) -> Tensor:
+        """Keys of the gates that are alive, as they were numbered at first."""
+        return self._keys if self.gates is None else self.gates.noise.key[self.gates.noise.keep]
+
     def _kl(self) -> float:
         return 0.0 if self.gates is None else float(self.gates.kl().detach())
 
     def _widths(self) -> dict[str, int]:
         if self.gates is None:
-            return dict(self.history[-1].widths) if self.history else {}
+            return self._folded or dict(self.history[-1].widths)
         return {k: int(v.sum()) for k, v in self.gates.keep.items()}
 
     # ------------------------------------------------------------------ state
@@ -240,6 +253,7 @@ class GateCompression:
             "done": self.done,
             "removals": self._removals,
             "gated": self.gates is not None,
+            "keys": self._living(),
             "plans": [p.to_json() for p in self.plans],
             "model": dict(self.model.state_dict()),
             "optimizer": self.optimizer.state_dict()["state"],
@@ -258,6 +272,7 @@ class GateCompression:
             self.gates.fold()
             self.gates = None
             self.optimizer = self._adam()
+        self._keys = torch.as_tensor(state["keys"], device=self.device)
         self.model.load_state_dict(dict(state["model"]))
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": dict(state["optimizer"]), "param_groups": groups})
@@ -303,10 +318,10 @@ def gate_sensitivity(
     return total / max(1, count)
 
 
-def without_gates(plan: Plan) -> Plan:
+def without_gates(gated: Plan) -> Plan:
     """A plan for a gated network as one for the network alone."""
-    bare = {n: s for n, s in plan.shapes.items() if not n.startswith(f"{NAME}.")}
-    return replace(plan, shapes=bare, cuts={n: c for n, c in plan.cuts.items() if n in bare})
+    bare = {n: s for n, s in gated.shapes.items() if not n.startswith(f"{NAME}.")}
+    return replace(gated, shapes=bare, cuts={n: c for n, c in gated.cuts.items() if n in bare})
 
 
 def layer_facts(gates: Gates, evidence: GateEvidence, keep: Mapping[str, Tensor]) -> list[dict[str, Any]]:
