@@ -251,7 +251,7 @@ def uci_split(data: Path, name: str, split: int) -> tuple[Array, Array, Array, A
 
 def _ockham(x: Array, y: Array, x_test: Array, y_test: Array, seed: int) -> dict[str, float]:
     model = SparseBNNRegressor(random_state=seed).fit(x, y)
-    total = 32 * (x.shape[1] + 2) + 1 + x.shape[1]
+    total = 64 * (x.shape[1] + 2) + 1 + x.shape[1]
     kept = {"weights": model.n_weights_, "kept_share": model.n_weights_ / total, "evidence": model.evidence_}
     return _scores(y_test, *model.predict(x_test, return_std=True)) | kept
 
@@ -262,7 +262,7 @@ def _mlp(x: Array, y: Array, x_test: Array, y_test: Array, seed: int) -> dict[st
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    network = MLPRegressor((50,), early_stopping=len(x) > 1000, max_iter=2000, random_state=seed)
+    network = MLPRegressor(hidden_layer_sizes=(50,), early_stopping=len(x) > 1000, max_iter=2000, random_state=seed)
     model = TransformedTargetRegressor(make_pipeline(StandardScaler(), network), transformer=StandardScaler())
     return _with_residual_noise(model, x, y, x_test, y_test, seed)
 
@@ -307,7 +307,7 @@ def _write(name: str, record: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=["linear", "calibration", "s1", "s2", "friedman", "uci"])
+    parser.add_argument("what", nargs="*", help="linear, calibration, s1, s2, friedman, uci")
     parser.add_argument("--reference", type=Path, default=Path("."))
     parser.add_argument("--data", type=Path, default=Path("."), help="folder of the UCI sets")
     parser.add_argument("--seed", nargs="+", type=int)

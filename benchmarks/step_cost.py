@@ -2,6 +2,7 @@
 
     pip install --no-deps ivon-opt bayesian-torch      # optional rivals, for this benchmark only
     python benchmarks/step_cost.py [--rounds 30]
+    python benchmarks/step_cost.py --arms slab         # spike-and-slab beside Adam; step_cost_slab.json and .md
 
 Arms are interleaved: every round times a few steps of each, and the ratio of medians over rounds is reported, so that
 a busy machine slows all arms alike. Memory is the growth of the peak resident set of a fresh process over five steps of
@@ -53,6 +54,17 @@ def mean_field_pruned(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
     return _loop(net, optimizer, optimizer.sampled, x, y)
 
 
+def spike_slab(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
+    optimizer = ockham.SpikeSlab(net.named_parameters(), n_data=N_DATA)
+    return _loop(net, optimizer, optimizer.sampled, x, y)
+
+
+def spike_slab_propagated(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
+    optimizer = ockham.SpikeSlab(net.named_parameters(), n_data=N_DATA)
+    optimizer.propagate(net)
+    return _loop(net, optimizer, optimizer.sampled, x, y)
+
+
 def ivon_ours(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
     optimizer = ockham.IVON(net.named_parameters(), n_data=N_DATA)
     return _loop(net, optimizer, optimizer.sampled, x, y)
@@ -89,6 +101,14 @@ METHODS: dict[str, Callable[[nn.Module, torch.Tensor, torch.Tensor], Step]] = {
     "bayesian-torch": bayesian_torch,
 }
 
+SLAB: dict[str, Callable[[nn.Module, torch.Tensor, torch.Tensor], Step]] = {
+    "Adam (fused)": adam,
+    "ockham.MeanField": mean_field,
+    "ockham.SpikeSlab, noise in weights": spike_slab,
+    "ockham.SpikeSlab, propagated": spike_slab_propagated,
+}
+ARMS = {"all": METHODS, "slab": SLAB}
+
 
 def _loop(net: nn.Module, optimizer: torch.optim.Optimizer, block: Callable, x: torch.Tensor, y: torch.Tensor) -> Step:
     def step() -> None:
@@ -100,10 +120,10 @@ def _loop(net: nn.Module, optimizer: torch.optim.Optimizer, block: Callable, x: 
     return step
 
 
-def ratios(network: str, rounds: int) -> dict[str, dict[str, float]]:
+def ratios(network: str, rounds: int, methods: dict[str, Callable]) -> dict[str, dict[str, float]]:
     x, y = torch.randn(128, *SHAPES[network]), torch.randint(0, 10, (128,))
     arms = {}
-    for name, build in METHODS.items():
+    for name, build in methods.items():
         try:
             torch.manual_seed(0)
             arms[name] = build(NETWORKS[network](), x, y)
@@ -130,11 +150,12 @@ def memory(name: str) -> float:
 
 def _memory_here(name: str) -> float:
     torch.set_num_threads(1)
-    METHODS[name](nn.Linear(8, 8), torch.randn(2, 8), torch.tensor([0, 1]))()
+    build = (METHODS | SLAB)[name]
+    build(nn.Linear(8, 8), torch.randn(2, 8), torch.tensor([0, 1]))()
     before = _peak()
     net = nn.Sequential(*(nn.Linear(2000, 2000) for _ in range(6)))
     weights = sum(p.numel() for p in net.parameters())
-    step = METHODS[name](net, torch.randn(1, 2000), torch.zeros(1, dtype=torch.long))
+    step = build(net, torch.randn(1, 2000), torch.zeros(1, dtype=torch.long))
     for _ in range(5):
         step()
     return (_peak() - before) * 1024 / 4 / weights
@@ -149,15 +170,16 @@ def _peak() -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--arms", choices=list(ARMS), default="all")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
         print(_memory_here(args.memory_of))
         return
-    found = {network: ratios(network, args.rounds) for network in SHAPES}
+    found = {network: ratios(network, args.rounds, ARMS[args.arms]) for network in SHAPES}
     floats = {name: memory(name) for name in found["lenet_300_100"]}
     record = {
-        "command": f"python benchmarks/step_cost.py --rounds {args.rounds}",
+        "command": f"python benchmarks/step_cost.py --rounds {args.rounds} --arms {args.arms}",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -165,8 +187,9 @@ def main() -> None:
         "floats_per_weight": floats,
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "step_cost.json").write_text(json.dumps(record, indent=1) + "\n")
-    (RESULTS / "step_cost.md").write_text(_table(record))
+    name = "step_cost" if args.arms == "all" else f"step_cost_{args.arms}"
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (RESULTS / f"{name}.md").write_text(_table(record))
     print(_table(record))
 
 

@@ -157,7 +157,7 @@ def prices(data: Path, seeds: list[int], epochs: int) -> None:
 
 
 FINAL = {
-    "lenet5": ("lenet5_caffe", ockham.Training(epochs=40, prior=SCALE), ockham.Structures(price=ockham.PerMac(2.5e-3))),
+    "lenet5": ("lenet5_caffe", ockham.Training(epochs=40, prior=SCALE), ockham.Structures(price=ockham.PerMac(5e-4))),
     "lenet300": ("lenet_300_100", ockham.Training(epochs=30), ockham.Structures()),
 }
 

@@ -12,7 +12,7 @@ from ockham.errors import OckhamError
 from ockham.evidence.exact import inclusion as exact
 from ockham.posterior.posterior import Gaussian, Posterior
 from ockham.reduction.inclusion import MedianRule
-from ockham.reduction.paths import by_max, by_product, chain_weights, node_inclusion
+from ockham.reduction.paths import by_max, by_product, chain_weights, living, node_inclusion
 
 F64 = torch.float64
 
@@ -114,3 +114,23 @@ def test_convolutions_and_flattening_are_followed():
         node_inclusion({"a": torch.ones(3, 2), "b": torch.ones(1, 4)})
     with pytest.raises(OckhamError, match="no inclusion"):
         chain_weights(net, Posterior({}, 1.0))
+
+
+def test_living_weights_are_those_on_a_path():
+    keep = {
+        "a.weight": torch.tensor([[1, 0], [0, 0], [1, 1]], dtype=torch.bool),
+        "a.bias": torch.tensor([1, 1, 1], dtype=torch.bool),
+        "b.weight": torch.tensor([[0, 1, 1], [1, 0, 0]], dtype=torch.bool),
+        "b.bias": torch.tensor([1, 0], dtype=torch.bool),
+        "c.weight": torch.tensor([[1, 0]], dtype=torch.bool),
+    }
+    found = living(keep)
+    assert found["c.weight"].tolist() == [[True, False]]
+    assert found["b.weight"].tolist() == [[False, False, True], [False, False, False]]  # b1 is unread, a1 unfed
+    assert found["a.weight"].tolist() == [[False, False], [False, False], [True, True]]
+    assert found["a.bias"].tolist() == [False, False, True] and found["b.bias"].tolist() == [True, False]
+    assert keep["a.weight"].any(1).tolist() == [True, False, True]  # untouched
+    image = {"conv": torch.ones(2, 1, 3, 3, dtype=torch.bool), "fc": torch.tensor([[0, 0, 1, 0]], dtype=torch.bool)}
+    assert living(image)["conv"].flatten(1).any(1).tolist() == [False, True]
+    with pytest.raises(OckhamError, match="no chain"):
+        living({"a": torch.ones(3, 2, dtype=torch.bool), "b": torch.ones(1, 4, dtype=torch.bool)})

@@ -23,7 +23,6 @@ def fitted(table):
     return SparseBNNRegressor(**{**FAST, "max_iter": 700}).fit(*table)
 
 
-@pytest.mark.xfail(reason="depends on the seed of the noise with this few restarts: known weakness", strict=False)
 def test_the_inputs_that_matter_are_found(table, fitted):
     assert (fitted.inclusion_ > 0.5).nonzero()[0].tolist() == [0, 3]
     assert fitted.n_weights_ <= 12
@@ -106,7 +105,6 @@ def test_classes(table):
     assert model.inclusion_[[0, 3]].min() > 0.5
 
 
-@pytest.mark.xfail(reason="depends on the seed of the noise with this few restarts: known weakness", strict=False)
 def test_warm_start_and_partial_fit_go_on(table):
     x, y = table
     model = SparseBNNRegressor(**FAST, warm_start=True).fit(x, y)

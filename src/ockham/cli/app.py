@@ -67,7 +67,9 @@ def compress(  # noqa: PLR0913 - the options of the verb, gathered into one data
     posterior: Annotated[
         _Str, typer.Option(help="mean-field, ivon, map; with --weights laplace, kronecker [default: mean-field].")
     ] = None,
-    method: Annotated[_Str, typer.Option(help="evidence: single weights; bmrs: gated structures.")] = None,
+    method: Annotated[
+        _Str, typer.Option(help="evidence: single weights; bmrs: gated structures; spike-slab: inclusion.")
+    ] = None,
     after_training: Annotated[
         bool | None, typer.Option("--after-training", help="bmrs: remove once, after training, and draw the curves.")
     ] = None,

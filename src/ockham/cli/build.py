@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ockham.cli.gates import build_gate_job
 from ockham.cli.options import Options, parse_device
+from ockham.cli.slab import with_spike_slab
 from ockham.errors import DataError, OckhamError
 from ockham.files.tree import header
 from ockham.posterior.priors import FixedPrior
@@ -38,7 +39,7 @@ __all__ = ["build_job", "load_data", "load_model"]
 
 T = TypeVar("T")
 
-METHODS = {"evidence": False, "bmrs": True}
+METHODS = ("evidence", "bmrs", "spike-slab")
 
 ESTIMATORS: dict[str, Estimator] = {"mean-field": mean_field, "ivon": ivon, "map": point_estimate}
 
@@ -65,7 +66,7 @@ def build_job(options: Options, command: str) -> Job | GateJob:
     """
     if options.out is None:
         raise OckhamError("--out FOLDER is needed: where shall the result go?")
-    gated = _pick("--method", options.method, METHODS)
+    method = _pick("--method", options.method, {name: name for name in METHODS})
     data = load_data(options.data)
     device = parse_device(options.device)
     builder, build = load_model(options.model, data)
@@ -80,14 +81,16 @@ def build_job(options: Options, command: str) -> Job | GateJob:
         batch_size=options.batch_size or batch_size,
         training=training,
         rounds=_rounds(options, rounds),
-        rule=None if gated else _rule(options),
+        rule=None if method == "bmrs" else _rule(options),
         ignore=options.ignore,
         estimator=_pick("--posterior", options.posterior, {**ESTIMATORS, **dict.fromkeys(LAPLACE, point_estimate)}),
         device=device,
         structures=_structures(options),
         one_shot=_one_shot(options),
     )
-    if gated:
+    if method == "spike-slab":
+        recipe = with_spike_slab(options, recipe)
+    if method == "bmrs":
         return build_gate_job(options, recipe, builder, small=len(data.train_x) < SMALL_DATA, command=command)
     weights = None if options.weights is None else _weights(Path(options.weights))
     ood = None if options.ood is None else load_data(options.ood).test_x

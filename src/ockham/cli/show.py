@@ -32,19 +32,24 @@ def metrics(console: Console, folder: Path) -> None:
 
 
 def contents(console: Console, folder: Path) -> None:
-    """Per layer: shape, weights, kept, prior, median precision ratio; of a run with gates what became of them."""
+    """Per layer: shape, weights, kept, prior, median P/P0, sum of inclusion if any; of gates what became of them."""
     if (folder / GATES).exists():
         return _gates(console, folder)
     posterior = load_posterior(folder)
+    rows = layers(posterior)
     table = Table("parameter", "shape", "weights", "kept", "share", "prior std", "median P/P0")
-    for row in layers(posterior):
+    said = all("expected" in row for row in rows)
+    if said:
+        table.add_column("sum of inclusion")
+    for row in rows:
         g = posterior[row["name"]]
         ratio = (g.precision / g.prior_precision)[g.keep]
         middle = f"{float(ratio.median()):.3g}" if ratio.numel() else "-"
         share = row["kept"] / max(1, row["total"])
         shape = "x".join(map(str, row["shape"]))
         prior = f"{float(g.prior_precision.median()) ** -0.5:.3g}"
-        table.add_row(row["name"], shape, f"{row['total']:,}", f"{row['kept']:,}", f"{share:.2%}", prior, middle)
+        more = [f"{row['expected']:,.1f}"] if said else []
+        table.add_row(row["name"], shape, f"{row['total']:,}", f"{row['kept']:,}", f"{share:.2%}", prior, middle, *more)
     console.print(table)
     line = f"{posterior.source}, N = {posterior.n_data:g}, temperature {posterior.temperature:g}, "
     console.print(line + f"{posterior.kept():,} of {posterior.size():,} weights kept", highlight=False)

@@ -60,6 +60,17 @@ class Arena:
             self._views[key] = found
         return self._views[key]
 
+    def lent(self, parameter: Tensor) -> Tensor:
+        """One value per living weight of a parameter whose weights are not drawn: its unused part of ``mean``."""
+        at, first, last = 0, 0, 0
+        for span in self.spans:
+            for piece in span.pieces:
+                length = piece.stop - piece.start
+                if piece.parameter is parameter:
+                    first, last = (at if last == 0 else first), at + length
+                at += length
+        return self._memory("mean", self.vectors, at)[first:last]
+
     @property
     def small(self) -> bool:
         """Whether memory for one more vector does not matter."""

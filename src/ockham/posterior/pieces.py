@@ -7,16 +7,17 @@ through in spans, which keeps temporary memory small and cached. Removed weights
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-__all__ = ["Piece", "Span", "alive_index", "read", "spans", "write", "zero_removed_"]
+__all__ = ["Piece", "Span", "alive_index", "chunks", "read", "spans", "write", "zero_removed_"]
 
 _CPU_SPAN = 3 << 17
+_CPU_CHUNK = 1 << 15
 _ACCELERATOR_SPAN = 1 << 24
 
 
@@ -112,6 +113,15 @@ def _cut(parameter: Tensor, index: Tensor | None, *, first: int, size: int) -> l
     edges = [0, *range(min(first, total), total, size), total] if total else [0]
     cuts = [replace(whole, start=a, stop=b) for a, b in pairwise(edges) if b > a]
     return [c if index is None else replace(c, index=index[c.start : c.stop]) for c in cuts]
+
+
+def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Flat tensors of one length side by side, on the CPU in pieces whose temporaries stay in cache.
+
+    Longer ones are given back to the system after every operation and faulted in again, which costs more than it.
+    """
+    size = _CPU_CHUNK if tensors[0].device.type == "cpu" else max(1, tensors[0].numel())
+    return zip(*(t.split(size) for t in tensors), strict=True)
 
 
 def read(span: Span, tensors: Sequence[Tensor], out: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Propagation", "variance_of_output"]
+__all__ = ["Propagation", "variance_of_output", "without_noise"]
 
 _SMALLEST = 1e-16
 
@@ -57,13 +57,7 @@ class Propagation:
             for p in module.parameters(recurse=False):
                 owners.setdefault(p, []).append(module)
 
-        def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            if not self.variances:
-                return output
-            variance = variance_of_output(layer, args[0], self.variances)
-            assert variance is not None
-            return output + variance.clamp_min(_SMALLEST).sqrt() * noise(output)
-
+        hook = _Hook(self, noise)
         for module in model.modules():
             own = list(module.parameters(recurse=False))
             allowed = variance_of_output.dispatch(type(module)) is not variance_of_output.dispatch(object)
@@ -81,6 +75,31 @@ class Propagation:
         for handle in self._handles:
             handle.remove()
         self.layers, self.parameters, self._handles = [], [], []
+
+
+class _Hook:
+    """Adds the noise while a block lasts; a copied network shares it."""
+
+    def __init__(self, owner: Propagation, noise: Callable[[Tensor], Tensor]) -> None:
+        self.owner, self.noise = owner, noise
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if not self.owner.variances:
+            return output
+        variance = variance_of_output(layer, args[0], self.owner.variances)
+        assert variance is not None
+        return output + variance.clamp_min(_SMALLEST).sqrt() * self.noise(output)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return self
+
+
+def without_noise(model: nn.Module) -> nn.Module:
+    """Take the hooks of every `Propagation` off a network, in place: for copies that are handed out."""
+    for module in model.modules():
+        for key in [k for k, hook in module._forward_hooks.items() if isinstance(hook, _Hook)]:
+            del module._forward_hooks[key]
+    return model
 
 
 def _inside_attention(model: nn.Module) -> set[nn.Module]:

@@ -10,12 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ockham.errors import OckhamError
-from ockham.evidence.spike_slab import (
-    slab_kl,
-    spike_slab_kl,
-    weight_variance,
-)
+from ockham.evidence.spike_slab import slab_kl, spike_slab_kl, weight_variance
 from ockham.posterior.adam import adam_
+from ockham.posterior.pieces import Span, chunks
 from ockham.posterior.posterior import Gaussian, Posterior
 from ockham.posterior.propagation import Propagation
 from ockham.posterior.slab_priors import FixedSpikeSlab, SlabPrior
@@ -64,7 +61,7 @@ class SpikeSlab(VariationalOptimizer):
     Raises:
         OckhamError: a setting out of range, parameters without names or of another dtype.
 
-    Memory: 9.5 floats per weight at the peak of a block, gradient and parameter included; 11.5 where propagated.
+    Memory: 10 floats per weight at the peak, gradient and parameter included; 11 where propagated (benchmarks).
 
     Reference: paired form, Titsias & Lazaro-Gredilla 2011; Saha, Liu & Liang. Moments of pre-activations: Wang &
     Manning 2013; Kingma, Salimans & Welling 2015.
@@ -257,11 +254,17 @@ class SpikeSlab(VariationalOptimizer):
     def _std_(self, out: Tensor, vectors: Mapping[str, Tensor], facts: Any, group: dict[str, Any]) -> Tensor:
         if facts.propagated:
             return out.zero_()
-        pi, variance = torch.sigmoid(vectors["logit"]), (2 * vectors["log_std"]).exp_()
-        spread = weight_variance(vectors["mean"] / pi, variance, pi, group["prior"].spike_variance)
-        return torch.sqrt(spread, out=out)
+        for o, mean, logit, log_std in chunks(out, vectors["mean"], vectors["logit"], vectors["log_std"]):
+            pi, variance = torch.sigmoid(logit), (2 * log_std).exp_()
+            torch.sqrt(weight_variance(mean / pi, variance, pi, group["prior"].spike_variance), out=o)
+        return out
 
     def _update_(self, mean: Tensor, grad: Tensor, vectors: Mapping[str, Tensor], facts: Any, group: Any) -> None:
+        names = (*self._vectors, "noise", "first", "second")
+        for m, g, *rest in chunks(mean, grad, *(vectors[n] for n in names)):
+            self._update_chunk(m, g, dict(zip(names, rest, strict=True)), facts, group)
+
+    def _update_chunk(self, mean: Tensor, grad: Tensor, vectors: Mapping[str, Tensor], facts: Any, group: Any) -> None:
         pi, variance = torch.sigmoid(vectors["logit"]), (2 * vectors["log_std"]).exp()
         slab = mean / pi
         if facts.propagated:
@@ -331,17 +334,21 @@ class SpikeSlab(VariationalOptimizer):
                     if vector is not None:
                         vector.zero_()
         for p in self._propagation.parameters:
-            self._propagation.variances[p] = self._variance_of(p)
+            self._propagation.variances[p] = self._variance_of(p, self._arena(self._group_of(p)).lent(p))
 
-    def _variance_of(self, p: Tensor) -> Tensor:
-        """V of a parameter, shaped like it; its gradient is added to the state in the backward pass."""
-        state, index, group = self.state[p], self._index.get(p), self._group_of(p)
+    def _perturbs(self, run: Span) -> bool:
+        return not self._facts(run).propagated  # type: ignore[attr-defined]
+
+    def _variance_of(self, p: Tensor, alive: Tensor) -> Tensor:
+        """V of a parameter, shaped like it, in lent memory; its gradient is added to the state in the backward pass."""
+        state, index, spike = self.state[p], self._index.get(p), self._group_of(p)["prior"].spike_variance
         flat = p.detach().reshape(-1)
-        pi, variance = torch.sigmoid(state["logit"]), (2 * state["log_std"]).exp()
-        mean = flat if index is None else flat[index]
-        alive = weight_variance(mean / pi, variance, pi, group["prior"].spike_variance)
+        parts = (alive, flat if index is None else flat[index], state["logit"], state["log_std"])
+        for out, mean, logit, log_std in chunks(*parts):
+            pi = torch.sigmoid(logit)
+            out.copy_(weight_variance(mean / pi, (2 * log_std).exp(), pi, spike))
         leaf = alive if index is None else torch.zeros_like(flat).index_copy_(0, index, alive)
-        leaf = leaf.view(p.shape).requires_grad_()
+        leaf = leaf.detach().view(p.shape).requires_grad_()
 
         def collect(v: Tensor) -> None:
             assert v.grad is not None
@@ -356,14 +363,14 @@ class SpikeSlab(VariationalOptimizer):
         self._propagation.variances.clear()
         for p in self._propagation.parameters:
             if p.grad is not None:
-                self._propagation.probes[p] = p.grad.abs().sum()
+                self._propagation.probes[p] = torch.linalg.vector_norm(p.grad, 1)
 
     @torch.no_grad()
     def _before_step(self) -> None:
         """What unscaling and clipping did to a gradient since the block, done to that of its variance."""
         for p, before in self._propagation.probes.items():
             if p.grad is not None:
-                now = p.grad.abs().sum()
+                now = torch.linalg.vector_norm(p.grad, 1)
                 self.state[p]["variance_grad"].mul_(torch.where(before > 0, now / before, torch.ones_like(now)))
         self._propagation.probes.clear()
 

@@ -79,6 +79,9 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         """What the weights of a run share; parameters that differ in it step apart."""
         return Facts(state["step"], state["prior_precision"])
 
+    def _perturbs(self, run: Span) -> bool:
+        return True
+
     def _block_began(self, new: bool) -> None:
         """Called in a `sampled` block with the draw in place; ``new`` where no gradient belongs to it yet."""
 
@@ -216,7 +219,10 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
     def state_dict(self) -> dict[str, Any]:
         """Torch's state plus that of the noise, all of it tensors and plain values (`torch.load` needs no pickle)."""
         state = super().state_dict()
-        state["param_groups"] = [_plain(group) for group in state["param_groups"]]
+        groups = state["param_groups"]
+        state["param_groups"] = [
+            {k: plain_prior(v) if isinstance(v, Prior) else v for k, v in g.items()} for g in groups
+        ]
         noise = {str(d): g.get_state() for d, g in self._generators.items()}
         state["sampler"] = {"pending": self._pending, "phase": self._phase, "seed": self._seed, "generators": noise}
         return state
@@ -320,9 +326,10 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         self._phase, self._pending = (self._phase + 1) % CYCLE if new else self._phase, True
         for group, arena in zip(self.param_groups, arenas, strict=True):
             for span in arena.spans:
-                if new:
+                runs = [run for run in self._runs(span) if self._perturbs(run)]
+                if new and runs:
                     self._draw_(arena.at(span)["noise"])
-                for run in self._runs(span):
+                for run in runs:
                     self._backup.append((run, self._draw_run(run, arena, group)))
         self._block_began(new)
 
@@ -391,7 +398,3 @@ def _undo_cast(state: dict[str, Any]) -> None:
     state["noise"] = state["noise"].half()
     if "keep" in state:
         state["keep"] = state["keep"].bool()
-
-
-def _plain(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: plain_prior(v) if isinstance(v, Prior) else v for k, v in group.items()}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from ockham.errors import OckhamError
 from ockham.posterior.posterior import Posterior
 
-__all__ = ["NodeRule", "Nodes", "by_max", "by_path", "by_product", "chain_weights", "node_inclusion"]
+__all__ = ["NodeRule", "Nodes", "by_max", "by_path", "by_product", "chain_weights", "living", "node_inclusion"]
 
 NodeRule = Callable[[Tensor, Tensor], Tensor]
 """(pi of the outgoing weights [consumers, nodes], inclusion of the consumers [consumers]) to inclusion [nodes]."""
@@ -104,6 +105,46 @@ def chain_weights(model: nn.Module, posterior: Posterior) -> dict[str, Tensor]:
             value = posterior[key].inclusion
             assert value is not None
             found[key] = value
+    return found
+
+
+def living(keep: Mapping[str, Tensor], order: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """Masks without the weights that no path from an input to an output leads through.
+
+    A unit lives where a living weight reads it and one feeds it; the weights of dead units, and their biases, are left
+    out. A unit that only a bias feeds is a constant and counts as dead: refit, or fold it, if it mattered.
+
+    Args:
+        keep: boolean masks, True = stays: weights [outputs, inputs, ...] of a chain, and biases "....bias" beside them.
+        order: names of the weights from input to output; default all of two or more dimensions, in their order.
+
+    Returns:
+        New masks by name; a flattened image between two layers counts as one unit per channel.
+
+    Raises:
+        OckhamError: neighbours that do not fit.
+
+    >>> first, last = torch.tensor([[True, False], [False, False]]), torch.tensor([[True, True]])
+    >>> living({"fc1.weight": first, "fc2.weight": last})["fc2.weight"]
+    tensor([[ True, False]])
+    """
+    names = [n for n, m in keep.items() if m.ndim > 1] if order is None else list(order)
+    found = {n: m.clone() for n, m in keep.items()}
+    for _ in names:
+        for before, after in pairwise(names):
+            units = len(found[before])
+            if found[after].shape[1] % units:
+                raise OckhamError(
+                    f"{before!r} makes {units} outputs, {after!r} reads {found[after].shape[1]}: no chain"
+                )
+            read = found[after].flatten(2).any(-1) if found[after].ndim > 2 else found[after]
+            alive = read.any(0).view(units, -1).any(1) & found[before].flatten(1).any(1)
+            found[before] &= alive.view(-1, *[1] * (found[before].ndim - 1))
+            spread = alive.repeat_interleave(found[after].shape[1] // units)
+            found[after] &= spread.view(1, -1, *[1] * (found[after].ndim - 2))
+            bias = before.removesuffix("weight") + "bias"
+            if bias in found:
+                found[bias] &= alive
     return found
 
 

@@ -157,7 +157,9 @@ def _map(value: Any, at: str) -> list[list[int]]:
 
 
 def _layer(value: Any, at: str) -> dict[str, Any]:
-    layer: dict[str, Any] = _record(name=_text, shape=_list(_count), total=_count, kept=_count)(value, at)
+    layer: dict[str, Any] = _record(
+        name=_text, shape=_list(_count), total=_count, kept=_count, expected=_maybe(_number)
+    )(value, at)
     if layer["kept"] > layer["total"]:
         raise _wrong(f"{at}.kept", f"at most {layer['total']}", layer["kept"])
     return layer
@@ -209,6 +211,7 @@ _ANALYSIS = _record(
     layers=_maybe(_list(_layer)),
     reliability=_maybe(_record(before=_maybe(_reliability), after=_reliability)),
     input_map=_maybe(_map),
+    input_inclusion=_maybe(_list(_share)),
     shift=_maybe(_table(_corruption)),
     ood=_maybe(_record(name=_text, before=_maybe(_share), after=_maybe(_share))),
 )

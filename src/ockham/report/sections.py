@@ -45,19 +45,37 @@ def layers(results: Results) -> str:
     shown = sorted(sorted(range(len(rows)), key=lambda i: -rows[i]["total"])[:_MOST_BARS])
     some = f"The {_MOST_BARS} largest of {len(rows)}; the table has all." if len(rows) > _MOST_BARS else ""
     picture = page.figure("Share of weights kept in each layer", figures.layers([rows[i] for i in shown]), some)
-    cells = [
+    cells: list[tuple[str, ...]] = [
         (r["name"], " × ".join(map(str, r["shape"])) or "scalar", count(r["total"]), count(r["kept"]),
          percent(r["kept"] / r["total"] if r["total"] else None))
         for r in rows
     ]  # fmt: skip
-    header = ("layer", "shape", "weights", "kept", "share kept")
+    header: tuple[str, ...] = ("layer", "shape", "weights", "kept", "share kept")
+    said = all(r["expected"] is not None for r in rows)
+    if said:
+        header += ("sum of inclusion probabilities",)
+        cells = [(*c, f"{r['expected']:,.1f}") for c, r in zip(cells, rows, strict=True)]
     table = page.table("Weights per layer", header, cells, words=2)
     most = max(rows, key=lambda r: r["total"] - r["kept"])
     text = page.paragraph(
         f"Most weights went from {most['name']}: {count(most['total'] - most['kept'])} of {count(most['total'])}. "
         "No share was set per layer; it follows from what was decided weight by weight."
     )
-    return page.section("layers", "Where weights were removed", text, page.grid([picture, table]))
+    inside = page.paragraph(_inclusion(results)) if said else ""
+    return page.section("layers", "Where weights were removed", text, inside, page.grid([picture, table]))
+
+
+def _inclusion(results: Results) -> str:
+    text = (
+        "Every weight has an inclusion probability: how likely it is, after the data, not to be zero. A weight stays "
+        "where that exceeds one half. Weights that can stand in for each other share their probability; "
+        "“ockham audit” compares the last layer with exact enumeration."
+    )
+    inputs = results.analysis["input_inclusion"]
+    if inputs is None:
+        return text
+    likely = sum(p > 0.5 for p in inputs)
+    return f"{text} Of {count(len(inputs))} inputs, {count(likely)} are likelier used than not."
 
 
 def structures(results: Results) -> str:

@@ -26,6 +26,7 @@ __all__ = ["SparseBNN"]
 
 _RESERVOIR = 10_000
 _FEW = 20
+_ANEW = 2.0  # rows so far over those of the last fit from scratch, from where going on is worse than starting again
 
 
 class SparseBNN(BaseEstimator):  # type: ignore[misc]
@@ -52,10 +53,10 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
 
     def __init__(  # noqa: PLR0913 - scikit-learn: every setting is a keyword of the constructor
         self,
-        hidden_layer_sizes: Any = (32,),
+        hidden_layer_sizes: Any = (64,),
         *,
         n_restarts: int = 4,
-        max_iter: int = 3000,
+        max_iter: int = 6000,
         batch_size: int = 256,
         learning_rate: float = 0.01,
         slab_variance: float = 1.0,
@@ -130,6 +131,7 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
             rows = np.argsort(chance)[:_RESERVOIR]
             x, target, weight = x[rows], target[rows], weight[rows] * (seen / weight[rows].sum())
         self._kept_rows = (x, target, weight)
+        first = first or seen >= _ANEW * self._fitted_on
         return self._fit(x, target, weight, first=first, share=1.0 if first else 0.3)
 
     def _checked(
@@ -160,7 +162,7 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
         x, target, weight = canonical(x, target, weight)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         if first:
-            self._seed = seed
+            self._seed, self._fitted_on = seed, float(weight.sum())
             self._scaling = Scaling.of(x, weight)
         inputs, weights = self._scaling.apply(x), torch.from_numpy(weight.astype(np.float32))
         y = self._scaled_target(target, weight, first)
@@ -220,8 +222,10 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
         self.n_iter_ = self._fitted.steps
 
     def _inside(self) -> Floats:
-        """Path rule; where the full covariance sent an input away, what it says."""
-        found = input_inclusion(self._fitted.before)
+        """Path rule; of inputs that went after the refit, or by the full covariance, what those say."""
+        found, settled = (input_inclusion(p) for p in (self._fitted.before, self._fitted.settled))
+        read = weights_by_input(self._fitted.posterior) > 0
+        found = torch.where(read, found, torch.minimum(found, settled).clamp(max=0.5))
         for j, nats in self._fitted.by_input.items():
             if nats < 0:
                 found[j] = torch.minimum(found[j], torch.sigmoid(torch.tensor(nats, dtype=found.dtype)))

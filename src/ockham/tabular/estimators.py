@@ -70,7 +70,10 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
         return float(self._fitted.noise_variance**0.5 * self._target_scaling.std[0])
 
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> SparseBNNRegressor:  # noqa: N803
-        """Go on with more rows. A sample of at most 10,000 of all rows so far is kept and counts for all of them."""
+        """Go on with more rows. A sample of at most 10,000 of all rows so far is kept and counts for all of them.
+
+        Whenever the rows have doubled the fit starts again: scales and inputs chosen on a few rows are no good start.
+        """
         return self._partial_fit(X, y, sample_weight, None)
 
     def _targets(self, y: Any, classes: Any, first: bool) -> Floats:

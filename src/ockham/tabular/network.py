@@ -17,6 +17,7 @@ from torch.nn import functional as F
 __all__ = ["Layout", "affine", "mean_output"]
 
 _SMALLEST = 1e-12
+_NEXT_TO_NOTHING = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,13 +66,18 @@ class Layout:
         return torch.cat([torch.full((math.prod(s),), float(values[n])) for n, s in self.shapes.items()])
 
     def start(self, stacks: int, generator: torch.Generator) -> Tensor:
-        """Initial weights [R, size]: He's for weights, small biases, nothing past the hidden layers."""
+        """Initial weights [R, size]: He's for weights, small biases, nothing past the hidden layers.
+
+        The last of several networks starts next to linear: its hidden layers matter only if the data make them.
+        """
         flat = torch.zeros(stacks, self.size)
         for name, part in self.split(flat).items():
             if name.endswith("bias"):
                 part.uniform_(-0.5, 0.5, generator=generator)
             elif name != "skip.weight":
                 part.normal_(0.0, math.sqrt(2.0 / part.shape[2]), generator=generator)
+        if stacks > 1:
+            self.split(flat)["out.weight"][-1] *= _NEXT_TO_NOTHING
         return flat
 
     def noisy_output(self, mean: Tensor, variance: Tensor, x: Tensor, generator: torch.Generator) -> Tensor:

@@ -3,7 +3,8 @@
 Among hundreds of inputs a network's weight noise hides the few that matter. Every input gets the evidence, in nats, of
 the best term it appears in (x_j, x_j^2, x_j x_k, x_j^2 x_k), less the price of having searched so many. The best term
 enters, a small regression on what has entered explains its part away, and the rest is searched again, until nothing has
-evidence. The network is then fitted on what entered (the best four at least), and decides.
+evidence. Among many inputs only products with what has entered are searched on the way, and all products at the end.
+The network is then fitted on what entered (the best four at least), and decides.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ class Screened(NamedTuple):
 def screen(x: Tensor, target: Tensor, weight: Tensor, *, most: int = 24) -> Screened:
     r"""Greedy search by evidence.
 
-        t^2 / 2 - 1/2 ln n - ln(terms of that family),   t^2 = n r^2 / (1 - r^2)
+        t^2 / 2 - 1/2 ln n - ln(terms of that family),   t^2 = n mean(u e)^2 / (mean(u^2 e^2) - mean(u e)^2)
 
-    with r the correlation of a term with what is not yet explained.
+    with u a centred term and e what is not yet explained. The variance of u e is estimated, not assumed (White's):
+    what a polynomial leaves is larger where inputs are extreme, and there the extremes of chance terms meet it.
 
     Args:
         x: standardised inputs [n, p].
@@ -55,12 +57,17 @@ def screen(x: Tensor, target: Tensor, weight: Tensor, *, most: int = 24) -> Scre
     active: list[int] = []
     rest = _standardised(target[rows], weight)
     evidence = first.new_zeros(first.shape[1])
-    for done in range(most + 1):
-        evidence, partner = terms.evidence(rest, active, everything=done == 0 or first.shape[1] <= _ALL_PAIRS)
+    everything = True
+    while True:
+        evidence, partner = terms.evidence(rest, active, everything=everything)
         evidence[active] = -math.inf
         best = int(evidence.argmax())
-        if float(evidence[best]) <= 0 or len(active) >= most:
+        if len(active) >= most or (everything and float(evidence[best]) <= 0):
             break
+        if float(evidence[best]) <= 0:
+            everything = True  # a product of two that nobody sees alone shows once what entered is explained away
+            continue
+        everything = first.shape[1] <= _ALL_PAIRS
         active += [j for j in dict.fromkeys((best, int(partner[best]))) if j not in active]
         rest = terms.unexplained(target[rows], active)
     spare = evidence.argsort(descending=True)[: max(0, min(_LEAST, first.shape[1]) - len(active))]
@@ -79,15 +86,16 @@ class _Terms(NamedTuple):
         best = torch.full((p,), -math.inf, dtype=self.first.dtype)
         partner = torch.arange(p)
         for terms in (self.first, self.second):
-            r2 = (terms.T @ (y * self.weight.unsqueeze(1))).square().amax(1)
-            best = torch.maximum(best, _nats(r2, n) - math.log(p))
+            weighted = self.weight.unsqueeze(1)
+            spread = terms.square().T @ (y.square() * weighted)
+            best = torch.maximum(best, _nats((terms.T @ (y * weighted)).square(), spread, n).amax(1) - math.log(p))
         others = torch.arange(p) if everything else torch.tensor(active, dtype=torch.long)
         for column in y.T:
             for terms in (self.first, self.second):
-                self._pairs(terms, others, column * self.weight, best, partner)
+                self._pairs(terms, others, column, best, partner)
         return best, partner
 
-    def _pairs(self, terms: Tensor, others: Tensor, weighted: Tensor, best: Tensor, partner: Tensor) -> None:
+    def _pairs(self, terms: Tensor, others: Tensor, rest: Tensor, best: Tensor, partner: Tensor) -> None:
         """Products terms_j first_k, k in others: raise best (of j and of k) and partner where they are better."""
         n, p = self.first.shape
         if len(others) == 0:
@@ -96,11 +104,11 @@ class _Terms(NamedTuple):
         with_k = self.first[:, others]
         for start in range(0, p, _BLOCK):
             block = terms[:, start : start + _BLOCK]
-            scale = (block.square() * self.weight.unsqueeze(1)).T @ with_k.square()
-            r2 = ((block * weighted.unsqueeze(1)).T @ with_k).square() / scale.clamp_min(1e-9)
-            j = torch.arange(start, start + len(r2))
-            r2[j.unsqueeze(1) == others] = 0.0
-            found = _nats(r2, n) - price
+            spread = (block.square() * (self.weight * rest.square()).unsqueeze(1)).T @ with_k.square()
+            along = ((block * (self.weight * rest).unsqueeze(1)).T @ with_k).square()
+            j = torch.arange(start, start + len(along))
+            along[j.unsqueeze(1) == others] = 0.0
+            found = _nats(along, spread, n) - price
             _raise(best, partner, j, *found.max(1), others)
             _raise(best, partner, others, *found.max(0), j)
 
@@ -133,6 +141,6 @@ def _standardised(columns: Tensor, weight: Tensor) -> Tensor:
     return centred / (weight @ centred.square()).sqrt().clamp_min(1e-9)
 
 
-def _nats(r2: Tensor, n: int) -> Tensor:
-    r2 = r2.clamp(0.0, 1 - 1e-6)
-    return 0.5 * n * r2 / (1 - r2) - 0.5 * math.log(n)
+def _nats(along: Tensor, spread: Tensor, n: int) -> Tensor:
+    """Half t^2 less its price, from the square of a mean and the mean of squares."""
+    return 0.5 * n * along / (spread - along).clamp_min(1e-9) - 0.5 * math.log(n)

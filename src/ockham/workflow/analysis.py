@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ockham.posterior.posterior import Posterior
+from ockham.reduction.paths import chain_weights, node_inclusion
 from ockham.workflow.compression import Compressed
 from ockham.workflow.evaluate import (
     Predictor,
@@ -21,7 +23,7 @@ from ockham.workflow.evaluate import (
 from ockham.workflow.result import stored_values
 from ockham.zoo.data import Dataset
 
-__all__ = ["Facts", "compressed_facts", "input_map", "network_facts"]
+__all__ = ["Facts", "compressed_facts", "input_inclusion", "input_map", "network_facts"]
 
 _SHIFT_EXAMPLES = 500
 _SHIFT_DRAWS = 10  # twenty corrupted copies of every example are predicted, so fewer draws than for the test set
@@ -100,3 +102,17 @@ def input_map(model: nn.Module, data: Dataset) -> list[list[int]] | None:
         return None
     counts = (first.weight != 0).sum(0).view(channels, height, width).sum(0)
     return [[int(c) for c in row] for row in counts]
+
+
+def input_inclusion(model: nn.Module, posterior: Posterior) -> list[float] | None:
+    """Probability that a living path leads from each input to an output (path rule); of plain chains of layers only.
+
+    None where the posterior has no inclusion probabilities, or the network is not one `nn.Sequential` of Linear layers.
+    """
+    layers = [m for m in model.modules() if not list(m.children())]
+    chain = isinstance(model, nn.Sequential) and all(
+        isinstance(m, nn.Linear) or not list(m.parameters()) for m in layers
+    )
+    if not chain or any(g.inclusion is None for g in posterior.values()):
+        return None
+    return [round(float(p), 6) for p in node_inclusion(chain_weights(model, posterior)).inputs]

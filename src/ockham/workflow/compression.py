@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ockham.errors import DataError, OckhamError
 from ockham.posterior.posterior import Posterior
 from ockham.posterior.predict import Prediction, RegressionPrediction, predict, predict_regression
+from ockham.posterior.propagation import without_noise
 from ockham.posterior.variational import VariationalOptimizer
 from ockham.reduction.diagnose import Diagnosis
 from ockham.reduction.rounds import RoundInfo, Rounds
@@ -206,7 +207,7 @@ class Compression:
 
     def result(self) -> Compressed:
         """What there is now: a copy of the mean network with statistics of BatchNorm refreshed, and its posterior."""
-        model, posterior, plan = copy.deepcopy(self._trainer.model), self._optimizer.posterior(), None
+        model, posterior, plan = without_noise(copy.deepcopy(self._trainer.model)), self._optimizer.posterior(), None
         refresh_batchnorm(model, self._loader)
         if self._shrinker is not None:
             model, posterior, plan = self._shrinker.finished(model.eval(), posterior)

@@ -13,10 +13,12 @@ from ockham.posterior.ivon import IVON
 from ockham.posterior.mean_field import MeanField
 from ockham.posterior.point import PointEstimate
 from ockham.posterior.priors import FixedPrior, Prior
+from ockham.posterior.slab_priors import FixedSpikeSlab, SlabPrior
+from ockham.posterior.spike_slab import SpikeSlab
 from ockham.posterior.variational import VariationalOptimizer
 from ockham.reduction.rounds import Rounds
 
-__all__ = ["SMALL_DATA", "Estimator", "Training", "defaults_for", "ivon", "mean_field", "point_estimate"]
+__all__ = ["SMALL_DATA", "Estimator", "Training", "defaults_for", "ivon", "mean_field", "point_estimate", "spike_slab"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,3 +113,24 @@ def ivon(model: nn.Module, training: Training, *, n_data: float, steps: int) -> 
         prior_interval=max(1, steps // training.epochs),
         seed=training.seed,
     )
+
+
+def spike_slab(model: nn.Module, training: Training, *, n_data: float, steps: int) -> VariationalOptimizer:
+    """`ockham.SpikeSlab` with the settings of the run, noise in pre-activations where the layers allow it.
+
+    A prior that is no `ockham.FixedSpikeSlab` or `ockham.LearnedSpikeSlab` gives the slab of one with inclusion 0.1.
+    """
+    prior = training.prior
+    optimizer = SpikeSlab(
+        [(n, p) for n, p in model.named_parameters() if p.requires_grad],
+        n_data=n_data,
+        lr=training.learning_rate,
+        prior=prior if isinstance(prior, SlabPrior) else FixedSpikeSlab(0.1, 1 / prior.start_precision),
+        initial_std=training.initial_std,
+        temperature=training.temperature,
+        kl_warmup=round(training.kl_warmup * steps),
+        prior_interval=max(1, min(100, steps // training.epochs)),
+        seed=training.seed,
+    )
+    optimizer.propagate(model)
+    return optimizer

@@ -19,7 +19,7 @@ from ockham.errors import OckhamError
 from ockham.files.tree import SCHEMA, read_tree, write_bytes, write_json, write_tree
 from ockham.report.html import write_report
 from ockham.version import __version__
-from ockham.workflow.analysis import Facts, compressed_facts, network_facts
+from ockham.workflow.analysis import Facts, compressed_facts, input_inclusion, network_facts
 from ockham.workflow.compression import Compressed
 from ockham.workflow.one_shot_stage import OneShotStage
 from ockham.workflow.result import NETWORK, PLAN, POSTERIOR, fit_error, layers, save_network, save_plan
@@ -281,6 +281,7 @@ def _analysis(result: Compressed, after: Facts, before: Mapping[str, Any] | None
         "layers": layers(result.posterior, result.plan),
         "reliability": reliability if after.reliability else None,
         "input_map": after.input_map,
+        "input_inclusion": input_inclusion(result.model, result.posterior),
         "shift": shift,
         "ood": ood,
     }

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ockham.errors import OckhamError, OckhamWarning
+from ockham.posterior.spike_slab import SpikeSlab
 from ockham.posterior.variational import VariationalOptimizer
 from ockham.reduction.diagnose import Diagnosis, diagnose
 from ockham.reduction.rounds import RoundInfo, Rounds, evidence_falls
@@ -99,9 +100,10 @@ class Reducer:
             self.ledger.enter(evidence, keep)
         gain, cost = evidence.gain(keep), evidence.nll_cost(keep)
         self.histograms.append({"epoch": epoch, "delta_f": _histogram(evidence)})
+        kl = self.optimizer.kl() if isinstance(self.optimizer, SpikeSlab) else self._kl_before(evidence)
         removed = self.optimizer.remove(keep)
         _warn_emptied(keep)
-        energy = -(posterior.n_data * loss + posterior.temperature * self._kl_before(evidence))
+        energy = -(posterior.n_data * loss + posterior.temperature * kl)
         share = (posterior.kept() - removed) / self._total
         return RoundInfo(epoch, removed, share, gain, cost, energy)
 

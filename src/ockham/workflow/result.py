@@ -156,9 +156,13 @@ def stored_values(model: nn.Module) -> int:
 
 
 def layers(posterior: Posterior, plan: Plan | None = None) -> list[dict[str, Any]]:
-    """Per parameter tensor: name, shape and total as they were before the plan, weights kept."""
+    """Per parameter tensor: name, shape and total as they were before the plan, weights kept.
+
+    Where the posterior has inclusion probabilities, also ``expected``: their sum, the expected number of weights.
+    """
     shapes = {n: tuple(g.mean.shape) for n, g in posterior.items()} | dict(plan.shapes if plan else {})
     return [
         {"name": n, "shape": list(shapes[n]), "total": math.prod(shapes[n]), "kept": int(g.keep.sum())}
+        | ({} if g.inclusion is None else {"expected": float(g.inclusion.double().sum())})
         for n, g in posterior.items()
     ]
