@@ -254,14 +254,18 @@ class Block(nn.Module):
 
 def latency() -> None:
     """Half the multiply-accumulates of a ResNet-style CNN by evidence, widths in steps of 16 and of 1."""
-    saved("latency", _latency, "budget macs 50%, posterior of 20 steps on noise: the shapes count here")
+    saved(
+        "latency", _latency, "budget macs 50%, posterior of 20 steps on noise, std 1e-3 at first: the shapes count here"
+    )
 
 
 def _latency() -> dict:
     torch.manual_seed(0)
     model, x = Residual(), torch.randn(64, 3, 32, 32)
     groups = ockham.trace(model, x[:2])
-    optimizer = ockham.MeanField(model.named_parameters(), n_data=640)
+    optimizer = ockham.MeanField(
+        model.named_parameters(), n_data=640, initial_std=1e-3
+    )  # the budget decides, not E_g < 0
     for _ in range(20):
         optimizer.zero_grad()
         with optimizer.sampled():
