@@ -70,6 +70,18 @@ def test_joint_evidence_is_dense_for_one_row_and_below_it_for_more(case, at_once
         assert got <= want + 1e-9 and got > want - 0.5 * abs(want) - 5
 
 
+def test_joint_evidence_of_a_large_matrix_is_a_lower_bound_still(case, monkeypatch):
+    k, mean, _ = case
+    exact = [kron.delta_f_kronecker(mean, k, mask_of(seed), 1e-9) for seed in range(3)]
+    monkeypatch.setattr(kron, "_AFFORDABLE", 0)
+    bounds = [kron.delta_f_kronecker(mean, k, mask_of(seed), 1e-9) for seed in range(3)]
+    assert all(b <= e + 1e-9 for b, e in zip(bounds, exact, strict=True)) and bounds != exact
+    one = torch.ones(GROUPS, ROWS, COLUMNS, dtype=torch.bool)
+    one[0, 1, 2] = False
+    single = -0.5 * (mean.square() / kron.marginal_variance(k) + (0.7 * kron.marginal_variance(k)).log())
+    assert kron.delta_f_kronecker(mean, k, one, 1e-9) == pytest.approx(float(single[0, 1, 2]), rel=1e-8)
+
+
 def test_rows_that_the_data_never_touch_have_no_evidence():
     # factors damped by sqrt(prior), the usual shortcut, would give 1.2 nats here
     a = torch.diag(torch.tensor([3.0, 1.0], dtype=F64))[None]

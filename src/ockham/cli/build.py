@@ -175,6 +175,7 @@ def _one_shot(options: Options) -> OneShot | None:
         raise OckhamError(f"--posterior {options.posterior} needs a trained network: add --weights file.safetensors")
     if options.rule not in ("evidence", "snr") or _structures(options) is not None:
         raise OckhamError(f"--posterior {options.posterior} removes single weights by evidence or to a --keep-share")
+    options.refuse(f"--posterior {options.posterior}", "cap", "log_odds", "first_round", "rounds")
     given = {} if options.learning_rate is None else {"learning_rate": options.learning_rate}
     return OneShot(LAPLACE[options.posterior], options.keep_share, options.epochs or 0, **given)
 

@@ -25,6 +25,7 @@ def build_gate_job(options: Options, recipe: Recipe, builder: str, *, small: boo
     Raises:
         OckhamError: an unknown rule, or one that only orders without a budget.
     """
+    options.refuse("--method bmrs", "cap", "log_odds", "first_round", "rounds")
     rule = "n" if options.rule == "evidence" else options.rule
     if rule not in GATE_RULES:
         raise OckhamError(f"--rule {rule}: unknown for --method bmrs; choose from {', '.join(GATE_RULES)}")

@@ -58,6 +58,16 @@ class Options:
             if value is not None and value < 1:
                 raise OckhamError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
 
+    def refuse(self, owner: str, *names: str) -> None:
+        """Raise where options were given that ``owner`` would not heed.
+
+        Raises:
+            OckhamError: names them.
+        """
+        given = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None]
+        if given:
+            raise OckhamError(f"{owner} does not use {', '.join(given)}: drop them")
+
 
 def merged(config: Path | None, given: Mapping[str, Any]) -> Options:
     """Defaults, then the file, then what was typed.

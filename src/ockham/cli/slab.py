@@ -31,10 +31,12 @@ def with_spike_slab(options: Options, recipe: Recipe) -> Recipe:
         raise OckhamError(f"--method spike-slab is a posterior of its own: drop --posterior {options.posterior}")
     if options.structure:
         raise OckhamError("--method spike-slab removes single weights: drop --structure; ockham.shrink takes out units")
+    options.refuse("--method spike-slab", "cap")
     if options.keep_share is None and options.rule != "evidence":
         raise OckhamError(f"--method spike-slab keeps the median model or a --keep-share: drop --rule {options.rule}")
     training = replace(recipe.training, prior=_prior(options))
-    rounds = _ROUNDS if options.rounds is None else replace(_ROUNDS, count=options.rounds)
+    given = {"count": options.rounds, "start": options.first_round}
+    rounds = replace(_ROUNDS, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
     rule = recipe.rule if options.keep_share is not None else MedianRule()
     return replace(recipe, training=training, rounds=rounds, rule=rule, estimator=spike_slab)
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from ockham.surgery.planning import Plan
 
-_MOST_FIELDS = 8
+_MOST_FIELDS = 5
 
 
 def settle_config(model: nn.Module, small: nn.Module, plan: Plan) -> bool:
@@ -24,7 +24,7 @@ def settle_config(model: nn.Module, small: nn.Module, plan: Plan) -> bool:
     together with the plan rebuilds the network (`shrink` on a fresh instance).
 
     Returns:
-        True when the configuration describes `small` now (or did before).
+        True when the configuration was changed and describes `small` now.
     """
     config = getattr(small, "config", None)
     if config is None or not callable(getattr(config, "to_dict", None)):
@@ -50,7 +50,7 @@ def _candidates(config: Any, plan: Plan) -> Iterator[dict[str, int]]:
     held = {n: v for n, v in config.to_dict().items() if isinstance(v, int) and not isinstance(v, bool)}
     fields = {n: uniform[v] for n, v in held.items() if v in uniform}
     names = sorted(fields)[:_MOST_FIELDS]
-    for size in range(len(names), -1, -1):
+    for size in range(len(names), 0, -1):
         for chosen in itertools.combinations(names, size):
             yield {n: fields[n] for n in chosen}
 
@@ -64,5 +64,5 @@ def _built(kind: type[nn.Module], config: Any) -> dict[str, tuple[int, ...]] | N
     try:
         with torch.device("meta"):
             return _shapes(kind(config))
-    except Exception:
+    except Exception:  # a constructor may refuse a trial configuration in any way: then it describes no model
         return None
