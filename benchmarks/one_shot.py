@@ -19,19 +19,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 import ockham
+from cifar import accuracy, given, parts
 from ockham.posterior.posterior import Posterior
 from ockham.reduction.one_shot import reduced
 from ockham.zoo.data import Batches
-from ockham.zoo.files import sheet_folder
-from ockham.zoo.networks import NETWORKS
 
 RESULTS = Path(__file__).parent / "results" / "one_shot"
 SHARES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
-MEAN, STD = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
 N_DATA = 50_000
 
 Reduce = Callable[[nn.Module, Posterior, float | None], nn.Module]
@@ -41,19 +38,10 @@ class Bench:
     """Data, the dense network, posteriors made once, and the evaluation."""
 
     def __init__(self, data: Path, network: str, train: int, test: int) -> None:
-        parts = sheet_folder(data / "cifar10")
-        assert parts is not None
-        self.train, self.test = (self._tensors(p, n) for p, n in zip(parts, (train, test), strict=True))
+        self.train, self.test = parts(data, train, test)
         self.network = network
-        self.dense = NETWORKS[network]().eval()
-        self.dense.load_state_dict(load_file(data / "pretrained" / f"{network}-cifar10.safetensors"))
+        self.dense = given(data, network)
         self._posteriors: dict[str, Posterior] = {}
-
-    @staticmethod
-    def _tensors(part, n: int) -> tuple[Tensor, Tensor]:
-        x = torch.from_numpy(part.x[:n]).permute(0, 3, 1, 2) / 255
-        x = (x - MEAN[:, None, None]) / STD[:, None, None]
-        return x.contiguous(), torch.from_numpy(part.y[:n]).long()
 
     def posterior(self, structure: str, prior: str, fisher: str) -> Posterior:
         """Cached by what made it."""
@@ -67,12 +55,9 @@ class Bench:
             print(f"{key}: {time.perf_counter() - began:.0f} s, {ockham.diagnose(self._posteriors[key])}", flush=True)
         return self._posteriors[key]
 
-    @torch.no_grad()
     def accuracy(self, model: nn.Module) -> float:
         """Per cent of the test images."""
-        x, y = self.test
-        right = torch.cat([model.eval()(part).argmax(1) for part in x.split(500)]).eq(y)
-        return 100 * float(right.double().mean())
+        return accuracy(model, self.test)
 
     def refreshed(self, model: nn.Module) -> nn.Module:
         """The model with its BatchNorm statistics taken anew, in place."""

@@ -25,25 +25,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import ockham
+from cifar import accuracy, given, parts
 from ockham.surgery.cost import cost, latencies
 from ockham.zoo.data import Batches
-from ockham.zoo.files import sheet_folder
 from ockham.zoo.networks import NETWORKS
 
 RESULTS = Path(__file__).parent / "results" / "structured"
-MEAN, STD = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
 SHARES = (0.7, 0.5, 0.35)
 CURVATURE_IMAGES = 2000
-
-
-def images(part: object, n: int | None = None) -> tuple[Tensor, Tensor]:
-    x = torch.from_numpy(part.x[:n]).permute(0, 3, 1, 2) / 255  # type: ignore[attr-defined]
-    x = (x - MEAN[:, None, None]) / STD[:, None, None]
-    return x.contiguous(), torch.from_numpy(part.y[:n]).long()  # type: ignore[attr-defined]
 
 
 def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -75,12 +67,6 @@ def fine_tuned(model: nn.Module, data: tuple[Tensor, Tensor], epochs: float, see
         optimizer.step()
         schedule.step()
     return model.eval()
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
-    x, y = data
-    return 100 * float(torch.cat([model.eval()(part).argmax(1) for part in x.split(500)]).eq(y).double().mean())
 
 
 # ------------------------------------------------------------------ methods
@@ -138,11 +124,7 @@ def run(network: str, method: str, data: Path, epochs: float, seed: int) -> None
     paths = {s: RESULTS / f"{network}.{method}.{s:g}.{seed}.json" for s in SHARES}
     if all(p.exists() for p in paths.values()):
         return
-    parts = sheet_folder(data / "cifar10")
-    assert parts is not None
-    train, test = (images(p) for p in parts)
-    dense = NETWORKS[network]().eval()
-    dense.load_state_dict(load_file(data / "pretrained" / f"{network}-cifar10.safetensors"))
+    (train, test), dense = parts(data), given(data, network)
     began = time.process_time()
     smaller = METHODS[method](dense, train, SHARES)
     chosen = time.process_time() - began

@@ -19,14 +19,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 import ockham
+from cifar import accuracy, given, parts
 from ockham.surgery.cost import cost, latencies
 from ockham.zoo.data import Batches
-from ockham.zoo.files import sheet_folder
-from ockham.zoo.networks import NETWORKS
-from structured import images
 
 RESULTS = Path(__file__).parent / "results" / "structures_resnet"
 FIXED, SCALE = ockham.FixedPrior(0.3), ockham.GroupScale(0.3)
@@ -42,11 +39,8 @@ ARMS: dict[str, tuple[ockham.FixedPrior | ockham.GroupScale, float | None]] = {
 
 def run(arm: str, data: Path, *, epochs: int, count: int, seed: int) -> dict:
     prior, worth = ARMS[arm]
-    parts = sheet_folder(data / "cifar10")
-    assert parts is not None
-    (x, y), (test_x, test_y) = images(parts[0], count), images(parts[1], 5000)
-    dense = NETWORKS["resnet20"]().eval()
-    dense.load_state_dict(load_file(data / "pretrained" / "resnet20-cifar10.safetensors"))
+    ((x, y), test), dense = parts(data, count, 5000), given(data, "resnet20")
+    test_x, test_y = test
     structures = None
     if worth is not None:
         rate = worth * len(x) / cost(dense, x[:1]).macs
@@ -65,10 +59,8 @@ def run(arm: str, data: Path, *, epochs: int, count: int, seed: int) -> dict:
     p = result.predict(test_x, draws=20, generator=torch.Generator().manual_seed(0)).probabilities
     before, after = cost(dense, x[:1]), cost(result.model, x[:1])
     times = latencies([dense, result.model], test_x[:1], batch=64, repeats=20, warmup=3)
-    with torch.no_grad():
-        start_at = torch.cat([dense(part).argmax(1) for part in test_x.split(500)]).eq(test_y).double().mean()
     return {
-        "accuracy": 100 * float((p.argmax(1) == test_y).double().mean()), "given": 100 * float(start_at),
+        "accuracy": 100 * float((p.argmax(1) == test_y).double().mean()), "given": accuracy(dense, test),
         "nll": float(-p.gather(1, test_y[:, None]).clamp_min(1e-12).log().mean()), "kept": result.keep_share,
         "macs": after.macs / before.macs, "parameters": after.parameters / before.parameters,
         "latency": times[1] / times[0], "epoch_seconds": seconds, "epochs": epochs, "images": count,
