@@ -151,7 +151,7 @@ def test_noise_is_per_example_and_structure_and_one_draw_reaches_all_readers():
 
     def watch(module, y, axis, reader):
         out = noise(module, y, axis, reader)
-        seen.append(module.draw(4))
+        seen.append(module.draw(4)[0])
         return out
 
     gates.noise.noise = watch
@@ -424,7 +424,7 @@ def test_a_removed_gate_is_zero_and_draws_nothing():
     model, gates, x = gated()
     gates.remove(half(gates))
     alive = int(gates.noise.keep.sum())
-    assert gates.noise.draw(3).shape == (3, alive)
+    assert gates.noise.draw(3)[0].shape == (3, alive)
     before = model[3].weight.detach().clone()
     model(x).square().mean().backward()
     gone = ~gates.keep["0.weight:0"]

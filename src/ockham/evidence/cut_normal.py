@@ -16,6 +16,7 @@ __all__ = [
     "FAR",
     "LOG_ROOT_TWO_PI",
     "Standard",
+    "check_ends",
     "check_interval",
     "finish",
     "kl_by_quadrature",
@@ -52,10 +53,15 @@ def standard(mean: Tensor, std: Tensor, low: float, high: float) -> Standard:
     return Standard(mean, std, alpha, beta, anchor(alpha, beta), low, high)
 
 
-def check_interval(std: Tensor, low: float, high: float) -> None:
-    """Raise an `OckhamError` for an empty interval or a std that is not positive."""
+def check_ends(low: float, high: float) -> None:
+    """Raise an `OckhamError` for an empty interval."""
     if not -math.inf < low < high < math.inf:
         raise OckhamError(f"the interval [low, high] of ln theta must be finite and not empty; got [{low}, {high}]")
+
+
+def check_interval(std: Tensor, low: float, high: float) -> None:
+    """Raise an `OckhamError` for an empty interval or a std that is not positive."""
+    check_ends(low, high)
     if not bool((std > 0).all()):
         raise OckhamError(f"std must be positive; smallest is {float(std.min()):g}. Pass the exponential of a log_std")
 

@@ -28,6 +28,7 @@ from ockham.errors import OckhamError
 from ockham.evidence.cut_normal import (
     LOG_ROOT_TWO_PI,
     Standard,
+    check_ends,
     check_interval,
     finish,
     mass_from_low,
@@ -81,7 +82,7 @@ def kl(mean: Tensor, std: Tensor, *, low: float = LOW, high: float = HIGH) -> Te
     >>> kl(torch.tensor([0.0, -10.0]), torch.tensor([0.01, 100.0]))
     tensor([6.8751e+00, 1.1104e-06])
     """
-    check_interval(std, low, high)
+    check_ends(low, high)
     mean, std = torch.broadcast_tensors(mean, std)
     found: Tensor = UniformDivergence.apply(mean.reshape(-1), std.reshape(-1), low, high)  # type: ignore[no-untyped-call]
     return found.view(mean.shape)
@@ -179,7 +180,12 @@ def sample(mean: Tensor, std: Tensor, uniform: Tensor, *, low: float = LOW, high
     >>> sample(torch.tensor([0.0, -10.0]), torch.tensor([0.01, 100.0]), torch.tensor([0.5, 0.5]))
     tensor([9.9328e-01, 4.5400e-05])
     """
-    check_interval(std, low, high)
+    check_ends(low, high)
+    if (
+        mean.ndim == 1 and mean.shape == std.shape == uniform.shape[1:]
+    ):  # a row of gates for each example: nothing to bring into shape
+        drawn: Tensor = LogNormalQuantile.apply(mean, std, uniform, low, high)  # type: ignore[no-untyped-call]
+        return drawn
     mean, std = torch.broadcast_tensors(mean, std)
     shape = torch.broadcast_shapes(mean.shape, uniform.shape)
     if shape[len(shape) - mean.ndim :] != mean.shape or uniform.shape != shape:

@@ -3,108 +3,174 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ockham.evidence.cut_normal import FAR, Standard, standard
-from ockham.evidence.special import Hazard, far_change, far_quantile, hazard_of, log_mills, normal_tail
+from ockham.evidence.cut_normal import FAR
+from ockham.evidence.host import Array, Cut, cut_of, erf, erfc, excess, log_mills, tensors
+from ockham.evidence.special import Hazard, far_change, far_quantile
 
 __all__ = ["LogNormalQuantile"]
 
 _ROOT_HALF = math.sqrt(0.5)
 _NOTHING = 40.0
+_OUTSIDE = 2.0
 _WIDEST = {torch.float64: 26.0}
 _WIDEST_ELSE = 9.0
 """Scores beyond are as good as never drawn, and exp(score^2 / 2) must not overflow."""
 
 
 class LogNormalQuantile(torch.autograd.Function):
-    """Quantile forwards, implicit derivative backwards; constants per gate in float64, elements in their own dtype.
+    """Quantile forwards, implicit derivative backwards; constants per gate on the host, elements in their own dtype.
 
-    Draws are the first dimension, gates the second; what the backward pass sums over draws is four vectors.
+    Draws are the first dimension, gates the second; what the backward pass sums over draws is four vectors. Gates
+    whose mode is far outside are drawn by series, the others by the inverse of the error function.
     """
 
     @staticmethod
     def forward(ctx: Any, mean: Tensor, std: Tensor, uniform: Tensor, low: float, high: float) -> Tensor:
         """Theta [draws, gates]; see `ockham.evidence.lognormal.sample`."""
-        q = standard(mean, std, low, high)
-        far = q.anchor.abs() > FAR
-        many = int(far.sum())
-        ctx.q, ctx.far, ctx.dtypes = q, far if 0 < many < far.numel() else bool(many), (mean.dtype, std.dtype)
-        ctx.hazard = hazard_of(q.anchor.abs().clamp_min(FAR), uniform.dtype) if many else None
-        drawn = [_near_draw(q, uniform)] if many < far.numel() else []
-        drawn += [_far_draw(q, ctx.hazard, uniform)] if many else []
-        score, log = drawn[0] if len(drawn) == 1 else (torch.where(far, f, n) for n, f in zip(*drawn, strict=True))
-        theta = log.clamp_(low, high).exp_()
-        ctx.save_for_backward(theta, score, uniform)
+        ctx.parts = _parts(cut_of(mean, std, low, high), uniform)
+        uniforms = [_columns(uniform, index) for index, _ in ctx.parts]
+        drawn = [gates.draw(u) for (_, gates), u in zip(ctx.parts, uniforms, strict=True)]
+        ctx.dtypes = mean.dtype, std.dtype
+        theta = _gathered(ctx.parts, [log for _, log in drawn]).clamp_(low, high).exp_()
+        ctx.save_for_backward(theta, *(score for score, _ in drawn), *uniforms)
         return theta
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of mean and std."""
-        theta, score, uniform = ctx.saved_tensors
-        grad = grad * theta
-        if ctx.far is True:
-            by_mean, by_std = _far_gradient(ctx.q, ctx.hazard, grad, score)
-        else:
-            by_mean, by_std = _near_gradient(ctx.q, grad, score, uniform)
-        if isinstance(ctx.far, Tensor):
-            far_mean, far_std = _far_gradient(ctx.q, ctx.hazard, grad, score)
-            by_mean, by_std = torch.where(ctx.far, far_mean, by_mean), torch.where(ctx.far, far_std, by_std)
+        theta, *saved = ctx.saved_tensors
+        grad, many = grad * theta, len(ctx.parts)
+        each = zip(ctx.parts, saved[:many], saved[many:], strict=True)
+        found = [gates.gradient(_columns(grad, index), score, u) for (index, gates), score, u in each]
+        by_mean, by_std = (_gathered(ctx.parts, values) for values in zip(*found, strict=True))
         return by_mean.to(ctx.dtypes[0]), by_std.to(ctx.dtypes[1]), None, None, None
 
 
-def _near_draw(q: Standard, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores and ln theta; the tail in which probabilities are small is the lower one, mirrored where need be."""
-    mass = 0.5 * (torch.erf(q.beta * _ROOT_HALF) - torch.erf(q.alpha * _ROOT_HALF))
-    upper = q.alpha + q.beta > 0
-    offset = normal_tail(torch.where(upper, q.alpha, -q.alpha)).to(uniform.dtype)
-    scale = torch.where(upper, -mass, mass).to(uniform.dtype)
-    widest = _WIDEST.get(uniform.dtype, _WIDEST_ELSE)
-    share = torch.addcmul(offset, scale, uniform).clamp_(0.0, 1.0)  # rounding goes beyond
-    score = torch.special.ndtri(share).clamp_(-widest, widest)
-    slope = torch.where(upper, -q.std, q.std).to(uniform.dtype)
-    return score, torch.addcmul(q.mean.to(uniform.dtype), slope, score)
+class _Near(NamedTuple):
+    """Gates with the mode inside or not far from it.
 
-
-def _near_gradient(q: Standard, grad: Tensor, score: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    rise = grad * torch.exp(0.5 * score.square())
-    total, risen, shared, scored = (t.sum(0).double() for t in (grad, rise, rise * uniform, grad * score))
-    at_low, at_high = (torch.exp(-0.5 * e.square()) for e in (q.alpha, q.beta))
-    to_mean = total - at_low * risen - (at_high - at_low) * shared
-    low, high = q.alpha * at_low, q.beta * at_high
-    sign = torch.where(q.alpha + q.beta > 0, -1.0, 1.0)
-    return to_mean, sign * scored - low * risen - (high - low) * shared
-
-
-def _far_draw(q: Standard, hazard: Hazard, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """Distances from the near end, in std, and ln theta."""
-    near = q.anchor.abs().clamp_min(FAR)
-    at_low = q.anchor > 0
-    both = bool(at_low.any())
-    distance = far_quantile(
-        near, hazard, torch.where(at_low, 1 - uniform, uniform) if both else uniform, _rest(q, near)
-    )
-    start = torch.where(at_low, q.low, q.high).to(uniform.dtype)
-    return distance, torch.addcmul(start, torch.where(at_low, q.std, -q.std).to(uniform.dtype), distance)
-
-
-def _rest(q: Standard, near: Tensor) -> Tensor | None:
-    """(1 - Phi(f)) / (1 - Phi(n)) for the far end f; None where it is nothing for all gates."""
-    far = torch.maximum(torch.maximum(q.alpha.abs(), q.beta.abs()), near)
-    power = 0.5 * (far - near) * (far + near)
-    return torch.exp(log_mills(far) - log_mills(near) - power) if float(power.min()) < _NOTHING else None
-
-
-def _far_gradient(q: Standard, hazard: Hazard, grad: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
-    """With r the distance of the end from the mode and x that of the draw from the end, in std: dx/dr = -change.
-
-    What the cut at the other end adds is left out: it is nothing wherever the mode is far.
+    The tail in which probabilities are small is the lower one, mirrored where need be: ln theta = start + slope score,
+    Phi(score) = offset + scale uniform. The inverse of the error function costs a quarter of that of Phi and loses
+    digits where probabilities are small: ``small`` are the gates of which most draws lie there.
     """
-    near = q.anchor.abs().clamp_min(FAR)
-    change = far_change(near, hazard, distance)
-    by_mean, stretched = (grad * change).sum(0).double(), (grad * distance).sum(0).double()
-    return by_mean, torch.where(q.anchor > 0, 1.0, -1.0) * (stretched + near * by_mean)
+
+    start: Tensor
+    slope: Tensor
+    offset: Tensor
+    scale: Tensor
+    by_ends: tuple[Tensor, ...]
+    small: Tensor | None
+
+    @classmethod
+    def of(cls, q: Cut, like: Tensor) -> _Near:
+        mass = 0.5 * (erf(q.beta * _ROOT_HALF) - erf(q.alpha * _ROOT_HALF))
+        sign = np.where(q.alpha + q.beta > 0, -1.0, 1.0)
+        offset = 0.5 * erfc(np.where(sign < 0, q.alpha, -q.alpha) * _ROOT_HALF)
+        at_low, at_high = (np.exp(-0.5 * end * end) for end in (q.alpha, q.beta))
+        low, high = q.alpha * at_low, q.beta * at_high
+        ends = tensors(like, sign, at_low, at_high - at_low, low, high - low)
+        small = torch.from_numpy(np.flatnonzero(q.near > _OUTSIDE)).to(like.device)
+        return cls(*tensors(like, q.mean, sign * q.std, offset, sign * mass), ends, small if len(small) else None)
+
+    def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores and ln theta."""
+        widest = _WIDEST.get(uniform.dtype, _WIDEST_ELSE)
+        share = torch.addcmul(self.offset, self.scale, uniform).clamp_(0.0, 1.0)  # rounding goes beyond
+        score = torch.erfinv(torch.add(share, share).sub_(1.0)).mul_(math.sqrt(2.0))
+        if self.small is not None:
+            score.index_copy_(-1, self.small, torch.special.ndtri(share.index_select(-1, self.small)))
+        score = score.clamp_(-widest, widest)
+        return score, torch.addcmul(self.start, self.slope, score)
+
+    def gradient(self, grad: Tensor, score: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """By mean and std, summed over draws."""
+        rise = grad * torch.exp(0.5 * score.square())
+        total, risen, shared, scored = (t.sum(0) for t in (grad, rise, rise * uniform, grad * score))
+        sign, at_low, change, low, change_times_end = self.by_ends
+        to_mean = total - at_low * risen - change * shared
+        return to_mean, sign * scored - low * risen - change_times_end * shared
+
+
+class _Far(NamedTuple):
+    """Gates whose mode is far outside: ln theta = start + slope x, x the distance of the draw from the near end."""
+
+    near: Tensor
+    hazard: Hazard
+    start: Tensor
+    slope: Tensor
+    away: Tensor
+    mirrored: Tensor | None
+    rest: Tensor | None
+
+    @classmethod
+    def of(cls, q: Cut, like: Tensor) -> _Far:
+        at_low, extra = q.alpha > 0, excess(q.near)
+        slope = q.near + extra
+        bend = slope * extra
+        hazard = tensors(like, slope, bend, (slope + extra) * bend - slope)
+        sign = np.where(at_low, 1.0, -1.0)
+        start, std, away = tensors(like, np.where(at_low, q.low, q.high), sign * q.std, sign)
+        wide = like.new_empty(0, dtype=torch.float64) if like.device.type != "mps" else like
+        near, rest = tensors(wide, q.near, _rest(q))
+        within = q.power.min() < _NOTHING
+        return cls(near, hazard, start, std, away, away > 0 if at_low.any() else None, rest if within else None)
+
+    def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """Distances from the near end, in std, and ln theta."""
+        beyond = uniform if self.mirrored is None else torch.where(self.mirrored, 1 - uniform, uniform)
+        distance = far_quantile(self.near, self.hazard, beyond, self.rest)
+        return distance, torch.addcmul(self.start, self.slope, distance)
+
+    def gradient(self, grad: Tensor, distance: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """With r the distance of the end from the mode and x that of the draw from the end, in std: dx/dr = -change.
+
+        What the cut at the other end adds is left out: it is nothing wherever the mode is far.
+        """
+        change = far_change(self.near, self.hazard, distance)
+        by_mean, stretched = (grad * change).sum(0), (grad * distance).sum(0)
+        return by_mean, self.away * (stretched + self.near.to(by_mean.dtype) * by_mean)
+
+
+def _rest(q: Cut) -> Array:
+    """(1 - Phi(f)) / (1 - Phi(n)) for the far end f."""
+    found: Array = np.exp(log_mills(q.far) - log_mills(q.near) - q.power)
+    return found
+
+
+_Part = tuple[Tensor | None, _Near | _Far]
+"""Columns, None for all, and the gates there."""
+
+
+def _parts(q: Cut, like: Tensor) -> list[_Part]:
+    far = q.near > FAR
+    many = int(far.sum())
+    if many == 0:
+        return [(None, _Near.of(q, like))]
+    if many == far.size:
+        return [(None, _Far.of(q, like))]
+    near, beyond = (np.flatnonzero(where) for where in (~far, far))
+    index = (torch.from_numpy(where).to(like.device) for where in (near, beyond))
+    return list(zip(index, (_Near.of(q.chosen(near), like), _Far.of(q.chosen(beyond), like)), strict=True))
+
+
+def _columns(values: Tensor, index: Tensor | None) -> Tensor:
+    return values if index is None else values.index_select(-1, index)
+
+
+def _gathered(parts: Sequence[_Part], values: Sequence[Tensor]) -> Tensor:
+    """Columns of the parts back in their places."""
+    if parts[0][0] is None:
+        return values[0]
+    found = values[0].new_empty(*values[0].shape[:-1], sum(v.shape[-1] for v in values))
+    for (index, _), part in zip(parts, values, strict=True):
+        assert index is not None
+        found.index_copy_(-1, index, part)
+    return found

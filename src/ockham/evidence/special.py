@@ -18,11 +18,9 @@ __all__ = [
     "excess",
     "far_change",
     "far_quantile",
-    "hazard_of",
     "legendre",
     "log_mills",
     "log_scaled_mass",
-    "normal_tail",
 ]
 
 _ROOT_HALF = math.sqrt(0.5)
@@ -122,12 +120,8 @@ def _tail_mass(near: Tensor, far: Tensor) -> Tensor:
     return (log_near - _LOG_ROOT_TWO_PI).index_add(0, index, left)
 
 
-def normal_tail(x: Tensor) -> Tensor:
-    """Phi(-x), without cancellation in either tail."""
-    return 0.5 * torch.erfc(x * _ROOT_HALF)
-
-
 Hazard = tuple[Tensor, Tensor, Tensor]
+"""1/R(n) and its first two derivatives."""
 
 
 def far_quantile(near: Tensor, hazard: Hazard, beyond: Tensor, rest: Tensor | None) -> Tensor:
@@ -139,7 +133,7 @@ def far_quantile(near: Tensor, hazard: Hazard, beyond: Tensor, rest: Tensor | No
 
     Args:
         near: n in standard deviations, at least 5, float64, one per gate.
-        hazard: `hazard_of` them, in the dtype of ``beyond``.
+        hazard: 1/R(n) and its first two derivatives, in the dtype of ``beyond``.
         beyond: probability between the quantile and f, last dimension the gates.
         rest: (1 - Phi(f)) / (1 - Phi(n)), what the cut at f leaves out, float64; None for nothing.
 
@@ -172,14 +166,6 @@ def far_change(near: Tensor, hazard: Hazard, x: Tensor) -> Tensor:
     slope, bend, twist = hazard
     risen = torch.addcmul(bend, 0.5 * twist, x) * x
     return risen / (slope + risen)
-
-
-def hazard_of(x: Tensor, kind: torch.dtype) -> Hazard:
-    """1/R(x) and its first two derivatives, in another dtype."""
-    extra = excess(x)
-    slope = x + extra
-    bend = slope * extra
-    return slope.to(kind), bend.to(kind), ((slope + extra) * bend - slope).to(kind)
 
 
 def _mills(x: Tensor) -> Tensor:

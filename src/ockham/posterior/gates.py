@@ -9,6 +9,7 @@ belongs to which gate is given to it (`ockham.attach_gates` asks the tracer).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,8 @@ Noise = Callable[["GateNoise", Tensor, int, int], Tensor]
 class Place:
     """Where the positions of a reader stand in a row of drawn gates: a run, each gate ``repeat`` times, or any order.
 
-    ``index`` counts living gates first, then a 0 for removed ones and a 1 for positions without a gate.
+    ``index`` counts living gates first, then a 0 for removed ones and a 1 for positions without a gate. Rows are
+    split at the ends of all runs, once for all readers, since the derivative of every slice is as wide as the row.
     """
 
     start: int
@@ -104,8 +106,8 @@ class GateNoise(nn.Module):
         self.readers = tuple((r.module, r.weight, r.dim, r.axis) for r in readers)
         for i, reader in enumerate(readers):
             self.register_buffer(f"reader_{i}", reader.gates.clone())
-        self._draws: dict[int, Tensor] | None = None
-        self._cache: tuple[Any, Tensor | None, list[Place]] | None = None
+        self._draws: dict[int, tuple[Tensor, tuple[Tensor, ...]]] | None = None
+        self._cache: tuple[Any, Tensor | None, list[Place], list[int]] | None = None
         self._swapped: list[tuple[nn.Module, str, nn.Parameter]] = []
 
     @property
@@ -156,13 +158,16 @@ class GateNoise(nn.Module):
         found: Place = self._layout()[1][reader]
         return found
 
-    def _layout(self) -> tuple[Tensor | None, list[Place]]:
-        """Living gates (None: all of them) and places, found anew when gates were removed, sliced or moved."""
+    def _layout(self) -> tuple[Tensor | None, list[Place], list[int]]:
+        """Living gates (None: all of them), places, ends of their runs; anew when gates were removed or moved."""
         stamp = (id(self.keep), self.keep._version, self.keep.numel())
         if self._cache is None or self._cache[0] != stamp:
             alive = None if bool(self.keep.all()) else self.keep.nonzero().squeeze(1)
-            self._cache = (stamp, alive, [self._place(i) for i in range(len(self.readers))])
-        return self._cache[1], self._cache[2]
+            places = [self._place(i) for i in range(len(self.readers))]
+            runs = [p for p in places if p.index is None]
+            ends = sorted({0, int(self.keep.sum()), *(end for p in runs for end in (p.start, p.start + p.count))})
+            self._cache = (stamp, alive, places, ends)
+        return self._cache[1:]
 
     def _living(self) -> tuple[Tensor, Tensor]:
         """Means and stds of the living gates."""
@@ -180,18 +185,20 @@ class GateNoise(nn.Module):
         in_order = int(index.max()) < alive and torch.equal(run.repeat_interleave(max(1, repeat)), index)
         return Place(start, count, repeat, None) if in_order else Place(0, 0, 0, index)
 
-    def draw(self, rows: int) -> Tensor:
-        """Theta of the living gates for a number of examples [rows, gates]; one row, E[theta], in evaluation mode.
+    def draw(self, rows: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Theta of the living gates for a number of examples [rows, gates], and the same split at the ends of runs.
 
-        Within one forward of the network the same rows are returned to every reader.
+        One row, E[theta], in evaluation mode. Within one forward of the network every reader gets the same.
         """
         rows = rows if self.training else 1
         if self._draws is not None and rows in self._draws:
             return self._draws[rows]
         theta = self._sampled(rows) if self.training else self.expected()[self.keep].unsqueeze(0)
+        ends = self._layout()[2]
+        found = theta, theta.split([b - a for a, b in itertools.pairwise(ends)], 1)
         if self._draws is not None:
-            self._draws[rows] = theta
-        return theta
+            self._draws[rows] = found
+        return found
 
     def _sampled(self, rows: int) -> Tensor:
         mean, std = self._living()
@@ -200,9 +207,11 @@ class GateNoise(nn.Module):
 
     def theta(self, rows: int, place: Place) -> Tensor:
         """Theta at the positions of a reader, [rows, positions]; with a run, [rows, gates of the run]."""
-        theta = self.draw(rows)
+        theta, pieces = self.draw(rows)
         if place.index is None:
-            return theta.narrow(1, place.start, place.count)
+            ends = self._layout()[2]
+            first, last = ends.index(place.start), ends.index(place.start + place.count)
+            return pieces[first] if last == first + 1 else theta.narrow(1, place.start, place.count)
         zero, one = theta.new_zeros(theta.shape[0], 1), theta.new_ones(theta.shape[0], 1)
         return torch.cat([theta, zero, one], 1).index_select(1, place.index)
 
