@@ -8,7 +8,8 @@ CIFAR-10, the given weights. Every method takes channels until the multiply-accu
 then SGD with momentum (0.01, cosine to 0, weight decay 5e-4, batch 128, crops and flips) for the same epochs, the
 same seed. Accuracy on the test set right after removal, with BatchNorm re-estimated, and after fine-tuning: read once.
 
-kronecker        `ockham.laplace` (2,000 training images) -> rows by their full marginal covariance -> `ockham.plan`
+kronecker        `ockham.laplace` (2,000 training images), `ockham.plan` (what reads a channel, jointly, in rounds),
+                 `ockham.compensate`, `ockham.shrink`
 magnitude        Torch-Pruning, L2 norm of coupled groups, global, 20 steps
 taylor           Torch-Pruning, first-order Taylor on 5 batches of 100, global, 20 steps
 """
@@ -81,8 +82,9 @@ def by_evidence(model: nn.Module, train: tuple[Tensor, Tensor], shares: tuple[fl
     for share in shares:
         budget = {"budget": {"macs": f"{100 * share}%"}, "model": model, "example_inputs": part[0][:2]}
         plan = ockham.plan(groups, posterior, **budget)
-        small = ockham.shrink(model, plan)
-        ockham.verify(ockham.mask(model, plan), small, part[0][:2])
+        moved = ockham.compensate(model, posterior, groups, plan)
+        small = ockham.shrink(moved, plan)
+        ockham.verify(ockham.mask(moved, plan), small, part[0][:2])
         found.append(small)
     return found
 

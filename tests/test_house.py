@@ -19,7 +19,7 @@ ROOMS: dict[str, set[str]] = {
     "evidence": set(),
     "posterior": {"evidence", "files"},
     "reduction": {"evidence", "posterior"},
-    "surgery": {"reduction"},
+    "surgery": {"posterior", "reduction"},
     "zoo": set(),
     "report": {"files"},
     "workflow": {"evidence", "files", "posterior", "reduction", "report", "surgery", "zoo"},

@@ -31,7 +31,7 @@ from ockham.workflow.compression import Compressed, Compression, compress
 from ockham.workflow.estimators import Training, defaults_for, point_estimate
 from ockham.workflow.gating import Gates, attach_gates
 from ockham.workflow.likelihood import Classification, Loss, Regression
-from ockham.workflow.one_shot import laplace, reduce
+from ockham.workflow.one_shot import compensate, laplace, reduce
 from ockham.workflow.publish import save_pretrained
 from ockham.workflow.result import load
 
@@ -82,6 +82,7 @@ __all__ = [
     "by_magnitude",
     "by_random",
     "by_snr",
+    "compensate",
     "compress",
     "defaults_for",
     "diagnose",

@@ -12,7 +12,6 @@ import ockham
 from ockham.evidence.kronecker import conditional_precision, covariance, factorised, marginal_variance
 from ockham.posterior.matrix import WeightMatrix
 from ockham.reduction.rows import score_rows
-from ockham.reduction.structures import structures_from
 
 P0 = 1.7
 
@@ -70,15 +69,6 @@ def test_a_row_with_its_bias_is_scored_by_its_block_of_the_dense_covariance() ->
         assert float(found[unit]) == pytest.approx(-row + affine, rel=1e-6)
 
 
-def test_a_posterior_with_matrices_is_scored_by_rows_and_others_are_not() -> None:
-    model = normed()
-    posterior = posterior_of(model)
-    groups = ockham.trace(model, torch.randn(2, 3))
-    assert torch.equal(structures_from(posterior, groups)["0.weight:0"], score_rows(posterior, groups)["0.weight:0"])
-    plain = ockham.Posterior(posterior.moments, 50.0)
-    assert not torch.allclose(structures_from(plain, groups)["0.weight:0"], score_rows(posterior, groups)["0.weight:0"])
-
-
 def test_a_matrix_of_which_weights_went_is_scored_weight_by_weight() -> None:
     model = normed()
     posterior = posterior_of(model)
@@ -107,5 +97,3 @@ def test_filters_of_convolutions_and_blocks_of_rows() -> None:
     groups = ockham.trace(model, x[:2])
     found = score_rows(posterior, groups)
     assert found["0.weight:0"].shape == (4,) and bool(torch.isfinite(found["0.weight:0"]).all())
-    plan = ockham.plan(groups, posterior, price=ockham.FlatPrice(float(found["0.weight:0"].sort().values[1:3].mean())))
-    assert len(plan.removed["0.weight:0"]) == 2

@@ -13,7 +13,7 @@ import ockham
 from ockham.errors import OckhamWarning
 from ockham.reduction.choice import choose_units
 from ockham.surgery import PlanError
-from ockham.surgery.choosing import budget_from
+from ockham.surgery.budgets import budget_from
 from ockham.surgery.cost import cost, latencies
 from ockham.surgery.unit_costs import macs_after, parameters_after, unit_costs
 

@@ -53,7 +53,8 @@ class Cut(NamedTuple):
 
     def chosen(self, index: NDArray[Any]) -> Cut:
         """Some of the gates."""
-        return Cut(*(values[index] for values in self[:7]), self.low, self.high)  # type: ignore[index]
+        mean, std, alpha, beta, near, far, power = (values[index] for values in self[:7])
+        return Cut(mean, std, alpha, beta, near, far, power, self.low, self.high)
 
 
 def cut_of(mean: Tensor, std: Tensor, low: float, high: float) -> Cut:

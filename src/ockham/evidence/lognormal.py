@@ -181,9 +181,7 @@ def sample(mean: Tensor, std: Tensor, uniform: Tensor, *, low: float = LOW, high
     tensor([9.9328e-01, 4.5400e-05])
     """
     check_ends(low, high)
-    if (
-        mean.ndim == 1 and mean.shape == std.shape == uniform.shape[1:]
-    ):  # a row of gates for each example: nothing to bring into shape
+    if mean.ndim == 1 and mean.shape == std.shape == uniform.shape[1:]:
         drawn: Tensor = LogNormalQuantile.apply(mean, std, uniform, low, high)  # type: ignore[no-untyped-call]
         return drawn
     mean, std = torch.broadcast_tensors(mean, std)

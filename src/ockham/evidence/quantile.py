@@ -78,7 +78,8 @@ class _Near(NamedTuple):
         low, high = q.alpha * at_low, q.beta * at_high
         ends = tensors(like, sign, at_low, at_high - at_low, low, high - low)
         small = torch.from_numpy(np.flatnonzero(q.near > _OUTSIDE)).to(like.device)
-        return cls(*tensors(like, q.mean, sign * q.std, offset, sign * mass), ends, small if len(small) else None)
+        start, slope, begin, scale = tensors(like, q.mean, sign * q.std, offset, sign * mass)
+        return cls(start, slope, begin, scale, ends, small if len(small) else None)
 
     def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Scores and ln theta."""
@@ -113,15 +114,17 @@ class _Far(NamedTuple):
     @classmethod
     def of(cls, q: Cut, like: Tensor) -> _Far:
         at_low, extra = q.alpha > 0, excess(q.near)
-        slope = q.near + extra
-        bend = slope * extra
-        hazard = tensors(like, slope, bend, (slope + extra) * bend - slope)
+        steep = q.near + extra
+        bent = steep * extra
+        slope, bend, twist = tensors(like, steep, bent, (steep + extra) * bent - steep)
         sign = np.where(at_low, 1.0, -1.0)
         start, std, away = tensors(like, np.where(at_low, q.low, q.high), sign * q.std, sign)
         wide = like.new_empty(0, dtype=torch.float64) if like.device.type != "mps" else like
         near, rest = tensors(wide, q.near, _rest(q))
         within = q.power.min() < _NOTHING
-        return cls(near, hazard, start, std, away, away > 0 if at_low.any() else None, rest if within else None)
+        return cls(
+            near, (slope, bend, twist), start, std, away, away > 0 if at_low.any() else None, rest if within else None
+        )
 
     def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Distances from the near end, in std, and ln theta."""

@@ -43,6 +43,7 @@ __all__ = [
     "outgoing",
     "score_structures",
     "structures_from",
+    "summed",
     "unit_evidence",
     "units_of",
 ]
@@ -246,10 +247,10 @@ def score_structures(
     nats, held, made = {}, {}, {}
     for group in groups:
         _check(group, alive)
-        nats[group.id] = _summed(cut(group), terms, group.size, unknown=math.inf)
-        held[group.id] = _summed(cut(group), alive, group.size, unknown=1.0).long()
+        nats[group.id] = summed(cut(group), terms, group.size, unknown=math.inf)
+        held[group.id] = summed(cut(group), alive, group.size, unknown=1.0).long()
         matrices = [(n, at) for n, at in group.incoming_cuts() if n not in alive or evidence.posterior[n].mean.ndim > 1]
-        made[group.id] = _summed(matrices, alive, group.size, unknown=1.0).long()
+        made[group.id] = summed(matrices, alive, group.size, unknown=1.0).long()
     return StructureEvidence(nats, held, made, dict(gone or {}), evidence.posterior.n_data)
 
 
@@ -257,7 +258,7 @@ def score_structures(
 def structures_from(source: Any, groups: Iterable[GroupLike]) -> StructureEvidence:
     """Structure evidence from what a user has at hand: itself, `Evidence`, or a `Posterior` that is scored here.
 
-    A posterior with correlated matrices is scored row by row (`ockham.reduction.rows.score_rows`).
+    A posterior with correlated matrices is scored by columns (`ockham.reduction.columns.score_columns`).
 
     Raises:
         OckhamError: anything else.
@@ -278,9 +279,9 @@ def _(source: Evidence, groups: Iterable[GroupLike]) -> StructureEvidence:
 @structures_from.register
 def _(source: Posterior, groups: Iterable[GroupLike]) -> StructureEvidence:
     if source.matrices:
-        from ockham.reduction.rows import score_rows  # it builds on this file
+        from ockham.reduction.columns import score_columns  # it builds on this file
 
-        return score_rows(source, groups)
+        return score_columns(source, groups)
     return score_structures(score(source), groups)
 
 
@@ -293,7 +294,7 @@ def _check(group: GroupLike, alive: Mapping[str, Tensor]) -> None:
             )
 
 
-def _summed(cuts: Collection[tuple[str, Tensor]], values: Mapping[str, Tensor], size: int, *, unknown: float) -> Tensor:
+def summed(cuts: Collection[tuple[str, Tensor]], values: Mapping[str, Tensor], size: int, *, unknown: float) -> Tensor:
     """Sum over the weights of every unit, each once; a weight without a posterior (a frozen one) counts ``unknown``."""
     total = torch.zeros(size, dtype=torch.float64)
     by_name: dict[str, list[Tensor]] = {}

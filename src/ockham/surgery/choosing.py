@@ -3,98 +3,22 @@
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ockham.errors import OckhamWarning
+from ockham.posterior.posterior import Posterior
 from ockham.reduction.choice import Choice, choose_units
-from ockham.reduction.prices import FlatPrice, LearnedRate, Price, UnitCosts
+from ockham.reduction.prices import FlatPrice, LearnedRate, Price
 from ockham.reduction.structures import StructureEvidence, structures_from
+from ockham.surgery.budgets import Budget, Subject, budget_from, costs_for, most_allowed, within
+from ockham.surgery.correlated import chosen_in_rounds
 from ockham.surgery.grouping import Groups
 from ockham.surgery.planning import Plan, PlanError, plan_masks
-from ockham.surgery.unit_costs import latency_after, macs_after, parameters_after, unit_costs
 
-__all__ = ["Budget", "LatencyBudget", "MacBudget", "ParameterBudget", "budget_from", "plan"]
-
-
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """What a price per resource or a budget is measured on: the traced network and example inputs."""
-
-    model: nn.Module
-    example_inputs: Any
-
-
-@dataclass(frozen=True, slots=True)
-class Budget(ABC):
-    """A limit on what the small network may cost.
-
-    Attributes:
-        limit: a share of the whole network's (``share`` True) or a number.
-        share: which of the two.
-    """
-
-    limit: float
-    share: bool
-
-    unit = ""
-
-    @abstractmethod
-    def measure(self, subject: Subject, plan: Plan) -> float:
-        """What a plan leaves."""
-
-    @abstractmethod
-    def unit_costs(self, subject: Subject, groups: Groups) -> Mapping[str, float]:
-        """What a unit of each group costs, for the order of removal: evidence per cost."""
-
-
-class MacBudget(Budget):
-    """Multiply-accumulates of one forward pass on the example inputs."""
-
-    unit = "multiply-accumulates"
-
-    def measure(self, subject: Subject, plan: Plan) -> float:
-        """Counted on fake tensors."""
-        return macs_after(subject.model, plan, subject.example_inputs)
-
-    def unit_costs(self, subject: Subject, groups: Groups) -> Mapping[str, float]:
-        """Multiply-accumulates."""
-        return unit_costs(subject.model, groups, subject.example_inputs).macs
-
-
-class ParameterBudget(Budget):
-    """Learnable values, tied ones once."""
-
-    unit = "parameters"
-
-    def measure(self, subject: Subject, plan: Plan) -> float:
-        """Counted from the shapes."""
-        return parameters_after(subject.model, plan)
-
-    def unit_costs(self, subject: Subject, groups: Groups) -> Mapping[str, float]:
-        """Parameters."""
-        return unit_costs(subject.model, groups, subject.example_inputs, measured=()).parameters
-
-
-class LatencyBudget(Budget):
-    """Seconds of a forward pass, batch 64, median and warm, measured on this machine."""
-
-    unit = "seconds"
-
-    def measure(self, subject: Subject, plan: Plan) -> float:
-        """Measured."""
-        return latency_after(subject.model, plan, subject.example_inputs)
-
-    def unit_costs(self, subject: Subject, groups: Groups) -> Mapping[str, float]:
-        """Milliseconds; one percent of the dearest unit at least, since a measurement may say zero."""
-        found = unit_costs(subject.model, groups, subject.example_inputs, measured=("milliseconds",)).milliseconds
-        least = 0.01 * max(found.values(), default=1.0) or 1.0
-        return {key: max(value, least) for key, value in found.items()}
+__all__ = ["plan"]
 
 
 def plan(
@@ -123,6 +47,11 @@ def plan(
         model: the traced network, for prices per resource and budgets.
         example_inputs: as for `trace`, for the same.
 
+    A posterior with correlations inside weight matrices (`ockham.laplace` with "kronecker") is planned for in rounds:
+    after each the survivors are scored as if they had moved to make good for what went. Let them move with
+    `ockham.compensate` before shrinking. With a budget the units go that cost the fewest nats of NLL, not those with
+    the least evidence.
+
     Returns:
         The plan; at least one unit of every group (or ``round_to``) stays, and a warning says where none was wanted.
 
@@ -133,45 +62,22 @@ def plan(
         if price is not None or budget is not None or round_to != 1:
             raise PlanError("masks say what stays; a price, a budget or round_to need evidence instead of masks")
         return plan_masks(groups, keep, nats=nats)
-    evidence = structures_from(keep, groups)
     limit = budget_from(budget) if isinstance(budget, Mapping) else budget
     subject = None if model is None else Subject(model, example_inputs)
-    if limit is None:
-        costs = _costs(price, groups, subject)
+    if limit is not None and subject is None:
+        raise PlanError(f"a budget of {limit.unit} is measured on the network: pass model= and example_inputs=")
+    costs = costs_for(price, groups, subject)
+    if isinstance(keep, Posterior) and keep.matrices:
+        return _told(groups, *chosen_in_rounds(groups, keep, (price, costs), (limit, subject), round_to=round_to))
+    evidence = structures_from(keep, groups)
+    if limit is None or subject is None:
         choice = choose_units(evidence, (price or LearnedRate()).nats(evidence, costs), round_to=round_to)
         return _told(groups, evidence, choice)
-    if subject is None:
-        raise PlanError(f"a budget of {limit.unit} is measured on the network: pass model= and example_inputs=")
-    base = price or FlatPrice(0.0)
-    prices = base.nats(evidence, _costs(base, groups, subject))
-    return _within(groups, evidence, prices, limit=limit, subject=subject, round_to=round_to)
-
-
-def budget_from(given: Mapping[str, Any]) -> Budget:
-    """The façade's budget by name: one of "macs", "params", "latency"; a number, or a share as "50%".
-
-    Raises:
-        PlanError: another name, more than one, or a value that is neither.
-    """
-    kinds: dict[str, type[Budget]] = {"macs": MacBudget, "params": ParameterBudget, "latency": LatencyBudget}
-    if len(given) != 1 or next(iter(given)) not in kinds:
-        raise PlanError(f"a budget names one of {', '.join(kinds)}, as in {{'macs': '50%'}}; got {dict(given)}")
-    name, value = next(iter(given.items()))
-    share = isinstance(value, str) and value.strip().endswith("%")
-    try:
-        limit = float(str(value).strip().rstrip("%")) / (100 if share else 1)
-    except ValueError as error:
-        raise PlanError(f"budget {name}: a number or a share such as '50%' expected; got {value!r}") from error
-    if not 0 < limit < float("inf"):
-        raise PlanError(f"budget {name}: must be positive and finite; got {value!r}")
-    return kinds[name](limit, share)
-
-
-def _costs(price: Price | None, groups: Groups, subject: Subject | None) -> UnitCosts:
-    """Costs of units as far as the price asks for them; nothing without a network to measure."""
-    if subject is None:
-        return UnitCosts({}, {}, {})
-    return unit_costs(subject.model, groups, subject.example_inputs, measured=price.measured if price else ())
+    prices = (price or FlatPrice(0.0)).nats(evidence, costs)
+    most, per_unit = most_allowed(limit, subject, groups), limit.unit_costs(subject, groups)
+    options = {"limit": limit, "subject": subject, "costs": per_unit, "round_to": round_to, "most": most}
+    choice = within(groups, evidence, prices, **options)  # type: ignore[arg-type]
+    return _told(groups, evidence, choice)
 
 
 def _told(groups: Groups, evidence: StructureEvidence, choice: Choice) -> Plan:
@@ -183,45 +89,3 @@ def _told(groups: Groups, evidence: StructureEvidence, choice: Choice) -> Plan:
             stacklevel=3,
         )
     return plan_masks(groups, choice.keep, nats=evidence)
-
-
-def _within(
-    groups: Groups,
-    evidence: StructureEvidence,
-    prices: Mapping[str, Tensor],
-    *,
-    limit: Budget,
-    subject: Subject,
-    round_to: int,
-) -> Plan:
-    """Raise the price per cost until the plan fits: a bisection over the worths per cost of all units."""
-    most = limit.limit * limit.measure(subject, plan_masks(groups, {})) if limit.share else limit.limit
-    costs = limit.unit_costs(subject, groups)
-
-    def choice(rate: float) -> Choice:
-        return choose_units(evidence, {k: p + rate * costs[k] for k, p in prices.items()}, round_to=round_to)
-
-    def fits(rate: float) -> bool:
-        return limit.measure(subject, plan_masks(groups, choice(rate).keep)) <= most
-
-    rates = _rates(evidence, prices, costs)
-    if not fits(rates[-1]):
-        least = limit.measure(subject, plan_masks(groups, choice(rates[-1]).keep))
-        raise PlanError(
-            f"the budget of {most:,.6g} {limit.unit} cannot be met: the least that the removable structures reach is "
-            f"{least:,.6g}, with {round_to} unit(s) of each group left. Allow more, or see groups.frozen for what "
-            "cannot go"
-        )
-    low, high = -1, len(rates) - 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(rates[middle]) else (middle, high)
-    return _told(groups, evidence, choice(rates[high]))
-
-
-def _rates(evidence: StructureEvidence, prices: Mapping[str, Tensor], costs: Mapping[str, float]) -> list[float]:
-    """Prices per cost at which a unit goes, rising; 0 first, beyond all of them last."""
-    worth = [((e - prices[k]) / costs[k]).clamp(max=1e12) for k, e in evidence.items() if costs[k] > 0]
-    every = torch.cat([*worth, torch.zeros(1, dtype=torch.float64)]).clamp(min=0).unique()
-    above = torch.nextafter(every, torch.full_like(every, float("inf")))
-    return [0.0, *above.tolist(), 1e15]

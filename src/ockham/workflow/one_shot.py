@@ -22,13 +22,16 @@ from ockham.posterior.curvature import (
 )
 from ockham.posterior.laplace import Curvature, FittedPrior, diagonal_curvature, kronecker_curvature, laplace_posterior
 from ockham.posterior.posterior import Posterior
+from ockham.reduction.columns import narrowed
 from ockham.reduction.diagnose import diagnose
 from ockham.reduction.one_shot import removed_in_rounds
+from ockham.surgery.grouping import Groups
+from ockham.surgery.planning import Plan, check_model
 from ockham.workflow.likelihood import Classification, Likelihood, Regression, likelihood_from
 from ockham.workflow.reducer import Ignore, protected_names
 from ockham.workflow.trainer import Loader, seeded, to_device
 
-__all__ = ["laplace", "reduce", "unscored", "with_means"]
+__all__ = ["compensate", "laplace", "reduce", "unscored", "with_means"]
 
 T = TypeVar("T")
 _STRUCTURES: dict[str, Callable[..., Curvature]] = {"diagonal": diagonal_curvature, "kronecker": kronecker_curvature}
@@ -130,10 +133,7 @@ def reduce(
     >>> int((reduce(net, posterior, keep=0.5).weight == 0).sum())
     4
     """
-    shapes = {name: p.shape for name, p in model.named_parameters()}
-    wrong = [name for name, g in posterior.items() if shapes.get(name) != g.mean.shape]
-    if wrong:
-        raise OckhamError(f"posterior and model do not fit: {wrong[:6]} differ in name or shape; load the right model")
+    _fitting(model, posterior)
     protected = unscored(model, ignore)
     if not any(name not in protected for name in posterior):
         raise OckhamError("there is nothing to remove: the posterior has no weight matrix that is not protected")
@@ -145,9 +145,47 @@ def reduce(
     return with_means(model, small)
 
 
+def compensate(model: nn.Module, posterior: Posterior, groups: Groups, plan: Plan) -> nn.Module:
+    """A copy of a network in which nothing reads the units that a plan removes and the survivors make good for them.
+
+    The columns of a weight matrix that read removed units become zero, the others move to their conditional mean under
+    the Kronecker posterior (the bias with them). No data are read. `shrink` the copy with the same plan next; a network
+    with BatchNorm then wants `refresh_batchnorm` or some fine-tuning.
+
+    Args:
+        model: the network that the posterior and the groups belong to. It is not changed.
+        posterior: `laplace` with "kronecker". Of independent weights none moves.
+        groups: what `trace` found.
+        plan: which units go, from `plan`.
+
+    Raises:
+        OckhamError: posterior, groups or plan do not fit the model.
+
+    >>> import ockham
+    >>> net, x = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)), torch.randn(64, 3)
+    >>> posterior, groups = laplace(net, [(x, torch.tensor([0, 1] * 32))]), ockham.trace(net, x)
+    >>> plan = ockham.plan(groups, posterior, budget={"params": "50%"}, model=net, example_inputs=x)
+    >>> small = ockham.shrink(compensate(net, posterior, groups, plan), plan)
+    """
+    check_model(plan, model)
+    _fitting(model, posterior)
+    keep = {}
+    for key, lost in plan.removed.items():
+        keep[key] = torch.ones(groups[key].size, dtype=torch.bool)
+        keep[key][list(lost)] = False
+    return with_means(model, narrowed(posterior, groups, keep))
+
+
 def unscored(model: nn.Module, ignore: Ignore = ()) -> frozenset[str]:
     """Parameters from which a single reduction takes nothing: vectors, and what ``ignore`` covers."""
     return protected_names(model, ignore) | {name for name, p in model.named_parameters() if p.ndim < 2}
+
+
+def _fitting(model: nn.Module, posterior: Posterior) -> None:
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    wrong = [name for name, g in posterior.items() if shapes.get(name) != g.mean.shape]
+    if wrong:
+        raise OckhamError(f"posterior and model do not fit: {wrong[:6]} differ in name or shape; load the right model")
 
 
 @torch.no_grad()
