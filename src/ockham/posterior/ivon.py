@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from ockham.posterior.arena import Facts
 from ockham.posterior.group_priors import GroupPrior
 from ockham.posterior.posterior import Gaussian, Posterior
 from ockham.posterior.priors import FixedPrior, Prior
+from ockham.posterior.settings import check_settings
 from ockham.posterior.variational import VariationalOptimizer
 
 __all__ = ["IVON", "Health"]
@@ -269,15 +269,12 @@ def _warnings(left: float, spread: float, negative: float) -> tuple[str, ...]:
 
 
 def _check_settings(s: Mapping[str, Any]) -> None:
-    for name in ("n_data", "lr", "initial_std", "temperature", "prior_interval"):
-        if not 0 < s[name] < math.inf:
-            raise OckhamError(f"IVON: {name} must be positive and finite; got {s[name]}")
-    if s["kl_warmup"] < 0 or (s["steps"] is not None and s["steps"] < 1):
-        raise OckhamError(f"IVON: kl_warmup and steps count steps; got {s['kl_warmup']} and {s['steps']}")
-    beta1, beta2 = s["betas"]
-    if not (0 <= beta1 < 1 and (beta2 is None or 0 <= beta2 < 1)):
+    check_settings("IVON", s)
+    if s["steps"] is not None and s["steps"] < 1:
+        raise OckhamError(f"IVON: steps counts steps, at least 1; got {s['steps']}")
+    if s["betas"][0] is None:
         raise OckhamError(f"IVON: betas must lie in [0, 1), the second may be None; got {s['betas']}")
-    if not isinstance(s["prior"], Prior) or isinstance(s["prior"], GroupPrior):
+    if isinstance(s["prior"], GroupPrior):
         raise OckhamError(
             f"IVON: prior must be one scale per tensor, such as ockham.FixedPrior(1.0); got {s['prior']!r}"
         )

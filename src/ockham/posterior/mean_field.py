@@ -15,6 +15,7 @@ from ockham.posterior.arena import Facts
 from ockham.posterior.group_priors import GroupPrior
 from ockham.posterior.posterior import Posterior
 from ockham.posterior.priors import FixedPrior, Prior
+from ockham.posterior.settings import check_settings
 from ockham.posterior.unit_scales import VECTOR, learn_scales, prior_of, start_scales
 from ockham.posterior.variational import VariationalOptimizer
 
@@ -101,7 +102,7 @@ class MeanField(VariationalOptimizer):
             "kl_warmup": kl_warmup,
             "prior_interval": prior_interval,
         }
-        _check_settings(settings)
+        check_settings("MeanField", settings)
         entries: list[Any] = list(params)
         given = [settings["prior"], *(g.get("prior") for g in entries if isinstance(g, dict))]
         if any(isinstance(prior, GroupPrior) for prior in given):
@@ -140,7 +141,7 @@ class MeanField(VariationalOptimizer):
 
     # ------------------------------------------------------------------ the method
     def _check_options(self, group: Mapping[str, Any]) -> None:
-        _check_settings(group)
+        check_settings("MeanField", group)
         if isinstance(group["prior"], GroupPrior) and VECTOR not in self._vectors:
             raise OckhamError("a prior with a scale per structure must be there from the start: build a new MeanField")
 
@@ -228,15 +229,3 @@ def _plus_(target: Tensor, values: Tensor, factor: Tensor | float) -> Tensor:
 def _kl_weight(step: int, group: Mapping[str, Any]) -> float:
     warm = min(1.0, step / group["kl_warmup"]) if group["kl_warmup"] else 1.0
     return float(warm * group["temperature"] / group["n_data"])
-
-
-def _check_settings(s: Mapping[str, Any]) -> None:
-    for name in ("n_data", "lr", "eps", "initial_std", "std_rate", "temperature", "prior_interval"):
-        if not 0 < s[name] < math.inf:
-            raise OckhamError(f"MeanField: {name} must be positive and finite; got {s[name]}")
-    if s["kl_warmup"] < 0:
-        raise OckhamError(f"MeanField: kl_warmup counts steps and cannot be negative; got {s['kl_warmup']}")
-    if not all(0 <= b < 1 for b in s["betas"]):
-        raise OckhamError(f"MeanField: betas must lie in [0, 1); got {s['betas']}")
-    if not isinstance(s["prior"], Prior):
-        raise OckhamError(f"MeanField: prior must be a Prior such as ockham.FixedPrior(1.0); got {s['prior']!r}")

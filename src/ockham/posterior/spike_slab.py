@@ -15,6 +15,7 @@ from ockham.posterior.adam import adam_
 from ockham.posterior.pieces import Span, chunks
 from ockham.posterior.posterior import Gaussian, Posterior
 from ockham.posterior.propagation import Propagation
+from ockham.posterior.settings import check_settings
 from ockham.posterior.slab_priors import FixedSpikeSlab, SlabPrior
 from ockham.posterior.slab_updates import InclusionUpdate, Run, SlabFacts, by_gradient, by_moments, kl_share
 from ockham.posterior.slicing import sliced
@@ -382,18 +383,8 @@ class SpikeSlab(VariationalOptimizer):
 
 
 def _check_settings(s: Mapping[str, Any]) -> None:
-    for name in ("n_data", "lr", "eps", "initial_std", "std_rate", "temperature", "prior_interval"):
-        if not 0 < s[name] < math.inf:
-            raise OckhamError(f"SpikeSlab: {name} must be positive and finite; got {s[name]}")
+    check_settings("SpikeSlab", s, SlabPrior, "FixedSpikeSlab(0.1)")
     if not 0 < s["initial_inclusion"] < 1:
         raise OckhamError(f"SpikeSlab: initial_inclusion is a probability in (0, 1); got {s['initial_inclusion']}")
     if not 0 < s["inclusion_rate"] <= 1:
         raise OckhamError(f"SpikeSlab: inclusion_rate must lie in (0, 1]; got {s['inclusion_rate']}")
-    if s["kl_warmup"] < 0:
-        raise OckhamError(f"SpikeSlab: kl_warmup counts steps and cannot be negative; got {s['kl_warmup']}")
-    if not all(0 <= b < 1 for b in s["betas"]):
-        raise OckhamError(f"SpikeSlab: betas must lie in [0, 1); got {s['betas']}")
-    if not isinstance(s["prior"], SlabPrior):
-        raise OckhamError(
-            f"SpikeSlab: prior must be a SlabPrior such as ockham.FixedSpikeSlab(0.1); got {s['prior']!r}"
-        )

@@ -1,0 +1,266 @@
+"""In which order weights go, and who says so: delta_f against P mean^2, once against in rounds, four posteriors.
+
+    python benchmarks/decision_rule.py --data PATH [--network lenet5 resnet20 transformer] [--steps 300] [--table]
+
+One trained network each (LeNet-5-Caffe on MNIST, Adam, 3 epochs; ResNet-20 on CIFAR-10, given; a character transformer
+on tiny Shakespeare, Adam, `--dense-steps` steps), then posteriors of it: Laplace from 2,000 examples (diagonal and
+Kronecker; prior precisions of `ockham.laplace`), MeanField and IVON from the diagonal one, `--steps` steps. Matrices
+only, global order, the same shares kept.
+
+once      all at once, no refit (correlated survivors move)
+rounds    six geometric rounds: Laplace scores again and moves survivors; MeanField and IVON train 1/6 of the steps
+          more after every round
+evidence  as many as have delta_f > 0, the same orders: what a stop by evidence alone would leave
+
+NLL (and accuracy) on 2,000 test examples; the transformer's on 19,200 characters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import ockham
+from cifar import given, parts
+from ockham.posterior.posterior import Posterior
+from ockham.posterior.variational import VariationalOptimizer
+from ockham.reduction.one_shot import reduced
+from ockham.reduction.score import by_delta_f, by_snr, score
+from ockham.workflow.one_shot import unscored, with_means
+from ockham.zoo.data import load_folder
+from ockham.zoo.networks import NETWORKS
+from ockham.zoo.paper import CharTransformer
+from transformer import Windows, corpus, trained
+
+RESULTS = Path(__file__).parent / "results" / "decision_rule"
+KEEP, ROUNDS = (0.5, 0.3, 0.2, 0.1), 6
+ORDERS = {"delta_f": by_delta_f, "P mean^2": by_snr}
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass
+class Subject:
+    """A trained network, where its batches come from, and what it is measured on."""
+
+    model: nn.Module
+    few: list[Batch]
+    batches: Callable[[], Iterator[Batch]]
+    test: list[Batch]
+    n_data: int
+    rates: tuple[float, float]  # of MeanField and IVON
+
+    @torch.no_grad()
+    def measured(self, model: nn.Module) -> dict[str, float]:
+        """Mean NLL and accuracy."""
+        logs = [(model.eval()(x), y) for x, y in self.test]
+        nll = sum(float(nn.functional.cross_entropy(f, y, reduction="sum")) for f, y in logs)
+        right, terms = sum(int((f.argmax(1) == y).sum()) for f, y in logs), sum(y.numel() for _, y in logs)
+        return {"nll": nll / terms, "accuracy": 100 * right / terms}
+
+
+def endless(x: Tensor, y: Tensor, size: int = 128) -> Iterator[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        at = torch.randint(len(x), (size,), generator=generator)
+        yield x[at], y[at]
+
+
+def cut(x: Tensor, y: Tensor, size: int) -> list[Batch]:
+    return list(zip(x.split(size), y.split(size), strict=True))
+
+
+def lenet5(args: argparse.Namespace) -> Subject:
+    data = load_folder(args.data / "mnist")
+    torch.manual_seed(0)
+    model = NETWORKS["lenet5_caffe"]()
+    optimizer, source = torch.optim.Adam(model.parameters(), 1e-3, fused=True), endless(data.train_x, data.train_y)
+    steps = 3 * len(data.train_x) // 128
+    for i, (x, y) in enumerate(itertools.islice(source, steps)):
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, 2 * (1 - i / steps))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    few, test = (cut(x[:2000], y[:2000], 100) for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y)))
+    return Subject(model, few, lambda: endless(data.train_x, data.train_y), test, len(data.train_x), (3e-4, 0.02))
+
+
+def resnet20(args: argparse.Namespace) -> Subject:
+    (x, y), (test_x, test_y) = parts(args.data, None, 2000)
+    few, test = cut(x[:2000], y[:2000], 100), cut(test_x, test_y, 500)
+    return Subject(given(args.data, "resnet20"), few, lambda: endless(x, y, 64), test, len(x), (1e-4, 0.01))
+
+
+def transformer(args: argparse.Namespace) -> Subject:
+    (codes, _, test), alphabet = corpus(args.data)
+    torch.manual_seed(0)
+    model = trained(CharTransformer(alphabet, 64, 64, 2, 4), Windows(codes, args.dense_steps), 0)
+    whole = test[: 300 * 64].view(-1, 64), test[1 : 300 * 64 + 1].view(-1, 64)
+    few = list(Windows(codes, 30))
+    return Subject(model, few, lambda: iter(Windows(codes, 10**6)), cut(*whole, 60), len(codes), (3e-4, 0.02))
+
+
+SUBJECTS = {"lenet5": lenet5, "resnet20": resnet20, "transformer": transformer}
+
+
+# ------------------------------------------------------------------ posteriors
+
+
+class Static:
+    """A Laplace posterior: rounds move survivors where they are correlated."""
+
+    def __init__(self, subject: Subject, structure: str) -> None:
+        self.posterior = ockham.laplace(subject.model, subject.few, structure=structure, n_data=subject.n_data)
+        self._subject = subject
+
+    def removed(self, keep: dict[str, Tensor]) -> None:
+        """Condition on it."""
+        self.posterior = reduced(self.posterior, keep)
+
+    def model(self) -> nn.Module:
+        """The mean network."""
+        return with_means(self._subject.model, self.posterior)
+
+    def refit(self) -> None:
+        """Nothing: no data are read."""
+
+
+class Trained:
+    """MeanField or IVON, some steps from the diagonal Laplace."""
+
+    def __init__(self, subject: Subject, start: Posterior, method: str, steps: int) -> None:
+        self._model, self._steps = copy.deepcopy(subject.model).train(), steps
+        named, n = list(self._model.named_parameters()), subject.n_data
+        prior = ockham.FixedPrior(0.1)
+        self._optimizer: VariationalOptimizer
+        if method == "mean-field":
+            self._optimizer = ockham.MeanField(named, n_data=n, lr=subject.rates[0], prior=prior, initial_std=1e-3)
+        else:
+            self._optimizer = ockham.IVON(named, n_data=n, lr=subject.rates[1], prior=prior, initial_std=1e-3)
+        self._optimizer.start_from(start)
+        self._source = subject.batches()
+        self._train(steps)
+
+    def _train(self, steps: int) -> None:
+        self._model.train()
+        for x, y in itertools.islice(self._source, steps):
+            self._optimizer.zero_grad()
+            with self._optimizer.sampled():
+                nn.functional.cross_entropy(self._model(x), y).backward()
+            self._optimizer.step()
+
+    @property
+    def posterior(self) -> Posterior:
+        """As it is now."""
+        return self._optimizer.posterior()
+
+    def removed(self, keep: dict[str, Tensor]) -> None:
+        """For good."""
+        self._optimizer.remove(keep)
+
+    def model(self) -> nn.Module:
+        """The mean network; statistics of BatchNorm as training moved them."""
+        return copy.deepcopy(self._model)
+
+    def refit(self) -> None:
+        """A sixth of the steps."""
+        self._train(self._steps // ROUNDS)
+
+
+def down_to(source: Static | Trained, order: Callable, keep: float, rounds: int, free: frozenset[str]) -> None:
+    """Remove to a share of the scored weights."""
+    scored = sum(g.mean.numel() for n, g in source.posterior.items() if n not in free)
+    spared = sum(g.mean.numel() for n, g in source.posterior.items() if n in free)
+    for i in range(1, rounds + 1):
+        left = round(scored * keep ** (i / rounds)) + spared
+        source.removed(ockham.BudgetRule(left, order).decide(score(source.posterior), free))
+        if rounds > 1:
+            source.refit()
+
+
+def run(network: str, args: argparse.Namespace) -> None:
+    paths = {m: RESULTS / f"{network}.{m}.json" for m in ("diagonal", "kronecker", "mean-field", "ivon")}
+    if all(p.exists() for p in paths.values()):
+        return
+    subject = SUBJECTS[network](args)
+    free, dense = unscored(subject.model), subject.measured(subject.model)
+    print(network, dense, flush=True)
+    start = Static(subject, "diagonal")
+    for method, path in paths.items():
+        if path.exists():
+            continue
+        torch.manual_seed(0)
+        whole = start if method == "diagonal" else Static(subject, method) if method == "kronecker" else Trained(
+            subject, start.posterior, method, args.steps)  # fmt: skip
+        evidence = score(whole.posterior)
+        good = sum(int((d > 0).sum()) for n, d in evidence.items() if n not in free)
+        share = 1 - good / sum(d.numel() for n, d in evidence.items() if n not in free)
+        record = {"dense": dense, "start": subject.measured(whole.model()), "evidence": share, "rows": []}
+        shares = [*KEEP, share] if share < 1 else list(KEEP)
+        for order, rounds, keep in itertools.product(ORDERS, (1, ROUNDS), shares):
+            if (rounds > 1 and method == "diagonal") or (rounds > 1 and keep == share):
+                continue
+            source = copy.copy(whole) if isinstance(whole, Static) else copy.deepcopy(whole)
+            down_to(source, ORDERS[order], keep, rounds, free)
+            row = {"order": order, "rounds": rounds, "keep": keep, **subject.measured(source.model())}
+            record["rows"].append(row)
+            print(network, method, row, flush=True)
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record | {"steps": args.steps, "torch": torch.__version__}, indent=1) + "\n")
+
+
+def table() -> str:
+    lines = [
+        "# In which order weights go",
+        "",
+        "`python benchmarks/decision_rule.py`; what the columns mean is said there. Cells: NLL (accuracy %).",
+        "",
+    ]
+    for network in SUBJECTS:
+        found = {p.name.split(".")[1]: json.loads(p.read_text()) for p in sorted(RESULTS.glob(f"{network}.*.json"))}
+        if not found:
+            continue
+        dense = next(iter(found.values()))["dense"]
+        lines += [f"## {network}, dense {dense['nll']:.3f} ({dense['accuracy']:.2f})", ""]
+        lines += ["| posterior | order | rounds | " + " | ".join(f"{k:.0%} kept" for k in KEEP) + " | evidence |"]
+        lines += ["| --- | --- | --- |" + " --- |" * (len(KEEP) + 1)]
+        for method, record in found.items():
+            for order, rounds in itertools.product(ORDERS, (1, ROUNDS)):
+                rows = {r["keep"]: r for r in record["rows"] if (r["order"], r["rounds"]) == (order, rounds)}
+                if rows:
+                    cells = [f"{rows[k]['nll']:.3f} ({rows[k]['accuracy']:.2f})" for k in KEEP]
+                    own = rows.get(record["evidence"])
+                    said = f"{record['evidence']:.1%}: {own['nll']:.3f} ({own['accuracy']:.2f})" if own else "–"
+                    lines.append(f"| {method} | {order} | {rounds} | " + " | ".join([*cells, said]) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--network", nargs="+", default=list(SUBJECTS), choices=SUBJECTS)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--dense-steps", type=int, default=3000)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--table", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    warnings.simplefilter("ignore", ockham.OckhamWarning)
+    if not args.table:
+        for network in args.network:
+            run(network, args)
+    if any(RESULTS.glob("*.json")):
+        (RESULTS.parent / "decision_rule.md").write_text(table())
+
+
+if __name__ == "__main__":
+    main()
