@@ -64,4 +64,45 @@ def test_what_does_not_go_together_is_said(ockham, tmp_path, trained):
     assert done.returncode != 0 and "--weights" in done.stderr and "Traceback" not in done.stderr
     given = ("--weights", "w.safetensors", "--posterior", "laplace", "--rule", "magnitude", "--keep-share", "0.1")
     done = ockham("compress", "--out", "r", *given)
-    assert done.returncode != 0 and "single weights by evidence" in done.stderr
+    assert done.returncode != 0 and "removes by evidence" in done.stderr and "magnitude" in done.stderr
+    given = ("--weights", "w.safetensors", "--posterior", "kronecker")
+    done = ockham("compress", "--out", "r", *given, "--macs", "0.5")
+    assert done.returncode != 0 and "--structure" in done.stderr
+    done = ockham("compress", "--out", "r", *given, "--structure", "--macs", "1.5")
+    assert done.returncode != 0 and "(0, 1]" in done.stderr
+    done = ockham("compress", "--out", "r", *given, "--structure", "--keep-share", "0.5")
+    assert done.returncode != 0 and "--keep-share" in done.stderr
+
+
+def test_kronecker_takes_units_to_a_budget_of_operations(ockham, tmp_path, trained):
+    save_file(trained, tmp_path / "w.safetensors")
+    given = (
+        "--weights",
+        "w.safetensors",
+        "--posterior",
+        "kronecker",
+        "--structure",
+        "--macs",
+        "0.4",
+        "--round-to",
+        "4",
+    )
+    done = ockham("compress", "--out", "r", "--quiet", *given)
+    assert done.returncode == 0, done.stderr
+    m = metrics_of(tmp_path / "r")
+    assert m["after"]["accuracy"] > m["before"]["accuracy"] - 0.03 and m["kept"] < 0.5
+    small = library.load(tmp_path / "r")
+    widths = [p.shape[0] for n, p in small.named_parameters() if n.endswith("weight")]
+    assert all(w % 4 == 0 for w in widths[:-1]) and sum(widths) < 300
+    assert sum(p.numel() for p in small.parameters() if p.ndim > 1) <= 0.4 * 50826
+    plan = library.Plan.from_json((tmp_path / "r" / "plan.json").read_text())
+    assert sum(len(v) for v in plan.removed.values()) > 50
+
+
+def test_kronecker_takes_units_while_the_evidence_pays_and_tunes_what_is_left(ockham, tmp_path, trained):
+    save_file(trained, tmp_path / "w.safetensors")
+    given = ("--weights", "w.safetensors", "--posterior", "kronecker", "--structure", "--epochs", "2")
+    done = ockham("compress", "--out", "r", "--quiet", *given)
+    assert done.returncode == 0, done.stderr
+    m = metrics_of(tmp_path / "r")
+    assert m["after"]["accuracy"] > m["before"]["accuracy"] - 0.02 and m["kept"] < 1

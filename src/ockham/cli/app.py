@@ -90,6 +90,9 @@ def compress(  # noqa: PLR0913 - the options of the verb, gathered into one data
     structure: Annotated[
         bool | None, typer.Option("--structure/--no-structure", help="Take out whole channels, neurons, heads, too.")
     ] = None,
+    macs: Annotated[
+        _Float, typer.Option(help="Budget: share of multiply-accumulates; --posterior kronecker with --structure.")
+    ] = None,
     unit_price: Annotated[_Float, typer.Option(help="With --structure: nats a unit must be worth.")] = None,
     round_to: Annotated[_Int, typer.Option(help="With --structure: widths in multiples of this [default: 1].")] = None,
     rounds: Annotated[_Int, typer.Option(help="Rounds of removal at most [default: 20; 11 for small data].")] = None,

@@ -169,15 +169,26 @@ def _rounds(options: Options, usual: Rounds) -> Rounds:
 
 
 def _one_shot(options: Options) -> OneShot | None:
+    if options.macs is not None and not (options.posterior in LAPLACE and options.structure):
+        raise OckhamError("--macs is a budget for --posterior kronecker --structure: add both, or use --unit-price")
     if options.posterior not in LAPLACE:
         return None
     if options.weights is None:
         raise OckhamError(f"--posterior {options.posterior} needs a trained network: add --weights file.safetensors")
-    if options.rule not in ("evidence", "snr") or _structures(options) is not None:
-        raise OckhamError(f"--posterior {options.posterior} removes single weights by evidence or to a --keep-share")
-    options.refuse(f"--posterior {options.posterior}", "cap", "log_odds", "first_round", "rounds")
-    given = {} if options.learning_rate is None else {"learning_rate": options.learning_rate}
-    return OneShot(LAPLACE[options.posterior], options.keep_share, options.epochs or 0, **given)
+    owner, structures = f"--posterior {options.posterior}", _structures(options)
+    if options.rule not in ("evidence", "snr"):
+        raise OckhamError(f"{owner} removes by evidence, or to a budget; got --rule {options.rule}")
+    options.refuse(owner, "cap", "log_odds", "first_round", "rounds")
+    if structures is not None:
+        options.refuse(f"{owner} --structure", "keep_share")
+        if options.unit_price is None:
+            structures = replace(structures, price=FlatPrice(0.0))
+    if options.macs is not None and not 0 < options.macs <= 1:
+        raise OckhamError(f"--macs is the share of multiply-accumulates that stays, in (0, 1]; got {options.macs}")
+    found = OneShot(LAPLACE[options.posterior], options.keep_share, options.epochs or 0)
+    if options.learning_rate is not None:
+        found = replace(found, learning_rate=options.learning_rate)
+    return replace(found, structures=structures, macs=options.macs)
 
 
 def _rule(options: Options) -> Rule | None:

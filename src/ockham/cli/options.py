@@ -36,6 +36,7 @@ class Options:
     cap: float | None = None
     keep_share: float | None = None
     structure: bool = False
+    macs: float | None = None
     unit_price: float | None = None
     round_to: int = 1
     rounds: int | None = None

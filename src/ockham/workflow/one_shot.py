@@ -31,7 +31,7 @@ from ockham.workflow.likelihood import Classification, Likelihood, Regression, l
 from ockham.workflow.reducer import Ignore, protected_names
 from ockham.workflow.trainer import Loader, seeded, to_device
 
-__all__ = ["compensate", "laplace", "reduce", "unscored", "with_means"]
+__all__ = ["compensate", "compensated", "laplace", "reduce", "unscored", "with_means"]
 
 T = TypeVar("T")
 _STRUCTURES: dict[str, Callable[..., Curvature]] = {"diagonal": diagonal_curvature, "kronecker": kronecker_curvature}
@@ -167,13 +167,18 @@ def compensate(model: nn.Module, posterior: Posterior, groups: Groups, plan: Pla
     >>> plan = ockham.plan(groups, posterior, budget={"params": "50%"}, model=net, example_inputs=x)
     >>> small = ockham.shrink(compensate(net, posterior, groups, plan), plan)
     """
+    return with_means(model, compensated(model, posterior, groups, plan))
+
+
+def compensated(model: nn.Module, posterior: Posterior, groups: Groups, plan: Plan) -> Posterior:
+    """The posterior of `compensate`: of the whole network's shapes, nothing reads the units that the plan removes."""
     check_model(plan, model)
     _fitting(model, posterior)
     keep = {}
     for key, lost in plan.removed.items():
         keep[key] = torch.ones(groups[key].size, dtype=torch.bool)
         keep[key][list(lost)] = False
-    return with_means(model, narrowed(posterior, groups, keep))
+    return narrowed(posterior, groups, keep)
 
 
 def unscored(model: nn.Module, ignore: Ignore = ()) -> frozenset[str]:

@@ -15,11 +15,12 @@ from ockham.posterior.point import PointEstimate
 from ockham.posterior.posterior import POINT, Gaussian, Posterior
 from ockham.reduction.diagnose import Diagnosis, diagnose
 from ockham.reduction.one_shot import removed_in_rounds
+from ockham.surgery import Plan, plan, shrink, trace
 from ockham.workflow.batchnorm import refresh_batchnorm
 from ockham.workflow.compression import Compressed
 from ockham.workflow.evaluate import mean_predictor, measures
 from ockham.workflow.likelihood import Regression
-from ockham.workflow.one_shot import laplace, unscored, with_means
+from ockham.workflow.one_shot import compensated, laplace, unscored, with_means
 from ockham.workflow.stages import Recipe, StageInfo
 from ockham.workflow.trainer import EpochInfo, OnStep, Trainer
 from ockham.zoo.data import Batches
@@ -72,16 +73,31 @@ class OneShotStage:
         found = diagnose(posterior)
         if found.warnings:
             warnings.warn(" ".join(found.warnings), OckhamWarning, stacklevel=2)
-        small = removed_in_rounds(posterior, self.settings.keep, unscored(self._model, r.ignore))
-        model = with_means(self._model, small)
+        model, small, plan = self._reduced(posterior)
         epochs: list[EpochInfo] = []
+        before = posterior.size()
         for info in self._tuned(model, small) if self.settings.epochs else [self._looked_at(model)]:
             epochs.append(info)
-            self.kept.append(small.kept() / small.size())
+            self.kept.append(small.kept() / before)
             yield StageInfo(
                 self.name, info.epoch, max(1, self.settings.epochs), info.loss, info.accuracy, self.kept[-1]
             )
-        self.job.compressed = self._compressed(model, small, epochs, found)
+        self.job.compressed = self._compressed(model, small, epochs, found, plan)
+
+    def _reduced(self, posterior: Posterior) -> tuple[nn.Module, Posterior, Plan | None]:
+        """Network and posterior without weights, or without units and then with the plan."""
+        r, s = self.recipe, self.settings
+        if s.structures is None:
+            small = removed_in_rounds(posterior, s.keep, unscored(self._model, r.ignore))
+            return with_means(self._model, small), small, None
+        example = r.data.train_x[:2].to(next(self._model.parameters()).device)
+        groups = trace(self._model.eval(), example, ignore=r.ignore)
+        budget = None if s.macs is None else {"macs": f"{100 * s.macs}%"}
+        options = {"price": s.structures.price, "round_to": s.structures.round_to, "budget": budget}
+        chosen = plan(groups, posterior, model=self._model, example_inputs=example, **options)  # type: ignore[arg-type]
+        moved = compensated(self._model, posterior, groups, chosen)
+        model, cut = shrink(with_means(self._model, moved), chosen, posterior=moved)
+        return model, Posterior(cut, posterior.n_data, posterior.temperature, posterior.source), chosen
 
     def state(self) -> dict[str, Any]:
         """Nothing: one pass is quickly done again."""
@@ -110,7 +126,9 @@ class OneShotStage:
         found = measures(mean_predictor(model, classify=classify), r.data.train_x, r.data.train_y, noise_variance=noise)
         return EpochInfo(1, found["nll"], found.get("accuracy", float("nan")))
 
-    def _compressed(self, model: nn.Module, small: Posterior, epochs: list[EpochInfo], found: Diagnosis) -> Compressed:
+    def _compressed(
+        self, model: nn.Module, small: Posterior, epochs: list[EpochInfo], found: Diagnosis, chosen: Plan | None
+    ) -> Compressed:
         r = self.recipe
         loader = Batches(r.data.train_x, r.data.train_y, r.batch_size, shuffle=False)
         if self.settings.epochs:
@@ -118,8 +136,9 @@ class OneShotStage:
         noise = None
         if isinstance(r.likelihood(), Regression):
             noise = _mean_square(model, r.data.train_x, r.data.train_y)
-        parameters = sum(p.numel() for p in model.parameters())
-        return Compressed(model.eval(), _point(model, small), (), tuple(epochs), found, noise, parameters=parameters)
+        parameters = sum(p.numel() for p in self._model.parameters())
+        point = _point(model, small)
+        return Compressed(model.eval(), point, (), tuple(epochs), found, noise, plan=chosen, parameters=parameters)
 
 
 def _point(model: nn.Module, small: Posterior) -> Posterior:

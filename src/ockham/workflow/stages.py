@@ -47,12 +47,16 @@ class OneShot:
         keep: share of the scored weights that stays; None: the evidence decides.
         epochs: of fine-tuning afterwards, 0 for none.
         learning_rate: of fine-tuning.
+        structures: take whole units at this price and of such widths instead of single weights; None: single weights.
+        macs: with structures, share of the multiply-accumulates that stays; None: the evidence decides.
     """
 
     structure: str
     keep: float | None = None
     epochs: int = 0
     learning_rate: float = 3e-4
+    structures: Structures | None = None
+    macs: float | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
