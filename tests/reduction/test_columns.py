@@ -159,7 +159,11 @@ def test_a_budget_is_met_and_the_compensated_copy_loses_less(trained) -> None:
         whole = model(x)
         assert float((small(x) - whole).square().mean()) < float((plain(x) - whole).square().mean())
     assert set(plan.nats) == set(plan.removed)
-    assert all(math.isfinite(v) for values in plan.nats.values() for v in values)
+    assert all(math.isfinite(v) and v != 0 for values in plan.nats.values() for v in values)
+    with pytest.warns(ockham.OckhamWarning, match="the best of each stays"):  # four of six is all that is even
+        even = ockham.plan(groups, posterior, budget={"macs": "95%"}, model=model, example_inputs=x[:2], round_to=4)
+    left = {key: width - len(even.removed.get(key, ())) for key, width in even.widths.items()}
+    assert all(n % 4 == 0 or n == even.widths[key] for key, n in left.items())
 
 
 def test_without_a_budget_units_go_while_that_pays(trained) -> None:
@@ -172,6 +176,13 @@ def test_without_a_budget_units_go_while_that_pays(trained) -> None:
     left = {key: width - len(widths.removed.get(key, ())) for key, width in widths.widths.items()}
     assert all(n % 2 == 0 or n == widths.widths[key] for key, n in left.items())
     ockham.shrink(ockham.compensate(model, posterior, groups, dear), dear)(x[:2])
+
+
+def test_a_round_that_does_not_pay_as_a_whole_is_taken_back(trained, monkeypatch) -> None:
+    _, _, posterior, groups = trained
+    assert ockham.plan(groups, posterior, price=ockham.FlatPrice(50.0)).removed
+    monkeypatch.setattr("ockham.surgery.correlated.removed_together", lambda *a: -1e6)
+    assert not ockham.plan(groups, posterior, price=ockham.FlatPrice(50.0)).removed
 
 
 def test_a_unit_read_by_single_weights_is_scored_weight_by_weight(trained) -> None:
