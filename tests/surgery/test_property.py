@@ -189,14 +189,13 @@ def stack(kind, names, width):
     return layers, width
 
 
-def hold(model, x, ratio, seed):
+def largest_gap(model, x, ratio, seed):
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) / max(parameter[0].numel(), 1) ** 0.5
     randomise(model, generator)
     model.eval()
-    gap, _ = worst_difference(model, trace(model, x), x, ratio=ratio, seed=seed)
-    assert gap <= 1e-5
+    return worst_difference(model, trace(model, x), x, ratio=ratio, seed=seed)[0]
 
 
 def conv_net(names):
@@ -221,24 +220,24 @@ TOKENS = torch.linspace(-3, 3, 2 * 5 * 3).sin().reshape(2, 5, 3)
 @few(30)
 @given(words(CONV), RATIOS, st.integers(0, 99))
 def test_random_convolutional_networks(names, ratio, seed):
-    hold(conv_net(names), IMAGE, ratio, seed)
+    assert largest_gap(conv_net(names), IMAGE, ratio, seed) <= 1e-5
 
 
 @few(20)
 @given(words(SEQ), RATIOS, st.integers(0, 99))
 def test_random_sequence_networks(names, ratio, seed):
-    hold(seq_net(names), TOKENS, ratio, seed)
+    assert largest_gap(seq_net(names), TOKENS, ratio, seed) <= 1e-5
 
 
 @pytest.mark.slow
 @few(300)
 @given(words(CONV), RATIOS, st.integers(0, 10**6))
 def test_many_random_convolutional_networks(names, ratio, seed):
-    hold(conv_net(names), IMAGE, ratio, seed)
+    assert largest_gap(conv_net(names), IMAGE, ratio, seed) <= 1e-5
 
 
 @pytest.mark.slow
 @few(200)
 @given(words(SEQ), RATIOS, st.integers(0, 10**6))
 def test_many_random_sequence_networks(names, ratio, seed):
-    hold(seq_net(names), TOKENS, ratio, seed)
+    assert largest_gap(seq_net(names), TOKENS, ratio, seed) <= 1e-5

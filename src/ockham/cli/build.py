@@ -74,6 +74,7 @@ def build_job(options: Options, command: str) -> Job | GateJob:
         torch.set_num_threads(1)  # small steps: threads would wait for each other longer than they work
     training = _training(options, data)
     _, rounds, batch_size = defaults_for(len(data.train_x))
+    one_shot = _one_shot(options)
     recipe = Recipe(
         build=build,
         likelihood=_likelihood(options, data),
@@ -85,8 +86,8 @@ def build_job(options: Options, command: str) -> Job | GateJob:
         ignore=options.ignore,
         estimator=_pick("--posterior", options.posterior, {**ESTIMATORS, **dict.fromkeys(LAPLACE, point_estimate)}),
         device=device,
-        structures=_structures(options),
-        one_shot=_one_shot(options),
+        structures=_structures(options) if one_shot is None else one_shot.structures,
+        one_shot=one_shot,
     )
     if method == "spike-slab":
         recipe = with_spike_slab(options, recipe)
@@ -181,6 +182,8 @@ def _one_shot(options: Options) -> OneShot | None:
     options.refuse(owner, "cap", "log_odds", "first_round", "rounds")
     if structures is not None:
         options.refuse(f"{owner} --structure", "keep_share")
+        if LAPLACE[options.posterior] != "kronecker":
+            raise OckhamError(f"--structure needs a posterior with correlations: --posterior kronecker; got {owner}")
         if options.unit_price is None:
             structures = replace(structures, price=FlatPrice(0.0))
     if options.macs is not None and not 0 < options.macs <= 1:

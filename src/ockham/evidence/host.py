@@ -7,7 +7,6 @@ stays with the tensors.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,14 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ockham.errors import OckhamError
+from ockham.evidence import special
 
 __all__ = ["Array", "Cut", "cut_of", "erf", "erfc", "erfcx", "excess", "log_mills", "tensors"]
 
 Array = NDArray[np.float64]
-
-_ROOT_HALF = math.sqrt(0.5)
-_LOG_ROOT_HALF_PI = 0.5 * math.log(0.5 * math.pi)
-_SERIES_FROM = 100.0
 
 
 class Cut(NamedTuple):
@@ -91,20 +87,15 @@ def erfcx(x: Array) -> Array:
 
 
 def log_mills(x: Array) -> Array:
-    """Ln R(x), x >= 0, of Mills' ratio R(x) = (1 - Phi(x)) / phi(x)."""
-    found: Array = np.log(erfcx(x * _ROOT_HALF)) + _LOG_ROOT_HALF_PI
+    """`ockham.evidence.special.log_mills`."""
+    found: Array = special.log_mills(torch.from_numpy(x)).numpy()
     return found
 
 
 def excess(x: Array) -> Array:
-    """H(x) = 1/R(x) - x, x >= 0; from a series where that cancels."""
-    ratio = math.exp(_LOG_ROOT_HALF_PI) * erfcx(x * _ROOT_HALF)
-    found: Array = 1 / ratio - x
-    if not (x > _SERIES_FROM).any():
-        return found
-    square = np.maximum(x, _SERIES_FROM) ** -2
-    series = 1 - 3 * square * (1 - 5 * square * (1 - 7 * square))  # (1 - x R) x^2
-    return np.where(x > _SERIES_FROM, series * square / ratio, found)
+    """`ockham.evidence.special.excess`."""
+    found: Array = special.excess(torch.from_numpy(x)).numpy()
+    return found
 
 
 def tensors(like: Tensor, *arrays: Array) -> tuple[Tensor, ...]:

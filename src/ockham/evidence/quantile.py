@@ -120,11 +120,9 @@ class _Far(NamedTuple):
         sign = np.where(at_low, 1.0, -1.0)
         start, std, away = tensors(like, np.where(at_low, q.low, q.high), sign * q.std, sign)
         wide = like.new_empty(0, dtype=torch.float64) if like.device.type != "mps" else like
-        near, rest = tensors(wide, q.near, _rest(q))
-        within = q.power.min() < _NOTHING
-        return cls(
-            near, (slope, bend, twist), start, std, away, away > 0 if at_low.any() else None, rest if within else None
-        )
+        rest = tensors(wide, _rest(q))[0] if q.power.min() < _NOTHING else None
+        mirrored = away > 0 if at_low.any() else None
+        return cls(tensors(wide, q.near)[0], (slope, bend, twist), start, std, away, mirrored, rest)
 
     def draw(self, uniform: Tensor) -> tuple[Tensor, Tensor]:
         """Distances from the near end, in std, and ln theta."""

@@ -1,9 +1,9 @@
 """Structures under a posterior that knows correlations inside a weight matrix: what reads a unit is scored as one.
 
 The scored cut is the outgoing one. Its columns are scored with the other columns free to move (`delta_f_columns`), and
-when units go the survivors do move (`narrowed`), so a unit whose output others can stand in for is cheap. Rows of the
-matrix that makes the unit know nothing of that (`ockham.reduction.rows`): without it half of the channels of a trained
-ResNet cost most of its accuracy (docs: decisions).
+when units go the survivors do move (`narrowed`), so a unit whose output others can stand in for is cheap. The row that
+makes the unit knows nothing of that, and scored by it half of the channels of a trained ResNet cost most of its
+accuracy (docs: decisions).
 """
 
 from __future__ import annotations
@@ -112,8 +112,7 @@ def narrowed(posterior: Posterior, groups: Iterable[GroupLike], keep: Mapping[st
                     mask[at[~keep[group.id].to(at.device)].reshape(-1).to(mask.device)] = False
     moved: dict[str, Tensor] = {}
     for matrix in posterior.matrices:
-        block = _Block(posterior, matrix)
-        if matrix.weight in masks and block.whole:
+        if matrix.weight in masks and (block := _Block(posterior, matrix)).whole:
             moved |= block.without(masks[matrix.weight])
     plain = replace(posterior, matrices=tuple(m for m in posterior.matrices if m.weight not in moved))
     found = reduced(plain, masks)
