@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+import ockham
 from ockham.errors import OckhamError
 from ockham.evidence.exact import inclusion as exact_inclusion
 from ockham.posterior.mean_field import MeanField
@@ -304,3 +305,23 @@ def test_settings_out_of_range_are_named(toy, bad):
 def test_priors_out_of_range_are_named(kind, bad, match):
     with pytest.raises(OckhamError, match=match):
         kind(**bad)
+
+
+@pytest.mark.parametrize("update", [by_moments, by_gradient])
+def test_noise_stays_in_pre_activations_when_the_network_shrinks(update):
+    torch.manual_seed(0)
+    net, x = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2)), torch.randn(16, 4)
+    opt = SpikeSlab(net.named_parameters(), n_data=50, lr=0.01, initial_std=0.1)
+    opt.propagate(net, update=update)
+    plan = ockham.random_plan(ockham.trace(net, x), 0.5)
+    small, carried = ockham.shrink(net, plan, optimizer=opt)
+    assert carried.updates() == opt.updates()
+    before = [p.clone() for p in small.parameters()]
+    with carried.sampled():
+        assert all(torch.equal(p, q) for p, q in zip(small.parameters(), before, strict=True))
+        one, two = small(x), small(x)
+        assert not torch.equal(one, two)  # each pass its own noise, once a layer
+        one.square().mean().backward()
+    assert sum(len(m._forward_hooks) for m in small.modules()) == 2
+    assert all(bool((carried.state[p]["variance_grad"] != 0).any()) for p in small.parameters())
+    carried.step()

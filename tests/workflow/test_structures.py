@@ -15,7 +15,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import ockham
 from ockham.errors import OckhamError, OckhamWarning
 from ockham.files.tree import read_tree, write_tree
+from ockham.posterior.slab_priors import FixedSpikeSlab
 from ockham.surgery.cost import cost
+from ockham.workflow.estimators import spike_slab
 from ockham.workflow.finishing import fold_constants
 from ockham.workflow.origin import Origin
 
@@ -120,9 +122,13 @@ def test_it_loads_from_the_folder_by_the_ordinary_constructor(result: ockham.Com
         ockham.load(tmp_path, model=net())
 
 
-@pytest.mark.parametrize("prior", [ockham.FixedPrior(1.0), ockham.GroupScale(1.0)], ids=["fixed", "group"])
-def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path, prior: ockham.FixedPrior) -> None:
-    settings = {"training": ockham.Training(epochs=12, learning_rate=2e-2, prior=prior), "rounds": ROUNDS}
+PRIORS = {"fixed": ockham.FixedPrior(1.0), "group": ockham.GroupScale(1.0), "spike-slab": FixedSpikeSlab(0.1, 1.0)}
+
+
+@pytest.mark.parametrize("kind", PRIORS)
+def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path, kind: str) -> None:
+    training = ockham.Training(epochs=12, learning_rate=2e-2, prior=PRIORS[kind])
+    settings = {"training": training, "rounds": ROUNDS, "estimator": spike_slab if kind == "spike-slab" else None}
     structures = ockham.Structures(price=ockham.FlatPrice(60.0), cap=0.3)
     whole = ockham.Compression(net(), images(), structures=structures, **settings)
     for progress in whole:

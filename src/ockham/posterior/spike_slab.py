@@ -14,7 +14,7 @@ from ockham.evidence.spike_slab import slab_kl, spike_slab_kl, weight_variance
 from ockham.posterior.adam import adam_
 from ockham.posterior.pieces import Span, chunks
 from ockham.posterior.posterior import Gaussian, Posterior
-from ockham.posterior.propagation import Propagation
+from ockham.posterior.propagation import Propagation, without_noise
 from ockham.posterior.settings import check_settings
 from ockham.posterior.slab_priors import FixedSpikeSlab, SlabPrior
 from ockham.posterior.slab_updates import InclusionUpdate, Run, SlabFacts, by_gradient, by_moments, kl_share
@@ -112,7 +112,7 @@ class SpikeSlab(VariationalOptimizer):
             "prior_interval": prior_interval,
         }
         _check_settings(settings)
-        self._propagation = Propagation()
+        self._propagation, self._awaits = Propagation(), False
         super().__init__(params, settings, seed=seed)
 
     def propagate(self, model: nn.Module, *, update: InclusionUpdate = by_moments) -> dict[str, str]:
@@ -219,13 +219,21 @@ class SpikeSlab(VariationalOptimizer):
                 state["variance_grad"] = torch.zeros_like(state["logit"])
 
     def sliced(self, parameters: Mapping[str, Tensor], take: Callable[[str, Tensor], Tensor]) -> SpikeSlab:
-        """A copy over the parameters of a smaller network; call its `propagate` with that network again."""
+        """A copy over the parameters of a smaller network; `follow` puts the noise where it was in this one."""
         twin = sliced(self, parameters, take)
         assert isinstance(twin, SpikeSlab)
         twin._propagation = Propagation()
+        twin._propagation.driven = self._propagation.driven
+        twin._awaits = self._awaits or bool(self._propagation.parameters)
         for state in twin.state.values():
             state.update(propagated=False, driven=False)
         return twin
+
+    def follow(self, network: nn.Module) -> None:
+        """Propagate in the smaller network as in the one before, if its noise was propagated."""
+        if self._awaits:
+            self._awaits = False
+            self.propagate(without_noise(network), update=by_gradient if self._propagation.driven else by_moments)
 
     # ------------------------------------------------------------------ the method
     def _check_options(self, group: Mapping[str, Any]) -> None:

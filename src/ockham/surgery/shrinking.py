@@ -24,6 +24,14 @@ class Sliceable(Protocol):
         """A copy over ``parameters`` (by name); ``take`` cuts a tensor shaped like the named parameter."""
 
 
+@runtime_checkable
+class Follower(Protocol):
+    """An optimizer that reads its network, not only its parameters."""
+
+    def follow(self, network: nn.Module) -> None:
+        """Use ``network`` from now on, which holds its parameters."""
+
+
 def slice_tensor(plan: Plan, name: str, tensor: Tensor) -> Tensor:
     """Return what stays of `tensor`, which is shaped as parameter (or buffer) `name` was before.
 
@@ -141,6 +149,8 @@ def shrink_optimizer(
     after = dict(small.named_parameters())
     if isinstance(optimizer, Sliceable):
         carried: torch.optim.Optimizer = optimizer.sliced(after, lambda name, tensor: slice_tensor(plan, name, tensor))
+        if isinstance(carried, Follower):
+            carried.follow(small)
         return carried
     twin = copy.copy(optimizer)
     twin.state = defaultdict(dict)
