@@ -25,9 +25,11 @@ from ockham.files.tree import read_tree, write_tree
 from ockham.posterior.slab_priors import FixedSpikeSlab, LearnedSpikeSlab
 from ockham.reduction.inclusion import MedianRule
 from ockham.reduction.paths import living
+from ockham.reduction.prices import FlatPrice
 from ockham.reduction.rounds import Rounds
 from ockham.reduction.rule import BudgetRule, Rule
 from ockham.reduction.score import Evidence
+from ockham.reduction.structure_rule import Structures
 from ockham.workflow.compression import Compression
 from ockham.workflow.estimators import Training, spike_slab
 from ockham.workflow.evaluate import mean_predictor, measures, posterior_predictor
@@ -50,20 +52,16 @@ def network(hidden: list[int]) -> nn.Module:
 class LivingBudget(Rule):
     """A budget of weights on living paths, ordered by signal to noise.
 
-    The way there: "cubic" as gradual pruning, or "geometric", a fiftieth at once and then the same share every round.
+    The way there: ``first`` weights at once, then the same share every round.
     """
 
     count: int
-    path: str = "geometric"
+    first: int
 
     def decide(self, evidence: Evidence, protected: Collection[str] = (), progress: float = 1.0) -> dict:
         """The most salient weights that make ``count`` on living paths."""
-        total, alive = evidence.posterior.size(), evidence.posterior.kept()
-        if self.path == "cubic":
-            target = round(self.count + (total - self.count) * (1 - progress) ** 3)
-        else:
-            target = round(self.count * max(1.0, total / 50 / self.count) ** (1 - progress))
-        target = min(alive, max(self.count, target))
+        alive = evidence.posterior.kept()
+        target = min(alive, round(self.count * (self.first / self.count) ** (1 - progress)))
         low, high = target, alive
         best = living(BudgetRule(target).decide(evidence))
         while high - low > 1:
@@ -94,9 +92,10 @@ def job_of(args: argparse.Namespace, x: torch.Tensor, y: torch.Tensor) -> Compre
         Batches(x, y, args.batch, shuffle=True),
         training=training,
         rounds=Rounds(args.start, args.end, args.count),
-        rule=MedianRule() if args.keep is None else LivingBudget(args.keep, args.path),
+        rule=MedianRule() if args.keep is None else LivingBudget(args.keep, args.first),
         n_data=len(x),
         estimator=spike_slab,
+        structures=Structures(price=FlatPrice(0.0), cap=0.01, wait=0),  # units that nobody reads
     )
 
 
@@ -118,7 +117,7 @@ def main() -> None:
     parser.add_argument("--start", type=float, default=0.4)
     parser.add_argument("--end", type=float, default=0.8)
     parser.add_argument("--count", type=int, default=20)
-    parser.add_argument("--path", choices=["cubic", "geometric"], default="geometric")
+    parser.add_argument("--first", type=int, default=9600, help="weights that the first round leaves")
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--work", type=Path, default=Path("runs/spike_slab_mnist"), help="folder of checkpoints")
     parser.add_argument("--tag", default="")

@@ -202,3 +202,27 @@ def test_a_learned_prior_settles_at_its_fixed_point():
 def test_settings_out_of_range_are_named(bad):
     with pytest.raises(OckhamError, match=next(iter(bad))):
         IVON(nn.Linear(2, 2).named_parameters(), **{"n_data": 10, **bad})
+
+
+def test_momentum_is_half_as_wide_and_a_resumed_run_is_the_same_to_the_bit(toy, tmp_path):
+    def made(seed):
+        net = toy.net(seed)
+        return net, IVON(net.named_parameters(), n_data=200, lr=0.1, steps=8)
+
+    straight, opt = made(0)
+    for k in range(8):
+        toy.step(straight, opt)
+        if k == 2:
+            opt.remove({"0.weight": torch.arange(30).view(6, 5) % 4 > 0})
+        if k == 4:
+            torch.save({"net": straight.state_dict(), "opt": opt.state_dict()}, tmp_path / "s.pt")
+    net, other = made(5)
+    saved = torch.load(tmp_path / "s.pt", weights_only=True)
+    net.load_state_dict(saved["net"])
+    other.load_state_dict(saved["opt"])
+    for _ in range(3):
+        toy.step(net, other)
+    for p, q in zip(straight.parameters(), net.parameters(), strict=True):
+        assert torch.equal(p, q) and torch.equal(opt.state[p]["hessian"], other.state[q]["hessian"])
+        assert opt.state[p]["exp_avg"].dtype == other.state[q]["exp_avg"].dtype == torch.bfloat16
+        assert torch.equal(opt.state[p]["exp_avg"], other.state[q]["exp_avg"])

@@ -250,10 +250,12 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
             self._generator(torch.device(device)).set_state(saved.cpu())
         self._index.clear()
         self._arenas.clear()
-        for p, state in self.state.items():
-            _undo_cast(state)
+        order = [p for group in self.param_groups for p in group["params"]]
+        for at, saved_state in state_dict["state"].items():
+            state = self.state[order[at]]  # torch cast it to the parameter's dtype; masks and noise have their own
+            state.update({k: state[k].to(v.dtype) for k, v in saved_state.items() if isinstance(v, Tensor)})
             if "keep" in state:
-                self._index[p] = alive_index(state["keep"])
+                self._index[order[at]] = alive_index(state["keep"])
 
     # ------------------------------------------------------------------ inside
     def _outside(self, call: str) -> None:
@@ -391,10 +393,3 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         self._arenas.pop(id(group), None)
         zero_removed_(p, state["keep"])
         return int((~stays).sum())
-
-
-def _undo_cast(state: dict[str, Any]) -> None:
-    """Torch casts all loaded state to the parameter's dtype; masks and noise have their own."""
-    state["noise"] = state["noise"].half()
-    if "keep" in state:
-        state["keep"] = state["keep"].bool()
