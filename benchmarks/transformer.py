@@ -3,7 +3,7 @@
     python benchmarks/transformer.py --data PATH [--seed 0] [--validate] [--longer] [--table]
 
 Tiny Shakespeare: first nine tenths to train on, then a twentieth to choose settings on (`--validate`) and a twentieth
-that a run reads once, at its end. `CharTransformer`, 128 dims, 2 blocks, 8 heads; batches of 32 windows of 64.
+that a run reads once, at its end. `CharTransformer`, 128 dims, `--blocks` of `--heads`; batches of 32 windows of 64.
 Dense: Adam, 2e-3, constant, then linear to 0 over the second half, `--steps` steps; with `--longer` also for as many
 as both phases have. Reduced: IVON from a diagonal Laplace of the dense network for `--refit` steps in 20 "epochs",
 tempered, removal where delta_f > 0 from the second on, whole heads and neurons at a price per parameter. NLL in nats
@@ -136,14 +136,15 @@ def widths(model: nn.Module) -> dict[str, list[int]]:
 
 
 def run(args: argparse.Namespace) -> None:
-    path = RESULTS / f"{args.steps}.{args.seed}.json"
+    name = f"{args.blocks}x{args.heads}.{args.steps}.{args.seed}"
+    path = RESULTS / f"{name}.json"
     if path.exists() and not args.validate:
         return
     (codes, valid, test), alphabet = corpus(args.data)
     part = valid if args.validate else test
     torch.manual_seed(args.seed)
-    first = CharTransformer(alphabet, CONTEXT, 128, 2, 8)
-    kept = RESULTS.parent / f"transformer.dense.{args.steps}.{args.seed}.pt"
+    first = CharTransformer(alphabet, CONTEXT, 128, args.blocks, args.heads)
+    kept = RESULTS.parent / f"transformer.dense.{name}.pt"
     if kept.exists():
         first.load_state_dict(torch.load(kept, weights_only=True))
         dense = first.eval()
@@ -160,8 +161,9 @@ def run(args: argparse.Namespace) -> None:
     total = sum(p.numel() for p in dense.parameters())
     alive = sum(int((p != 0).sum()) for p in found.model.parameters())
     record = {
-        "steps": args.steps, "refit": args.refit, "price": args.price, "seed": args.seed, "variance": args.variance,
-        "temperature": args.temperature, "rate": args.rate, "weights": total, "removed": 1 - alive / total,
+        "blocks": args.blocks, "heads": args.heads, "steps": args.steps, "refit": args.refit, "price": args.price,
+        "seed": args.seed, "variance": args.variance, "temperature": args.temperature, "rate": args.rate,
+        "weights": total, "removed": 1 - alive / total,
         "parameters": sum(p.numel() for p in found.model.parameters()), "widths": widths(found.model),
         "macs": cost(found.model, example).macs / cost(dense, example).macs,
         "dense": nll(dense, part), "reduced": nll(found.model, part),
@@ -186,17 +188,17 @@ def table() -> str:
         "`python benchmarks/transformer.py`; tiny Shakespeare, NLL in nats per character of the last twentieth; one "
         "thread.",
         "",
-        "| steps | seed | dense NLL | dense, all steps | reduced NLL | change | predictive NLL | weights removed "
-        "| parameters left | MACs left | heads | hidden |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| blocks x heads | steps | seed | dense NLL | dense, all steps | reduced NLL | change | predictive NLL "
+        "| weights removed | parameters left | MACs left | heads left | hidden left |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for path in sorted(RESULTS.glob("*.json")):
         r = json.loads(path.read_text())
         said = "–" if r["longer"] is None else f"{r['longer']:.4f}"
         lines.append(
-            f"| {r['steps']} + {r['refit']} | {r['seed']} | {r['dense']:.4f} | {said} | {r['reduced']:.4f} | "
-            f"{r['loss']:+.2%} | {r['predictive']:.4f} | {r['removed']:.1%} | {r['parameters'] / r['weights']:.1%} | "
-            f"{r['macs']:.1%} | {r['widths']['heads']} of 8 | {r['widths']['hidden']} of 512 |"
+            f"| {r['blocks']} x {r['heads']} | {r['steps']} + {r['refit']} | {r['seed']} | {r['dense']:.4f} | {said} | "
+            f"{r['reduced']:.4f} | {r['loss']:+.2%} | {r['predictive']:.4f} | "
+            f"{r['removed']:.1%} | {r['parameters'] / r['weights']:.1%} | {r['macs']:.1%} | {r['widths']['heads']} | {r['widths']['hidden']} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -205,6 +207,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--steps", type=int, default=2000, help="of Adam")
     parser.add_argument("--refit", type=int, default=3000, help="steps of IVON")
     parser.add_argument("--longer", action="store_true", help="train Adam for all of them, too")
