@@ -198,7 +198,8 @@ def table() -> str:
         lines.append(
             f"| {r['blocks']} x {r['heads']} | {r['steps']} + {r['refit']} | {r['seed']} | {r['dense']:.4f} | {said} | "
             f"{r['reduced']:.4f} | {r['loss']:+.2%} | {r['predictive']:.4f} | "
-            f"{r['removed']:.1%} | {r['parameters'] / r['weights']:.1%} | {r['macs']:.1%} | {r['widths']['heads']} | {r['widths']['hidden']} |"
+            f"{r['removed']:.1%} | {r['parameters'] / r['weights']:.1%} | {r['macs']:.1%} | "
+            f"{r['widths']['heads']} | {r['widths']['hidden']} |"
         )
     return "\n".join(lines) + "\n"
 
