@@ -39,6 +39,14 @@ PRESETS: dict[str, dict] = {
     },
     "lenet5-mnist": {"data": "mnist", "model": "lenet5_caffe", "prior_variance": 0.5, "epochs": 24},
     "resnet20-cifar10": {"data": "cifar10", "model": "resnet20", "epochs": 5},
+    "vgg-cifar10-slab": {"data": "cifar10", "model": "vgg16_quarter", "epochs": 5, "method": "spike-slab"},
+    "vgg-cifar10-slab-gpu": {
+        "data": "cifar10",
+        "model": "vgg16",
+        "epochs": 200,
+        "method": "spike-slab",
+        "device": "cuda",
+    },
     "resnet20-cifar10-gpu": {"data": "cifar10", "model": "resnet20", "epochs": 160, "device": "cuda"},
 }
 

@@ -20,6 +20,8 @@ PARAMETERS = {
     "resnet32": 464_154,
     "resnet56": 853_018,
     "resnet110": 1_727_962,
+    "vgg16": 14_724_042,
+    "vgg16_quarter": 923_130,
     "mlp_swish": 1_149_010,
     "mlp_swish_cifar": 2_293_010,
     "lenet_tanh": 61_706,
