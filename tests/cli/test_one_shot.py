@@ -100,6 +100,12 @@ def test_kronecker_takes_units_to_a_budget_of_operations(ockham, tmp_path, train
     assert sum(p.numel() for p in small.parameters() if p.ndim > 1) <= 0.4 * 50826
     plan = library.Plan.from_json((tmp_path / "r" / "plan.json").read_text())
     assert sum(len(v) for v in plan.removed.values()) > 50
+    settings = json.loads((tmp_path / "r" / "result.json").read_text())["settings"]
+    assert settings["one_shot"] == "kronecker" and settings["macs"] == 0.4 and "FlatPrice" in settings["structures"]
+    assert not {"prior", "temperature", "rule"} & settings.keys()  # of a training that did not happen
+    told = (tmp_path / "r" / "report.html").read_text()
+    assert "down to the budget you set, at once, and the rest moved" in told and "without rounds of training" in told
+    assert "While this network was trained" not in told
 
 
 def test_kronecker_takes_units_while_the_evidence_pays_and_tunes_what_is_left(ockham, tmp_path, trained):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,6 +178,8 @@ def why(results: Results) -> str:
     """How the total evidence judges the removal."""
     rounds = results.history["rounds"]
     if not rounds:
+        if (results.result["settings"] or {}).get("one_shot"):
+            return "All that was removed went at once, without rounds of training between."
         return "No round of removal took place."
     gain, gone = sum(r["delta_f"] for r in rounds), sum(r["removed"] for r in rounds)
     rounds_ = "1 round" if len(rounds) == 1 else f"{len(rounds)} rounds"
@@ -250,7 +253,10 @@ def calls(results: Results, measure: Measure) -> tuple[str, str]:
 
 
 def _principle(results: Results) -> str:
-    rule = str((results.result["settings"] or {}).get("rule") or "evidence")
+    settings = results.result["settings"] or {}
+    if settings.get("one_shot"):
+        return _at_once(settings)
+    rule = str(settings.get("rule") or "evidence")
     if rule.lower().startswith("budget") or rule.lower() in ("magnitude", "snr", "random"):
         return f"Weights were removed by the baseline rule “{rule}”, for comparison, not because of the evidence."
     return (
@@ -258,6 +264,17 @@ def _principle(results: Results) -> str:
         "that value. Ockham then asked of each weight whether the data give evidence that it is needed, removed those "
         "that are not, let the others settle, and asked again."
     )
+
+
+def _at_once(settings: Mapping[str, Any]) -> str:
+    limited = settings.get("keep") is not None or settings.get("macs") is not None
+    tuned = settings.get("epochs")
+    text = "One pass over the training data showed how sure the data make every weight of the network you gave"
+    text += ", and which weights can stand in for each other. " if settings["one_shot"] == "kronecker" else ". "
+    text += "What was worth least went, down to the budget you set" if limited else "What the evidence does not ask for"
+    text += ", at once" if limited else " went, at once"
+    text += ", and the rest moved to make up for it. " if settings["one_shot"] == "kronecker" else ". "
+    return text + (f"The rest was trained for {tuned} more epochs." if tuned else "No weight was trained any further.")
 
 
 def _source(source: str | None) -> str:

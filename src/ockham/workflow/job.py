@@ -32,6 +32,7 @@ from ockham.workflow.stages import (
     as_plain,
     rule_name,
     search_rates,
+    settings_of,
     structures_name,
 )
 from ockham.workflow.structure_facts import STRUCTURE, structure_facts
@@ -215,23 +216,20 @@ class Job:
         write_json(self.out / STRUCTURE, {"schema": SCHEMA} | facts)
 
     def _provenance(self, seconds: float) -> dict[str, Any]:
-        data, training, rounds = self.recipe.data, self.recipe.training, self.recipe.rounds
-        rule = rule_name(self.recipe.rule)
+        data = self.recipe.data
         sizes = {"name": data.name, "n_train": len(data.train_x), "n_test": len(data.test_x), "source": data.name}
         return {
             "schema": SCHEMA,
             "ockham": __version__,
             "command": self.command,
-            "seed": training.seed,
+            "seed": self.recipe.training.seed,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": seconds,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {self.recipe.device}",
             "network": {"builder": self.builder},
             "dataset": sizes,
-            "settings": as_plain(training)
-            | {"batch_size": self.recipe.batch_size, "rule": rule, **asdict(rounds)}
-            | {"structures": structures_name(self.recipe.structures)},
+            "settings": settings_of(self.recipe),
         }
 
     def _foreign(self) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +31,7 @@ __all__ = [
     "as_plain",
     "rule_name",
     "search_rates",
+    "settings_of",
     "structures_name",
 ]
 
@@ -245,6 +246,16 @@ def as_plain(training: Training) -> dict[str, Any]:
     plain = {f.name: getattr(training, f.name) for f in fields(training)}
     shown = [f"{f.name}={getattr(training.prior, f.name):g}" for f in fields(training.prior) if f.repr]  # type: ignore[arg-type]
     return plain | {"prior": f"{type(training.prior).__name__}({', '.join(shown)})"}
+
+
+def settings_of(recipe: Recipe) -> dict[str, Any]:
+    """What the result folder says of a job's settings: those that had a part in it."""
+    if recipe.one_shot is None:
+        own = as_plain(recipe.training) | {"rule": rule_name(recipe.rule), **asdict(recipe.rounds)}
+    else:
+        own = asdict(replace(recipe.one_shot, structures=None))
+        own = {"one_shot": own.pop("structure"), "seed": recipe.training.seed, **own}
+    return own | {"batch_size": recipe.batch_size, "structures": structures_name(recipe.structures)}
 
 
 def structures_name(structures: Structures | None) -> str:
