@@ -114,7 +114,7 @@ def reduced(model: nn.Module, codes: Tensor, args: argparse.Namespace) -> ockham
     def warm(network: nn.Module, training: ockham.Training, *, n_data: float, steps: int) -> ockham.IVON:
         named, prior = list(network.named_parameters()), ockham.FixedPrior(args.variance)
         optimizer = ockham.IVON(named, n_data=n_data, lr=args.rate, steps=steps, prior=prior, seed=args.seed,
-                                temperature=args.temperature, initial_std=1e-3)  # fmt: skip
+                                temperature=args.temperature, initial_std=1e-3, betas=(0.9, args.beta2))  # fmt: skip
         optimizer.start_from(start)
         return optimizer
 
@@ -163,7 +163,7 @@ def run(args: argparse.Namespace) -> None:
     record = {
         "blocks": args.blocks, "heads": args.heads, "steps": args.steps, "refit": args.refit, "price": args.price,
         "seed": args.seed, "variance": args.variance, "temperature": args.temperature, "rate": args.rate,
-        "weights": total, "removed": 1 - alive / total,
+        "beta2": args.beta2, "weights": total, "removed": 1 - alive / total,
         "parameters": sum(p.numel() for p in found.model.parameters()), "widths": widths(found.model),
         "macs": cost(found.model, example).macs / cost(dense, example).macs,
         "dense": nll(dense, part), "reduced": nll(found.model, part),
@@ -215,6 +215,7 @@ def main() -> None:
     parser.add_argument("--longer", action="store_true", help="train Adam for all of them, too")
     parser.add_argument("--variance", type=float, default=0.1, help="of the prior")
     parser.add_argument("--temperature", type=float, default=0.2)
+    parser.add_argument("--beta2", type=float, default=0.9999, help="of IVON; the curvature starts warm")
     parser.add_argument("--rate", type=float, default=0.1, help="of IVON")
     parser.add_argument(
         "--price", type=float, default=2.0, help="nats per parameter that a unit must be worth; 0: the learned rate"

@@ -226,3 +226,21 @@ def test_momentum_is_half_as_wide_and_a_resumed_run_is_the_same_to_the_bit(toy, 
         assert torch.equal(p, q) and torch.equal(opt.state[p]["hessian"], other.state[q]["hessian"])
         assert opt.state[p]["exp_avg"].dtype == other.state[q]["exp_avg"].dtype == torch.bfloat16
         assert torch.equal(opt.state[p]["exp_avg"], other.state[q]["exp_avg"])
+
+
+@pytest.mark.parametrize(("beta2", "batch"), [(0.99, 100), (0.99, 500), (0.999, 1000)])
+def test_what_noise_does_to_the_hessian_is_known(beta2, batch):
+    """20,000 Gaussian means: curvature 1, gradients with the noise of a batch; the retraction makes more of it."""
+    torch.manual_seed(0)
+    n, w = 100_000, nn.Parameter(torch.zeros(20_000))
+    opt = IVON([("w", w)], n_data=n, lr=1e-6, betas=(0.9, beta2), initial_std=n**-0.5)
+    for _ in range(round(4 / (1 - beta2))):
+        opt.zero_grad()
+        with opt.sampled():
+            ((w - torch.randn_like(w) * batch**-0.5) ** 2 / 2).sum().backward()
+        opt.step()
+    health = opt.health()
+    found = float(opt.state[w]["hessian"].mean())
+    assert found == pytest.approx(1 + (1 - beta2) * n / batch / 2, rel=0.1)
+    assert health.inflation == pytest.approx(found, rel=0.15)
+    assert any("too large" in text for text in health.warnings) == (found > 1.5)

@@ -34,6 +34,7 @@ class Health:
             the posterior's spread is initialisation.
         spread: coefficient of variation of the precision inside a parameter tensor, averaged over living weights.
         negative: share of living weights whose estimated curvature is below zero (noise, or a saddle).
+        inflation: factor by which noise makes h + d, so the precision and all evidence, too large; 1 is none.
         warnings: sentences for people; empty when all is well.
     """
 
@@ -41,6 +42,7 @@ class Health:
     first_hessian_left: float
     spread: float
     negative: float
+    inflation: float
     warnings: tuple[str, ...]
 
 
@@ -155,14 +157,40 @@ class IVON(VariationalOptimizer):
         return sum(_kl(self._gaussian(p, g)) for g in self.param_groups for p in self._arena(g).parameters)
 
     def health(self) -> Health:
-        """How much of the spread is data: share of the first Hessian left, spread over weights, negative curvature."""
+        """How much of the spread is data, and what noise does to it; best asked right after a step.
+
+        The retraction adds 1/2 (1 - b2)^2 (h - h_new)^2 / (h + d), which noise in h_new never cancels. At equilibrium
+
+            inflation = 1 / (1 - 1/2 (1 - b2) q),    q = sum (h_new - h)^2 / (h + d)  /  sum (h + d),
+
+        about 1 + 1/2 (1 - b2) N / (T B) with B terms a batch: small batches of large data, a cold posterior and a
+        fast b2 inflate. q is that of the last gradient; without one the inflation is 1.
+        """
         states = [self.state[p] for p in self._names if self.state.get(p, {}).get("step", 0) > 0]
         steps = max((s["step"] for s in states), default=0)
         left = max((s["left"] for s in states), default=1.0)
         count = max(1, sum(s["hessian"].numel() for s in states))
         spread = sum(_variation(s["hessian"].double() + s["decay"]) * s["hessian"].numel() for s in states) / count
         negative = sum(float((s["hessian"] < 0).sum()) for s in states) / count
-        return Health(steps, left, spread, negative, _warnings(left, spread, negative))
+        inflation = self._inflation()
+        return Health(steps, left, spread, negative, inflation, _warnings(left, spread, negative, inflation))
+
+    @torch.no_grad()
+    def _inflation(self) -> float:
+        extra, whole = 0.0, 0.0
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None and self.state.get(p, {}).get("step", 0) > 0):
+                state, index = self.state[p], self._index.get(p)
+                assert p.grad is not None
+                grad = p.grad.reshape(-1) if index is None else p.grad.reshape(-1)[index]
+                std = self._std_(torch.empty_like(state["hessian"]), state, self._facts_of(state), group)
+                change, total = (
+                    state["noise"].float() * grad / std - state["hessian"],
+                    state["hessian"] + state["decay"],
+                )
+                extra += 0.5 * (1 - _beta2(state["step"], group)) * float((change.double().square() / total).sum())
+                whole += float(total.double().sum())
+        return 1 / max(1 - extra / whole, 0.01) if whole else 1.0
 
     # ------------------------------------------------------------------ the method
     def _check_options(self, group: Mapping[str, Any]) -> None:
@@ -259,7 +287,7 @@ def _variation(values: Tensor) -> float:
     return float(values.std() / values.mean()) if values.numel() > 1 else 0.0
 
 
-def _warnings(left: float, spread: float, negative: float) -> tuple[str, ...]:
+def _warnings(left: float, spread: float, negative: float, inflation: float) -> tuple[str, ...]:
     found = []
     if left > 0.25:
         found.append(
@@ -270,6 +298,12 @@ def _warnings(left: float, spread: float, negative: float) -> tuple[str, ...]:
         found.append(f"the precision hardly varies inside a layer ({spread:.1%}): evidence is magnitude pruning here.")
     if negative > 0.2:
         found.append(f"{negative:.0%} of the weights have a negative curvature estimate: a larger b2 averages longer.")
+    if inflation > 1.5:
+        found.append(
+            f"gradient noise makes the precision, and evidence from it, about {inflation:.1f} times too large: "
+            "take a larger b2 (betas), larger batches or more steps; "
+            "after start_from(ockham.laplace(...)) b2 = 0.9999 will do."
+        )
     return tuple(found)
 
 
