@@ -28,6 +28,7 @@ from ockham.version import __version__
 from ockham.workflow.audit import audit
 from ockham.workflow.batchnorm import refresh_batchnorm
 from ockham.workflow.compression import Compressed, Compression, compress
+from ockham.workflow.correlated import Correlated
 from ockham.workflow.estimators import Training, defaults_for, point_estimate
 from ockham.workflow.gating import Gates, attach_gates
 from ockham.workflow.likelihood import Classification, Loss, Regression
@@ -41,6 +42,7 @@ __all__ = [
     "Classification",
     "Compressed",
     "Compression",
+    "Correlated",
     "DataError",
     "EmpiricalBayes",
     "EvidenceRule",

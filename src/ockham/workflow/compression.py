@@ -22,6 +22,7 @@ from ockham.reduction.rule import BudgetRule, EvidenceRule, Rule, counted
 from ockham.reduction.structure_rule import Structures
 from ockham.surgery.planning import Plan
 from ockham.workflow.batchnorm import refresh_batchnorm
+from ockham.workflow.correlated import Correlated
 from ockham.workflow.estimators import Estimator, Training, mean_field
 from ockham.workflow.likelihood import Likelihood, Loss, Regression, likelihood_from
 from ockham.workflow.reducer import Ignore, Reducer, protected_names
@@ -143,6 +144,8 @@ class Compression:
         estimator: makes the optimizer; default `mean_field`, for baselines `point_estimate`.
         structures: take whole channels, neurons and heads out, too: after each round network and optimizer become
             physically smaller and training goes on at the lower cost. None: single weights only.
+        correlated: score the last thousands of weights by their marginals under the full covariance of all of them.
+            None: one by one.
 
     Raises:
         DataError: the loader is empty, labels out of range, n_data impossible.
@@ -167,6 +170,7 @@ class Compression:
         n_data: float | None = None,
         estimator: Estimator | None = None,
         structures: Structures | None = None,
+        correlated: Correlated | None = None,
     ) -> None:
         self.training = training or Training()
         self._loader = loader
@@ -185,6 +189,10 @@ class Compression:
         self._reducer = Reducer(
             optimizer, rule=rule or EvidenceRule(), rounds=rounds, epochs=epochs, protected=protected
         )
+        if correlated is not None:
+            self._reducer.seen = lambda posterior: correlated.seen(
+                posterior, self._trainer.model, loader, self._likelihood
+            )
         self._parameters = sum(p.numel() for p in network.parameters())
         self._trainable = sum(p.numel() for p in network.parameters() if p.requires_grad)
         self._shrinker = None

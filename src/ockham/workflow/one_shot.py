@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import nn
 
-from ockham.errors import DataError, OckhamError, OckhamWarning
+from ockham.errors import OckhamError, OckhamWarning
 from ockham.evidence.marginal import evidence_prior_precision, mean_square_prior_precision
-from ockham.posterior.curvature import (
-    Score,
-    empirical_fisher,
-    empirical_regression,
-    monte_carlo_classification,
-    monte_carlo_regression,
-    outputs,
-)
 from ockham.posterior.laplace import Curvature, FittedPrior, diagonal_curvature, kronecker_curvature, laplace_posterior
 from ockham.posterior.posterior import Posterior
 from ockham.reduction.columns import narrowed
@@ -27,9 +19,10 @@ from ockham.reduction.diagnose import diagnose
 from ockham.reduction.one_shot import removed_in_rounds
 from ockham.surgery.grouping import Groups
 from ockham.surgery.planning import Plan, check_model
-from ockham.workflow.likelihood import Classification, Likelihood, Regression, likelihood_from
+from ockham.workflow.likelihood import Likelihood, Regression, likelihood_from
+from ockham.workflow.passes import checked_batches, evaluating, score_for
 from ockham.workflow.reducer import Ignore, protected_names
-from ockham.workflow.trainer import Loader, seeded, to_device
+from ockham.workflow.trainer import Loader
 
 __all__ = ["compensate", "compensated", "laplace", "reduce", "unscored", "with_means"]
 
@@ -88,16 +81,10 @@ def laplace(
     """
     likelihood = likelihood_from(likelihood)
     fit = _prior(prior, _named("structure", structure, _DEFAULT_PRIOR))
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    generator = torch.Generator(device).manual_seed(seed)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        batches = _batches(loader, device, likelihood, model)
-        curvature = _STRUCTURES[structure](model, batches, _score(fisher, likelihood), generator)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    score = score_for(likelihood, _named("fisher", fisher, {"monte-carlo": False, "empirical": True}))
+    with evaluating(model) as device:
+        generator = torch.Generator(device).manual_seed(seed)
+        curvature = _STRUCTURES[structure](model, checked_batches(loader, likelihood, model), score, generator)
     scale = _likelihood_precision(likelihood, curvature, noise_variance) ** (2 if fisher == "empirical" else 1)
     terms = float(curvature.terms if n_data is None else n_data)
     if not terms > 0:
@@ -201,34 +188,6 @@ def with_means(model: nn.Module, posterior: Posterior) -> nn.Module:
         if name in posterior:
             p.copy_(posterior[name].mean)
     return new
-
-
-def _batches(loader: Loader, device: torch.device, likelihood: Likelihood, model: nn.Module) -> Iterator[Any]:
-    with seeded(0, 0, device):
-        for i, batch in enumerate(loader):
-            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-                raise DataError(f"the loader must yield pairs (inputs, targets); got {type(batch).__name__}")
-            x, y = to_device(batch[0], device), to_device(batch[1], device)
-            if i == 0:
-                with torch.no_grad():
-                    likelihood.check(outputs(model, x), y)
-            yield x, y
-
-
-def _score(fisher: str, likelihood: Likelihood) -> Score:
-    if fisher == "empirical" and isinstance(likelihood, Regression):
-        return empirical_regression()
-    if fisher == "empirical":
-        return empirical_fisher(lambda f, y: likelihood.nll(f, y) * likelihood.terms(y), likelihood.terms)
-    _named("fisher", fisher, {"monte-carlo": 0, "empirical": 0})
-    if isinstance(likelihood, Classification):
-        return monte_carlo_classification(likelihood.ignore_index)
-    if isinstance(likelihood, Regression):
-        return monte_carlo_regression()
-    raise OckhamError(
-        f"a Monte Carlo GGN needs a likelihood to draw targets from: classification or regression; got "
-        f"{type(likelihood).__name__}. Pass fisher='empirical' for a loss of your own"
-    )
 
 
 def _likelihood_precision(likelihood: Likelihood, curvature: Curvature, noise_variance: float | None) -> float:

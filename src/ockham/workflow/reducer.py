@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ockham.errors import OckhamError, OckhamWarning
+from ockham.posterior.posterior import Posterior
 from ockham.posterior.spike_slab import SpikeSlab
 from ockham.posterior.variational import VariationalOptimizer
 from ockham.reduction.diagnose import Diagnosis, diagnose
@@ -51,6 +52,7 @@ class Reducer:
         self.diagnosis: Diagnosis | None = None
         self.histograms: list[dict[str, Any]] = []
         self.ledger: Ledger | None = None
+        self.seen: Callable[[Posterior], Posterior] = lambda posterior: posterior
         self._total: int | None = None
 
     def after_epoch(self, epoch: int, loss: float) -> RoundInfo | None:
@@ -65,7 +67,7 @@ class Reducer:
         """
         if epoch not in self.plan or self.ended():
             return None
-        evidence = score(self.optimizer.posterior())
+        evidence = score(self.seen(self.optimizer.posterior()))
         if self.diagnosis is None:
             self.diagnosis = diagnose(evidence.posterior, loss)
             for text in self.diagnosis.warnings:

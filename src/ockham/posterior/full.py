@@ -1,0 +1,94 @@
+r"""Marginals under the full covariance of all living weights together, for networks that have become small.
+
+    C = (H + diag(P0))^-1,    H = curvature of the summed NLL over the living weights (Monte Carlo GGN), [n, n]
+
+The marginal precision 1 / C_ii knows every correlation: of two weights that say the same either one may go, while a
+diagonal posterior holds on to both. A few thousand weights are seconds; memory is a few times n^2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ockham.errors import DataError, OckhamError
+from ockham.posterior.curvature import ExampleGradients, Score, outputs
+from ockham.posterior.posterior import Posterior
+
+__all__ = ["living_curvature", "with_marginals"]
+
+_ROWS = 1024  # gradients that enter a product together
+
+
+def living_curvature(
+    model: nn.Module, posterior: Posterior, batches: Iterable[Any], score: Score, generator: torch.Generator
+) -> tuple[Tensor, float]:
+    """Sum of g g' over the examples of one pass, g the gradient with respect to all living weights.
+
+    Args:
+        model: in evaluation mode, at the means of the posterior.
+        posterior: says which weights are alive; their order is its own, row-major inside a parameter.
+        batches: pairs (inputs, targets) on the model's device.
+        score: which gradients.
+        generator: of the drawn targets, on that device.
+
+    Returns:
+        [n, n], float64, and the number of log-likelihood terms seen.
+
+    Raises:
+        DataError: there are no batches.
+        OckhamError: the curvature is not finite.
+    """
+    names = [n for n, g in posterior.items() if bool(g.keep.any())]
+    singles = ExampleGradients(model, names, score.nll)
+    n = posterior.kept()
+    total = torch.zeros(n, n, dtype=torch.float64, device=next(model.parameters()).device)
+    rows: list[Tensor] = []
+    terms = waiting = 0
+    for x, y in batches:
+        with torch.no_grad():
+            drawn = score.targets(outputs(model, x), y, generator)
+        terms += score.terms(y)
+        for grads in singles.chunks(x, drawn):
+            rows.append(torch.cat([grads[name].detach()[:, posterior[name].keep] for name in names], 1))
+            waiting += len(rows[-1])
+            if waiting >= _ROWS:
+                total, rows, waiting = _added(total, rows), [], 0
+    if not terms:
+        raise DataError("there are no batches: a curvature needs data")
+    total = _added(total, rows) if rows else total
+    if not bool(total.diagonal().isfinite().all()):
+        raise OckhamError("the curvature is not finite: the network's outputs or gradients overflow")
+    return total, float(terms)
+
+
+def with_marginals(posterior: Posterior, curvature: Tensor, terms: float, noise_precision: float = 1.0) -> Posterior:
+    """The same posterior with the marginal precisions of the full covariance, N / (T terms) times the curvature.
+
+    Args:
+        posterior: means, prior precisions and masks; what it said of precision stays beside the marginals.
+        curvature: from `living_curvature`.
+        terms: what that pass saw.
+        noise_precision: 1 / noise variance of a regression.
+    """
+    alive = [(name, g) for name, g in posterior.items() if bool(g.keep.any())]
+    priors = [torch.broadcast_to(g.prior_precision, g.mean.shape)[g.keep].double() for _, g in alive]
+    whole = curvature * (noise_precision * posterior.n_data / (posterior.temperature * terms))
+    whole.diagonal().add_(torch.cat(priors))
+    variance = torch.cholesky_inverse(torch.linalg.cholesky(whole)).diagonal()
+    moments = dict(posterior.moments)
+    for (name, g), part in zip(alive, variance.split([len(p) for p in priors]), strict=True):
+        marginal = torch.full_like(g.mean, torch.inf)
+        marginal[g.keep] = (1 / part).to(g.mean.dtype)
+        moments[name] = replace(g, marginal_precision=marginal)
+    return replace(posterior, moments=moments)
+
+
+def _added(total: Tensor, rows: list[Tensor]) -> Tensor:
+    """Products in single precision, sums in double."""
+    many = torch.cat(rows)
+    return total.add_(many.mT @ many)
