@@ -146,12 +146,13 @@ class Trained:
         else:
             self._optimizer = ockham.IVON(named, n_data=n, lr=subject.rates[1], prior=prior, initial_std=1e-3)
         self._optimizer.start_from(start)
-        self._source = subject.batches()
+        self._batches, self._done = subject.batches, 0
         self._train(steps)
 
     def _train(self, steps: int) -> None:
         self._model.train()
-        for x, y in itertools.islice(self._source, steps):
+        self._done += steps
+        for x, y in itertools.islice(self._batches(), self._done - steps, self._done):
             self._optimizer.zero_grad()
             with self._optimizer.sampled():
                 nn.functional.cross_entropy(self._model(x), y).backward()

@@ -31,6 +31,7 @@ from ockham.reduction.rule import BudgetRule, Rule
 from ockham.reduction.score import Evidence
 from ockham.reduction.structure_rule import Structures
 from ockham.workflow.compression import Compression
+from ockham.workflow.correlated import Correlated
 from ockham.workflow.estimators import Training, spike_slab
 from ockham.workflow.evaluate import mean_predictor, measures, posterior_predictor
 from ockham.workflow.result import stored_values
@@ -96,6 +97,7 @@ def job_of(args: argparse.Namespace, x: torch.Tensor, y: torch.Tensor) -> Compre
         n_data=len(x),
         estimator=spike_slab,
         structures=Structures(price=FlatPrice(0.0), cap=0.01, wait=0),  # units that nobody reads
+        correlated=Correlated(args.correlated) if args.correlated else None,
     )
 
 
@@ -118,6 +120,7 @@ def main() -> None:
     parser.add_argument("--end", type=float, default=0.8)
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--first", type=int, default=9600, help="weights that the first round leaves")
+    parser.add_argument("--correlated", type=int, default=5000, help="so many living weights are scored together")
     parser.add_argument("--minutes", type=float, default=1e9)
     parser.add_argument("--work", type=Path, default=Path("runs/spike_slab_mnist"), help="folder of checkpoints")
     parser.add_argument("--tag", default="")

@@ -21,6 +21,7 @@ import subprocess
 import time
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -28,11 +29,26 @@ import torch
 from torch import Tensor, nn
 
 import ockham
+from ockham.reduction.prices import Price, UnitCosts
+from ockham.reduction.structures import StructureEvidence
 from ockham.surgery.cost import cost
 from ockham.zoo.paper import CharTransformer
 
 RESULTS = Path(__file__).parent / "results" / "transformer"
 EPOCHS, CONTEXT, BATCH = 20, 64, 32
+
+
+@dataclass(frozen=True, slots=True)
+class HeadsAndUnits(Price):
+    """Nats per parameter, of heads ``factor`` times as many: they also cost cache and the attention itself."""
+
+    nats_each: float
+    factor: float
+
+    def nats(self, evidence: StructureEvidence, costs: UnitCosts) -> dict[str, Tensor]:
+        """Group id to price."""
+        found = ockham.PerParameter(self.nats_each).nats(evidence, costs)
+        return {key: price * (self.factor if "attention" in key else 1.0) for key, price in found.items()}
 
 
 class Windows:
@@ -122,7 +138,7 @@ def reduced(model: nn.Module, codes: Tensor, args: argparse.Namespace) -> ockham
     job = ockham.Compression(
         model, loader, training=ockham.Training(epochs=EPOCHS, seed=args.seed), estimator=warm, n_data=len(codes),
         rounds=ockham.Rounds(start=0.1, end=0.8, count=15, patience=99),
-        structures=ockham.Structures(price=ockham.PerParameter(args.price)) if args.price else ockham.Structures(),
+        structures=ockham.Structures(price=HeadsAndUnits(args.price, args.heads_factor)),
     )  # fmt: skip
     for progress in job:
         print(f"  ivon {progress.epoch}: {progress.loss:.4f}, kept {progress.kept_share:.4f}", flush=True)
@@ -162,6 +178,7 @@ def run(args: argparse.Namespace) -> None:
     alive = sum(int((p != 0).sum()) for p in found.model.parameters())
     record = {
         "blocks": args.blocks, "heads": args.heads, "steps": args.steps, "refit": args.refit, "price": args.price,
+        "heads_factor": args.heads_factor,
         "seed": args.seed, "variance": args.variance, "temperature": args.temperature, "rate": args.rate,
         "beta2": args.beta2, "weights": total, "removed": 1 - alive / total,
         "parameters": sum(p.numel() for p in found.model.parameters()), "widths": widths(found.model),
@@ -217,9 +234,8 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.2)
     parser.add_argument("--beta2", type=float, default=0.9999, help="of IVON; the curvature starts warm")
     parser.add_argument("--rate", type=float, default=0.1, help="of IVON")
-    parser.add_argument(
-        "--price", type=float, default=2.0, help="nats per parameter that a unit must be worth; 0: the learned rate"
-    )
+    parser.add_argument("--price", type=float, default=2.5, help="nats per parameter that a unit must be worth")
+    parser.add_argument("--heads-factor", type=float, default=5.0, help="times as many that a head must be worth")
     parser.add_argument("--validate", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", action="store_true")

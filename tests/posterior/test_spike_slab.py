@@ -325,3 +325,22 @@ def test_noise_stays_in_pre_activations_when_the_network_shrinks(update):
     assert sum(len(m._forward_hooks) for m in small.modules()) == 2
     assert all(bool((carried.state[p]["variance_grad"] != 0).any()) for p in small.parameters())
     carried.step()
+
+
+@pytest.mark.parametrize("propagate", [None, by_moments, by_gradient])
+def test_a_copy_of_network_and_optimizer_goes_on_alike(toy, propagate):
+    net, opt = make(toy, propagate=propagate)
+    for _ in range(3):
+        toy.step(net, opt)
+    opt.remove(KEEP)
+    twin, other = copy.deepcopy((net, opt))
+    if propagate:
+        with pytest.raises(OckhamError, match="follow"), other.sampled():
+            pass
+        other.zero_grad()
+        other.follow(twin)
+    for _ in range(4):
+        toy.step(net, opt)
+        toy.step(twin, other)
+    assert same(opt.posterior(), other.posterior())
+    assert all(a.data_ptr() != b.data_ptr() for a, b in zip(net.parameters(), twin.parameters(), strict=True))

@@ -134,7 +134,7 @@ class SpikeSlab(VariationalOptimizer):
             OckhamError: called inside `sampled`, or another update.
         """
         self._outside("propagate")
-        held = {p: self._group_of(p) for p in self._names if p.requires_grad}
+        self._awaits, held = False, {p: self._group_of(p) for p in self._names if p.requires_grad}
         if update not in (by_gradient, by_moments):
             raise OckhamError("propagate: update must be by_moments or by_gradient of ockham.posterior.slab_updates")
         self._propagation.driven = update is by_gradient
@@ -222,9 +222,7 @@ class SpikeSlab(VariationalOptimizer):
         """A copy over the parameters of a smaller network; `follow` puts the noise where it was in this one."""
         twin = sliced(self, parameters, take)
         assert isinstance(twin, SpikeSlab)
-        twin._propagation = Propagation()
-        twin._propagation.driven = self._propagation.driven
-        twin._awaits = self._awaits or bool(self._propagation.parameters)
+        twin.__dict__.update({k: self.__getstate__()[k] for k in ("_propagation", "_awaits")})
         for state in twin.state.values():
             state.update(propagated=False, driven=False)
         return twin
@@ -232,8 +230,13 @@ class SpikeSlab(VariationalOptimizer):
     def follow(self, network: nn.Module) -> None:
         """Propagate in the smaller network as in the one before, if its noise was propagated."""
         if self._awaits:
-            self._awaits = False
             self.propagate(without_noise(network), update=by_gradient if self._propagation.driven else by_moments)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Hooks stay with the network they are on: a copy of an optimizer that propagates awaits `follow`."""
+        fresh, awaits = Propagation(), self._awaits or bool(self._propagation.parameters)
+        fresh.driven = self._propagation.driven
+        return {**super().__getstate__(), "_propagation": fresh, "_awaits": awaits}
 
     # ------------------------------------------------------------------ the method
     def _check_options(self, group: Mapping[str, Any]) -> None:
@@ -299,8 +302,7 @@ class SpikeSlab(VariationalOptimizer):
         if isinstance(prior, FixedSpikeSlab):
             return
         for p in (p for p in group["params"] if p.grad is not None and p.requires_grad):
-            state = self.state[p]
-            if state["step"] >= group["kl_warmup"] and state["step"] % group["prior_interval"] == 0:
+            if (state := self.state[p])["step"] >= group["kl_warmup"] and state["step"] % group["prior_interval"] == 0:
                 self._learn(p, state, prior)
 
     def _learn(self, p: Tensor, state: dict[str, Any], prior: SlabPrior) -> None:
@@ -337,15 +339,15 @@ class SpikeSlab(VariationalOptimizer):
     def _block_began(self, new: bool) -> None:
         if not self._propagation.parameters:
             return
-        if new:
-            for group in self.param_groups:
-                for vector in (self._arena(group).vectors.get("variance_grad"),):
-                    if vector is not None:
-                        vector.zero_()
+        for group in self.param_groups if new else ():
+            if (vector := self._arena(group).vectors.get("variance_grad")) is not None:
+                vector.zero_()
         for p in self._propagation.parameters:
             self._propagation.variances[p] = self._variance_of(p, self._arena(self._group_of(p)).lent(p))
 
     def _perturbs(self, run: Span) -> bool:
+        if self._awaits:
+            raise OckhamError("the noise of this copy went through the layers of another network: call follow(network)")
         return not self._facts(run).propagated  # type: ignore[attr-defined]
 
     def _variance_of(self, p: Tensor, alive: Tensor) -> Tensor:

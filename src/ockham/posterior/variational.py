@@ -197,6 +197,10 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         return sliced(self, parameters, take)
 
     # ------------------------------------------------------------------ state
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but memory to work in: `copy.deepcopy((network, optimizer))` gives a pair that goes on alike."""
+        return {**self.__dict__, "_arenas": {}}
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, as (name, parameter) pairs like everywhere here.
 
