@@ -1,7 +1,7 @@
 """MNIST with few hundred weights: 784-400-400-10, spike-and-slab, a budget reached gradually.
 
-    python benchmarks/spike_slab_mnist.py --data PATH/mnist --validate [--epochs 20 --keep 900 ...]   # settings
-    python benchmarks/spike_slab_mnist.py --data PATH/mnist --seed 0                                   # the row
+    python benchmarks/spike_slab_mnist.py --data PATH/mnist --validate --tag .a [--epochs 28 ...]   # settings
+    python benchmarks/spike_slab_mnist.py --data PATH/mnist --seed 0                                # the row
 
 A run is resumable: with --minutes it stops at the next epoch and goes on where it was. Settings were chosen on the last
 10,000 training images (--validate trains on the others); a row reads the test set once, at its end.
@@ -77,7 +77,7 @@ class LivingBudget(Rule):
 
 def job_of(args: argparse.Namespace, x: torch.Tensor, y: torch.Tensor) -> Compression:
     p0 = args.inclusion
-    prior = LearnedSpikeSlab(slab_variance=args.slab) if p0 is None else FixedSpikeSlab(p0, args.slab)
+    prior = LearnedSpikeSlab(slab_variance=args.slab) if not p0 else FixedSpikeSlab(p0, args.slab)
     training = Training(
         args.epochs,
         args.lr,
@@ -93,7 +93,7 @@ def job_of(args: argparse.Namespace, x: torch.Tensor, y: torch.Tensor) -> Compre
         Batches(x, y, args.batch, shuffle=True),
         training=training,
         rounds=Rounds(args.start, args.end, args.count),
-        rule=MedianRule() if args.keep is None else LivingBudget(args.keep, args.first),
+        rule=LivingBudget(args.keep, args.first) if args.keep else MedianRule(),
         n_data=len(x),
         estimator=spike_slab,
         structures=Structures(price=FlatPrice(0.0), cap=0.01, wait=0),  # units that nobody reads
@@ -107,18 +107,18 @@ def main() -> None:
     parser.add_argument("--validate", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hidden", type=int, nargs="+", default=[400, 400])
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--epochs", type=int, default=36)
     parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--hold", type=float, default=0.5)
+    parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--hold", type=float, default=0.6)
     parser.add_argument("--warmup", type=float, default=0.2)
     parser.add_argument("--slab", type=float, default=0.3)
-    parser.add_argument("--inclusion", type=float, help="fixed prior inclusion; learned without")
-    parser.add_argument("--keep", type=int, help="weights that stay; the median model without")
+    parser.add_argument("--inclusion", type=float, default=0.01, help="fixed prior inclusion; 0: learned")
+    parser.add_argument("--keep", type=int, default=899, help="weights that stay; 0: the median model")
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--start", type=float, default=0.4)
-    parser.add_argument("--end", type=float, default=0.8)
-    parser.add_argument("--count", type=int, default=20)
+    parser.add_argument("--start", type=float, default=0.06)
+    parser.add_argument("--end", type=float, default=0.67)
+    parser.add_argument("--count", type=int, default=23)
     parser.add_argument("--first", type=int, default=9600, help="weights that the first round leaves")
     parser.add_argument("--correlated", type=int, default=5000, help="so many living weights are scored together")
     parser.add_argument("--minutes", type=float, default=1e9)
