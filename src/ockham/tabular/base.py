@@ -56,7 +56,7 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
         hidden_layer_sizes: Any = (64,),
         *,
         n_restarts: int = 4,
-        max_iter: int = 6000,
+        max_iter: int = 15000,
         batch_size: int = 256,
         learning_rate: float = 0.01,
         slab_variance: float = 1.0,
