@@ -33,6 +33,19 @@ def test_digits_with_inclusion_probabilities(ockham, tmp_path):
     assert "likelier used than not" in page and "sum of inclusion probabilities" in page
 
 
+def test_structures_go_with_the_median_model(ockham, tmp_path):
+    given = ("--method", "spike-slab", "--epochs", "40", "--no-baseline", "--quiet", "--structure")
+    done = ockham("compress", "--out", "r", *given)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
+    assert metrics["after"]["accuracy"] > 0.94 and metrics["kept"] < 0.06
+    posterior, network = library.load_posterior(tmp_path / "r"), library.load(tmp_path / "r")
+    small = {n: p.shape for n, p in network.named_parameters()}
+    assert small["fc1.weight"][0] < 200 and small["fc2.weight"][0] < 120 and small["fc3.weight"][0] == 10
+    assert all(g.inclusion is not None and g.inclusion.shape == small[n] for n, g in posterior.items())
+    assert json.loads((tmp_path / "r" / "structure.json").read_text())["after"]["parameters"] < 30_000
+
+
 @pytest.mark.filterwarnings("ignore::ockham.errors.OckhamWarning")
 def test_the_network_is_handed_out_without_hooks_and_training_goes_on():
     from ockham.workflow.compression import Compression
@@ -68,7 +81,6 @@ def test_log_odds_are_the_prior_and_a_budget_is_met(ockham, tmp_path):
     ("given", "said"),
     [
         (("--posterior", "ivon"), "a posterior of its own"),
-        (("--structure",), "single weights"),
         (("--rule", "learned-odds"), "median model"),
         (("--log-odds", "1000"), "within 30 nats"),
     ],

@@ -29,8 +29,6 @@ def with_spike_slab(options: Options, recipe: Recipe) -> Recipe:
     """
     if options.posterior != "mean-field":
         raise OckhamError(f"--method spike-slab is a posterior of its own: drop --posterior {options.posterior}")
-    if options.structure:
-        raise OckhamError("--method spike-slab removes single weights: drop --structure; ockham.shrink takes out units")
     options.refuse("--method spike-slab", "cap")
     if options.keep_share is None and options.rule != "evidence":
         raise OckhamError(f"--method spike-slab keeps the median model or a --keep-share: drop --rule {options.rule}")
