@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -266,6 +267,27 @@ def test_constants_fold_into_the_next_bias_exactly() -> None:
     expected = 1 / bias.precision + value**2 / posterior["9.weight"].precision[:, 2]
     assert torch.allclose(1 / left["9.bias"].precision, expected)
     assert torch.allclose(left["9.bias"].mean, small[9].bias)
+
+
+def test_constants_fold_into_a_bias_that_may_be_zero() -> None:
+    # the network holds E[w] = pi m; what b + c w adds up to is no longer uncertain to be there
+    model, x = constant_net(), torch.randn(5, 1, 8, 8).double()
+    plain = posterior_of(model)
+    pi = {n: torch.linspace(0.6, 1, g.mean.numel()).double().view(g.mean.shape) * g.keep for n, g in plain.items()}
+    slabs = {n: replace(g, mean=torch.where(g.keep, g.mean / pi[n], 0), inclusion=pi[n]) for n, g in plain.items()}
+    origin = Origin(ockham.trace(model, x[:2]))
+    small, left, _ = fold_constants(model, replace(plain, moments=slabs), origin, example_inputs=x[:2], ignore=())
+    assert torch.allclose(small(x), model(x), rtol=1e-10)
+    assert all(torch.allclose(left[n].expected, p) for n, p in small.named_parameters())
+    assert bool((left["9.bias"].inclusion == 1).all()) and left["7.bias"].inclusion is not None
+
+    def variance(g: ockham.Gaussian) -> Tensor:
+        draws = g.mean + torch.randn(200_000, *g.mean.shape, dtype=torch.float64) * g.std
+        return (draws * (torch.rand(draws.shape) < g.inclusion)).var(0)
+
+    torch.manual_seed(0)
+    expected = variance(slabs["9.bias"]) + 0.7**2 * variance(slabs["9.weight"])[:, 2]
+    assert torch.allclose(1 / left["9.bias"].precision, expected, rtol=0.02)
 
 
 def test_a_constant_that_padding_would_cut_does_not_fold() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ockham.posterior.posterior import Gaussian, Posterior
 from ockham.surgery.folding import Constant, constants, fold
@@ -92,13 +92,22 @@ def _folded(posterior: Posterior, found: list[Constant]) -> dict[str, Gaussian]:
 
 
 def _sum(bias: Gaussian, weight: Gaussian, constant: Constant) -> Gaussian:
-    """The Gaussian of b + sum_i c_i w_i, independent; kept wherever a living weight takes part."""
+    """The Gaussian of b + sum_i c_i w_i, independent; kept wherever a living weight takes part, and then surely in."""
     shape = [1, -1] + [1] * (weight.mean.ndim - 2)
     value = constant.value.to(weight.mean).view(shape)
-    read, keep = weight.mean[:, constant.index], weight.keep[:, constant.index]
-    added = (value * read).flatten(1).sum(1)
-    spread = (value.square() * weight.std[:, constant.index].square()).flatten(1).sum(1)
-    alive = bias.keep | (keep & (value != 0)).flatten(1).any(1)
-    variance = bias.std.square() + spread
+    taken = ((weight.keep[:, constant.index]) & (value != 0)).flatten(1).any(1)
+    added = (value * weight.expected[:, constant.index]).flatten(1).sum(1)
+    spread = (value.square() * _variance(weight)[:, constant.index]).flatten(1).sum(1)
+    mean = torch.where(taken, bias.expected + added, bias.mean)
+    variance = torch.where(taken, _variance(bias) + spread, bias.std.square())
+    alive = bias.keep | taken
+    inclusion = None if bias.inclusion is None else bias.inclusion.masked_fill(taken, 1.0)
     precision = torch.where(alive, 1 / variance, torch.inf)
-    return Gaussian(bias.mean + added, precision, bias.prior_precision, bias.prior_mean, alive)
+    return Gaussian(mean, precision, bias.prior_precision, bias.prior_mean, alive, inclusion=inclusion)
+
+
+def _variance(g: Gaussian) -> Tensor:
+    """Of the weight as it enters: pi s^2 + pi (1 - pi) m^2 where it may be zero."""
+    if g.inclusion is None:
+        return g.std.square()
+    return g.inclusion * (g.std.square() + (1 - g.inclusion) * g.mean.square())
