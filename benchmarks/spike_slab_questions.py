@@ -363,13 +363,23 @@ def draw_text(records: dict[str, dict]) -> plt.Figure:
 def depth(args: argparse.Namespace) -> dict:
     """ResNet-110, 8 x 8 images: does removal work through 109 layers, and where?"""
     data = load_folder(args.data / "cifar10")
-    x = nn.functional.avg_pool2d(data.train_x[:20_000], 4)
-    y, test_x, test_y = data.train_y[:20_000], nn.functional.avg_pool2d(data.test_x[:2000], 4), data.test_y[:2000]
+    x, y = nn.functional.avg_pool2d(data.train_x, 4), data.train_y
+    test_x, test_y = nn.functional.avg_pool2d(data.test_x[:2000], 4), data.test_y[:2000]
     torch.manual_seed(0)
     model = resnet110()
+    adam = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(args.steps):
+        at = torch.randint(len(x), (64,), generator=generator)
+        adam.zero_grad()
+        nn.functional.cross_entropy(model(x[at]), y[at]).backward()
+        adam.step()
+    dense = _accuracy(model, x, test_x, test_y)
+    print(f"Adam {dense:.4f}", flush=True)
     options = SpikeSlab(
-        model.named_parameters(), n_data=len(x), lr=2e-3, prior=FixedSpikeSlab(0.1, 1.0),
+        model.named_parameters(), n_data=len(x), lr=5e-4, prior=FixedSpikeSlab(0.1, 1.0), initial_inclusion=0.98,
         initial_std=1e-3, std_rate=20.0, kl_warmup=args.steps // 3, prior_interval=20, inclusion_rate=0.05,
+        temperature=args.temperature,
     )  # fmt: skip
     options.propagate(model)
     generator, losses = torch.Generator().manual_seed(0), []
@@ -398,8 +408,10 @@ def depth(args: argparse.Namespace) -> dict:
     ]
     options.remove(MedianRule().decide(score(posterior)))
     return {
-        "network": "ResNet-110, CIFAR-10 at 8 x 8, 20,000 images, batches of 64",
+        "network": "ResNet-110, CIFAR-10 at 8 x 8, 50,000 images, batches of 64",
         "steps": args.steps,
+        "temperature": args.temperature,
+        "accuracy_adam": dense,
         "losses": losses,
         "layers": rows,
         "weights": posterior.size(),
@@ -471,6 +483,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("."))
     parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--temperature", type=float, default=0.05, help="of the depth question")
     parser.add_argument("--figures", action="store_true")
     args = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
