@@ -104,3 +104,22 @@ def test_many_weights_are_seen_one_by_one():
     assert second.posterior["weight"].marginal_precision is not None  # six
     with pytest.raises(OckhamError, match="at least 1"):
         ockham.Correlated(weights=0)
+
+
+@pytest.mark.filterwarnings("ignore::ockham.errors.OckhamWarning")
+def test_convolutions_and_batch_norm_are_seen_too_and_go_on_training():
+    torch.manual_seed(0)
+    x, y = torch.randn(96, 1, 6, 6), torch.arange(96) % 3
+    x[torch.arange(96), 0, 2 * y] += 2.0
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+    loader = DataLoader(TensorDataset(x, y), batch_size=32, shuffle=True)
+    job = ockham.Compression(net, loader, training=ockham.Training(epochs=6, learning_rate=2e-2),
+                             rounds=ockham.Rounds(start=0.5, end=1.0, count=3), rule=ockham.BudgetRule(60, gradual=3),
+                             correlated=ockham.Correlated(examples=50))  # fmt: skip
+    before = torch.random.get_rng_state()
+    for _ in job:
+        assert job._trainer.model.training
+    assert torch.equal(torch.random.get_rng_state(), before)  # global randomness is not touched
+    found = job.result()
+    assert sum(int(k.sum()) for k in found.keep.values()) == 60
+    assert (found.predict(x).probabilities.argmax(1) == y).float().mean() > 0.8
