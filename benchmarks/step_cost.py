@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -142,9 +143,13 @@ def ratios(network: str, rounds: int, methods: dict[str, Callable]) -> dict[str,
 
 
 def memory(name: str) -> float:
-    """Floats per weight at the peak, median of five processes: what an allocator keeps differs from run to run."""
+    """Floats per weight at the peak, median of three processes whose allocator gives freed memory back at once.
+
+    Otherwise glibc keeps 0 to .9 floats of freed gradients, at random from run to run.
+    """
     command = [sys.executable, __file__, "--memory-of", name]
-    runs = [subprocess.run(command, capture_output=True, text=True, check=False) for _ in range(5)]
+    given = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    runs = [subprocess.run(command, capture_output=True, text=True, check=False, env=given) for _ in range(3)]
     return statistics.median(float(r.stdout) if r.returncode == 0 else float("nan") for r in runs)
 
 

@@ -79,7 +79,7 @@ class IVON(VariationalOptimizer):
     Raises:
         OckhamError: a setting out of range, parameters without names or of another dtype.
 
-    Memory: 5.4 floats per weight at the peak, gradient and parameter included; removed weights cost one. Momentum is
+    Memory: 5.1 floats per weight at the peak, gradient and parameter included; removed weights cost one. Momentum is
     kept in bfloat16.
 
     Reference: Shen et al. 2024, Variational learning is effective for large deep networks, arXiv 2402.17641,
