@@ -95,7 +95,7 @@ def _sum(bias: Gaussian, weight: Gaussian, constant: Constant) -> Gaussian:
     """The Gaussian of b + sum_i c_i w_i, independent; kept wherever a living weight takes part, and then surely in."""
     shape = [1, -1] + [1] * (weight.mean.ndim - 2)
     value = constant.value.to(weight.mean).view(shape)
-    taken = ((weight.keep[:, constant.index]) & (value != 0)).flatten(1).any(1)
+    taken = (weight.keep[:, constant.index] & (value != 0)).flatten(1).any(1)
     added = (value * weight.expected[:, constant.index]).flatten(1).sum(1)
     spread = (value.square() * _variance(weight)[:, constant.index]).flatten(1).sum(1)
     mean = torch.where(taken, bias.expected + added, bias.mean)
