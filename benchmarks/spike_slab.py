@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import stats
 
 from ockham.evidence.correlated import inclusion_correlated
 from ockham.evidence.exact import inclusion
@@ -185,7 +186,6 @@ def run_problem(name: str, seed: int) -> None:
     began, cpu = time.perf_counter(), time.process_time()
     model = SparseBNNRegressor(random_state=seed).fit(x[:rows], y[:rows])
     wall, cpu = time.perf_counter() - began, time.process_time() - cpu
-    mean, std = model.predict(x[rows:], return_std=True)
     chosen = set((model.inclusion_ > 0.5).nonzero()[0].tolist())
     record = {
         "problem": name,
@@ -194,7 +194,9 @@ def run_problem(name: str, seed: int) -> None:
         "false_inputs": len(chosen - set(range(TRUE))),
         "missed_inputs": TRUE - len(chosen & set(range(TRUE))),
         "weights": model.n_weights_,
-        **_scores(y[rows:], mean, std),
+        "noise_weights": model.n_weights_ - model._fitted.posterior.kept(),
+        "noise_freedom": model.noise_freedom_,
+        **_scores_of(model, x[rows:], y[rows:]),
         "inclusion_of_true": model.inclusion_[:TRUE].round(4).tolist(),
         "largest_inclusion_of_others": float(model.inclusion_[TRUE:].max()),
         "evidence": model.evidence_,
@@ -204,13 +206,12 @@ def run_problem(name: str, seed: int) -> None:
     _write(f"{name}.{seed}", record)
 
 
-def _scores(y: Array, mean: Array, std: Array) -> dict[str, float]:
-    residual = y - mean
-    nll = 0.5 * np.log(2 * math.pi * std**2) + 0.5 * (residual / std) ** 2
+def _scores_of(model: SparseBNNRegressor, x: Array, y: Array) -> dict[str, float]:
+    lower, upper = model.predict_interval(x, 0.95)
     return {
-        "rmse": float(np.sqrt(np.mean(residual**2))),
-        "nll": float(nll.mean()),
-        "coverage_95": float(np.mean(np.abs(residual) < 1.96 * std)),
+        "rmse": float(np.sqrt(np.mean((y - model.predict(x)) ** 2))),
+        "nll": float(-model.log_density(x, y).mean()),
+        "coverage_95": float(np.mean((lower < y) & (y < upper))),
     }
 
 
@@ -253,7 +254,12 @@ def _ockham(x: Array, y: Array, x_test: Array, y_test: Array, seed: int) -> dict
     model = SparseBNNRegressor(random_state=seed).fit(x, y)
     total = 64 * (x.shape[1] + 2) + 1 + x.shape[1]
     kept = {"weights": model.n_weights_, "kept_share": model.n_weights_ / total, "evidence": model.evidence_}
-    return _scores(y_test, *model.predict(x_test, return_std=True)) | kept
+    noise = {
+        "noise_weights": model.n_weights_ - model._fitted.posterior.kept(),
+        "noise_freedom": model.noise_freedom_,
+        "acceptance": model.acceptance_,
+    }
+    return _scores_of(model, x_test, y_test) | kept | noise
 
 
 def _mlp(x: Array, y: Array, x_test: Array, y_test: Array, seed: int) -> dict[str, float]:
@@ -276,14 +282,21 @@ def _boosting(x: Array, y: Array, x_test: Array, y_test: Array, seed: int) -> di
 def _with_residual_noise(
     model: object, x: Array, y: Array, x_test: Array, y_test: Array, seed: int
 ) -> dict[str, float]:
-    """A point predictor's density: Gaussian of the spread it shows on a fifth held out; then fitted on all."""
+    """A point predictor's density: Student's t fitted to its errors on a fifth held out; then it is fitted on all."""
     held = np.random.default_rng(seed).permutation(len(x)) < len(x) // 5
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.fit(x[~held], y[~held])  # type: ignore[attr-defined]
-        spread = np.sqrt(np.mean((y[held] - model.predict(x[held])) ** 2))  # type: ignore[attr-defined]
+        errors = y[held] - model.predict(x[held])  # type: ignore[attr-defined]
         model.fit(x, y)  # type: ignore[attr-defined]
-    return _scores(y_test, model.predict(x_test), np.full(len(y_test), spread))  # type: ignore[attr-defined]
+    freedom, _, scale = stats.t.fit(errors, floc=0.0)
+    test = y_test - model.predict(x_test)  # type: ignore[attr-defined]
+    return {
+        "rmse": float(np.sqrt(np.mean(test**2))),
+        "nll": float(-stats.t.logpdf(test, freedom, scale=scale).mean()),
+        "nll_gaussian": float(-stats.norm.logpdf(test, scale=np.sqrt(np.mean(errors**2))).mean()),
+        "coverage_95": float(np.mean(np.abs(test) < stats.t.ppf(0.975, freedom, scale=scale))),
+    }
 
 
 # ---------------------------------------------------------------- records

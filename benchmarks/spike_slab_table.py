@@ -96,7 +96,7 @@ def _uci(found: Mapping[str, dict], anchors: Mapping[str, float]) -> list[str]:
         "## UCI, the given splits",
         "",
         "Defaults, the target in its own units; mean ± standard deviation over splits. The density of the two point",
-        "predictors is a Gaussian of the spread they show on a fifth held out.",
+        "predictors is a Student's t fitted to their errors on a fifth held out.",
         "",
         "| set | splits | anchor NLL | NLL: Ockham | MLP | boosting | RMSE: Ockham | MLP | boosting | weights kept | "
         "CPU s: Ockham, MLP, boosting |",

@@ -10,7 +10,7 @@ from sklearn.utils.estimator_checks import estimator_checks_generator
 from ockham.errors import OckhamWarning
 from ockham.tabular import SparseBNNClassifier, SparseBNNRegressor
 
-SETTINGS = {"max_iter": 60, "n_restarts": 2, "hidden_layer_sizes": (8,), "n_draws": 8, "random_state": 0}
+SETTINGS = {"max_iter": 60, "n_restarts": 2, "hidden_layer_sizes": (8,), "n_draws": 4, "random_state": 0}
 CHECKS = [
     pytest.param(estimator, check, id=f"{type(estimator).__name__}-{getattr(check, 'func', check).__name__}")
     for kind in (SparseBNNRegressor, SparseBNNClassifier)

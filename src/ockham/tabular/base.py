@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ockham.errors import OckhamError, OckhamWarning
 from ockham.tabular.columns import Floats, Scaling, canonical, duplicates
-from ockham.tabular.fitting import Fitted, Plan, Table, fit
-from ockham.tabular.predicting import input_inclusion, weights_by_input
+from ockham.tabular.fitting import Fitted, Predictive, fit, predictive
+from ockham.tabular.predicting import claimed_inclusion, weights_by_input
+from ockham.tabular.running import Plan, Table
 from ockham.tabular.screening import screen
 from ockham.tabular.showing import bars, progress, table_of
 
@@ -49,6 +50,7 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
     }
     _classify: ClassVar[bool]
     _fitted: Fitted
+    _predictive: Predictive
     _kept_rows: tuple[Floats, Floats, Floats]
 
     def __init__(  # noqa: PLR0913 - scikit-learn: every setting is a keyword of the constructor
@@ -98,6 +100,10 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
     @abstractmethod
     def _screened_target(self, y: Tensor) -> Tensor:
         """[n, k] columns that inputs are screened against."""
+
+    @abstractmethod
+    def _more_stock(self, x: Tensor) -> None:
+        """Attributes that only one kind of target has, from the scaled inputs of the fit."""
 
     # ------------------------------------------------------------------ fitting
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:  # noqa: N803
@@ -172,7 +178,9 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
         table = Table(inputs[:, self._active], y, weights)
         with progress(bool(self.verbose)) as on_step:
             self._fitted = fit(table, plan, start=None if first else self._fitted, on_step=on_step)
+        self._predictive = predictive(self._fitted, table, plan, self.n_draws)
         self._take_stock()
+        self._more_stock(table.x.double())
         return self
 
     def _choose_inputs(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
@@ -213,19 +221,23 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
         )
 
     def _take_stock(self) -> None:
-        inclusion = self._outside.copy()
-        inclusion[self._active.numpy()] = self._inside()
-        self.inclusion_: Floats = np.where(self._scaling.constant, 0.0, inclusion[self._same_as])
+        self.inclusion_ = self._by_feature(self._inside(), self._outside)
         self.n_weights_ = self._fitted.posterior.kept()
+        self.acceptance_ = self._predictive.draws.acceptance
         self.evidence_curve_ = np.array(self._fitted.evidence)
         self.evidence_ = float(self.evidence_curve_[-1])
         self.n_iter_ = self._fitted.steps
 
+    def _by_feature(self, inside: Floats, outside: Floats) -> Floats:
+        """One number per feature, from those that entered and those that did not; constants 0, duplicates alike."""
+        found = outside.copy()
+        found[self._active.numpy()] = inside
+        result: Floats = np.where(self._scaling.constant, 0.0, found[self._same_as])
+        return result
+
     def _inside(self) -> Floats:
         """Path rule; of inputs that went after the refit, or by the full covariance, what those say."""
-        found, settled = (input_inclusion(p) for p in (self._fitted.before, self._fitted.settled))
-        read = weights_by_input(self._fitted.posterior) > 0
-        found = torch.where(read, found, torch.minimum(found, settled).clamp(max=0.5))
+        found = claimed_inclusion(self._fitted.before, self._fitted.settled, self._fitted.posterior)
         for j, nats in self._fitted.by_input.items():
             if nats < 0:
                 found[j] = torch.minimum(found[j], torch.sigmoid(torch.tensor(nats, dtype=found.dtype)))
@@ -259,9 +271,6 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self)
         x: npt.NDArray[np.float64] = validate_data(self, X, dtype=np.float64, reset=False)
         return self._scaling.apply(x)[:, self._active].double()
-
-    def _generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self._seed)
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "_fitted")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,12 @@ import numpy.typing as npt
 import torch
 from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ockham.errors import OckhamError
 from ockham.tabular.base import SparseBNN
 from ockham.tabular.columns import Floats, Scaling
-from ockham.tabular.predicting import draw_outputs
+from ockham.tabular.predicting import claimed_inclusion, interval, log_density, moments, noise_std
 
 __all__ = ["SparseBNNClassifier", "SparseBNNRegressor"]
 
@@ -32,7 +33,10 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
         feature_importances_: the same, under scikit-learn's name.
         n_weights_: weights of the network that predicts.
         evidence_: its ELBO, nats; `evidence_curve_` its course.
-        noise_std_: fitted standard deviation of the noise, in units of the target.
+        noise_std_: standard deviation of the noise (root mean square over rows), in units of the target.
+        noise_inclusion_: probability that a feature moves the size of the noise, shape [n_features_in_].
+        noise_freedom_: degrees of freedom of the noise (Student's t), mean over draws; large means Gaussian.
+        acceptance_: of the chain that drew the networks; None above 20,000 rows, where weights are drawn independently.
         n_iter_: steps taken.
 
     >>> import numpy as np
@@ -52,22 +56,54 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
             X: features [n, p].
             return_std: also return the predictive standard deviation: disagreement of networks and noise together.
         """
-        inputs = self._inputs(X)
-        means, variances = [], []
-        for out in draw_outputs(self._fitted.posterior, inputs, self.n_draws, self._generator()):
-            means.append(out[..., 0].mean(0))
-            variances.append(out[..., 0].var(0, correction=0) + self._fitted.noise_variance)
-        scale: Scaling = self._target_scaling
-        mean = torch.cat(means).numpy() * scale.std[0] + scale.mean[0]
-        if not return_std:
-            return mean
-        return mean, torch.cat(variances).sqrt().numpy() * scale.std[0]
+        mean, variance = moments(self._predictive.draws, self._inputs(X))
+        centre, std = self._units()
+        located = mean.numpy() * std + centre
+        return (located, variance.sqrt().numpy() * std) if return_std else located
+
+    def predict_interval(self, X: Any, coverage: float = 0.95) -> tuple[Floats, Floats]:  # noqa: N803
+        """Lower and upper end of the central predictive interval, in units of the target.
+
+        Args:
+            X: features [n, p].
+            coverage: probability inside, in (0, 1).
+
+        Raises:
+            OckhamError: coverage is no probability in (0, 1).
+        """
+        if not 0 < coverage < 1:
+            raise OckhamError(f"predict_interval: coverage is a probability in (0, 1), such as 0.95; got {coverage}")
+        lower, upper = interval(self._predictive.draws, self._inputs(X), coverage)
+        centre, std = self._units()
+        return lower * std + centre, upper * std + centre
+
+    def log_density(self, X: Any, y: Any) -> Floats:  # noqa: N803
+        r"""Ln p(y | X, data) of each row, nats, for the target in its units; minus its mean is the NLL.
+
+            ln 1/D sum_d t_f(y; m_d(x), s_d(x))
+
+        over networks d from the joint posterior of all that lives.
+
+        Args:
+            X: features [n, p].
+            y: targets [n].
+        """
+        check_is_fitted(self)
+        _, target = validate_data(self, X, y, dtype=np.float64, y_numeric=True, reset=False)
+        centre, std = self._units()
+        scaled = torch.from_numpy((np.asarray(target, dtype=np.float64) - centre) / std)
+        found: Floats = log_density(self._predictive.draws, self._inputs(X), scaled).numpy() - math.log(std)
+        return found
 
     @property
     def noise_std_(self) -> float:
-        """Fitted standard deviation of the noise, in units of the target."""
+        """Root mean square of the noise's standard deviation over the rows of the fit, in units of the target."""
         check_is_fitted(self)
-        return float(self._fitted.noise_variance**0.5 * self._target_scaling.std[0])
+        return self._noise_std * self._units()[1]
+
+    def _units(self) -> tuple[float, float]:
+        scale: Scaling = self._target_scaling
+        return float(scale.mean[0]), float(scale.std[0])
 
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> SparseBNNRegressor:  # noqa: N803
         """Go on with more rows. A sample of at most 10,000 of all rows so far is kept and counts for all of them.
@@ -86,6 +122,15 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
 
     def _outputs(self) -> int:
         return 1
+
+    def _more_stock(self, x: torch.Tensor) -> None:
+        draws, noise = self._predictive.draws, self._predictive.noise
+        assert draws.scales is not None and noise is not None
+        inside = claimed_inclusion(noise.before, noise.posterior, noise.posterior).numpy()
+        self.noise_inclusion_ = self._by_feature(inside, np.zeros(len(self.inclusion_)))
+        self.noise_freedom_ = float(draws.scales.freedom.mean())
+        self._noise_std = noise_std(draws, x)
+        self.n_weights_ += noise.posterior.kept()
 
     def _screened_target(self, y: torch.Tensor) -> torch.Tensor:
         return y.unsqueeze(1)
@@ -108,9 +153,8 @@ class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
 
     def predict_proba(self, X: Any) -> npt.NDArray[np.float64]:  # noqa: N803
         """Posterior predictive probabilities [n, classes], averaged over networks."""
-        inputs = self._inputs(X)
         parts = []
-        for out in draw_outputs(self._fitted.posterior, inputs, self.n_draws, self._generator()):
+        for out in self._predictive.draws.outputs(self._inputs(X)):
             if out.shape[2] == 1:
                 one = torch.sigmoid(out[..., 0]).mean(0)
                 parts.append(torch.stack([1 - one, one], 1))
@@ -150,6 +194,9 @@ class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
     def _outputs(self) -> int:
         return 1 if len(self.classes_) == 2 else len(self.classes_)
 
+    def _more_stock(self, x: torch.Tensor) -> None:
+        """Nothing that all have not."""
+
     def _screened_target(self, y: torch.Tensor) -> torch.Tensor:
         onehot = torch.nn.functional.one_hot(y, len(self.classes_)).float()
         return onehot[:, 1:] if len(self.classes_) == 2 else onehot
@@ -165,7 +212,7 @@ _PARAMETERS = """Args:
         max_inputs: tables with more columns are screened first; at most so many enter by evidence.
         early_stopping: stop a phase when the evidence has not risen.
         n_iter_no_change: checks (every 50 steps) that this takes.
-        n_draws: networks that a prediction averages.
+        n_draws: networks that are drawn and that a prediction averages.
         warm_start: `fit` goes on from the last one instead of starting again.
         verbose: show a progress bar.
         random_state: of initial weights, batches and noise.

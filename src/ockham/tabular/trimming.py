@@ -1,4 +1,4 @@
-"""The last word on an input: full-covariance evidence of all its weights together, in the reduced network.
+"""What goes: weights below one half, and inputs by the full-covariance evidence of all their weights together.
 
 Mean-field inclusion knows conditional precisions only, so that weights which support each other can all look
 indispensable. Once reduced, a network is small enough for all its covariances.
@@ -6,19 +6,21 @@ indispensable. Once reduced, a network is small enough for all its covariances.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 from torch.func import jacrev, vmap
 
 from ockham.evidence.gaussian import delta_f_dense
 from ockham.posterior.posterior import Posterior
+from ockham.tabular.curvature import gauss_newton, of_classes, some_rows
 from ockham.tabular.network import mean_output
 
-__all__ = ["input_evidence"]
+__all__ = ["input_evidence", "median_keep"]
 
 Odds = dict[str, float]
 
-_ROWS = 2048
 _MOST = 1500
 
 
@@ -46,7 +48,7 @@ def input_evidence(
     """
     if not 0 < posterior.kept() <= _MOST:
         return {}
-    rows = torch.arange(len(x)) if len(x) <= _ROWS else torch.linspace(0, len(x) - 1, _ROWS).long()
+    rows = some_rows(len(x))
     scale = weight[rows] * (weight.sum() / weight[rows].sum())
     names, means, precisions, reads, odds = _layout(posterior, log_odds)
     h = _curvature(posterior, names, x[rows], scale, noise)
@@ -58,6 +60,20 @@ def input_evidence(
         gone = float(delta_f_dense(means, covariance, 1 / precisions, group.tolist()))
         found[j] = -gone + float(odds[group].sum())
     return found
+
+
+def median_keep(posterior: Posterior) -> dict[str, Tensor]:
+    """True where the inclusion exceeds one half and a path leads through the weight; masks [1, ...]."""
+    keep = {n: g.keep & (g.inclusion > 0.5) for n, g in posterior.items() if g.inclusion is not None}
+    layers = [n.removesuffix(".weight") for n in keep if n.startswith("hidden") and n.endswith(".weight")] + ["out"]
+    for _ in layers:
+        for before, after in pairwise(layers):
+            made = keep[f"{before}.weight"].any(2) | keep[f"{before}.bias"]
+            read = keep[f"{after}.weight"].any(1)
+            keep[f"{after}.weight"] &= made.unsqueeze(1)
+            keep[f"{before}.weight"] &= read.unsqueeze(2)
+            keep[f"{before}.bias"] &= read
+    return keep
 
 
 def _layout(posterior: Posterior, log_odds: Odds) -> tuple[list[str], Tensor, Tensor, Tensor, Tensor]:
@@ -87,14 +103,5 @@ def _curvature(posterior: Posterior, names: list[str], x: Tensor, scale: Tensor,
     if noise is not None:
         lam = torch.full((len(x), 1, 1), 1 / noise, dtype=torch.float64)
     else:
-        lam = _curvature_of_classes(vmap(output, in_dims=(None, 0))(free, x).detach().double())
-    weighted = (lam @ j) * scale.double()[:, None, None]
-    return torch.einsum("nka,nkb->ab", j, weighted)
-
-
-def _curvature_of_classes(logits: Tensor) -> Tensor:
-    if logits.shape[1] == 1:
-        p = torch.sigmoid(logits)
-        return (p * (1 - p)).unsqueeze(2)
-    p = logits.softmax(1)
-    return torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+        lam = of_classes(vmap(output, in_dims=(None, 0))(free, x).detach().double())
+    return gauss_newton(j, lam, scale.double())

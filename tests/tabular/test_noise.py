@@ -1,0 +1,120 @@
+"""Noise that depends on the inputs, has heavy tails, or neither: found, absent, and a density that is one."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import integrate, stats
+
+from ockham.errors import OckhamError
+from ockham.tabular import SparseBNNRegressor
+from ockham.tabular.likelihoods import log_scale, resolution, student_nll
+
+SETTINGS = {"max_iter": 2500, "n_restarts": 2, "hidden_layer_sizes": (8,), "n_draws": 24, "random_state": 0}
+
+
+def uneven(seed, rows):
+    """y = x0 + N(0, exp(0.8 x1 - 1)^2)."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(rows, 3))
+    std = np.exp(0.8 * x[:, 1] - 1)
+    return x, x[:, 0] + std * rng.normal(size=rows), std
+
+
+@pytest.fixture(scope="module")
+def model():
+    return SparseBNNRegressor(**SETTINGS).fit(*uneven(0, 500)[:2])
+
+
+def test_what_moves_the_noise_is_found(model):
+    assert (model.noise_inclusion_ > 0.5).tolist() == [False, True, False]
+    assert model.noise_freedom_ > 10
+    x, y, std = uneven(1, 4000)
+    best = -stats.norm.logpdf(y, x[:, 0], std).mean()
+    equal = -stats.norm.logpdf(y, x[:, 0], np.sqrt(np.mean(std**2))).mean()
+    nll = -model.log_density(x, y).mean()
+    assert best < nll < best + 0.05 and nll < equal - 0.25
+    said = model.predict(x, return_std=True)[1]
+    np.testing.assert_allclose(np.median(said / std), 1.0, atol=0.15)
+    lower, upper = model.predict_interval(x, 0.9)
+    inside = (lower < y) & (y < upper)
+    assert inside.mean() == pytest.approx(0.9, abs=0.03)
+    for part in (x[:, 1] < -0.7, x[:, 1] > 0.7):  # where an equal noise would cover all, or far too little
+        assert inside[part].mean() == pytest.approx(0.9, abs=0.05)
+
+
+def test_equal_noise_costs_no_weights(table):
+    model = SparseBNNRegressor(**SETTINGS).fit(*table)
+    assert (model.noise_inclusion_ < 0.5).all()
+    assert model.n_weights_ == model._fitted.posterior.kept()
+    assert model.noise_std_ == pytest.approx(0.3, rel=0.2)
+
+
+def test_heavy_tails_are_found_and_do_not_move_the_mean():
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(600, 2))
+    y = x[:, 0] + 0.2 * rng.standard_t(2.5, size=600)
+    model = SparseBNNRegressor(**SETTINGS).fit(x, y)
+    assert 2 < model.noise_freedom_ < 6
+    assert np.sqrt(np.mean((model.predict(x) - x[:, 0]) ** 2)) < 0.06
+    new = rng.normal(size=(4000, 2))
+    residual = 0.2 * rng.standard_t(2.5, size=4000)
+    nll = -model.log_density(new, new[:, 0] + residual).mean()
+    assert nll < -stats.t.logpdf(residual, 2.5, scale=0.2).mean() + 0.05
+
+
+def test_the_density_integrates_to_one_and_agrees_with_moments_and_intervals(model):
+    row = np.array([[0.5, 0.3, -1.0]])
+
+    def density(y):
+        return math.exp(float(model.log_density(row, np.array([y]))[0]))
+
+    mean, std = (float(v[0]) for v in model.predict(row, return_std=True))
+    edges = mean - 60 * std, mean + 60 * std
+    total, first, second = (
+        integrate.quad(lambda y, k=k: y**k * density(y), *edges, points=[mean], limit=200)[0] for k in (0, 1, 2)
+    )
+    assert total == pytest.approx(1.0, abs=1e-4)
+    assert first == pytest.approx(mean, abs=1e-4)
+    assert math.sqrt(second - first**2) == pytest.approx(std, rel=0.01)
+    lower, upper = (float(v[0]) for v in model.predict_interval(row, 0.8))
+    assert integrate.quad(density, lower, upper, limit=200)[0] == pytest.approx(0.8, abs=1e-5)
+    assert integrate.quad(density, edges[0], lower, limit=200)[0] == pytest.approx(0.1, abs=1e-4)
+
+
+def test_whole_numbers_have_no_density_without_bounds():
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=(400, 3))
+    y = np.round(1.5 * np.tanh(x[:, 0]))  # a function that a narrow density could sit on
+    model = SparseBNNRegressor(**SETTINGS).fit(x, y)
+    peak = math.sqrt(12 / (2 * math.pi))  # of the Gaussian whose variance is that of rounding
+    assert model.log_density(x, y).max() <= math.log(peak) + 0.05
+
+
+def test_resolution_is_that_of_rounding():
+    rounded = torch.rand(2000, dtype=torch.float64).mul(40).round().div(4)
+    exact = torch.rand(200_000, dtype=torch.float64) * 10
+    assert math.exp(resolution(rounded)) == pytest.approx(float((exact - (exact * 4).round() / 4).std()), rel=0.02)
+    assert math.exp(resolution(torch.tensor([1.0, 1.0]))) > 0  # a constant has no gap
+
+
+def test_student_against_scipy():
+    r, f = np.array([0.0, 0.3, -7.0, 1e4]), np.array([2.1, 5.0, 30.0, 1e4])
+    got = student_nll(torch.tensor(r), torch.tensor(0.7, dtype=torch.float64), torch.tensor(f))
+    np.testing.assert_allclose(got, -stats.t.logpdf(r, f, scale=math.exp(0.7)), rtol=1e-9)
+    assert float(log_scale(torch.tensor(-50.0), -2.0)) == pytest.approx(-2.0)
+    assert float(log_scale(torch.tensor(30.0), -2.0)) == pytest.approx(30.0)
+
+
+@pytest.mark.parametrize("coverage", [0.0, 1.0, 95])
+def test_coverage_is_a_probability(model, coverage):
+    with pytest.raises(OckhamError, match="coverage"):
+        model.predict_interval(np.zeros((1, 3)), coverage)
+
+
+def test_a_density_needs_its_targets(model):
+    with pytest.raises(ValueError, match="inconsistent"):
+        model.log_density(np.zeros((3, 3)), np.zeros(2))

@@ -1,0 +1,128 @@
+"""Survivors are the network; draws of them are from their joint posterior."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ockham.posterior.posterior import Gaussian, Posterior
+from ockham.tabular import SparseBNNClassifier
+from ockham.tabular.curvature import gauss_newton, of_classes
+from ockham.tabular.network import Layout, mean_output
+from ockham.tabular.noise import Noise
+from ockham.tabular.running import Table
+from ockham.tabular.sampling import sample, sample_with_noise
+from ockham.tabular.survivors import Survivors
+
+
+def posterior_of(layout, seed, keep_share, *, only=None, prior=2.0):
+    g = torch.Generator().manual_seed(seed)
+    moments = {}
+    for name, shape in layout.shapes.items():
+        keep = torch.rand(1, *shape, generator=g) < (keep_share if only is None or name in only else 0.0)
+        mean = torch.randn(1, *shape, generator=g) * keep
+        precision = torch.where(keep, 50.0, torch.inf)
+        moments[name] = Gaussian(mean, precision, torch.tensor(prior), torch.zeros(()), keep, inclusion=0.9 * keep)
+    return Posterior(moments, 100)
+
+
+@pytest.mark.parametrize("hidden", [(6,), (6, 5), ()])
+def test_the_compact_network_is_the_network(hidden):
+    layout = Layout.of(4, hidden, 2)
+    posterior = posterior_of(layout, 0, 0.4)
+    survivors = Survivors.of(posterior)
+    x = torch.randn(7, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    whole = mean_output({n: g.mean.double() for n, g in posterior.items()}, x)[0]
+    torch.testing.assert_close(survivors.outputs(survivors.mean, x), whole)
+    assert len(survivors) == posterior.kept()
+    step = 1e-6 * torch.eye(len(survivors), dtype=torch.float64)
+    ends = [torch.stack([survivors.outputs(survivors.mean + s * e, x) for e in step], 2) for s in (1, -1)]
+    torch.testing.assert_close(survivors.gradients(survivors.mean, x), (ends[0] - ends[1]) / 2e-6, rtol=1e-5, atol=1e-7)
+
+
+def test_factorised_draws_are_those_of_the_posterior():
+    posterior = posterior_of(Layout.of(3, (4,), 1), 2, 0.6)
+    survivors = Survivors.of(posterior)
+    drawn = survivors.drawn(posterior, 4000, torch.Generator().manual_seed(0))
+    expected = 0.9 * survivors.mean
+    assert (drawn.mean(0) - expected).abs().max() < 0.06
+    assert float((drawn == 0).double().mean()) == pytest.approx(0.1, abs=0.01)  # the spike
+
+
+def test_a_linear_regression_with_known_answer():
+    """Without hidden layers, with next to Gaussian noise of known size, the posterior of the weights is conjugate."""
+    g = torch.Generator().manual_seed(5)
+    x = torch.randn(400, 3, generator=g, dtype=torch.float64)
+    x[:, 2] = x[:, 1] + 0.15 * x[:, 2]  # what a factorised posterior cannot see
+    y = x @ torch.tensor([1.0, 0.5, -0.3], dtype=torch.float64) + 0.2
+    y = y + 0.3 * torch.randn(400, generator=g, dtype=torch.float64)
+    mean = posterior_of(Layout.of(3, (), 1), 6, 1.0)
+    nothing = posterior_of(Layout.of(3, (2,), 1), 7, 0.0)
+    noise = Noise(nothing, nothing, base=float(np.log(0.3)), log_freedom=5.0, floor=-6.0)
+    draws = sample_with_noise(mean, noise, Table(x, y, torch.ones(400)), 150, torch.Generator().manual_seed(8))
+    assert draws.acceptance is not None and draws.acceptance > 0.6
+    design = torch.cat([x, torch.ones(400, 1, dtype=torch.float64)], 1)
+    precision = design.T @ design / 0.3**2 + 2.0 * torch.eye(4, dtype=torch.float64)
+    covariance = torch.linalg.inv(precision)
+    centre = covariance @ design.T @ y / 0.3**2
+    got = torch.cat([draws.network["out.weight"][:, 0], draws.network["out.bias"]], 1)
+    scale = covariance.diagonal().sqrt()
+    assert ((got.mean(0) - centre) / scale).abs().max() < 0.3
+    assert ((got.T.cov() - covariance) / torch.outer(scale, scale)).abs().max() < 0.3
+    assert float(covariance[1, 2] / scale[1] / scale[2]) < -0.9  # and the correlation is there to be missed
+    assert float(draws.scales.base.exp().mean()) == pytest.approx(0.3, rel=0.1)
+
+
+def test_weights_of_rows_are_repetitions():
+    g = torch.Generator().manual_seed(9)
+    x, y = torch.randn(60, 2, generator=g), (torch.rand(60, generator=g) < 0.5).long()
+    posterior = posterior_of(Layout.of(2, (3,), 1), 10, 0.8)
+    weight = torch.randint(1, 3, (60,), generator=g)
+    once = sample(posterior, Table(x, y, weight.float()), 5, torch.Generator().manual_seed(0))
+    again = Table(x.repeat_interleave(weight, 0), y.repeat_interleave(weight), torch.ones(int(weight.sum())))
+    twice = sample(posterior, again, 5, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(once.network["out.weight"], twice.network["out.weight"], rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_nothing_left_and_too_many_rows_are_drawn_weight_by_weight(share):
+    layout = Layout.of(2, (3,), 1)
+    posterior = posterior_of(layout, 11, share)
+    rows = 30_000 if share else 10
+    table = Table(torch.zeros(rows, 2), torch.zeros(rows), torch.ones(rows))
+    noise = Noise(posterior, posterior, 0.0, 2.0, -5.0)
+    draws = sample_with_noise(posterior, noise, table, 4, torch.Generator().manual_seed(0))
+    assert draws.acceptance is None
+    location, scale, freedom = next(draws.with_scales(torch.zeros(5, 2, dtype=torch.float64)))
+    assert location.shape == scale.shape == (4, 5) and freedom.shape == (4, 1)
+
+
+def test_curvature_against_autograd():
+    g = torch.Generator().manual_seed(12)
+    label = torch.tensor(0)
+    for classes in (1, 3):
+        logits = torch.randn(4, classes, generator=g, dtype=torch.float64)
+        for row, got in zip(logits, of_classes(logits), strict=True):
+
+            def nll(z):
+                z = torch.cat([z.new_zeros(1), z]) if len(z) == 1 else z
+                return torch.nn.functional.cross_entropy(z, label)
+
+            torch.testing.assert_close(got, torch.autograd.functional.hessian(nll, row))
+    j = torch.randn(4, 2, 5, generator=g, dtype=torch.float64)
+    lam = torch.eye(2, dtype=torch.float64).repeat(4, 1, 1) * 3
+    weight = torch.tensor([1.0, 2.0, 0.0, 1.0], dtype=torch.float64)
+    expected = sum(w * 3 * a.T @ a for w, a in zip(weight, j, strict=True))
+    torch.testing.assert_close(gauss_newton(j, lam, weight), expected)
+
+
+def test_classes_are_sampled_too():
+    rng = np.random.default_rng(13)
+    x = rng.normal(size=(200, 3))
+    y = (x[:, 0] + 0.5 * rng.logistic(size=200) > 0).astype(int)
+    model = SparseBNNClassifier(max_iter=600, n_restarts=2, hidden_layer_sizes=(8,), n_draws=24, random_state=0)
+    assert model.fit(x, y).acceptance_ > 0.6
+    new = rng.normal(size=(4000, 3))
+    truth = 1 / (1 + np.exp(-new[:, 0] / 0.5))
+    assert np.abs(model.predict_proba(new)[:, 1] - truth).mean() < 0.08
