@@ -46,10 +46,20 @@ def test_what_moves_the_noise_is_found(model):
         assert inside[part].mean() == pytest.approx(0.9, abs=0.05)
 
 
+def test_an_input_that_only_moves_the_noise_does_not_pass_for_one_of_the_mean():
+    """Under equal noise its large residuals have hundreds of nats for a kink in the mean."""
+    wrong = 0
+    for seed in range(3):
+        model = SparseBNNRegressor(**SETTINGS).fit(*uneven(seed, 500)[:2])
+        assert model.inclusion_[0] > 0.5
+        wrong += int((model.inclusion_[1:] > 0.5).sum())
+    assert wrong <= 1
+
+
 def test_equal_noise_costs_no_weights(table):
     model = SparseBNNRegressor(**SETTINGS).fit(*table)
     assert (model.noise_inclusion_ < 0.5).all()
-    assert model.n_weights_ == model._fitted.posterior.kept()
+    assert model.n_weights_ == model._predictive.posterior.kept()
     assert model.noise_std_ == pytest.approx(0.3, rel=0.2)
 
 

@@ -193,7 +193,7 @@ def test_bad_settings_are_named(bad):
 def test_on_digits_the_printed_threshold_removes_nothing_and_the_released_one_most():
     found = {}
     for name, rule in (("printed", bmrs_n_printed), ("released", bmrs_n), ("snr", snr_below(1.0))):
-        run = job(rule=rule, epochs=60, fine_tune=10, learning_rate=3e-3, gate_rate=10.0)
+        run = job(rule=rule, epochs=200, fine_tune=10, learning_rate=3e-3, gate_rate=10.0)
         list(run)
         found[name] = size(run.result()) / size(network()), accuracy(run.result())
     assert found["printed"][0] == 1.0

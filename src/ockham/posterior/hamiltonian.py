@@ -19,7 +19,7 @@ Energy = Callable[[Tensor], Tensor]
 _ACCEPTANCE = 0.8
 _FIRST_STEP = 0.05
 _LONGEST_STEP = 1.0
-_LEAPS = (8, 24)
+_JITTER = 0.5  # a step is shorter by this share at most
 _SHRINKAGE, _OFFSET, _FORGETTING = 0.05, 10.0, 0.75  # gamma, t0, kappa of Hoffman & Gelman
 
 
@@ -45,16 +45,18 @@ def hamiltonian(
     *,
     draws: int,
     warmup: int,
-    thin: int = 3,
+    thin: int = 1,
+    leaps: tuple[int, int] = (8, 24),
     generator: torch.Generator,
 ) -> Chain:
     r"""Draws from exp(-energy) by Hamiltonian Monte Carlo.
 
         H(q, p) = energy(q) + 1/2 p' metric^-1 p,    p ~ N(0, metric)
 
-    with 8 to 24 leaps a trajectory (a random number, so that no period is hit) and a step size that dual averaging
-    brings to a mean acceptance of 0.8 during the warm-up. The nearer the metric is to the precision of the target, the
-    better it mixes; any positive definite one leaves the target invariant.
+    with a step size that dual averaging brings to a mean acceptance of 0.8 during the warm-up. Number and size of the
+    leaps are random: no period is hit, and where the target is stiffer than usual the chain gets out. The nearer the
+    metric is to the precision of the target, the better it mixes; any positive definite one leaves the target as it
+    is.
 
     Args:
         energy: negative log density up to a constant, nats. Where it is not finite, proposals are rejected.
@@ -63,6 +65,7 @@ def hamiltonian(
         draws: to return.
         warmup: trajectories before the first of them.
         thin: trajectories per draw.
+        leaps: of a trajectory, from and to.
         generator: of momenta, lengths and acceptance.
 
     Returns:
@@ -84,14 +87,14 @@ def hamiltonian(
     for k in range(warmup + draws * thin):
         momentum = root @ _normal(start, generator)
         before = value + _kinetic(root, momentum)
-        leaps = int(torch.randint(_LEAPS[0], _LEAPS[1] + 1, (), generator=generator))
-        step = pace.step if k < warmup else pace.settled
+        count = int(torch.randint(leaps[0], leaps[1] + 1, (), generator=generator))
+        step = (pace.step if k < warmup else pace.settled) * (1 - _JITTER * _uniform(generator))
         there, there_momentum, there_value, there_slope = _leap(
-            energy, place, momentum, slope, root, step=step, leaps=leaps
+            energy, place, momentum, slope, root, step=step, leaps=count
         )
         rise = there_value + _kinetic(root, there_momentum) - before
         chance = math.exp(min(0.0, -rise)) if math.isfinite(rise) else 0.0
-        if float(torch.rand((), generator=generator, dtype=torch.float64)) < chance:
+        if _uniform(generator) < chance:
             place, value, slope = there, there_value, there_slope
         if k < warmup:
             pace.learn_(chance)
@@ -144,6 +147,10 @@ def _with_gradient(energy: Energy, place: Tensor) -> tuple[float, Tensor]:
 
 def _kinetic(root: Tensor, momentum: Tensor) -> float:
     return 0.5 * float(torch.linalg.solve_triangular(root, momentum.unsqueeze(1), upper=False).square().sum())
+
+
+def _uniform(generator: torch.Generator) -> float:
+    return float(torch.rand((), generator=generator, dtype=torch.float64))
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:

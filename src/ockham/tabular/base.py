@@ -222,7 +222,7 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
 
     def _take_stock(self) -> None:
         self.inclusion_ = self._by_feature(self._inside(), self._outside)
-        self.n_weights_ = self._fitted.posterior.kept()
+        self.n_weights_ = self._predictive.posterior.kept()
         self.acceptance_ = self._predictive.draws.acceptance
         self.evidence_curve_ = np.array(self._fitted.evidence)
         self.evidence_ = float(self.evidence_curve_[-1])
@@ -236,11 +236,10 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
         return result
 
     def _inside(self) -> Floats:
-        """Path rule; of inputs that went after the refit, or by the full covariance, what those say."""
-        found = claimed_inclusion(self._fitted.before, self._fitted.settled, self._fitted.posterior)
-        for j, nats in self._fitted.by_input.items():
-            if nats < 0:
-                found[j] = torch.minimum(found[j], torch.sigmoid(torch.tensor(nats, dtype=found.dtype)))
+        """Path rule; no more than the refit, or the full covariance of all weights of an input, says."""
+        found = claimed_inclusion(self._fitted.before, self._fitted.settled, self._predictive.posterior)
+        for j, nats in self._predictive.by_input.items():
+            found[j] = torch.minimum(found[j], torch.sigmoid(torch.tensor(nats, dtype=found.dtype)))
         return found.numpy()
 
     # ------------------------------------------------------------------ afterwards
@@ -254,7 +253,7 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
         """Features by inclusion, as a table; all that are used and the ``top`` likeliest of those that are not."""
         check_is_fitted(self)
         weights = np.zeros(len(self.inclusion_))
-        weights[self._active.numpy()] = weights_by_input(self._fitted.posterior).numpy()
+        weights[self._active.numpy()] = weights_by_input(self._predictive.posterior).numpy()
         table = table_of(self._names(), self.inclusion_, weights, top)
         return f"{table}\n{self.n_weights_} weights, evidence {self.evidence_:.1f} nats"
 

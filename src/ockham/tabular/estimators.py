@@ -56,7 +56,8 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
             X: features [n, p].
             return_std: also return the predictive standard deviation: disagreement of networks and noise together.
         """
-        mean, variance = moments(self._predictive.draws, self._inputs(X))
+        inputs = self._inputs(X)
+        mean, variance = moments(self._predictive.draws, inputs)
         centre, std = self._units()
         located = mean.numpy() * std + centre
         return (located, variance.sqrt().numpy() * std) if return_std else located
@@ -73,12 +74,13 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
         """
         if not 0 < coverage < 1:
             raise OckhamError(f"predict_interval: coverage is a probability in (0, 1), such as 0.95; got {coverage}")
-        lower, upper = interval(self._predictive.draws, self._inputs(X), coverage)
+        inputs = self._inputs(X)
+        lower, upper = interval(self._predictive.draws, inputs, coverage)
         centre, std = self._units()
         return lower * std + centre, upper * std + centre
 
     def log_density(self, X: Any, y: Any) -> Floats:  # noqa: N803
-        r"""Ln p(y | X, data) of each row, nats, for the target in its units; minus its mean is the NLL.
+        r"""Log predictive density of each row, nats, for the target in its units; minus its mean is the NLL.
 
             ln 1/D sum_d t_f(y; m_d(x), s_d(x))
 
@@ -153,8 +155,8 @@ class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
 
     def predict_proba(self, X: Any) -> npt.NDArray[np.float64]:  # noqa: N803
         """Posterior predictive probabilities [n, classes], averaged over networks."""
-        parts = []
-        for out in self._predictive.draws.outputs(self._inputs(X)):
+        inputs, parts = self._inputs(X), []
+        for out in self._predictive.draws.outputs(inputs):
             if out.shape[2] == 1:
                 one = torch.sigmoid(out[..., 0]).mean(0)
                 parts.append(torch.stack([1 - one, one], 1))

@@ -8,17 +8,19 @@ import torch
 from torch import Tensor
 
 from ockham.posterior.posterior import Posterior
+from ockham.tabular.draws import Draws, factorised
 from ockham.tabular.inference import Inference
+from ockham.tabular.joint import ClassJoint, Joint, NoiseJoint
 from ockham.tabular.likelihoods import Classes, EqualNoise, Likelihood
 from ockham.tabular.noise import Noise, fit_noise
 from ockham.tabular.running import OnStep, Plan, Run, Table, initial
-from ockham.tabular.sampling import Draws, factorised, sample, sample_with_noise
-from ockham.tabular.trimming import input_evidence, median_keep
+from ockham.tabular.trimming import input_evidence, median_keep, reduced, without_input
 
 __all__ = ["Fitted", "Predictive", "fit", "predictive"]
 
-_FINALISTS = 2
 _FIRST_VARIANCE = 0.25
+_MOST_ROWS = 20_000
+_MOST_WEIGHTS = 1500
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,6 +33,7 @@ class Fitted:
         settled: the posterior of what stayed, refitted; its median model is the network that lives on.
         whole: the inference before anything was removed; where a warm start begins.
         noise_variance: of the standardised target, as if it were the same everywhere; of no meaning for classes.
+        log_odds: prior log-odds of inclusion by tensor name, as learned.
         by_input: input to the full-covariance evidence of its weights, nats; of those that it sent away, too.
         evidence: ELBO in nats at the checks, of the network that lived on.
         restarts: ELBO of each restart when one was chosen.
@@ -42,6 +45,7 @@ class Fitted:
     settled: Posterior
     whole: Inference
     noise_variance: float
+    log_odds: dict[str, float]
     by_input: dict[int, float]
     evidence: tuple[float, ...]
     restarts: tuple[float, ...]
@@ -69,27 +73,30 @@ def fit(table: Table, plan: Plan, *, start: Fitted | None = None, on_step: OnSte
         return _finished(Run(table, plan, start.whole.only(0), _likelihood(plan, variance)), start.restarts, on_step)
     first = _likelihood(plan, torch.full((plan.restarts,), _FIRST_VARIANCE))
     crowd = Run(table, plan, initial(table, plan), first)
-    crowd.go(0.0, 0.5, warm=True, on_step=on_step)
-    scores = crowd.elbo()
-    final = []
-    for i in scores.argsort(descending=True)[:_FINALISTS].tolist():
-        final.append(_finished(crowd.alone(i), tuple(scores.tolist()), on_step))
+    final = [_finished(alone, crowd.scores, on_step) for alone in crowd.finalists(on_step)]
     return max(final, key=lambda fitted: fitted.evidence[-1])
 
 
 def _finished(alone: Run, restarts: tuple[float, ...], on_step: OnStep | None) -> Fitted:
     """One network on its own: the rest of its training, removal, refitting, evidence."""
     alone.go(0.5, 0.8, warm=False, on_step=on_step)
-    before, whole = alone.inference.posterior(), alone.inference.only(0)
-    alone.remove(median_keep(before))
-    alone.go(0.8, 1.0, warm=False, on_step=on_step)
-    settled = alone.inference.posterior()
-    alone.remove(median_keep(settled))
+    whole = alone.inference.only(0)
+    before, settled = reduced(alone, on_step)
     history = tuple(alone.history)
     alone, by_input = _trimmed(alone, on_step)
     evidence = (*history, float(alone.elbo()[0]))
-    posterior, variance = alone.inference.posterior(), _variance(alone) or _FIRST_VARIANCE
-    return Fitted(posterior, before, settled, whole, variance, by_input, evidence, restarts, alone.inference.steps)
+    return Fitted(
+        posterior=alone.inference.posterior(),
+        before=before,
+        settled=settled,
+        whole=whole,
+        noise_variance=_variance(alone) or _FIRST_VARIANCE,
+        log_odds=alone.inference.log_odds(),
+        by_input=by_input,
+        evidence=evidence,
+        restarts=restarts,
+        steps=alone.inference.steps,
+    )
 
 
 def _likelihood(plan: Plan, variance: Tensor) -> Likelihood:
@@ -120,10 +127,11 @@ def _without(run: Run) -> dict[int, float]:
         Evidence of every input that was there, nats; of those sent away, when they went.
     """
     gone: dict[int, float] = {}
-    table, noise = run.table, _variance(run)
+    table, variance = run.table, _variance(run)
+    precision = None if variance is None else torch.full_like(table.weight, 1 / variance)
     while True:
         posterior = run.inference.posterior()
-        found = input_evidence(posterior, table.x, table.weight, run.inference.log_odds(), noise)
+        found = input_evidence(posterior, table.x, table.weight, run.inference.log_odds(), precision)
         if not found or min(found.values()) >= 0:
             return {**found, **gone}
         worst = min(found, key=found.__getitem__)
@@ -137,14 +145,27 @@ def _without(run: Run) -> dict[int, float]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Predictive:
-    """What predicts: the draws, and of a regression the noise they were drawn with."""
+    """What predicts.
 
-    draws: Draws
+    Attributes:
+        posterior: over the network of the mean, after the last word on its inputs.
+        by_input: input to its evidence as far as any is known, nats; of those sent away, too.
+        noise: of a regression.
+        draws: networks, and noise with them.
+    """
+
+    posterior: Posterior
+    by_input: dict[int, float]
     noise: Noise | None
+    draws: Draws
 
 
 def predictive(fitted: Fitted, table: Table, plan: Plan, draws: int) -> Predictive:
-    """Fit the noise of a regression to its residuals, then draw all that lives, jointly.
+    """Draw all that lives, jointly; of a regression fit the noise to the residuals first.
+
+    With a noise that is not the same everywhere some inputs of the mean may turn out to have explained noise: those
+    whose weights together have no evidence under it go, the worst first, the rest settles in between. Above 20,000 rows
+    and 1500 weights, where the posterior is narrow and the work large, weights are drawn independently, as they are.
 
     Args:
         fitted: the network.
@@ -153,8 +174,24 @@ def predictive(fitted: Fitted, table: Table, plan: Plan, draws: int) -> Predicti
         draws: networks that a prediction averages.
     """
     generator = torch.Generator().manual_seed(plan.seed)
-    if plan.classify:
-        return Predictive(sample(fitted.posterior, table, draws, generator), None)
-    outputs = torch.cat(list(factorised(fitted.posterior, draws, generator).outputs(table.x.double())), 1)[..., 0]
-    noise = fit_noise(table, plan, outputs, fitted.noise_variance)
-    return Predictive(sample_with_noise(fitted.posterior, noise, table, draws, generator), noise)
+    posterior, by_input, noise = fitted.posterior, dict(fitted.by_input), None
+    if not plan.classify:
+        before = factorised(posterior, None, draws, generator)
+        outputs = torch.cat(list(before.outputs(table.x.double())), 1)[..., 0]
+        noise = fit_noise(table, plan, outputs, fitted.noise_variance)
+    living = posterior.kept() + (0 if noise is None else noise.posterior.kept())
+    if len(table.x) > _MOST_ROWS or not 0 < living <= _MOST_WEIGHTS:
+        return Predictive(posterior, by_input, noise, factorised(posterior, noise, draws, generator))
+    if noise is None:
+        joint: Joint = ClassJoint(posterior, table)
+        return Predictive(posterior, by_input, noise, joint.sample(draws, generator))
+    while True:
+        joint = NoiseJoint(posterior, noise, table)
+        mode = joint.mode()
+        found = input_evidence(
+            joint.moved(posterior, mode), table.x, table.weight, fitted.log_odds, joint.precision(mode)
+        )
+        by_input |= found
+        if not found or min(found.values()) >= 0:
+            return Predictive(posterior, by_input, noise, joint.sample(draws, generator))
+        posterior = without_input(posterior, min(found, key=found.__getitem__))

@@ -88,8 +88,8 @@ class Scales(Likelihood):
     draws. ``log_freedom`` has a prior N(2, 1).
 
     Attributes:
-        base: ln scale where the output is 0; one number, as a tensor.
-        log_freedom: ln(f - 2).
+        base: ln scale where the output is 0, [R, 1].
+        log_freedom: ln(f - 2), [R, 1].
         floor: ln of the least scale.
         terms: log-likelihood terms, for the weight of the prior.
         generator: of the draws.
@@ -111,14 +111,17 @@ class Scales(Likelihood):
         with torch.enable_grad():
             base, freedom = self.base.clone().requires_grad_(), self.log_freedom.clone().requires_grad_()
             each = self._of(y[:, 0], output[..., 0], base, freedom)
-            value = (each * weight).mean() + freedom_nll(freedom) / self.terms
+            value = (each * weight).mean(1).sum() + freedom_nll(freedom).sum() / self.terms
             of_base, of_freedom = torch.autograd.grad(value, (base, freedom))
         self.base -= _BASE_RATE * of_base.clamp(-2, 2)
         self.log_freedom -= _FREEDOM_RATE * of_freedom.clamp(-1, 1)
 
     def only(self, index: int) -> Scales:
-        """A copy."""
-        return Scales(self.base.clone(), self.log_freedom.clone(), self.floor, self.terms, self.generator.clone_state())
+        """A copy for one of the networks."""
+        row = slice(index, index + 1)
+        return Scales(
+            self.base[row].clone(), self.log_freedom[row].clone(), self.floor, self.terms, self.generator.clone_state()
+        )
 
     def _of(self, residual: Tensor, output: Tensor, base: Tensor, log_freedom: Tensor) -> Tensor:
         return student_nll(residual, log_scale(base + output, self.floor), 2 + log_freedom.exp())

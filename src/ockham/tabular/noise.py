@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,14 +11,13 @@ from torch import Tensor
 from ockham.posterior.posterior import Posterior
 from ockham.tabular.likelihoods import Scales, resolution
 from ockham.tabular.running import Plan, Run, Table, initial
-from ockham.tabular.trimming import median_keep
+from ockham.tabular.trimming import reduced
 
 __all__ = ["Noise", "fit_noise"]
 
 _UNITS = 16
 _SHARE = 0.2  # of the steps that the network of the mean may take
 _SLAB_VARIANCE = 0.3  # a weight that moves ln scale by one half is large
-_NEXT_TO_CONSTANT = 0.1
 _FREEDOM = 2.0
 
 
@@ -45,30 +45,33 @@ def fit_noise(table: Table, plan: Plan, outputs: Tensor, variance: float) -> Noi
 
     Args:
         table: the data, targets [n].
-        plan: of the network of the mean; steps, batches and seed are taken from it.
+        plan: of the network of the mean; restarts, steps, batches and seed are taken from it.
         outputs: [draws, n] of that network.
         variance: of equal noise, where the scale starts.
     """
     residual = torch.stack([table.y - outputs.mean(0), outputs.var(0, correction=0)], 1).to(table.x.dtype)
     data = Table(table.x, residual, table.weight)
     steps = max(5, round(_SHARE * plan.steps))
-    own = replace(plan, hidden=(_UNITS,), outputs=1, restarts=1, steps=steps, slab_variance=_SLAB_VARIANCE, left_out=0)
+    own = replace(plan, hidden=(_UNITS,), outputs=1, steps=steps, slab_variance=_SLAB_VARIANCE, left_out=0)
     inference = initial(data, own)
-    inference.layout.split(inference.state["mean"])["out.weight"].mul_(_NEXT_TO_CONSTANT)
     scales = Scales(
-        base=0.5 * torch.tensor(variance).log(),
-        log_freedom=torch.tensor(_FREEDOM),
+        base=torch.full((own.restarts, 1), 0.5 * math.log(variance)),
+        log_freedom=torch.full((own.restarts, 1), _FREEDOM),
         floor=resolution(table.y),
         terms=table.terms,
         generator=torch.Generator().manual_seed(plan.seed),
     )
-    run = Run(data, own, inference, scales)
-    keep = {name: torch.ones(1, *shape, dtype=torch.bool) for name, shape in inference.layout.shapes.items()}
-    run.remove(keep | {"out.bias": ~keep["out.bias"]})  # that is what the base is for
-    run.go(0.0, 0.5, warm=True, on_step=None)
+    crowd = Run(data, own, inference, scales)
+    keep = {n: torch.ones(own.restarts, *shape, dtype=torch.bool) for n, shape in inference.layout.shapes.items()}
+    crowd.remove(keep | {"out.bias": ~keep["out.bias"]})  # that is what the base is for
+    return max((_finished(run) for run in crowd.finalists(None)), key=lambda found: found[0])[1]
+
+
+def _finished(run: Run) -> tuple[float, Noise]:
+    """Evidence and noise of one network on its own."""
     run.go(0.5, 0.8, warm=False, on_step=None)
-    before = inference.posterior()
-    run.remove(median_keep(before))
-    run.go(0.8, 1.0, warm=False, on_step=None)
-    run.remove(median_keep(inference.posterior()))
-    return Noise(inference.posterior(), before, float(scales.base), float(scales.log_freedom), scales.floor)
+    before, _ = reduced(run, None)
+    scales = run.likelihood
+    assert isinstance(scales, Scales)
+    base, log_freedom = float(scales.base), float(scales.log_freedom)
+    return run.evidence(), Noise(run.inference.posterior(), before, base, log_freedom, scales.floor)

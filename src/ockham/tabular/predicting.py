@@ -12,8 +12,8 @@ from torch import Tensor
 from ockham.posterior.posterior import Posterior
 from ockham.reduction.paths import NodeRule, by_path, node_inclusion
 from ockham.tabular.columns import Floats
+from ockham.tabular.draws import Draws
 from ockham.tabular.likelihoods import student_nll
-from ockham.tabular.sampling import Draws
 
 __all__ = [
     "claimed_inclusion",

@@ -19,6 +19,8 @@ __all__ = ["OnStep", "Plan", "Run", "Table", "initial"]
 
 _CHECK = 50
 _ELBO_ROWS = 4096
+_FINALISTS = 2
+_PASSES = 8
 _RATE = 0.2  # prior inclusion of a weight
 _PER_UNIT = 1.0  # inputs that a unit is expected to read
 _STRENGTH = 0.25  # pseudo-counts of that belief, per weight
@@ -81,6 +83,7 @@ class Run:
         inference: of the networks.
         likelihood: of the targets.
         history: ELBO at the checks after the warm-up, nats.
+        scores: ELBO of each network when the finalists were chosen.
     """
 
     def __init__(self, table: Table, plan: Plan, inference: Inference, likelihood: Likelihood) -> None:
@@ -88,6 +91,7 @@ class Run:
         inference.n_data = table.terms
         self.generator = torch.Generator().manual_seed(plan.seed + inference.steps)
         self.history: list[float] = []
+        self.scores: tuple[float, ...] = ()
         self._all = table.x, table.y, table.weight * (len(table.weight) / table.terms)
 
     def go(self, first: float, last: float, *, warm: bool, on_step: OnStep | None) -> None:
@@ -120,6 +124,17 @@ class Run:
         weight = self.table.weight[rows].double()
         mean = (nll.double() * weight).sum(1) / weight.sum()
         return -(mean * self.table.terms + self.inference.kl())
+
+    def evidence(self) -> float:
+        """ELBO of the first network, nats: mean over as many noisy passes as tell candidates apart."""
+        return sum(float(self.elbo()[0]) for _ in range(_PASSES)) / _PASSES
+
+    def finalists(self, on_step: OnStep | None) -> list[Run]:
+        """All networks through the warm-up, the best two of them, by evidence, to go on with."""
+        self.go(0.0, 0.5, warm=True, on_step=on_step)
+        self.scores = tuple(self.elbo().tolist())
+        order = sorted(range(len(self.scores)), key=lambda i: -self.scores[i])
+        return [self.alone(i) for i in order[:_FINALISTS]]
 
     def remove(self, keep: dict[str, Tensor]) -> None:
         """Remove weights for good."""

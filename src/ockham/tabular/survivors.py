@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -67,6 +67,13 @@ class Survivors:
             return self.outputs(weights, row.unsqueeze(0))[0]
 
         return vmap(jacrev(output), in_dims=(None, 0))(vector, x)  # type: ignore[no-any-return]
+
+    def moved(self, posterior: Posterior, vector: Tensor) -> Posterior:
+        """The posterior that these are the survivors of, with its means at ``vector`` [d]."""
+        moments, parts = {}, vector.split([len(p) for p in self.places.values()])
+        for (name, g), part in zip(posterior.items(), parts, strict=True):
+            moments[name] = replace(g, mean=g.mean.masked_scatter(g.keep, part.to(g.mean.dtype)))
+        return replace(posterior, moments=moments)
 
     def drawn(self, posterior: Posterior, draws: int, generator: torch.Generator) -> Tensor:
         """[draws, d] from the factorised posterior that these are the survivors of."""

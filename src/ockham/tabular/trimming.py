@@ -6,6 +6,7 @@ indispensable. Once reduced, a network is small enough for all its covariances.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -13,11 +14,12 @@ from torch import Tensor
 from torch.func import jacrev, vmap
 
 from ockham.evidence.gaussian import delta_f_dense
-from ockham.posterior.posterior import Posterior
+from ockham.posterior.posterior import Gaussian, Posterior
 from ockham.tabular.curvature import gauss_newton, of_classes, some_rows
 from ockham.tabular.network import mean_output
+from ockham.tabular.running import OnStep, Run
 
-__all__ = ["input_evidence", "median_keep"]
+__all__ = ["input_evidence", "median_keep", "reduced", "without_input"]
 
 Odds = dict[str, float]
 
@@ -25,7 +27,7 @@ _MOST = 1500
 
 
 def input_evidence(
-    posterior: Posterior, x: Tensor, weight: Tensor, log_odds: Odds, noise: float | None
+    posterior: Posterior, x: Tensor, weight: Tensor, log_odds: Odds, precision: Tensor | None
 ) -> dict[int, float]:
     r"""Evidence for each input that the reduced network still reads, nats; negative says it should go.
 
@@ -41,7 +43,8 @@ def input_evidence(
         x: inputs [n, p].
         weight: of the examples [n].
         log_odds: prior log-odds of inclusion by parameter name.
-        noise: variance of a regression; None for classes.
+        precision: of a regression: curvature of each target's negative log-likelihood in its location, [n]; None for
+            classes.
 
     Returns:
         Input to nats; empty where more than 1500 weights live (their covariance would not be worth it).
@@ -51,7 +54,7 @@ def input_evidence(
     rows = some_rows(len(x))
     scale = weight[rows] * (weight.sum() / weight[rows].sum())
     names, means, precisions, reads, odds = _layout(posterior, log_odds)
-    h = _curvature(posterior, names, x[rows], scale, noise)
+    h = _curvature(posterior, names, x[rows], scale, None if precision is None else precision[rows])
     covariance = torch.linalg.inv(h + torch.diag(precisions))
     covariance = 0.5 * (covariance + covariance.T)
     found = {}
@@ -60,6 +63,36 @@ def input_evidence(
         gone = float(delta_f_dense(means, covariance, 1 / precisions, group.tolist()))
         found[j] = -gone + float(odds[group].sum())
     return found
+
+
+def without_input(posterior: Posterior, j: int) -> Posterior:
+    """The posterior without the weights that read input ``j``, and without what is then on no path."""
+    first = next(n for n in posterior if n.endswith(".weight"))
+    moments = dict(posterior)
+    for name in (first, "skip.weight"):
+        if name in moments:
+            keep = moments[name].keep.clone()
+            keep[..., j] = False
+            moments[name] = _kept(moments[name], keep)
+    cut = replace(posterior, moments=moments)
+    masks = median_keep(cut)
+    return replace(cut, moments={n: _kept(g, masks[n]) for n, g in cut.items()})
+
+
+def _kept(g: Gaussian, keep: Tensor) -> Gaussian:
+    inclusion = None if g.inclusion is None else g.inclusion * keep
+    precision = torch.where(keep, g.precision, torch.inf)
+    return replace(g, mean=g.mean * keep, precision=precision, keep=keep, inclusion=inclusion)
+
+
+def reduced(run: Run, on_step: OnStep | None) -> tuple[Posterior, Posterior]:
+    """Remove what is likelier out than in, refit, and remove again; the posteriors before each of the two."""
+    before = run.inference.posterior()
+    run.remove(median_keep(before))
+    run.go(0.8, 1.0, warm=False, on_step=on_step)
+    settled = run.inference.posterior()
+    run.remove(median_keep(settled))
+    return before, settled
 
 
 def median_keep(posterior: Posterior) -> dict[str, Tensor]:
@@ -91,7 +124,7 @@ def _layout(posterior: Posterior, log_odds: Odds) -> tuple[list[str], Tensor, Te
     return names, torch.cat(means), torch.cat(precisions), torch.cat(reads), torch.cat(odds)
 
 
-def _curvature(posterior: Posterior, names: list[str], x: Tensor, scale: Tensor, noise: float | None) -> Tensor:
+def _curvature(posterior: Posterior, names: list[str], x: Tensor, scale: Tensor, precision: Tensor | None) -> Tensor:
     values = {n: posterior[n].mean * posterior[n].keep for n in posterior}
     free = {n: values.pop(n) for n in names}
 
@@ -100,8 +133,8 @@ def _curvature(posterior: Posterior, names: list[str], x: Tensor, scale: Tensor,
 
     jacobian = vmap(jacrev(output), in_dims=(None, 0))(free, x)
     j = torch.cat([jacobian[n][:, :, posterior[n].keep] for n in names], 2).double()  # [n, outputs, living]
-    if noise is not None:
-        lam = torch.full((len(x), 1, 1), 1 / noise, dtype=torch.float64)
+    if precision is not None:
+        lam = precision.double()[:, None, None]
     else:
         lam = of_classes(vmap(output, in_dims=(None, 0))(free, x).detach().double())
     return gauss_newton(j, lam, scale.double())
