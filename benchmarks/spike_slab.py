@@ -252,7 +252,7 @@ def uci_split(data: Path, name: str, split: int) -> tuple[Array, Array, Array, A
 
 def _ockham(x: Array, y: Array, x_test: Array, y_test: Array, seed: int) -> dict[str, float]:
     model = SparseBNNRegressor(random_state=seed).fit(x, y)
-    total = 64 * (x.shape[1] + 2) + 1 + x.shape[1]
+    total = (64 + 16) * (x.shape[1] + 2) + 2 * (1 + x.shape[1])  # of the mean and of the noise
     kept = {"weights": model.n_weights_, "kept_share": model.n_weights_ / total, "evidence": model.evidence_}
     noise = {
         "noise_weights": model.n_weights_ - model._predictive.posterior.kept(),

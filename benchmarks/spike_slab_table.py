@@ -98,9 +98,9 @@ def _uci(found: Mapping[str, dict], anchors: Mapping[str, float]) -> list[str]:
         "Defaults, the target in its own units; mean ± standard deviation over splits. The density of the two point",
         "predictors is a Student's t fitted to their errors on a fifth held out.",
         "",
-        "| set | splits | anchor NLL | NLL: Ockham | MLP | boosting | RMSE: Ockham | MLP | boosting | weights kept | "
-        "CPU s: Ockham, MLP, boosting |",
-        "| --- |" + " --- |" * 10,
+        "| set | splits | anchor NLL | NLL: Ockham | MLP | boosting | RMSE: Ockham | MLP | boosting | 95 % "
+        "coverage | weights kept, of them for the noise | CPU s: Ockham, MLP, boosting |",
+        "| --- |" + " --- |" * 11,
     ]
     for name in sets:
         rows = [r for key, r in found.items() if key.startswith(f"uci.{name}.")]
@@ -109,9 +109,11 @@ def _uci(found: Mapping[str, dict], anchors: Mapping[str, float]) -> list[str]:
             for key in ("nll", "rmse")
             for method in ("ockham", "mlp", "boosting")
         ]
-        kept = f"{mean(r['ockham']['weights'] for r in rows):.0f} ({mean(r['ockham']['kept_share'] for r in rows):.0%})"
+        ours = {key: mean(r["ockham"][key] for r in rows) for key in ("weights", "kept_share", "noise_weights")}
+        kept = f"{ours['weights']:.0f} ({ours['kept_share']:.0%}), {ours['noise_weights']:.0f}"
+        cover = f"{mean(r['ockham']['coverage_95'] for r in rows):.3f}"
         cpu = ", ".join(f"{mean(r[m]['cpu'] for r in rows):.0f}" for m in ("ockham", "mlp", "boosting"))
-        lines.append(f"| {name} | {len(rows)} | {anchors[name]:g} | {' | '.join(cells)} | {kept} | {cpu} |")
+        lines.append(f"| {name} | {len(rows)} | {anchors[name]:g} | {' | '.join(cells)} | {cover} | {kept} | {cpu} |")
     return lines
 
 

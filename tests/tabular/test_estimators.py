@@ -75,6 +75,19 @@ def test_constant_and_duplicated_columns(table):
     assert model.inclusion_[7] == model.inclusion_[0] > 0.5
 
 
+@pytest.mark.parametrize("kind", [SparseBNNRegressor, SparseBNNClassifier])
+def test_no_column_that_varies(kind):
+    with pytest.raises(ValueError, match="no column of X varies"):
+        kind(**FAST).fit(np.ones((30, 2)), np.arange(30) % 2)
+
+
+def test_a_fit_forgets_the_rows_of_partial_fits(table):
+    x, y = table
+    model = SparseBNNRegressor(**FAST).partial_fit(x, y)
+    model.fit(x[:, :3], y).partial_fit(x[:, :3], y)
+    assert len(model.inclusion_) == 3 and len(model._kept_rows[0]) == 150
+
+
 def test_more_features_than_rows_and_few_rows():
     rng = np.random.default_rng(2)
     x = rng.normal(size=(30, 60))

@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from ockham.posterior.posterior import Gaussian, Posterior
-from ockham.tabular import SparseBNNClassifier, SparseBNNRegressor
+from ockham.tabular import SparseBNNClassifier, SparseBNNRegressor, fitting
 from ockham.tabular.curvature import gauss_newton, of_classes
 from ockham.tabular.draws import factorised
 from ockham.tabular.joint import ClassJoint, NoiseJoint
@@ -64,7 +64,7 @@ def test_a_linear_regression_with_known_answer():
     y = y + 0.3 * torch.randn(400, generator=g, dtype=torch.float64)
     mean = posterior_of(Layout.of(3, (), 1), 6, 1.0)
     nothing = posterior_of(Layout.of(3, (2,), 1), 7, 0.0)
-    noise = Noise(nothing, nothing, base=float(np.log(0.3)), log_freedom=5.0, floor=-6.0)
+    noise = Noise(nothing, nothing, base=float(np.log(0.3)), log_freedom=5.0, centre=-1.0, floor=-6.0)
     joint = NoiseJoint(mean, noise, Table(x, y, torch.ones(400)))
     mode = joint.mode()
     assert joint.energy(mode) < joint.energy(joint.start)
@@ -90,11 +90,11 @@ def test_weights_of_rows_are_repetitions():
     posterior = posterior_of(Layout.of(2, (3,), 1), 10, 0.8)
     weight = torch.randint(1, 3, (60,), generator=g)
     again = Table(x.repeat_interleave(weight, 0), y.repeat_interleave(weight), torch.ones(int(weight.sum())))
-    once, twice = (
-        joint.sample(5, torch.Generator().manual_seed(0))
-        for joint in (ClassJoint(posterior, Table(x, y, weight.float())), ClassJoint(posterior, again))
-    )
-    torch.testing.assert_close(once.network["out.weight"], twice.network["out.weight"], rtol=1e-6, atol=1e-8)
+    once, twice = ClassJoint(posterior, Table(x, y, weight.float())), ClassJoint(posterior, again)
+    for vector in (once.start, -0.5 * once.start):
+        torch.testing.assert_close(once.energy(vector), twice.energy(vector))
+        torch.testing.assert_close(once.metric(vector), twice.metric(vector))
+    torch.testing.assert_close(once.mode(), twice.mode(), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(("of_mean", "of_noise"), [(0.0, 1.0), (1.0, 0.0)])
@@ -103,7 +103,7 @@ def test_one_of_the_two_networks_may_be_empty(of_mean, of_noise):
     g = torch.Generator().manual_seed(11)
     table = Table(torch.randn(50, 2, generator=g), torch.randn(50, generator=g), torch.ones(50))
     noise = posterior_of(layout, 12, of_noise)
-    joint = NoiseJoint(posterior_of(layout, 11, of_mean), Noise(noise, noise, 0.0, 2.0, -5.0), table)
+    joint = NoiseJoint(posterior_of(layout, 11, of_mean), Noise(noise, noise, 0.0, 2.0, 0.0, -5.0), table)
     draws = joint.sample(4, g)
     location, scale, freedom = next(draws.with_scales(torch.zeros(5, 2, dtype=torch.float64)))
     assert location.shape == scale.shape == (4, 5) and freedom.shape == (4, 1)
@@ -114,7 +114,7 @@ def test_the_metric_is_the_curvature_that_data_of_the_model_have():
     g, rows, draws = torch.Generator().manual_seed(14), 2000, 20
     layout = Layout.of(2, (), 1)
     mean, scale = posterior_of(layout, 15, 1.0), posterior_of(layout, 16, 1.0)
-    noise = Noise(scale, scale, base=-0.5, log_freedom=1.5, floor=-4.0)
+    noise = Noise(scale, scale, base=-0.5, log_freedom=1.5, centre=-0.5, floor=-4.0)
     x = 0.2 * torch.randn(rows, 2, generator=g, dtype=torch.float64)
     joint = NoiseJoint(mean, noise, Table(x, torch.zeros(rows), torch.ones(rows)))
     location, spread, freedom = next(joint.networks(joint.start.unsqueeze(0), 1.0).with_scales(x))
@@ -156,8 +156,9 @@ def test_moved_puts_a_vector_where_it_came_from():
     torch.testing.assert_close(again.mean, vector)
 
 
-def test_many_rows_are_drawn_weight_by_weight():
-    x = np.random.default_rng(0).normal(size=(20_500, 2))
+def test_many_rows_are_drawn_weight_by_weight(monkeypatch):
+    monkeypatch.setattr(fitting, "_MOST_WORK", 1000)
+    x = np.random.default_rng(0).normal(size=(500, 2))
     model = SparseBNNRegressor(max_iter=60, n_restarts=1, hidden_layer_sizes=(4,), n_draws=4, random_state=0)
     assert model.fit(x, x[:, 0]).acceptance_ is None
     assert np.isfinite(model.log_density(x, x[:, 0])).all()

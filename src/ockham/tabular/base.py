@@ -102,8 +102,8 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
         """[n, k] columns that inputs are screened against."""
 
     @abstractmethod
-    def _more_stock(self, x: Tensor) -> None:
-        """Attributes that only one kind of target has, from the scaled inputs of the fit."""
+    def _more_stock(self, table: Table) -> None:
+        """Attributes that only one kind of target has."""
 
     # ------------------------------------------------------------------ fitting
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:  # noqa: N803
@@ -121,6 +121,7 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
             OckhamWarning: fewer than 20 rows; columns that duplicate each other.
         """
         first = not (self.warm_start and hasattr(self, "_fitted"))
+        self.__dict__.pop("_kept_rows", None)  # of partial_fit; this is another table
         x, target, weight = self._checked(X, y, sample_weight, None, first=first)
         return self._fit(x, target, weight, first=first, share=1.0)
 
@@ -180,7 +181,7 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
             self._fitted = fit(table, plan, start=None if first else self._fitted, on_step=on_step)
         self._predictive = predictive(self._fitted, table, plan, self.n_draws)
         self._take_stock()
-        self._more_stock(table.x.double())
+        self._more_stock(table)
         return self
 
     def _choose_inputs(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
@@ -197,6 +198,8 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
                 stacklevel=5,
             )
         candidates = torch.from_numpy(own.nonzero()[0])
+        if not len(candidates):
+            raise OckhamError("no column of X varies among rows of positive weight: there is nothing to learn from")
         self._outside = np.zeros(x.shape[1])
         if len(candidates) > self.max_inputs:
             found = screen(x[:, candidates], y, weight, most=self.max_inputs)
@@ -227,6 +230,7 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
         self.evidence_curve_ = np.array(self._fitted.evidence)
         self.evidence_ = float(self.evidence_curve_[-1])
         self.n_iter_ = self._fitted.steps
+        self._remarks: list[str] = []
 
     def _by_feature(self, inside: Floats, outside: Floats) -> Floats:
         """One number per feature, from those that entered and those that did not; constants 0, duplicates alike."""
@@ -255,7 +259,7 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
         weights = np.zeros(len(self.inclusion_))
         weights[self._active.numpy()] = weights_by_input(self._predictive.posterior).numpy()
         table = table_of(self._names(), self.inclusion_, weights, top)
-        return f"{table}\n{self.n_weights_} weights, evidence {self.evidence_:.1f} nats"
+        return "\n".join([table, f"{self.n_weights_} weights, evidence {self.evidence_:.1f} nats", *self._remarks])
 
     def plot_inclusion(self, *, top: int = 20, ax: Any = None) -> Any:
         """Bars of the ``top`` likeliest features; returns the matplotlib axes."""

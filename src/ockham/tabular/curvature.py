@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["gauss_newton", "of_classes", "some_rows"]
+__all__ = ["counting_for_all", "gauss_newton", "of_classes"]
 
 _ROWS = 2048
 
 
-def some_rows(count: int) -> Tensor:
-    """Indices of at most 2048 of so many rows, evenly spread."""
-    return torch.arange(count) if count <= _ROWS else torch.linspace(0, count - 1, _ROWS).long()
+def counting_for_all(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of at most 2048 rows, evenly spread, and weights that make them count for all."""
+    n = len(weight)
+    rows = torch.arange(n) if n <= _ROWS else torch.linspace(0, n - 1, _ROWS).long()
+    return rows, weight[rows] * (weight.sum() / weight[rows].sum())
 
 
 def gauss_newton(gradients: Tensor, curvature: Tensor, weight: Tensor) -> Tensor:

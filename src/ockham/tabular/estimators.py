@@ -16,6 +16,7 @@ from ockham.errors import OckhamError
 from ockham.tabular.base import SparseBNN
 from ockham.tabular.columns import Floats, Scaling
 from ockham.tabular.predicting import claimed_inclusion, interval, log_density, moments, noise_std
+from ockham.tabular.running import Table
 
 __all__ = ["SparseBNNClassifier", "SparseBNNRegressor"]
 
@@ -32,11 +33,12 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
         inclusion_: probability that a feature is used, shape [n_features_in_]: the path rule through the network.
         feature_importances_: the same, under scikit-learn's name.
         n_weights_: weights of the network that predicts.
-        evidence_: its ELBO, nats; `evidence_curve_` its course.
+        evidence_: ELBO of the fit with equal noise, nats; `evidence_curve_` its course.
         noise_std_: standard deviation of the noise (root mean square over rows), in units of the target.
         noise_inclusion_: probability that a feature moves the size of the noise, shape [n_features_in_].
         noise_freedom_: degrees of freedom of the noise (Student's t), mean over draws; large means Gaussian.
-        acceptance_: of the chain that drew the networks; None above 20,000 rows, where weights are drawn independently.
+        acceptance_: of the chain that drew the networks; None where weights are drawn independently (none or more than
+            1500 live, or rows times (50 + weights) exceed four million).
         n_iter_: steps taken.
 
     >>> import numpy as np
@@ -125,14 +127,20 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
     def _outputs(self) -> int:
         return 1
 
-    def _more_stock(self, x: torch.Tensor) -> None:
+    def _more_stock(self, table: Table) -> None:
         draws, noise = self._predictive.draws, self._predictive.noise
         assert draws.scales is not None and noise is not None
         inside = claimed_inclusion(noise.before, noise.posterior, noise.posterior).numpy()
         self.noise_inclusion_ = self._by_feature(inside, np.zeros(len(self.inclusion_)))
         self.noise_freedom_ = float(draws.scales.freedom.mean())
-        self._noise_std = noise_std(draws, x)
+        self._noise_std = noise_std(draws, table.x.double(), table.weight)
         self.n_weights_ += noise.posterior.kept()
+        names = self._names()
+        moving = ", ".join(names[j] for j in (self.noise_inclusion_ > 0.5).nonzero()[0]) or "nothing"
+        self._remarks.append(
+            f"noise of standard deviation {self.noise_std_:.3g}, {self.noise_freedom_:.0f} degrees of freedom, "
+            f"moved by {moving}"
+        )
 
     def _screened_target(self, y: torch.Tensor) -> torch.Tensor:
         return y.unsqueeze(1)
@@ -148,6 +156,7 @@ class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
         feature_importances_: the same, under scikit-learn's name.
         n_weights_: weights of the network that predicts.
         evidence_: its ELBO, nats; `evidence_curve_` its course.
+        acceptance_: of the chain that drew the networks, as there.
         n_iter_: steps taken.
     """
 
@@ -196,7 +205,7 @@ class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
     def _outputs(self) -> int:
         return 1 if len(self.classes_) == 2 else len(self.classes_)
 
-    def _more_stock(self, x: torch.Tensor) -> None:
+    def _more_stock(self, table: Table) -> None:
         """Nothing that all have not."""
 
     def _screened_target(self, y: torch.Tensor) -> torch.Tensor:

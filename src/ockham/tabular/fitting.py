@@ -19,7 +19,9 @@ from ockham.tabular.trimming import input_evidence, median_keep, reduced, withou
 __all__ = ["Fitted", "Predictive", "fit", "predictive"]
 
 _FIRST_VARIANCE = 0.25
-_MOST_ROWS = 20_000
+_MOST_WORK = 4_000_000  # rows times (overhead + living weights): a minute or so of chain
+_OVERHEAD = 50
+_RESIDUAL_DRAWS = 64
 _MOST_WEIGHTS = 1500
 
 
@@ -164,8 +166,8 @@ def predictive(fitted: Fitted, table: Table, plan: Plan, draws: int) -> Predicti
     """Draw all that lives, jointly; of a regression fit the noise to the residuals first.
 
     With a noise that is not the same everywhere some inputs of the mean may turn out to have explained noise: those
-    whose weights together have no evidence under it go, the worst first, the rest settles in between. Above 20,000 rows
-    and 1500 weights, where the posterior is narrow and the work large, weights are drawn independently, as they are.
+    whose weights together have no evidence under it go, the worst first, the rest settles in between. Where rows times
+    (50 + weights) exceed four million the posterior is narrow and the work large: weights are then drawn independently.
 
     Args:
         fitted: the network.
@@ -176,22 +178,32 @@ def predictive(fitted: Fitted, table: Table, plan: Plan, draws: int) -> Predicti
     generator = torch.Generator().manual_seed(plan.seed)
     posterior, by_input, noise = fitted.posterior, dict(fitted.by_input), None
     if not plan.classify:
-        before = factorised(posterior, None, draws, generator)
+        before = factorised(posterior, None, _RESIDUAL_DRAWS, generator)
         outputs = torch.cat(list(before.outputs(table.x.double())), 1)[..., 0]
         noise = fit_noise(table, plan, outputs, fitted.noise_variance)
     living = posterior.kept() + (0 if noise is None else noise.posterior.kept())
-    if len(table.x) > _MOST_ROWS or not 0 < living <= _MOST_WEIGHTS:
+    if not 0 < living <= _MOST_WEIGHTS:
         return Predictive(posterior, by_input, noise, factorised(posterior, noise, draws, generator))
     if noise is None:
         joint: Joint = ClassJoint(posterior, table)
-        return Predictive(posterior, by_input, noise, joint.sample(draws, generator))
+    else:
+        posterior, found, joint = _last_word(fitted, noise, table)
+        by_input |= found
+    if len(table.x) * (_OVERHEAD + living) > _MOST_WORK:
+        return Predictive(posterior, by_input, noise, factorised(posterior, noise, draws, generator))
+    return Predictive(posterior, by_input, noise, joint.sample(draws, generator))
+
+
+def _last_word(fitted: Fitted, noise: Noise, table: Table) -> tuple[Posterior, dict[int, float], Joint]:
+    """The posterior without inputs that have no evidence under the noise, evidence of all, the joint of what stays."""
+    posterior = fitted.posterior
+    by_input: dict[int, float] = {}
     while True:
         joint = NoiseJoint(posterior, noise, table)
         mode = joint.mode()
-        found = input_evidence(
-            joint.moved(posterior, mode), table.x, table.weight, fitted.log_odds, joint.precision(mode)
-        )
+        moved, precision = joint.moved(posterior, mode), joint.precision(mode)
+        found = input_evidence(moved, table.x, table.weight, fitted.log_odds, precision)
         by_input |= found
         if not found or min(found.values()) >= 0:
-            return Predictive(posterior, by_input, noise, joint.sample(draws, generator))
+            return posterior, by_input, joint
         posterior = without_input(posterior, min(found, key=found.__getitem__))

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ockham.posterior.hamiltonian import hamiltonian
 from ockham.posterior.posterior import Posterior
-from ockham.tabular.curvature import gauss_newton, of_classes, some_rows
+from ockham.tabular.curvature import counting_for_all, gauss_newton, of_classes
 from ockham.tabular.draws import Draws, ScaleDraws
-from ockham.tabular.likelihoods import Classes, freedom_nll, log_scale, student_nll
+from ockham.tabular.likelihoods import BASE_PRECISION, Classes, base_nll, freedom_nll, log_scale, student_nll
 from ockham.tabular.noise import Noise
 from ockham.tabular.running import Table
 from ockham.tabular.survivors import Survivors
@@ -21,7 +21,7 @@ __all__ = ["ClassJoint", "Joint", "NoiseJoint"]
 _THIN = 2
 _LEAPS = (16, 64)
 _DESCENTS = 200
-_LEAST_PRECISION = 1e-6
+_LEAST_WARMUP = 24
 
 
 class Joint(ABC):
@@ -66,15 +66,15 @@ class Joint(ABC):
 
         Not from the mode: of a network with hidden units it is far from where the mass is, and much narrower.
         """
-        place = self.start
-        first = hamiltonian(self.energy, place, self.metric(place), draws=1, warmup=draws, generator=generator)
+        place, warmup = self.start, max(draws, _LEAST_WARMUP)
+        first = hamiltonian(self.energy, place, self.metric(place), draws=1, warmup=warmup, generator=generator)
         place = first.draws[0]
         chain = hamiltonian(
             self.energy,
             place,
             self.metric(place),
             draws=draws,
-            warmup=draws,
+            warmup=warmup,
             thin=_THIN,
             leaps=_LEAPS,
             generator=generator,
@@ -103,7 +103,7 @@ class ClassJoint(Joint):
 
     def metric(self, vector: Tensor) -> Tensor:
         """Fisher information and prior precision."""
-        rows, weight = _some(self._weight)
+        rows, weight = counting_for_all(self._weight)
         x = self._x[rows]
         curvature = of_classes(self._survivors.outputs(vector, x))
         fisher = gauss_newton(self._survivors.gradients(vector, x), curvature, weight)
@@ -124,7 +124,7 @@ class NoiseJoint(Joint):
     """
 
     def __init__(self, posterior: Posterior, noise: Noise, table: Table) -> None:
-        self._mean, self._scale, self._floor = Survivors.of(posterior), Survivors.of(noise.posterior), noise.floor
+        self._mean, self._scale, self._noise = Survivors.of(posterior), Survivors.of(noise.posterior), noise
         self._x, self._y, self._weight = table.x.double(), table.y.double(), table.weight.double()
         self._parts = [len(self._mean), len(self._scale), 1, 1]
         self._prior = torch.cat([self._mean.prior_precision, self._scale.prior_precision])
@@ -132,12 +132,13 @@ class NoiseJoint(Joint):
         self.start = torch.cat([self._mean.mean, self._scale.mean, ends])
 
     def energy(self, vector: Tensor) -> Tensor:
-        """Student's t, Gaussian priors of what is included, N(2, 1) of the log freedom, flat in the base."""
+        """Student's t, Gaussian priors of what is included, N(2, 1) of the log freedom, N(centre, 4) of the base."""
         of_mean, of_scale, base, log_freedom = vector.split(self._parts)
         residual = self._y - self._mean.outputs(of_mean, self._x)[:, 0]
-        log = log_scale(base + self._scale.outputs(of_scale, self._x)[:, 0], self._floor)
+        log = log_scale(base + self._scale.outputs(of_scale, self._x)[:, 0], self._noise.floor)
         fit = student_nll(residual, log, 2 + log_freedom.exp()) @ self._weight
-        return fit + freedom_nll(log_freedom)[0] + 0.5 * self._prior @ vector[: len(self._prior)].square()
+        believed = freedom_nll(log_freedom) + base_nll(base, self._noise.centre)
+        return fit + believed[0] + 0.5 * self._prior @ vector[: len(self._prior)].square()
 
     def metric(self, vector: Tensor) -> Tensor:
         """Fisher information of t in location, scale and freedom, through both networks, and prior precision.
@@ -146,7 +147,7 @@ class NoiseJoint(Joint):
             Lange, Little & Taylor (1989), *Robust statistical modeling using the t distribution*, appendix B.
         """
         of_mean, of_scale, _, log_freedom = vector.split(self._parts)
-        rows, weight = _some(self._weight)
+        rows, weight = counting_for_all(self._weight)
         x, f = self._x[rows], 2 + log_freedom.exp()
         location, scale = self._information(vector, x)
         d = len(of_mean)
@@ -157,12 +158,12 @@ class NoiseJoint(Joint):
         trigamma = torch.polygamma(1, f / 2) - torch.polygamma(1, (f + 1) / 2)
         freedom = 0.25 * trigamma - 0.5 * (f + 5) / (f * (f + 1) * (f + 3))
         metric[-1, -1] = 1 + (weight.sum() * freedom.clamp_min(0) * (f - 2).square())[0]
-        return metric + torch.cat([self._prior, self._prior.new_full((2,), _LEAST_PRECISION)]).diag()
+        return metric + torch.cat([self._prior, self._prior.new_tensor([BASE_PRECISION, 0.0])]).diag()
 
     def networks(self, vectors: Tensor, acceptance: float) -> Draws:
         """Their networks and scales."""
         of_mean, of_scale, base, log_freedom = vectors.split(self._parts, 1)
-        scales = ScaleDraws(self._scale.tensors(of_scale), base, 2 + log_freedom.exp(), self._floor)
+        scales = ScaleDraws(self._scale.tensors(of_scale), base, 2 + log_freedom.exp(), self._noise.floor)
         return Draws(self._mean.tensors(of_mean), scales, acceptance)
 
     def precision(self, vector: Tensor) -> Tensor:
@@ -178,12 +179,6 @@ class NoiseJoint(Joint):
         _, of_scale, base, log_freedom = vector.split(self._parts)
         f = 2 + log_freedom.exp()
         value = base + self._scale.outputs(of_scale, x)[:, 0]
-        location = (f + 1) / (f + 3) * (-2 * log_scale(value, self._floor)).exp()
-        scale = 2 * f / (f + 3) * torch.sigmoid(value - self._floor).square()
+        location = (f + 1) / (f + 3) * (-2 * log_scale(value, self._noise.floor)).exp()
+        scale = 2 * f / (f + 3) * torch.sigmoid(value - self._noise.floor).square()
         return location[:, None, None], scale[:, None, None]
-
-
-def _some(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows enough for a metric, and weights that make them count for all."""
-    rows = some_rows(len(weight))
-    return rows, weight[rows] * (weight.sum() / weight[rows].sum())

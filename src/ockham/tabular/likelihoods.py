@@ -9,11 +9,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Classes", "EqualNoise", "Likelihood", "Scales", "freedom_nll", "log_scale", "resolution", "student_nll"]
+__all__ = [
+    "BASE_PRECISION",
+    "FREEDOM",
+    "Classes",
+    "EqualNoise",
+    "Likelihood",
+    "Scales",
+    "base_nll",
+    "freedom_nll",
+    "log_scale",
+    "resolution",
+    "student_nll",
+]
 
 _VARIANCE_RATE = 0.03
 _SMALLEST = 1e-6
-_FREEDOM = 2.0  # prior mean of ln(freedom - 2), of standard deviation 1: some 9 degrees of freedom
+BASE_PRECISION = 0.25
+FREEDOM = 2.0  # prior mean of ln(freedom - 2), of standard deviation 1: some 9 degrees of freedom
 _BASE_RATE, _FREEDOM_RATE = 0.05, 0.2
 _HALF_LOG_12 = 0.5 * math.log(12)
 
@@ -85,11 +98,12 @@ class Scales(Likelihood):
         e ~ t_f(0, s),   ln s = floor + softplus(base + output - floor),   f = 2 + exp(log_freedom)
 
     A residual is known up to what is not known of its mean: targets [B, 2] hold its mean and variance, and each use
-    draws. ``log_freedom`` has a prior N(2, 1).
+    draws. The base has a prior N(centre, 4), ``log_freedom`` N(2, 1).
 
     Attributes:
         base: ln scale where the output is 0, [R, 1].
         log_freedom: ln(f - 2), [R, 1].
+        centre: of the prior of the base.
         floor: ln of the least scale.
         terms: log-likelihood terms, for the weight of the prior.
         generator: of the draws.
@@ -97,21 +111,22 @@ class Scales(Likelihood):
 
     base: Tensor
     log_freedom: Tensor
+    centre: float
     floor: float
     terms: float
     generator: torch.Generator
 
     def nll(self, output: Tensor, y: Tensor) -> Tensor:
         """-ln t."""
-        residual = y[:, 0] + y[:, 1].sqrt() * torch.randn(len(y), generator=self.generator, dtype=y.dtype)
-        return self._of(residual, output[..., 0], self.base, self.log_freedom)
+        return self._of(self._drawn(y), output[..., 0], self.base, self.log_freedom)
 
     def learn_(self, output: Tensor, y: Tensor, weight: Tensor) -> None:
         """One gradient step on base and freedom."""
         with torch.enable_grad():
             base, freedom = self.base.clone().requires_grad_(), self.log_freedom.clone().requires_grad_()
-            each = self._of(y[:, 0], output[..., 0], base, freedom)
-            value = (each * weight).mean(1).sum() + freedom_nll(freedom).sum() / self.terms
+            each = self._of(self._drawn(y), output[..., 0], base, freedom)
+            believed = base_nll(base, self.centre).sum() + freedom_nll(freedom).sum()
+            value = (each * weight).mean(1).sum() + believed / self.terms
             of_base, of_freedom = torch.autograd.grad(value, (base, freedom))
         self.base -= _BASE_RATE * of_base.clamp(-2, 2)
         self.log_freedom -= _FREEDOM_RATE * of_freedom.clamp(-1, 1)
@@ -119,9 +134,12 @@ class Scales(Likelihood):
     def only(self, index: int) -> Scales:
         """A copy for one of the networks."""
         row = slice(index, index + 1)
-        return Scales(
-            self.base[row].clone(), self.log_freedom[row].clone(), self.floor, self.terms, self.generator.clone_state()
-        )
+        base, log_freedom = self.base[row].clone(), self.log_freedom[row].clone()
+        return Scales(base, log_freedom, self.centre, self.floor, self.terms, self.generator.clone_state())
+
+    def _drawn(self, y: Tensor) -> Tensor:
+        noise = torch.randn(len(y), generator=self.generator, dtype=y.dtype)
+        return y[:, 0] + y[:, 1].sqrt() * noise
 
     def _of(self, residual: Tensor, output: Tensor, base: Tensor, log_freedom: Tensor) -> Tensor:
         return student_nll(residual, log_scale(base + output, self.floor), 2 + log_freedom.exp())
@@ -147,9 +165,14 @@ def student_nll(residual: Tensor, log_scale: Tensor, freedom: Tensor) -> Tensor:
     return constant + log_scale + 0.5 * (freedom + 1) * torch.log1p(square)
 
 
+def base_nll(base: Tensor, centre: float) -> Tensor:
+    """-ln of the prior N(centre, 4) of the base, up to a constant: on the floor the data no longer say where it is."""
+    return 0.5 * BASE_PRECISION * (base - centre).square()
+
+
 def freedom_nll(log_freedom: Tensor) -> Tensor:
     """-ln of the prior of ln(f - 2), up to a constant."""
-    return 0.5 * (log_freedom - _FREEDOM).square()
+    return 0.5 * (log_freedom - FREEDOM).square()
 
 
 def resolution(values: Tensor) -> float:
@@ -158,5 +181,7 @@ def resolution(values: Tensor) -> float:
     No density should be narrower: targets that come in whole numbers would otherwise have one without bounds.
     """
     distinct = values.double().unique()
-    gap = float(distinct.diff().min()) if len(distinct) > 1 else 1.0
+    if len(distinct) < 2:
+        return 0.5 * math.log(_SMALLEST)
+    gap = float(distinct.diff().min())
     return max(math.log(gap) - _HALF_LOG_12, 0.5 * math.log(_SMALLEST))

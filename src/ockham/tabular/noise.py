@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from ockham.posterior.posterior import Posterior
-from ockham.tabular.likelihoods import Scales, resolution
+from ockham.tabular.likelihoods import FREEDOM, Scales, resolution
 from ockham.tabular.running import Plan, Run, Table, initial
 from ockham.tabular.trimming import reduced
 
 __all__ = ["Noise", "fit_noise"]
 
 _UNITS = 16
-_SHARE = 0.2  # of the steps that the network of the mean may take
+_SHARE = 0.2  # of the steps that the network of the mean may take, but no fewer than settle
 _SLAB_VARIANCE = 0.3  # a weight that moves ln scale by one half is large
-_FREEDOM = 2.0
+_LEAST_STEPS = 400
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,6 +30,7 @@ class Noise:
         before: the same before anything was removed; what inclusion is read from.
         base: ln scale where g = 0.
         log_freedom: ln(f - 2).
+        centre: of the base's prior, ln scale of an equal noise.
         floor: ln of the least scale.
     """
 
@@ -37,6 +38,7 @@ class Noise:
     before: Posterior
     base: float
     log_freedom: float
+    centre: float
     floor: float
 
 
@@ -51,12 +53,13 @@ def fit_noise(table: Table, plan: Plan, outputs: Tensor, variance: float) -> Noi
     """
     residual = torch.stack([table.y - outputs.mean(0), outputs.var(0, correction=0)], 1).to(table.x.dtype)
     data = Table(table.x, residual, table.weight)
-    steps = max(5, round(_SHARE * plan.steps))
+    steps = max(_LEAST_STEPS, round(_SHARE * plan.steps))
     own = replace(plan, hidden=(_UNITS,), outputs=1, steps=steps, slab_variance=_SLAB_VARIANCE, left_out=0)
     inference = initial(data, own)
     scales = Scales(
         base=torch.full((own.restarts, 1), 0.5 * math.log(variance)),
-        log_freedom=torch.full((own.restarts, 1), _FREEDOM),
+        log_freedom=torch.full((own.restarts, 1), FREEDOM),
+        centre=0.5 * math.log(variance),
         floor=resolution(table.y),
         terms=table.terms,
         generator=torch.Generator().manual_seed(plan.seed),
@@ -74,4 +77,5 @@ def _finished(run: Run) -> tuple[float, Noise]:
     scales = run.likelihood
     assert isinstance(scales, Scales)
     base, log_freedom = float(scales.base), float(scales.log_freedom)
-    return run.evidence(), Noise(run.inference.posterior(), before, base, log_freedom, scales.floor)
+    noise = Noise(run.inference.posterior(), before, base, log_freedom, scales.centre, scales.floor)
+    return run.evidence(), noise

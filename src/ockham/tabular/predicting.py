@@ -25,7 +25,7 @@ __all__ = [
     "weights_by_input",
 ]
 
-_HALVINGS = 40
+_HALVINGS = 25
 
 
 def moments(draws: Draws, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,10 +38,10 @@ def moments(draws: Draws, x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(means), torch.cat(variances)
 
 
-def noise_std(draws: Draws, x: Tensor) -> float:
-    """Root mean square over rows and draws of the noise's standard deviation."""
+def noise_std(draws: Draws, x: Tensor, weight: Tensor) -> float:
+    """Root mean square over rows of these weights, and draws, of the noise's standard deviation."""
     squares = [(scale.square() * freedom / (freedom - 2)).mean(0) for _, scale, freedom in draws.with_scales(x)]
-    return float(torch.cat(squares).mean().sqrt())
+    return float((torch.cat(squares) @ (weight / weight.sum()).double()).sqrt())
 
 
 def log_density(draws: Draws, x: Tensor, y: Tensor) -> Tensor:

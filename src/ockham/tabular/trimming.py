@@ -15,7 +15,7 @@ from torch.func import jacrev, vmap
 
 from ockham.evidence.gaussian import delta_f_dense
 from ockham.posterior.posterior import Gaussian, Posterior
-from ockham.tabular.curvature import gauss_newton, of_classes, some_rows
+from ockham.tabular.curvature import counting_for_all, gauss_newton, of_classes
 from ockham.tabular.network import mean_output
 from ockham.tabular.running import OnStep, Run
 
@@ -51,8 +51,7 @@ def input_evidence(
     """
     if not 0 < posterior.kept() <= _MOST:
         return {}
-    rows = some_rows(len(x))
-    scale = weight[rows] * (weight.sum() / weight[rows].sum())
+    rows, scale = counting_for_all(weight)
     names, means, precisions, reads, odds = _layout(posterior, log_odds)
     h = _curvature(posterior, names, x[rows], scale, None if precision is None else precision[rows])
     covariance = torch.linalg.inv(h + torch.diag(precisions))
