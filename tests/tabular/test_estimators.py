@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from ockham.errors import OckhamWarning
 from ockham.tabular import SparseBNNClassifier, SparseBNNRegressor
 
-FAST = {"max_iter": 300, "n_restarts": 2, "hidden_layer_sizes": (8,), "n_draws": 12, "random_state": 0}
+FAST = {"max_iter": 300, "n_restarts": 2, "hidden_layer_sizes": (8,), "n_draws": 4, "random_state": 0}
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ __all__ = ["ClassJoint", "Joint", "NoiseJoint"]
 _THIN = 2
 _LEAPS = (16, 64)
 _DESCENTS = 200
-_LEAST_WARMUP = 24
+_LEAST_WARMUP = 16
 
 
 class Joint(ABC):
@@ -62,10 +62,7 @@ class Joint(ABC):
         return found if float(self.energy(found)) <= first else self.start
 
     def sample(self, draws: int, generator: torch.Generator) -> Draws:
-        """A chain from the start, with the metric there until it has found its way, then with the metric of that place.
-
-        Not from the mode: of a network with hidden units it is far from where the mass is, and much narrower.
-        """
+        """A chain from the start: with the metric there until it has found its way, then with that of the place."""
         place, warmup = self.start, max(draws, _LEAST_WARMUP)
         first = hamiltonian(self.energy, place, self.metric(place), draws=1, warmup=warmup, generator=generator)
         place = first.draws[0]
