@@ -106,8 +106,10 @@ def test_whole_numbers_have_no_density_without_bounds():
 
 
 def test_resolution_is_that_of_rounding():
-    rounded = torch.rand(2000, dtype=torch.float64).mul(40).round().div(4)
-    exact = torch.rand(200_000, dtype=torch.float64) * 10
+    g = torch.Generator().manual_seed(6)
+    rounded = torch.rand(2000, generator=g, dtype=torch.float64).mul(40).round().div(4)
+    rounded[0] = 300.0  # one wide gap
+    exact = torch.rand(200_000, generator=g, dtype=torch.float64) * 10
     assert math.exp(resolution(rounded)) == pytest.approx(float((exact - (exact * 4).round() / 4).std()), rel=0.02)
     assert math.exp(resolution(torch.tensor([1.0, 1.0]))) == pytest.approx(1e-3)  # a constant has no gap
 

@@ -35,8 +35,9 @@ def posterior_of(layout, seed, keep_share, *, only=None, prior=2.0):
 @pytest.mark.parametrize("hidden", [(6,), (6, 5), ()])
 def test_the_compact_network_is_the_network(hidden):
     layout = Layout.of(4, hidden, 2)
-    posterior = posterior_of(layout, 0, 0.4)
+    posterior = without_input(posterior_of(layout, 0, 0.4), 3)
     survivors = Survivors.of(posterior)
+    assert not hidden or survivors.shapes["out.weight"][1] < hidden[-1]  # a unit is dead
     x = torch.randn(7, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     whole = mean_output({n: g.mean.double() for n, g in posterior.items()}, x)[0]
     torch.testing.assert_close(survivors.outputs(survivors.mean, x), whole)
