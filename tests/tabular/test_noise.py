@@ -13,6 +13,7 @@ from ockham.errors import OckhamError
 from ockham.tabular import SparseBNNRegressor
 from ockham.tabular.likelihoods import log_scale, resolution, student_nll
 from ockham.tabular.noise import fit_noise
+from ockham.tabular.predicting import weights_by_input
 from ockham.tabular.running import Plan, Table
 
 SETTINGS = {"max_iter": 2500, "n_restarts": 2, "hidden_layer_sizes": (8,), "n_draws": 24, "random_state": 0}
@@ -54,6 +55,7 @@ def test_an_input_that_only_moves_the_noise_does_not_pass_for_one_of_the_mean():
     model = SparseBNNRegressor(**SETTINGS).fit(*uneven(0, 500)[:2])
     assert model._fitted.by_input[1] > 10  # under equal noise
     assert model._predictive.by_input[1] < 0  # under its own
+    assert weights_by_input(model._predictive.posterior)[1] == 0
     assert (model.inclusion_ > 0.5).tolist() == [True, False, False]
 
 
