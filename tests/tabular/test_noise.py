@@ -72,6 +72,7 @@ def test_heavy_tails_are_found_and_do_not_move_the_mean():
     y = x[:, 0] + 0.2 * rng.standard_t(2.5, size=600)
     model = SparseBNNRegressor(**SETTINGS).fit(x, y)
     assert 2 < model.noise_freedom_ < 6
+    assert ("very heavy" in model.summary()) == (model.noise_freedom_ < 3)
     assert np.sqrt(np.mean((model.predict(x) - x[:, 0]) ** 2)) < 0.06
     new = rng.normal(size=(4000, 2))
     residual = 0.2 * rng.standard_t(2.5, size=4000)

@@ -20,6 +20,8 @@ from ockham.tabular.running import Table
 
 __all__ = ["SparseBNNClassifier", "SparseBNNRegressor"]
 
+_HEAVY = 3.0  # degrees of freedom
+
 
 class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
     """Sparse Bayesian network for a number, with its uncertainty and the inclusion probability of every feature.
@@ -141,6 +143,10 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
             f"noise of standard deviation {self.noise_std_:.3g}, {self.noise_freedom_:.0f} degrees of freedom, "
             f"moved by {moving}"
         )
+        if self.noise_freedom_ < _HEAVY:
+            self._remarks.append(
+                "tails are very heavy: look at rows of low log_density, the mean may have given them up"
+            )
 
     def _screened_target(self, y: torch.Tensor) -> torch.Tensor:
         return y.unsqueeze(1)
