@@ -144,9 +144,7 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
             f"moved by {moving}"
         )
         if self.noise_freedom_ < _HEAVY:
-            self._remarks.append(
-                "tails are very heavy: look at rows of low log_density, the mean may have given them up"
-            )
+            self._remarks.append("tails are very heavy: look at rows of low log_density; the mean may give them up")
 
     def _screened_target(self, y: torch.Tensor) -> torch.Tensor:
         return y.unsqueeze(1)
