@@ -46,7 +46,7 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
     >>> import numpy as np
     >>> rng = np.random.default_rng(0)
     >>> X = rng.normal(size=(200, 6)); y = 2 * X[:, 0] - X[:, 3] + 0.1 * rng.normal(size=200)
-    >>> model = SparseBNNRegressor(max_iter=600, random_state=0).fit(X, y)
+    >>> model = SparseBNNRegressor(max_iter=600, n_draws=16, random_state=0).fit(X, y)
     >>> (model.inclusion_ > 0.5).nonzero()[0].tolist()
     [0, 3]
     """
