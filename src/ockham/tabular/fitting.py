@@ -196,14 +196,25 @@ def predictive(fitted: Fitted, table: Table, plan: Plan, draws: int) -> Predicti
 
 def _last_word(fitted: Fitted, noise: Noise, table: Table) -> tuple[Posterior, dict[int, float], Joint]:
     """The posterior without inputs that have no evidence under the noise, evidence of all, the joint of what stays."""
-    posterior = fitted.posterior
     by_input: dict[int, float] = {}
+    posterior, joint = fitted.posterior, NoiseJoint(fitted.posterior, noise, table)
+    mode = joint.mode()
     while True:
-        joint = NoiseJoint(posterior, noise, table)
-        mode = joint.mode()
         moved, precision = joint.moved(posterior, mode), joint.precision(mode)
         found = input_evidence(moved, table.x, table.weight, fitted.log_odds, precision)
         by_input |= found
         if not found or min(found.values()) >= 0:
             return posterior, by_input, joint
-        posterior = without_input(posterior, min(found, key=found.__getitem__))
+        worst = min(found, key=found.__getitem__)
+        smaller = without_input(posterior, worst)
+        trial = NoiseJoint(smaller, noise, table)
+        there = trial.mode()
+        before = joint.evidence(mode) + _belief(posterior, fitted.log_odds)
+        if trial.evidence(there) + _belief(smaller, fitted.log_odds) < before:
+            return posterior, by_input | {j: abs(nats) for j, nats in found.items()}, joint
+        posterior, joint, mode = smaller, trial, there
+
+
+def _belief(posterior: Posterior, log_odds: dict[str, float]) -> float:
+    """Ln of the prior probability of what lives, nats, up to a constant."""
+    return sum(log_odds[name] * int(g.keep.sum()) for name, g in posterior.items())

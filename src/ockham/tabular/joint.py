@@ -163,6 +163,11 @@ class NoiseJoint(Joint):
         scales = ScaleDraws(self._scale.tensors(of_scale), base, 2 + log_freedom.exp(), self._noise.floor)
         return Draws(self._mean.tensors(of_mean), scales, acceptance)
 
+    def evidence(self, mode: Tensor) -> float:
+        """Laplace evidence ln p(data) at a mode, nats, up to a constant that the weights that live do not change."""
+        volume = torch.linalg.slogdet(self.metric(mode))[1]
+        return float(-self.energy(mode) + 0.5 * self._prior.log().sum() - 0.5 * volume)
+
     def precision(self, vector: Tensor) -> Tensor:
         """[n]: Fisher information of each target about its location, at ``vector``."""
         return self._information(vector, self._x)[0][:, 0, 0]
