@@ -81,7 +81,7 @@ def test_no_text_leaves_its_figure(name):
 def test_bars_carry_their_numbers():
     assert "1.0 %  ·  10 of 1,000" in texts(figures.layers([row(), row("b", 3, 0)]))
     assert {"1,000", "10", "4 kB", "200 B"} <= set(texts(ALL["sizes"]()))
-    assert {"500 → 3", "20 → 20", "c.weight:0"} <= set(texts(ALL["widths"]()))
+    assert {"500 → 3", "20 → 20", "c.weight:0"} <= set(texts(ALL["width_bars"]()))
 
 
 @pytest.mark.parametrize("rows", [[row(kept=0)], [row(kept=1000)], [row(total=0, kept=0)], [row(total=10**9, kept=1)]])
