@@ -126,6 +126,7 @@ class _Block(io.IOBase):
     def __enter__(self) -> None:  # type: ignore[override]
         try:
             next(self._steps)
+            del self  # an interrupt from here to the body drops the block, whatever holds this frame
         except BaseException:
             self.close()
             raise
