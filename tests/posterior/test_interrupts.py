@@ -56,7 +56,10 @@ def block(toy, net, opt):
 
 
 def interrupted_everywhere(toy, net, opt, count):
-    """Whether the mean is back after interrupts at ``count`` random places, or at both ends of the block; the traceback is alive while the weights are looked at."""
+    """Whether the mean is back after interrupts at random places, or (count None) at all near both ends of the block.
+
+    The traceback is alive while the weights are looked at, as in a notebook.
+    """
     toy.step(net, opt)
     opt.zero_grad()
     mean = copy.deepcopy(net.state_dict())
@@ -163,7 +166,9 @@ def test_a_gradient_that_is_no_number_is_refused_before_anything_moves(toy, snap
             toy.loss(net).backward()
         net[2].weight.grad[1, 0] = bad
         if attempt == 0:
-            with pytest.raises(OckhamError, match=r"gradient of '2\.weight' is NaN or infinite in 1 of 12 places.*skip"):
+            with pytest.raises(
+                OckhamError, match=r"gradient of '2\.weight' is NaN or infinite in 1 of 12 places.*skip"
+            ):
                 opt.step()
             opt.skip_nonfinite = True
         else:

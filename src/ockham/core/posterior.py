@@ -32,11 +32,12 @@ class Gaussian:
     """Independent Gaussian posterior and prior of one parameter tensor.
 
     Attributes:
-        mean: posterior mean, shape of the parameter; exactly 0 where removed.
-        precision: posterior (conditional) precision, same shape; ``inf`` where removed.
+        mean: posterior mean, shape of the parameter; exactly 0 where removed, the value itself where the network
+            holds a weight fixed (`ockham.core.fixed`).
+        precision: posterior (conditional) precision, same shape; ``inf`` where removed or fixed.
         prior_precision: precision of the full prior, broadcastable to ``mean``.
         prior_mean: mean of the full prior, broadcastable.
-        keep: boolean, True = stays; same shape.
+        keep: boolean, True = stays, False = removed or fixed; same shape.
         marginal_precision: precision of the marginal where the source knows correlations, else None (= precision).
         inclusion: probability that the weight is not zero, same shape, 0 where removed; None where the source has no
             spike. Mean and precision are then those of the slab: of the weight given that it is included.
@@ -75,7 +76,7 @@ class Gaussian:
 
     @property
     def std(self) -> Tensor:
-        """Standard deviation 1/sqrt(precision); 0 where removed."""
+        """Standard deviation 1/sqrt(precision); 0 where removed or fixed."""
         return self.precision.rsqrt()
 
     @property
@@ -238,6 +239,9 @@ def _pack(g: Gaussian) -> dict[str, Any]:
     node: dict[str, Any] = {"shape": list(g.mean.shape), "mean": g.mean[g.keep], "precision": g.precision[g.keep]}
     if not bool(g.keep.all()):
         node["keep"] = pack_mask(g.keep)
+        fixed = g.mean.masked_fill(g.keep, 0.0).reshape(-1)
+        if bool((at := fixed.nonzero().squeeze(1)).numel()):
+            node |= {"fixed_at": at, "fixed": fixed[at]}
     for name in ("prior_precision", "prior_mean"):
         node[name] = _compact(getattr(g, name))
     for name in ("marginal_precision", "inclusion"):
@@ -263,8 +267,14 @@ def _unpack(node: Mapping[str, Any]) -> Gaussian:
     shape = tuple(node["shape"])
     keep = unpack_mask(node["keep"], shape) if "keep" in node else torch.ones(shape, dtype=torch.bool)
     marginal, inclusion = node.get("marginal_precision"), node.get("inclusion")
+    mean = _spread(node["mean"], keep, 0.0)
+    if "fixed_at" in node:
+        at = node["fixed_at"]
+        if not bool(((at >= 0) & (at < mean.numel())).all()) or bool(keep.reshape(-1)[at].any()):
+            raise ResultError("fixed weights lie outside of the parameter, or among those that stay")
+        mean.view(-1)[at] = node["fixed"]
     return Gaussian(
-        _spread(node["mean"], keep, 0.0),
+        mean,
         _spread(node["precision"], keep, torch.inf),
         _expanded(node["prior_precision"], shape),
         _expanded(node["prior_mean"], shape),

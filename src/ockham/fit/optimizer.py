@@ -128,7 +128,7 @@ class _Block(io.IOBase):
             next(self._steps)
             del self  # an interrupt from here to the body drops the block, whatever holds this frame
         except BaseException:
-            self.close()
+            self.close()  # noqa: F821 - there is no bytecode between that and the end of the try
             raise
 
 

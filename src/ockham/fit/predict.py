@@ -96,7 +96,11 @@ def draw_outputs(
     known = dict(model.named_parameters())
     unknown = [name for name in posterior if name not in known]
     if unknown:
-        raise OckhamError(f"the posterior has parameters this model lacks: {unknown[:6]}; load the model it belongs to")
+        prefix = next((p for p in ("module.", "_orig_mod.", "model.") if unknown[0].startswith(p)), None)
+        hint = f"; its names begin with the prefix {prefix!r} of a wrapper: pass the wrapped network" if prefix else ""
+        raise OckhamError(
+            f"the posterior has parameters this model lacks: {unknown[:6]}{hint or '; load the model it belongs to'}"
+        )
     training = {m: m.training for m in model.modules()}
     model.eval()
     try:

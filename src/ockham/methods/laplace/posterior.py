@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ockham.core.fixed import fixed_entries
 from ockham.core.posterior import Gaussian, Posterior, WeightMatrix
 from ockham.errors import DataError, OckhamError, OckhamWarning
 from ockham.evidence.kronecker import conditional_precision, factorised, marginal_variance
@@ -168,14 +169,16 @@ def laplace_posterior(
     factor = scale * n_data / curvature.terms
     moments: dict[str, Gaussian] = {}
     blocks = []
-    untouched = _untouched(curvature)
+    untouched, fixed = _untouched(curvature), fixed_entries(model)
     for sums in (s for s in curvature.matrices.values() if s.weight not in untouched):
         block = _block(sums, weights, factor, prior)
         blocks.append(block)
         moments |= _correlated(block, weights)
     for name, diagonal in ((n, d) for n, d in curvature.diagonal.items() if n not in untouched):
-        h = factor * diagonal
-        moments[name] = _independent(weights[name], h, prior(h, weights[name]))
+        h, free = factor * diagonal, ~fixed[name] if name in fixed else slice(None)
+        moments[name] = _independent(weights[name], h, prior(h[free], weights[name][free]))
+    for name in fixed.keys() & moments.keys():
+        moments[name] = _without(moments[name], fixed[name])
     ordered = {name: moments[name] for name in weights if name in moments}
     return Posterior(ordered, float(n_data), 1.0, source, tuple(blocks))
 
@@ -281,6 +284,12 @@ def _correlated(block: WeightMatrix, weights: Mapping[str, Tensor]) -> dict[str,
 
 def _independent(weight: Tensor, curvature: Tensor, prior_precision: float) -> Gaussian:
     return _gaussian(weight, (curvature + prior_precision).to(weight.dtype), prior_precision, None)
+
+
+def _without(g: Gaussian, fixed: Tensor) -> Gaussian:
+    """Weights that the network holds fixed are known: no spread, and nothing to remove."""
+    marginal = None if g.marginal_precision is None else g.marginal_precision.masked_fill(fixed, torch.inf)
+    return replace(g, precision=g.precision.masked_fill(fixed, torch.inf), keep=~fixed, marginal_precision=marginal)
 
 
 def _gaussian(weight: Tensor, precision: Tensor, prior_precision: float, marginal: Tensor | None) -> Gaussian:

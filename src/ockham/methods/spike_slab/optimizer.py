@@ -482,5 +482,6 @@ def spike_slab(model: nn.Module, training: Training, *, n_data: float, steps: in
         prior_interval=max(1, min(100, steps // training.epochs)),
         seed=training.seed,
     )
+    optimizer.hold(model)
     optimizer.propagate(model)
     return optimizer
