@@ -101,7 +101,9 @@ def _say_new_spelling(name: str, given: dict[str, Any]) -> None:
     if name == "compress" and posterior in ("laplace", "kronecker"):
         new = f"ockham prune --posterior {posterior}"
     if name == "compress" and new is not None:
-        err_console.print(f"note: this is now spelt `{new}`", style="dim", markup=False, highlight=False)
+        err_console.print(
+            f"note: this is now spelt `{new}`", style="dim", markup=False, highlight=False, soft_wrap=True
+        )
 
 
 compress = _verb(
@@ -182,10 +184,10 @@ def main() -> None:
     try:
         app()
     except OckhamError as error:
-        err_console.print(f"ockham: {error}", style="red", markup=False, highlight=False)
+        err_console.print(f"ockham: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(2) from None
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **_: Any) -> None:
     if issubclass(category, OckhamWarning):
-        err_console.print(f"warning: {message}", style="yellow", markup=False, highlight=False)
+        err_console.print(f"warning: {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)

@@ -156,7 +156,12 @@ def _(o: SpikeSlabOptions, recipe: Recipe) -> Recipe:
         raise OckhamError(f"--log-odds is ln p/(1-p) of the prior inclusion, within 30 nats; got {odds}")
     prior = FixedSpikeSlab(inclusion=1 / (1 + math.exp(-odds)), slab_variance=variance)
     training = replace(_training(recipe), **_changed(prior=prior, temperature=o.temperature))
-    rule: Rule = MedianRule() if o.keep_share is None else BudgetRule(o.keep_share, by_snr)
+    if o.keep_share is not None and o.log_odds is not None:
+        raise OckhamError("--log-odds is the prior of the median model, --keep-share a budget: drop one of them")
+    if o.keep_share is None and o.rule != "evidence":
+        raise OckhamError(f"--method spike-slab keeps the median model or a --keep-share: drop --rule {o.rule}")
+    order = "snr" if o.rule == "evidence" else o.rule
+    rule = MedianRule() if o.keep_share is None else _pick("--rule", order, BUDGET_RULES)(o.keep_share, o.seed)
     rounds = _rounds(o, _SLAB_ROUNDS)
     return replace(recipe, method=WeightRounds(training, rule, rounds, o.ignore, spike_slab, _structures(o)))
 

@@ -144,7 +144,7 @@ class Task:
         except TypeError as error:
             raise DataError("the loader needs a length (batches an epoch): schedules are planned from it") from error
         if length == 0:
-            raise DataError("the training loader has no batches; give it at least one")
+            raise DataError("the training loader is empty: it has no batches; give it at least one")
         named = likelihood_from(likelihood)
         own = (named if isinstance(named, Loss) else copy.deepcopy(named)).to(device_of(network))
         terms = float(n_data) if n_data is not None else float(count_terms(loader, own))

@@ -195,7 +195,7 @@ class Trainer:
         """
         start, steps, tally = time.perf_counter(), len(self.loader), _Tally(state.done)
         if steps == 0:
-            raise DataError("the training loader has no batches; give it at least one")
+            raise DataError("the training loader is empty: it has no batches; give it at least one")
         state.network.train()
         device = device_of(state.network)
         with seeded(self.seed, state.done, device):
