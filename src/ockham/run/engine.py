@@ -25,6 +25,7 @@ from ockham.errors import DataError, OckhamError, OckhamWarning
 from ockham.fit.optimizer import VariationalOptimizer
 from ockham.fit.predict import Prediction, RegressionPrediction, predict, predict_regression, refresh_batchnorm
 from ockham.run.estimators import Estimator, Training, mean_field
+from ockham.run.folder import ResultFolder
 from ockham.run.result import NETWORK, PLAN, POSTERIOR, save_network, save_plan
 from ockham.run.structures import Shrinker, StructureInfo, example_of
 from ockham.run.trainer import EpochInfo, OnStep, Trainer
@@ -229,7 +230,7 @@ class Compressed:
         return predict(self.model, self.posterior, x, **given)
 
     def save(self, folder: str | Path, *, builder: str = "user") -> Path:
-        """Write network, posterior and plan as a result folder that `ockham.load` and `ockham.load_posterior` read.
+        """Write network, posterior and plan as a sealed result folder, for `ockham.load` and `ockham.load_posterior`.
 
         Args:
             folder: made where it is missing.
@@ -241,12 +242,12 @@ class Compressed:
         Raises:
             OckhamError: it cannot be written.
         """
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        save_network(self.model, path / NETWORK, builder=builder)
-        self.posterior.save(path / POSTERIOR)
-        save_plan(self.plan, path / PLAN)
-        return path
+        with ResultFolder(folder, overwrite=True) as new:
+            save_network(self.model, new.path(NETWORK), builder=builder)
+            self.posterior.save(new.path(POSTERIOR))
+            save_plan(self.plan, new.path(PLAN))
+            new.commit()
+        return Path(folder)
 
     def __repr__(self) -> str:
         """One line."""
