@@ -107,34 +107,47 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in shown)
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path, *, error: type[OckhamError] = ResultError) -> BinaryIO:
     """Open a regular file for reading; a pipe, a device or a folder is refused at once instead of waited for.
 
+    Args:
+        path: the file.
+        error: class of what is raised.
+
     Raises:
-        ResultError: it is something else, or cannot be read.
+        OckhamError: of class ``error``: it is something else, or cannot be read.
     """
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    except FileNotFoundError as error:
-        raise ResultError(f"{printable(path)}: no such file") from error
-    except (OSError, ValueError) as error:
-        raise ResultError(f"{printable(path)}: cannot be read ({error})") from error
+    except FileNotFoundError as cause:
+        raise error(f"{printable(path)}: missing, no such file") from cause
+    except (OSError, ValueError) as cause:
+        raise error(f"{printable(path)}: cannot be read ({printable(cause)})") from cause
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
-        raise ResultError(f"{printable(path)}: is no regular file (a pipe, a device or a folder), and is not read")
+        raise error(f"{printable(path)}: is no regular file (a pipe, a device or a folder), and is not read")
     return open(handle, "rb")
 
 
-def inside(folder: Path, name: str) -> Path:
-    """The file of this name in a folder, after following links.
+def inside(folder: Path, name: str, *, error: type[OckhamError] = ResultError) -> Path:
+    """The file of this name in a folder, after a look at where links lead.
+
+    Args:
+        folder: the folder.
+        name: name of the file in it, or a path below it.
+        error: class of what is raised.
 
     Raises:
-        ResultError: a link leads out of the folder.
+        OckhamError: of class ``error``: a link leads out of the folder, or in a circle.
     """
-    home, path = folder.resolve(), folder / name
-    if not path.resolve().is_relative_to(home):
-        raise ResultError(
-            f"{printable(path)}: is a link out of its folder, to {printable(path.resolve())}; copy the file"
+    path = folder / name
+    try:
+        home, target = folder.resolve(), path.resolve()
+    except (OSError, RuntimeError, ValueError) as cause:
+        raise error(f"{printable(path)}: cannot be found ({printable(cause)})") from cause
+    if not target.is_relative_to(home):
+        raise error(
+            f"{printable(path)}: is a link out of its folder, to {printable(target)}; put the file itself there"
         )
     return path
 

@@ -11,7 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ockham.core.files import afford, checked_shape, inside, pack_mask, printable, read_tree, unpack_mask, write_tree
+from ockham.core.files import (
+    afford,
+    checked_shape,
+    inside,
+    pack_mask,
+    printable,
+    read_tree,
+    unpack,
+    unpack_mask,
+    write_tree,
+)
 from ockham.core.seal import sealed
 from ockham.errors import OckhamError, ResultError
 from ockham.evidence.kronecker import KroneckerPrecision
@@ -253,7 +263,29 @@ def load_posterior(path: str | Path, *, verify: bool = True) -> Posterior:
     problem = domain_error(found)
     if problem:
         raise ResultError(f"{printable(file)}: its posterior is damaged ({problem})")
+    network = file.with_name("network.safetensors")
+    if Path(path).is_dir() and seal is None and network.exists():
+        try:
+            problem = _stranger(found, read_tree(network, kind="network", verify=verify))
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            problem = f"which is damaged: {printable(error)}"
+        if problem:
+            raise ResultError(f"{printable(file)}: is not the posterior of the network beside it ({problem})")
     return found
+
+
+def _stranger(posterior: Posterior, network: Mapping[str, Any]) -> str:
+    """Why a posterior cannot be that of a saved network: other shapes, or weights where it removed them; else empty."""
+    for name, g in posterior.items():
+        node = network["state"].get(network["tied"].get(name, name))
+        if node is None:
+            return f"it speaks of {printable(name)}, which the network does not have"
+        weight = unpack(node)
+        if weight.shape != g.mean.shape:
+            return f"{printable(name)} is {tuple(weight.shape)} there and {tuple(g.mean.shape)} here"
+        if bool((weight[~g.keep] != 0).any()):
+            return f"{printable(name)} has weights where the posterior removed them"
+    return ""
 
 
 def domain_error(posterior: Posterior) -> str:

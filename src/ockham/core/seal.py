@@ -192,24 +192,33 @@ def sealed(folder: str | Path, *names: str, verify: bool = True) -> Seal | None:
                 stacklevel=1,
             )
         return None
-    seal = read_seal(home / MANIFEST)
+    while True:
+        seal = read_seal(home / MANIFEST)
+        problem = _difference(home, seal, names or tuple(seal.files), verify=verify)
+        if not problem:
+            return seal
+        settle(home)
+        if read_seal(home / MANIFEST) == seal:  # else another result took its place while this one was looked at
+            raise ResultError(problem)
+
+
+def _difference(home: Path, seal: Seal, names: tuple[str, ...], *, verify: bool) -> str:
+    """What in a folder is not as the seal says, with the way out; empty if nothing is."""
     for name in RESULT_FILES:
         if name not in seal.files and os.path.lexists(home / name):
-            raise ResultError(
-                f"{printable(home / name)}: is no part of the result in this folder (run {seal.run}); take it away"
-            )
+            return f"{printable(home / name)}: is no part of the result in this folder (run {seal.run}); take it away"
     for name, facts in seal.files.items():
         path = inside(home, Path(name).name)
         size = path.stat().st_size if path.is_file() else None
-        compare = verify and size == facts.size and name in (names or seal.files)
+        compare = verify and size == facts.size and name in names
         if size != facts.size or (compare and file_facts(path).sha256 != facts.sha256):
             state = "missing" if size is None else f"of {size} bytes" if size != facts.size else "of another SHA-256"
-            raise ResultError(
+            return (
                 f"{printable(path)}: damaged or changed since run {seal.run} sealed it on {seal.made} with "
                 f"{facts.size} bytes: now it is {state}. Copy the folder again from where it is whole, or run its "
                 "command again with --overwrite" + ("; verify=False reads it as it is" if size == facts.size else "")
             )
-    return seal
+    return ""
 
 
 def _unfinished(folder: Path) -> str:

@@ -242,7 +242,7 @@ def amend(path: Path, content: bytes) -> None:
     if not (home / MANIFEST).exists():
         write_bytes(path, content)
         return
-    with ResultFolder(home, overwrite=True) as folder:
+    with ResultFolder(home, resume=True) as folder:
         old = read_seal(home / MANIFEST)
         write_bytes(folder.path(path.name), content)
         folder.run = old.run
