@@ -98,8 +98,8 @@ def _torch_weights(file: Path) -> dict[str, Tensor]:
     except Exception as error:  # the unpickler passes on what damaged files make of it
         why = printable(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")
         raise ResultError(
-            f"{printable(file)}: not readable by torch.load(weights_only=True) ({why}). Load it where you trust it, and "
-            "save model.state_dict() by safetensors.torch.save_file"
+            f"{printable(file)}: not readable by torch.load(weights_only=True) ({why}). Load it where you trust it, "
+            "and save model.state_dict() by safetensors.torch.save_file"
         ) from error
     for key in NESTED:
         if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
@@ -222,7 +222,7 @@ def huggingface_model(folder: str | Path) -> nn.Module:
 
 
 def weights_fingerprint(state: Mapping[str, Tensor] | None) -> str:
-    """What tells given weights from others: 16 hexadecimal digits of the SHA-256 of names and bytes; "none" for None."""
+    """What tells given weights from others: 16 hexadecimal digits of a SHA-256 of names and bytes; "none" for None."""
     if state is None:
         return "none"
     found = hashlib.sha256()
