@@ -20,6 +20,7 @@ from ockham.core.modes import device_of, seeded
 from ockham.core.posterior import Posterior
 from ockham.errors import DataError, OckhamError
 from ockham.fit.predict import Prediction, RegressionPrediction, predict, predict_regression
+from ockham.run.folder import ResultFolder
 from ockham.run.result import NETWORK, PLAN, POSTERIOR, save_network, save_plan
 from ockham.run.trainer import EpochInfo, OnStep, RunState, StructureInfo, Trainer
 from ockham.surgery.planning import Plan
@@ -76,7 +77,7 @@ class Compressed:
         return predict(self.model, self.posterior, x, **given)
 
     def save(self, folder: str | Path, *, builder: str = "user") -> Path:
-        """Write network, posterior and plan as a result folder that `ockham.load` and `ockham.load_posterior` read.
+        """Write network, posterior and plan as a sealed result folder, for `ockham.load` and `ockham.load_posterior`.
 
         Args:
             folder: place of the result; made where it is missing.
@@ -89,12 +90,12 @@ class Compressed:
         Raises:
             OckhamError: it cannot be written.
         """
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        save_network(self.model, path / NETWORK, builder=builder)
-        self.posterior.save(path / POSTERIOR)
-        save_plan(self.plan, path / PLAN)
-        return path
+        with ResultFolder(folder, overwrite=True) as new:
+            save_network(self.model, new.path(NETWORK), builder=builder)
+            self.posterior.save(new.path(POSTERIOR))
+            save_plan(self.plan, new.path(PLAN))
+            new.commit()
+        return Path(folder)
 
     def __repr__(self) -> str:
         """One line."""

@@ -135,7 +135,15 @@ def _read(text: str) -> Plan:
             nats={k: tuple(v) for k, v in data["nats"].items()},
         )
         _check_bounds(plan)
-    except (KeyError, TypeError, AttributeError, IndexError, json.JSONDecodeError) as error:
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        OverflowError,
+        RecursionError,
+        json.JSONDecodeError,
+    ) as error:
         raise PlanError(f"the plan is damaged: {type(error).__name__}: {error}") from error
     if plan.fingerprint != data["fingerprint"]:
         raise PlanError("the plan is damaged: its shapes do not match its fingerprint")
