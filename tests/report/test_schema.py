@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
@@ -140,7 +139,7 @@ def hints_of(kind):
     return typing.get_type_hints(kind, include_extras=True)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(instances(Result))
 def test_any_result_is_read_back_as_it_was_written(tmp_path_factory, result):
     folder = tmp_path_factory.mktemp("law")
@@ -308,23 +307,21 @@ def walk(tree, path=()):
 
 @pytest.mark.parametrize("name", OLD)
 def test_any_foreign_value_anywhere_is_read_or_refused_by_name(name, folder):
-    """Never another kind of error; a read result can be written."""
-    rng = np.random.default_rng(1)
-    for part in sorted(p.stem for p in (DATA / name).iterdir()):
-        content = json.loads((DATA / name / f"{part}.json").read_text())
-        paths = [p for p in walk(content) if p]
+    """Never another kind of error, and never a value that could not be written."""
+    rng, found = np.random.default_rng(1), folder(name)
+    for file in sorted(found.iterdir()):
+        text = file.read_text()
+        paths = [p for p in walk(json.loads(text)) if p]
         for i in rng.permutation(len(paths))[:60]:
-            broken = copy.deepcopy(content)
-            damage(
-                broken, *paths[i], value=[None, -1, "x", {}, [], [[]], 1e308, 0, True, {"a": {}}][int(rng.integers(10))]
-            )
-            found = folder(name)
-            (found / f"{part}.json").write_text(json.dumps(broken))
+            broken = json.loads(text)
+            values = [None, -1, "x", {}, [], [[]], 1e308, 0, True, {"a": {}}]
+            damage(broken, *paths[i], value=values[int(rng.integers(10))])
+            file.write_text(json.dumps(broken))
             try:
-                write_result(found, read_result(found))
+                json.dumps(to_plain(read_result(found)), allow_nan=False)
             except ResultError as error:
-                assert f"{part}.json" in str(error) or paths[i] == ("method",)  # by it gates were known
-            shutil.rmtree(found)
+                assert file.name in str(error) or paths[i] == ("method",)  # by it gates were known
+        file.write_text(text)
 
 
 @pytest.mark.parametrize(

@@ -313,16 +313,19 @@ def write_result(folder: str | Path, result: Result) -> None:
     if not made.load:
         made = replace(made, load=load_lines(folder, made.network.builder if made.network else None))
     values = {name: getattr(result, name) for name in _PARTS if getattr(result, name) is not None}
-    files = {path / f"{name}.json": to_plain(value) for name, value in values.items()}
-    head = {"parts": list(values)} | to_plain(made)
-    for name, (file, content) in zip(values, files.items(), strict=True):
-        _parsed(file, _PARTS[name], content)
-    _parsed(path / "result.json", Provenance, head)
-    for file, content in files.items():
-        write_json(file, {"schema": SCHEMA} | content)
+    files = {path / f"{name}.json": value for name, value in values.items()} | {path / "result.json": made}
+    plain = {}
+    for file, value in files.items():
+        try:
+            plain[file] = to_plain(value)
+            from_plain(type(value), plain[file])
+        except ResultError as error:
+            raise ResultError(f"{file}: cannot be written ({error})") from error
+    plain[path / "result.json"]["parts"] = list(values)
     for name in _PARTS.keys() - values.keys():
         (path / f"{name}.json").unlink(missing_ok=True)
-    write_json(path / "result.json", {"schema": SCHEMA} | head)  # last: it says which parts there are
+    for file, content in plain.items():  # result.json last: it says which parts there are
+        write_json(file, {"schema": SCHEMA} | content)
 
 
 def read_result(folder: str | Path) -> Result:
