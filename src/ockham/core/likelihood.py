@@ -32,6 +32,11 @@ class Likelihood(nn.Module, ABC):
     def terms(self, target: Tensor) -> int:
         """How many log-likelihood terms a batch of targets sums (`n_data` counts these)."""
 
+    @property
+    def noise_variance(self) -> float | None:
+        """The fitted noise variance of a regression; None for other likelihoods."""
+        return None
+
     def check(self, output: Tensor, target: Tensor) -> None:
         """Raise a `DataError` when outputs and targets do not fit; called on the first batch and on a bad loss."""
 
