@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ockham.core.batch import Loader, checked_batches
+from ockham.core.batch import Loader
 from ockham.core.likelihood import Likelihood, Loss, Regression
 from ockham.core.modes import evaluating
 from ockham.core.posterior import Posterior

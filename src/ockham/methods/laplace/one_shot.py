@@ -12,7 +12,7 @@ from torch import nn
 
 from ockham.choose.correlated import narrowed, removed_in_rounds
 from ockham.choose.score import diagnose
-from ockham.core.batch import Loader, checked_batches
+from ockham.core.batch import Loader
 from ockham.core.likelihood import Classification, Likelihood, Regression, likelihood_from
 from ockham.core.modes import evaluating
 from ockham.core.names import Ignore, protected_names
