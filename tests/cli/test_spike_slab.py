@@ -61,7 +61,7 @@ def test_the_network_is_handed_out_without_hooks_and_training_goes_on():
     )
     next(iter(job))
     early = job.result().model
-    assert not early[1]._forward_hooks and job._trainer.model[1]._forward_hooks
+    assert not early[1]._forward_hooks and job.network[1]._forward_hooks
     torch.save(early, "/dev/null")
     assert [p.epoch for p in job] == [2, 3]
 

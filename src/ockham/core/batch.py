@@ -354,7 +354,7 @@ def _call_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
 
 
 def count_terms(loader: Iterable[Any], likelihood: Any) -> float:
-    """Log-likelihood terms of an epoch: one pass over the targets. `ockham.core.task.Task.prepare` does more.
+    """Log-likelihood terms of an epoch: one pass over the targets. `ockham.core.objective.Objective.prepare` does more.
 
     Raises:
         DataError: the loader is empty.

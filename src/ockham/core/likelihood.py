@@ -52,6 +52,11 @@ class Likelihood(nn.Module, ABC):
     def terms(self, target: Any, weight: Tensor | None = None) -> float:
         """How many log-likelihood terms a batch of targets sums, weights added up (`n_data` counts these)."""
 
+    @property
+    def noise_variance(self) -> Tensor | None:
+        """The fitted noise variance of a regression, one number an output; None for other likelihoods."""
+        return None
+
     def check(self, output: Any, target: Any) -> None:
         """Raise a `DataError` when outputs and targets do not fit; called on the first batch."""
 
@@ -367,7 +372,7 @@ class Regression(TermLikelihood):
 
         NLL = (y - c - s f)^2 / (2 s^2 v) + 1/2 ln(2 pi s^2 v)    per number, f the output of the network
 
-    Location c and scale s are those of the targets once `ockham.core.task.Task.prepare` has read them (0 and 1 before):
+    Location c and scale s are those of the targets once `ockham.core.objective.Objective.prepare` has read them (0 and 1 before):
     the network learns standardised targets, and gets back into the user's units when it is done. The noise v is fitted
     together with it.
 

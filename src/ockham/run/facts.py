@@ -122,7 +122,7 @@ def input_inclusion(model: nn.Module, posterior: Posterior) -> list[float] | Non
     chain = isinstance(model, nn.Sequential) and all(
         isinstance(m, nn.Linear) or not list(m.parameters()) for m in layers
     )
-    if not chain or any(g.inclusion is None for g in posterior.values()):
+    if not chain or not posterior or any(g.inclusion is None for g in posterior.values()):
         return None
     return [round(float(p), 6) for p in node_inclusion(chain_weights(model, posterior)).inputs]
 

@@ -290,3 +290,10 @@ def _foot(result: Record) -> str:
     return page.paragraph(
         f"Written by Ockham {result.get('ockham')}. This file needs no network and contains no scripts."
     )
+
+
+def write_any_report(folder: Path) -> Path:
+    """Write ``report.html`` of a result folder, with or without gates; returns the file."""
+    from ockham.report.html import write_report
+
+    return write_gate_report(folder) if (folder / GATES).exists() else write_report(folder)

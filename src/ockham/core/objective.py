@@ -1,6 +1,6 @@
 """What a network is to learn from a loader: how batches and outputs are read, and the likelihood that joins them.
 
-Every verb that reads a loader does it through a `Task`, so that all take the same batches and check the first one alike.
+Every verb that reads a loader does it through an `Objective`, so that all take the same batches and check the first one alike.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ockham.core.posterior import Posterior
 from ockham.core.scaling import Head, TargetStatistics, find_head, rescale_, rescaled
 from ockham.errors import DataError, NonFiniteLossError, OckhamError, OckhamWarning
 
-__all__ = ["Task", "blame", "task_of"]
+__all__ = ["Objective", "blame", "objective_of"]
 
 _LOOKED_AT = 256
 """Examples on which it is found out whether a network already predicts its targets in their own unit."""
@@ -42,7 +42,7 @@ _PREDICTS = 0.2
 
 
 @dataclass(slots=True, eq=False)
-class Task:
+class Objective:
     """A likelihood and the two functions by which a user may say how batches and outputs are read.
 
     Attributes:
@@ -203,14 +203,14 @@ _SUMMED = (
 )
 
 
-def task_of(
+def objective_of(
     model: nn.Module,
     likelihood: str | Likelihood = "classification",
     *,
     batch: ReadBatch | None = None,
     output: ReadOutput | None = None,
-) -> Task:
-    """A task with a likelihood of its own (a copy, on the model's device), from the façade's arguments.
+) -> Objective:
+    """An objective with a likelihood of its own (a copy, on the model's device), from the façade's arguments.
 
     Raises:
         OckhamError: an unknown likelihood, a model without parameters, or something else than functions.
@@ -222,7 +222,7 @@ def task_of(
             raise OckhamError(f"{name}= must be a function; got {described(function)}")
     found = likelihood_from(likelihood)
     own = found if isinstance(found, Loss) else copy.deepcopy(found)
-    return Task(own.to(device_of(model)), batch, output)
+    return Objective(own.to(device_of(model)), batch, output)
 
 
 def blame(batch: Batch, output: Any = None) -> str:
@@ -243,8 +243,8 @@ def blame(batch: Batch, output: Any = None) -> str:
 class _Counter:
     """One pass over the targets: terms, weights, statistics of a regression, and how well the network predicts them."""
 
-    def __init__(self, task: Task) -> None:
-        self.task, self.likelihood = task, task.likelihood
+    def __init__(self, objective: Objective) -> None:
+        self.objective, self.likelihood = objective, objective.likelihood
         self.terms = self.plain = 0.0
         self.weighted = False
         self.statistics = TargetStatistics(self.likelihood.axis) if isinstance(self.likelihood, Regression) else None
@@ -257,7 +257,7 @@ class _Counter:
             if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(leaf.isfinite().all()):
                 raise DataError(f"batch {index} (counted from 0): {blame(Batch((), {}, batch.target))}")
         _check_weight(batch.weight)
-        terms = self.task.terms(batch)
+        terms = self.objective.terms(batch)
         self.terms += terms
         class_weights = getattr(self.likelihood, "class_weights", None)
         self.weighted = self.weighted or batch.weight is not None or class_weights is not None
@@ -279,7 +279,7 @@ class _Counter:
         self._first = self._first or batch
         self._seen += batch.size
         with evaluating(model), torch.no_grad(), seeded(0, 0, device_of(model)):
-            output = aligned(self.task.answer(model, batch), batch.target, "regression")
+            output = aligned(self.objective.answer(model, batch), batch.target, "regression")
         columns = self.statistics.columns
         self._residuals.append((columns(batch.target), columns(batch.target.double().cpu() - output.double().cpu())))
 
@@ -308,7 +308,7 @@ class _Counter:
         with evaluating(model), seeded(0, 0, device_of(model)):
             head = find_head(
                 model,
-                lambda: self.task.answer(model, first),
+                lambda: self.objective.answer(model, first),
                 outputs=likelihood.outputs_of(first.target),
                 axis=likelihood.axis,
             )
@@ -326,7 +326,7 @@ class _Counter:
         noise = (residual if explains else spread) / scale
         if explains:
             rescale_(model, head, 1 / scale, -location / scale)
-        self.task.head = head
+        self.objective.head = head
         likelihood.set_units(statistics.shaped(location), statistics.shaped(scale), statistics.shaped(noise))
 
     def _explained(self) -> tuple[bool, Tensor]:
