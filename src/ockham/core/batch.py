@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
@@ -20,6 +21,7 @@ __all__ = [
     "Loader",
     "ReadBatch",
     "ReadOutput",
+    "Substituted",
     "batches_of",
     "call",
     "count_terms",
@@ -139,8 +141,8 @@ def sized(loader: Iterable[Any], steps_per_epoch: int | None = None) -> Loader:
         raise DataError(f"the loader must be an iterable of batches; got {described(loader)}")
     if isinstance(loader, Iterator) and not hasattr(loader, "__len__"):
         raise DataError(
-            f"the loader is a {type(loader).__name__} that can be read only once, and every epoch reads it anew: pass a "
-            "DataLoader, or a list of batches"
+            f"the loader is a {type(loader).__name__} that can be read only once, and every epoch reads it anew: pass "
+            "a DataLoader, or a list of batches"
         )
     if steps_per_epoch is not None:
         if not isinstance(steps_per_epoch, int) or steps_per_epoch < 1:
@@ -262,6 +264,23 @@ def call(model: Callable[..., Any], batch: Batch, output: ReadOutput | None = No
         ) from error
 
 
+class Substituted:
+    """A network called with other parameters and buffers, without touching its own.
+
+    Args:
+        model: called in its own mode.
+        tensors: parameters and buffers by name; names left out keep their values, tied ones share theirs.
+    """
+
+    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        self._model, self._tensors = model, dict(tensors)
+        self.forward = model.forward  # its signature says how inputs are given
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the network with those tensors."""
+        return functional_call(self._model, self._tensors, args, kwargs, tie_weights=True)
+
+
 def tensor_of(found: Any) -> Tensor:
     """The output tensor of a network: a tensor itself, or the ``logits`` of an object that has them.
 
@@ -296,9 +315,7 @@ def _arranged(model: Any, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]
         by_position = not _binds(signature, (), kwargs) and _binds(signature, tuple(kwargs.values()), {})
         return (tuple(kwargs.values()), {}) if by_position else (args, kwargs)
     known = set(args[0]._fields) <= set(signature.parameters)
-    needed = [
-        p for p in signature.parameters.values() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL
-    ]
+    needed = [p for p in signature.parameters.values() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
     spread = _binds(signature, tuple(args[0]), kwargs) and (known or len(needed) != 1)
     return (tuple(args[0]) if spread else args), kwargs
 
@@ -320,7 +337,7 @@ def to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, PackedSequence):
-        return value.to(device)
+        return value.to(device)  # type: ignore[arg-type]
     if isinstance(value, Mapping):
         return {k: to_device(v, device) for k, v in value.items()}
     if _is_named(value):

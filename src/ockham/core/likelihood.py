@@ -83,28 +83,28 @@ class TermLikelihood(Likelihood):
     def nll(self, output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
         """Mean over the terms that count; with weights sum w nll / (terms x mean weight over the data)."""
         values, counts = self.each(output, target)
-        if weight is None:
+        weights = self.term_weights(target, weight)
+        if weights is None:
             return values.sum() / counts.sum().clamp_min(1)
-        weighted = values * self._spread(weight, target, values)
-        return weighted.sum() / (counts.sum().clamp_min(1) * self.mean_weight)
+        return (values * weights).sum() / (counts.sum().clamp_min(1) * self.mean_weight)
 
-    def total(self, output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Summed NLL, each term times its weight."""
+    def total(self, output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Summed NLL, each term times its weight (of the shape of `each`, or broadcastable)."""
         values, _ = self.each(output, target)
-        return values.sum() if weight is None else (values * self._spread(weight, target, values)).sum()
+        return values.sum() if weights is None else (values * weights).sum()
 
     def terms(self, target: Tensor, weight: Tensor | None = None) -> float:
         """Terms that count, or the sum of their weights."""
-        counts = self.counted(target)
-        return float(counts.sum() if weight is None else (counts * self._spread(weight, target, counts)).sum())
+        counts, weights = self.counted(target), self.term_weights(target, weight)
+        return float(counts.sum() if weights is None else (counts * weights).double().sum())
 
     def counted(self, target: Tensor) -> Tensor:
         """Which terms of the targets count, boolean, of the shape of `each`."""
         return torch.ones_like(target, dtype=torch.bool)
 
-    def _spread(self, weight: Tensor, target: Tensor, terms: Tensor) -> Tensor:
-        """Weights of examples as weights of terms."""
-        return spread_weight(weight, terms)
+    def term_weights(self, target: Tensor, weight: Tensor | None) -> Tensor | None:
+        """Weights of examples as weights of terms, broadcastable to `each`; None where every term counts once."""
+        return None if weight is None else spread_weight(weight, self.counted(target))
 
 
 def spread_weight(weight: Tensor, terms: Tensor) -> Tensor:
@@ -130,7 +130,9 @@ def aligned(output: Tensor, target: Tensor, what: str) -> Tensor:
     """
     if output.shape == target.shape:
         return output
-    if [n for n in output.shape if n != 1] == [n for n in target.shape if n != 1] and output.shape[:1] == target.shape[:1]:
+    if [n for n in output.shape if n != 1] == [n for n in target.shape if n != 1] and output.shape[:1] == target.shape[
+        :1
+    ]:
         return output.reshape(target.shape)
     raise DataError(
         f"{what} needs outputs and targets of one shape, axis by axis (only axes of size 1 may differ); got outputs "
@@ -172,9 +174,15 @@ class Classification(TermLikelihood):
     def nll(self, output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
         """Mean cross-entropy over the targets that count."""
         if weight is None and self.class_weights is None:
-            logits, labels = self._fitted(output, target)
-            return nn.functional.cross_entropy(logits, labels, ignore_index=self.ignore_index)
-        return super().nll(output, target, torch.ones(len(target)).to(output) if weight is None else weight)
+            return nn.functional.cross_entropy(*self._fitted(output, target), ignore_index=self.ignore_index)
+        return super().nll(output, target, weight)
+
+    def total(self, output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Summed cross-entropy."""
+        if weights is None:
+            fitted = self._fitted(output, target)
+            return nn.functional.cross_entropy(*fitted, ignore_index=self.ignore_index, reduction="sum")
+        return super().total(output, target, weights)
 
     def each(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of every target, 0 for padding."""
@@ -193,11 +201,14 @@ class Classification(TermLikelihood):
         """Targets that are not padding."""
         return target != self.ignore_index
 
-    def terms(self, target: Tensor, weight: Tensor | None = None) -> float:
-        """Targets that are not padding, or the sum of their weights."""
-        if weight is None and self.class_weights is not None:
-            weight = torch.ones(len(target), device=target.device)
-        return super().terms(target, weight)
+    def term_weights(self, target: Tensor, weight: Tensor | None) -> Tensor | None:
+        """Weights of examples times those of their classes."""
+        weights = super().term_weights(target, weight)
+        if self.class_weights is None:
+            return weights
+        counts = self.counted(target)
+        of_class = self.class_weights.to(target.device)[torch.where(counts, target, 0).long()]
+        return of_class if weights is None else weights * of_class
 
     def right(self, output: Tensor, target: Tensor) -> Tensor:
         """Share of the targets that count whose class has the largest logit."""
@@ -236,8 +247,8 @@ class Classification(TermLikelihood):
         first, last = output.shape[:1] + output.shape[2:] == target.shape, output.shape[:-1] == target.shape
         if first and last:
             raise DataError(
-                f"outputs {tuple(output.shape)} for labels {tuple(target.shape)} may have their classes on axis 1 or on "
-                "the last: say which by likelihood=ockham.Classification(axis=1) or axis=-1"
+                f"outputs {tuple(output.shape)} for labels {tuple(target.shape)} may have their classes on axis 1 or "
+                "on the last: say which by likelihood=ockham.Classification(axis=1) or axis=-1"
             )
         return 1 if first else -1 if last else None
 
@@ -259,13 +270,6 @@ class Classification(TermLikelihood):
             return self.axis
         return 1 if output.shape[:1] + output.shape[2:] == labels.shape else -1
 
-    def _spread(self, weight: Tensor, target: Tensor, terms: Tensor) -> Tensor:
-        spread = spread_weight(weight, terms)
-        if self.class_weights is None:
-            return spread
-        labels = torch.where(target == self.ignore_index, 0, target).long().reshape(terms.shape)
-        return spread * self.class_weights[labels]
-
 
 class CausalLanguage(Classification):
     """Next-token likelihood: logits [N, T, K] and labels [N, T], shifted inside; label -100 is ignored.
@@ -279,13 +283,9 @@ class CausalLanguage(Classification):
     def __init__(self, ignore_index: int = -100) -> None:
         super().__init__(ignore_index, axis=1)
 
-    def nll(self, output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Mean cross-entropy of the next token."""
-        return super().nll(output, target, weight)
-
     def counted(self, target: Tensor) -> Tensor:
         """Tokens that are predicted."""
-        return super().counted(target[:, 1:])
+        return target[:, 1:] != self.ignore_index
 
     def drawn(self, output: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
         """Labels with every predicted token drawn from softmax(outputs); the first one stays."""
@@ -302,8 +302,11 @@ class CausalLanguage(Classification):
             )
         return output[:, :-1].movedim(-1, 1), target[:, 1:].long()
 
-    def _spread(self, weight: Tensor, target: Tensor, terms: Tensor) -> Tensor:
-        return spread_weight(weight[:, 1:] if weight.shape == target.shape else weight, terms)
+    def term_weights(self, target: Tensor, weight: Tensor | None) -> Tensor | None:
+        """Weights of examples, or of tokens, as weights of the predicted tokens."""
+        return super().term_weights(
+            target, weight[:, 1:] if weight is not None and weight.shape == target.shape else weight
+        )
 
 
 class Binary(TermLikelihood):
@@ -372,9 +375,9 @@ class Regression(TermLikelihood):
 
         NLL = (y - c - s f)^2 / (2 s^2 v) + 1/2 ln(2 pi s^2 v)    per number, f the output of the network
 
-    Location c and scale s are those of the targets once `ockham.core.objective.Objective.prepare` has read them (0 and 1 before):
-    the network learns standardised targets, and gets back into the user's units when it is done. The noise v is fitted
-    together with it.
+    Location c and scale s are those of the targets once `ockham.core.objective.Objective.prepare` has read them (0 and
+    1 before): the network learns standardised targets, and gets back into the user's units when it is done. The noise v
+    is fitted together with it.
 
     Args:
         initial_noise_std: noise standard deviation to start from, in the targets' unit; by default the targets' spread.
@@ -412,6 +415,20 @@ class Regression(TermLikelihood):
         self.location, self.scale = location.to(device, kind), scale.to(device, kind)
         start = noise_std.double() if self.initial_noise_std is None else self.initial_noise_std / scale.double().cpu()
         self.log_noise_std = nn.Parameter(start.log().to(device, self.log_noise_std.dtype))
+
+    def set_noise(self, variance: Tensor) -> None:
+        """Fix the noise variance of every output, in the targets' unit squared.
+
+        Raises:
+            OckhamError: it is not positive.
+        """
+        if not bool(((variance > 0) & variance.isfinite()).all()):
+            raise OckhamError(
+                f"the noise variance must be positive; got {variance.reshape(-1).tolist()[:6]}. A network that fits "
+                "its data exactly says nothing about the noise: pass noise_variance="
+            )
+        start = 0.5 * variance.double().cpu().log() - self.scale.double().cpu().log()
+        self.log_noise_std = nn.Parameter(start.to(self.log_noise_std))
 
     def standard(self, target: Tensor) -> Tensor:
         """Targets as the network learns them, (y - c) / s, at the precision of the targets or better."""

@@ -76,13 +76,15 @@ def _covered(model: nn.Module, entry: Any, every: dict[str, str], first: dict[Te
         except re.error as error:
             raise OckhamError(f"ignore pattern {entry!r} is not a regular expression: {error}") from error
         return {own for name, own in every.items() if pattern.search(name)}
-    return {own for name, own in every.items() if entry == "" or name == entry or name.startswith(entry + ".")}
+    return {own for name, own in every.items() if entry in ("", name) or name.startswith(entry + ".")}
 
 
 def _shown(entry: Any) -> str:
     if isinstance(entry, Tensor):
         return f"parameter of shape {tuple(entry.shape)}"
-    return entry.__name__ if isinstance(entry, type) else repr(entry) if isinstance(entry, str) else type(entry).__name__
+    return (
+        entry.__name__ if isinstance(entry, type) else repr(entry) if isinstance(entry, str) else type(entry).__name__
+    )
 
 
 def _near(model: nn.Module, entry: Any, every: dict[str, str]) -> str:

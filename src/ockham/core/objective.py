@@ -1,13 +1,14 @@
 """What a network is to learn from a loader: how batches and outputs are read, and the likelihood that joins them.
 
-Every verb that reads a loader does it through an `Objective`, so that all take the same batches and check the first one alike.
+Every verb that reads a loader does it through an `Objective`, so that all take the same batches and check the first
+one alike.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -61,7 +62,7 @@ class Objective:
         """Every batch of a pass, read and on a device."""
         return batches_of(loader, device, self.batch)
 
-    def answer(self, model: nn.Module, batch: Batch) -> Any:
+    def answer(self, model: Callable[..., Any], batch: Batch) -> Any:
         """What the network says to a batch, as the likelihood compares it.
 
         Raises:
@@ -227,7 +228,9 @@ def objective_of(
 
 def blame(batch: Batch, output: Any = None) -> str:
     """Which number of a batch (or, if all are finite, of the output) is not finite; empty where there is none."""
-    places = [(f"input {i}", v) for i, v in enumerate(batch.args)] + [(f"input {k!r}", v) for k, v in batch.kwargs.items()]
+    places = [(f"input {i}", v) for i, v in enumerate(batch.args)] + [
+        (f"input {k!r}", v) for k, v in batch.kwargs.items()
+    ]
     for what, value in [*places, ("the target", batch.target), ("the network's output", output)]:
         for leaf in pytree.tree_leaves(value):
             if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
@@ -355,8 +358,8 @@ def _check_n_data(n_data: float, first: float) -> None:
         raise DataError(f"n_data counts log-likelihood terms and must be positive; got {n_data}")
     if first > n_data:
         raise DataError(
-            f"n_data = {n_data:g} is smaller than one batch ({first:g} terms); it is the number of log-likelihood terms "
-            "of the whole training set"
+            f"n_data = {n_data:g} is smaller than one batch ({first:g} terms); it is the number of log-likelihood "
+            "terms of the whole training set"
         )
 
 
@@ -365,8 +368,8 @@ def _warn_far(mean: Tensor, spread: Tensor) -> None:
     if bool(far.any()):
         at = int(far.nonzero()[0])
         warnings.warn(
-            f"the targets (mean {float(mean[at]):g}, spread {float(spread[at]):g}) are far from the unit scale, and this "
-            "network's outputs cannot be rescaled, since no Linear or convolution layer is last: standardise the "
+            f"the targets (mean {float(mean[at]):g}, spread {float(spread[at]):g}) are far from the unit scale, and "
+            "this network's outputs cannot be rescaled, since no Linear or convolution layer is last: standardise the "
             "targets, or end the network in such a layer",
             OckhamWarning,
             stacklevel=5,

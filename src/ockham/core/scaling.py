@@ -57,9 +57,18 @@ class TargetStatistics:
         """Mean and standard deviation of every output, [outputs]; a spread of zero counts as one."""
         return self._mean, _positive((self._square / self._weight).sqrt(), self._mean)
 
+    @property
+    def filled(self) -> bool:
+        """Whether any batch came."""
+        return bool((self._weight > 0).any())
+
+    def mean_square(self) -> Tensor:
+        """Mean square of every output, [outputs]."""
+        return self._square / self._weight + self._mean.square()
+
     def root_mean_square(self) -> Tensor:
-        """Square root of the mean square of every output, [outputs]."""
-        return _positive((self._square / self._weight + self._mean.square()).sqrt(), self._mean)
+        """Square root of it; a root of zero counts as one."""
+        return _positive(self.mean_square().sqrt(), self._mean)
 
     def pooled(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of all outputs together, [1] each."""
@@ -136,7 +145,9 @@ def find_head(model: nn.Module, answer: Callable[[], Tensor], *, outputs: int, a
     return None
 
 
-def _follows(model: nn.Module, head: Head, answer: Callable[[], Tensor], before: Tensor, outputs: int, axis: int) -> bool:
+def _follows(
+    model: nn.Module, head: Head, answer: Callable[[], Tensor], before: Tensor, outputs: int, axis: int
+) -> bool:
     generator = torch.Generator().manual_seed(0)
     count = outputs if head.rows else 1
     factor = 0.5 + torch.rand(count, generator=generator, dtype=torch.float64)

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import PackedSequence
 
-from ockham.core.batch import Batch, ReadBatch, ReadOutput, batches_of, call, inputs_of, tensor_of
+from ockham.core.batch import Batch, ReadBatch, ReadOutput, Substituted, batches_of, call, inputs_of, tensor_of
 from ockham.core.modes import device_of, evaluating, frozen_modules, seeded
 from ockham.core.posterior import Posterior
 from ockham.errors import OckhamError
@@ -131,22 +130,11 @@ def draw_outputs(
         parts = [(whole if packed else whole.part(r)).to(device) for r in rows]
         for _ in range(draws):
             drawn = draw_parameters(posterior, generator)
-            yield torch.cat([tensor_of(call(_Drawn(model, drawn), part, output)) for part in parts])
+            yield torch.cat([tensor_of(call(Substituted(model, drawn), part, output)) for part in parts])
 
 
 WRAPPERS = ("module.", "_orig_mod.", "model.")
 """Prefixes that DataParallel, DistributedDataParallel, torch.compile and trainers put before parameter names."""
-
-
-class _Drawn:
-    """A network with other parameters, without touching its own."""
-
-    def __init__(self, model: nn.Module, parameters: dict[str, Tensor]) -> None:
-        self._model, self._parameters = model, parameters
-        self.forward = model.forward  # its signature says how inputs are given
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return functional_call(self._model, self._parameters, args, kwargs, tie_weights=True)
 
 
 def predict(
@@ -246,9 +234,8 @@ def predict_regression(
 
 def _entropy(p: Tensor, axis: int, kind: str) -> Tensor:
     """Entropy in nats, 0 ln 0 = 0: masked classes have a logit of -inf."""
-    if kind == "binary":
-        return torch.special.entr(p) + torch.special.entr(1 - p)
-    return torch.special.entr(p).sum(axis)
+    one: Tensor = torch.special.entr(p)
+    return one + torch.special.entr(1 - p) if kind == "binary" else one.sum(axis)
 
 
 def _seeded(model: nn.Module, draws: int, generator: torch.Generator | None) -> torch.Generator:

@@ -61,7 +61,7 @@ class NetworkFacts:
     input_map: list[list[int]] | None
 
 
-def network_facts(model: nn.Module, data: Dataset, noise_variance: float | None, foreign: Tensor) -> NetworkFacts:
+def network_facts(model: nn.Module, data: Dataset, noise_variance: Tensor | None, foreign: Tensor) -> NetworkFacts:
     """Of a network as it stands; ``noise_variance`` None means a classifier."""
     predictor = mean_predictor(model, classify=noise_variance is None)
     return _facts(predictor, predictor, model, data, noise_variance, foreign)
@@ -82,7 +82,7 @@ def compressed_facts(
 
 
 def _facts(
-    predictor: Predictor, quick: Predictor, model: nn.Module, data: Dataset, noise: float | None, foreign: Tensor
+    predictor: Predictor, quick: Predictor, model: nn.Module, data: Dataset, noise: Tensor | None, foreign: Tensor
 ) -> NetworkFacts:
     x, y = data.test_x, data.test_y
     outputs = predictor(x)
