@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 import sys
@@ -30,6 +31,7 @@ from ockham.cli.options import (
 )
 from ockham.core.files import header
 from ockham.core.likelihood import likelihood_from
+from ockham.core.posterior import Posterior
 from ockham.errors import DataError, OckhamError
 from ockham.fit.priors import FixedPrior
 from ockham.methods.gates.attach import GATE_RULES, Gates
@@ -216,10 +218,12 @@ def _(o: GateOptions, recipe: Recipe) -> Recipe:
 
     def curves(gates: Gates, state: RunState) -> Mapping[str, Any]:
         """Accuracy against compression on the held-out examples, a curve a rule."""
-        found = gate_sensitivity(gates, state.own.task.loader, state.likelihood, seed=o.seed)
+        found = gate_sensitivity(gates, state.own.task.loader, state.objective, seed=o.seed)
         noise = state.likelihood.noise_variance
 
         def measure(model: nn.Module) -> Mapping[str, float]:
+            if noise is not None:
+                model, _ = state.objective.finished(copy.deepcopy(model), Posterior({}, 1.0))
             return measures(mean_predictor(model, classify=noise is None), *held, noise_variance=noise)
 
         return curves_as_plain(compression_curve(gates, dict(GATE_RULES), measure, sensitivity=found))

@@ -89,7 +89,7 @@ class NetworkFacts:
         return replace(self, measures=replace(self.measures, bytes=size))
 
 
-def network_facts(model: nn.Module, data: Dataset, noise_variance: float | None, foreign: Tensor) -> NetworkFacts:
+def network_facts(model: nn.Module, data: Dataset, noise_variance: Tensor | None, foreign: Tensor) -> NetworkFacts:
     """Measure a network as it stands.
 
     Args:
@@ -117,7 +117,7 @@ def compressed_facts(
 
 
 def _facts(
-    predictor: Predictor, quick: Predictor, model: nn.Module, data: Dataset, noise: float | None, foreign: Tensor
+    predictor: Predictor, quick: Predictor, model: nn.Module, data: Dataset, noise: Tensor | None, foreign: Tensor
 ) -> NetworkFacts:
     x, y = data.test_x, data.test_y
     outputs = predictor(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 import time
@@ -105,13 +106,13 @@ class PlainTraining(Method):
         """Adam over all parameters."""
         fused = next(network.parameters()).device.type in ("cpu", "cuda")
         optimizer = torch.optim.Adam(network.parameters(), lr=self.rate, fused=fused)
-        return RunState.start(network, task.likelihood, optimizer, task)
+        return RunState.start(network, task.objective, optimizer, task)
 
     def result(self, state: RunState) -> Compressed:
         """The network as it is."""
         none, parameters = Posterior({}, state.own.n_data), state.own.parameters
-        noise = state.likelihood.noise_variance
-        return Compressed(state.network, none, (), state.history, None, noise, parameters=parameters)
+        model, none = state.objective.finished(copy.deepcopy(state.network), none)
+        return Compressed(model, none, (), state.history, None, none.noise_variance, parameters=parameters)
 
     def settings(self) -> dict[str, Any]:
         """The rate."""
@@ -181,8 +182,9 @@ class Job:
             if method.stage not in self._facts:
                 engine = r.engine(method, epochs=max(1, round(r.epochs / 10)), held_out=0.1)
                 yield from self._go(engine, saved)
-                model, noise = engine.state.network, engine.state.likelihood.noise_variance
-                predictor = mean_predictor(model, classify=noise is None)
+                done = engine.result()
+                noise = done.noise_variance
+                predictor = mean_predictor(done.model, classify=noise is None)
                 nll = measures(predictor, *r.split(0.1)[1], noise_variance=noise)["nll"]
                 self._done(method.stage, {"nll": nll, "rate": rate})
         if "adam" not in self._facts:
@@ -190,16 +192,21 @@ class Job:
             best = min(rates, key=lambda f: f["nll"])["rate"]
             engine = r.engine(PlainTraining(best), epochs=r.epochs)
             yield from self._go(engine, saved)
-            before = self._before(engine.state.network, engine.state.likelihood.noise_variance)
+            done = engine.result()
+            before = self._before(done.model, done.noise_variance)
             self._done("adam", before | {"rate": best, "source": "adam"})
 
-    def _before(self, model: nn.Module, noise: float | None) -> dict[str, Any]:
+    def _before(self, model: nn.Module, noise: Tensor | None) -> dict[str, Any]:
         probe = self.out / f".{NETWORK}.before"
         size = save_network(model, probe, builder=self.builder)
         probe.unlink()
         classify = not self.recipe.data.test_y.is_floating_point()
-        facts = network_facts(model, self.recipe.data, None if classify else (noise or 1.0), self._foreign())
-        return asdict(facts) | {"bytes": size, "noise_variance": None if classify else noise}
+        if not classify and noise is None:  # given weights: what they leave of the training targets
+            data = self.recipe.data
+            output = mean_predictor(model, classify=False)(data.train_x)[0]
+            noise = (output - data.train_y.reshape(output.shape)).double().square().mean(0, keepdim=True)
+        facts = network_facts(model, self.recipe.data, noise, self._foreign())
+        return asdict(facts) | {"bytes": size, "noise_variance": _plain(noise)}
 
     def _go(self, engine: Engine, saved: Mapping[str, Any]) -> Iterator[EpochInfo]:
         engine.on_step = self.on_step
@@ -281,7 +288,7 @@ class Job:
             "kept": result.keep_share,
             "seconds": seconds,
             "seed": self.recipe.seed,
-            "noise_variance": result.noise_variance,
+            "noise_variance": _plain(result.noise_variance),
             "dataset": self.recipe.data.name,
             "network": self.builder,
             "method": self.recipe.method.stage,
@@ -322,6 +329,11 @@ class Job:
         x = self.recipe.data.test_x
         order = torch.randperm(x[0].numel(), generator=torch.Generator().manual_seed(0))
         return x.reshape(len(x), -1)[:, order].reshape(x.shape)
+
+
+def _plain(noise: Tensor | None) -> list[float] | None:
+    """Noise variances, one an output."""
+    return None if noise is None else [float(v) for v in noise.reshape(-1)]
 
 
 def _history(result: Compressed) -> dict[str, Any]:
