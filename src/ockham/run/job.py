@@ -15,21 +15,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ockham.core.files import SCHEMA, read_tree, write_bytes, write_json, write_tree
+from ockham.core.files import SCHEMA, write_json
 from ockham.core.likelihood import Likelihood
 from ockham.core.posterior import Posterior
 from ockham.errors import OckhamError
 from ockham.run.engine import Compressed, Engine, Method, Task
 from ockham.run.facts import STRUCTURE, NetworkFacts, compressed_facts, input_inclusion, network_facts, structure_facts
+from ockham.run.folder import ResultFolder
 from ockham.run.measure import mean_predictor, measures
-from ockham.run.result import NETWORK, PLAN, POSTERIOR, fit_error, layer_rows, save_network, save_plan
+from ockham.run.result import NETWORK, PLAN, POSTERIOR, layer_rows, save_network, save_plan
 from ockham.run.trainer import EpochInfo, OnStep, RunState
+from ockham.run.weights import fitted, weights_fingerprint
 from ockham.version import __version__
-from ockham.zoo.data import Batches, Dataset
+from ockham.zoo.data import Batches, Dataset, data_fingerprint
 
-__all__ = ["CHECKPOINT", "SEARCH_RATES", "Job", "PlainTraining", "Recipe"]
+__all__ = ["SEARCH_RATES", "Job", "PlainTraining", "Recipe"]
 
-CHECKPOINT = "checkpoint.safetensors"
 SEARCH_RATES = (3e-4, 1e-3, 3e-3)
 """Learning rates tried for the Adam network, on a tenth of the training data held out."""
 
@@ -127,13 +128,15 @@ class Job:
         out: result folder.
         builder: label of the network, "zoo:name" or the user's "module:function".
         command: line as typed, for the record.
-        weights: tensors to start from instead of from scratch; they are then also the network "before".
+        weights: tensors to start from instead of from scratch (see `fitted`); they are then also the network "before".
         baseline: whether the same network is trained by Adam for comparison (skipped when weights are given).
         draws: posterior draws of a prediction.
         ood: foreign inputs for the out-of-distribution measure; None: the test images with their pixels permuted.
         resume: whether to continue from the checkpoint in ``out``.
+        overwrite: whether a finished result in ``out`` may be replaced.
         on_step: function called within epochs.
         report: function that writes the report of a folder.
+        notes: sentences on what was decided about data and weights, for people.
     """
 
     recipe: Recipe
@@ -145,11 +148,21 @@ class Job:
     draws: int = 20
     ood: Tensor | None = None
     resume: bool = False
+    overwrite: bool = False
     on_step: OnStep | None = None
     report: Callable[[Path], Any] | None = None
+    notes: tuple[str, ...] = ()
     _facts: dict[str, Any] = field(default_factory=dict)
     _spent: float = 0.0
     _started: float = 0.0
+    _folder: ResultFolder = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Fit the weights to the network, before anything else is done."""
+        self.notes += self.recipe.data.notes
+        if self.weights is not None:
+            self.weights, said = fitted(self.recipe.network(), self.weights)
+            self.notes += said
 
     def run(self) -> Iterator[EpochInfo]:
         """Do the job, one epoch per item; at the end the folder is complete and the checkpoint gone.
@@ -157,12 +170,16 @@ class Job:
         Raises:
             OckhamError: weights do not fit, the folder cannot be written, a checkpoint of another job.
         """
+        with ResultFolder(self.out, overwrite=self.overwrite, resume=self.resume) as self._folder:
+            if self._folder.finished is None:
+                yield from self._work()
+            else:
+                self._compare(self._folder.finished.job)
+
+    def _work(self) -> Iterator[EpochInfo]:
         self._started, r = time.monotonic(), self.recipe
         saved = self._begin()
         if self.weights is not None:
-            problem = fit_error(r.network(), self.weights)
-            if problem:
-                raise OckhamError(f"the weights do not fit the model: {problem}")
             if "adam" not in self._facts:
                 model = r.network()
                 model.load_state_dict(dict(self.weights))
@@ -194,7 +211,7 @@ class Job:
             self._done("adam", before | {"rate": best, "source": "adam"})
 
     def _before(self, model: nn.Module, noise: float | None) -> dict[str, Any]:
-        probe = self.out / f".{NETWORK}.before"
+        probe = self._folder.stage / f".{NETWORK}.before"
         size = save_network(model, probe, builder=self.builder)
         probe.unlink()
         classify = not self.recipe.data.test_y.is_floating_point()
@@ -211,28 +228,29 @@ class Job:
 
     # ------------------------------------------------------------------ checkpoint
     def _begin(self) -> Mapping[str, Any]:
-        write_bytes(self.out / ".probe", b"")  # fail early if the folder cannot be written
-        (self.out / ".probe").unlink()
-        for leftover in self.out.glob(".*.part"):
-            leftover.unlink()
-        path = self.out / CHECKPOINT
-        if not (self.resume and path.exists()):
+        saved = self._folder.checkpoint()
+        if saved is None:
             self._facts, self._spent = {}, 0.0
             return {}
-        saved = read_tree(path, kind="checkpoint")
-        theirs, ours = json.loads(saved["job"]), json.loads(self._fingerprint())
+        self._compare(saved["job"])
+        self._facts, self._spent = json.loads(saved["facts"]), float(saved["spent"])
+        return saved
+
+    def _compare(self, job: str) -> None:
+        """Refuse to go on with another job, naming what differs."""
+        theirs, ours = json.loads(job), json.loads(self._fingerprint())
         other = [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]
         if other:
             changed = ", ".join(f"{k} was {theirs.get(k)}, is {ours.get(k)}" for k in other)
             raise OckhamError(
-                f"{path} belongs to another job: {changed}. Resume with the same settings, or start anew "
+                f"{self.out} belongs to another job: {changed}. Resume with the same settings, or start anew "
                 "without --resume"
             )
-        self._facts, self._spent = json.loads(saved["facts"]), float(saved["spent"])
-        return saved
 
     def _fingerprint(self) -> str:
-        names = {"data": self.recipe.data.name, "examples": len(self.recipe.data.train_x), "network": self.builder}
+        data = self.recipe.data
+        names = {"data": data.name, "data content": data_fingerprint(data), "network": self.builder}
+        names |= {"weights": weights_fingerprint(self.weights)}
         return json.dumps(self._settings() | names | {"baseline": self.baseline}, sort_keys=True)
 
     def _settings(self) -> dict[str, Any]:
@@ -244,7 +262,7 @@ class Job:
 
     def _checkpoint(self, stage: str, state: Mapping[str, Any]) -> None:
         tree = {"job": self._fingerprint(), "stage": stage, "state": state, "spent": self._clock()}
-        write_tree(self.out / CHECKPOINT, tree | {"facts": json.dumps(self._facts)}, kind="checkpoint", durable=False)
+        self._folder.save_checkpoint(tree | {"facts": json.dumps(self._facts)})
 
     def _done(self, name: str, facts: dict[str, Any]) -> None:
         self._facts[name] = facts
@@ -254,19 +272,17 @@ class Job:
     def _finish(self, engine: Engine) -> None:
         result, r = engine.result(), self.recipe
         facts = compressed_facts(result, r.data, self._foreign(), draws=self.draws, seed=r.seed)
-        self.out.mkdir(parents=True, exist_ok=True)
-        size = save_network(result.model, self.out / NETWORK, builder=self.builder)
+        new = self._folder.stage
+        size = save_network(result.model, new / NETWORK, builder=self.builder)
         if result.posterior:
-            result.posterior.save(self.out / POSTERIOR)
-        else:
-            (self.out / POSTERIOR).unlink(missing_ok=True)
-        save_plan(result.plan, self.out / PLAN)
+            result.posterior.save(new / POSTERIOR)
+        save_plan(result.plan, new / PLAN)
         self._write(result, facts, size)
         for name, values in engine.method.record(engine.state).items():
-            write_json(self.out / name, {"schema": SCHEMA} | dict(values))
+            write_json(new / name, {"schema": SCHEMA} | dict(values))
         if self.report is not None:
-            self.report(self.out)
-        (self.out / CHECKPOINT).unlink(missing_ok=True)
+            self.report(new)
+        self._folder.commit(job=self._fingerprint())
 
     def _write(self, result: Compressed, facts: tuple[NetworkFacts, NetworkFacts], size: int) -> None:
         after, mean = ({**f.measures, "parameters": f.parameters, "bytes": size} for f in facts)
@@ -288,16 +304,15 @@ class Job:
             "before_source": old["source"] if old else "none",
             "before_rate": (old or {}).get("rate"),
         }
-        write_json(self.out / "metrics.json", metrics)
-        write_json(self.out / "history.json", _history(result))
-        write_json(self.out / "analysis.json", _analysis(result, facts[0], old))
-        if result.plan is None or not result.plan.removed:
-            (self.out / STRUCTURE).unlink(missing_ok=True)
-        else:
+        new = self._folder.stage
+        write_json(new / "metrics.json", metrics)
+        write_json(new / "history.json", _history(result))
+        write_json(new / "analysis.json", _analysis(result, facts[0], old))
+        if result.plan is not None and result.plan.removed:
             example = self.recipe.data.test_x[:1].to(self.recipe.device)
             found = structure_facts(self.recipe.network(), result, example)
-            write_json(self.out / STRUCTURE, {"schema": SCHEMA} | found)
-        write_json(self.out / "result.json", self._provenance(seconds))
+            write_json(new / STRUCTURE, {"schema": SCHEMA} | found)
+        write_json(new / "result.json", self._provenance(seconds))
 
     def _provenance(self, seconds: float) -> dict[str, Any]:
         data = self.recipe.data
