@@ -142,6 +142,12 @@ class WeightRounds(Method):
         removed = replace(removed, history=(*removed.history, did), histograms=pictures, total=total)
         return replace(own, removed=removed), did
 
+    @property
+    def name(self) -> str:
+        """The posterior, as the command calls it."""
+        spelt = {"mean_field": "mean-field", "ivon": "ivon", "point_estimate": "map", "spike_slab": "spike-slab"}
+        return spelt.get(self.estimator.__name__, "evidence")
+
     def settings(self) -> dict[str, Any]:
         """Settings of the run, the rule and the rounds, the structures."""
         made = {"rule": rule_name(self.rule), "structures": structures_name(self.structures)}

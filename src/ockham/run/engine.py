@@ -187,9 +187,14 @@ class Method(ABC):
     def settings(self) -> dict[str, Any]:
         """Plain values of all settings, for the record and for telling jobs apart."""
 
-    def record(self, state: RunState) -> dict[str, Mapping[str, Any]]:
-        """File name to plain values that a result folder says of this method alone."""
-        return {}
+    @property
+    def name(self) -> str:
+        """The name by which a result folder tells what removed."""
+        return self.stage
+
+    def record(self, state: RunState) -> dict[str, Any] | None:
+        """What became of the gates, plain values of `ockham.run.schema.GateFacts`; None without gates."""
+        return None
 
     @abstractmethod
     def result(self, state: RunState) -> Compressed:

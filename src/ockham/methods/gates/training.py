@@ -261,13 +261,18 @@ class GateRounds(Method):
         """The rule's name in the command, or that of the function."""
         return next((k for k, v in GATE_RULES.items() if v is self.rule), getattr(self.rule, "__name__", "rule"))
 
-    def record(self, state: RunState) -> dict[str, Mapping[str, Any]]:
+    @property
+    def name(self) -> str:
+        """BMRS, whatever the rule."""
+        return "bmrs"
+
+    def record(self, state: RunState) -> dict[str, Any]:
         """Widths over the epochs, the gates before the last decision, curves."""
         start = {k: len(places) for k, places in state.own.first.items()}
         epochs = [{"start": start, "epoch": h.epoch, "widths": dict(h.widths)} for h in state.history]
         weight, own = self.settings()["kl_weight"], state.own
         values = {"rule": self.rule_name(), "kl_weight": weight, "epochs": epochs}
-        return {"gates.json": {**values, "layers": list(own.layers), "curves": dict(own.curves)}}
+        return {**values, "layers": list(own.layers), "curves": dict(own.curves)}
 
     def saved(self, state: RunState) -> dict[str, Any]:
         """Plans, keys of the living and what the report shows."""

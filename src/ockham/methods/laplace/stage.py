@@ -81,6 +81,11 @@ class OneShotReduction(Method):
     ignore: Ignore = ()
 
     @property
+    def name(self) -> str:
+        """The posterior, as the command calls it."""
+        return "kronecker" if self.shot.structure == "kronecker" else "laplace"
+
+    @property
     def shuffle(self) -> bool:  # type: ignore[override]
         """Only a refit needs the examples in a new order every epoch."""
         return bool(self.shot.epochs)
