@@ -28,7 +28,7 @@ import ockham
 from ockham.files.tree import read_tree, write_tree
 from ockham.reduction.structures import all_masks
 from ockham.surgery.cost import cost, latencies
-from ockham.surgery.execution import sparse_linear
+from ockham.surgery.exporting import sparse_linear
 from ockham.workflow.stages import structures_name
 from ockham.zoo.data import Batches, load_folder
 from ockham.zoo.networks import NETWORKS

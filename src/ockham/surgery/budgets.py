@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from ockham.reduction.choice import Choice, choose_units
 from ockham.reduction.prices import Price, UnitCosts
 from ockham.reduction.structures import StructureEvidence
-from ockham.surgery.grouping import Groups
-from ockham.surgery.planning import Plan, PlanError, plan_masks
+from ockham.surgery.groups import Groups, Plan, PlanError, plan_masks
 from ockham.surgery.unit_costs import latency_after, macs_after, parameters_after, unit_costs
 
 __all__ = [

@@ -15,8 +15,7 @@ from ockham.reduction.prices import FlatPrice, LearnedRate, Price
 from ockham.reduction.structures import StructureEvidence, structures_from
 from ockham.surgery.budgets import Budget, Subject, budget_from, costs_for, most_allowed, within
 from ockham.surgery.correlated import chosen_in_rounds
-from ockham.surgery.grouping import Groups
-from ockham.surgery.planning import Plan, PlanError, plan_masks
+from ockham.surgery.groups import Groups, Plan, PlanError, plan_masks
 
 __all__ = ["plan"]
 

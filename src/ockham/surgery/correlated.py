@@ -14,8 +14,7 @@ from ockham.reduction.choice import Choice, choose_units
 from ockham.reduction.columns import ColumnEvidence, narrowed, removed_together, score_columns
 from ockham.reduction.prices import FlatPrice, Price, UnitCosts
 from ockham.surgery.budgets import Budget, Subject, most_allowed, within
-from ockham.surgery.grouping import Groups
-from ockham.surgery.planning import plan_masks
+from ockham.surgery.groups import Groups, plan_masks
 
 __all__ = ["chosen_in_rounds"]
 

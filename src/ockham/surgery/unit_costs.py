@@ -14,11 +14,10 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from ockham.reduction.prices import UnitCosts
-from ockham.surgery.attributes import refit
 from ockham.surgery.cloning import clone
 from ockham.surgery.cost import latency
-from ockham.surgery.grouping import Group, Groups
-from ockham.surgery.planning import Plan, plan_masks
+from ockham.surgery.groups import Group, Groups, Plan, plan_masks
+from ockham.surgery.resizing import refit
 from ockham.surgery.shrinking import shrink
 from ockham.surgery.tracing import as_arguments
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ockham.surgery.labels import Ledger, Value
-from ockham.surgery.sites import Note
+from ockham.surgery.labels import Ledger, Note, Value
 
 Result = Value | list[Value]
 UNKNOWN = "an op whose meaning for channels is not known"

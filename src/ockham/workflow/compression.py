@@ -20,7 +20,7 @@ from ockham.reduction.diagnose import Diagnosis
 from ockham.reduction.rounds import RoundInfo, Rounds
 from ockham.reduction.rule import BudgetRule, EvidenceRule, Rule, counted
 from ockham.reduction.structure_rule import Structures
-from ockham.surgery.planning import Plan
+from ockham.surgery.groups import Plan
 from ockham.workflow.batchnorm import refresh_batchnorm
 from ockham.workflow.correlated import Correlated
 from ockham.workflow.estimators import Estimator, Training, mean_field

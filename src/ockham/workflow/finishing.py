@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from ockham.posterior.posterior import Gaussian, Posterior
 from ockham.surgery.folding import Constant, constants, fold
-from ockham.surgery.planning import Plan, plan_masks
-from ockham.surgery.shrinking import shrink
+from ockham.surgery.groups import Plan, plan_masks
+from ockham.surgery.shrinking import shrink, verify
 from ockham.surgery.tracing import trace
-from ockham.surgery.verifying import verify
 from ockham.workflow.origin import Origin
 
 __all__ = ["fold_constants"]

@@ -17,8 +17,7 @@ from ockham.posterior.posterior import Posterior
 from ockham.reduction.columns import narrowed
 from ockham.reduction.diagnose import diagnose
 from ockham.reduction.one_shot import removed_in_rounds
-from ockham.surgery.grouping import Groups
-from ockham.surgery.planning import Plan, check_model
+from ockham.surgery.groups import Groups, Plan, check_model
 from ockham.workflow.likelihood import Likelihood, Regression, likelihood_from
 from ockham.workflow.passes import checked_batches, evaluating, score_for
 from ockham.workflow.reducer import Ignore, protected_names

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ockham.surgery.grouping import Groups
-from ockham.surgery.planning import Plan, plan_masks
+from ockham.surgery.groups import Groups, Plan, plan_masks
 
 __all__ = ["Origin"]
 

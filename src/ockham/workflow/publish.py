@@ -13,7 +13,7 @@ from torch import nn
 
 from ockham.errors import OckhamError
 from ockham.files.tree import write_bytes
-from ockham.surgery.planning import Plan
+from ockham.surgery.groups import Plan
 
 __all__ = ["save_pretrained"]
 

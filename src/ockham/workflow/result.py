@@ -13,7 +13,7 @@ from ockham.errors import OckhamError, ResultError
 from ockham.files.sparse import pack, unpack
 from ockham.files.tree import read_tree, write_bytes, write_tree
 from ockham.posterior.posterior import Posterior
-from ockham.surgery.planning import Plan, PlanError
+from ockham.surgery.groups import Plan, PlanError
 from ockham.surgery.shrinking import shrink
 from ockham.zoo.networks import NETWORKS
 

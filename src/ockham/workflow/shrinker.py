@@ -19,12 +19,10 @@ from ockham.reduction.score import score
 from ockham.reduction.structure_rule import Structures
 from ockham.reduction.structures import Ledger, StructureEvidence
 from ockham.surgery.cost import cost
-from ockham.surgery.grouping import Groups
-from ockham.surgery.planning import Plan, plan_masks
-from ockham.surgery.shrinking import mask, shrink, slice_tensor
+from ockham.surgery.groups import Groups, Plan, plan_masks
+from ockham.surgery.shrinking import mask, shrink, slice_tensor, verify
 from ockham.surgery.tracing import trace
 from ockham.surgery.unit_costs import unit_costs
-from ockham.surgery.verifying import verify
 from ockham.workflow.finishing import fold_constants
 from ockham.workflow.origin import Origin
 from ockham.workflow.reducer import Ignore

@@ -14,7 +14,7 @@ from ockham.errors import OckhamError
 from ockham.posterior.gates import GateNoise, Reader, detach
 from ockham.surgery import Group, Groups
 from ockham.surgery.cloning import canonical_names, clone
-from ockham.surgery.grouping import Member
+from ockham.surgery.groups import Member
 from ockham.surgery.tracing import as_arguments
 
 __all__ = ["NAME", "Wiring", "canonical", "chosen", "keys_of", "plain", "wire"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from ockham.surgery import rules_layers as layers
-from ockham.surgery import rules_pointwise as pointwise
-from ockham.surgery import rules_product as products
-from ockham.surgery import rules_recurrent as recurrent
-from ockham.surgery import rules_shape as shapes
+from ockham.surgery.ops import layers, pointwise
+from ockham.surgery.ops import layers as recurrent
+from ockham.surgery.ops import pointwise as products
+from ockham.surgery.ops import shape as shapes
 from ockham.surgery.walk import Rule
+
+__all__ = []
 
 MOVEMENT = [
     "permute",

@@ -12,6 +12,8 @@ from ockham.surgery.labels import Value, along, compress, match, tidy, varying
 if TYPE_CHECKING:
     from ockham.surgery.walk import Call, Result
 
+__all__ = []
+
 ADDRESSING = frozenset(["select", "unbind", "roll", "unfold", "diagonal", "rot90", "repeat_interleave"])
 SPLITTING = frozenset(["view", "reshape", "unflatten", "_unsafe_view", "flatten", "view_as", "reshape_as"])
 
