@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ockham.surgery.choosing import plan
 from ockham.surgery.exporting import ExportError, export
 from ockham.surgery.groups import Group, Groups, Member, Plan, PlanError, random_plan
 from ockham.surgery.shrinking import MismatchError, mask, shrink, slice_tensor, verify
@@ -18,7 +17,6 @@ __all__ = [
     "PlanError",
     "export",
     "mask",
-    "plan",
     "random_plan",
     "shrink",
     "slice_tensor",
