@@ -21,9 +21,9 @@ from ockham.evidence.hyper import beta_log_odds
 from ockham.surgery.cloning import clone
 from ockham.surgery.cost import latency
 from ockham.surgery.groups import Group, Groups, Plan, plan_masks
-from ockham.surgery.resizing import refit
+from ockham.surgery.refitting import refit
 from ockham.surgery.shrinking import shrink
-from ockham.surgery.tracing import as_arguments
+from ockham.surgery.comparing import as_arguments
 
 __all__ = [
     "FlatPrice",

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from ockham.surgery.comparing import as_arguments
 from ockham.surgery.groups import Group, Groups, Member, Plan, PlanError, plan_masks
-from ockham.surgery.tracing import as_arguments
 
 __all__ = [
     "Constant",

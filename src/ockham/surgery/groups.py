@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from ockham.errors import OckhamError
 from ockham.surgery.cloning import named_tensors
 from ockham.surgery.labels import Edit, Site, counts_of, edits_of
-
-__all__ = []
+from ockham.surgery.resizing import compose
 
 Cut = list[tuple[str, Tensor]]
 
@@ -108,6 +107,7 @@ class Groups:
         sites: places of the model's code whose constants change with a plan.
         heads: all places that split or join dimensions, for attributes such as `num_heads`.
         spared: tensors which `mask` leaves alone, because zeros in them are no zeros (directions of a weight norm).
+        caches: module path to its attributes with tensors from earlier forwards, which the small network starts without.
     """
 
     groups: Mapping[str, Group]
@@ -117,6 +117,7 @@ class Groups:
     sites: tuple[Site, ...] = ()
     heads: tuple[Site, ...] = ()
     spared: tuple[str, ...] = ()
+    caches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups.values())
@@ -279,6 +280,7 @@ class Plan:
         counts: module path to {size before: size after} of its heads and their widths, for attributes like `num_heads`.
         spared: tensors which `mask` does not zero (see `Groups`).
         nats: group id to the evidence of its removed units, if it was given (same order as `removed`).
+        caches: module path to its attributes with tensors from earlier forwards, which the small network starts without.
     """
 
     removed: Mapping[str, tuple[int, ...]]
@@ -289,6 +291,7 @@ class Plan:
     counts: Mapping[str, Mapping[int, int]] = field(default_factory=dict)
     spared: tuple[str, ...] = ()
     nats: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    caches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -306,6 +309,51 @@ class Plan:
         gone = self.cuts.get(name, {})
         return tuple(n - len(gone.get(d, ())) for d, n in enumerate(self.shapes[name]))
 
+    def then(self, other: Plan) -> Plan:
+        """Return one plan that does what this plan and then `other` do, for the model this plan is for.
+
+        Args:
+            other: a plan for the network that this one leaves.
+
+        Raises:
+            PlanError: when `other` is for another network.
+        """
+        between = {name: self.shape(name) for name in self.shapes}
+        if between != dict(other.shapes):
+            wrong = [n for n in dict.fromkeys([*between, *other.shapes]) if between.get(n) != other.shapes.get(n)]
+            raise PlanError(
+                f"the second plan is for another network: {wrong[0]} has shape {between.get(wrong[0], 'none')} after the "
+                f"first plan, the second one expects {other.shapes.get(wrong[0], 'none')}. Trace the shrunk network"
+            )
+        cuts = {
+            name: {
+                dim: _joined(self.shapes[name][dim], *(plan.cuts.get(name, {}).get(dim, ()) for plan in (self, other)))
+                for dim in sorted({*self.cuts.get(name, {}), *other.cuts.get(name, {})})
+            }
+            for name in dict.fromkeys([*self.cuts, *other.cuts])
+        }
+        widths = {**other.widths, **self.widths}
+        removed = {
+            key: _joined(widths[key], self.removed.get(key, ()), other.removed.get(key, ()))
+            for key in dict.fromkeys([*self.removed, *other.removed])
+        }
+        modules = dict.fromkeys(e.module for e in (*self.edits, *other.edits))
+        own = {m: [[e for e in plan.edits if e.module == m] for plan in (self, other)] for m in modules}
+        return replace(
+            self,
+            removed=removed,
+            widths=widths,
+            cuts=cuts,
+            edits=tuple(e for first, second in own.values() for e in compose(first, second)),
+            counts={
+                m: _counted(self.counts.get(m, {}), other.counts.get(m, {}))
+                for m in dict.fromkeys([*self.counts, *other.counts])
+            },
+            spared=tuple(dict.fromkeys((*self.spared, *other.spared))),
+            nats={key: self.nats[key] for key in self.nats if removed[key] == self.removed[key]},
+            caches={**self.caches, **other.caches},
+        )
+
     def to_json(self) -> str:
         """Return the plan as JSON text."""
         return json.dumps(
@@ -321,6 +369,7 @@ class Plan:
                 "counts": {m: {str(a): b for a, b in c.items()} for m, c in self.counts.items()},
                 "spared": list(self.spared),
                 "nats": {k: list(v) for k, v in self.nats.items()},
+                "caches": {k: list(v) for k, v in self.caches.items()},
             }
         )
 
@@ -341,6 +390,20 @@ class Plan:
                 said = f" ({sum(self.nats[key]):.1f} nats)" if key in self.nats else ""
                 lines.append(f"  {key}: {width} -> {width - len(gone)}, without {_ranges(gone)}{said}")
         return "\n".join(lines if len(lines) > 1 else [*lines, "  nothing is removed"])
+
+
+def _joined(size: int, first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the indices out of `size` that are gone after `first`, and `second` of what that left."""
+    left = sorted(set(range(size)) - set(first))
+    return tuple(sorted({*first, *(left[i] for i in second)}))
+
+
+def _counted(first: Mapping[int, int], second: Mapping[int, int]) -> dict[int, int]:
+    """Return sizes before to sizes after two plans; a size only the second one changes stands in the code as it is."""
+    return {
+        **{a: b for a, b in second.items() if a not in first.values()},
+        **{a: second.get(b, b) for a, b in first.items()},
+    }
 
 
 def _ranges(indices: tuple[int, ...]) -> str:
@@ -376,6 +439,7 @@ def _read(text: str) -> Plan:
             counts={m: {int(a): int(b) for a, b in c.items()} for m, c in data["counts"].items()},
             spared=tuple(data["spared"]),
             nats={k: tuple(v) for k, v in data["nats"].items()},
+            caches={k: tuple(v) for k, v in data.get("caches", {}).items()},
         )
         _check_bounds(plan)
     except (KeyError, TypeError, AttributeError, IndexError, json.JSONDecodeError) as error:
@@ -443,6 +507,7 @@ def plan_masks(groups: Groups, keep: Mapping[str, Tensor], *, nats: Mapping[str,
         counts=counts_of(groups.heads, _gone(groups, gone)),
         spared=groups.spared,
         nats=said,
+        caches=groups.caches,
     )
 
 

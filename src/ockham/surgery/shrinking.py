@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -15,11 +13,10 @@ from torch.utils import _pytree as pytree
 
 from ockham.errors import OckhamError
 from ockham.surgery.cloning import canonical_names, clone
+from ockham.surgery.comparing import Arguments, as_arguments, difference, first_different, outputs, still, to_double
+from ockham.surgery.configs import settle_config
 from ockham.surgery.groups import Plan, PlanError, check_model
-from ockham.surgery.resizing import refit
-from ockham.surgery.tracing import as_arguments
-
-__all__ = []
+from ockham.surgery.refitting import refit
 
 
 @runtime_checkable
@@ -94,6 +91,7 @@ def shrink(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     posterior: Mapping[str, Any] | None = None,
+    scheduler: Any = None,
 ) -> Any:
     """Return a smaller copy of `model`: ``f_small(x) = f_masked(x)``. The original is left as it is.
 
@@ -107,14 +105,18 @@ def shrink(
         optimizer: an optimizer over the parameters of `model`; a copy over those of the small model is returned too,
             its state sliced alike.
         posterior: parameter name to an object whose tensors of the parameter's shape are to be sliced, or to a tensor.
+        scheduler: learning-rate scheduler of `optimizer`; a copy that schedules the copy of the optimizer is returned.
 
     Returns:
-        The small model; with `optimizer` or `posterior` a tuple ``(small, optimizer, posterior)`` of what was given.
+        The small model; with `optimizer`, `posterior` or `scheduler` a tuple ``(small, optimizer, posterior, scheduler)``
+        of what was given.
 
     Raises:
-        PlanError: when the plan is for another model.
+        PlanError: when the plan is for another model, or a scheduler comes without its optimizer.
     """
     check_model(plan, model)
+    if scheduler is not None and getattr(scheduler, "optimizer", None) is not optimizer:
+        raise PlanError("the scheduler is for another optimizer than the one given; pass optimizer=scheduler.optimizer")
     small = clone(model, lambda n, t: slice_tensor(plan, n, t))
     refit(model, small, plan)
     settle_config(model, small, plan)
@@ -123,6 +125,10 @@ def shrink(
         extras.append(shrink_optimizer(model, small, plan, optimizer=optimizer))
     if posterior is not None:
         extras.append({n: slice_values(plan, n, value) for n, value in posterior.items()})
+    if scheduler is not None:
+        follower = copy.copy(scheduler)
+        follower.optimizer = extras[0]
+        extras.append(follower)
     return (small, *extras) if extras else small
 
 
@@ -158,13 +164,17 @@ def shrink_optimizer(
         if isinstance(carried, Follower):
             carried.follow(small)
         return carried
-    twin = copy.copy(optimizer)
+    memo: dict[int, Any] = {id(p): after[names[id(p)]] for p in model.parameters()}
+    twin = object.__new__(type(optimizer))
+    own = {k: v for k, v in vars(optimizer).items() if k not in ("state", "param_groups", "step") and "hook" not in k}
+    twin.__dict__.update(copy.deepcopy(own, memo))
+    twin.__dict__.update({k: v for k, v in vars(optimizer).items() if "hook" in k})
     twin.state = defaultdict(dict)
     twin.param_groups = []
     for group in optimizer.param_groups:
         if any(id(p) not in names for p in group["params"]):
             raise PlanError("the optimizer holds a parameter that is not one of this model")
-        fresh = {k: copy.deepcopy(v) for k, v in group.items() if k != "params"}
+        fresh = {k: copy.deepcopy(v, memo) for k, v in group.items() if k != "params"}
         twin.param_groups.append({"params": [after[names[id(p)]] for p in group["params"]], **fresh})
     for parameter, state in optimizer.state.items():
         name = names[id(parameter)]
@@ -183,9 +193,6 @@ def _state(plan: Plan, name: str, value: Any) -> Any:
     return slice_values(plan, name, value) if isinstance(value, (Tensor, Mapping)) else copy.deepcopy(value)
 
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-
-
 class MismatchError(OckhamError):
     """The shrunk network computes something else than the masked one; the text names the first layer that differs."""
 
@@ -201,14 +208,16 @@ def verify(
 ) -> float:
     """Compare the outputs of two networks in evaluation mode, in float64 where the model allows it.
 
-    The difference of two outputs is ``max|a - b| / max|a|``. Both models are left as they are.
+    The difference of two outputs is ``max|a - b| / max|a|``; equal infinities are equal, and so are two values that are
+    not a number. Random numbers in the forward are the same for both networks, or switched off where their shapes
+    differ. Both models are left as they are.
 
     Args:
         masked: result of `mask`.
         small: result of `shrink`, for the same plan.
         example_inputs: as for `trace`; used as they are and `draws` times with random values instead (floats of the
-            same scale, integers and booleans reshuffled).
-        draws: number of random inputs.
+            same scale, integers reshuffled; masks stay as they are).
+        draws: number of random inputs; one on which the masked network does not run is left out.
         tolerance: largest difference that counts as equal.
         generator: source of the random inputs; a fixed seed when None.
 
@@ -216,167 +225,83 @@ def verify(
         The largest relative difference found.
 
     Raises:
-        MismatchError: when it exceeds `tolerance`, when outputs are not finite, or when a network does not run.
+        MismatchError: when it exceeds `tolerance`, or when a network does not run.
     """
     generator = generator or torch.Generator().manual_seed(0)
     arguments = as_arguments(example_inputs)
     pair, cast = _doubled(masked, small, arguments)
-    inputs = [arguments, *(_random(arguments, generator) for _ in range(draws))]
     worst = 0.0
-    for given in inputs:
-        difference = _difference(*(_outputs(m, cast(given)) for m in pair))
-        if not difference <= tolerance:
-            raise MismatchError(_explain(pair, cast(given), difference, tolerance=tolerance))
-        worst = max(worst, difference)
+    for number in range(draws + 1):
+        given = cast(arguments if number == 0 else _drawn(arguments, generator))
+        expected = _run(pair[0], given, "masked", optional=number > 0)
+        if expected is not None:
+            gap = difference(expected, _run(pair[1], given, "shrunk") or [])
+            worst = max(worst, gap if gap <= tolerance else _without_noise(pair, given, gap, tolerance=tolerance))
     return worst
+
+
+def _run(model: nn.Module, arguments: Arguments, which: str, *, optional: bool = False) -> list[Tensor] | None:
+    try:
+        return outputs(model, arguments)
+    except Exception as error:
+        if optional:
+            return None
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise MismatchError(
+            f"the {which} network does not run on these inputs: {type(error).__name__}: {said}. Give inputs it takes; if "
+            "only the shrunk one fails, name the layer in ignore when you trace, and please report the model."
+        ) from error
+
+
+def _without_noise(pair: tuple[nn.Module, nn.Module], arguments: Arguments, gap: float, *, tolerance: float) -> float:
+    """Return the difference with randomness switched off, if the forward is random; else say what differs."""
+    masked, small = pair
+    random = difference(outputs(masked, arguments, seed=0), outputs(masked, arguments, seed=1)) > 0
+    if random:
+        with still(masked):
+            expected = outputs(masked, arguments)
+        with still(small):
+            gap = difference(expected, outputs(small, arguments))
+        if gap <= tolerance:
+            return gap
+    where = first_different(masked, small, arguments, tolerance)
+    layer = (
+        f"the first layer that differs is {where[0]!r} (by {where[1]:.2e}). Add it to ignore, and please report the model."
+        if where is not None
+        else "no single module differs in a comparable output, so the forward of the root does. Are both from the same plan?"
+    )
+    noise = " The forward is random (two runs of the masked network differ): switch sampling off." if random else ""
+    raise MismatchError(f"masked and shrunk outputs differ by {gap:.2e} (tolerance {tolerance:.0e}); {layer}{noise}")
 
 
 def _doubled(
     masked: nn.Module, small: nn.Module, arguments: Arguments
 ) -> tuple[tuple[nn.Module, nn.Module], Callable[[Arguments], Arguments]]:
     """Return copies in float64 and evaluation mode with a cast for inputs; in the models' own dtype if that fails."""
-    own = (copy.deepcopy(masked).eval(), copy.deepcopy(small).eval())
-    double = (copy.deepcopy(masked).double().eval(), copy.deepcopy(small).double().eval())
+    own, double = (tuple(clone(m, lambda _, t: t.detach().clone()).eval() for m in (masked, small)) for _ in range(2))
     try:
         for model in double:
-            _outputs(model, _to_double(arguments))
-        return double, _to_double
-    except (RuntimeError, TypeError, ValueError):
+            outputs(model.double(), to_double(arguments))
+        return double, to_double
+    except Exception:
         return own, lambda given: given
 
 
-def _to_double(arguments: Arguments) -> Arguments:
-    result: Arguments = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, arguments)
-    return result
+def _drawn(arguments: Arguments, generator: torch.Generator) -> Arguments:
+    """Return random values instead of `arguments`; masks (two values only, or infinities) stay as they are."""
 
-
-def _random(arguments: Arguments, generator: torch.Generator) -> Arguments:
     def draw(tensor: Tensor) -> Tensor:
         flat = tensor.detach().cpu()
+        if flat.numel() == 0 or flat.dtype == torch.bool or len(flat.unique()) <= 2 or not bool(flat.isfinite().all()):
+            return tensor
+        if flat.is_complex():
+            return torch.randn(flat.shape, generator=generator, dtype=flat.dtype).to(tensor.device)
         if flat.is_floating_point():
-            scale = float(flat.double().pow(2).mean().sqrt()) if flat.numel() else 1.0
+            scale = float(flat.double().pow(2).mean().sqrt())
             new = torch.randn(flat.shape, generator=generator, dtype=torch.float64) * (scale or 1.0)
             return new.to(tensor.dtype).to(tensor.device)
-        order = torch.randint(flat.numel(), flat.shape, generator=generator) if flat.numel() else flat.long()
+        order = torch.randint(flat.numel(), flat.shape, generator=generator)
         return flat.flatten()[order].to(tensor.device)
 
     result: Arguments = pytree.tree_map_only(Tensor, draw, arguments)
     return result
-
-
-def _outputs(model: nn.Module, arguments: Arguments) -> list[Tensor]:
-    args, kwargs = arguments
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        out = model(*args, **kwargs)
-    return [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
-
-
-def _difference(one: list[Tensor], other: list[Tensor]) -> float:
-    """Return the largest ``max|a - b| / max|a|``; infinite for other shapes, NaN for values that are not finite."""
-    if [t.shape for t in one] != [t.shape for t in other]:
-        return float("inf")
-    worst = 0.0
-    for a, b in zip(one, other, strict=True):
-        if a.numel():
-            gap, scale = (a.double() - b.double()).abs().max(), a.double().abs().max()
-            worst = max(worst, float(gap / scale)) if float(gap) != 0.0 else worst
-            if not bool(torch.isfinite(gap)):
-                return float("nan")
-    return worst
-
-
-def _explain(pair: tuple[nn.Module, nn.Module], arguments: Arguments, difference: float, *, tolerance: float) -> str:
-    traces = [_intermediate(model, arguments) for model in pair]
-    for name, values in traces[0].items():
-        twin = traces[1].get(name)
-        if twin is not None and values.shape == twin.shape and not _difference([values], [twin]) <= tolerance:
-            gap = _difference([values], [twin])
-            return (
-                f"masked and shrunk outputs differ by {difference:.2e} (tolerance {tolerance:.0e}); the first layer "
-                f"that differs is {name!r} (by {gap:.2e}). Add it to ignore, and please report the model."
-            )
-    return (
-        f"masked and shrunk outputs differ by {difference:.2e} (tolerance {tolerance:.0e}); no single module differs "
-        "in a comparable output, so the forward of the root does. Are both from the same plan?"
-    )
-
-
-def _intermediate(model: nn.Module, arguments: Arguments) -> dict[str, Tensor]:
-    """Return the first output of every submodule, in the order they ran."""
-    found: dict[str, Tensor] = {}
-    handles = []
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: Any, out: Any) -> None:
-            first = next((t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)), None)
-            if first is not None:
-                found.setdefault(name, first)
-
-        return hook
-
-    for name, module in model.named_modules():
-        if name:
-            handles.append(module.register_forward_hook(keep(name)))
-    try:
-        _outputs(model, arguments)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-_MOST_FIELDS = 5
-
-
-def settle_config(model: nn.Module, small: nn.Module, plan: Plan) -> bool:
-    """Make ``small.config`` describe the shapes of `small`, so that its own constructor builds it again.
-
-    A configuration has one number for all layers: it can describe a plan that leaves them all alike. Fields whose value
-    is the old width of a group take the new one, and the change is kept only if the constructor, run without memory for
-    weights, then yields exactly the shapes of `small`. Otherwise the configuration stays that of `model`, which
-    together with the plan rebuilds the network (`shrink` on a fresh instance).
-
-    Returns:
-        True when the configuration was changed and describes `small` now.
-    """
-    config = getattr(small, "config", None)
-    if config is None or not callable(getattr(config, "to_dict", None)):
-        return False
-    wanted = _shapes(small)
-    for fields in _candidates(config, plan):
-        trial = copy.deepcopy(config)
-        for name, value in fields.items():
-            setattr(trial, name, value)
-        if _built(type(model), trial) == wanted:
-            for name, value in fields.items():
-                setattr(config, name, value)
-            return True
-    return False
-
-
-def _candidates(config: Any, plan: Plan) -> Iterator[dict[str, int]]:
-    """Changes to try: all fields with an old width first, then fewer."""
-    widths: dict[int, set[int]] = {}
-    for key, width in plan.widths.items():
-        widths.setdefault(width, set()).add(width - len(plan.removed.get(key, ())))
-    uniform = {old: new.copy().pop() for old, new in widths.items() if len(new) == 1 and new != {old}}
-    held = {n: v for n, v in config.to_dict().items() if isinstance(v, int) and not isinstance(v, bool)}
-    fields = {n: uniform[v] for n, v in held.items() if v in uniform}
-    names = sorted(fields)[:_MOST_FIELDS]
-    for size in range(len(names), 0, -1):
-        for chosen in itertools.combinations(names, size):
-            yield {n: fields[n] for n in chosen}
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(t.shape) for name, t in model.state_dict().items()}
-
-
-def _built(kind: type[nn.Module], config: Any) -> dict[str, tuple[int, ...]] | None:
-    """Shapes of the model that a configuration describes; None where it describes none."""
-    try:
-        with torch.device("meta"):
-            return _shapes(kind(config))
-    except Exception:  # a constructor may refuse a trial configuration in any way: then it describes no model
-        return None

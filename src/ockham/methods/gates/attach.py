@@ -30,7 +30,8 @@ from ockham.methods.gates.rules import (
 from ockham.surgery import Group, Groups, Plan, trace
 from ockham.surgery.cloning import canonical_names, clone
 from ockham.surgery.groups import Member
-from ockham.surgery.tracing import Ignore, as_arguments
+from ockham.surgery.comparing import as_arguments
+from ockham.core.names import Ignore
 
 __all__ = [
     "GATE_RULES",

@@ -13,8 +13,6 @@ from ockham.surgery.ops.pointwise import add_bias
 if TYPE_CHECKING:
     from ockham.surgery.walk import Call, Result
 
-__all__ = []
-
 
 def channels(x: Value, dim: int, call: Call) -> Tensor:
     """Return the labels of `x` along `dim`, shape ``(size,)``; everything else they depend on is collapsed.
@@ -45,20 +43,33 @@ def axis(weight: Value, dim: int) -> Tensor:
 
 def convolution(call: Call) -> Value:
     """conv1d to conv3d, grouped and depthwise: x ``(n, in, ...)``, weight ``(out, in / groups, ...)``."""
-    x, weight = call.value(0), call.value(1)
-    groups = int(call.arg(6, "groups", 1))
+    x, weight = call.need("input"), call.need("weight")
+    groups = int(call.get("groups"))
     rows, columns = axis(weight, 0), axis(weight, 1)
     kernel(weight, call)
-    return _convolved(call, x, groups, weights=(columns, rows), width=weight.shape[1])
+    dim = _channel_dim(x, weight)
+    labels = channels(x, dim, call)
+    reason = call.reason("convolves an input of fixed width")
+    if weight.shape[0] == groups > 1 or (weight.shape[1] == 1 and groups > 1):  # a group makes one unit or reads one
+        call.ledger.freeze(columns, call.reason("reads the channels of each group together"))
+        tied, own = labels.reshape(groups, -1), rows.reshape(groups, -1)
+        call.ledger.unify(tied, own[:, :1].expand_as(tied), reason)
+        call.ledger.unify(own, own[:, :1].expand_as(own), reason)
+        return _finish(call, rows, dim)
+    call.ledger.consumed.append(columns)
+    call.ledger.unify(labels.reshape(groups, -1), columns.reshape(1, -1), reason)
+    grid = rows.reshape(groups, -1)
+    call.ledger.unify(grid, grid[:1].expand_as(grid), reason)
+    return _finish(call, rows, dim)
 
 
 def transposed(call: Call) -> Value:
     """conv_transpose1d to 3d: weight ``(in, out / groups, ...)``."""
-    x, weight = call.value(0), call.value(1)
-    groups = int(call.arg(6, "groups", 1))
+    x, weight = call.need("input"), call.need("weight")
+    groups = int(call.get("groups"))
     rows, columns = axis(weight, 0), axis(weight, 1)
     kernel(weight, call)
-    dim = _channel_dim(call, x)
+    dim = _channel_dim(x, weight)
     labels = channels(x, dim, call)
     reason = call.reason("convolves an input of fixed width")
     call.ledger.unify(labels, rows, reason)
@@ -74,51 +85,45 @@ def transposed(call: Call) -> Value:
     return _finish(call, columns.repeat(groups), dim)
 
 
-def _convolved(call: Call, x: Value, groups: int, *, weights: tuple[Tensor, Tensor], width: int) -> Value:
-    columns, rows = weights
-    dim = _channel_dim(call, x)
-    labels = channels(x, dim, call)
-    reason = call.reason("convolves an input of fixed width")
-    if groups == 1 or width > 1:
-        call.ledger.consumed.append(columns)
-        call.ledger.unify(labels.reshape(groups, -1), columns.reshape(1, -1), reason)
-        grid = rows.reshape(groups, -1)
-        call.ledger.unify(grid, grid[:1].expand_as(grid), reason)
-    else:
-        call.ledger.unify(rows.reshape(groups, -1), labels.reshape(groups, 1), reason)
-    return _finish(call, rows, dim)
-
-
-def _channel_dim(call: Call, x: Value) -> int:
-    return len(x.shape) - len(call.value(1).shape) + 1
+def _channel_dim(x: Value, weight: Value) -> int:
+    return len(x.shape) - len(weight.shape) + 1
 
 
 def _finish(call: Call, rows: Tensor, dim: int) -> Value:
     shape = call.shape()
     out = Value(shape, (along(rows, len(shape), dim),) if shape[dim] > 1 else (), True)
-    return add_bias(out, call.optional(2, "bias"), dim, call)
+    return add_bias(out, call.tensor("bias"), dim, call)
 
 
 def batch_norm(call: Call) -> Value:
     """Batch and instance norm: every channel of dimension 1 on its own, so removal is exact."""
-    x = call.value(0)
-    parts = [call.value(i) for i in range(1, 5) if call.optional(i, "") is not None]
+    x = call.need("input")
+    names = ("weight", "bias", "running_mean", "running_var")
+    parts = [part for part in map(call.tensor, names) if part is not None]
     call.note(x, [])
-    return _per_channel(call, x, channels(x, 1, call), parts, affine=call.optional(2, "bias") is not None)
+    return _per_channel(call, x, channels(x, 1, call), parts, affine=call.tensor("bias") is not None)
 
 
 def group_norm(call: Call) -> Result:
-    """Group norm: channels of one group share statistics, so only whole groups can go, exactly."""
-    x, groups = call.value(0), int(call.args[1])
+    """Group norm: zeros of removed channels keep their place in the statistics of the group, exactly.
+
+    Channels which would not be zero share statistics with the rest: then only whole groups can go.
+    """
+    x, groups = call.need("input"), int(call.get("num_groups"))
     labels = channels(x, 1, call)
-    if call.optional(2, "weight") is None:
+    parts = [part for part in map(call.tensor, ("weight", "bias")) if part is not None]
+    affine = call.tensor("bias") is not None
+    if x.zero:
+        out = _per_channel(call, x, labels, parts, affine=affine)
+        call.note(Value(x.shape, (along(labels, len(x.shape), 1),)) if labels.numel() > 1 else Value(x.shape), out)
+        return out
+    if call.tensor("weight") is None:
         return call.freeze_all("a group norm without affine: its groups are not written in any shape")
     grid = labels.reshape(groups, -1)
     call.ledger.unify(grid, grid[:, :1].expand_as(grid), call.reason("normalises a group with a fixed channel"))
     if groups == 1:
         call.ledger.freeze(labels, call.reason("normalises all channels together; removal changes the statistics"))
-    parts = [call.value(i) for i in (2, 3) if call.optional(i, "") is not None]
-    return _per_channel(call, x, labels, parts, affine=call.optional(3, "bias") is not None)
+    return _per_channel(call, x, labels, parts, affine=affine)
 
 
 def _per_channel(call: Call, x: Value, labels: Tensor, parts: list[Value], *, affine: bool) -> Value:
@@ -130,26 +135,41 @@ def _per_channel(call: Call, x: Value, labels: Tensor, parts: list[Value], *, af
 
 def prelu(call: Call) -> Value:
     """PReLU with one slope (shared) or one per channel."""
-    x, slope = call.value(0), call.value(1)
+    x, slope = call.need("self"), call.need("weight")
     if len(slope.shape) == 0 or slope.shape[0] == 1:
         return Value(x.shape, x.factors, x.zero)
     return Value(x.shape, _per_channel(call, x, channels(x, 1, call), [slope], affine=False).factors, x.zero)
 
 
 def layer_norm(call: Call) -> Value:
-    """Layer and RMS norm: the normalised dimensions share statistics and stay whole."""
-    x, sizes = call.value(0), call.args[1]
+    """Layer and RMS norm: units that are exactly zero leave the sums as they are; the old count stays (`resizing.py`).
+
+    Where removed units would not be zero, the normalised dimensions share statistics and stay whole.
+    """
+    x, sizes = call.need("input"), call.get("normalized_shape")
+    parts = [part for part in map(call.tensor, ("weight", "bias")) if part is not None]
     dims = list(range(len(x.shape) - len(sizes), len(x.shape)))
-    reason = call.reason("normalises over this dimension; removal would change the statistics")
-    factors = [call.ledger.collapse(f, dims, reason) for f in x.factors]
-    for part in call.tensors()[1:]:
-        call.ledger.freeze_value(part, reason)
-    return Value(x.shape, tuple(f for f in factors if f.numel() > 1), False)
+    if not x.zero:
+        reason = call.reason("normalises over this dimension; removal would change the statistics")
+        factors = [call.ledger.collapse(f, dims, reason) for f in x.factors]
+        for part in parts:
+            call.ledger.freeze_value(part, reason)
+        out = Value(x.shape, tuple(f for f in factors if f.numel() > 1), False)
+        call.note(Value(x.shape), out)
+        return out
+    call.note(x, x)
+    out = Value(x.shape, x.factors)
+    for part in parts:
+        placed = Value((1,) * dims[0] + part.shape, tuple(f.reshape((1,) * dims[0] + f.shape) for f in part.factors))
+        joint, shape = match(out, placed, call.ledger, reason=call.reason("scales an input of fixed width"))
+        out = Value(shape, tuple(joint))
+    scaled = call.tensor("weight") is not None or call.name == "rms_norm"  # else a removed unit is minus the mean
+    return Value(out.shape, out.factors, scaled and all(part.zero for part in parts))
 
 
 def embedding(call: Call) -> Value:
     """Embedding: the width of the table goes with the channels, its rows are indexed by the input and stay."""
-    table, index = call.value(0), call.value(1)
+    table, index = call.need("weight"), call.need("indices")
     rows, columns = axis(table, 0), axis(table, 1)
     call.ledger.freeze(rows, call.reason("is indexed by values of the input"))
     call.ledger.freeze_value(index, call.reason("holds indices"))
@@ -159,20 +179,37 @@ def embedding(call: Call) -> Value:
 
 
 def pooling(call: Call) -> Value | list[Value]:
-    """Pooling and interpolation: spatial dimensions are collapsed, channels pass."""
-    x = call.value(0)
-    dims = [d for d, (old, new) in enumerate(zip(x.shape, call.shape(), strict=True)) if old != new or d > 1]
-    if call.name.endswith("1d") or "pool" not in call.name:
-        dims = [d for d in dims if d > len(x.shape) - 2 or d > 1]
+    """Pooling, interpolation, sampling: spatial dimensions are collapsed, channels pass."""
+    x = call.first()
+    rank = len(x.shape)
+    spatial = next((int(c) for c in call.name if c in "123"), 2)
+    dims = list(range(rank - spatial, rank))
     reason = call.reason("pools over this dimension")
     factors = tuple(f for f in (call.ledger.collapse(f, dims, reason) for f in x.factors) if f.numel() > 1)
+    for other in call.tensors()[1:]:
+        call.ledger.freeze_value(other, call.reason("says where to sample"))
     return call.like_outputs(lambda shape: Value(shape, factors, x.zero))
+
+
+def patches(call: Call) -> Value:
+    """im2col: every channel becomes its k places in one dimension; col2im takes them back."""
+    x = call.first()
+    labels = channels(x, 1, call)
+    out = call.shape()
+    times = out[1] // x.shape[1]
+    if times:
+        return Value(
+            out, (along(labels.repeat_interleave(times), len(out), 1),) if bool((labels >= 0).any()) else (), x.zero
+        )
+    grid = labels.reshape(out[1], -1)
+    call.ledger.unify(grid, grid[:, :1].expand_as(grid), call.reason("lays the places of one channel together"))
+    return Value(out, (along(grid[:, 0], len(out), 1),) if out[1] > 1 else (), x.zero)
 
 
 def weight_norm(call: Call) -> Value:
     """W = g v / ||v||: rows go freely, columns share the norm and stay."""
-    v, g = call.value(0), call.value(1)
-    dim = int(call.arg(2, "dim", 0))
+    v, g = call.need("v"), call.need("g")
+    dim = int(call.get("dim"))
     reason = call.reason("normalises the weight over this dimension")
     factors = []
     for factor in v.factors:
@@ -190,15 +227,12 @@ GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1, "lstm_cell": 4, "gru
 
 
 def recurrent(call: Call) -> list[Value]:
-    """lstm.input, gru.input, rnn_tanh.input, rnn_relu.input; packed sequences are frozen."""
-    if not isinstance(call.args[3], bool):
-        call.freeze_all("a packed sequence")
-        return [Value(s) for s in call.shapes()]
+    """lstm, gru, rnn_tanh, rnn_relu, over padded or packed sequences."""
     lstm = call.name == "lstm"
-    x, states = call.value(0), call.values(1) if call.name == "lstm" else [call.value(1)]
-    both, biases = bool(call.args[7]), bool(call.args[3])
-    weights = call.values(2)
-    layers, directions = int(call.args[4]), 2 if both else 1
+    x = call.need("input", "data")
+    states = call.listed("hx") if lstm else [call.need("hx")]
+    weights, layers, biases = call.listed("params"), int(call.get("num_layers")), bool(call.get("has_biases"))
+    directions = 2 if call.get("bidirectional") else 1
     each = len(weights) // (layers * directions)
     projected = each == (5 if biases else 3)
     hidden = call.ledger.atoms(weights[0].shape[0] // GATES[call.name])
@@ -245,10 +279,10 @@ def _outputs(call: Call, top: Tensor, states: tuple[Tensor, ...]) -> list[Value]
 
 def cell(call: Call) -> Value | list[Value]:
     """lstm_cell, gru_cell, rnn_tanh_cell: one step."""
-    x, lstm = call.value(0), call.name == "lstm_cell"
-    states = call.values(1) if lstm else [call.value(1)]
+    x, lstm = call.need("input"), call.name == "lstm_cell"
+    states = call.listed("hx") if lstm else [call.need("hx")]
     hidden = call.ledger.atoms(states[0].shape[-1])
-    weights = [call.value(i) for i in range(2, 6) if call.optional(i, "") is not None]
+    weights = [w for w in map(call.tensor, ("w_ih", "w_hh", "b_ih", "b_hh")) if w is not None]
     _cell(call, weights, channels(x, len(x.shape) - 1, call), hidden=hidden, carried=hidden)
     for state in states:
         call.ledger.unify(channels(state, len(state.shape) - 1, call), hidden, call.reason("starts from a given state"))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, fx
 
-from ockham.surgery.labels import Ledger, Value, along, match, tidy, varying
+from ockham.surgery.labels import Ledger, Value, along, match, reduced, tidy, varying
 
 if TYPE_CHECKING:
     from ockham.surgery.walk import Call, Result
@@ -14,152 +14,62 @@ if TYPE_CHECKING:
 __all__ = []
 
 KEEPS_ZERO = frozenset(
-    [
-        "abs",
-        "alias",
-        "alpha_dropout",
-        "asin",
-        "atan",
-        "celu",
-        "clamp_min",
-        "clone",
-        "contiguous",
-        "detach",
-        "detach_",
-        "dropout",
-        "elu",
-        "erf",
-        "expm1",
-        "feature_alpha_dropout",
-        "feature_dropout",
-        "floor",
-        "gelu",
-        "hardshrink",
-        "hardswish",
-        "hardtanh",
-        "leaky_relu",
-        "lift_fresh",
-        "lift_fresh_copy",
-        "log1p",
-        "mish",
-        "native_dropout",
-        "neg",
-        "nan_to_num",
-        "positive",
-        "relu",
-        "relu6",
-        "round",
-        "rrelu",
-        "selu",
-        "sgn",
-        "sign",
-        "silu",
-        "sin",
-        "softshrink",
-        "softsign",
-        "sqrt",
-        "square",
-        "tan",
-        "tanh",
-        "tanhshrink",
-        "to",
-        "_to_copy",
-        "type_as",
-        "trunc",
-        "float",
-        "half",
-        "double",
-        "_to_dtype",
-    ]
-)
+    {
+        "abs", "alias", "alpha_dropout", "asin", "asinh", "atan", "atanh", "celu", "clamp_min", "clone", "contiguous", "detach",
+        "detach_", "dropout", "elu", "erf", "erfinv", "expm1", "feature_alpha_dropout", "feature_dropout", "fix", "floor",
+        "frac", "gelu", "hardshrink", "hardswish", "hardtanh", "leaky_relu", "lift_fresh", "lift_fresh_copy", "log1p",
+        "mish", "native_dropout", "neg", "nan_to_num", "positive", "relu", "relu6", "round", "rrelu", "selu", "sgn",
+        "sign", "silu", "sin", "sinh", "softshrink", "softsign", "sqrt", "square", "tan", "tanh", "tanhshrink", "to",
+        "_to_copy", "type_as", "trunc", "float", "half", "double", "_to_dtype", "zero", "zeros_like", "ceil", "deg2rad",
+        "rad2deg", "relu_", "cpu", "cuda", "bfloat16",
+    }
+)  # fmt: skip
 """Unary ops with f(0) = 0 (``clamp_min`` is checked)."""
 LOSES_ZERO = frozenset(
-    [
-        "bitwise_not",
-        "ceil",
-        "cos",
-        "cosh",
-        "digamma",
-        "exp",
-        "exp2",
-        "hardsigmoid",
-        "isfinite",
-        "isinf",
-        "isnan",
-        "log",
-        "log10",
-        "log2",
-        "log_sigmoid",
-        "logical_not",
-        "logit",
-        "reciprocal",
-        "rsqrt",
-        "sigmoid",
-        "softplus",
-        "threshold",
-        "ones_like",
-        "zeros_like",
-        "full_like",
-        "empty_like",
-        "clamp",
-        "clamp_max",
-    ]
-)
+    {
+        "bitwise_not", "cos", "cosh", "digamma", "erfc", "exp", "exp2", "hardsigmoid", "isfinite", "isinf", "isnan",
+        "lgamma", "log", "log10", "log2", "log_sigmoid", "logical_not", "logit", "reciprocal", "rsqrt", "sigmoid",
+        "softplus", "threshold", "ones_like", "full_like", "empty_like", "clamp", "clip", "clamp_max", "fill", "acos",
+        "rand_like", "randn_like", "bernoulli", "normal_", "uniform_", "bernoulli_", "random_", "exponential_",
+    }
+)  # fmt: skip
 BINARY = frozenset(
-    [
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "pow",
-        "remainder",
-        "fmod",
-        "maximum",
-        "minimum",
-        "atan2",
-        "eq",
-        "ne",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-        "logical_and",
-        "logical_or",
-        "logical_xor",
-        "bitwise_and",
-        "bitwise_or",
-        "true_divide",
-        "floor_divide",
-        "rsub",
-        "lerp",
-        "xlogy",
-        "where",
-        "masked_fill",
-        "addcmul",
-        "addcdiv",
-        "copysign",
-        "__and__",
-        "__or__",
-    ]
-)
+    {
+        "add", "sub", "mul", "div", "pow", "remainder", "fmod", "maximum", "minimum", "atan2", "eq", "ne", "lt", "le",
+        "gt", "ge", "logical_and", "logical_or", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_xor",
+        "true_divide", "floor_divide", "divide", "multiply", "subtract", "rsub", "lerp", "xlogy", "where", "masked_fill",
+        "addcmul", "addcdiv", "copysign", "__and__", "__or__", "copy", "hypot", "normal", "logaddexp", "fmax", "fmin",
+    }
+)  # fmt: skip
 
 
-DIVISIONS = frozenset(["div", "true_divide", "floor_divide", "remainder", "fmod", "addcdiv"])
-UNDEFINED_AT_ZERO = frozenset(["digamma", "log", "log10", "log2", "logit", "reciprocal", "rsqrt"])
+DIVISIONS = frozenset({"div", "true_divide", "floor_divide", "divide", "remainder", "fmod", "addcdiv"})
+UNDEFINED_AT_ZERO = frozenset({"digamma", "lgamma", "log", "log10", "log2", "logit", "reciprocal", "rsqrt"})
 
 
 def unary(call: Call) -> Result:
     """Element-wise function of one tensor: labels stay as they are."""
-    (x,) = call.tensors()[:1]
+    x = call.first()
     if call.name in UNDEFINED_AT_ZERO and x.zero and x.factors:
         return call.freeze_all("a function without a value at zero, which a removed unit would be")
-    return Value(x.shape, x.factors, x.zero and call.name in KEEPS_ZERO and not call.floor_above_zero())
+    return call.like_outputs(lambda shape: Value(shape, x.factors, x.zero and _keeps_zero(call)))
+
+
+def _keeps_zero(call: Call) -> bool:
+    """Is the function zero at zero? A clamp is, if its bounds allow it; so is filling with zeros."""
+    name = call.name.rstrip("_")
+    if name in ("clamp", "clip", "clamp_min", "clamp_max"):
+        low, high = call.get("min", None), call.get("max", None)
+        return all(b is None or isinstance(b, (int, float)) for b in (low, high)) and (low or 0) <= 0 <= (high or 0)
+    if name in ("fill", "full_like"):
+        return bool(call.get("value", call.get("fill_value", 1)) == 0)
+    return name in KEEPS_ZERO or call.name in KEEPS_ZERO
 
 
 def binary(call: Call) -> Result:
     """Element-wise function of several tensors: what lies on top of each other lives and dies together."""
     tensors = call.tensors()
-    if call.name in DIVISIONS and _divisor_vanishes(call):
+    if call.name.rstrip("_") in DIVISIONS and _divisor_vanishes(call):
         return call.freeze_all("a division by something that is zero where a unit was removed")
     out = tensors[0]
     for other in tensors[1:]:
@@ -169,19 +79,25 @@ def binary(call: Call) -> Result:
 
 
 def _divisor_vanishes(call: Call) -> bool:
-    below = call.optional(2 if call.name == "addcdiv" else 1, "other")
+    below = call.tensor("tensor2") if call.name.startswith("addcdiv") else call.tensor("other")
     return below is not None and below.zero and bool(below.factors)
 
 
 def _zero(call: Call, tensors: list[Value]) -> bool:
     """Is the result zero wherever a unit is removed? Only if no operand without its labels adds something."""
-    first = tensors[0]
-    if call.name == "mul":
+    first, name = tensors[0], call.name.rstrip("_")
+    if name in ("mul", "multiply"):
         return any(t.zero and covers(t, tensors) for t in tensors)
-    if call.name == "div":
-        return first.zero and covers(first, tensors) and isinstance(call.args[0], fx.Node)
-    if call.name in ("add", "sub"):
-        return len(tensors) == len(call.args) and all(t.zero and covers(t, tensors) for t in tensors)
+    if name in ("div", "divide", "true_divide"):
+        return first.zero and covers(first, tensors) and isinstance(call.get("self"), fx.Node)
+    if name == "pow":
+        power = call.get("exponent", None)
+        return first.zero and isinstance(power, (int, float)) and power > 0
+    if name == "copy":
+        return tensors[-1].zero and covers(tensors[-1], tensors)
+    if name in ("add", "sub", "subtract"):
+        given = [call.get("self"), call.get("other")]
+        return all(isinstance(g, fx.Node) for g in given) and all(t.zero and covers(t, tensors) for t in tensors)
     return False
 
 
@@ -194,28 +110,45 @@ def covers(one: Value, all_: list[Value]) -> bool:
     return all(dims(v) <= dims(one) for v in all_)
 
 
-def softmax(call: Call) -> Value:
+def mixing(call: Call) -> Result:
     """Softmax, cumulative sums, sorting: the elements along `dim` depend on each other, so they stay together."""
-    (x,) = call.tensors()[:1]
-    dim = call.arg(1, "dim", -1)
-    dims = [dim % len(x.shape)] if isinstance(dim, int) else [d % len(x.shape) for d in dim]
+    x = call.first()
+    rank = len(x.shape)
+    dim = call.get("dim", None)
+    dims = list(range(rank)) if dim is None else [d % rank for d in ([dim] if isinstance(dim, int) else dim)]
+    if call.name.startswith(("tril", "triu")):
+        dims = [rank - 2, rank - 1]
     reason = call.reason("mixes the elements of this dimension")
     factors = [call.ledger.collapse(f, dims, reason) for f in x.factors]
-    return Value(x.shape, tuple(f for f in factors if f.numel() > 1), False)
+    kept = tuple(f for f in factors if f.numel() > 1)
+    return call.like_outputs(lambda shape: Value(shape, kept, False))
+
+
+COUNTING = frozenset({"mean", "var", "std"})
+"""Reductions that divide by the number of elements; `resizing.py` keeps the old number."""
+ADDING = frozenset({"sum", "norm", "linalg_vector_norm", "frobenius_norm"}) | COUNTING
+"""Reductions to which an element that is zero adds nothing."""
 
 
 def reduction(call: Call) -> Result:
-    """Sum, mean, maximum over dimensions: those are collapsed, the others keep their labels."""
-    (x,) = call.tensors()[:1]
-    dim = call.arg(1, "dim", None)
-    if isinstance(dim, fx.Node):
+    """Sum, mean, maximum over dimensions: units that are exactly zero add nothing to a sum; others are collapsed."""
+    x = call.first()
+    if len(call.tensors()) > 1:
         return binary(call)
-    rank = len(x.shape)
-    every = list(range(rank))
-    dims = every if dim is None or dim == [] else [d % rank for d in ([dim] if isinstance(dim, int) else dim)]
+    dims = reduced(call.node, len(x.shape))
+    power = call.get("ord", call.get("p", 2))
+    exact = x.zero and call.name in ADDING and (power is None or (isinstance(power, (int, float)) and power > 0))
     reason = call.reason("reduces over this dimension; its size changes the result")
-    factors = [f for f in (call.ledger.collapse(f, dims, reason) for f in x.factors) if f.numel() > 1]
-    return call.like_outputs(lambda shape: _squeezed(factors, dims, shape, x.zero and call.name in ("sum", "mean")))
+    factors = []
+    for factor in x.factors:
+        if not (exact and set(varying(factor)) <= set(dims)):
+            factors.append(call.ledger.collapse(factor, dims, reason))
+    kept = [f for f in factors if f.numel() > 1]
+    zero = x.zero and call.name in ADDING and call.name not in ("var", "std")
+    result = call.like_outputs(lambda shape: _squeezed(kept, dims, shape, zero))
+    if call.name in COUNTING:
+        call.note(x if exact else Value(x.shape), result)
+    return result
 
 
 def _squeezed(factors: list[Tensor], dims: list[int], shape: tuple[int, ...], zero: bool) -> Value:
@@ -227,8 +160,8 @@ def _squeezed(factors: list[Tensor], dims: list[int], shape: tuple[int, ...], ze
 
 def gated(call: Call) -> Value:
     """GLU: a * sigmoid(b), the halves of one dimension, tied position by position."""
-    (x,) = call.tensors()
-    dim = int(call.arg(1, "dim", -1)) % len(x.shape)
+    x = call.first()
+    dim = int(call.get("dim")) % len(x.shape)
     half = x.shape[dim] // 2
     reason = call.reason("gates it with a half of fixed size")
     sides = []
@@ -285,10 +218,10 @@ def _consume(factor: Tensor, letters: str, out: str, *, zero: bool, call: Call) 
 
 def linear(call: Call) -> Value:
     """X W^T + b with W ``(out, in)``."""
-    x, weight = call.value(0), call.value(1)
+    x, weight = call.need("input"), call.need("weight")
     lead = "abcdefghijkl"[: len(x.shape) - 1]
     out = contract(x, weight, f"{lead}z,yz->{lead}y", call) if len(weight.shape) == 2 else _vector(x, weight, call)
-    return add_bias(out, call.optional(2, "bias"), -1, call)
+    return add_bias(out, call.tensor("bias"), -1, call)
 
 
 def _vector(x: Value, weight: Value, call: Call) -> Value:
@@ -311,7 +244,8 @@ def add_bias(out: Value, bias: Value | None, dim: int, call: Call) -> Value:
 
 def matmul(call: Call) -> Value:
     """matmul, mm, bmm, mv, dot with broadcasting of leading dimensions."""
-    return product(call.value(0), call.value(1), call)
+    x, y = call.tensors()
+    return product(x, y, call)
 
 
 def product(x: Value, y: Value, call: Call) -> Value:
@@ -325,7 +259,7 @@ def product(x: Value, y: Value, call: Call) -> Value:
 
 def addmm(call: Call) -> Value:
     """Addmm and baddbmm: b + x W, the form of transformers' ``Conv1D``."""
-    bias, x, y = (call.value(i) for i in range(3))
+    bias, x, y = call.need("self"), call.need("mat1", "batch1"), call.need("mat2", "batch2")
     out = product(x, y, call)
     if len(bias.shape) == 1:
         return add_bias(out, bias, -1, call)
@@ -334,23 +268,69 @@ def addmm(call: Call) -> Value:
 
 
 def einsum(call: Call) -> Result:
-    """Einsum of one or two operands without repeated letters or an ellipsis; anything else is frozen."""
-    equation = str(call.args[0]).replace(" ", "")
-    operands = call.tensors()
-    ins = equation.split("->")[0].split(",")
-    if "->" not in equation or "." in equation or len(operands) != 2 or any(len(set(i)) < len(i) for i in ins):
+    """Einsum of any number of operands, two by two; one with repeated letters or with one operand is frozen."""
+    equation, operands = str(call.get("equation")).replace(" ", ""), call.tensors()
+    terms = _written_out(equation, operands)
+    ins, out = terms[:-1], terms[-1]
+    if len(operands) < 2 or any(len(set(i)) < len(i) for i in ins):
         return call.freeze_all("an einsum whose meaning is not clear")
-    return contract(operands[0], operands[1], equation, call)
+    value, letters = operands[0], ins[0]
+    for index in range(1, len(operands)):
+        later = set(out).union(*ins[index + 1 :])
+        kept = (
+            out if index == len(operands) - 1 else "".join(c for c in dict.fromkeys(letters + ins[index]) if c in later)
+        )
+        value, letters = contract(value, operands[index], f"{letters},{ins[index]}->{kept}", call), kept
+    return value
+
+
+def _written_out(equation: str, operands: list[Value]) -> list[str]:
+    """Return the letters of each operand and of the result, with letters for an ellipsis and an implied result."""
+    given, arrow, out = equation.partition("->")
+    free = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
+    ins = given.split(",")
+    spare = max((len(v.shape) - len(i) + 3 for i, v in zip(ins, operands, strict=True) if "." in i), default=0)
+    more = "".join(free[:spare])
+    full = [
+        i.replace("...", more[spare - (len(v.shape) - len(i) + 3) :] if len(v.shape) - len(i) + 3 else "")
+        for i, v in zip(ins, operands, strict=True)
+    ]
+    if not arrow:
+        letters = given.replace(",", "").replace(".", "")
+        out = "..." + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
+    return [*full, out.replace("...", more)]
+
+
+def bilinear(call: Call) -> Value:
+    """X W y + b for each output, W of shape ``(out, in1, in2)``."""
+    x, y, weight = call.need("input1"), call.need("input2"), call.need("weight")
+    lead = "abcdefgh"[: len(x.shape) - 1]
+    half = contract(x, weight, f"{lead}i,oij->{lead}oj", call)
+    return add_bias(contract(half, y, f"{lead}oj,{lead}j->{lead}o", call), call.tensor("bias"), -1, call)
+
+
+def grouped_product(call: Call) -> Value:
+    """Rows of x ``(tokens, k)`` times the matrix of their expert, weight ``(experts, k, n)``: experts stay, widths go."""
+    x, weight = call.tensors()[:2]
+    reason = call.reason("gives every token to an expert by its number")
+    inner = Value(weight.shape, tuple(f for f in weight.factors if f.shape[0] == 1), weight.zero, weight.learned)
+    for factor in weight.factors:
+        if factor.shape[0] > 1:
+            call.ledger.freeze(factor, reason)
+    inner = Value(inner.shape[1:], tuple(f[0] for f in inner.factors), inner.zero, inner.learned)
+    out = contract(x, inner, "tk,kn->tn", call)
+    call.note(x, out)
+    return out
 
 
 def attention(call: Call) -> Value:
     """scaled_dot_product_attention on ``(..., heads, length, width)``: whole heads (groups of heads under GQA)."""
-    q, k, v = (_heads(call.value(i), call) for i in range(3))
-    if call.arg(8, "enable_gqa", False):
+    q, k, v = (_heads(call.need(n), call) for n in ("query", "key", "value"))
+    if call.get("enable_gqa", False):
         k, v = (_repeat(x, q.shape[-3], call.ledger) for x in (k, v))
     reason = call.reason("attends with heads that do not match")
     flat = [Value((*x.shape[:-2], 1, 1), x.factors) for x in (q, k, v)]
-    mask = call.optional(3, "attn_mask")
+    mask = call.tensor("attn_mask")
     joint = flat[0]
     for other in (*flat[1:], *((_heads(mask, call, whole=True),) if mask is not None else ())):
         shape = (*other.shape[:-2], 1, 1)

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ockham.surgery.labels import Value, along, compress, match, tidy, varying
+from ockham.surgery.labels import VIEWS, Value, along, compress, drop_leading, match, reshaped, tidy, varying
 
 if TYPE_CHECKING:
     from ockham.surgery.walk import Call, Result
 
-__all__ = []
-
-ADDRESSING = frozenset(["select", "unbind", "roll", "unfold", "diagonal", "rot90", "repeat_interleave"])
-SPLITTING = frozenset(["view", "reshape", "unflatten", "_unsafe_view", "flatten", "view_as", "reshape_as"])
+VIEWING = frozenset({"view", "reshape", "unflatten", "_unsafe_view", "flatten", "view_as", "reshape_as", "ravel"})
+LARGEST = 2**24
+"""Most labels that are ever laid out for one op; one that needs more is frozen."""
 
 
 def movement(call: Call) -> Value | list[Value]:
     """Permute, view, slice, split, ...: every factor is moved by the op itself, run on integers."""
-    x = call.value(0)
-    moved = [call.run(f.expand(x.shape)) for f in x.factors]
+    x = call.first()
+    moved = [_moved(call, f, x.shape) for f in x.factors]
     reason = call.reason("folds two structures into one dimension")
     _hold(call, x)
     if isinstance(call.shapes(), list):
@@ -32,44 +32,74 @@ def movement(call: Call) -> Value | list[Value]:
         call.note(x, outs)
         return outs
     out = tidy(call.shape(), moved, x.zero, call.ledger, reason)
-    if call.name in SPLITTING:
+    if call.name in VIEWING:
         call.ledger.grids.extend(f for f in out.factors if len(varying(f)) > 1)
     call.note(x, out)
     return out
 
 
+def _moved(call: Call, factor: Tensor, shape: tuple[int, ...]) -> Any:
+    """Return one factor after the op; ops that copy see only the dimensions they move."""
+    if call.name in VIEWING:
+        return reshaped(factor, shape, call.shape())
+    dims = _dims_of(call, len(shape)) if call.name in ("roll", "flip", "rot90", "repeat_interleave") else None
+    if dims is not None:
+        if all(factor.shape[d] == 1 for d in dims):
+            return factor
+        return call.run(factor.expand([shape[d] if d in dims else factor.shape[d] for d in range(len(shape))]))
+    if call.name not in VIEWS and math.prod(shape) > LARGEST:
+        raise ValueError(f"{math.prod(shape)} elements are too many to follow one by one")
+    return call.run(factor.expand(shape))
+
+
+def _dims_of(call: Call, rank: int) -> list[int]:
+    """Return the dimensions along which an op moves elements."""
+    found: Any = call.get("dims", call.get("dim", call.get("dimension", None)))
+    if call.name == "diagonal":
+        found = [call.get("dim1"), call.get("dim2")]
+    found = [found] if isinstance(found, int) else found
+    return [d % rank for d in found] if found else list(range(rank))
+
+
 def _hold(call: Call, x: Value) -> None:
     """Note dimensions whose positions the op addresses by number: no unit along them may go."""
-    dim = call.arg(1, "dim", 0)
-    stepped = call.name == "slice" and call.arg(4, "step", 1) != 1
-    if call.name in ADDRESSING or stepped:
-        dims = [d % len(x.shape) for d in ([dim] if isinstance(dim, int) else range(len(x.shape)))]
+    repeated = call.name == "repeat_interleave" and not isinstance(call.get("repeats", None), int)
+    stepped = call.name == "slice" and call.get("step", 1) != 1
+    if call.name in ("select", "unbind", "roll", "unfold", "diagonal", "rot90") or stepped or repeated:
         reason = call.reason("addresses this dimension by position")
+        dims = _dims_of(call, len(x.shape))
         call.ledger.held.extend((f, d, reason) for f in x.factors for d in dims if f.shape[d] > 1)
 
 
 def shuffle(call: Call) -> Value:
-    """channel_shuffle: every group loses the same; pixel_shuffle: the r^2 channels of one result go together."""
-    x, number = call.value(0), int(call.args[1])
-    groups = number if call.name == "channel_shuffle" else x.shape[-3] // number**2
-    dim = 1 if call.name == "channel_shuffle" else len(x.shape) - 3
+    """channel_shuffle: every group loses the same; pixel_shuffle: the r^2 channels of one result go together.
+
+    pixel_unshuffle makes r^2 channels of every one.
+    """
+    x, shape = call.first(), call.shape()
+    channelwise, rank = call.name == "channel_shuffle", len(call.shape())
+    dim = 1 if channelwise else rank - 3
     reason = call.reason("interleaves it with a fixed channel")
+    moved = []
     for factor in x.factors:
-        if factor.shape[dim] > 1:
-            flat = call.ledger.collapse(factor, [d for d in range(factor.ndim) if d != dim], reason).flatten()
-            grid = flat.reshape(groups, -1)
-            across = grid[:1] if call.name == "channel_shuffle" else grid[:, :1]
-            call.ledger.unify(grid, across.expand_as(grid), reason)
-    moved = [call.run(f.expand(x.shape)) for f in x.factors]
-    return tidy(call.shape(), moved, x.zero, call.ledger, reason)
+        flat = call.ledger.collapse(factor, [d for d in range(factor.ndim) if d != dim], reason).flatten()
+        if flat.numel() == 1:
+            continue
+        if call.name == "pixel_unshuffle":
+            moved.append(along(flat.repeat_interleave(shape[dim] // x.shape[dim]), rank, dim))
+            continue
+        grid = flat.reshape(int(call.get("groups")) if channelwise else shape[dim], -1)
+        across = grid[:1] if channelwise else grid[:, :1]
+        call.ledger.unify(grid, across.expand_as(grid), reason)
+        moved.append(along(grid.t().flatten() if channelwise else grid[:, 0], rank, dim))
+    return tidy(shape, moved, x.zero, call.ledger, reason)
 
 
 def padding(call: Call) -> Value:
     """Constant padding: what is padded on is loose (it follows what it meets); other modes keep the dimension whole."""
-    x, rank = call.value(0), len(call.shape())
-    mode = call.arg(2, "mode", "constant") if call.name == "pad" else "constant"
-    value = call.arg(3 if call.name == "pad" else 2, "value", None)
-    sides = {rank - 1 - i // 2: tuple(call.args[1][i : i + 2]) for i in range(0, len(call.args[1]), 2)}
+    x, rank, pads = call.first(), len(call.shape()), list(call.get("pad"))
+    mode, value = call.get("mode", "constant"), call.get("value", None)
+    sides = {rank - 1 - i // 2: tuple(pads[i : i + 2]) for i in range(0, len(pads), 2)}
     moved = [_padded(call, f, sides, simple=mode == "constant") for f in x.factors]
     zero = x.zero and not value and mode == "constant"
     out = Value(call.shape(), tuple(f for f in moved if f.numel() > 1), zero)
@@ -90,17 +120,20 @@ def _padded(call: Call, factor: Tensor, sides: dict[int, tuple[int, ...]], *, si
 
 
 def expansion(call: Call) -> Value:
-    """Expand and repeat: the new positions are fresh atoms, which belong to no parameter and follow what they meet."""
-    x, shape = call.value(0), call.shape()
-    moved = [call.run(f.expand(x.shape)) for f in x.factors]
-    out = tidy(shape, moved, x.zero, call.ledger, call.reason("folds two structures into one dimension"))
-    call.note(x, out)
-    if call.name not in ("expand", "expand_as"):
-        call.ledger.held.extend((f, d, call.reason("repeats this dimension")) for f in x.factors for d in varying(f))
-        return out
+    """Expand and repeat: the new positions are fresh atoms, which belong to no parameter and follow what they meet.
+
+    Labels which are repeated are the same units again.
+    """
+    x, shape = call.first(), call.shape()
     lead = len(shape) - len(x.shape)
-    grown = [d for d, n in enumerate(shape) if n > 1 and (d < lead or x.shape[d - lead] == 1)]
-    return fresh(call, out, grown)
+    before = (1,) * lead + x.shape
+    factors = [drop_leading(f, len(shape)) for f in x.factors]
+    if not call.name.startswith(("expand", "broadcast")):
+        times = [new // old if old else 1 for old, new in zip(before, shape, strict=True)]
+        factors = [f.repeat([t if f.shape[d] > 1 else 1 for d, t in enumerate(times)]) for f in factors]
+    out = tidy(shape, factors, x.zero, call.ledger, call.reason("folds two structures into one dimension"))
+    call.note(x, out)
+    return fresh(call, out, [d for d, n in enumerate(shape) if n > 1 and before[d] == 1])
 
 
 def fresh(call: Call, value: Value, dims: list[int]) -> Value:
@@ -123,7 +156,7 @@ def factory(call: Call) -> Value:
 def concatenation(call: Call) -> Value:
     """Cat and stack: labels are laid side by side along `dim`, tied along the others."""
     parts = call.tensors()
-    dim = int(call.arg(1, "dim", 0))
+    dim = int(call.get("dim"))
     if call.name == "stack":
         dim %= len(parts[0].shape) + 1
         parts = [_unsqueezed(p, dim) for p in parts]
@@ -172,8 +205,7 @@ def _beside(parts: list[Value], dim: int) -> list[Tensor]:
 
 def indexing(call: Call) -> Result:
     """x[indices] with tensors: indexed dimensions are collapsed, the others keep their labels."""
-    x = call.value(0)
-    indices: list[Any] = call.args[1]
+    x, indices = call.first(), list(call.get("indices"))
     reason = call.reason("is indexed by values")
     touched = [d for d, i in enumerate(indices) if i is not None]
     factors = [call.ledger.collapse(f, touched, reason) for f in x.factors]
@@ -181,14 +213,47 @@ def indexing(call: Call) -> Result:
         call.ledger.freeze_value(index, reason)
     if any(call.is_mask(i) for i in indices if i is not None):
         return call.freeze_all("an index of booleans: its size depends on values")
-    zeros = [None if i is None else torch.zeros(call.shape_of(i), dtype=torch.long) for i in indices]
-    moved = [torch.ops.aten.index(f.expand(x.shape), zeros) for f in factors if f.numel() > 1]
+    ones = [None if i is None else torch.zeros((1,) * len(call.shape_of(i)), dtype=torch.long) for i in indices]
+    moved = [torch.ops.aten.index(f, ones) for f in factors if f.numel() > 1]
     return Value(call.shape(), tuple(map(compress, moved)), x.zero)
 
 
 def gathering(call: Call) -> Value:
-    """index_select with values: as `indexing`, along one dimension."""
-    x, dim = call.value(0), int(call.args[1])
+    """index_select, gather: along `dim` by values of another tensor, along the others position by position."""
+    x, dim = call.need("self"), int(call.get("dim"))
     reason = call.reason("is indexed by values")
-    factors = [call.ledger.collapse(f, [dim % len(x.shape)], reason) for f in x.factors]
-    return Value(call.shape(), tuple(f for f in factors if f.numel() > 1), x.zero)
+    factors = tuple(
+        f for f in (call.ledger.collapse(f, [dim % len(x.shape)], reason) for f in x.factors) if f.numel() > 1
+    )
+    index = call.need("index")
+    if call.name == "index_select":
+        return Value(call.shape(), factors, x.zero)
+    return _beside_values(call, Value(call.shape(), factors, x.zero), [index], dim)
+
+
+def _beside_values(call: Call, x: Value, others: list[Value], dim: int) -> Value:
+    """Tie `x` to tensors of its rank along every dimension but `dim`, along which values say where elements go."""
+    reason, at = call.reason("is indexed by values"), dim % len(x.shape)
+    out, zero = x, x.zero
+    for other in others:
+        factors = tuple(f for f in (call.ledger.collapse(f, [at], reason) for f in other.factors) if f.numel() > 1)
+        if any(a != b for d, (a, b) in enumerate(zip(other.shape, x.shape, strict=True)) if d != at):
+            call.ledger.freeze_value(other, reason)
+            factors = ()
+        joint, _ = match(Value(x.shape, out.factors), Value(x.shape, factors), call.ledger, reason=reason)
+        out, zero = Value(x.shape, tuple(joint)), zero and (other.zero or not other.factors)
+    return Value(call.shape(), out.factors, zero)
+
+
+def scattering(call: Call) -> Value:
+    """scatter, index_add and their like: rows of one tensor go where values say in another, position by position."""
+    x, dim = call.need("self"), int(call.get("dim"))
+    reason = call.reason("is indexed by values")
+    factors = tuple(
+        f for f in (call.ledger.collapse(f, [dim % len(x.shape)], reason) for f in x.factors) if f.numel() > 1
+    )
+    source = call.tensor("src") or call.tensor("source")
+    rows = [t for t in (call.tensor("index"), source) if t is not None and len(t.shape) == len(x.shape)]
+    if source is not None and source.zero and x.zero:
+        rows = [Value(t.shape, t.factors, True) for t in rows]
+    return _beside_values(call, Value(x.shape, factors, x.zero), rows, dim)
