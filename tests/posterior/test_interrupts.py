@@ -163,7 +163,9 @@ def test_a_gradient_that_is_no_number_is_refused_before_anything_moves(toy, snap
             toy.loss(net).backward()
         net[2].weight.grad[1, 0] = bad
         if attempt == 0:
-            with pytest.raises(OckhamError, match=r"gradient of '2\.weight' is NaN or infinite in 1 of 12 places.*skip"):
+            with pytest.raises(
+                OckhamError, match=r"gradient of '2\.weight' is NaN or infinite in 1 of 12 places.*skip"
+            ):
                 opt.step()
             opt.skip_nonfinite = True
         else:

@@ -20,12 +20,13 @@ Ignore = Iterable[Entry] | Entry
 """Parameters to protect: one `Entry`, or several."""
 
 
-def ignored(model: nn.Module, entries: Ignore) -> frozenset[str]:
+def ignored(model: nn.Module, entries: Ignore, *, buffers: bool = False) -> frozenset[str]:
     """Names of the parameters that ``entries`` cover.
 
     Args:
         model: whose parameters they are; names may be those of tied parameters or of modules inside it, "" is all.
         entries: one entry or several; a single string is one entry and not its letters.
+        buffers: whether names and patterns cover buffers, too.
 
     Returns:
         Names as `named_parameters` has them: a tied parameter under its first name.
@@ -39,7 +40,8 @@ def ignored(model: nn.Module, entries: Ignore) -> frozenset[str]:
     """
     first: dict[Tensor, str] = {}
     every: dict[str, str] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
+    pairs = list(model.named_parameters(remove_duplicate=False))
+    for name, p in [*pairs, *(model.named_buffers(remove_duplicate=False) if buffers else ())]:
         every[name] = first.setdefault(p, name)
     single = isinstance(entries, (str, type, nn.Module, Tensor))
     several: list[Any] = [entries] if single else list(entries)  # type: ignore[arg-type]
@@ -61,10 +63,10 @@ def _covered(model: nn.Module, entry: Any, every: dict[str, str], first: dict[Te
     if isinstance(entry, Tensor):
         return {name for p, name in first.items() if p is entry}
     if isinstance(entry, nn.Module):
-        inside = {first[p] for p in entry.parameters() if p in first}
+        inside = {first[p] for p in (*entry.parameters(), *entry.buffers()) if p in first}
         return inside if any(m is entry for m in model.modules()) else set()
     if isinstance(entry, type) and issubclass(entry, nn.Module):
-        return {first[p] for m in model.modules() if isinstance(m, entry) for p in m.parameters(recurse=False)}
+        return {first[p] for m in model.modules() if isinstance(m, entry) for p in m.parameters()}
     if not isinstance(entry, str):
         raise OckhamError(
             f"ignore takes names, 're:' patterns, module types, modules and parameters; got {entry!r} "

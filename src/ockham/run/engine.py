@@ -21,7 +21,7 @@ from ockham.fit.predict import Prediction, RegressionPrediction, predict, predic
 from ockham.run.folder import ResultFolder
 from ockham.run.result import NETWORK, PLAN, POSTERIOR, save_network, save_plan
 from ockham.run.trainer import EpochInfo, OnStep, RunState, StructureInfo, Trainer
-from ockham.surgery.planning import Plan
+from ockham.surgery.groups import Plan
 
 __all__ = ["Compressed", "Engine", "Method", "Task"]
 

@@ -24,11 +24,9 @@ from ockham.fit.optimizer import VariationalOptimizer
 from ockham.run.trainer import StructureInfo
 from ockham.surgery.cost import cost
 from ockham.surgery.folding import Constant, constants, fold
-from ockham.surgery.grouping import Groups
-from ockham.surgery.planning import Plan, plan_masks
-from ockham.surgery.shrinking import mask, shrink, slice_tensor
+from ockham.surgery.groups import Groups, Plan, plan_masks
+from ockham.surgery.shrinking import mask, shrink, slice_tensor, verify
 from ockham.surgery.tracing import trace
-from ockham.surgery.verifying import verify
 
 __all__ = [
     "Origin",

@@ -31,8 +31,7 @@ from ockham.methods.laplace.posterior import (
     laplace_posterior,
     mean_square_prior_precision,
 )
-from ockham.surgery.grouping import Groups
-from ockham.surgery.planning import Plan, check_model
+from ockham.surgery.groups import Groups, Plan, check_model
 
 __all__ = [
     "compensate",
