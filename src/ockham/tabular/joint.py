@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from ockham.posterior.hamiltonian import hamiltonian
+from ockham.tabular.hamiltonian import hamiltonian
 from ockham.posterior.posterior import Posterior
 from ockham.tabular.curvature import counting_for_all, gauss_newton, of_classes
 from ockham.tabular.draws import Draws, ScaleDraws
