@@ -10,11 +10,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ockham
+from ockham.choose.rules import Rule
+from ockham.core.likelihood import Regression
 from ockham.errors import DataError, OckhamError
-from ockham.posterior.curvature import monte_carlo_regression
-from ockham.posterior.full import living_curvature, with_marginals
-from ockham.reduction.rule import Rule
-from ockham.workflow.likelihood import Regression
+from ockham.methods.laplace.curvature import monte_carlo_regression
+from ockham.methods.laplace.full import living_curvature, with_marginals
 
 NOISE = 0.25
 
@@ -118,7 +118,7 @@ def test_convolutions_and_batch_norm_are_seen_too_and_go_on_training():
                              correlated=ockham.Correlated(examples=50))  # fmt: skip
     before = torch.random.get_rng_state()
     for _ in job:
-        assert job._trainer.model.training
+        assert job.network.training
     assert torch.equal(torch.random.get_rng_state(), before)  # global randomness is not touched
     found = job.result()
     assert sum(int(k.sum()) for k in found.keep.values()) == 60

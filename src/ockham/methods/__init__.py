@@ -1,0 +1,1 @@
+"""A room for every method; nothing below imports one."""
