@@ -1,0 +1,1 @@
+"""Methods, a room of its own for each."""
