@@ -35,19 +35,17 @@ import torch
 from torch import Tensor, nn
 
 import ockham
+from ockham.choose.rules import EvidenceRule, Rule
+from ockham.core.likelihood import Classification
+from ockham.core.posterior import Posterior
 from ockham.evidence.gaussian import delta_f
-from ockham.evidence.horseshoe import fit_horseshoe
 from ockham.evidence.hyper import beta_log_odds_published
-from ockham.posterior.horseshoe import HorseshoeNetwork
-from ockham.posterior.posterior import Posterior
-from ockham.posterior.priors import FixedPrior, LayerScale
-from ockham.posterior.variational import VariationalOptimizer
-from ockham.reduction.rule import EvidenceRule, Rule
-from ockham.report.measure import classification_summary, ece_equal_mass
-from ockham.workflow.evaluate import mean_predictor, posterior_predictor
-from ockham.workflow.likelihood import Classification
-from ockham.workflow.reducer import Reducer
-from ockham.workflow.trainer import Trainer
+from ockham.fit.optimizer import VariationalOptimizer
+from ockham.fit.priors import FixedPrior, LayerScale
+from ockham.methods.horseshoe import HorseshoeNetwork, fit_horseshoe
+from ockham.run.engine import Reducer
+from ockham.run.measure import classification_summary, ece_equal_mass, mean_predictor, posterior_predictor
+from ockham.run.trainer import Trainer
 from ockham.zoo.data import Batches, Dataset, load_folder
 from ockham.zoo.networks import NETWORKS
 

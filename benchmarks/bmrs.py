@@ -33,15 +33,22 @@ from torch import Tensor, nn
 
 import ockham
 from bmrs_networks import ViT, lenet5, load_weights, mlp, resnet50, vit_b16
-from ockham.evidence import lognormal
-from ockham.files.tree import read_tree, write_tree
-from ockham.posterior.gates import per_element
+from ockham.core.files import read_tree, write_tree
+from ockham.methods.gates import lognormal
+from ockham.methods.gates.attach import GATE_RULES
+from ockham.methods.gates.noise import per_element
+from ockham.methods.gates.training import (
+    GateCompression,
+    GateTraining,
+    ParameterBudget,
+    Tempered,
+    by_threshold,
+    mean_mean,
+    true_elbo,
+)
+from ockham.run.job import Batches
+from ockham.run.measure import mean_predictor, measures
 from ockham.surgery.cost import latencies
-from ockham.workflow.evaluate import mean_predictor, measures
-from ockham.workflow.gate_settings import Budget, GateTraining, Tempered, by_threshold, mean_mean, true_elbo
-from ockham.workflow.gate_training import GateCompression
-from ockham.workflow.gating import GATE_RULES
-from ockham.workflow.stages import Batches
 from ockham.zoo.data import digits, load_folder
 from ockham.zoo.networks import NETWORKS
 
@@ -203,7 +210,7 @@ def run(name: str, arm: str, plan: Plan) -> dict[str, Any]:
     else:
         budget = None
         if arm in ORDERS:
-            budget = Budget(run(name, "n", plan)["parameters"], full)
+            budget = ParameterBudget(run(name, "n", plan)["parameters"], full)
         record, small = gated(model, (x, y), training, batch, arm=arm, budget=budget, label=label)
     before, after = latencies([network(setting, plan.seed).to(setting.device), small], test_x[:1].to(setting.device))
     typed = " ".join(sys.argv[1:]).replace(str(plan.data), "PATH")
@@ -268,7 +275,7 @@ def gated(
     batch: int,
     *,
     arm: str,
-    budget: Budget | None,
+    budget: ParameterBudget | None,
     label: str,
 ) -> tuple[dict, nn.Module]:
     """Training with gates; after every epoch a checkpoint, from which an interrupted run goes on."""

@@ -31,11 +31,11 @@ from torch import Tensor, nn
 
 import ockham
 from cifar import given, parts
-from ockham.posterior.posterior import Posterior
-from ockham.posterior.variational import VariationalOptimizer
-from ockham.reduction.one_shot import reduced
-from ockham.reduction.score import by_delta_f, by_snr, score
-from ockham.workflow.one_shot import unscored, with_means
+from ockham.choose.correlated import reduced
+from ockham.choose.score import by_delta_f, by_snr, score
+from ockham.core.posterior import Posterior
+from ockham.fit.optimizer import VariationalOptimizer
+from ockham.methods.laplace.one_shot import unscored, with_means
 from ockham.zoo.data import load_folder
 from ockham.zoo.networks import NETWORKS
 from ockham.zoo.paper import CharTransformer

@@ -40,12 +40,12 @@ from torch import Tensor, nn
 
 import ockham
 from bmrs_networks import lenet5
-from ockham.evidence import lognormal
+from ockham.choose.units import unit_evidence
+from ockham.core.posterior import Posterior
 from ockham.evidence.gaussian import delta_f
-from ockham.posterior.posterior import Posterior
-from ockham.reduction.structures import unit_evidence
-from ockham.workflow.gate_curve import without
-from ockham.workflow.gating import Gates
+from ockham.methods.gates import lognormal
+from ockham.methods.gates.attach import Gates
+from ockham.methods.gates.curve import without
 from ockham.zoo.data import Batches, digits
 from ockham.zoo.networks import NETWORKS
 

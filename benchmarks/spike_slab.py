@@ -26,9 +26,9 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from ockham.evidence.correlated import inclusion_correlated
-from ockham.evidence.exact import inclusion
-from ockham.evidence.spike_slab import factorised_log_odds, factorised_precision, inclusion_log_odds
+from ockham.evidence.exact import exact_inclusion
+from ockham.methods.spike_slab.correlated import inclusion_correlated
+from ockham.methods.spike_slab.formulas import factorised_log_odds, factorised_precision, inclusion_log_odds
 from ockham.tabular import SparseBNNRegressor
 
 RESULTS = Path(__file__).parent / "results" / "spike_slab"
@@ -104,7 +104,7 @@ def run_linear(args: argparse.Namespace) -> None:
     q, _ = torch.linalg.qr(torch.randn(60, 12, generator=generator, dtype=F64))
     x = q * 60**0.5
     y = x @ (0.3 * torch.randn(12, generator=generator, dtype=F64)) + torch.randn(60, generator=generator, dtype=F64)
-    exact = inclusion(x, y, prior_inclusion=0.2, slab_variance=1.0, noise_variance=1.0).probabilities
+    exact = exact_inclusion(x, y, prior_inclusion=0.2, slab_variance=1.0, noise_variance=1.0).probabilities
     errors = {name: float((form(x, y, 0.2, 1.0, 1.0) - exact).abs().max()) for name, form in FORMS.items()}
     _write("linear", {"reference": rows, "orthogonal_max_error": errors})
 
@@ -124,7 +124,7 @@ def run_calibration(args: argparse.Namespace) -> None:
             design, target = torch.from_numpy(x), torch.from_numpy(y)
             for name, form in FORMS.items():
                 found[name].append(form(design, target, 0.2, 1.0, 1.0).numpy())
-            exact = inclusion(x, y, prior_inclusion=0.2, slab_variance=1.0, noise_variance=1.0)
+            exact = exact_inclusion(x, y, prior_inclusion=0.2, slab_variance=1.0, noise_variance=1.0)
             found["exact"].append(exact.probabilities)
             truth.append(z)
         for name, values in found.items():

@@ -21,20 +21,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ockham.files.tree import read_tree, write_tree
-from ockham.posterior.slab_priors import FixedSpikeSlab, LearnedSpikeSlab
-from ockham.reduction.inclusion import MedianRule
-from ockham.reduction.paths import living
-from ockham.reduction.prices import FlatPrice
-from ockham.reduction.rounds import Rounds
-from ockham.reduction.rule import BudgetRule, Rule
-from ockham.reduction.score import Evidence
-from ockham.reduction.structure_rule import Structures
-from ockham.workflow.compression import Compression
-from ockham.workflow.correlated import Correlated
-from ockham.workflow.estimators import Training, spike_slab
-from ockham.workflow.evaluate import mean_predictor, measures, posterior_predictor
-from ockham.workflow.result import stored_values
+from ockham.choose.paths import living
+from ockham.choose.prices import FlatPrice, Structures
+from ockham.choose.rules import BudgetRule, Rounds, Rule
+from ockham.choose.score import Evidence
+from ockham.core.files import read_tree, write_tree
+from ockham.methods.laplace.full import Correlated
+from ockham.methods.spike_slab.inclusion import MedianRule
+from ockham.methods.spike_slab.optimizer import spike_slab
+from ockham.methods.spike_slab.priors import FixedSpikeSlab, LearnedSpikeSlab
+from ockham.run.engine import Compression
+from ockham.run.estimators import Training
+from ockham.run.measure import mean_predictor, measures, posterior_predictor
+from ockham.run.result import stored_values
 from ockham.zoo.data import Batches, load_folder
 
 RESULTS = Path(__file__).parent / "results" / "spike_slab"

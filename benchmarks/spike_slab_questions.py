@@ -28,19 +28,18 @@ from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 import ockham
+from ockham.choose.paths import chain_weights, node_inclusion
+from ockham.choose.rules import BudgetRule, Rounds
+from ockham.choose.score import score
 from ockham.errors import OckhamWarning
-from ockham.evidence.exact import inclusion as exact
-from ockham.posterior.slab_priors import FixedSpikeSlab, LearnedSpikeSlab
-from ockham.posterior.spike_slab import SpikeSlab
-from ockham.reduction.inclusion import MedianRule
-from ockham.reduction.paths import chain_weights, node_inclusion
-from ockham.reduction.rounds import Rounds
-from ockham.reduction.rule import BudgetRule
-from ockham.reduction.score import score
-from ockham.report.shift import corrupt
-from ockham.workflow.compression import Compressed, Compression
-from ockham.workflow.estimators import Training, mean_field, point_estimate, spike_slab
-from ockham.workflow.evaluate import corruption_shift, mean_predictor, measures, posterior_predictor
+from ockham.evidence.exact import exact_inclusion as exact
+from ockham.methods.spike_slab.inclusion import MedianRule
+from ockham.methods.spike_slab.optimizer import SpikeSlab, spike_slab
+from ockham.methods.spike_slab.priors import FixedSpikeSlab, LearnedSpikeSlab
+from ockham.run.engine import Compressed, Compression
+from ockham.run.estimators import Training, mean_field, point_estimate
+from ockham.run.measure import corruption_shift, mean_predictor, measures, posterior_predictor
+from ockham.run.shift import corrupt
 from ockham.zoo.data import Batches, Dataset, digits, load_folder
 from ockham.zoo.networks import digits_mlp, resnet110
 from ockham.zoo.paper import CharTransformer

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import ockham
-from ockham.report.measure import jaccard
+from ockham.run.measure import jaccard
 from ockham.zoo.data import digits
 from ockham.zoo.networks import digits_mlp
 

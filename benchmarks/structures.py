@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 
 import ockham
-from ockham.files.tree import read_tree, write_tree
-from ockham.reduction.structures import all_masks
+from ockham.choose.units import all_masks
+from ockham.core.files import read_tree, write_tree
+from ockham.run.job import structures_name
 from ockham.surgery.cost import cost, latencies
 from ockham.surgery.execution import sparse_linear
-from ockham.workflow.stages import structures_name
 from ockham.zoo.data import Batches, load_folder
 from ockham.zoo.networks import NETWORKS
 

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 
 import ockham
-from ockham.reduction.prices import Price, UnitCosts
-from ockham.reduction.structures import StructureEvidence
+from ockham.choose.prices import Price, UnitCosts
+from ockham.choose.units import StructureEvidence
 from ockham.surgery.cost import cost
 from ockham.zoo.paper import CharTransformer
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import ockham
-from ockham.posterior.variational import Facts, VariationalOptimizer
+from ockham.fit.optimizer import Facts, VariationalOptimizer
 
 
 # --8<-- [start:method]

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 import ockham
-from ockham.posterior.predict import draw_outputs
-from ockham.report.measure import regression_summary
+from ockham.fit.predict import draw_outputs
+from ockham.run.measure import regression_summary
 from ockham.zoo.data import Batches
 
 NOISE = 0.3

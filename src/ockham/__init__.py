@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
+from ockham.choose.planning import plan
+from ockham.choose.prices import FlatPrice, LearnedRate, PerMac, PerMillisecond, PerParameter, Structures
+from ockham.choose.rules import BudgetRule, EvidenceRule, LearnedOddsRule, Rounds
+from ockham.choose.score import by_magnitude, by_random, by_snr, diagnose, score
+from ockham.choose.units import units_of
+from ockham.core.likelihood import Classification, Loss, Regression
+from ockham.core.posterior import Gaussian, Posterior, load_posterior
 from ockham.errors import DataError, NonFiniteLossError, OckhamError, OckhamWarning, ResultError, TraceError
-from ockham.posterior.adapters import from_ivon, from_laplace, from_moments, from_swag
-from ockham.posterior.group_priors import GroupHorseshoe, GroupScale
-from ockham.posterior.horseshoe import horseshoe
-from ockham.posterior.ivon import IVON
-from ockham.posterior.mean_field import MeanField
-from ockham.posterior.point import PointEstimate
-from ockham.posterior.posterior import Gaussian, Posterior
-from ockham.posterior.predict import Prediction, RegressionPrediction, predict, predict_regression
-from ockham.posterior.priors import EmpiricalBayes, FixedPrior, LayerScale
-from ockham.posterior.slab_priors import FixedSpikeSlab, LearnedSpikeSlab
-from ockham.posterior.spike_slab import SpikeSlab
-from ockham.posterior.storage import load_posterior
-from ockham.reduction.diagnose import diagnose
-from ockham.reduction.inclusion import MedianRule, inclusion
-from ockham.reduction.prices import FlatPrice, LearnedRate, PerMac, PerMillisecond, PerParameter
-from ockham.reduction.rounds import Rounds
-from ockham.reduction.rule import BudgetRule, EvidenceRule, LearnedOddsRule
-from ockham.reduction.score import by_magnitude, by_random, by_snr, score
-from ockham.reduction.structure_rule import Structures
-from ockham.reduction.structures import units_of
-from ockham.surgery import Plan, export, mask, plan, random_plan, shrink, trace, verify
+from ockham.fit.ivon import IVON
+from ockham.fit.mean_field import MeanField
+from ockham.fit.point import PointEstimate
+from ockham.fit.predict import Prediction, RegressionPrediction, predict, predict_regression, refresh_batchnorm
+from ockham.fit.priors import EmpiricalBayes, FixedPrior, GroupHorseshoe, GroupScale, LayerScale
+from ockham.methods.adapters import from_ivon, from_laplace, from_moments, from_swag
+from ockham.methods.gates.attach import Gates, attach_gates
+from ockham.methods.horseshoe import horseshoe
+from ockham.methods.laplace.full import Correlated
+from ockham.methods.laplace.one_shot import compensate, laplace, reduce
+from ockham.methods.spike_slab.audit import audit
+from ockham.methods.spike_slab.inclusion import MedianRule, inclusion
+from ockham.methods.spike_slab.optimizer import SpikeSlab
+from ockham.methods.spike_slab.priors import FixedSpikeSlab, LearnedSpikeSlab
+from ockham.moved import install as _install_moved
+from ockham.run.engine import Compressed, Compression, compress
+from ockham.run.estimators import Training, defaults_for, point_estimate
+from ockham.run.result import load, save_pretrained
+from ockham.surgery import Plan, export, mask, random_plan, shrink, trace, verify
 from ockham.version import __version__
-from ockham.workflow.audit import audit
-from ockham.workflow.batchnorm import refresh_batchnorm
-from ockham.workflow.compression import Compressed, Compression, compress
-from ockham.workflow.correlated import Correlated
-from ockham.workflow.estimators import Training, defaults_for, point_estimate
-from ockham.workflow.gating import Gates, attach_gates
-from ockham.workflow.likelihood import Classification, Loss, Regression
-from ockham.workflow.one_shot import compensate, laplace, reduce
-from ockham.workflow.publish import save_pretrained
-from ockham.workflow.result import load
 
 __all__ = [
     "IVON",
@@ -113,3 +108,5 @@ __all__ = [
     "units_of",
     "verify",
 ]
+
+_install_moved()

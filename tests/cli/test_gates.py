@@ -13,8 +13,8 @@ from ockham.cli.app import app
 from ockham.cli.build import build_job
 from ockham.cli.options import Options
 from ockham.errors import OckhamError, ResultError
-from ockham.report.gate_report import write_gate_report
-from ockham.workflow.gate_job import CHECKPOINT
+from ockham.methods.gates.job import CHECKPOINT
+from ockham.methods.gates.report import write_gate_report
 
 FAST = {"method": "bmrs", "epochs": 4, "baseline": False, "quiet": True, "temperature": 300.0, "learning_rate": 2e-2}
 

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from ockham.files.tree import read_tree
+from ockham.core.files import read_tree
 
 SETTINGS = ("--epochs", "20", "--quiet", "--seed", "3")
 FILES = ("network.safetensors", "posterior.safetensors", "history.json", "analysis.json")

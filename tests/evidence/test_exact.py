@@ -11,8 +11,8 @@ import torch
 from torch.distributions import MultivariateNormal
 
 from ockham.errors import OckhamError
-from ockham.evidence.exact import inclusion, inclusion_g_prior
-from ockham.evidence.spike_slab import inclusion_log_odds
+from ockham.evidence.exact import exact_inclusion, inclusion_g_prior
+from ockham.methods.spike_slab.formulas import inclusion_log_odds
 
 SETTINGS = {"prior_inclusion": 0.2, "slab_variance": 1.0, "noise_variance": 1.0}
 
@@ -30,7 +30,7 @@ def test_equals_the_reference(reference, case):
     c = reference("spike_slab")["linear_gaussian"][case]
     x, y = np.array(c["X"]), np.array(c["y"])
     rest = {k: c[k] for k in SETTINGS}
-    found, evidence = inclusion(x, y, **rest)
+    found, evidence = exact_inclusion(x, y, **rest)
     assert isinstance(found, np.ndarray) and isinstance(evidence, float)
     np.testing.assert_allclose(found, c["inclusion"], atol=1e-12)
     base = -0.5 * (len(y) * math.log(2 * math.pi) + y @ y)
@@ -57,7 +57,7 @@ def test_equals_brute_force_with_settings_per_column():
     x = x + 0.8 * x.roll(1, 1)
     rates, variances = [0.1, 0.3, 0.5, 0.7, 0.2], torch.tensor([0.5, 1.0, 2.0, 0.1, 4.0], dtype=torch.float64)
     want, evidence = brute(x, y, rates, variances, 0.7)
-    got = inclusion(x, y, prior_inclusion=rates, slab_variance=variances, noise_variance=0.7)
+    got = exact_inclusion(x, y, prior_inclusion=rates, slab_variance=variances, noise_variance=0.7)
     torch.testing.assert_close(got.probabilities, want, atol=1e-10, rtol=0)
     assert float(got.log_evidence) == pytest.approx(float(evidence), abs=1e-9)
 
@@ -74,7 +74,7 @@ def test_g_prior_equals_brute_force():
 def test_orthogonal_design_equals_the_closed_form_and_the_paired_optimum():
     d, v, s, p0 = 60.0, 1.5, 0.8, 0.2
     x, y = orthogonal(60, 12, d)
-    got = inclusion(x, y, prior_inclusion=p0, slab_variance=v, noise_variance=s).probabilities
+    got = exact_inclusion(x, y, prior_inclusion=p0, slab_variance=v, noise_variance=s).probabilities
     b = x.T @ y
     odds = math.log(p0 / (1 - p0)) - 0.5 * math.log1p(v * d / s) + b.square() / (2 * s * s * (d / s + 1 / v))
     torch.testing.assert_close(got, torch.sigmoid(odds), atol=1e-10, rtol=0)
@@ -86,15 +86,17 @@ def test_orthogonal_design_equals_the_closed_form_and_the_paired_optimum():
 def test_twenty_columns_and_order_of_columns_do_not_matter():
     x, y = orthogonal(30, 20, 10.0)
     x = x + 0.5 * x.roll(1, 1)
-    got = inclusion(x, y, **SETTINGS).probabilities
+    got = exact_inclusion(x, y, **SETTINGS).probabilities
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(inclusion(x[:, order], y, **SETTINGS).probabilities, got[order], atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        exact_inclusion(x[:, order], y, **SETTINGS).probabilities, got[order], atol=1e-10, rtol=0
+    )
 
 
 def test_duplicated_columns_share_their_probability():
     x, y = orthogonal(30, 3, 30.0)
     both = torch.cat([x, x[:, :1]], 1)
-    got = inclusion(both, y, **SETTINGS).probabilities
+    got = exact_inclusion(both, y, **SETTINGS).probabilities
     assert float(got[0]) == pytest.approx(float(got[3]), abs=1e-12)
     with pytest.raises(OckhamError, match="independent columns"):
         inclusion_g_prior(both, y, prior_inclusion=0.2, g=10.0, noise_variance=1.0)
@@ -102,9 +104,9 @@ def test_duplicated_columns_share_their_probability():
 
 def test_same_kind_out():
     x, y = orthogonal(20, 3, 20.0)
-    single = inclusion(x.float(), y.float(), **SETTINGS)
+    single = exact_inclusion(x.float(), y.float(), **SETTINGS)
     assert single.probabilities.dtype is torch.float32 and single.log_evidence.dtype is torch.float32
-    empty = inclusion(x[:, :0], y, **SETTINGS)
+    empty = exact_inclusion(x[:, :0], y, **SETTINGS)
     assert empty.probabilities.shape == (0,)
     assert float(empty.log_evidence) == pytest.approx(float(-0.5 * (20 * math.log(2 * math.pi) + y @ y)))
 
@@ -121,15 +123,15 @@ def test_same_kind_out():
 def test_bad_settings_are_named(change, match):
     x, y = orthogonal(20, 3, 20.0)
     with pytest.raises(OckhamError, match=match):
-        inclusion(x, y, **{**SETTINGS, **change})
+        exact_inclusion(x, y, **{**SETTINGS, **change})
 
 
 def test_bad_data_are_named():
     x, y = orthogonal(40, 21, 20.0)
     with pytest.raises(OckhamError, match="p = 20"):
-        inclusion(x, y, **SETTINGS)
+        exact_inclusion(x, y, **SETTINGS)
     with pytest.raises(OckhamError, match=r"X \[n, p\]"):
-        inclusion(x[:, :3], y[:-1], **SETTINGS)
+        exact_inclusion(x[:, :3], y[:-1], **SETTINGS)
     x[0, 0] = math.nan
     with pytest.raises(OckhamError, match="NaN"):
-        inclusion(x[:, :3], y, **SETTINGS)
+        exact_inclusion(x[:, :3], y, **SETTINGS)

@@ -9,8 +9,8 @@ import torch
 from scipy import integrate, stats
 
 from ockham.errors import OckhamError
-from ockham.evidence import horseshoe as hs
 from ockham.evidence.gaussian import delta_f
+from ockham.methods import horseshoe as hs
 
 F64 = torch.float64
 

@@ -99,7 +99,7 @@ def mask_of(seed):
 def test_survivors_move_to_the_dense_conditional_mean(case, seed):
     k, mean, dense = case
     keep = mask_of(seed)
-    got = kron.compensated(mean, k, keep)
+    got = kron.conditional_mean(mean, k, keep)
     assert bool((got[~keep] == 0).all())
     cost = 0.0
     for i in range(GROUPS):
@@ -115,8 +115,8 @@ def test_survivors_move_to_the_dense_conditional_mean(case, seed):
 def test_conditioning_twice_is_conditioning_once(case):
     k, mean, _ = case
     first, both = mask_of(0), mask_of(0) & mask_of(1)
-    once = kron.compensated(mean, k, both)
-    twice = kron.compensated(kron.compensated(mean, k, first), k, both)
+    once = kron.conditional_mean(mean, k, both)
+    twice = kron.conditional_mean(kron.conditional_mean(mean, k, first), k, both)
     torch.testing.assert_close(once, twice, rtol=1e-5, atol=1e-7)
 
 
@@ -128,8 +128,8 @@ def test_a_flat_prior_moves_survivors_by_the_data_alone(case):
     keep = torch.tensor([[[True, False, True, True]]])
     stay = [0, 2, 3]
     want = torch.linalg.solve(a[0][stay][:, stay], a[0][stay] @ mean[0, 0])
-    torch.testing.assert_close(kron.compensated(mean, k, keep, 1e-12)[0, 0, stay], want, rtol=1e-5, atol=1e-8)
-    assert float((kron.compensated(mean, k, keep)[0, 0, stay] - want).abs().max()) > 0.05  # the prior holds them
+    torch.testing.assert_close(kron.conditional_mean(mean, k, keep, 1e-12)[0, 0, stay], want, rtol=1e-5, atol=1e-8)
+    assert float((kron.conditional_mean(mean, k, keep)[0, 0, stay] - want).abs().max()) > 0.05  # the prior holds them
 
 
 def test_bad_factors_are_named():

@@ -14,8 +14,8 @@ import scipy.stats
 import torch
 
 from ockham.errors import OckhamError
-from ockham.evidence import lognormal
 from ockham.evidence.special import log_mills, log_scaled_mass
+from ockham.methods.gates import lognormal
 
 F64 = torch.float64
 SCORES = {

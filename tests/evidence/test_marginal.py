@@ -9,7 +9,7 @@ import torch
 from torch.distributions import MultivariateNormal
 
 from ockham.errors import OckhamError
-from ockham.evidence.marginal import evidence_prior_precision, laplace_evidence, mean_square_prior_precision
+from ockham.methods.laplace.posterior import evidence_prior_precision, laplace_evidence, mean_square_prior_precision
 
 F64 = torch.float64
 

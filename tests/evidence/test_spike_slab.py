@@ -13,9 +13,9 @@ from scipy.stats import norm
 from torch.distributions import Beta, InverseGamma
 
 from ockham.errors import OckhamError, OckhamWarning
-from ockham.evidence.correlated import correlation, inclusion_correlated, likelihood_of
-from ockham.evidence.exact import inclusion
-from ockham.evidence.spike_slab import (
+from ockham.evidence.exact import exact_inclusion
+from ockham.methods.spike_slab.correlated import correlation, inclusion_correlated, likelihood_of
+from ockham.methods.spike_slab.formulas import (
     factorised_log_odds,
     factorised_precision,
     gaussian_spike_log_odds,
@@ -93,7 +93,7 @@ class Linear:
 
 @pytest.mark.parametrize("spike", [0.0, 0.05])
 def test_gradients_of_the_elbo_equal_finite_differences(spike):
-    from ockham.posterior.slab_updates import Run, SlabFacts, by_gradient
+    from ockham.methods.spike_slab.optimizer import Run, SlabFacts, by_gradient
 
     task = Linear(spike)
     m = torch.tensor([0.5, -0.2, 0.1, 1.0], dtype=F64)
@@ -214,7 +214,7 @@ def test_expectation_propagation_is_exact_without_correlation():
     q, _ = torch.linalg.qr(torch.randn(40, 6, generator=torch.Generator().manual_seed(4), dtype=F64))
     y = 3 * q[:, 0] + torch.randn(40, generator=torch.Generator().manual_seed(5), dtype=F64)
     got = inclusion_correlated(q.T @ q, q.T @ y, log_odds=-1.0, slab_variance=3.0)
-    want = inclusion(
+    want = exact_inclusion(
         q, y, prior_inclusion=torch.sigmoid(torch.tensor(-1.0, dtype=F64)), slab_variance=3.0, noise_variance=1.0
     )
     torch.testing.assert_close(got.probabilities, want.probabilities, atol=1e-7, rtol=0)
@@ -235,7 +235,7 @@ def test_unfit_matrices_are_refused():
 
 
 def test_paired_fixed_points_maximise_the_elbo_of_every_coordinate(reference):
-    from ockham.evidence.paired import inclusion_paired
+    from ockham.methods.spike_slab.correlated import inclusion_paired
 
     c = reference("spike_slab")["linear_gaussian"][1]
     x, y = torch.tensor(c["X"], dtype=F64), torch.tensor(c["y"], dtype=F64)
@@ -247,12 +247,12 @@ def test_paired_fixed_points_maximise_the_elbo_of_every_coordinate(reference):
     base = -0.5 * (len(c["y"]) * math.log(2 * math.pi) + float(np.square(c["y"]).sum()))
     x, y = torch.tensor(c["X"], dtype=F64), torch.tensor(c["y"], dtype=F64)
     one = inclusion_paired(x.T @ x, x.T @ y, log_odds=math.log(0.25), slab_variance=1.0)
-    evidence = inclusion(x, y, prior_inclusion=0.2, slab_variance=1.0, noise_variance=1.0).log_evidence
+    evidence = exact_inclusion(x, y, prior_inclusion=0.2, slab_variance=1.0, noise_variance=1.0).log_evidence
     assert -1.0 < one.elbo + base - float(evidence) < 0  # a lower bound, and close
 
 
 def test_several_starts_mix_the_twins_of_a_duplicated_column():
-    from ockham.evidence.paired import inclusion_paired
+    from ockham.methods.spike_slab.correlated import inclusion_paired
 
     g = torch.Generator().manual_seed(0)
     x = torch.randn(40, 1, generator=g, dtype=F64)
@@ -261,7 +261,7 @@ def test_several_starts_mix_the_twins_of_a_duplicated_column():
     one = inclusion_paired(x.T @ x, x.T @ y, log_odds=-2.0, slab_variance=4.0)
     many = inclusion_paired(x.T @ x, x.T @ y, log_odds=-2.0, slab_variance=4.0, starts=20)
     rate = 1 / (1 + math.exp(2.0))
-    want = inclusion(x, y, prior_inclusion=rate, slab_variance=4.0, noise_variance=1.0).probabilities
+    want = exact_inclusion(x, y, prior_inclusion=rate, slab_variance=4.0, noise_variance=1.0).probabilities
     assert many.fixed_points >= 2 and many.elbo >= one.elbo - 1e-9
     assert float((many.probabilities - want).abs().max()) < 0.5 * float((one.probabilities - want).abs().max())
     with pytest.raises(OckhamError, match="starts"):

@@ -12,9 +12,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ockham.core.files import (
+    SCHEMA,
+    pack,
+    pack_mask,
+    read_json,
+    read_tree,
+    unpack,
+    unpack_mask,
+    write_bytes,
+    write_json,
+    write_tree,
+)
 from ockham.errors import OckhamError, ResultError
-from ockham.files.sparse import pack, pack_mask, unpack, unpack_mask
-from ockham.files.tree import SCHEMA, read_json, read_tree, write_bytes, write_json, write_tree
 
 
 @pytest.fixture

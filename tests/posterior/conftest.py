@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
-from ockham.posterior.ivon import IVON
-from ockham.posterior.mean_field import MeanField
+from ockham.fit.ivon import IVON
+from ockham.fit.mean_field import MeanField
 
 
 class Toy:

@@ -13,9 +13,9 @@ from torch import nn
 from ockham import from_ivon, from_laplace, from_moments, from_swag, laplace, reduce, score
 from ockham.errors import OckhamError, OckhamWarning
 from ockham.evidence.gaussian import delta_f
-from ockham.posterior.adapters import from_bayesian_torch, from_posteriors, from_pyro
-from ockham.posterior.ivon import IVON
-from ockham.posterior.priors import FixedPrior
+from ockham.fit.ivon import IVON
+from ockham.fit.priors import FixedPrior
+from ockham.methods.adapters import from_bayesian_torch, from_posteriors, from_pyro
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ockham.errors import OckhamError
-from ockham.posterior import pieces
-from ockham.posterior.mean_field import MeanField
+from ockham.fit import memory as pieces
+from ockham.fit.mean_field import MeanField
 
 
 def draws(net, opt, count, name="0.weight"):

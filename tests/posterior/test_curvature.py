@@ -12,8 +12,8 @@ from ockham import laplace
 from ockham.errors import DataError, OckhamError, OckhamWarning
 from ockham.evidence.gaussian import delta_f_dense
 from ockham.evidence.kronecker import covariance, delta_f_kronecker_rows
-from ockham.posterior import taps
-from ockham.posterior.curvature import ExampleGradients, monte_carlo_classification
+from ockham.methods.laplace import taps
+from ockham.methods.laplace.curvature import ExampleGradients, monte_carlo_classification
 
 F64 = torch.float64
 P0, NOISE = 2.0, 0.5

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
-from ockham.posterior.mean_field import MeanField
-from ockham.posterior.priors import EmpiricalBayes, FixedPrior, LayerScale
+from ockham.fit.mean_field import MeanField
+from ockham.fit.priors import EmpiricalBayes, FixedPrior, LayerScale
 
 F64 = torch.float64
 

@@ -13,9 +13,8 @@ from scipy.special import digamma, gammaln
 
 import ockham
 from ockham.errors import OckhamError
-from ockham.posterior.group_priors import GroupHorseshoe, GroupScale, rows
-from ockham.posterior.mean_field import MeanField
-from ockham.posterior.priors import EmpiricalBayes
+from ockham.fit.mean_field import MeanField
+from ockham.fit.priors import EmpiricalBayes, GroupHorseshoe, GroupScale, rows
 
 
 def one(*values: float) -> list[torch.Tensor]:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ockham.errors import OckhamError
-from ockham.posterior.mean_field import MeanField
-from ockham.posterior.priors import FixedPrior
+from ockham.fit.mean_field import MeanField
+from ockham.fit.priors import FixedPrior
 
 
 def values(net, opt):

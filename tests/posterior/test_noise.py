@@ -3,7 +3,7 @@ import math
 import torch
 
 from ockham import MeanField
-from ockham.posterior.noise import CYCLE, renew_
+from ockham.fit.memory import CYCLE, renew_
 
 
 def cycle(length, rounds=1, seed=0):

@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 import torch
 
+from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError
-from ockham.posterior.mean_field import MeanField
-from ockham.posterior.posterior import Gaussian, Posterior
+from ockham.fit.mean_field import MeanField
 
 
 def gaussian(n=3, **changes):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError
-from ockham.posterior.posterior import Gaussian, Posterior
-from ockham.posterior.predict import draw_outputs, draw_parameters, predict
+from ockham.fit.predict import draw_outputs, draw_parameters, predict
 
 
 def posterior_of(model, std=0.5, keep=None):

@@ -10,8 +10,8 @@ import torch
 from scipy.special import digamma, gammaln
 
 from ockham.errors import OckhamError
-from ockham.posterior.mean_field import MeanField
-from ockham.posterior.priors import EmpiricalBayes, FixedPrior, LayerScale
+from ockham.fit.mean_field import MeanField
+from ockham.fit.priors import EmpiricalBayes, FixedPrior, LayerScale
 
 
 def test_fixed_prior_never_moves():

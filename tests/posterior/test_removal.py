@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ockham.errors import OckhamError
-from ockham.posterior.mean_field import MeanField
-from ockham.posterior.priors import FixedPrior
+from ockham.fit.mean_field import MeanField
+from ockham.fit.priors import FixedPrior
 
 KEEP = torch.arange(30).view(6, 5) % 3 > 0
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ockham.errors import OckhamError
-from ockham.posterior.mean_field import MeanField
-from ockham.posterior.priors import EmpiricalBayes, FixedPrior, LayerScale
+from ockham.fit.mean_field import MeanField
+from ockham.fit.priors import EmpiricalBayes, FixedPrior, LayerScale
 
 KEEP = {"0.weight": torch.arange(30).view(6, 5) % 4 > 0, "2.bias": torch.tensor([True, False])}
 

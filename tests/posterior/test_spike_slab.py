@@ -9,13 +9,12 @@ import pytest
 import torch
 
 import ockham
+from ockham.core.posterior import load_posterior
 from ockham.errors import OckhamError
-from ockham.evidence.exact import inclusion as exact_inclusion
-from ockham.posterior.mean_field import MeanField
-from ockham.posterior.slab_priors import FixedSpikeSlab, LearnedSpikeSlab
-from ockham.posterior.slab_updates import by_gradient, by_moments
-from ockham.posterior.spike_slab import SpikeSlab
-from ockham.posterior.storage import load_posterior
+from ockham.evidence.exact import exact_inclusion
+from ockham.fit.mean_field import MeanField
+from ockham.methods.spike_slab.optimizer import SpikeSlab, by_gradient, by_moments
+from ockham.methods.spike_slab.priors import FixedSpikeSlab, LearnedSpikeSlab
 
 F64 = torch.float64
 KEEP = {"0.weight": torch.arange(30).view(6, 5) % 4 > 0, "2.bias": torch.tensor([True, False])}
@@ -241,7 +240,7 @@ def test_start_from_takes_any_posterior(toy):
 
 
 def test_posterior_survives_a_file_and_predicts_by_bernoulli_draws(toy, tmp_path):
-    from ockham.posterior.predict import draw_parameters
+    from ockham.fit.predict import draw_parameters
 
     net, opt = make(toy, initial_inclusion=0.3)
     toy.step(net, opt)

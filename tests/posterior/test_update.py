@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from ockham.posterior.mean_field import MeanField
-from ockham.posterior.priors import FixedPrior
+from ockham.fit.mean_field import MeanField
+from ockham.fit.priors import FixedPrior
 
 F64 = torch.float64
 

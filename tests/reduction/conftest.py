@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ockham.posterior.posterior import Gaussian, Posterior
-from ockham.reduction.score import score
+from ockham.choose.score import score
+from ockham.core.posterior import Gaussian, Posterior
 
 
 def gaussian(mean, precision, prior_precision=1.0, keep=None, prior_mean=0.0):

@@ -9,10 +9,17 @@ import torch
 from torch import Tensor, nn
 
 import ockham
-from ockham.evidence.columns import compensated_columns, delta_f_columns, without_columns
-from ockham.evidence.kronecker import compensated, covariance, factorised, removal_cost
-from ockham.reduction.columns import narrowed, removed_together, score_columns
-from ockham.reduction.structures import structures_from
+from ockham.choose.correlated import narrowed, removed_together, score_columns
+from ockham.choose.units import structures_from
+from ockham.evidence.kronecker import (
+    compensated_columns,
+    conditional_mean,
+    covariance,
+    delta_f_columns,
+    factorised,
+    removal_cost,
+    without_columns,
+)
 
 P0 = 1.7
 
@@ -49,7 +56,7 @@ def test_many_sets_at_once_are_as_one_by_one(monkeypatch) -> None:
     mean, k = matrix(4, 12)
     sets = torch.arange(12).view(6, 2)
     together = delta_f_columns(mean[0], k, sets)
-    monkeypatch.setattr("ockham.evidence.columns._AT_ONCE", 1)
+    monkeypatch.setattr("ockham.evidence.kronecker._AT_ONCE", 1)
     for whole, alone in zip(together, delta_f_columns(mean[0], k, sets), strict=True):
         assert torch.allclose(whole, alone, rtol=1e-12)
 
@@ -59,7 +66,7 @@ def test_evidence_is_a_chain_when_the_posterior_is_conditioned_exactly() -> None
     alive = torch.tensor([True, False, True, True, False])
     gone = torch.tensor([[1, 4]])
     keep = alive.expand(1, 3, 5)
-    left = compensated(mean, k, keep, tolerance=1e-14)[0]
+    left = conditional_mean(mean, k, keep, tolerance=1e-14)[0]
     inner = without_columns(k, 0, alive)
     first = delta_f_columns(mean[0], k, gone)[1]
     second = delta_f_columns(left[:, alive], inner, torch.tensor([[0, 2]]))[1]
@@ -75,7 +82,9 @@ def test_survivors_move_as_the_iteration_moves_them() -> None:
     for g in range(2):
         found = compensated_columns(mean[g], k, g, alive, gone, 1e-9)
         inner = without_columns(k, g, alive)
-        whole = compensated(mean[g][None][..., alive], inner, ~gone[alive].expand(1, 3, 5), 1e-9, tolerance=1e-13)[0]
+        whole = conditional_mean(mean[g][None][..., alive], inner, ~gone[alive].expand(1, 3, 5), 1e-9, tolerance=1e-13)[
+            0
+        ]
         assert torch.allclose(found[:, alive], whole, rtol=1e-5, atol=1e-7)
         assert bool((found[:, gone] == 0).all())
 
@@ -181,7 +190,7 @@ def test_without_a_budget_units_go_while_that_pays(trained) -> None:
 def test_a_round_that_does_not_pay_as_a_whole_is_taken_back(trained, monkeypatch) -> None:
     _, _, posterior, groups = trained
     assert ockham.plan(groups, posterior, price=ockham.FlatPrice(50.0)).removed
-    monkeypatch.setattr("ockham.surgery.correlated.removed_together", lambda *a: -1e6)
+    monkeypatch.setattr("ockham.choose.planning.removed_together", lambda *a: -1e6)
     assert not ockham.plan(groups, posterior, price=ockham.FlatPrice(50.0)).removed
 
 
@@ -189,7 +198,7 @@ def test_a_unit_read_by_single_weights_is_scored_weight_by_weight(trained) -> No
     _, _, posterior, groups = trained
     keep = posterior["10.weight"].keep.clone()
     keep[0, 2] = False
-    from ockham.reduction.one_shot import reduced
+    from ockham.choose.correlated import reduced
 
     part = reduced(posterior, {"10.weight": keep})
     found = score_columns(part, groups)

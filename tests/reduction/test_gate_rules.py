@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from ockham.errors import OckhamError
-from ockham.evidence import lognormal
-from ockham.reduction.gate_rules import (
+from ockham.methods.gates import lognormal
+from ockham.methods.gates.rules import (
     GateTable,
     bmrs_n,
     bmrs_n_printed,
     bmrs_u,
     by_mean,
     by_norm,
-    by_random,
     by_taylor,
     gate_evidence,
+    in_random_order,
     snr_below,
 )
 
@@ -64,19 +64,19 @@ def test_snr_score_is_zero_at_its_limit():
 
 def test_orders_never_stop_by_themselves():
     gradients = torch.tensor([3.0, 0.1, 1.0, 2.0], dtype=F64)
-    for rule in (by_mean, by_norm, by_taylor, by_random(3)):
+    for rule in (by_mean, by_norm, by_taylor, in_random_order(3)):
         score = rule(table(gradients))
         assert bool((score < 0).all())
     assert by_norm(table()).argsort(descending=True).tolist() == [2, 1, 0, 3]
     assert by_taylor(table(gradients)).argsort(descending=True).tolist() == [1, 2, 3, 0]
-    assert torch.equal(by_random(3)(table()), by_random(3)(table()))
-    assert not torch.equal(by_random(3)(table()), by_random(4)(table()))
+    assert torch.equal(in_random_order(3)(table()), in_random_order(3)(table()))
+    assert not torch.equal(in_random_order(3)(table()), in_random_order(4)(table()))
     with pytest.raises(OckhamError, match="needs gradients"):
         by_taylor(table())
 
 
 def test_evidence_reports_the_true_delta_f_whatever_the_rule():
-    for rule in (bmrs_n, by_norm, by_random()):
+    for rule in (bmrs_n, by_norm, in_random_order()):
         found = evidence(rule)
         torch.testing.assert_close(torch.cat([found.delta_f["a"], found.delta_f["b"]]), lognormal.delta_f_n(MEAN, STD))
 

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ockham.choose.rules import RoundInfo, Rounds, evidence_falls
+from ockham.choose.score import diagnose
+from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError
-from ockham.posterior.posterior import Gaussian, Posterior
-from ockham.reduction.diagnose import diagnose
-from ockham.reduction.rounds import RoundInfo, Rounds, evidence_falls
 
 
 def rounds_with(*energies):

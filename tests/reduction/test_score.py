@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from ockham.posterior.posterior import Posterior
-from ockham.reduction.score import by_delta_f, by_magnitude, by_random, by_snr, score
+from ockham.choose.score import by_delta_f, by_magnitude, by_random, by_snr, score
+from ockham.core.posterior import Posterior
 
 
 def test_delta_f_of_living_weights_in_row_major_order(make_gaussian):

@@ -13,13 +13,12 @@ from scipy.special import digamma
 from torch import Tensor
 
 import ockham
-from ockham.errors import OckhamError
-from ockham.reduction.choice import choose_units
-from ockham.reduction.prices import FlatPrice, LearnedRate, PerMac, PerMillisecond, PerParameter, UnitCosts
-from ockham.reduction.structures import (
+from ockham.choose.prices import FlatPrice, LearnedRate, PerMac, PerMillisecond, PerParameter, UnitCosts
+from ockham.choose.units import (
     Ledger,
     StructureEvidence,
     all_masks,
+    choose_units,
     held_weights,
     incoming,
     outgoing,
@@ -27,6 +26,7 @@ from ockham.reduction.structures import (
     unit_evidence,
     units_of,
 )
+from ockham.errors import OckhamError
 
 NOTHING = UnitCosts({}, {}, {})
 

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from ockham.report import figures
-from ockham.report.canvas import draw
+from ockham.report.figures import draw
 
 
 def texts(svg):
@@ -36,11 +36,11 @@ ALL = {
     "evidence": lambda: figures.evidence([a_round(1), a_round(2, -3.0, None)]),
     "kept_share": lambda: figures.kept_share([epoch(1, 1.0), epoch(2, 0.01)], [a_round(2)]),
     "path": lambda: figures.path([epoch(1, 1.0), epoch(2, 0.01)], 0.95, (0.01, 0.94)),
-    "reliability": lambda: figures.reliability("r", BINS, colour="#2f5fd0", label="x"),
+    "reliability_diagram": lambda: figures.reliability_diagram("r", BINS, colour="#2f5fd0", label="x"),
     "coverage": lambda: figures.coverage([0.4, 0.8, 0.9], [0.5, 0.9, 0.95], [0.5, 0.9, 0.95]),
     "shift": lambda: figures.shift("s", "noise", CURVES, clean={"after": 0.95}),
     "sizes": lambda: figures.sizes({"parameters": 1000, "bytes": 4000}, {"parameters": 10, "bytes": 200}),
-    "widths": lambda: figures.widths(
+    "width_bars": lambda: figures.width_bars(
         [{"id": "c.weight:0", "before": 500, "after": 3}, {"id": "d:0", "before": 20, "after": 20}]
     ),
     "input_map": lambda: figures.input_map([[0, 1], [3, 0]]),
@@ -81,7 +81,7 @@ def test_no_text_leaves_its_figure(name):
 def test_bars_carry_their_numbers():
     assert "1.0 %  ·  10 of 1,000" in texts(figures.layers([row(), row("b", 3, 0)]))
     assert {"1,000", "10", "4 kB", "200 B"} <= set(texts(ALL["sizes"]()))
-    assert {"500 → 3", "20 → 20", "c.weight:0"} <= set(texts(ALL["widths"]()))
+    assert {"500 → 3", "20 → 20", "c.weight:0"} <= set(texts(ALL["width_bars"]()))
 
 
 @pytest.mark.parametrize("rows", [[row(kept=0)], [row(kept=1000)], [row(total=0, kept=0)], [row(total=10**9, kept=1)]])
@@ -111,7 +111,7 @@ def test_names_are_shortened_and_not_read_as_mathematics():
         lambda: figures.path([epoch(1, 0.0)], None, None),
         lambda: figures.path([epoch(1, 1.0, None)], None, None),
         lambda: figures.histogram("h", [7] + [0] * 59, line=2.5, label="x"),
-        lambda: figures.reliability(
+        lambda: figures.reliability_diagram(
             "r", {**BINS, "confidence": [None, None], "count": [0, 0]}, colour="#2f5fd0", label="x"
         ),
         lambda: figures.coverage(None, [0.0, 0.0, 0.0], [0.5, 0.9, 0.95]),

@@ -15,7 +15,7 @@ import torch
 import torchmetrics.functional as tm
 
 from ockham.errors import DataError
-from ockham.report import measure
+from ockham.run import measure
 
 PROBABILITY_MEASURES = (measure.accuracy, measure.brier, measure.ece, measure.ece_equal_mass)
 

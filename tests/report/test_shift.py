@@ -10,7 +10,7 @@ import scipy.ndimage
 import torch
 
 from ockham.errors import DataError
-from ockham.report import shift
+from ockham.run import shift
 
 SEVERITIES = (1, 2, 3, 4, 5)
 

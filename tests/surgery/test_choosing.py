@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 import ockham
+from ockham.choose.budgets import budget_from
+from ockham.choose.prices import macs_after, parameters_after, unit_costs
+from ockham.choose.units import choose_units
 from ockham.errors import OckhamWarning
-from ockham.reduction.choice import choose_units
 from ockham.surgery import PlanError
-from ockham.surgery.budgets import budget_from
 from ockham.surgery.cost import cost, latencies
-from ockham.surgery.unit_costs import macs_after, parameters_after, unit_costs
 
 
 def small_cnn() -> nn.Module:

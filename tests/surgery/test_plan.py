@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from ockham.choose.planning import plan
 from ockham.errors import OckhamError
-from ockham.surgery import Plan, PlanError, mask, plan, random_plan, shrink, slice_tensor, trace
+from ockham.surgery import Plan, PlanError, mask, random_plan, shrink, slice_tensor, trace
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import torch
 from safetensors import torch as safetensors
 
 from ockham import OckhamError, save_pretrained
-from ockham.surgery import Plan, mask, plan, random_plan, shrink, trace, verify
+from ockham.choose.planning import plan
+from ockham.surgery import Plan, mask, random_plan, shrink, trace, verify
 
 from .law import difference, outputs, randomise, size, worst_difference
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
-from ockham.posterior.posterior import Gaussian, Posterior
+from ockham.core.posterior import Gaussian, Posterior
 from ockham.tabular import SparseBNNClassifier, SparseBNNRegressor, fitting
 from ockham.tabular.curvature import gauss_newton, of_classes
 from ockham.tabular.draws import factorised

@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
+from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError
-from ockham.evidence.exact import inclusion as exact
-from ockham.evidence.paired import inclusion_paired
-from ockham.posterior.posterior import Gaussian, Posterior
-from ockham.workflow.audit import audit
+from ockham.evidence.exact import exact_inclusion as exact
+from ockham.methods.spike_slab.audit import audit
+from ockham.methods.spike_slab.correlated import inclusion_paired
 
 F64 = torch.float64
 

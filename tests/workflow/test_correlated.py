@@ -10,11 +10,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ockham
+from ockham.choose.rules import Rule
+from ockham.core.likelihood import Regression
 from ockham.errors import DataError, OckhamError
-from ockham.posterior.curvature import monte_carlo_regression
-from ockham.posterior.full import living_curvature, with_marginals
-from ockham.reduction.rule import Rule
-from ockham.workflow.likelihood import Regression
+from ockham.methods.laplace.curvature import monte_carlo_regression
+from ockham.methods.laplace.full import living_curvature, with_marginals
 
 NOISE = 0.25
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ockham.workflow.gate_training import GateCompression
-from ockham.workflow.gating import GATE_RULES
-from ockham.workflow.stages import Batches
+from ockham.methods.gates.attach import GATE_RULES
+from ockham.methods.gates.training import GateCompression
+from ockham.run.job import Batches
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SIZES = {  # learnable values of the networks in the paper's table, by hand

@@ -10,17 +10,24 @@ import torch
 from torch import nn
 
 import ockham
+from ockham.core.likelihood import Classification
 from ockham.errors import OckhamError
-from ockham.evidence import lognormal
-from ockham.reduction.gate_rules import bmrs_n, bmrs_n_printed, bmrs_u, by_norm, by_taylor, snr_below
+from ockham.methods.gates import lognormal
+from ockham.methods.gates.attach import GATE_RULES, Gates
+from ockham.methods.gates.curve import compression_curve, parameters_left, without
+from ockham.methods.gates.rules import bmrs_n, bmrs_n_printed, bmrs_u, by_norm, by_taylor, snr_below
+from ockham.methods.gates.training import (
+    GateCompression,
+    GateTraining,
+    ParameterBudget,
+    Tempered,
+    gate_sensitivity,
+    mean_mean,
+    true_elbo,
+)
+from ockham.run.job import Batches
+from ockham.run.measure import mean_predictor, measures
 from ockham.surgery import Plan, shrink
-from ockham.workflow.evaluate import mean_predictor, measures
-from ockham.workflow.gate_curve import compression_curve, parameters_left, without
-from ockham.workflow.gate_settings import Budget, GateTraining, Tempered, mean_mean, true_elbo
-from ockham.workflow.gate_training import GateCompression, gate_sensitivity
-from ockham.workflow.gating import GATE_RULES, Gates
-from ockham.workflow.likelihood import Classification
-from ockham.workflow.stages import Batches
 from ockham.zoo.data import digits
 
 QUICK = {"epochs": 12, "fine_tune": 2, "learning_rate": 5e-3, "gate_rate": 20.0}
@@ -132,7 +139,7 @@ def test_global_randomness_is_left_alone():
 def test_a_budget_is_met_by_any_order():
     full = size(network())
     for rule in (by_norm, by_taylor):
-        run = job(rule=rule, decide=Budget(full // 2, full), epochs=6)
+        run = job(rule=rule, decide=ParameterBudget(full // 2, full), epochs=6)
         list(run)
         found = size(run.result())
         assert 0.42 * full < found <= full // 2

@@ -11,9 +11,9 @@ from torch import nn
 
 import ockham
 from ockham.errors import OckhamError
-from ockham.evidence import lognormal
-from ockham.posterior.gates import per_element
-from ockham.workflow.gating import GATE_RULES
+from ockham.methods.gates import lognormal
+from ockham.methods.gates.attach import GATE_RULES
+from ockham.methods.gates.noise import per_element
 from ockham.zoo.networks import NETWORKS
 
 

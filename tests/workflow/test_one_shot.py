@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from ockham import laplace, load_posterior, reduce, score
+from ockham.choose.correlated import reduced, removed_in_rounds
+from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError, OckhamWarning
-from ockham.posterior.posterior import Gaussian, Posterior
-from ockham.reduction.one_shot import reduced, removed_in_rounds
 from ockham.zoo.data import Batches
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import ockham
+from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError, ResultError
-from ockham.posterior.posterior import Gaussian, Posterior
-from ockham.workflow.result import save_network, stored_values
+from ockham.run.result import save_network, stored_values
 from ockham.zoo.networks import NETWORKS
 
 

@@ -9,9 +9,9 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import ockham
-from ockham.posterior.slab_priors import FixedSpikeSlab
-from ockham.reduction.inclusion import MedianRule
-from ockham.workflow.estimators import spike_slab
+from ockham.methods.spike_slab.inclusion import MedianRule
+from ockham.methods.spike_slab.optimizer import spike_slab
+from ockham.methods.spike_slab.priors import FixedSpikeSlab
 from ockham.zoo.networks import NETWORKS
 
 

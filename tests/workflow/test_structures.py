@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ockham
+from ockham.core.files import read_tree, write_tree
 from ockham.errors import OckhamError, OckhamWarning
-from ockham.files.tree import read_tree, write_tree
-from ockham.posterior.slab_priors import FixedSpikeSlab
+from ockham.methods.spike_slab.optimizer import spike_slab
+from ockham.methods.spike_slab.priors import FixedSpikeSlab
+from ockham.run.structures import Origin, fold_constants
 from ockham.surgery.cost import cost
-from ockham.workflow.estimators import spike_slab
-from ockham.workflow.finishing import fold_constants
-from ockham.workflow.origin import Origin
 
 TRAINING = ockham.Training(epochs=40, learning_rate=2e-2, prior=ockham.FixedPrior(1.0), kl_warmup=0.1)
 ROUNDS = ockham.Rounds(start=0.3, end=0.9, count=5)

@@ -16,8 +16,8 @@ from ockham.cli import show
 from ockham.cli.build import build_job, load_data, load_model
 from ockham.cli.options import Options, merged, parse_device
 from ockham.cli.progress import Bars, tensorboard
+from ockham.core.files import read_json
 from ockham.errors import OckhamError, OckhamWarning
-from ockham.files.tree import read_json
 from ockham.version import __version__
 
 __all__ = ["app", "main"]
@@ -175,7 +175,7 @@ def inspect(folder: _Folder) -> None:
 @app.command()
 def report(folder: _Folder) -> None:
     """Write report.html again from the numbers in a result folder."""
-    from ockham.report.gate_report import GATES, write_gate_report
+    from ockham.methods.gates.report import GATES, write_gate_report
     from ockham.report.html import write_report
 
     write = write_gate_report if (folder / GATES).exists() else write_report

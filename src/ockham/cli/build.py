@@ -15,23 +15,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ockham.choose.prices import FlatPrice, Structures
+from ockham.choose.rules import BudgetRule, EvidenceRule, LearnedOddsRule, Rounds, Rule
+from ockham.choose.score import by_delta_f, by_magnitude, by_random, by_snr
 from ockham.cli.gates import build_gate_job
 from ockham.cli.options import Options, parse_device
 from ockham.cli.slab import with_spike_slab
+from ockham.core.files import header
+from ockham.core.likelihood import Likelihood, likelihood_from
 from ockham.errors import DataError, OckhamError
-from ockham.files.tree import header
-from ockham.posterior.priors import FixedPrior
-from ockham.reduction.prices import FlatPrice
-from ockham.reduction.rounds import Rounds
-from ockham.reduction.rule import BudgetRule, EvidenceRule, LearnedOddsRule, Rule
-from ockham.reduction.score import by_delta_f, by_magnitude, by_random, by_snr
-from ockham.reduction.structure_rule import Structures
-from ockham.workflow.estimators import SMALL_DATA, Estimator, Training, defaults_for, ivon, mean_field, point_estimate
-from ockham.workflow.gate_job import GateJob
-from ockham.workflow.job import Job
-from ockham.workflow.likelihood import Likelihood, likelihood_from
-from ockham.workflow.result import load_state
-from ockham.workflow.stages import OneShot, Recipe
+from ockham.fit.priors import FixedPrior
+from ockham.methods.gates.job import GateJob
+from ockham.run.estimators import SMALL_DATA, Estimator, Training, defaults_for, ivon, mean_field, point_estimate
+from ockham.run.job import Job, OneShot, Recipe
+from ockham.run.result import load_state
 from ockham.zoo.data import Dataset, digits, load_folder
 from ockham.zoo.networks import NETWORKS, suggest
 

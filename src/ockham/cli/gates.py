@@ -6,10 +6,10 @@ from pathlib import Path
 
 from ockham.cli.options import Options
 from ockham.errors import OckhamError
-from ockham.workflow.gate_job import GateJob
-from ockham.workflow.gate_settings import GateTraining, KLWeight, Tempered, true_elbo
-from ockham.workflow.gating import GATE_RULES
-from ockham.workflow.stages import Recipe
+from ockham.methods.gates.attach import GATE_RULES
+from ockham.methods.gates.job import GateJob
+from ockham.methods.gates.training import GateTraining, KLWeight, Tempered, true_elbo
+from ockham.run.job import Recipe
 
 __all__ = ["build_gate_job"]
 

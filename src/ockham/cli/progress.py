@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ockham.errors import OckhamError
-from ockham.workflow.stages import StageInfo
+from ockham.run.job import StageInfo
 
 __all__ = ["Bars", "tensorboard"]
 

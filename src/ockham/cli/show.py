@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from ockham.core.files import read_json
+from ockham.core.posterior import load_posterior
 from ockham.errors import OckhamError
-from ockham.files.tree import read_json
-from ockham.posterior.storage import load_posterior
-from ockham.report.gate_report import GATES
-from ockham.workflow.audit import audit
-from ockham.workflow.evaluate import mean_predictor, measures, posterior_predictor
-from ockham.workflow.result import layers, load
+from ockham.methods.gates.report import GATES
+from ockham.methods.spike_slab.audit import audit
+from ockham.run.measure import mean_predictor, measures, posterior_predictor
+from ockham.run.result import layer_rows, load
 from ockham.zoo.data import Dataset
 
 __all__ = ["audited", "contents", "evaluation", "metrics"]
@@ -36,7 +36,7 @@ def contents(console: Console, folder: Path) -> None:
     if (folder / GATES).exists():
         return _gates(console, folder)
     posterior = load_posterior(folder)
-    rows = layers(posterior)
+    rows = layer_rows(posterior)
     table = Table("parameter", "shape", "weights", "kept", "share", "prior std", "median P/P0")
     said = all("expected" in row for row in rows)
     if said:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from ockham.choose.rules import Rounds
 from ockham.cli.options import Options
 from ockham.errors import OckhamError
-from ockham.posterior.priors import FixedPrior
-from ockham.posterior.slab_priors import FixedSpikeSlab
-from ockham.reduction.inclusion import MedianRule
-from ockham.reduction.rounds import Rounds
-from ockham.workflow.estimators import spike_slab
-from ockham.workflow.stages import Recipe
+from ockham.fit.priors import FixedPrior
+from ockham.methods.spike_slab.inclusion import MedianRule
+from ockham.methods.spike_slab.optimizer import spike_slab
+from ockham.methods.spike_slab.priors import FixedSpikeSlab
+from ockham.run.job import Recipe
 
 __all__ = ["with_spike_slab"]
 

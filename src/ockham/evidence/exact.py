@@ -23,7 +23,13 @@ from torch import Tensor
 
 from ockham.errors import OckhamError
 
-__all__ = ["MOST_COLUMNS", "Inclusion", "inclusion", "inclusion_g_prior", "subset_log_weights"]
+__all__ = [
+    "MOST_COLUMNS",
+    "Inclusion",
+    "exact_inclusion",
+    "inclusion_g_prior",
+    "subset_log_weights",
+]
 
 MOST_COLUMNS = 20
 
@@ -40,7 +46,7 @@ class Inclusion(NamedTuple):
     log_evidence: Any
 
 
-def inclusion(X: Any, y: Any, *, prior_inclusion: Any, slab_variance: Any, noise_variance: float) -> Inclusion:  # noqa: N803
+def exact_inclusion(X: Any, y: Any, *, prior_inclusion: Any, slab_variance: Any, noise_variance: float) -> Inclusion:  # noqa: N803
     r"""Exact inclusion probabilities under independent slabs, w_j ~ N(0, slab_variance) where included.
 
     For orthogonal columns (X'X = d I) this is the closed form

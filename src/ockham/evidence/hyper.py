@@ -12,7 +12,11 @@ from torch import Tensor
 
 from ockham.errors import OckhamError
 
-__all__ = ["beta_log_odds", "beta_log_odds_published", "remove_by_log_odds"]
+__all__ = [
+    "beta_log_odds",
+    "beta_log_odds_published",
+    "remove_by_log_odds",
+]
 
 
 def remove_by_log_odds(delta: Tensor, log_odds: float | Tensor = 0.0) -> Tensor:

@@ -1,1 +1,1 @@
-"""Methods, a room of its own for each."""
+"""A room for every method; nothing below imports one."""

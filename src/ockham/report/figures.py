@@ -8,18 +8,39 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from ockham.report.axes import integers, percents, show_the_rest, thousands, ylabel
-from ockham.report.canvas import AFTER, BEFORE, GONE, INK, MUTED, TRACK, draw
+from ockham.report.canvas import (
+    AFTER,
+    BEFORE,
+    GONE,
+    INK,
+    MUTED,
+    TRACK,
+    draw,
+    integers,
+    percents,
+    show_the_rest,
+    thousands,
+    ylabel,
+)
 from ockham.report.folder import BINS
-from ockham.report.words import count, percent, size
+from ockham.report.page import count, percent, size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "coverage", "evidence", "histogram", "input_map", "kept_share", "layers", "path", "reliability", "shift", "sizes",
-    "widths",
-]  # fmt: skip
+    "coverage",
+    "evidence",
+    "histogram",
+    "input_map",
+    "kept_share",
+    "layers",
+    "path",
+    "reliability_diagram",
+    "shift",
+    "sizes",
+    "width_bars",
+]
 
 Record = dict[str, Any]
 
@@ -69,7 +90,7 @@ def path(epochs: Sequence[Record], before: float | None, after: tuple[float, flo
     return draw("path", label, 2.9, partial(_path, epochs=epochs, classes=classes, before=before, after=after))
 
 
-def reliability(key: str, bins: Record, *, colour: str, label: str) -> str:
+def reliability_diagram(key: str, bins: Record, *, colour: str, label: str) -> str:
     """Accuracy over confidence in bins, with the number of examples below."""
     return draw(key, label, 3.6, partial(_reliability, bins=bins, colour=colour))
 
@@ -103,7 +124,7 @@ def sizes(before: Record | None, after: Record) -> str:
     return draw("sizes", label, 2.6, partial(_sizes, before=before, after=after), margins=(0.05, 0.05, 0.05, 0.25))
 
 
-def widths(rows: Sequence[Record]) -> str:
+def width_bars(rows: Sequence[Record]) -> str:
     """Width of every group of units before and after, as nested bars."""
     label = "Widths: " + ", ".join(f"{r['id']} {r['after']} of {r['before']}" for r in rows)
     return draw("widths", label, 0.55 + 0.44 * len(rows), partial(_widths, rows=rows), margins=(0.24, 0.3, 0.5, 0.05))

@@ -7,10 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ockham.core.files import SCHEMA, read_json
 from ockham.errors import ResultError
-from ockham.files.tree import SCHEMA, read_json
 
-__all__ = ["BINS", "Results", "read_results"]
+__all__ = [
+    "BINS",
+    "Results",
+    "read_results",
+]
 
 BINS = 60
 """Bins of a delta_f histogram, equally wide over [-25, 5] nats."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ockham.files.tree import write_bytes
-from ockham.report import evidence_sections, page, sections, story
+from ockham.core.files import write_bytes
+from ockham.report import page, sections, story
 from ockham.report.folder import Results, read_results
-from ockham.report.words import count, percent, seconds, size, times
+from ockham.report.page import count, percent, seconds, size, times
 
-__all__ = ["render", "write_report"]
+__all__ = [
+    "render",
+    "write_report",
+]
 
 
 def render(folder: Path) -> str:
@@ -24,15 +27,15 @@ def render(folder: Path) -> str:
     results = read_results(Path(folder))
     parts = (
         sections.comparison(results),
-        sections.layers(results),
+        sections.layers_section(results),
         sections.structures(results),
-        evidence_sections.evidence(results),
-        evidence_sections.training(results),
-        evidence_sections.calibration(results),
-        sections.input_map(results),
-        sections.shift(results),
+        sections.evidence_section(results),
+        sections.training(results),
+        sections.calibration(results),
+        sections.input_map_section(results),
+        sections.shift_section(results),
         sections.ood(results),
-        sections.sizes(results),
+        sections.sizes_section(results),
         sections.provenance(results),
         sections.glossary(),
     )

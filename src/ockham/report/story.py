@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ockham.report.folder import Results
-from ockham.report.words import count, percent, seconds, signed, size, times
+from ockham.report.page import count, percent, seconds, signed, size, times
 
 __all__ = [
     "GLOSSARY",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ockham.surgery.choosing import plan
 from ockham.surgery.exporting import ExportError, export
 from ockham.surgery.grouping import Group, Groups, Member
 from ockham.surgery.planning import Plan, PlanError, random_plan
@@ -20,7 +19,6 @@ __all__ = [
     "PlanError",
     "export",
     "mask",
-    "plan",
     "random_plan",
     "shrink",
     "slice_tensor",

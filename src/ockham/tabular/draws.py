@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ockham.posterior.posterior import Posterior
+from ockham.core.posterior import Posterior
 from ockham.tabular.likelihoods import log_scale
 from ockham.tabular.network import mean_output
 from ockham.tabular.noise import Noise

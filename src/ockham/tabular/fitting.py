@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ockham.posterior.posterior import Posterior
+from ockham.core.posterior import Posterior
 from ockham.tabular.draws import Draws, factorised
 from ockham.tabular.inference import Inference
 from ockham.tabular.joint import ClassJoint, Joint, NoiseJoint

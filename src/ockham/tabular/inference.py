@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from ockham.evidence.spike_slab import slab_kl, spike_slab_kl, weight_variance
-from ockham.posterior.adam import adam_
-from ockham.posterior.posterior import Gaussian, Posterior
-from ockham.posterior.slab_priors import LearnedSpikeSlab
-from ockham.posterior.slab_updates import Run
+from ockham.core.posterior import Gaussian, Posterior
+from ockham.fit.adam import adam_
+from ockham.methods.spike_slab.formulas import slab_kl, spike_slab_kl, weight_variance
+from ockham.methods.spike_slab.optimizer import Run
+from ockham.methods.spike_slab.priors import LearnedSpikeSlab
 from ockham.tabular.network import Layout
 
 __all__ = ["Inference"]

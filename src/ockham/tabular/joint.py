@@ -7,10 +7,10 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from ockham.posterior.hamiltonian import hamiltonian
-from ockham.posterior.posterior import Posterior
+from ockham.core.posterior import Posterior
 from ockham.tabular.curvature import counting_for_all, gauss_newton, of_classes
 from ockham.tabular.draws import Draws, ScaleDraws
+from ockham.tabular.hamiltonian import hamiltonian
 from ockham.tabular.likelihoods import BASE_PRECISION, Classes, base_nll, freedom_nll, log_scale, student_nll
 from ockham.tabular.noise import Noise
 from ockham.tabular.running import Table

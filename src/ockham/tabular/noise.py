@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ockham.posterior.posterior import Posterior
+from ockham.core.posterior import Posterior
 from ockham.tabular.likelihoods import FREEDOM, Scales, resolution
 from ockham.tabular.running import Plan, Run, Table, initial
 from ockham.tabular.trimming import reduced

@@ -9,8 +9,8 @@ import torch
 from scipy.special import stdtr, stdtrit
 from torch import Tensor
 
-from ockham.posterior.posterior import Posterior
-from ockham.reduction.paths import NodeRule, by_path, node_inclusion
+from ockham.choose.paths import NodeRule, by_path, node_inclusion
+from ockham.core.posterior import Posterior
 from ockham.tabular.columns import Floats
 from ockham.tabular.draws import Draws
 from ockham.tabular.likelihoods import student_nll

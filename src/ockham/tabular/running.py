@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ockham.errors import NonFiniteLossError
-from ockham.posterior.slab_priors import LearnedSpikeSlab
+from ockham.methods.spike_slab.priors import LearnedSpikeSlab
 from ockham.tabular.inference import Inference
 from ockham.tabular.likelihoods import Likelihood
 from ockham.tabular.network import Layout

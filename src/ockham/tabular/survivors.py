@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.func import jacrev, vmap
 
-from ockham.posterior.posterior import Posterior
-from ockham.posterior.predict import draw_parameters
+from ockham.core.posterior import Posterior
+from ockham.fit.predict import draw_parameters
 from ockham.tabular.network import mean_output
 
 __all__ = ["Survivors"]

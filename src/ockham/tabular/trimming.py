@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.func import jacrev, vmap
 
+from ockham.core.posterior import Gaussian, Posterior
 from ockham.evidence.gaussian import delta_f_dense
-from ockham.posterior.posterior import Gaussian, Posterior
 from ockham.tabular.curvature import counting_for_all, gauss_newton, of_classes
 from ockham.tabular.network import mean_output
 from ockham.tabular.running import OnStep, Run

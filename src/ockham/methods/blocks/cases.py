@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from ockham.errors import DataError, OckhamError
-from ockham.workflow.likelihood import Classification, Likelihood, Regression, likelihood_from
-from ockham.workflow.trainer import to_device
+from ockham.core.likelihood import Classification, Likelihood, Regression, likelihood_from
+from ockham.run.trainer import to_device
 
 __all__ = ["Case", "Objective", "cases_from", "objective_for"]
 

@@ -23,7 +23,7 @@ from ockham.methods.blocks.reduction import MatrixEvidence, Orders, reduce_block
 from ockham.methods.blocks.solve import Damping, NofM
 from ockham.methods.blocks.stream import prepared
 from ockham.methods.blocks.study import Study, study, study_damping
-from ockham.workflow.likelihood import Likelihood
+from ockham.core.likelihood import Likelihood
 
 __all__ = ["BlockEvidence", "PruneProgress", "PruneSettings", "Pruned", "prune"]
 

@@ -26,7 +26,7 @@ from ockham.methods.blocks.matrices import BlockMatrix
 from ockham.methods.blocks.damping import kind_of
 from ockham.methods.blocks.reduction import Dense
 from ockham.methods.blocks.solve import damped
-from ockham.surgery.budgets import Budget, Subject, most_allowed
+from ockham.choose.budgets import Budget, Subject, most_allowed
 from ockham.surgery.grouping import Groups
 from ockham.surgery.planning import Plan, plan_masks
 

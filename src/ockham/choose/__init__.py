@@ -1,0 +1,1 @@
+"""What goes: evidence or masks in, weights and units out, by rules, prices and budgets."""

@@ -1,0 +1,190 @@
+"""Choosing units under a posterior with correlations: a few at a time, the others scored as they stand after each."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ockham.choose.budgets import Budget, Subject, budget_from, costs_for, most_allowed, within
+from ockham.choose.correlated import ColumnEvidence, narrowed, removed_together, score_columns
+from ockham.choose.prices import FlatPrice, LearnedRate, Price, UnitCosts
+from ockham.choose.units import Choice, StructureEvidence, choose_units, structures_from
+from ockham.core.posterior import Posterior
+from ockham.errors import OckhamWarning
+from ockham.surgery.grouping import Groups
+from ockham.surgery.planning import Plan, PlanError, plan_masks
+
+__all__ = [
+    "chosen_in_rounds",
+    "plan",
+]
+
+_STEP = 0.94
+"""With a budget every round leaves at least this share of what the last one left: finer is no better (decisions)."""
+_SHARE = 0.125
+"""Without one every round takes at most this share of the units of a group."""
+
+
+def chosen_in_rounds(
+    groups: Groups,
+    posterior: Posterior,
+    priced: tuple[Price | None, UnitCosts],
+    limited: tuple[Budget | None, Subject | None],
+    *,
+    round_to: int,
+) -> tuple[ColumnEvidence, Choice]:
+    """Units that a price or a budget leaves.
+
+    With a budget: the units with the smallest cost in nats per resource go, in geometric steps, to exactly what is
+    allowed. Without: units go while delta_f plus their price is positive, until none is left or all that one round
+    took *together* is not worth removing; that round is taken back. ``round_to`` is heeded in the last step.
+
+    Args:
+        groups: what `trace` found.
+        posterior: with matrices.
+        priced: the price (None: 0) and what units cost, as it needs them.
+        limited: the budget, and the network it is measured on; None for none.
+        round_to: widths become multiples of it.
+
+    Returns:
+        Evidence of every unit (of removed ones as it was when they went), and the choice.
+    """
+    limit, subject = limited
+    price = priced[0] or FlatPrice(0.0)
+    if limit is None or subject is None:
+        return _while_it_pays(groups, posterior, price, priced[1], round_to)
+    return _down_to(groups, posterior, limit, subject, round_to)
+
+
+def _down_to(
+    groups: Groups, posterior: Posterior, limit: Budget, subject: Subject, round_to: int
+) -> tuple[ColumnEvidence, Choice]:
+    most, whole = most_allowed(limit, subject, groups), limit.measure(subject, plan_masks(groups, {}))
+    rounds = max(1, math.ceil(math.log(min(1.0, most / whole)) / math.log(_STEP)))
+    options = {"limit": limit, "subject": subject, "costs": limit.unit_costs(subject, groups)}
+    told, now = None, posterior
+    for i in range(1, rounds + 1):
+        evidence = score_columns(now, groups)
+        told = _remembered(told, evidence)
+        order = replace(evidence, nats=_ordered(evidence, evidence.cost))
+        prices = {key: torch.zeros(len(nats), dtype=torch.float64) for key, nats in evidence.items()}
+        last, allowed = i == rounds, whole * (most / whole) ** (i / rounds)
+        width = round_to if last else 1
+        choice = within(groups, order, prices, round_to=width, most=allowed, **options)  # type: ignore[arg-type]
+        if not last:
+            now = narrowed(now, groups, choice.keep)
+    assert told is not None
+    return told, choice
+
+
+def _while_it_pays(
+    groups: Groups, posterior: Posterior, price: Price, costs: UnitCosts, round_to: int
+) -> tuple[ColumnEvidence, Choice]:
+    told, now = None, posterior
+    left = {g.id: torch.ones(g.size, dtype=torch.bool) for g in groups}
+    while True:
+        evidence = score_columns(now, groups)
+        told = _remembered(told, evidence)
+        prices = price.nats(evidence, costs)
+        keep = choose_units(replace(evidence, nats=_ordered(evidence, evidence.nats)), prices, cap=_SHARE).keep
+        gone = {key: left[key] & ~mask for key, mask in keep.items()}
+        if not any(bool(lost.any()) for lost in gone.values()):
+            break
+        paid = sum(float(prices[key][lost].sum()) for key, lost in gone.items())
+        if removed_together(now, groups, {key: ~lost for key, lost in gone.items()}) + paid <= 0:
+            break
+        left, now = dict(keep), narrowed(now, groups, keep)
+    decided = {key: torch.where(mask, torch.inf, -torch.inf) for key, mask in left.items()}
+    flat = {key: torch.zeros(len(mask), dtype=torch.float64) for key, mask in left.items()}
+    return told, choose_units(replace(told, nats=decided), flat, round_to=round_to)
+
+
+def _ordered(evidence: ColumnEvidence, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Values of the units that somebody reads; the others go before all of them."""
+    return {key: torch.where(evidence.held[key] > 0, value, -torch.inf) for key, value in values.items()}
+
+
+def _remembered(told: ColumnEvidence | None, evidence: ColumnEvidence) -> ColumnEvidence:
+    """The new evidence, but of units that are gone what was said of them last."""
+    if told is None:
+        return evidence
+    read = {key: held > 0 for key, held in evidence.held.items()}
+    nats = {key: torch.where(read[key], new, told.nats[key]) for key, new in evidence.nats.items()}
+    cost = {key: torch.where(read[key], new, told.cost[key]) for key, new in evidence.cost.items()}
+    return replace(evidence, nats=nats, cost=cost)
+
+
+def plan(
+    groups: Groups,
+    keep: Any,
+    *,
+    nats: Mapping[str, Tensor] | None = None,
+    price: Price | None = None,
+    budget: Budget | Mapping[str, Any] | None = None,
+    round_to: int = 1,
+    model: nn.Module | None = None,
+    example_inputs: Any = None,
+) -> Plan:
+    """Build a plan: from masks, or from the evidence of structures.
+
+    Args:
+        groups: result of `trace`.
+        keep: either masks, group id to a boolean tensor ``(units,)``, True = stays (groups left out stay whole); or
+            evidence: a posterior, its `score`, or ``evidence.by_group(groups)``.
+        nats: with masks, the evidence of the units, only to be printed and saved.
+        price: with evidence, what a unit must be worth: `LearnedRate` (default), `FlatPrice`, `PerParameter`,
+            `PerMac`, `PerMillisecond`. Units that nobody reads go for free.
+        budget: ``{"macs": "50%"}``, ``{"params": 1_000_000}``, ``{"latency": 0.004}`` (seconds, batch 64, measured):
+            the units worth least per cost go until it is met; its default price beside that is 0.
+        round_to: widths become multiples of it, whichever are worth most.
+        model: the traced network, for prices per resource and budgets.
+        example_inputs: as for `trace`, for the same.
+
+    A posterior with correlations inside weight matrices (`ockham.laplace` with "kronecker") is planned for in rounds:
+    after each the survivors are scored as if they had moved to make good for what went. Let them move with
+    `ockham.compensate` before shrinking. With a budget the units go that cost the fewest nats of NLL, not those with
+    the least evidence.
+
+    Returns:
+        The plan; at least one unit of every group (or ``round_to``) stays, and a warning says where none was wanted.
+
+    Raises:
+        PlanError: masks that do not fit, a budget that cannot be met (says what the least is), something is missing.
+    """
+    if isinstance(keep, dict):
+        if price is not None or budget is not None or round_to != 1:
+            raise PlanError("masks say what stays; a price, a budget or round_to need evidence instead of masks")
+        return plan_masks(groups, keep, nats=nats)
+    limit = budget_from(budget) if isinstance(budget, Mapping) else budget
+    subject = None if model is None else Subject(model, example_inputs)
+    if limit is not None and subject is None:
+        raise PlanError(f"a budget of {limit.unit} is measured on the network: pass model= and example_inputs=")
+    costs = costs_for(price, groups, subject)
+    if isinstance(keep, Posterior) and keep.matrices:
+        return _told(groups, *chosen_in_rounds(groups, keep, (price, costs), (limit, subject), round_to=round_to))
+    evidence = structures_from(keep, groups)
+    if limit is None or subject is None:
+        choice = choose_units(evidence, (price or LearnedRate()).nats(evidence, costs), round_to=round_to)
+        return _told(groups, evidence, choice)
+    prices = (price or FlatPrice(0.0)).nats(evidence, costs)
+    most, per_unit = most_allowed(limit, subject, groups), limit.unit_costs(subject, groups)
+    options = {"limit": limit, "subject": subject, "costs": per_unit, "round_to": round_to, "most": most}
+    choice = within(groups, evidence, prices, **options)  # type: ignore[arg-type]
+    return _told(groups, evidence, choice)
+
+
+def _told(groups: Groups, evidence: StructureEvidence, choice: Choice) -> Plan:
+    if choice.forced:
+        warnings.warn(
+            f"no unit of {', '.join(choice.forced)} was worth its price; the best of each stays, since an empty layer "
+            "computes nothing. If that is not wanted, use a lower price or a wider prior",
+            OckhamWarning,
+            stacklevel=3,
+        )
+    return plan_masks(groups, choice.keep, nats=evidence)

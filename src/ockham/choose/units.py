@@ -1,0 +1,410 @@
+"""The evidence of a structure: are all weights of a channel, neuron or head together worth having it?
+
+A unit is off when one *sufficient cut* of it is zero: the weights that read it (or, alone, those that make it). So one
+cut is scored, never both: in y = v u x the two sides count the same data twice, and removing one lets the other revert
+to its prior. Inside the cut every weight may be on or off, and the evidence averages over those masks,
+
+    E_g = sum over the cut of ln[(1 - p0) + p0 exp(-delta_f_i)]                   nats; positive: the data want the unit
+
+with p0 the probability before the data that a weight of a unit that is on is on itself. A unit is removed when E_g is
+below its price, ln P(off)/P(on) before the data (`ockham.choose.prices`).
+
+The question is *nested*: single weights go first. Then either the removed ones are gone from both sides of the
+comparison (`held_weights`), or they enter with the delta_f that they had when they went, which a `Ledger` keeps, and p0
+is learned (`all_masks`). With p0 = 1/2 the latter is a trap like the plain sum over unpruned weights: it compares the
+unit with none of its weights to a unit with half of them, and empties the network (docs: gotchas).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import singledispatch
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from ockham.choose.score import Evidence, score
+from ockham.core.posterior import Posterior
+from ockham.errors import OckhamError
+
+__all__ = [
+    "Choice",
+    "Cut",
+    "GroupLike",
+    "Inside",
+    "Ledger",
+    "StructureEvidence",
+    "all_masks",
+    "choose_units",
+    "held_weights",
+    "incoming",
+    "outgoing",
+    "score_structures",
+    "structures_from",
+    "summed",
+    "unit_evidence",
+    "units_of",
+]
+
+
+class GroupLike(Protocol):
+    """What reduction needs of a group of units: an id, a size, and the weights on both sides of every unit."""
+
+    @property
+    def id(self) -> str:
+        """Name of the group."""
+
+    @property
+    def size(self) -> int:
+        """Number of units."""
+
+    def outgoing_cuts(self) -> list[tuple[str, Tensor]]:
+        """Weights that read the units: (parameter, flat positions ``(units, n)``)."""
+
+    def incoming_cuts(self) -> list[tuple[str, Tensor]]:
+        """Weights, biases and norm affines that make them."""
+
+
+Cut = Callable[[GroupLike], list[tuple[str, Tensor]]]
+"""Which side of a unit is scored: `outgoing` or `incoming`."""
+
+Inside = Callable[[Evidence, "Ledger"], Mapping[str, Tensor]]
+"""Parameter name to the summand of every weight, shape of the parameter: `held_weights` or `all_masks`."""
+
+
+def outgoing(group: GroupLike) -> list[tuple[str, Tensor]]:
+    """The weights that read a unit. They suffice always: what nobody reads does nothing."""
+    return group.outgoing_cuts()
+
+
+def incoming(group: GroupLike) -> list[tuple[str, Tensor]]:
+    """The weights, bias and norm affine that make a unit. They suffice where an input of 0 gives an output of 0."""
+    return group.incoming_cuts()
+
+
+@dataclass(slots=True, eq=False)
+class Ledger:
+    """delta_f of every removed weight as it was when it went; NaN where the weight lives or nobody wrote it down.
+
+    Attributes:
+        delta_f: parameter name to a tensor of the parameter's shape, nats.
+    """
+
+    delta_f: dict[str, Tensor] = field(default_factory=dict)
+
+    def enter(self, evidence: Evidence, keep: Mapping[str, Tensor]) -> None:
+        """Write down the living weights of ``evidence`` that ``keep`` (True = stays) removes."""
+        for name, mask in keep.items():
+            alive = evidence.posterior[name].keep
+            if name not in self.delta_f:
+                self.delta_f[name] = torch.full(alive.shape, math.nan, device=alive.device)
+            wide = torch.full(alive.shape, math.nan, device=alive.device)
+            wide[alive] = evidence[name].float()
+            gone = alive & ~mask
+            self.delta_f[name][gone] = wide[gone]
+
+    def cut(self, take: Callable[[str, Tensor], Tensor]) -> Ledger:
+        """The ledger of a smaller network; ``take`` gives what stays of a tensor shaped like a parameter."""
+        return Ledger({name: take(name, values) for name, values in self.delta_f.items()})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StructureEvidence(Mapping[str, Tensor]):
+    """E_g of every unit of every group; as a mapping group id to float64 nats ``(units,)``, positive = wanted.
+
+    Attributes:
+        nats: group id to E_g; infinite for units that read frozen parameters, of which nothing is known.
+        held: group id to the number of living weights in each unit's scored cut; 0: nobody reads it, it goes for free.
+        made: group id to the number of living weights that make each unit from others (matrices and filters, not
+            biases and norm affines); 0: its output is a constant.
+        gone: group id to the number of units removed before, for a learned rate.
+        n_data: number of log-likelihood terms, for `per_example`.
+    """
+
+    nats: Mapping[str, Tensor]
+    held: Mapping[str, Tensor]
+    made: Mapping[str, Tensor]
+    gone: Mapping[str, int]
+    n_data: float
+
+    def __getitem__(self, key: str) -> Tensor:
+        """E_g of the units of one group."""
+        return self.nats[key]
+
+    def __iter__(self) -> Iterator[str]:
+        """Group ids."""
+        return iter(self.nats)
+
+    def __len__(self) -> int:
+        """Number of groups."""
+        return len(self.nats)
+
+    def per_example(self, key: str) -> Tensor:
+        """E_g / N: nats per example, the scale on which removal is felt."""
+        return self.nats[key] / self.n_data
+
+
+def held_weights(log_odds: float = 0.0) -> Inside:
+    """Over the weights that a unit still holds; p0 from the log-odds of the rule that removed the others."""
+
+    def terms(evidence: Evidence, ledger: Ledger) -> Mapping[str, Tensor]:
+        return {name: _spread(evidence, name, unit_evidence(evidence[name], log_odds)) for name in evidence.posterior}
+
+    return terms
+
+
+def all_masks(*, strength: float = 1.0) -> Inside:
+    """Over all weights, the removed ones with the delta_f of the ledger; p0 learned per parameter tensor.
+
+    The rate of weights that are on solves p0 = mean of sigma(ln p0/(1 - p0) - delta_f), with ``strength`` as the
+    pseudo-count of one weight on and one off; removed weights of which nothing is known count as off. A weight that a
+    unit holds then has to pay for being on, ln 1/p0, and only what is beyond that speaks for the unit.
+    """
+
+    def terms(evidence: Evidence, ledger: Ledger) -> Mapping[str, Tensor]:
+        found = {}
+        for name in evidence.posterior:
+            odds = _rate(*_all_weights(evidence, ledger, name), strength)
+            found[name] = _spread(evidence, name, unit_evidence(evidence[name], odds))
+            if name in ledger.delta_f:
+                gone = ~evidence.posterior[name].keep
+                past = unit_evidence(ledger.delta_f[name][gone], odds)
+                found[name][gone] = past.nan_to_num(nan=0.0)
+        return found
+
+    return terms
+
+
+def _spread(evidence: Evidence, name: str, living: Tensor) -> Tensor:
+    """Values of the living weights in the shape of their parameter, 0 elsewhere."""
+    keep = evidence.posterior[name].keep
+    wide = torch.zeros(keep.shape, dtype=torch.float64, device=keep.device)
+    wide[keep] = living
+    return wide
+
+
+def _all_weights(evidence: Evidence, ledger: Ledger, name: str) -> tuple[Tensor, int]:
+    """delta_f of the weights where it is known, and the number of removed ones where it is not."""
+    keep = evidence.posterior[name].keep
+    known = [evidence[name].double()]
+    if name in ledger.delta_f:
+        past = ledger.delta_f[name][~keep].double()
+        known.append(past[~past.isnan()])
+    delta = torch.cat(known)
+    return delta, keep.numel() - delta.numel()
+
+
+def _rate(delta: Tensor, off: int, strength: float) -> float:
+    odds = 0.0
+    for _ in range(200):
+        on = float(torch.sigmoid(odds - delta).sum())
+        new = math.log(on + strength) - math.log(delta.numel() - on + off + strength)
+        if abs(new - odds) < 1e-8:
+            break
+        odds = new
+    return odds
+
+
+def unit_evidence(delta_f: Tensor, log_odds: float | Tensor = 0.0) -> Tensor:
+    r"""``ln[(1 - p0) + p0 exp(-delta_f)]``, elementwise, float64 nats, with log_odds = ln p0/(1 - p0).
+
+    Stable as softplus(log_odds - delta_f) - softplus(log_odds). As p0 -> 1 it becomes -delta_f (no masks inside).
+
+    >>> unit_evidence(torch.tensor([-40.0, 0.0, 40.0])).tolist()  # about 40 - ln 2, 0, -ln 2
+    [39.30685281944005, 0.0, -0.6931471805599453]
+    """
+    odds = torch.as_tensor(log_odds, dtype=torch.float64, device=delta_f.device)
+    return softplus(odds - delta_f.double(), threshold=700.0) - softplus(odds, threshold=700.0)
+
+
+def score_structures(
+    evidence: Evidence,
+    groups: Iterable[GroupLike],
+    *,
+    cut: Cut = outgoing,
+    inside: Inside | None = None,
+    ledger: Ledger | None = None,
+    gone: Mapping[str, int] | None = None,
+) -> StructureEvidence:
+    """Score the units of traced groups; `Evidence.by_group` is this function.
+
+    Args:
+        evidence: of the living weights, after the single weights of this round went.
+        groups: what `ockham.trace` found.
+        cut: the side that is scored.
+        inside: which weights of the cut count, and where p0 comes from; default `held_weights()`.
+        ledger: delta_f of the removed weights.
+        gone: group id to units removed before.
+
+    Raises:
+        OckhamError: a cut names a parameter of another shape than the posterior's: trace the network it belongs to.
+    """
+    found = (inside or held_weights())(evidence, ledger or Ledger())
+    terms = {name: values.reshape(-1) for name, values in found.items()}
+    alive = {name: g.keep.reshape(-1) for name, g in evidence.posterior.items()}
+    nats, held, made = {}, {}, {}
+    for group in groups:
+        _check(group, alive)
+        nats[group.id] = summed(cut(group), terms, group.size, unknown=math.inf)
+        held[group.id] = summed(cut(group), alive, group.size, unknown=1.0).long()
+        matrices = [(n, at) for n, at in group.incoming_cuts() if n not in alive or evidence.posterior[n].mean.ndim > 1]
+        made[group.id] = summed(matrices, alive, group.size, unknown=1.0).long()
+    return StructureEvidence(nats, held, made, dict(gone or {}), evidence.posterior.n_data)
+
+
+@singledispatch
+def structures_from(source: Any, groups: Iterable[GroupLike]) -> StructureEvidence:
+    """Structure evidence from what a user has at hand: itself, `Evidence`, or a `Posterior` that is scored here.
+
+    A posterior with correlated matrices is scored by columns (`ockham.choose.correlated.score_columns`).
+
+    Raises:
+        OckhamError: anything else.
+    """
+    raise OckhamError(f"evidence of structures comes from a posterior or its score; got {type(source).__name__}")
+
+
+@structures_from.register
+def _(source: StructureEvidence, groups: Iterable[GroupLike]) -> StructureEvidence:
+    return source
+
+
+@structures_from.register
+def _(source: Evidence, groups: Iterable[GroupLike]) -> StructureEvidence:
+    return score_structures(source, groups)
+
+
+@structures_from.register
+def _(source: Posterior, groups: Iterable[GroupLike]) -> StructureEvidence:
+    if source.matrices:
+        from ockham.choose.correlated import score_columns
+
+        return score_columns(source, groups)
+    return score_structures(score(source), groups)
+
+
+def _check(group: GroupLike, alive: Mapping[str, Tensor]) -> None:
+    for name, at in (*group.outgoing_cuts(), *group.incoming_cuts()):
+        if name in alive and int(at.max()) >= alive[name].numel():
+            raise OckhamError(
+                f"group {group.id!r} speaks of weight {int(at.max())} of {name!r}, of which this posterior has "
+                f"{alive[name].numel()}: trace the network the posterior belongs to"
+            )
+
+
+def summed(cuts: Collection[tuple[str, Tensor]], values: Mapping[str, Tensor], size: int, *, unknown: float) -> Tensor:
+    """Sum over the weights of every unit, each once; a weight without a posterior (a frozen one) counts ``unknown``."""
+    total = torch.zeros(size, dtype=torch.float64)
+    by_name: dict[str, list[Tensor]] = {}
+    for name, at in cuts:
+        if name in values:
+            by_name.setdefault(name, []).append(at)
+        else:
+            total += unknown * at.shape[1]
+    for name, parts in by_name.items():
+        flat = values[name]
+        at = (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(flat.device)
+        found = flat[at].double()
+        if len(parts) > 1:  # a parameter that reads a unit along two dimensions holds the crossing twice
+            order = at.sort(dim=1)
+            twice = torch.zeros_like(found, dtype=torch.bool)
+            twice[:, 1:] = order.values[:, 1:] == order.values[:, :-1]
+            found = found.gather(1, order.indices).masked_fill(twice, 0.0)
+        total += found.sum(1).cpu()
+    return total
+
+
+def units_of(groups: Iterable[GroupLike], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, Tensor]]:
+    """Structures as a prior with one scale each wants them: all weights that make a unit share its number.
+
+    Args:
+        groups: what `ockham.trace` found.
+        shapes: parameter name to shape.
+
+    Returns:
+        Parameter name to (dimension, number of the unit of each index), for `ockham.GroupScale(units=...)`; parameters
+        that make no removable unit along a whole dimension are left out.
+    """
+    found: dict[str, tuple[int, Tensor]] = {}
+    start = 0
+    for group in groups:
+        for name, at in group.incoming_cuts():
+            placed = _numbered(at, shapes[name], start) if name in shapes and name not in found else None
+            if placed is not None:
+                found[name] = placed
+        start += group.size
+    return found
+
+
+def _numbered(at: Tensor, shape: tuple[int, ...], start: int) -> tuple[int, Tensor] | None:
+    """(dimension, unit of each index) if the positions of the units are whole slices of one dimension, else None."""
+    flat = torch.full((math.prod(shape),), -1)
+    flat[at] = torch.arange(start, start + len(at))[:, None].expand_as(at)
+    wide = flat.view(shape)
+    for dim in range(len(shape)):
+        rows = wide.movedim(dim, 0).reshape(shape[dim], -1)
+        if bool((rows == rows[:, :1]).all()) and bool((rows >= 0).all()):
+            return dim, rows[:, 0].clone()
+    return None
+
+
+_IDLE = -1.0  # nats at most that a unit which nobody reads is worth: it goes, whatever its price
+_MOST = 1e12  # nats; keeps sums exact where a worth is infinite
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choice:
+    """Which units stay.
+
+    Attributes:
+        keep: group id to boolean ``(units,)``, True = stays.
+        forced: ids of groups in which nothing was worth its price and the best was kept all the same.
+    """
+
+    keep: Mapping[str, Tensor]
+    forced: tuple[str, ...]
+
+
+def choose_units(
+    evidence: StructureEvidence, prices: Mapping[str, Tensor], *, round_to: int = 1, cap: float = 1.0
+) -> Choice:
+    """Keep the units with E_g >= price; remove those that nobody reads; keep at least one (or ``round_to``).
+
+    With ``round_to`` the width of a group becomes a multiple of it (or stays whole): of all such widths the one whose
+    best units are worth most in sum, sum (E_g - price).
+
+    Args:
+        evidence: of the units.
+        prices: group id to nats ``(units,)``.
+        round_to: hardware-friendly multiple, at least 1.
+        cap: largest share of the units of a group that goes at once, those that nobody reads aside: units that stand
+            in for each other look dispensable one by one, so leave time to refit.
+
+    Raises:
+        OckhamError: ``round_to`` below 1 or ``cap`` no share.
+    """
+    if round_to < 1 or not 0 < cap <= 1:
+        raise OckhamError(f"round_to is at least 1 and cap a share in (0, 1]; got {round_to} and {cap}")
+    keep, forced = {}, []
+    for key, nats in evidence.items():
+        worth = nats - prices[key]
+        worth = torch.where(evidence.held[key] > 0, worth, worth.clamp(max=_IDLE)).clamp(-_MOST, _MOST)
+        read = int((evidence.held[key] > 0).sum())
+        count = _width(worth, round_to, least=read - max(1, int(cap * read)) if cap < 1 else 1)
+        keep[key] = torch.zeros(len(worth), dtype=torch.bool)
+        keep[key][torch.argsort(worth, descending=True, stable=True)[:count]] = True
+        if not bool((worth >= 0).any()):
+            forced.append(key)
+    return Choice(keep, tuple(forced))
+
+
+def _width(worth: Tensor, round_to: int, least: int) -> int:
+    """The width whose best units are worth most in sum, among multiples of ``round_to`` and the whole group."""
+    every: list[int] = [*range(round_to, worth.numel(), round_to), worth.numel()]
+    widths = [w for w in every if w >= least]
+    sums: list[float] = worth.sort(descending=True).values.cumsum(0)[torch.tensor(widths) - 1].tolist()
+    return max(w for w, s in zip(widths, sums, strict=True) if s == max(sums))

@@ -1,0 +1,1 @@
+"""Values that everybody shares: posterior, likelihood, batch, names, files. No algorithms."""

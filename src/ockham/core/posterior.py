@@ -1,0 +1,293 @@
+"""The seam of the house: a posterior is a frozen mapping from parameter name to Gaussian moments with their prior."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ockham.core.files import pack_mask, read_tree, unpack_mask, write_tree
+from ockham.errors import OckhamError, ResultError
+from ockham.evidence.kronecker import KroneckerPrecision
+
+__all__ = [
+    "Gaussian",
+    "Posterior",
+    "WeightMatrix",
+    "gaussian_kl",
+    "load_posterior",
+    "save_posterior",
+]
+
+POINT = "PointEstimate"
+"""Source of a posterior whose spread is no statement of the data."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gaussian:
+    """Independent Gaussian posterior and prior of one parameter tensor.
+
+    Attributes:
+        mean: posterior mean, shape of the parameter; exactly 0 where removed.
+        precision: posterior (conditional) precision, same shape; ``inf`` where removed.
+        prior_precision: precision of the full prior, broadcastable to ``mean``.
+        prior_mean: mean of the full prior, broadcastable.
+        keep: boolean, True = stays; same shape.
+        marginal_precision: precision of the marginal where the source knows correlations, else None (= precision).
+        inclusion: probability that the weight is not zero, same shape, 0 where removed; None where the source has no
+            spike. Mean and precision are then those of the slab: of the weight given that it is included.
+    """
+
+    mean: Tensor
+    precision: Tensor
+    prior_precision: Tensor
+    prior_mean: Tensor
+    keep: Tensor
+    marginal_precision: Tensor | None = None
+    inclusion: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        shape = self.mean.shape
+        for name in ("precision", "keep"):
+            got = getattr(self, name).shape
+            if got != shape:
+                raise OckhamError(f"Gaussian: {name} has shape {tuple(got)}, mean has {tuple(shape)}")
+        if self.keep.dtype is not torch.bool:
+            raise OckhamError(f"Gaussian: keep must be boolean (True = stays); got {self.keep.dtype}")
+
+    def to(self, device: torch.device | str) -> Gaussian:
+        """The same moments on a device."""
+        optional = (self.marginal_precision, self.inclusion)
+        marginal, inclusion = (None if t is None else t.to(device) for t in optional)
+        prior = self.prior_precision.to(device), self.prior_mean.to(device)
+        return Gaussian(
+            self.mean.to(device), self.precision.to(device), *prior, self.keep.to(device), marginal, inclusion
+        )
+
+    @property
+    def scored_precision(self) -> Tensor:
+        """Precision of a weight with the others integrated out where that is known, else the conditional one."""
+        return self.precision if self.marginal_precision is None else self.marginal_precision
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation 1/sqrt(precision); 0 where removed."""
+        return self.precision.rsqrt()
+
+    @property
+    def expected(self) -> Tensor:
+        """E[w]: the mean, times the inclusion probability where there is one."""
+        return self.mean if self.inclusion is None else self.inclusion * self.mean
+
+
+def gaussian_kl(g: Gaussian) -> float:
+    r"""KL(q || prior) of the living weights of one tensor, a sum in nats, as if they were independent.
+
+    KL = sum 1/2 [ P0 / P + P0 (m - m0)^2 - 1 + ln(P / P0) ]
+    """
+    p0, p = g.prior_precision.expand(g.mean.shape)[g.keep].double(), g.precision[g.keep].double()
+    away = (g.mean - g.prior_mean)[g.keep].double()
+    return float((0.5 * p0 * (1 / p + away.square()) - 0.5 + 0.5 * (p / p0).log()).sum())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Posterior(Mapping[str, Gaussian]):
+    """Posterior over the parameters of a network.
+
+    Attributes:
+        moments: parameter name to `Gaussian`.
+        n_data: number of summed log-likelihood terms (examples; tokens for language models).
+        temperature: tempering of the posterior; at values other than 1 evidence from it is *tempered* evidence.
+        source: which method made it, for people.
+        matrices: weight matrices whose posterior is correlated; empty where all weights are independent.
+    """
+
+    moments: Mapping[str, Gaussian]
+    n_data: float
+    temperature: float = 1.0
+    source: str = "unknown"
+    matrices: tuple[WeightMatrix, ...] = ()
+
+    def __getitem__(self, name: str) -> Gaussian:
+        """Moments of the parameter called ``name``."""
+        try:
+            return self.moments[name]
+        except KeyError:
+            known = ", ".join(list(self.moments)[:6])
+            raise KeyError(f"no parameter {name!r} in this posterior; it has {known}, ...") from None
+
+    def __iter__(self) -> Iterator[str]:
+        """Names in the order of the network."""
+        return iter(self.moments)
+
+    def __len__(self) -> int:
+        """Number of parameter tensors."""
+        return len(self.moments)
+
+    def __repr__(self) -> str:
+        """One line, no tensors."""
+        return f"Posterior({self.source}, {len(self)} tensors, {self.kept():,} of {self.size():,} weights kept)"
+
+    def kept(self) -> int:
+        """Number of weights that stay."""
+        return sum(int(g.keep.sum()) for g in self.moments.values())
+
+    def size(self) -> int:
+        """Number of weights of the full network that this posterior speaks of."""
+        return sum(g.keep.numel() for g in self.moments.values())
+
+    @property
+    def is_point(self) -> bool:
+        """Whether the source knew a point only (`PointEstimate`): its draws are the mean, its spread is the prior's."""
+        return self.source == POINT
+
+    def to(self, device: torch.device | str) -> Posterior:
+        """The same posterior with its tensors on a device."""
+        moments, matrices = {n: g.to(device) for n, g in self.items()}, tuple(m.to(device) for m in self.matrices)
+        return Posterior(moments, self.n_data, self.temperature, self.source, matrices)
+
+    def save(self, path: str | Path) -> None:
+        """Write the survivors to one safetensors file (bitmask + values), atomically.
+
+        Raises:
+            OckhamError: the folder cannot be written.
+        """
+        save_posterior(self, Path(path))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightMatrix:
+    """A weight [outputs, ...] and, where it has one, its bias as last column, with their joint posterior precision.
+
+    Attributes:
+        weight: parameter name.
+        bias: parameter name, or None.
+        precision: of the matrix [groups, outputs / groups, inputs (+ 1 with a bias)].
+    """
+
+    weight: str
+    bias: str | None
+    precision: KroneckerPrecision
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The parameters that the matrix holds."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    def pack(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Tensors of the parameters' shapes as one [groups, outputs, inputs] tensor."""
+        groups, outputs, inputs = self.precision.shape
+        matrix = tensors[self.weight].reshape(groups, outputs, inputs - (self.bias is not None))
+        if self.bias is None:
+            return matrix
+        return torch.cat([matrix, tensors[self.bias].reshape(groups, outputs, 1).to(matrix.dtype)], -1)
+
+    def unpack(self, matrix: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The reverse of `pack`, in shape and dtype of ``like``."""
+        width = matrix.shape[-1] - (self.bias is not None)
+        found = {self.weight: matrix[..., :width].reshape(like[self.weight].shape).to(like[self.weight].dtype)}
+        if self.bias is not None:
+            found[self.bias] = matrix[..., width].reshape(like[self.bias].shape).to(like[self.bias].dtype)
+        return found
+
+    def to(self, device: torch.device | str) -> WeightMatrix:
+        """The same block on a device."""
+        return WeightMatrix(self.weight, self.bias, self.precision.to(device))
+
+
+_FACTORS = ("input_values", "input_vectors", "output_values", "output_vectors")
+
+
+def save_posterior(posterior: Posterior, path: Path) -> None:
+    """Write one safetensors file, atomically.
+
+    Raises:
+        OckhamError: the folder cannot be written.
+    """
+    tree = {
+        "n_data": posterior.n_data,
+        "temperature": posterior.temperature,
+        "source": posterior.source,
+        "moments": {name: _pack(g) for name, g in posterior.items()},
+        "matrices": [_pack_matrix(m) for m in posterior.matrices],
+    }
+    write_tree(path, tree, kind="posterior")
+
+
+def load_posterior(path: str | Path) -> Posterior:
+    """Read a posterior; a result folder may be named instead of the file in it.
+
+    Raises:
+        ResultError: missing, truncated, tampered with, foreign or newer; says which file and why.
+    """
+    file = Path(path) / "posterior.safetensors" if Path(path).is_dir() else Path(path)
+    tree = read_tree(file, kind="posterior")
+    try:
+        moments = {name: _unpack(node) for name, node in tree["moments"].items()}
+        matrices = tuple(_unpack_matrix(node) for node in tree.get("matrices", []))
+        return Posterior(moments, float(tree["n_data"]), float(tree["temperature"]), str(tree["source"]), matrices)
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, OckhamError) as error:
+        raise ResultError(f"{file}: its posterior is damaged ({error})") from error
+
+
+def _pack(g: Gaussian) -> dict[str, Any]:
+    node: dict[str, Any] = {"shape": list(g.mean.shape), "mean": g.mean[g.keep], "precision": g.precision[g.keep]}
+    if not bool(g.keep.all()):
+        node["keep"] = pack_mask(g.keep)
+    for name in ("prior_precision", "prior_mean"):
+        node[name] = _compact(getattr(g, name))
+    for name in ("marginal_precision", "inclusion"):
+        if getattr(g, name) is not None:
+            node[name] = getattr(g, name)[g.keep]
+    return node
+
+
+def _compact(values: Tensor) -> Tensor:
+    """The same values, each dimension along which they do not change cut to one: priors of rows, of whole layers."""
+    for dim in range(values.ndim):
+        first = values.narrow(dim, 0, 1)
+        if bool((values == first).all()):
+            values = first
+    return values.contiguous()
+
+
+def _expanded(values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return values.expand(shape) if values.ndim else values
+
+
+def _unpack(node: Mapping[str, Any]) -> Gaussian:
+    shape = tuple(node["shape"])
+    keep = unpack_mask(node["keep"], shape) if "keep" in node else torch.ones(shape, dtype=torch.bool)
+    marginal, inclusion = node.get("marginal_precision"), node.get("inclusion")
+    return Gaussian(
+        _spread(node["mean"], keep, 0.0),
+        _spread(node["precision"], keep, torch.inf),
+        _expanded(node["prior_precision"], shape),
+        _expanded(node["prior_mean"], shape),
+        keep,
+        None if marginal is None else _spread(marginal, keep, torch.inf),
+        None if inclusion is None else _spread(inclusion, keep, 0.0),
+    )
+
+
+def _pack_matrix(block: WeightMatrix) -> dict[str, Any]:
+    p = block.precision
+    parts = {name: getattr(p, name) for name in _FACTORS}
+    return {"weight": block.weight, "bias": block.bias, "prior_precision": p.prior_precision, **parts}
+
+
+def _unpack_matrix(node: Mapping[str, Any]) -> WeightMatrix:
+    precision = KroneckerPrecision(**{name: node[name] for name in (*_FACTORS, "prior_precision")})
+    return WeightMatrix(str(node["weight"]), node["bias"], precision)
+
+
+def _spread(values: Tensor, keep: Tensor, fill: float) -> Tensor:
+    if values.numel() != int(keep.sum()):
+        raise ResultError(f"the mask keeps {int(keep.sum())} weights, the file holds {values.numel()}")
+    result = torch.full(keep.shape, fill, dtype=values.dtype)
+    result[keep] = values.reshape(-1)
+    return result

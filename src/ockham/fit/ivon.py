@@ -1,0 +1,325 @@
+"""Natural-gradient Gaussian variational inference at the price of Adam (IVON), in the shape of an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ockham.core.posterior import Gaussian, Posterior
+from ockham.errors import OckhamError
+from ockham.fit.memory import RunFacts
+from ockham.fit.optimizer import VariationalOptimizer, check_settings
+from ockham.fit.priors import FixedPrior, GroupPrior, Prior
+
+__all__ = [
+    "IVON",
+    "Health",
+]
+
+_TURNOVER = 3.0  # c of beta2 = 1 - c / T: e^-3 = 5 % of the first Hessian is left at the end
+_MOMENTUM = {torch.float32: torch.bfloat16}  # its rounding is far below the noise of a gradient (decisions)
+_NOISY_STEPS = 300  # without T, beta2 = 1 - c / max(t, 300)
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Whether the spread of an IVON posterior comes from the data.
+
+    Attributes:
+        steps: taken by the parameter that took the most.
+        first_hessian_left: weight of the initial Hessian in the running average, 1 at the start; where it is large,
+            the posterior's spread is initialisation.
+        spread: coefficient of variation of the precision inside a parameter tensor, averaged over living weights.
+        negative: share of living weights whose estimated curvature is below zero (noise, or a saddle).
+        inflation: factor by which noise makes h + d, so the precision and all evidence, too large; 1 is none.
+        warnings: sentences for people; empty when all is well.
+    """
+
+    steps: int
+    first_hessian_left: float
+    spread: float
+    negative: float
+    inflation: float
+    warnings: tuple[str, ...]
+
+
+class IVON(VariationalOptimizer):
+    r"""q(w) = prod_i N(mean_i, 1 / P_i) with P = (N / T) h + P0 and a running diagonal Hessian h of the mean NLL.
+
+    At a draw w = mean + e / sqrt(P) with gradient g of the *mean* NLL, and d = T P0 / N the prior as weight decay,
+
+        g_avg <- b1 g_avg + (1 - b1) g                          h_new = g e sqrt(P)
+        h     <- b2 h + (1 - b2) h_new + 1/2 (1 - b2)^2 (h - h_new)^2 / (h + d)
+        mean  <- mean - lr s (g_avg / (1 - b1^t) + d (mean - m0)) / (h + d)
+
+    The last term of h is the retraction that keeps h + d, so P, positive. s is the initial h + d averaged over the
+    group: a first step is lr times the gradient, as that of SGD.
+
+    b2 decides how much of the posterior's spread is data: of the first Hessian a share b2^T stays. By default
+    b2 = 1 - 3 / ``steps``; without ``steps`` it is 1 - 3 / max(t, 300) at step t, which forgets the start as well.
+
+    Args:
+        params: `model.named_parameters()`, or dicts of named groups with any of the options below.
+        n_data: N, the number of summed log-likelihood terms.
+        lr: learning rate; .03 to .3 is usual.
+        betas: (b1, b2); b2 None chooses as above.
+        steps: planned steps T of the run, for b2.
+        prior: how wide a weight may be; one scale per tensor.
+        prior_mean: m0.
+        initial_std: starting standard deviation of every weight; it must be below that of the prior.
+        temperature: T; below 1 the posterior is colder, and evidence from it is tempered evidence.
+        kl_warmup: steps over which the prior's pull on the mean gets its weight; learned priors move only after them.
+            The spread needs none: it starts at ``initial_std``.
+        prior_interval: steps between two updates of a learned prior.
+        seed: of the optimizer's own noise; global random state is never touched.
+
+    Raises:
+        OckhamError: a setting out of range, parameters without names or of another dtype.
+
+    Memory: 5.1 floats per weight at the peak, gradient and parameter included; removed weights cost one. Momentum is
+    kept in bfloat16.
+
+    Reference: Shen et al. 2024, Variational learning is effective for large deep networks, arXiv 2402.17641,
+    algorithm 1; the retraction: Lin, Schmidt & Khan 2020, arXiv 2002.10060.
+
+    >>> net = torch.nn.Linear(3, 1)
+    >>> opt = IVON(net.named_parameters(), n_data=100, steps=500)
+    >>> with opt.sampled():
+    ...     net(torch.ones(8, 3)).square().mean().backward()
+    >>> opt.step()
+    >>> round(opt.health().first_hessian_left, 3)
+    0.994
+    """
+
+    _vectors = ("hessian", "exp_avg")
+
+    def __init__(  # noqa: PLR0913 - the settings of an optimizer, all keywords
+        self,
+        params: Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
+        *,
+        n_data: float,
+        lr: float = 0.1,
+        betas: tuple[float, float | None] = (0.9, None),
+        steps: int | None = None,
+        prior: Prior | None = None,
+        prior_mean: float = 0.0,
+        initial_std: float = 1e-2,
+        temperature: float = 1.0,
+        kl_warmup: int = 0,
+        prior_interval: int = 100,
+        seed: int = 0,
+    ) -> None:
+        settings = {
+            "n_data": float(n_data),
+            "lr": lr,
+            "betas": betas,
+            "steps": steps,
+            "prior": FixedPrior() if prior is None else prior,
+            "prior_mean": float(prior_mean),
+            "initial_std": initial_std,
+            "temperature": temperature,
+            "kl_warmup": kl_warmup,
+            "prior_interval": prior_interval,
+        }
+        _check_settings(settings)
+        super().__init__(params, settings, seed=seed)
+
+    @torch.no_grad()
+    def start_from(self, posterior: Posterior) -> None:
+        """Take mean, precision and removed weights from any posterior over (some of) the same parameters.
+
+        The warm start of a trained network: `start_from(ockham.laplace(model, loader, structure="diagonal"))`. The
+        curvature is what the posterior knows beyond *its* prior; this optimizer's own prior is put under it. Where the
+        posterior is tempered the curvature is taken as it was at temperature 1.
+
+        Raises:
+            OckhamError: a name or a shape does not fit, or called inside `sampled`.
+        """
+        self._outside("start_from")
+        by_name = {name: p for p, name in self._names.items()}
+        wrong = [n for n in posterior if n not in by_name or posterior[n].mean.shape != by_name[n].shape]
+        if wrong:
+            raise OckhamError(f"the posterior does not fit: {wrong[:6]} are unknown here or have another shape")
+        for group in self.param_groups:
+            named = [p for p in group["params"] if self._names[p] in posterior]
+            for p in named:
+                self._start_one(p, posterior, group)
+            self._arenas.pop(id(group), None)
+            if named:
+                self._rescale(named, group)
+
+    @torch.no_grad()
+    def kl(self) -> float:
+        """KL(q || prior) of the living weights, a sum in nats (float64 accumulation)."""
+        return sum(_kl(self._gaussian(p, g)) for g in self.param_groups for p in self._arena(g).parameters)
+
+    def health(self) -> Health:
+        """How much of the spread is data, and what noise does to it; best asked right after a step.
+
+        The retraction adds 1/2 (1 - b2)^2 (h - h_new)^2 / (h + d), which noise in h_new never cancels. At equilibrium
+
+            inflation = 1 / (1 - 1/2 (1 - b2) q),    q = sum (h_new - h)^2 / (h + d)  /  sum (h + d),
+
+        about 1 + 1/2 (1 - b2) N / (T B) with B terms a batch: small batches of large data, a cold posterior and a
+        fast b2 inflate. q is that of the last gradient; without one the inflation is 1.
+        """
+        states = [self.state[p] for p in self._names if self.state.get(p, {}).get("step", 0) > 0]
+        steps = max((s["step"] for s in states), default=0)
+        left = max((s["left"] for s in states), default=1.0)
+        count = max(1, sum(s["hessian"].numel() for s in states))
+        spread = sum(_variation(s["hessian"].double() + s["decay"]) * s["hessian"].numel() for s in states) / count
+        negative = sum(float((s["hessian"] < 0).sum()) for s in states) / count
+        inflation = self._inflation()
+        return Health(steps, left, spread, negative, inflation, _warnings(left, spread, negative, inflation))
+
+    @torch.no_grad()
+    def _inflation(self) -> float:
+        extra, whole = 0.0, 0.0
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None and self.state.get(p, {}).get("step", 0) > 0):
+                state, index = self.state[p], self._index.get(p)
+                assert p.grad is not None
+                grad = p.grad.reshape(-1) if index is None else p.grad.reshape(-1)[index]
+                std = self._std_(torch.empty_like(state["hessian"]), state, self._facts_of(state), group)
+                change, total = (
+                    state["noise"].float() * grad / std - state["hessian"],
+                    state["hessian"] + state["decay"],
+                )
+                extra += 0.5 * (1 - _beta2(state["step"], group)) * float((change.double().square() / total).sum())
+                whole += float(total.double().sum())
+        return 1 / max(1 - extra / whole, 0.01) if whole else 1.0
+
+    # ------------------------------------------------------------------ the method
+    def _check_options(self, group: Mapping[str, Any]) -> None:
+        _check_settings(group)
+
+    def _start(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        prior = group["prior"].start_precision
+        decay = _decay(prior, group)
+        hessian = group["temperature"] / (group["n_data"] * group["initial_std"] ** 2) - decay
+        group.setdefault("scale", hessian + decay)
+        return {
+            "hessian": parameter.new_full((parameter.numel(),), hessian, requires_grad=False),
+            "exp_avg": parameter.new_zeros(
+                parameter.numel(), dtype=_MOMENTUM.get(parameter.dtype), requires_grad=False
+            ),
+            "prior_precision": prior,
+            "decay": decay,
+            "left": 1.0,
+        }
+
+    def _std_(self, out: Tensor, vectors: Mapping[str, Tensor], facts: RunFacts, group: dict[str, Any]) -> Tensor:
+        torch.add(vectors["hessian"], _decay(facts.prior_precision, group), out=out)
+        return out.mul_(group["n_data"] / group["temperature"]).rsqrt_()
+
+    def _update_(self, mean: Tensor, grad: Tensor, vectors: Mapping[str, Tensor], facts: RunFacts, group: Any) -> None:
+        decay, gain = _decay(facts.prior_precision, group), 1 - _beta2(facts.step, group)
+        hessian, average, work = vectors["hessian"], vectors["exp_avg"], vectors["second"]
+        change = work.copy_(vectors["noise"]).mul_(grad).div_(vectors["first"])  # h_new
+        total = torch.add(hessian, decay, out=vectors["first"])
+        change.sub_(hessian).mul_(gain).div_(total)  # u, relative
+        hessian.addcmul_(total, change.addcmul_(change, change, value=0.5))  # h + d <- (h + d)(1 + u + u^2 / 2)
+        beta1 = group["betas"][0]
+        pull = work.copy_(average).lerp_(grad, 1 - beta1)
+        average.copy_(pull)
+        torch.add(hessian, decay, out=total)
+        warm = decay * min(1.0, facts.step / group["kl_warmup"]) if group["kl_warmup"] else decay
+        pull.mul_(1 / (1 - beta1**facts.step)).add_(mean, alpha=warm)
+        if group["prior_mean"] != 0.0:
+            pull.sub_(warm * group["prior_mean"])
+        mean.addcdiv_(pull, total, value=-float(group["lr"]) * group["scale"])
+
+    def _after_step(self, group: dict[str, Any]) -> None:
+        for p in (p for p in group["params"] if p.grad is not None and p.requires_grad):
+            state = self.state[p]
+            state["left"] *= _beta2(state["step"], group)
+            if isinstance(group["prior"], FixedPrior) or state["step"] < max(1, group["kl_warmup"]):
+                continue
+            if state["step"] % group["prior_interval"] == 0:
+                self._learn_prior(p, state, group)
+
+    def _learn_prior(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        g = self._gaussian(p, group)
+        moment = float((1 / g.precision[g.keep].double() + (g.mean - group["prior_mean"])[g.keep].double() ** 2).sum())
+        state["prior_precision"] = group["prior"].updated(state["prior_precision"], int(g.keep.sum()), moment)
+        decay = _decay(state["prior_precision"], group)
+        # where the curvature estimate is below zero a wider prior must not make the precision negative
+        state["hessian"].clamp_min_(-0.5 * decay)
+        state["decay"] = decay
+
+    def _start_one(self, p: Tensor, posterior: Posterior, group: dict[str, Any]) -> None:
+        source = posterior[self._names[p]]
+        state = self._ensure(p, group)
+        if not bool(source.keep.all()):
+            self._remove_from(p, source.keep)
+        p.copy_(source.mean)
+        prior = torch.broadcast_to(source.prior_precision, source.mean.shape)
+        curvature = (source.precision - prior)[source.keep] * (posterior.temperature / group["n_data"])
+        state["hessian"].copy_(curvature.clamp_min(0))
+
+    def _rescale(self, named: list[Tensor], group: dict[str, Any]) -> None:
+        states = [self.state[p] for p in named]
+        total = sum(float((s["hessian"].double() + s["decay"]).sum()) for s in states)
+        group["scale"] = total / max(1, sum(s["hessian"].numel() for s in states))
+
+
+def _kl(g: Gaussian) -> float:
+    ratio = (g.precision.double() / g.prior_precision.double())[g.keep]
+    away = (g.prior_precision.double() * (g.mean.double() - g.prior_mean.double()).square())[g.keep]
+    return float(0.5 * (1 / ratio + away - 1 + ratio.log()).sum())
+
+
+def _decay(prior_precision: float, group: Mapping[str, Any]) -> float:
+    return float(prior_precision * group["temperature"] / group["n_data"])
+
+
+def _beta2(step: int, group: Mapping[str, Any]) -> float:
+    if group["betas"][1] is not None:
+        return float(group["betas"][1])
+    span = max(step, _NOISY_STEPS) if group["steps"] is None else max(group["steps"], 10)
+    return 1 - _TURNOVER / span
+
+
+def _variation(values: Tensor) -> float:
+    return float(values.std() / values.mean()) if values.numel() > 1 else 0.0
+
+
+def _warnings(left: float, spread: float, negative: float, inflation: float) -> tuple[str, ...]:
+    found = []
+    if left > 0.25:
+        found.append(
+            f"{left:.0%} of the first Hessian is left: the spread is largely initialisation. Train longer, give "
+            "steps=, or warm-start by start_from(ockham.laplace(...))."
+        )
+    if spread < 0.02:
+        found.append(f"the precision hardly varies inside a layer ({spread:.1%}): evidence is magnitude pruning here.")
+    if negative > 0.2:
+        found.append(f"{negative:.0%} of the weights have a negative curvature estimate: a larger b2 averages longer.")
+    if inflation > 1.5:
+        found.append(
+            f"gradient noise makes the precision, and evidence from it, about {inflation:.1f} times too large: "
+            "take a larger b2 (betas), larger batches or more steps; "
+            "after start_from(ockham.laplace(...)) b2 = 0.9999 will do."
+        )
+    return tuple(found)
+
+
+def _check_settings(s: Mapping[str, Any]) -> None:
+    check_settings("IVON", s)
+    if s["steps"] is not None and s["steps"] < 1:
+        raise OckhamError(f"IVON: steps counts steps, at least 1; got {s['steps']}")
+    if s["betas"][0] is None:
+        raise OckhamError(f"IVON: betas must lie in [0, 1), the second may be None; got {s['betas']}")
+    if isinstance(s["prior"], GroupPrior):
+        raise OckhamError(
+            f"IVON: prior must be one scale per tensor, such as ockham.FixedPrior(1.0); got {s['prior']!r}"
+        )
+    if not s["initial_std"] ** -2 > s["prior"].start_precision:
+        raise OckhamError(
+            f"IVON: initial_std must be below the prior's standard deviation; got {s['initial_std']} and "
+            f"{s['prior'].start_precision ** -0.5:g}"
+        )

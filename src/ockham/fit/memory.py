@@ -1,0 +1,323 @@
+"""Standard normal noise from step to step: each draw exact, consecutive ones made cheaply from one another."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ockham.errors import OckhamError
+from ockham.fit.priors import GroupPrior, slice_scales
+
+if TYPE_CHECKING:
+    from ockham.fit.optimizer import VariationalOptimizer
+
+__all__ = [
+    "CYCLE",
+    "WORK",
+    "Arena",
+    "Piece",
+    "RunFacts",
+    "Span",
+    "alive_index",
+    "chunks",
+    "read",
+    "renew_",
+    "sliced",
+    "spans",
+    "write",
+    "zero_removed_",
+]
+
+CYCLE = 4
+_SHORT = 1 << 12  # shorter vectors are never rotated: their elements would meet their old noise again
+
+
+def renew_(noise: Tensor, phase: int, generator: torch.Generator) -> None:
+    """Turn the noise e of the last draw into that of the next: new, -e, e rotated, -(e rotated), and again.
+
+    Each is an exact draw, since neither sign nor order changes the distribution of independent normals. The mirrored
+    draw of a pair cancels what is odd in the gradient noise; the rotated one gives each weight the noise of another,
+    at a random distance, for a fraction of the price of the generator.
+
+    Args:
+        noise: a vector, changed in place.
+        phase: 0 to 3, the place in the cycle.
+        generator: of the noise's device.
+    """
+    if phase % 2:
+        noise.neg_()
+    elif phase == 0 or len(noise) < _SHORT:
+        noise.copy_(torch.randn(noise.shape, generator=generator, device=noise.device))
+    else:
+        quarter = len(noise) // 4
+        shift = quarter + int(torch.randint(2 * quarter, (), generator=generator, device=generator.device))
+        noise.copy_(noise.roll(shift))
+
+
+_CPU_SPAN = 3 << 17
+_CPU_CHUNK = 1 << 15
+_ACCELERATOR_SPAN = 1 << 24
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """A run of living weights of one parameter.
+
+    Attributes:
+        parameter: the parameter.
+        start: first position in the parameter's state vectors.
+        stop: one past the last.
+        index: flat positions in the parameter, or None where the run is elements start..stop of a dense parameter.
+    """
+
+    parameter: Tensor
+    start: int
+    stop: int
+    index: Tensor | None
+
+    def flat(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
+        """The run's values of a tensor shaped like the parameter; a view where possible, else a copy (in ``out``)."""
+        flat = tensor.detach().reshape(-1)
+        if self.index is None:
+            return flat[self.start : self.stop]
+        return torch.index_select(flat, 0, self.index, out=out)
+
+    def put(self, values: Tensor) -> None:
+        """Write the run's values into the parameter; nothing to do where they are a view of it."""
+        target = self.parameter.detach()
+        if self.index is None and target.is_contiguous():
+            place = target.view(-1)[self.start : self.stop]
+            if place.data_ptr() != values.data_ptr():
+                place.copy_(values)
+        elif self.index is None:
+            target.copy_(values.view(target.shape))
+        elif target.is_contiguous():
+            target.view(-1).scatter_(0, self.index, values)
+        else:
+            target.put_(self.index, values)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Span:
+    """A run of the arena: positions start..stop, and the pieces that lie there in order."""
+
+    start: int
+    stop: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Of the pieces."""
+        return [p.stop - p.start for p in self.pieces]
+
+    def split(self) -> list[Span]:
+        """The same run, one span per piece."""
+        result, at = [], self.start
+        for piece in self.pieces:
+            length = piece.stop - piece.start
+            result.append(Span(at, at + length, (piece,)))
+            at += length
+        return result
+
+
+def alive_index(keep: Tensor) -> Tensor:
+    """Flat positions of the survivors, in logical (row-major) order."""
+    return keep.reshape(-1).nonzero().squeeze(1)
+
+
+def spans(alive: Sequence[tuple[Tensor, Tensor | None]]) -> list[Span]:
+    """Cut the arena of (parameter, index of survivors or None) into spans of bounded, about equal length."""
+    total = sum(p.numel() if index is None else index.numel() for p, index in alive)
+    limit = _CPU_SPAN if not alive or alive[0][0].device.type == "cpu" else _ACCELERATOR_SPAN
+    size = -(-total // max(1, -(-total // limit)))
+    result: list[Span] = []
+    run: list[Piece] = []
+    start = at = 0
+    for parameter, index in alive:
+        for piece in _cut(parameter, index, first=size - (at - start), size=size):
+            run.append(piece)
+            at += piece.stop - piece.start
+            if at - start >= size:
+                result.append(Span(start, at, tuple(run)))
+                run, start = [], at
+    return [*result, Span(start, at, tuple(run))] if run else result
+
+
+def _cut(parameter: Tensor, index: Tensor | None, *, first: int, size: int) -> list[Piece]:
+    total = parameter.numel() if index is None else index.numel()
+    whole = Piece(parameter, 0, total, index)
+    if index is None and not parameter.is_contiguous():
+        return [whole]  # written back through its shape, so never cut
+    edges = [0, *range(min(first, total), total, size), total] if total else [0]
+    cuts = [replace(whole, start=a, stop=b) for a, b in pairwise(edges) if b > a]
+    return [c if index is None else replace(c, index=index[c.start : c.stop]) for c in cuts]
+
+
+def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Flat tensors of one length side by side, on the CPU in pieces whose temporaries stay in cache.
+
+    Longer ones are given back to the system after every operation and faulted in again, which costs more than it.
+    """
+    size = _CPU_CHUNK if tensors[0].device.type == "cpu" else max(1, tensors[0].numel())
+    return zip(*(t.split(size) for t in tensors), strict=True)
+
+
+def read(span: Span, tensors: Sequence[Tensor], out: Tensor) -> Tensor:
+    """The span's values, one tensor per piece, shaped like its parameter: a view if one dense piece, else ``out``."""
+    if len(span.pieces) == 1:
+        return span.pieces[0].flat(tensors[0], out)
+    return torch.cat([piece.flat(t) for piece, t in zip(span.pieces, tensors, strict=True)], out=out)
+
+
+def write(span: Span, values: Tensor) -> None:
+    """Write a flat vector back into the parameters of the span."""
+    if len(span.pieces) == 1:
+        span.pieces[0].put(values)
+        return
+    for piece, part in zip(span.pieces, values.split(span.lengths), strict=True):
+        piece.put(part)
+
+
+def zero_removed_(parameter: Tensor, keep: Tensor) -> None:
+    """Set the removed elements of a parameter to exactly zero."""
+    with torch.no_grad():
+        parameter.masked_fill_(~keep, 0.0)
+
+
+WORK = ("first", "second", "third")  # names of the vectors as long as a span that a step may overwrite
+_SMALL = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class RunFacts:
+    """What all weights of a run share: steps taken (the current one included) and prior precision."""
+
+    step: int
+    prior_precision: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Arena:
+    """State vectors of all living weights of a group, their division into spans, and memory to work in.
+
+    Memory to work in is kept from step to step: fresh memory for every operation would cost more than the operations.
+    It is shared by all spans, except the ``first`` part of it in a small arena, which then still holds the standard
+    deviations of the draw (runs in `drawn`) when the step needs them again.
+    """
+
+    parameters: tuple[Tensor, ...]
+    vectors: Mapping[str, Tensor]
+    spans: tuple[Span, ...]
+    drawn: set[tuple[int, int]] = field(default_factory=set)
+    _views: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict)
+    _work: dict[str, Tensor] = field(default_factory=dict)
+
+    def holds(self, alive: list[Tensor]) -> bool:
+        """Whether these are the arena's parameters."""
+        return len(self.parameters) == len(alive) and all(map(operator.is_, self.parameters, alive))
+
+    def at(self, span: Span) -> dict[str, Tensor]:
+        """Views, made once: of all vectors on a span, of ``mean`` (the mean behind a draw), and of `WORK`."""
+        key = (span.start, span.stop)
+        if key not in self._views:
+            size, own = span.stop - span.start, slice(span.start, span.stop)
+            found = {name: v[own] for name, v in self.vectors.items()}
+            found["mean"] = self._memory("mean", found, self.spans[-1].stop)[own]
+            for name in WORK:
+                if name == "first" and self.small:
+                    found[name] = self._memory(name, found, self.spans[-1].stop)[own]
+                else:
+                    found[name] = self._memory(name, found, max(x.stop - x.start for x in self.spans))[:size]
+            self._views[key] = found
+        return self._views[key]
+
+    def lent(self, parameter: Tensor) -> Tensor:
+        """One value per living weight of a parameter whose weights are not drawn: its unused part of ``mean``."""
+        at, first, last = 0, 0, 0
+        for span in self.spans:
+            for piece in span.pieces:
+                length = piece.stop - piece.start
+                if piece.parameter is parameter:
+                    first, last = (at if last == 0 else first), at + length
+                at += length
+        return self._memory("mean", self.vectors, at)[first:last]
+
+    @property
+    def small(self) -> bool:
+        """Whether memory for one more vector does not matter."""
+        return self.spans[-1].stop <= _SMALL
+
+    def _memory(self, name: str, like: Mapping[str, Tensor], size: int) -> Tensor:
+        if name not in self._work:
+            kind = next(v for n, v in like.items() if n != "noise")
+            self._work[name] = torch.empty(size, dtype=kind.dtype, device=kind.device)
+        return self._work[name]
+
+
+Take = Callable[[str, Tensor], Tensor]
+"""(Parameter name, tensor of the parameter's old shape) to what stays of it."""
+
+
+@torch.no_grad()
+def sliced(optimizer: VariationalOptimizer, parameters: Mapping[str, Tensor], take: Take) -> VariationalOptimizer:
+    """A copy of the optimizer over the parameters of a smaller network; the original is left as it is.
+
+    Moments, spreads, masks, the pending draw and the state of the noise generator go along, so training goes on as if
+    the removed weights had only been removed.
+
+    Args:
+        optimizer: of the network before.
+        parameters: name to parameter of the smaller network.
+        take: cuts a tensor shaped like a parameter.
+
+    Raises:
+        OckhamError: called inside `sampled`, or a parameter is missing.
+    """
+    optimizer._outside("sliced")
+    missing = [name for name in optimizer._names.values() if name not in parameters]
+    if missing:
+        raise OckhamError(f"the smaller network has no parameter {missing[:3]}: shrink the network of this optimizer")
+    twin = object.__new__(type(optimizer))
+    twin.__dict__.update(optimizer.__dict__)  # copy.copy would drop all that torch's __getstate__ does not know
+    twin.state, twin.param_groups = defaultdict(dict), []
+    twin._index, twin._arenas = {}, {}
+    twin._generators = {d: g.clone_state() for d, g in optimizer._generators.items()}
+    twin._names = {parameters[name]: name for name in optimizer._names.values()}
+    shapes = {name: tuple(p.shape) for p, name in optimizer._names.items()}
+    for group in optimizer.param_groups:
+        fresh = {k: copy.deepcopy(v) for k, v in group.items() if k not in ("params", "prior")}
+        if "prior" in group:
+            prior = group["prior"]
+            fresh["prior"] = prior.sliced(take, shapes) if isinstance(prior, GroupPrior) else prior
+        twin.param_groups.append({"params": [parameters[optimizer._names[p]] for p in group["params"]], **fresh})
+        for p in group["params"]:
+            if optimizer.state.get(p):
+                _carry(optimizer, twin, p, take, group)
+    return twin
+
+
+def _carry(
+    optimizer: VariationalOptimizer, twin: VariationalOptimizer, p: Tensor, take: Take, group: dict[str, Any]
+) -> None:
+    name, state = optimizer._names[p], optimizer.state[p]
+    new = next(q for q, n in twin._names.items() if n == name)
+    old_keep = optimizer._keep_of(p)
+    keep = take(name, old_keep)
+    vectors = (*optimizer._vectors, "noise")
+    kept = {k: copy.deepcopy(v) for k, v in state.items() if k not in vectors and k != "keep"}
+    for vector in vectors:
+        wide = torch.zeros(p.shape, dtype=state[vector].dtype, device=p.device)
+        wide[old_keep] = state[vector]
+        kept[vector] = take(name, wide)[keep]
+    if not bool(keep.all()):
+        kept["keep"] = keep
+        twin._index[new] = alive_index(keep)
+    twin.state[new] = kept | slice_scales(p, group, state, lambda t: take(name, t))

@@ -1,0 +1,481 @@
+"""What a variational optimizer is given, checked: groups, parameters, keep masks."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ockham.core.posterior import Gaussian, Posterior, gaussian_kl
+from ockham.errors import OckhamError
+from ockham.fit.memory import (
+    CYCLE,
+    Arena,
+    RunFacts,
+    Span,
+    alive_index,
+    read,
+    renew_,
+    sliced,
+    spans,
+    write,
+    zero_removed_,
+)
+from ockham.fit.priors import Prior, plain_prior, restored_prior
+
+__all__ = [
+    "VariationalOptimizer",
+    "check_group",
+    "check_keep",
+    "check_settings",
+]
+
+
+def check_group(group: Mapping[str, Any], taken: set[str]) -> None:
+    """Named parameters, each once, of a dtype that can be perturbed.
+
+    Raises:
+        OckhamError: otherwise; says which and what to do.
+    """
+    if "param_names" not in group:
+        raise OckhamError("parameters need names: pass model.named_parameters(), not model.parameters()")
+    names, params = group["param_names"], group["params"]
+    if len(set(params)) != len(params):
+        raise OckhamError("duplicate parameters: name a tied weight once, as named_parameters() does")
+    again = sorted({n for n in names if n in taken or names.count(n) > 1})
+    if again:
+        raise OckhamError(f"parameter names must differ, also between groups; twice: {again[:6]}")
+    for name, p in zip(names, params, strict=True):
+        _check_parameter(name, p)
+
+
+def _check_parameter(name: str, p: Tensor) -> None:
+    if p.dtype not in (torch.float32, torch.float64):
+        raise OckhamError(
+            f"parameter {name!r} is {p.dtype}: variational inference needs float32 or float64 parameters, since a "
+            "perturbation is lost in a shorter format. Keep float32 weights and use torch.autocast for speed; "
+            "freeze parameters of other types (requires_grad_(False)) and leave them out"
+        )
+
+
+def check_keep(name: str, mask: Tensor, by_name: Mapping[str, Tensor]) -> None:
+    """A boolean mask of a known parameter's shape.
+
+    Raises:
+        OckhamError: otherwise; says what was got.
+    """
+    if name not in by_name:
+        raise OckhamError(f"keep names {name!r}, which this optimizer does not hold")
+    if mask.dtype is not torch.bool or mask.shape != by_name[name].shape:
+        raise OckhamError(
+            f"keep[{name!r}] must be boolean (True = stays) of shape {tuple(by_name[name].shape)}; "
+            f"got {mask.dtype} of shape {tuple(mask.shape)}"
+        )
+
+
+_POSITIVE = ("n_data", "lr", "eps", "initial_std", "std_rate", "temperature", "prior_interval")
+
+
+def check_settings(owner: str, s: Mapping[str, Any], kind: type = Prior, example: str = "FixedPrior(1.0)") -> None:
+    """Numbers in their ranges, as far as the optimizer has them, and a prior of its kind.
+
+    Raises:
+        OckhamError: names the setting, what it was, and what it may be.
+    """
+    for name in _POSITIVE:
+        if name in s and not 0 < s[name] < math.inf:
+            raise OckhamError(f"{owner}: {name} must be positive and finite; got {s[name]}")
+    if s["kl_warmup"] < 0:
+        raise OckhamError(f"{owner}: kl_warmup counts steps and cannot be negative; got {s['kl_warmup']}")
+    if not all(0 <= b < 1 for b in s["betas"] if b is not None):
+        raise OckhamError(f"{owner}: betas must lie in [0, 1); got {s['betas']}")
+    if not isinstance(s["prior"], kind):
+        raise OckhamError(f"{owner}: prior must be a {kind.__name__} such as ockham.{example}; got {s['prior']!r}")
+
+
+class VariationalOptimizer(torch.optim.Optimizer, ABC):
+    """Gaussian variational inference in the shape of a `torch.optim.Optimizer`.
+
+    Outside `sampled` the parameters hold the posterior mean, so evaluation, saving and editing work as always.
+    Consecutive draws are made from one another (noise e, -e, e rotated, its mirror, then new noise): each is an exact
+    draw, four cost one, and the odd terms of the gradient noise cancel in pairs (docs/decisions.md).
+    """
+
+    _vectors: tuple[str, ...] = ()  # names of the state vectors, one number per living weight
+
+    def __init__(self, params: Any, defaults: dict[str, Any], *, seed: int) -> None:
+        self._seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._index: dict[Tensor, Tensor | None] = {}
+        self._arenas: dict[int, Arena] = {}
+        self._backup: list[tuple[Span, Tensor]] | None = None
+        self._pending = False
+        self._phase = -1  # place of the current draw in the cycle of the noise
+        self._names: dict[Tensor, str] = {}
+        super().__init__(params, defaults)
+
+    # ------------------------------------------------------------------ what a method supplies
+    @abstractmethod
+    def _start(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """State of a parameter: the vectors named in `_vectors`, and scalars; ``prior_precision`` among them."""
+
+    @abstractmethod
+    def _std_(self, out: Tensor, vectors: Mapping[str, Tensor], facts: RunFacts, group: dict[str, Any]) -> Tensor:
+        """Write the posterior standard deviation of a run of weights into ``out``, and return it."""
+
+    @abstractmethod
+    def _update_(self, mean: Tensor, grad: Tensor, vectors: Mapping[str, Tensor], facts: RunFacts, group: Any) -> None:
+        """One step on a run of weights: changes ``mean`` and the vectors in place, but not ``grad``.
+
+        ``vectors["first"]`` holds the standard deviation; it and ``["second"]`` may be overwritten.
+        """
+
+    def _check_options(self, group: Mapping[str, Any]) -> None:
+        """Raise on an option of a new group that is out of range; nothing by default."""
+
+    def _after_step(self, group: dict[str, Any]) -> None:
+        """Anything slower than a step, such as learning the prior; nothing by default."""
+
+    def _prior_of(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """Precision of the prior as the posterior reports it, broadcastable to the parameter."""
+        return torch.tensor(self.state[p]["prior_precision"], dtype=p.dtype, device=p.device)
+
+    def _facts_of(self, state: Mapping[str, Any]) -> RunFacts:
+        """What the weights of a run share; parameters that differ in it step apart."""
+        return RunFacts(state["step"], state["prior_precision"])
+
+    def _perturbs(self, run: Span) -> bool:
+        return True
+
+    def _block_began(self, new: bool) -> None:
+        """Called in a `sampled` block with the draw in place; ``new`` where no gradient belongs to it yet."""
+
+    def _block_ended(self) -> None:
+        """Called when the mean is back."""
+
+    def _before_step(self) -> None:
+        """Called with the final gradients in place, before anything moves."""
+
+    # ------------------------------------------------------------------ the loop's three calls
+    @contextmanager
+    def sampled(self) -> Iterator[None]:
+        """Parameters hold one posterior draw inside the block and the mean again after it, exceptions included.
+
+        Blocks before the same `step` share one draw; `step` and `zero_grad` end it.
+
+        Raises:
+            OckhamError: blocks are nested.
+        """
+        if self._backup is not None:
+            raise OckhamError("sampled() blocks cannot be nested: leave the first before entering another")
+        self._backup = []
+        try:
+            self._perturb()
+            yield
+        finally:
+            self._restore()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear gradients, and outside a `sampled` block end the current draw."""
+        super().zero_grad(set_to_none)
+        if self._backup is None:
+            self._pending = False
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of the posterior from the gradients at the drawn weights.
+
+        Args:
+            closure: recomputes the loss and its gradients; it is run inside `sampled`.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            OckhamError: no draw belongs to these gradients (the backward pass ran outside `sampled`).
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad(), self.sampled():
+                loss = closure()
+        self._outside("step")
+        if not self._pending:
+            raise OckhamError(
+                "step() without a draw: run forward and backward inside `with optimizer.sampled():`, "
+                "call zero_grad() before that block and not between it and step()"
+            )
+        self._check_grads()
+        self._before_step()
+        for group in self.param_groups:
+            arena = self._arena(group)
+            self._count(group)
+            for span in arena.spans:
+                for run in self._runs(span, ready=True):
+                    self._step_run(run, arena, group)
+            arena.drawn.clear()
+            self._after_step(group)
+        self._pending = False
+        return loss
+
+    # ------------------------------------------------------------------ the posterior, and removal
+    def posterior(self) -> Posterior:
+        """The posterior of all parameters that ever had a gradient, detached copies, in the order of the groups.
+
+        Raises:
+            OckhamError: called inside `sampled`.
+        """
+        self._outside("posterior")
+        moments = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad and self.state.get(p, {}).get("step", 0) > 0:
+                    moments[self._names[p]] = self._gaussian(p, group)
+        first = self.param_groups[0]
+        return Posterior(moments, first["n_data"], first["temperature"], type(self).__name__)
+
+    def kl(self) -> float:
+        """KL(posterior || prior) of all living weights, a sum in nats, at the temperature 1.
+
+        Raises:
+            OckhamError: called inside `sampled`.
+        """
+        return sum(gaussian_kl(g) for g in self.posterior().values())
+
+    def plain(self, model: nn.Module) -> nn.Module:
+        """Take off a network, in place, whatever this optimizer has put on it: for copies that are handed out."""
+        return model
+
+    @torch.no_grad()
+    def remove(self, keep: Mapping[str, Tensor]) -> int:
+        """Remove weights for good: exactly zero, no noise, no KL, no state.
+
+        Args:
+            keep: parameter name to boolean tensor of the parameter's shape, True = stays. Names left out are kept.
+
+        Returns:
+            How many weights were newly removed.
+
+        Raises:
+            OckhamError: an unknown name, a wrong shape or a tensor that is not boolean; nothing is removed then. Or
+                called inside `sampled`.
+        """
+        self._outside("remove")
+        by_name = {name: p for p, name in self._names.items()}
+        for name, mask in keep.items():
+            check_keep(name, mask, by_name)
+        return sum(self._remove_from(by_name[name], mask) for name, mask in keep.items())
+
+    def keep(self) -> dict[str, Tensor]:
+        """Boolean masks, True = alive, of every parameter that requires a gradient."""
+        return {n: self._keep_of(p) for p, n in self._names.items() if p.requires_grad}
+
+    def sliced(self, parameters: Mapping[str, Tensor], take: Callable[[str, Tensor], Tensor]) -> VariationalOptimizer:
+        """A copy over the parameters of a smaller network; see `ockham.fit.memory.sliced`."""
+        return sliced(self, parameters, take)
+
+    # ------------------------------------------------------------------ state
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but memory to work in: `copy.deepcopy((network, optimizer))` gives a pair that goes on alike."""
+        return {**self.__dict__, "_arenas": {}}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, as (name, parameter) pairs like everywhere here.
+
+        Raises:
+            OckhamError: parameters without names or with names in use, of a type that cannot be perturbed, listed
+                twice, or an option out of range; the group is not added then. Or called inside `sampled`.
+        """
+        self._outside("add_param_group")
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_group(group, set(self._names.values()))
+            self._check_options(group)
+        except OckhamError:
+            self.param_groups.pop()
+            raise
+        self._names.update(zip(group["params"], group["param_names"], strict=True))
+        self._pending, self._phase = False, -1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's state plus that of the noise, all of it tensors and plain values (`torch.load` needs no pickle)."""
+        state = super().state_dict()
+        groups = state["param_groups"]
+        state["param_groups"] = [
+            {k: plain_prior(v) if isinstance(v, Prior) else v for k, v in g.items()} for g in groups
+        ]
+        noise = {str(d): g.get_state() for d, g in self._generators.items()}
+        state["sampler"] = {"pending": self._pending, "phase": self._phase, "seed": self._seed, "generators": noise}
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue exactly where the saved optimizer was.
+
+        Raises:
+            OckhamError: the state was not saved by an optimizer of this family, or names a prior that neither this
+                library nor this optimizer has. Or called inside `sampled`.
+        """
+        self._outside("load_state_dict")
+        if "sampler" not in state_dict:
+            raise OckhamError(f"this is not the state of a {type(self).__name__}: it has no 'sampler' entry")
+        sampler = state_dict["sampler"]
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        for saved, own in zip(groups, self.param_groups, strict=False):  # torch raises where the numbers differ
+            if isinstance(saved.get("prior"), dict):
+                saved["prior"] = restored_prior(saved["prior"], own["prior"])
+        super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
+        self._pending, self._phase, self._seed = sampler["pending"], sampler["phase"], sampler["seed"]
+        self._generators = {}
+        for device, saved in sampler["generators"].items():
+            self._generator(torch.device(device)).set_state(saved.cpu())
+        self._index.clear()
+        self._arenas.clear()
+        order = [p for group in self.param_groups for p in group["params"]]
+        for at, saved_state in state_dict["state"].items():
+            state = self.state[order[at]]  # torch cast it to the parameter's dtype; masks and noise have their own
+            state.update({k: state[k].to(v.dtype) for k, v in saved_state.items() if isinstance(v, Tensor)})
+            if "keep" in state:
+                self._index[order[at]] = alive_index(state["keep"])
+
+    # ------------------------------------------------------------------ inside
+    def _outside(self, call: str) -> None:
+        if self._backup is not None:
+            raise OckhamError(f"{call}() inside sampled(): the weights are a draw there; leave the block first")
+
+    def _arena(self, group: dict[str, Any]) -> Arena:
+        alive = [p for p in group["params"] if p.requires_grad]
+        found = self._arenas.get(id(group))
+        if found is None or not found.holds(alive):
+            found = self._arenas[id(group)] = self._pack(alive, group)
+        return found
+
+    def _pack(self, alive: list[Tensor], group: dict[str, Any]) -> Arena:
+        for p in alive:
+            self._ensure(p, group)
+        vectors = {}
+        for name in (*self._vectors, "noise") if alive else ():
+            vectors[name] = torch.cat([self.state[p][name] for p in alive])
+            sizes = [self.state[p][name].numel() for p in alive]
+            for p, part in zip(alive, vectors[name].split(sizes), strict=True):
+                self.state[p][name] = part
+        return Arena(tuple(alive), vectors, tuple(spans([(p, self._index.get(p)) for p in alive])))
+
+    def _ensure(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[p]
+        if not state:
+            state.update(self._start(p, group))
+            state["step"] = 0
+            state["noise"] = torch.zeros(p.numel(), dtype=torch.half, device=p.device)
+            self._phase = -1  # there is no noise to go on from: the next draw is a new one
+        return state
+
+    def _check_grads(self) -> None:
+        for p, name in self._names.items():
+            if p.grad is not None and p.grad.is_sparse:
+                raise OckhamError(f"parameter {name!r} has a sparse gradient; build its Embedding with sparse=False")
+
+    def _count(self, group: dict[str, Any]) -> None:
+        for p in group["params"]:
+            if p.requires_grad and p.grad is not None:
+                self.state[p]["step"] += 1
+
+    def _facts(self, span: Span) -> RunFacts:
+        return self._facts_of(self.state[span.pieces[0].parameter])
+
+    def _runs(self, span: Span, *, ready: bool = False) -> list[Span]:
+        """The span whole where its parameters agree in everything scalar, else piece by piece; only ready ones."""
+        states = [self.state[x.parameter] for x in span.pieces]
+        there = [not ready or x.parameter.grad is not None for x in span.pieces]
+        if all(there) and len({self._facts_of(s) for s in states}) == 1:
+            return [span]
+        return [part for part, ok in zip(span.split(), there, strict=True) if ok]
+
+    def _step_run(self, run: Span, arena: Arena, group: dict[str, Any]) -> None:
+        vectors = arena.at(run)
+        mean = read(run, [x.parameter for x in run.pieces], vectors["mean"])
+        grad = read(run, [x.parameter.grad for x in run.pieces], vectors["third"])  # type: ignore[misc]
+        facts = self._facts(run)
+        if (run.start, run.stop) not in arena.drawn:
+            self._std_(vectors["first"], vectors, facts, group)
+        self._update_(mean, grad, vectors, facts, group)
+        write(run, mean)
+
+    @torch.no_grad()
+    def _perturb(self) -> None:
+        assert self._backup is not None
+        new = not self._pending
+        arenas = [self._arena(group) for group in self.param_groups]
+        self._phase, self._pending = (self._phase + 1) % CYCLE if new else self._phase, True
+        for group, arena in zip(self.param_groups, arenas, strict=True):
+            for span in arena.spans:
+                runs = [run for run in self._runs(span) if self._perturbs(run)]
+                if new and runs:
+                    self._draw_(arena.at(span)["noise"])
+                for run in runs:
+                    self._backup.append((run, self._draw_run(run, arena, group)))
+        self._block_began(new)
+
+    def _draw_run(self, run: Span, arena: Arena, group: dict[str, Any]) -> Tensor:
+        """Write mean + std * noise into the parameters of a run; returns the mean."""
+        vectors = arena.at(run)
+        mean = vectors["mean"]
+        place = read(run, [x.parameter for x in run.pieces], mean)
+        if place is not mean:
+            mean.copy_(place)
+        std = self._std_(vectors["first"], vectors, self._facts(run), group)
+        noise = vectors["second"].copy_(vectors["noise"])  # converted first: products of mixed dtypes are far slower
+        write(run, torch.addcmul(mean, std, noise, out=noise))
+        if arena.small:
+            arena.drawn.add((run.start, run.stop))
+        return mean
+
+    def _draw_(self, noise: Tensor) -> None:
+        renew_(noise, self._phase, self._generator(noise.device))
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        for run, mean in self._backup or ():
+            write(run, mean)
+        self._backup = None
+        self._block_ended()
+
+    def _generator(self, device: torch.device) -> torch.Generator:
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+        return self._generators[device]
+
+    def _keep_of(self, p: Tensor) -> Tensor:
+        keep = self.state.get(p, {}).get("keep")
+        return torch.ones_like(p, dtype=torch.bool) if keep is None else keep.clone()
+
+    @torch.no_grad()
+    def _gaussian(self, p: Tensor, group: dict[str, Any]) -> Gaussian:
+        state, keep = self.state[p], self._keep_of(p)
+        facts = self._facts_of(state)
+        precision = torch.full_like(p.detach(), torch.inf, memory_format=torch.contiguous_format)
+        std = self._std_(p.new_empty(state["noise"].numel()), state, facts, group)
+        precision[keep] = std.double().pow(-2).to(p.dtype)
+        mean = p.detach().clone(memory_format=torch.contiguous_format)
+        prior_mean = torch.tensor(group["prior_mean"], dtype=p.dtype, device=p.device)
+        return Gaussian(mean, precision, self._prior_of(p, group), prior_mean, keep)
+
+    def _remove_from(self, p: Tensor, keep: Tensor) -> int:
+        group = next(g for g in self.param_groups if any(q is p for q in g["params"]))
+        state, old = self._ensure(p, group), self._index.get(p)
+        flat = keep.to(p.device).reshape(-1)
+        stays = flat if old is None else flat[old]
+        if bool(stays.all()):
+            return 0
+        for name in (*self._vectors, "noise"):
+            state[name] = state[name][stays]
+        state["keep"] = flat.view(p.shape) & self._keep_of(p)
+        self._index[p] = alive_index(state["keep"])
+        self._arenas.pop(id(group), None)
+        zero_removed_(p, state["keep"])
+        return int((~stays).sum())

@@ -1,0 +1,80 @@
+"""The maximum a posteriori network, through the same door: no noise, no spread, removal for good. For baselines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ockham.errors import OckhamError
+from ockham.fit.adam import adam_
+from ockham.fit.memory import RunFacts
+from ockham.fit.optimizer import VariationalOptimizer
+
+__all__ = [
+    "PointEstimate",
+]
+
+
+class PointEstimate(VariationalOptimizer):
+    """Adam with an optional Gaussian prior, on living weights only.
+
+    It keeps the contract of the variational optimizers (`sampled` changes nothing, `remove` is for good), so that
+    magnitude pruning gets the same rounds, budget and refit. Its `posterior` has precision = prior precision: a point
+    says nothing about how well the data determine a weight, and `ockham.diagnose` says so.
+
+    Args:
+        params: `model.named_parameters()` or named groups.
+        n_data: number of summed log-likelihood terms.
+        lr: learning rate.
+        betas: Adam's.
+        eps: Adam's.
+        prior_variance: of the weights; ``inf`` (default) is no penalty at all.
+
+    Raises:
+        OckhamError: a setting out of range.
+    """
+
+    _vectors = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
+        *,
+        n_data: float,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        prior_variance: float = math.inf,
+    ) -> None:
+        if not (n_data > 0 and lr > 0 and prior_variance > 0):
+            raise OckhamError(
+                f"PointEstimate: positive values expected; got n_data={n_data}, lr={lr}, {prior_variance=}"
+            )
+        settings = {
+            "n_data": float(n_data),
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "prior_mean": 0.0,
+            "temperature": 1.0,
+        }
+        super().__init__(params, {**settings, "prior_variance": prior_variance}, seed=0)
+
+    def _start(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        vectors = {name: parameter.new_zeros(parameter.numel(), requires_grad=False) for name in self._vectors}
+        finite = group["prior_variance"] < math.inf
+        return {**vectors, "prior_precision": 1.0 / group["prior_variance"] if finite else 1.0}
+
+    def _std_(self, out: Tensor, vectors: Mapping[str, Tensor], facts: RunFacts, group: dict[str, Any]) -> Tensor:
+        return out.fill_(facts.prior_precision**-0.5)
+
+    def _draw_(self, noise: Tensor) -> None:
+        """No noise: it stays zero."""
+
+    def _update_(self, mean: Tensor, grad: Tensor, vectors: Mapping[str, Tensor], facts: RunFacts, group: Any) -> None:
+        decay = 1.0 / (group["prior_variance"] * group["n_data"])  # 0 for the flat prior
+        rest = {"step": facts.step, "lr": float(group["lr"]), "betas": group["betas"], "eps": group["eps"]}
+        adam_(mean, grad, vectors["exp_avg"], vectors["exp_avg_sq"], decay=decay, **rest)

@@ -1,0 +1,1 @@
+"""Multiplicative gates on structures (BMRS): formulas, noise, rules, training and report."""

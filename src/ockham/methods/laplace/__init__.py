@@ -1,0 +1,1 @@
+"""Laplace posteriors of trained networks, and reduction in one shot."""

@@ -1,0 +1,258 @@
+"""One pass over data for a curvature: in evaluation mode, checked batches, the gradients of a likelihood."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from ockham.choose.correlated import narrowed, removed_in_rounds
+from ockham.choose.score import diagnose
+from ockham.core.batch import Loader, checked_batches
+from ockham.core.likelihood import Classification, Likelihood, Regression, likelihood_from
+from ockham.core.modes import evaluating
+from ockham.core.names import Ignore, protected_names
+from ockham.core.posterior import Posterior
+from ockham.errors import OckhamError, OckhamWarning
+from ockham.methods.laplace.curvature import (
+    Score,
+    empirical_fisher,
+    empirical_regression,
+    monte_carlo_classification,
+    monte_carlo_regression,
+)
+from ockham.methods.laplace.posterior import (
+    Curvature,
+    FittedPrior,
+    diagonal_curvature,
+    evidence_prior_precision,
+    kronecker_curvature,
+    laplace_posterior,
+    mean_square_prior_precision,
+)
+from ockham.surgery.grouping import Groups
+from ockham.surgery.planning import Plan, check_model
+
+__all__ = [
+    "compensate",
+    "compensated",
+    "laplace",
+    "reduce",
+    "score_for",
+    "unscored",
+    "with_means",
+]
+
+
+def score_for(likelihood: Likelihood, empirical: bool = False) -> Score:
+    """Which gradients the curvature is made of: of drawn targets (the GGN), or of the data's own.
+
+    Raises:
+        OckhamError: targets should be drawn, and the likelihood is a loss of one's own.
+    """
+    if empirical and isinstance(likelihood, Regression):
+        return empirical_regression()
+    if empirical:
+        return empirical_fisher(lambda f, y: likelihood.nll(f, y) * likelihood.terms(y), likelihood.terms)
+    if isinstance(likelihood, Classification):
+        return monte_carlo_classification(likelihood.ignore_index)
+    if isinstance(likelihood, Regression):
+        return monte_carlo_regression()
+    raise OckhamError(
+        f"a Monte Carlo GGN needs a likelihood to draw targets from: classification or regression; got "
+        f"{type(likelihood).__name__}. Pass fisher='empirical' for a loss of your own"
+    )
+
+
+T = TypeVar("T")
+_STRUCTURES: dict[str, Callable[..., Curvature]] = {"diagonal": diagonal_curvature, "kronecker": kronecker_curvature}
+_PRIORS: dict[str, FittedPrior] = {"evidence": evidence_prior_precision, "mean-square": mean_square_prior_precision}
+_DEFAULT_PRIOR = {"diagonal": "mean-square", "kronecker": "evidence"}
+
+
+def laplace(
+    model: nn.Module,
+    loader: Loader,
+    *,
+    structure: str = "kronecker",
+    likelihood: str | Likelihood = "classification",
+    n_data: float | None = None,
+    prior: str | float | None = None,
+    fisher: str = "monte-carlo",
+    noise_variance: float | None = None,
+    seed: int = 0,
+) -> Posterior:
+    r"""A Gaussian posterior of a trained network, from one pass over data.
+
+        q(w) = N(trained weights, (H + P0 I)^-1),    H = curvature of the summed NLL x n_data / terms in the loader
+
+    The network is read in evaluation mode and left as it was; frozen parameters have no posterior.
+
+    Args:
+        model: trained. It is not changed.
+        loader: batches of (inputs, targets); some thousand examples are enough.
+        structure: "kronecker" (correlations inside each weight matrix: Linear, convolutions, recurrent weights, packed
+            attention projections; a diagonal for the rest) or "diagonal" (any layer).
+        likelihood: "classification", "regression", or with ``fisher="empirical"`` any `Likelihood`.
+        n_data: number of log-likelihood terms of the *training set*, where the loader holds a part of it. Default: the
+            terms in the loader.
+        prior: how the prior precision of a tensor or matrix is found. "evidence": it maximises the Laplace evidence
+            (default for "kronecker"); "mean-square": 1 / mean square of its weights (default for "diagonal", whose own
+            evidence overrates what it knows; docs: decisions); a number: the same everywhere, such as
+            n_data x weight decay for weight decay on a mean loss.
+        fisher: "monte-carlo" (targets drawn from the network: the GGN) or "empirical" (the data's targets).
+        noise_variance: of a regression; default the mean squared residual over the loader.
+        seed: of the drawn targets; global random state is not touched.
+
+    Returns:
+        `Posterior`; with "kronecker" its `marginal_precision` and `matrices` carry the correlations.
+
+    Raises:
+        DataError: an empty loader, or inputs and targets that do not fit.
+        OckhamError: an unknown name, a number out of range, a network without parameters or outputs.
+
+    Reference: Daxberger et al. 2021, arXiv 2106.14806; Immer et al. 2021, arXiv 2104.04975.
+
+    >>> net, data = torch.nn.Linear(3, 2), [(torch.randn(8, 3), torch.tensor([0, 1] * 4))]
+    >>> laplace(net, data, structure="diagonal")
+    Posterior(Laplace (diagonal, monte-carlo), 2 tensors, 8 of 8 weights kept)
+    """
+    likelihood = likelihood_from(likelihood)
+    fit = _prior(prior, _named("structure", structure, _DEFAULT_PRIOR))
+    score = score_for(likelihood, _named("fisher", fisher, {"monte-carlo": False, "empirical": True}))
+    with evaluating(model) as device:
+        generator = torch.Generator(device).manual_seed(seed)
+        curvature = _STRUCTURES[structure](model, checked_batches(loader, likelihood, model), score, generator)
+    scale = _likelihood_precision(likelihood, curvature, noise_variance) ** (2 if fisher == "empirical" else 1)
+    terms = float(curvature.terms if n_data is None else n_data)
+    if not terms > 0:
+        raise OckhamError(f"n_data counts log-likelihood terms and must be positive; got {n_data}")
+    source = f"Laplace ({structure}, {fisher})"
+    return laplace_posterior(model, curvature, n_data=terms, prior=fit, scale=scale, source=source)
+
+
+def reduce(
+    model: nn.Module, posterior: Posterior, keep: float | None = None, *, ignore: Ignore = (), rounds: int = 8
+) -> nn.Module:
+    """A smaller network from a posterior, without data and without refitting.
+
+    Weights go in the order of P mean^2. Where the posterior is correlated (`laplace` with "kronecker") they go in
+    rounds; after each the survivors of a weight matrix move to make good for what went, and are scored again.
+    Vector parameters (biases, scales of norms) are not scored: they stay, and biases move with their weights.
+
+    Args:
+        model: the network that the posterior belongs to. It is not changed.
+        posterior: from any source.
+        keep: share of the scored weights that stays. None: the evidence decides, weights go while delta_f > 0.
+        ignore: parameters to protect: names, "re:" patterns, module names or types.
+        rounds: how finely, where weights are correlated.
+
+    Returns:
+        A new network with exact zeros; statistics of BatchNorm are untouched, see `ockham.refresh_batchnorm`.
+
+    Raises:
+        OckhamError: posterior and model do not fit, nothing can be scored, or a share outside (0, 1].
+
+    >>> net = torch.nn.Linear(4, 2)
+    >>> posterior = laplace(net, [(torch.randn(64, 4), torch.tensor([0, 1] * 32))])
+    >>> int((reduce(net, posterior, keep=0.5).weight == 0).sum())
+    4
+    """
+    _fitting(model, posterior)
+    protected = unscored(model, ignore)
+    if not any(name not in protected for name in posterior):
+        raise OckhamError("there is nothing to remove: the posterior has no weight matrix that is not protected")
+    if keep is None:
+        found = diagnose(posterior).warnings
+        if found:
+            warnings.warn(" ".join(found), OckhamWarning, stacklevel=2)
+    small = removed_in_rounds(posterior, keep, protected, rounds)
+    return with_means(model, small)
+
+
+def compensate(model: nn.Module, posterior: Posterior, groups: Groups, plan: Plan) -> nn.Module:
+    """A copy of a network in which nothing reads the units that a plan removes and the survivors make good for them.
+
+    The columns of a weight matrix that read removed units become zero, the others move to their conditional mean under
+    the Kronecker posterior (the bias with them). No data are read. `shrink` the copy with the same plan next; a network
+    with BatchNorm then wants `refresh_batchnorm` or some fine-tuning.
+
+    Args:
+        model: the network that the posterior and the groups belong to. It is not changed.
+        posterior: `laplace` with "kronecker". Of independent weights none moves.
+        groups: what `trace` found.
+        plan: which units go, from `plan`.
+
+    Raises:
+        OckhamError: posterior, groups or plan do not fit the model.
+
+    >>> import ockham
+    >>> net, x = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)), torch.randn(64, 3)
+    >>> posterior, groups = laplace(net, [(x, torch.tensor([0, 1] * 32))]), ockham.trace(net, x)
+    >>> plan = ockham.plan(groups, posterior, budget={"params": "50%"}, model=net, example_inputs=x)
+    >>> small = ockham.shrink(compensate(net, posterior, groups, plan), plan)
+    """
+    return with_means(model, compensated(model, posterior, groups, plan))
+
+
+def compensated(model: nn.Module, posterior: Posterior, groups: Groups, plan: Plan) -> Posterior:
+    """The posterior of `compensate`: of the whole network's shapes, nothing reads the units that the plan removes."""
+    check_model(plan, model)
+    _fitting(model, posterior)
+    keep = {}
+    for key, lost in plan.removed.items():
+        keep[key] = torch.ones(groups[key].size, dtype=torch.bool)
+        keep[key][list(lost)] = False
+    return narrowed(posterior, groups, keep)
+
+
+def unscored(model: nn.Module, ignore: Ignore = ()) -> frozenset[str]:
+    """Parameters from which a single reduction takes nothing: vectors, and what ``ignore`` covers."""
+    return protected_names(model, ignore) | {name for name, p in model.named_parameters() if p.ndim < 2}
+
+
+def _fitting(model: nn.Module, posterior: Posterior) -> None:
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    wrong = [name for name, g in posterior.items() if shapes.get(name) != g.mean.shape]
+    if wrong:
+        raise OckhamError(f"posterior and model do not fit: {wrong[:6]} differ in name or shape; load the right model")
+
+
+@torch.no_grad()
+def with_means(model: nn.Module, posterior: Posterior) -> nn.Module:
+    """A copy of a network with the means of a posterior for its weights."""
+    new = copy.deepcopy(model)
+    for name, p in new.named_parameters():
+        if name in posterior:
+            p.copy_(posterior[name].mean)
+    return new
+
+
+def _likelihood_precision(likelihood: Likelihood, curvature: Curvature, noise_variance: float | None) -> float:
+    if not isinstance(likelihood, Regression):
+        return 1.0
+    variance = curvature.residual / curvature.terms if noise_variance is None else noise_variance
+    if not variance > 0:
+        raise OckhamError(
+            f"the noise variance must be positive; got {variance}. A network that fits its data exactly says nothing "
+            "about the noise: pass noise_variance="
+        )
+    return 1.0 / variance
+
+
+def _prior(prior: str | float | None, default: str) -> FittedPrior:
+    if isinstance(prior, (int, float)):
+        if not 0 < prior < float("inf"):
+            raise OckhamError(f"a prior precision must be positive and finite; got {prior}")
+        return lambda curvature, mean: float(prior)
+    return _named("prior", default if prior is None else prior, _PRIORS)
+
+
+def _named(argument: str, name: str, table: Mapping[str, T]) -> T:
+    if name not in table:
+        raise OckhamError(f"{argument} must be one of {', '.join(map(repr, table))}; got {name!r}")
+    return table[name]

@@ -1,0 +1,291 @@
+r"""The prior precision of a layer that its own Laplace evidence prefers.
+
+With H the curvature of the negative log-likelihood at the mean (eigenvalues h_i) the log evidence of a layer is, up to
+what does not depend on the prior precision d,
+
+    L(d) = n/2 ln d  -  d/2 |mean|^2  -  1/2 sum_i ln(h_i + d)
+
+Its derivative is zero where sum_i h_i / (d (h_i + d)) = |mean|^2. The left side falls from infinity to 0 as d grows, so
+there is exactly one optimum, found here by bisection on ln d.
+
+Reference: MacKay 1992, The evidence framework; Immer et al. 2021, arXiv 2104.04975.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ockham.core.posterior import Gaussian, Posterior, WeightMatrix
+from ockham.errors import DataError, OckhamError, OckhamWarning
+from ockham.evidence.kronecker import conditional_precision, factorised, marginal_variance
+from ockham.methods.laplace.curvature import ExampleGradients, Score, outputs
+from ockham.methods.laplace.taps import MatrixSums, gradient_factors_, matrices_of, tapped
+
+__all__ = [
+    "Curvature",
+    "FittedPrior",
+    "diagonal_curvature",
+    "evidence_prior_precision",
+    "kronecker_curvature",
+    "laplace_evidence",
+    "laplace_posterior",
+    "mean_square_prior_precision",
+]
+
+_STEPS = 200
+
+
+def laplace_evidence(curvature: Tensor, mean: Tensor, prior_precision: float) -> float:
+    """L(d) above in nats, without the log-likelihood at the mean.
+
+    Args:
+        curvature: eigenvalues of H, or its diagonal; any shape with as many numbers as ``mean``.
+        mean: the weights.
+        prior_precision: d.
+    """
+    h, d = curvature.double(), prior_precision
+    return float(-0.5 * torch.log1p(h / d).sum() - 0.5 * d * mean.double().square().sum())
+
+
+def evidence_prior_precision(curvature: Tensor, mean: Tensor) -> float:
+    r"""The prior precision d of a layer with the largest Laplace evidence.
+
+    Args:
+        curvature: eigenvalues (or, for a diagonal posterior, the diagonal) of the Hessian of the *summed* NLL, >= 0.
+        mean: the trained weights, as many numbers.
+
+    Returns:
+        d > 0. A layer that the data never touched (curvature 0), or whose weights are all zero, has no optimum;
+        `mean_square_prior_precision` is returned for it.
+
+    Raises:
+        OckhamError: a curvature is negative or not finite.
+
+    >>> round(evidence_prior_precision(torch.full((4,), 1e8), torch.full((4,), 0.5)), 4)
+    4.0
+    """
+    h = curvature.double().reshape(-1)
+    if not bool(((h >= 0) & h.isfinite()).all()):
+        raise OckhamError(f"curvature must be finite and >= 0 (a GGN or Fisher is); got a minimum of {float(h.min())}")
+    square = float(mean.double().square().sum())
+    if square == 0.0 or float(h.max()) == 0.0:
+        return mean_square_prior_precision(h, mean)
+    low, high = -60.0, math.log(h.numel() / square)  # h / (h + d) < 1, so d < n / |mean|^2
+    for _ in range(_STEPS):
+        middle = 0.5 * (low + high)
+        d = math.exp(middle)
+        if float((h / (h + d)).sum()) / d > square:
+            low = middle
+        else:
+            high = middle
+        if high - low < 1e-9:
+            break
+    return math.exp(0.5 * (low + high))
+
+
+def mean_square_prior_precision(curvature: Tensor, mean: Tensor) -> float:
+    """Precision n / |mean|^2: the prior whose variance is the mean square of the weights; 1 where all are zero.
+
+    The limit of `evidence_prior_precision` for well-determined weights, and an upper bound of it everywhere: it takes
+    every weight for a draw from the prior, also those that the data do not determine. The curvature is not used.
+    """
+    square = float(mean.double().square().sum())
+    return mean.numel() / square if square > 0 else 1.0
+
+
+FittedPrior = Callable[[Tensor, Tensor], float]
+"""(curvature eigenvalues or diagonal, weights) to a prior precision, as `ockham.methods.laplace.posterior` has them."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Curvature:
+    """Sums over one pass.
+
+    Attributes:
+        diagonal: parameter name to summed squared gradients, float64, shape of the parameter.
+        matrices: weight name to Kronecker sums; their parameters are not in ``diagonal``.
+        terms: log-likelihood terms seen.
+        residual: summed squared residual of a regression, 0 otherwise.
+    """
+
+    diagonal: Mapping[str, Tensor]
+    matrices: Mapping[str, MatrixSums]
+    terms: int
+    residual: float
+
+
+def diagonal_curvature(model: nn.Module, batches: Iterable[Any], score: Score, generator: torch.Generator) -> Curvature:
+    """Squared gradients of single examples, for every parameter that requires a gradient.
+
+    Args:
+        model: in evaluation mode, all its parameters on one device.
+        batches: pairs (inputs, targets) on that device, one pass.
+        score: which gradients.
+        generator: of the drawn targets, on that device.
+
+    Raises:
+        DataError: there are no batches, or the network cannot take them.
+        OckhamError: the curvature is not finite.
+    """
+    names = _names(model)
+    return _pass(model, batches, score, generator, matrices={}, rest=names)
+
+
+def kronecker_curvature(
+    model: nn.Module, batches: Iterable[Any], score: Score, generator: torch.Generator
+) -> Curvature:
+    """Kronecker sums for weight matrices (`taps`), squared gradients for all other parameters.
+
+    The arguments and errors are those of `diagonal_curvature`.
+    """
+    names = _names(model)
+    matrices = matrices_of(model, frozenset(names))
+    covered = {name for s in matrices.values() for name in (s.weight, s.bias)}
+    return _pass(model, batches, score, generator, matrices=matrices, rest=[n for n in names if n not in covered])
+
+
+def laplace_posterior(
+    model: nn.Module, curvature: Curvature, *, n_data: float, prior: FittedPrior, scale: float = 1.0, source: str
+) -> Posterior:
+    """Trained weights and a curvature as a posterior.
+
+    Args:
+        model: the trained network.
+        curvature: of one pass; it is scaled to ``n_data``.
+        n_data: number of log-likelihood terms of the whole training set.
+        prior: fits a prior precision per tensor or matrix.
+        scale: of the likelihood's precision, 1 / noise variance for a regression.
+        source: what the posterior says about where it comes from.
+    """
+    weights = {n: p.detach().clone(memory_format=torch.contiguous_format) for n, p in model.named_parameters()}
+    factor = scale * n_data / curvature.terms
+    moments: dict[str, Gaussian] = {}
+    blocks = []
+    untouched = _untouched(curvature)
+    for sums in (s for s in curvature.matrices.values() if s.weight not in untouched):
+        block = _block(sums, weights, factor, prior)
+        blocks.append(block)
+        moments |= _correlated(block, weights)
+    for name, diagonal in ((n, d) for n, d in curvature.diagonal.items() if n not in untouched):
+        h = factor * diagonal
+        moments[name] = _independent(weights[name], h, prior(h, weights[name]))
+    ordered = {name: moments[name] for name in weights if name in moments}
+    return Posterior(ordered, float(n_data), 1.0, source, tuple(blocks))
+
+
+def _untouched(curvature: Curvature) -> set[str]:
+    """Parameters without any gradient on these data; they have no posterior, and a warning says so."""
+    names = {name for name, d in curvature.diagonal.items() if not bool(d.any())}
+    names |= {n for n, s in curvature.matrices.items() if not (bool(s.outputs.any()) and bool(s.inputs.any()))}
+    if names:
+        warnings.warn(
+            f"no gradient reaches {sorted(names)[:6]} on these data: they get no posterior and are left alone",
+            OckhamWarning,
+            stacklevel=4,
+        )
+    return names
+
+
+def _pass(
+    model: nn.Module,
+    batches: Iterable[Any],
+    score: Score,
+    generator: torch.Generator,
+    *,
+    matrices: dict[str, MatrixSums],
+    rest: list[str],
+) -> Curvature:
+    by_gradient = [n for n, s in matrices.items() if s.module is None]
+    singles = ExampleGradients(model, [*rest, *by_gradient], score.nll)
+    diagonal = {n: torch.zeros_like(singles.parameters[n], dtype=torch.float64) for n in rest}
+    terms, residual = 0, 0.0
+    for x, y in batches:
+        drawn = _tapped_pass(model, x, y, score, generator, matrices)
+        terms, residual = terms + score.terms(y), residual + score.residual(drawn.output, y)
+        if singles.parameters:
+            _add_singles_(singles, x, drawn.target, diagonal, {n: matrices[n] for n in by_gradient})
+    if terms == 0:
+        raise DataError("the loader is empty: it yields no targets; a Laplace posterior needs one pass over the data")
+    bad = [n for n, d in diagonal.items() if not bool(d.isfinite().all())]
+    if bad:
+        raise OckhamError(f"the curvature of {bad[:6]} is not finite: outputs or gradients overflow on these data")
+    return Curvature(diagonal, matrices, terms, residual)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Drawn:
+    output: Tensor
+    target: Tensor
+
+
+def _tapped_pass(
+    model: nn.Module, x: Any, y: Tensor, score: Score, generator: torch.Generator, matrices: Mapping[str, MatrixSums]
+) -> _Drawn:
+    hooked = any(s.module is not None for s in matrices.values())
+    with torch.set_grad_enabled(hooked), tapped(matrices):
+        output = outputs(model, x)
+        target = score.targets(output.detach(), y, generator)
+        if hooked:
+            parameters = [p for p in model.parameters() if p.requires_grad]
+            torch.autograd.grad(score.nll(output, target), parameters, allow_unused=True)
+    return _Drawn(output.detach(), target)
+
+
+def _add_singles_(
+    singles: ExampleGradients,
+    x: Any,
+    target: Tensor,
+    diagonal: Mapping[str, Tensor],
+    matrices: Mapping[str, MatrixSums],
+) -> None:
+    for gradients in singles.chunks(x, target):
+        for name, g in gradients.items():
+            if name in matrices:
+                gradient_factors_(matrices[name], g)
+            else:
+                diagonal[name].add_(g.double().square().sum(0))
+
+
+def _names(model: nn.Module) -> list[str]:
+    names = [n for n, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
+    if not names:
+        raise OckhamError(
+            "the model has no parameters that require a gradient: there is nothing to have a posterior of"
+        )
+    return names
+
+
+def _block(sums: MatrixSums, weights: Mapping[str, Tensor], factor: float, prior: FittedPrior) -> WeightMatrix:
+    # A summed, G averaged: their product is the curvature of the whole data
+    outputs_factor = factor / max(sums.rows, torch.finfo(torch.float64).tiny) * sums.outputs
+    block = WeightMatrix(sums.weight, sums.bias, factorised(sums.inputs, outputs_factor, 1.0))
+    fitted = prior(block.precision.curvature, block.pack(weights))
+    return replace(block, precision=replace(block.precision, prior_precision=fitted))
+
+
+def _correlated(block: WeightMatrix, weights: Mapping[str, Tensor]) -> dict[str, Gaussian]:
+    conditional = block.unpack(conditional_precision(block.precision), weights)
+    marginal = block.unpack(1 / marginal_variance(block.precision), weights)
+    return {
+        name: _gaussian(weights[name], conditional[name], block.precision.prior_precision, marginal[name])
+        for name in block.names
+    }
+
+
+def _independent(weight: Tensor, curvature: Tensor, prior_precision: float) -> Gaussian:
+    return _gaussian(weight, (curvature + prior_precision).to(weight.dtype), prior_precision, None)
+
+
+def _gaussian(weight: Tensor, precision: Tensor, prior_precision: float, marginal: Tensor | None) -> Gaussian:
+    prior, zero = weight.new_tensor(prior_precision), weight.new_zeros(())
+    # rounding to the weights' dtype must not put a precision below its prior
+    precision = precision.clamp_min(float(prior))
+    marginal = None if marginal is None else marginal.clamp_min(float(prior))
+    return Gaussian(weight, precision, prior, zero, torch.ones_like(weight, dtype=torch.bool), marginal)

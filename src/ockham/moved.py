@@ -1,0 +1,174 @@
+"""Import paths of earlier versions, deprecated until 1.0: `ockham.posterior.ivon` still finds `ockham.fit.ivon`.
+
+A finder at the end of ``sys.meta_path`` makes the old modules when somebody asks for them; nothing is imported before.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+__all__ = ["MOVED", "install"]
+
+MOVED: dict[str, str] = {
+    "evidence.columns": "evidence.kronecker",
+    "evidence.correlated": "methods.spike_slab.correlated",
+    "evidence.cut_normal": "methods.gates.truncated",
+    "evidence.divergence": "methods.gates.truncated",
+    "evidence.horseshoe": "methods.horseshoe",
+    "evidence.host": "methods.gates.truncated",
+    "evidence.lognormal": "methods.gates.lognormal",
+    "evidence.marginal": "methods.laplace.posterior",
+    "evidence.paired": "methods.spike_slab.correlated",
+    "evidence.quantile": "methods.gates.truncated",
+    "evidence.spike_slab": "methods.spike_slab.formulas",
+    "files.sparse": "core.files",
+    "files.tree": "core.files",
+    "posterior.adam": "fit.adam",
+    "posterior.adapters": "methods.adapters",
+    "posterior.arena": "fit.memory",
+    "posterior.checks": "fit.optimizer",
+    "posterior.curvature": "methods.laplace.curvature",
+    "posterior.full": "methods.laplace.full",
+    "posterior.gates": "methods.gates.noise",
+    "posterior.group_priors": "fit.priors",
+    "posterior.hamiltonian": "tabular.hamiltonian",
+    "posterior.horseshoe": "methods.horseshoe",
+    "posterior.ivon": "fit.ivon",
+    "posterior.laplace": "methods.laplace.posterior",
+    "posterior.matrix": "core.posterior",
+    "posterior.mean_field": "fit.mean_field",
+    "posterior.noise": "fit.memory",
+    "posterior.pieces": "fit.memory",
+    "posterior.point": "fit.point",
+    "posterior.posterior": "core.posterior",
+    "posterior.predict": "fit.predict",
+    "posterior.priors": "fit.priors",
+    "posterior.propagation": "methods.spike_slab.propagation",
+    "posterior.settings": "fit.optimizer",
+    "posterior.slab_priors": "methods.spike_slab.priors",
+    "posterior.slab_updates": "methods.spike_slab.optimizer",
+    "posterior.slicing": "fit.memory",
+    "posterior.spike_slab": "methods.spike_slab.optimizer",
+    "posterior.storage": "core.posterior",
+    "posterior.taps": "methods.laplace.taps",
+    "posterior.unit_scales": "fit.priors",
+    "posterior.variational": "fit.optimizer",
+    "reduction.choice": "choose.units",
+    "reduction.columns": "choose.correlated",
+    "reduction.diagnose": "choose.score",
+    "reduction.gate_rules": "methods.gates.rules",
+    "reduction.inclusion": "methods.spike_slab.inclusion",
+    "reduction.one_shot": "choose.correlated",
+    "reduction.paths": "choose.paths",
+    "reduction.prices": "choose.prices",
+    "reduction.rounds": "choose.rules",
+    "reduction.rule": "choose.rules",
+    "reduction.score": "choose.score",
+    "reduction.structure_rule": "choose.prices",
+    "reduction.structures": "choose.units",
+    "report.axes": "report.canvas",
+    "report.evidence_sections": "report.sections",
+    "report.gate_figures": "methods.gates.report",
+    "report.gate_report": "methods.gates.report",
+    "report.inputs": "run.measure",
+    "report.measure": "run.measure",
+    "report.shift": "run.shift",
+    "report.words": "report.page",
+    "surgery.budgets": "choose.budgets",
+    "surgery.choosing": "choose.planning",
+    "surgery.correlated": "choose.planning",
+    "surgery.unit_costs": "choose.prices",
+    "workflow.analysis": "run.facts",
+    "workflow.audit": "methods.spike_slab.audit",
+    "workflow.batchnorm": "fit.predict",
+    "workflow.compression": "run.engine",
+    "workflow.correlated": "methods.laplace.full",
+    "workflow.estimators": "run.estimators methods.spike_slab.optimizer",
+    "workflow.evaluate": "run.measure",
+    "workflow.finishing": "run.structures",
+    "workflow.gate_curve": "methods.gates.curve",
+    "workflow.gate_job": "methods.gates.job",
+    "workflow.gate_settings": "methods.gates.training",
+    "workflow.gate_training": "methods.gates.training",
+    "workflow.gating": "methods.gates.attach",
+    "workflow.job": "run.job",
+    "workflow.likelihood": "core.likelihood",
+    "workflow.one_shot": "methods.laplace.one_shot",
+    "workflow.one_shot_stage": "methods.laplace.stage",
+    "workflow.origin": "run.structures",
+    "workflow.passes": "methods.laplace.one_shot core.batch core.modes",
+    "workflow.publish": "run.result",
+    "workflow.reducer": "run.engine core.names",
+    "workflow.result": "run.result",
+    "workflow.shrinker": "run.structures",
+    "workflow.stages": "run.job",
+    "workflow.structure_facts": "run.facts",
+    "workflow.trainer": "run.trainer core.batch core.modes",
+    "workflow.wiring": "methods.gates.attach",
+}
+"""Old module to the new ones that have its contents, below ``ockham``."""
+
+_RENAMED: dict[str, dict[str, str]] = {
+    "evidence.correlated": {"Correlated": "CorrelatedSpikeSlab"},
+    "evidence.exact": {"inclusion": "exact_inclusion"},
+    "evidence.host": {"excess": "host_excess", "log_mills": "host_log_mills", "Array": "HostArray", "Cut": "HostCut"},
+    "evidence.kronecker": {"compensated": "conditional_mean"},
+    "evidence.spike_slab": {"Real": "Number"},
+    "posterior.arena": {"Facts": "RunFacts"},
+    "posterior.gates": {"Noise": "GateDraw"},
+    "reduction.gate_rules": {"by_random": "in_random_order"},
+    "workflow.analysis": {"Facts": "NetworkFacts"},
+    "workflow.gate_curve": {"Measure": "MeasureNetwork"},
+    "workflow.gate_settings": {"Budget": "ParameterBudget"},
+    "workflow.result": {"layers": "layer_rows"},
+}
+_ROOMS = frozenset({"files", "posterior", "reduction", "workflow"})  # packages that are no more
+
+
+class _Moved(ModuleType):
+    """Answers for a module of an earlier version out of the one that has its contents now."""
+
+    def __getattr__(self, name: str) -> Any:
+        old = self.__name__.removeprefix("ockham.")
+        if old not in MOVED:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        name = _RENAMED.get(old, {}).get(name, name)
+        for place in MOVED[old].split():
+            module = importlib.import_module(f"ockham.{place}")
+            if hasattr(module, name):
+                return getattr(module, name)
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Makes the modules of `MOVED` and the packages that held them."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        old = fullname.removeprefix("ockham.")
+        if old == fullname or not (old in MOVED or old in _ROOMS):
+            return None
+        return ModuleSpec(fullname, self, is_package=old in _ROOMS)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        return _Moved(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        old = module.__name__.removeprefix("ockham.")
+        if old in MOVED:
+            places = MOVED[old].split()
+            every = [n for place in places for n in importlib.import_module(f"ockham.{place}").__all__]
+            vars(module).update(__all__=every)
+
+
+def install() -> None:
+    """Let old import paths be found; once is enough."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.append(_Finder())

@@ -1,0 +1,1 @@
+"""How a run goes: one engine, one loop over batches, one result folder."""

@@ -1,0 +1,347 @@
+"""Where the units of a network that shrank several times stood in the network before: one plan out of many."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ockham.choose.prices import Structures, unit_costs
+from ockham.choose.score import score
+from ockham.choose.units import Ledger, StructureEvidence, choose_units
+from ockham.core.batch import Loader, to_device
+from ockham.core.modes import seeded
+from ockham.core.names import Ignore
+from ockham.core.posterior import Gaussian, Posterior
+from ockham.errors import OckhamError, OckhamWarning
+from ockham.fit.optimizer import VariationalOptimizer
+from ockham.surgery.cost import cost
+from ockham.surgery.folding import Constant, constants, fold
+from ockham.surgery.grouping import Groups
+from ockham.surgery.planning import Plan, plan_masks
+from ockham.surgery.shrinking import mask, shrink, slice_tensor
+from ockham.surgery.tracing import trace
+from ockham.surgery.verifying import verify
+
+__all__ = [
+    "Origin",
+    "Shrinker",
+    "StructureInfo",
+    "example_of",
+    "fold_constants",
+]
+
+
+class Origin:
+    """Follows plan after plan; knows which units of the first network are left and what the others were worth.
+
+    Args:
+        groups: of the network before.
+    """
+
+    def __init__(self, groups: Groups) -> None:
+        self.groups = groups
+        self._left = {name: [torch.arange(n) for n in shape] for name, shape in groups.shapes.items()}
+        self._nats = {g.id: torch.zeros(g.size, dtype=torch.float64) for g in groups}
+
+    def follow(self, now: Groups | None, plan: Plan) -> None:
+        """Take note of a plan for the network as it is; ``now`` are the groups it was made from, for its nats."""
+        for key, units in plan.removed.items():
+            if now is not None and key in plan.nats:
+                self._enter(now, key, units, plan.nats[key])
+        for name, dims in self._left.items():
+            self._left[name] = [left[plan.kept(name, d)] for d, left in enumerate(dims)]
+
+    def alive(self, key: str) -> Tensor:
+        """Units of a group of the first network that are left, boolean ``(units,)``."""
+        member = self.groups[key].members[0]
+        return torch.isin(member.index[:, 0], self._left[member.name][member.dim])
+
+    def widths(self) -> dict[str, int]:
+        """Group id to units left."""
+        return {g.id: int(self.alive(g.id).sum()) for g in self.groups}
+
+    def plan(self) -> Plan:
+        """All of it as one plan for the first network."""
+        return plan_masks(self.groups, {g.id: self.alive(g.id) for g in self.groups}, nats=self._nats)
+
+    def state(self) -> dict[str, list[float]]:
+        """Nats by group, plain."""
+        return {key: values.tolist() for key, values in self._nats.items()}
+
+    def load(self, state: Mapping[str, list[float]]) -> None:
+        """Nats of `state`; the plans are followed anew."""
+        self._nats = {key: torch.tensor(values, dtype=torch.float64) for key, values in state.items()}
+
+    def _enter(self, now: Groups, key: str, units: tuple[int, ...], nats: tuple[float, ...]) -> None:
+        member = now[key].members[0]
+        places = self._left[member.name][member.dim][member.index[list(units), 0]]
+        for group in self.groups:
+            for other in (m for m in group.members if (m.name, m.dim) == (member.name, member.dim)):
+                at = (other.index[None, :, :] == places[:, None, None]).any(2)
+                worth = torch.tensor(nats, dtype=torch.float64)[:, None].expand(at.shape)
+                self._nats[group.id][at.any(0)] = worth[at][torch.argsort(at.nonzero()[:, 1], stable=True)]
+
+
+def fold_constants(
+    model: nn.Module,
+    posterior: Posterior,
+    origin: Origin,
+    *,
+    example_inputs: Any,
+    ignore: tuple[Any, ...],
+    round_to: int = 1,
+) -> tuple[nn.Module, Posterior, Plan]:
+    """Take out the units whose making weights are all gone; what they add moves into biases.
+
+    The mean network computes the same function, which is proved on the example inputs. In the posterior a bias that
+    takes a constant c over from weights w becomes b + sum c w: mean and variance add up, and it lives again if it was
+    removed. Widths stay multiples of ``round_to`` where they are, and no group is emptied.
+
+    Returns:
+        The network, its posterior, and the plan from the first network to it.
+
+    Raises:
+        MismatchError: the folded network computes something else.
+    """
+    groups = trace(model, example_inputs, ignore=ignore)
+    alive = {name: g.keep.reshape(-1) for name, g in posterior.items()}
+    made = {}
+    for group in groups:
+        count = torch.zeros(group.size, dtype=torch.long)
+        for name, at in group.incoming_cuts():
+            if name not in alive or posterior[name].mean.ndim > 1:
+                count += alive[name][at].sum(1).cpu() if name in alive else at.shape[1]
+        made[group.id] = count
+    found = constants(model, groups, example_inputs, {key: count == 0 for key, count in made.items()})
+    found = _fitting(found, {g.id: g.size for g in groups}, round_to)
+    if not found:
+        return model, posterior, origin.plan()
+    folded = fold(model, found)
+    keep = {g.id: torch.ones(g.size, dtype=torch.bool) for g in groups}
+    for constant in found:
+        keep[constant.group][constant.unit] = False
+    plan = plan_masks(groups, keep)
+    moments = _folded(posterior, found)
+    small, cut = shrink(folded, plan, posterior=moments)
+    verify(model, small, example_inputs)
+    after = copy.deepcopy(origin)
+    after.follow(None, plan)
+    left = Posterior(cut, posterior.n_data, posterior.temperature, posterior.source)
+    options: dict[str, Any] = {"example_inputs": example_inputs, "ignore": ignore, "round_to": round_to}
+    return fold_constants(small, left, after, **options)  # who read nothing but constants is a constant now
+
+
+def _fitting(found: list[Constant], sizes: Mapping[str, int], round_to: int) -> list[Constant]:
+    """As many as leave a multiple of ``round_to`` in every group, and at least that."""
+    units: dict[str, list[int]] = {}
+    for constant in found:
+        units.setdefault(constant.group, []).append(constant.unit)
+    chosen: dict[str, set[int]] = {}
+    for key, several in units.items():
+        gone = sorted(set(several))
+        left = max(round_to, -(-(sizes[key] - len(gone)) // round_to) * round_to)
+        chosen[key] = set(gone[: max(0, sizes[key] - left)])
+    return [c for c in found if c.unit in chosen[c.group]]
+
+
+def _folded(posterior: Posterior, found: list[Constant]) -> dict[str, Gaussian]:
+    moments = dict(posterior)
+    for constant in found:
+        weight, bias = moments.get(f"{constant.layer}.weight"), moments.get(f"{constant.layer}.bias")
+        if weight is not None and bias is not None:
+            moments[f"{constant.layer}.bias"] = _sum(bias, weight, constant)
+    return moments
+
+
+def _sum(bias: Gaussian, weight: Gaussian, constant: Constant) -> Gaussian:
+    """The Gaussian of b + sum_i c_i w_i, independent; kept wherever a living weight takes part, and then surely in."""
+    shape = [1, -1] + [1] * (weight.mean.ndim - 2)
+    value = constant.value.to(weight.mean).view(shape)
+    taken = (weight.keep[:, constant.index] & (value != 0)).flatten(1).any(1)
+    added = (value * weight.expected[:, constant.index]).flatten(1).sum(1)
+    spread = (value.square() * _variance(weight)[:, constant.index]).flatten(1).sum(1)
+    mean = torch.where(taken, bias.expected + added, bias.mean)
+    variance = torch.where(taken, _variance(bias) + spread, bias.std.square())
+    alive = bias.keep | taken
+    inclusion = None if bias.inclusion is None else bias.inclusion.masked_fill(taken, 1.0)
+    precision = torch.where(alive, 1 / variance, torch.inf)
+    return Gaussian(mean, precision, bias.prior_precision, bias.prior_mean, alive, inclusion=inclusion)
+
+
+def _variance(g: Gaussian) -> Tensor:
+    """Of the weight as it enters: pi s^2 + pi (1 - pi) m^2 where it may be zero."""
+    if g.inclusion is None:
+        return g.std.square()
+    return g.inclusion * (g.std.square() + (1 - g.inclusion) * g.mean.square())
+
+
+ROWS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class StructureInfo:
+    """What one round removed as a whole.
+
+    Attributes:
+        epoch: after which epoch.
+        removed: units that went.
+        free: of these, units that nobody read any more.
+        nats: E_g of the units that went, summed: what the evidence loses by them.
+        widths: group id (of the network before the run) to the units it has now.
+        parameters: learnable values that the network has now.
+        macs: multiply-accumulates of one example now.
+    """
+
+    epoch: int
+    removed: int
+    free: int
+    nats: float
+    widths: Mapping[str, int]
+    parameters: int
+    macs: int
+
+
+class Shrinker:
+    """Scores the structures of a network in training and takes out what is not worth its price.
+
+    Args:
+        network: as the run starts.
+        rule: evidence, price, widths.
+        example_inputs: a small batch of inputs, for tracing and proof.
+        ignore: what stays whole.
+
+    Raises:
+        TraceError: the network cannot be traced; train it with masks only (``structure=None``).
+    """
+
+    def __init__(self, network: nn.Module, rule: Structures, example_inputs: Any, ignore: Ignore) -> None:
+        self.rule, self._inputs, self._ignore = rule, example_inputs, ignore
+        with seeded(0, 0, torch.device("cpu")):
+            groups = trace(network, _as_given(example_inputs), ignore=tuple(ignore))
+        self.origin = Origin(groups)
+        self._now: Groups | None = groups
+        self.ledger = Ledger()
+        self.history: list[StructureInfo] = []
+        self._steps: list[str] = []
+
+    def shrink(
+        self, network: nn.Module, optimizer: VariationalOptimizer, epoch: int
+    ) -> tuple[nn.Module, VariationalOptimizer] | None:
+        """Take out the structures that have gone; None where all stay.
+
+        Raises:
+            MismatchError: the smaller network computes something else than the masked one.
+        """
+        with seeded(0, 0, _device(network)):
+            if self._now is None:
+                self._now = trace(network, _as_given(self._inputs), ignore=tuple(self._ignore))
+            evidence = self._score(optimizer)
+            plan = self._choose(network, evidence)
+            if not plan.removed:
+                return None
+            small = self._apply(network, optimizer, plan)
+        self._note(small[0], evidence, plan, epoch)
+        return small
+
+    def finished(self, network: nn.Module, posterior: Posterior) -> tuple[nn.Module, Posterior, Plan]:
+        """Network and posterior with constants folded, and all that went as one plan for the first network."""
+        with seeded(0, 0, _device(network)):
+            options: dict[str, Any] = {"example_inputs": _as_given(self._inputs), "ignore": tuple(self._ignore)}
+            return fold_constants(network, posterior, self.origin, round_to=self.rule.round_to, **options)
+
+    def state(self) -> dict[str, Any]:
+        """Plain values and tensors."""
+        history = [asdict(info) for info in self.history]
+        ledger = dict(self.ledger.delta_f)
+        return {"steps": list(self._steps), "history": history, "ledger": ledger, "nats": self.origin.state()}
+
+    def load(
+        self, state: Mapping[str, Any], network: nn.Module, optimizer: VariationalOptimizer
+    ) -> tuple[nn.Module, VariationalOptimizer]:
+        """Replay the plans on a fresh network and its optimizer."""
+        for text in state["steps"]:
+            plan = Plan.from_json(text)
+            network, optimizer = shrink(network, plan, optimizer=optimizer)
+            self._follow(plan, text)
+        self.origin.load(state["nats"])
+        self.history = [StructureInfo(**info) for info in state["history"]]
+        self.ledger = Ledger(dict(state["ledger"]))
+        return network, optimizer
+
+    # ------------------------------------------------------------------ inside
+    def _score(self, optimizer: VariationalOptimizer) -> StructureEvidence:
+        assert self._now is not None
+        before = {g.id: g.size for g in self.origin.groups}
+        gone = {g.id: before[g.id] - g.size for g in self._now if g.id in before}
+        options = {"cut": self.rule.cut, "inside": self.rule.inside, "ledger": self.ledger, "gone": gone}
+        return score(optimizer.posterior()).by_group(self._now, **options)
+
+    def _choose(self, network: nn.Module, evidence: StructureEvidence) -> Plan:
+        assert self._now is not None
+        costs = unit_costs(network, self._now, _as_given(self._inputs), measured=self.rule.price.measured)
+        options: dict[str, Any] = {"round_to": self.rule.round_to, "cap": self.rule.cap}
+        choice = choose_units(evidence, self.rule.price.nats(evidence, costs), **options)
+        if choice.forced:
+            warnings.warn(
+                f"no unit of {', '.join(choice.forced)} was worth its price; the best stays, since an empty layer "
+                "computes nothing",
+                OckhamWarning,
+                stacklevel=5,
+            )
+        return plan_masks(self._now, choice.keep, nats=evidence)
+
+    def _apply(
+        self, network: nn.Module, optimizer: VariationalOptimizer, plan: Plan
+    ) -> tuple[nn.Module, VariationalOptimizer]:
+        small, carried = shrink(network, plan, optimizer=optimizer)
+        verify(mask(network, plan), small, _as_given(self._inputs), draws=1)
+        self.ledger = self.ledger.cut(lambda name, values: slice_tensor(plan, name, values))
+        self._follow(plan, plan.to_json())
+        return small, carried
+
+    def _follow(self, plan: Plan, text: str) -> None:
+        self._steps.append(text)
+        self.origin.follow(self._now if plan.nats else None, plan)
+        self._now = None
+
+    def _note(self, small: nn.Module, evidence: StructureEvidence, plan: Plan, epoch: int) -> None:
+        gone = {key: torch.tensor(units) for key, units in plan.removed.items()}
+        nats = sum(float(evidence[key][units].sum()) for key, units in gone.items())
+        free = sum(int((evidence.held[key][units] == 0).sum()) for key, units in gone.items())
+        now = cost(small, _as_given(self._inputs))
+        removed = sum(len(units) for units in gone.values())
+        rows = _rows(self._inputs)
+        self.history.append(
+            StructureInfo(epoch, removed, free, nats, self.origin.widths(), now.parameters, now.macs // rows)
+        )
+
+
+def example_of(loader: Loader, device: torch.device) -> Any:
+    """The first rows of the loader's first inputs."""
+    with seeded(0, 0, torch.device("cpu")):
+        inputs = next(iter(loader))[0]
+    few = pytree.tree_map_only(Tensor, lambda t: t[:ROWS] if t.ndim else t, inputs)
+    return to_device(few, device)
+
+
+def _as_given(inputs: Any) -> Any:
+    """Inputs as surgery takes them: a list of positional ones is a tuple."""
+    return tuple(inputs) if isinstance(inputs, list) else inputs
+
+
+def _rows(inputs: Any) -> int:
+    first = next((t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.ndim), None)
+    if first is None:
+        raise OckhamError("the loader's inputs hold no tensor with a batch dimension")
+    return int(first.shape[0])
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

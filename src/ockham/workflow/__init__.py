@@ -1,1 +1,0 @@
-"""The main job: fit, reduce, refit, measure, save; resumable at every epoch."""
