@@ -13,6 +13,7 @@ from torch import nn
 from ockham.surgery.planning import Plan
 
 _MOST_FIELDS = 5
+_OPEN_WIDTHS = frozenset(["n_inner", "intermediate_size", "ffn_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim"])
 
 
 def settle_config(model: nn.Module, small: nn.Module, plan: Plan) -> bool:
@@ -49,6 +50,9 @@ def _candidates(config: Any, plan: Plan) -> Iterator[dict[str, int]]:
     uniform = {old: new.copy().pop() for old, new in widths.items() if len(new) == 1 and new != {old}}
     held = {n: v for n, v in config.to_dict().items() if isinstance(v, int) and not isinstance(v, bool)}
     fields = {n: uniform[v] for n, v in held.items() if v in uniform}
+    # a width that a configuration leaves open follows from another field (n_inner = 4 n_embd): here it must be said
+    open_fields = [n for n, v in config.to_dict().items() if v is None and n in _OPEN_WIDTHS]
+    fields |= {n: min(uniform.values()) for n in open_fields if len(set(uniform.values())) == 1}
     names = sorted(fields)[:_MOST_FIELDS]
     for size in range(len(names), 0, -1):
         for chosen in itertools.combinations(names, size):

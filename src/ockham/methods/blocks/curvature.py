@@ -9,7 +9,7 @@ mapped while they are added to: a network's factors need not fit into memory.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,10 @@ class FactorStore:
         there = [k for k in keys if k in self._shapes]
         if not there:
             raise OckhamError(f"no curvature was taken for {keys[0]}: no calibration data pass it")
-        total = sum((self._mapped(k, self._shapes[k]).clone() for k in there[1:]), self._mapped(there[0], self._shapes[there[0]]).clone())
+        total = sum(
+            (self._mapped(k, self._shapes[k]).clone() for k in there[1:]),
+            self._mapped(there[0], self._shapes[there[0]]).clone(),
+        )
         return symmetric(total.to(self._device))
 
     def has(self, key: str) -> bool:
@@ -189,7 +192,10 @@ def add_curvature_(
             result.register_hook(lambda g: store.add(f"G:{key}{part.get(key, '')}", use.gradients(g.detach())))
 
     with torch.enable_grad():
-        with answering([b for b, _ in blocks], [_recomputed(b, alone=b is model) for b, _ in blocks]), Using(parameters, visit):
+        with (
+            answering([b for b, _ in blocks], [_recomputed(b, alone=b is model) for b, _ in blocks]),
+            Using(parameters, visit),
+        ):
             answer = case.answer(model, objective.output)
         loss = objective.curvature(answer, case, generator)
         if loss.requires_grad:

@@ -89,6 +89,12 @@ class BlockMatrix:
             bias = self.bias.of(parameters)
             bias.copy_(value[..., -1].reshape(bias.shape))
 
+    @property
+    def fan_in(self) -> int:
+        """Inputs of the weight, without the bias."""
+        size = torch.Size(self.weight.size)
+        return size[0] if self.transposed else size[1:].numel()
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Use:
@@ -191,7 +197,9 @@ def _given(args: Any, kwargs: Any, index: int, name: str, default: Any = None) -
 
 
 def _dense(mode: Using, x: Tensor, weight: Any, bias: Any, *, transposed: bool) -> Use | None:
-    matrix = mode.matrix(weight, bias, transposed=transposed) if isinstance(weight, Tensor) and weight.ndim == 2 else None
+    matrix = (
+        mode.matrix(weight, bias, transposed=transposed) if isinstance(weight, Tensor) and weight.ndim == 2 else None
+    )
     if matrix is None:
         return None
 
@@ -225,7 +233,9 @@ def _convolution(mode: Using, args: Any, kwargs: Any) -> Use | None:
     if matrix is None:
         return None
     d = weight.ndim - 2
-    stride, padding, dilation = (_given(args, kwargs, i, n, i != 4) for i, n in ((3, "stride"), (4, "padding"), (5, "dilation")))
+    stride, padding, dilation = (
+        _given(args, kwargs, i, n, i != 4) for i, n in ((3, "stride"), (4, "padding"), (5, "dilation"))
+    )
 
     def rows() -> Tensor:
         columns = _windows(x.detach(), weight.shape[2:], _each(stride, d), _each(dilation, d), padding)
@@ -289,5 +299,3 @@ def symmetric(sums: Tensor) -> Tensor:
     """The matrix whose lower triangle was summed."""
     lower = sums.tril()
     return lower + lower.tril(-1).mT
-
-

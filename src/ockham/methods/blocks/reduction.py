@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -76,6 +75,7 @@ class MatrixEvidence:
 
     Attributes:
         block: name of the block.
+        size: weights of the matrix.
         kept: share of its weights that stay.
         cost: rise of the loss, nats per term, by the matrix's curvature and with the survivors moved.
         volume: nats freed, 1/2 sum over the removed of ln(1 + n_data h / P0).
@@ -83,6 +83,7 @@ class MatrixEvidence:
     """
 
     block: str
+    size: int
     kept: float
     cost: float
     volume: float
@@ -94,13 +95,19 @@ class MatrixEvidence:
         return self.volume - self.n_data * self.cost
 
 
-OnBlock = Callable[[int, float], None]
-"""Called after a block with (blocks done, seconds it took)."""
+OnBlock = Callable[[int, Mapping[str, MatrixEvidence]], None]
+"""Called after a block with (blocks done, evidence so far)."""
 
 
 @torch.no_grad()
 def reduce_blocks_(
-    model: nn.Module, cases: Sequence[Case], dense: Dense, orders: Orders, *, done: int = 0, on_block: OnBlock | None = None
+    model: nn.Module,
+    cases: Sequence[Case],
+    dense: Dense,
+    orders: Orders,
+    *,
+    done: int = 0,
+    on_block: OnBlock | None = None,
 ) -> dict[str, MatrixEvidence]:
     """Reduce the matrices of every block in place.
 
@@ -118,7 +125,6 @@ def reduce_blocks_(
     stream = Stream(model, cases, dense.blocks)
     evidence: dict[str, MatrixEvidence] = {}
     for j, block_map in enumerate(dense.maps):
-        began = time.perf_counter()
         calls = stream.calls()
         parameters = weights_of(dense.blocks[j], block_map.name)
         for stage in block_map.stages if j >= done else ():
@@ -130,7 +136,7 @@ def reduce_blocks_(
                     evidence[key] = found
         stream.advance(calls)
         if on_block is not None:
-            on_block(j + 1, time.perf_counter() - began)
+            on_block(j + 1, evidence)
     return evidence
 
 
@@ -177,12 +183,16 @@ def inputs_of_stage(
 
 
 def _reduced(
-    key: str, block_map: BlockMap, parameters: Mapping[str, Tensor], sums: Mapping[str, Tensor], given: tuple[Dense, Orders]
+    key: str,
+    block_map: BlockMap,
+    parameters: Mapping[str, Tensor],
+    sums: Mapping[str, Tensor],
+    given: tuple[Dense, Orders],
 ) -> MatrixEvidence | None:
     """Reduce one matrix; None where no data reach it, and it stays."""
     dense, orders = given
     matrix, keep, inputs = block_map.matrices[key], orders.keep[key], sums.get(block_map.source[key])
-    if inputs is None or not dense.store.has(f"G:{key}") and not dense.store.has(f"G:{key}.held"):
+    if inputs is None or (not dense.store.has(f"G:{key}") and not dense.store.has(f"G:{key}.held")):
         return None
     outputs, scale = dense.outputs(key), dense.scale(block_map, key)
     if not (bool(inputs.any()) and bool(outputs.any())):
@@ -199,4 +209,4 @@ def _reduced(
     unit = inputs.diagonal(dim1=-2, dim2=-1).mean(-1) * outputs.diagonal(dim1=-2, dim2=-1).mean(-1) / scale
     determined = worth[..., :free] * unit[:, None, None] * target[..., :free].square().mean()
     volume = 0.5 * float((orders.n_data * determined).log1p().expand_as(gone)[gone].sum(dtype=torch.float64))
-    return MatrixEvidence(block_map.name, 1 - float(gone.float().mean()), cost, volume, orders.n_data)
+    return MatrixEvidence(block_map.name, gone.numel(), 1 - float(gone.float().mean()), cost, volume, orders.n_data)

@@ -189,7 +189,7 @@ def _staying(value: Tensor, gone: int, pattern: NofM | None) -> Tensor:
 
 
 def _on_support(target: Tensor, curvature: Quadratic, stays: Tensor, start: Tensor, steps: int) -> Tensor:
-    """argmin over matrices zero outside the support of tr G' (X - T) A' (X - T)', by preconditioned CG."""
+    """Argmin over matrices zero outside the support of tr G' (X - T) A' (X - T)', by preconditioned CG."""
     keep = stays.to(target.dtype)
     x, weight = start * keep, 1 / curvature.diagonal()
     alone = (-2, -1) if curvature.outputs is not None else (-1,)  # rows that are independent have lengths of their own

@@ -10,11 +10,11 @@ the held-out ones do: it is *measured* on data that took no part, so correlation
 everything beyond second order are in it. Removal ends where delta_f comes down to zero.
 
 n_data is not known of most networks. The default, 20 terms a weight, is the ratio at which a network of its size is
-trained at the least cost; with it the loss may rise by (volume a removed weight) x (share removed) / 20 nats at the most,
+trained at the least cost; with it the loss may rise by (volume a removed weight) x (share removed) / 20 nats at most,
 whatever the network, which is 2 to 6 per cent of perplexity.
 
-The search is a root search over the share: what single weights would cost says where to begin, what the network did lose
-scales it, and a few shots suffice.
+The search is a root search over the share: what single weights would cost says where to begin, what the network did
+lose scales it, and a few shots suffice.
 
 Reference: Kass & Raftery 1995 (Bayes factors); MacKay 1992 (the volume); Hoffmann et al. 2022, arXiv 2203.15556 (20).
 """

@@ -96,7 +96,9 @@ def answering(blocks: Sequence[nn.Module], answers: Sequence[Callable[..., Any]]
         for block, answer in zip(blocks, answers, strict=True):
             own = block.__dict__.get("forward")
             block.forward = answer  # type: ignore[method-assign]
-            stack.callback(block.__dict__.pop if own is None else block.__dict__.__setitem__, "forward", *([own] if own else []))
+            stack.callback(
+                block.__dict__.pop if own is None else block.__dict__.__setitem__, "forward", *([own] if own else [])
+            )
         yield
 
 
@@ -146,43 +148,40 @@ class Stream:
                 self._model(*self._cases[case].args, **self._cases[case].kwargs)
             except _Reached as reached:
                 return reached.call
-        raise OckhamError(f"block {self.at} is not reached on some calibration data: the order of blocks depends on them")
+        raise OckhamError(
+            f"block {self.at} is not reached on some calibration data: the order of blocks depends on them"
+        )
 
     def _last_readers(self) -> list[int]:
-        """For each block the last one that reads its answer, directly or through code between them."""
+        """For each block the last one that reads its answer, directly or through code between them.
+
+        Answers are cut out of the graph, so that a gradient of what a block is called with ends at those it reads.
+        """
         last = list(range(len(self._blocks)))
-        if len(self._blocks) == 1:
-            return last
         shown: list[tuple[int, Tensor]] = []
 
-        def before(j: int) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-                for leaf in pytree.tree_leaves((args, kwargs)):
-                    if isinstance(leaf, Tensor) and leaf.requires_grad and shown:
-                        tensors = [t for _, t in shown]
-                        reached = torch.autograd.grad(leaf.sum(), tensors, allow_unused=True, retain_graph=True)
-                        for (i, _), g in zip(shown, reached, strict=True):
-                            last[i] = max(last[i], j if g is not None else 0)
+        def before(j: int, call: BlockCall) -> None:
+            for leaf in pytree.tree_leaves(call):
+                if isinstance(leaf, Tensor) and leaf.requires_grad and shown:
+                    tensors = [t for _, t in shown]
+                    reached = torch.autograd.grad(leaf.sum(), tensors, allow_unused=True, retain_graph=True)
+                    for i in {i for (i, _), g in zip(shown, reached, strict=True) if g is not None}:
+                        last[i] = max(last[i], j)
 
-            return hook
+        def after(j: int, output: Any) -> Any:
+            def cut(leaf: Tensor) -> Tensor:
+                fresh = leaf.detach()
+                if leaf.is_floating_point():
+                    shown.append((j, fresh.requires_grad_(True)))
+                return fresh
 
-        def after(j: int) -> Callable[..., Any]:
-            def hook(module: nn.Module, args: Any, output: Any) -> Any:
-                def cut(leaf: Any) -> Any:
-                    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-                        return leaf
-                    fresh = leaf.detach().requires_grad_(True)
-                    shown.append((j, fresh))
-                    return fresh
-
-                return pytree.tree_map(cut, output)
-
-            return hook
+            return pytree.tree_map_only(Tensor, cut, output)
 
         with ExitStack() as stack, torch.enable_grad():
-            for j, block in enumerate(self._blocks):
-                stack.callback(block.register_forward_pre_hook(before(j), with_kwargs=True).remove)
-                stack.callback(block.register_forward_hook(after(j)).remove)
+            for j, b in enumerate(self._blocks if len(self._blocks) > 1 else []):
+                watch = b.register_forward_pre_hook(lambda m, a, k, j=j: before(j, (a, k)), with_kwargs=True)
+                stack.callback(watch.remove)
+                stack.callback(b.register_forward_hook(lambda m, a, out, j=j: after(j, out)).remove)
             self._model(*self._cases[0].args, **self._cases[0].kwargs)
         return last
 

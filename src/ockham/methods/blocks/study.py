@@ -59,7 +59,9 @@ def loss_of(model: nn.Module, cases: Sequence[Case], objective: Objective) -> tu
         OckhamError: the data have no targets.
     """
     if objective.nll is None:
-        raise OckhamError("the calibration data have no targets, so there is no loss to measure: yield (inputs, targets)")
+        raise OckhamError(
+            "the calibration data have no targets, so there is no loss to measure: yield (inputs, targets)"
+        )
     pairs = [objective.nll(case.answer(model, objective.output), case) for case in cases]
     return torch.tensor([float(n) for n, _ in pairs]).double(), torch.tensor([t for _, t in pairs]).double()
 
@@ -151,7 +153,9 @@ def _maps(model: nn.Module, named: Sequence[tuple[str, nn.Module]], case: Case) 
         return [map_of("", model, (case.args, dict(case.kwargs)))]
     calls: dict[int, BlockCall] = {}
     handles = [
-        b.register_forward_pre_hook(lambda m, args, kwargs: calls.setdefault(id(m), (args, kwargs)) and None, with_kwargs=True)
+        b.register_forward_pre_hook(
+            lambda m, args, kwargs: calls.setdefault(id(m), (args, kwargs)) and None, with_kwargs=True
+        )
         for _, b in named
     ]
     try:

@@ -1,4 +1,4 @@
-r"""Whole units of a block that go for good: neurons of an MLP, groups of heads, channels, and what reads them makes good.
+r"""Whole units of a block that go for good (neurons of an MLP, groups of heads, channels); their readers make good.
 
 A unit can go where everything that reads it is one matrix, by whole columns. What it costs is then exact under the
 curvature, for the output side cannot change how other columns make good for a whole one:
@@ -14,23 +14,25 @@ Reference: Hassibi & Stork 1993; An et al. 2024, FLAP, arXiv 2312.11983 (the bia
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ockham.errors import OckhamError
-from ockham.methods.blocks.curvature import BlockMap, weights_of
-from ockham.methods.blocks.matrices import BlockMatrix
-from ockham.methods.blocks.damping import kind_of
-from ockham.methods.blocks.reduction import Dense
-from ockham.methods.blocks.solve import damped
 from ockham.choose.budgets import Budget, Subject, most_allowed
+from ockham.errors import OckhamError
+from ockham.methods.blocks.cases import Case
+from ockham.methods.blocks.curvature import BlockMap, weights_of
+from ockham.methods.blocks.damping import kind_of
+from ockham.methods.blocks.matrices import BlockMatrix
+from ockham.methods.blocks.reduction import Dense, inputs_of_stage
+from ockham.methods.blocks.solve import damped
+from ockham.methods.blocks.stream import Stream
 from ockham.surgery.grouping import Groups
 from ockham.surgery.planning import Plan, plan_masks
 
-__all__ = ["UnitCurve", "UnitReader", "chosen_units", "readers_of", "refitted", "unit_curve"]
+__all__ = ["UnitCurve", "UnitReader", "chosen_units", "readers_of", "refit_units_", "refitted", "unit_curve"]
 
 _TOGETHER = 16
 _MOST_GONE = 2 / 3
@@ -158,13 +160,14 @@ def chosen_units(
         OckhamError: the budget cannot be met.
     """
     price = limit.unit_costs(subject, groups)
-    steps = _uniform_steps(curves, price) if uniform else _steps(curves, price)
+    steps = _steps(curves, price, uniform=uniform)
     most = most_allowed(limit, subject, groups)
 
     def masks(count: int) -> dict[str, Tensor]:
         keep = {c.reader.group: torch.ones(groups[c.reader.group].size, dtype=torch.bool) for c in curves}
-        for _, curve, upto in steps[:count]:
-            keep[curve.reader.group][list(curve.order[:upto])] = False
+        for _, alike, upto in steps[:count]:
+            for curve in alike:
+                keep[curve.reader.group][list(curve.order[:upto])] = False
         return keep
 
     def left(count: int) -> float:
@@ -172,8 +175,8 @@ def chosen_units(
 
     if left(len(steps)) > most:
         raise OckhamError(
-            f"the budget of {most:,.6g} {limit.unit} cannot be met: with a third of the units of every group left it is "
-            f"{left(len(steps)):,.6g}. Allow more, or see ockham.trace(...).frozen for what cannot go"
+            f"the budget of {most:,.6g} {limit.unit} cannot be met: with a third of the units of every group left it "
+            f"is {left(len(steps)):,.6g}. Allow more, or see ockham.trace(...).frozen for what cannot go"
         )
     low, high = -1, len(steps)
     while high - low > 1:
@@ -186,32 +189,23 @@ def chosen_units(
     return plan_masks(groups, keep, nats=nats), keep
 
 
-_Step = tuple[float, UnitCurve, int]
+_Step = tuple[float, tuple[UnitCurve, ...], int]
+"""(running maximum of cost per resource, groups that lose a unit, units gone after it)."""
 
 
-def _steps(curves: Sequence[UnitCurve], price: Mapping[str, float]) -> list[_Step]:
-    """(running maximum of cost per resource, curve, units gone after it), rising."""
-    found: list[_Step] = []
+def _steps(curves: Sequence[UnitCurve], price: Mapping[str, float], *, uniform: bool) -> list[_Step]:
+    """The steps of all groups, the cheapest first; ``uniform`` lets groups of a kind lose a unit at once."""
+    kinds: dict[object, list[UnitCurve]] = {}
     for curve in curves:
-        each, highest = price[curve.reader.group], 0.0
-        for i, cost in enumerate(curve.costs):
-            highest = max(highest, cost / max(each, 1e-30))
-            found.append((highest, curve, i + 1))
-    return sorted(found, key=lambda s: (s[0], s[2]))
-
-
-def _uniform_steps(curves: Sequence[UnitCurve], price: Mapping[str, float]) -> list[_Step]:
-    """The same with all groups of a kind losing a unit at once; several entries make one step of the threshold."""
-    kinds: dict[tuple[str, int], list[UnitCurve]] = {}
-    for curve in curves:
-        kinds.setdefault((kind_of(curve.reader.group), len(curve.reader.columns)), []).append(curve)
+        group = curve.reader.group
+        kinds.setdefault((kind_of(group), len(curve.reader.columns)) if uniform else group, []).append(curve)
     found: list[_Step] = []
     for alike in kinds.values():
         each, highest = sum(price[c.reader.group] for c in alike), 0.0
         for i in range(min(len(c.order) for c in alike)):
             highest = max(highest, sum(c.costs[i] for c in alike) / max(each, 1e-30))
-            found += [(highest, c, i + 1) for c in alike]
-    return sorted(found, key=lambda s: s[0])
+            found.append((highest, tuple(alike), i + 1))
+    return sorted(found, key=lambda s: (s[0], s[2]))
 
 
 @torch.no_grad()
@@ -234,3 +228,43 @@ def refitted(weight: Tensor, inputs: Tensor, keep: Tensor, damping: float) -> Te
     new = torch.zeros_like(weight)
     new[:, keep] = weight[:, keep] + torch.cholesky_solve(lost.mT, root).mT.to(weight.dtype)
     return new
+
+
+@torch.no_grad()
+def refit_units_(
+    model: nn.Module,
+    cases: Sequence[Case],
+    dense: Dense,
+    readers: Sequence[UnitReader],
+    keep: Mapping[str, Tensor],
+    *,
+    damping: float,
+    on_block: Callable[[int, int], None],
+) -> None:
+    """Zero the columns that read units which go, and refit the others, block by block in place.
+
+    Args:
+        model: as `prepared` leaves it.
+        cases: calibration data.
+        dense: blocks and their matrices.
+        readers: of the units.
+        keep: group id to the mask of the units that stay.
+        damping: l of the refit.
+        on_block: called with (blocks done, blocks).
+    """
+    stream = Stream(model, cases, dense.blocks)
+    for j, block_map in enumerate(dense.maps):
+        calls, block = stream.calls(), dense.blocks[j]
+        parameters = weights_of(block, block_map.name)
+        mine = {r.key: r for r in readers if r.block == j and not bool(keep[r.group].all())}
+        for stage in block_map.stages:
+            wanted = [k for k in stage if k in mine]
+            sums = inputs_of_stage(block, block_map, wanted, calls, cases)
+            for key in wanted:
+                matrix, inputs = block_map.matrices[key], sums[block_map.source[key]][0]
+                stays = torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
+                stays[mine[key].columns[~keep[mine[key].group]].flatten().to(inputs.device)] = False
+                weight = matrix.read(parameters)[0]
+                matrix.write(parameters, refitted(weight, inputs, stays, damping)[None])
+        stream.advance(calls)
+        on_block(j + 1, len(dense.maps))
