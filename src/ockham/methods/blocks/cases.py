@@ -20,7 +20,7 @@ from ockham.core.likelihood import Classification, Likelihood, Regression, likel
 from ockham.errors import DataError, OckhamError
 from ockham.run.trainer import to_device
 
-__all__ = ["Case", "Objective", "cases_from", "objective_for"]
+__all__ = ["Case", "Objective", "cases_from", "objective_for", "tensor_of"]
 
 _POSITIONS = 1024
 _IGNORED = -100
@@ -51,7 +51,7 @@ class Case:
         """
         try:
             return output(model(*self.args, **self.kwargs))
-        except (TypeError, IndexError, RuntimeError) as error:
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
             given = [*(type(a).__name__ for a in self.args), *self.kwargs]
             raise DataError(
                 f"{type(model).__name__} cannot take the calibration data's inputs ({', '.join(given)}): {error}. "
@@ -109,7 +109,7 @@ def objective_for(
     Raises:
         OckhamError: an unknown name, or a likelihood that the data do not fit.
     """
-    chosen = _tensor_of if output is None else output
+    chosen = tensor_of if output is None else output
     with torch.no_grad():
         answer = case.answer(model, chosen)
     if likelihood == "auto":
@@ -164,8 +164,12 @@ def _pieces(case: Case) -> list[Case]:
     return [Case(*pytree.tree_unflatten(values, spec)) for values in cut]
 
 
-def _tensor_of(found: Any) -> Tensor:
-    """The tensor that matters in what a network returns: logits, or else the first floating one."""
+def tensor_of(found: Any) -> Tensor:
+    """The tensor that matters in what a network returns: logits, or else the first floating one.
+
+    Raises:
+        OckhamError: there is none.
+    """
     if isinstance(found, Tensor):
         return found
     logits = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)

@@ -18,12 +18,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from ockham.core.files import read_json, write_json
 from ockham.errors import OckhamError
 from ockham.methods.blocks.cases import Case, Objective
 from ockham.methods.blocks.matrices import BlockMatrix, Use, Using, add_gram_, symmetric
 from ockham.methods.blocks.stream import BlockCall, answering
 
 __all__ = ["BlockMap", "FactorStore", "add_curvature_", "map_of", "rows_of", "weights_of"]
+
+
+_INDEX = "index.json"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,13 +56,31 @@ class FactorStore:
     Args:
         folder: made where it is missing.
         device: where values are wanted.
+
+    Attributes:
+        rows: key to the number of rows that were added.
+        terms: log-likelihood terms that the sums are of, by part; empty until `close`.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         self._folder, self._device = folder, device
         self._shapes: dict[str, tuple[int, ...]] = {}
         self.rows: dict[str, float] = {}
+        self.terms: list[int] = []
         folder.mkdir(parents=True, exist_ok=True)
+        if (folder / _INDEX).exists():
+            index = read_json(folder / _INDEX)
+            self._shapes = {k: tuple(v) for k, v in index["shapes"].items()}
+            self.rows, self.terms = index["rows"], index["terms"]
+
+    def close(self, terms: Sequence[int]) -> None:
+        """Say that the sums are complete; a store on the same folder has them from now on.
+
+        Args:
+            terms: log-likelihood terms in the part that decides and in the part that judges.
+        """
+        self.terms = list(terms)
+        write_json(self._folder / _INDEX, {"shapes": self._shapes, "rows": self.rows, "terms": self.terms})
 
     def add(self, key: str, rows: Tensor) -> None:
         """Add the Gram matrix of ``[groups, rows, n]``."""

@@ -31,7 +31,7 @@ from ockham.methods.blocks.solve import Damping, NofM
 from ockham.methods.blocks.stop import TERMS_PER_WEIGHT, Shot, best_shot, shot_from, shots
 from ockham.methods.blocks.stream import prepared
 from ockham.methods.blocks.study import Study, held_out, loss_of, study, study_damping
-from ockham.methods.blocks.units import chosen_units, readers_of, refit_units_, unit_curve
+from ockham.methods.blocks.units import chosen_units, describable, readers_of, refit_units_, unit_curve
 from ockham.surgery import Plan, shrink, trace
 
 __all__ = ["Job", "PruneProgress", "PruneSettings", "Removal"]
@@ -151,10 +151,14 @@ class Job:
             example = dict(cases[0].kwargs) or cases[0].args
             groups = trace(model, example, ignore=self._settings.ignore)
             readers = readers_of(groups, found.dense.maps)
+            if uniform and getattr(model, "config", None) is not None:
+                readers = describable(readers, groups, model)
             if not readers:
                 raise OckhamError(
-                    f"no unit of {type(model).__name__}'s blocks is read by a single matrix, so none can go by itself; "
-                    "see ockham.trace(model, inputs).frozen for reasons, or pass keep_share for single weights"
+                    f"no unit of {type(model).__name__}'s blocks is read by a single matrix"
+                    + (" and numbered by its configuration" if uniform else "")
+                    + ", so none can go by itself; see ockham.trace(model, inputs).frozen for reasons, try "
+                    "structure='uneven', or pass keep_share for single weights"
                 )
             tell = self._teller("units")
             curves = []

@@ -90,6 +90,11 @@ class BlockMatrix:
             bias.copy_(value[..., -1].reshape(bias.shape))
 
     @property
+    def weights(self) -> int:
+        """Number of weights, without the bias."""
+        return torch.Size(self.weight.size).numel()
+
+    @property
     def fan_in(self) -> int:
         """Inputs of the weight, without the bias."""
         size = torch.Size(self.weight.size)

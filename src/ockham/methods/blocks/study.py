@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ockham.errors import OckhamError
@@ -82,7 +83,7 @@ def study(
         model: as `prepared` leaves it.
         cases: calibration data.
         objective: the likelihood.
-        folder: for the sums.
+        folder: for the sums; where they lie there complete, no pass is made.
         seed: of drawn targets.
         spared: parameters from which nothing goes.
         on_case: called with (cases done, cases).
@@ -103,14 +104,17 @@ def study(
     tried = sampled_blocks([frozenset(kind_of(k) for k in m.matrices) for m in maps])
     halved, held, terms = {k for j in tried for k in maps[j].matrices}, held_out(len(cases)), [0, 0]
     pairs = list(zip(blocks, maps, strict=True))
-    for i, case in enumerate(cases):
+    for i, case in enumerate(() if store.terms else cases):
         part = {k: ".held" for k in halved} if i in held else {}
         terms[i in held] += add_curvature_(store, model, case, objective, pairs, generator=generator, part=part)
         on_case(i + 1, len(cases))
+    if not store.terms:
+        store.close(terms)
+    terms = store.terms
     if sum(terms) == 0:
         raise OckhamError("the calibration data hold no log-likelihood terms: every target is padding")
     dense = Dense(blocks, maps, store, sum(terms))
-    return Study(dense, _samples(dense, spared), tuple(tried) if held else (), terms[1])
+    return Study(dense, _samples(dense, spared, folder / "costs.safetensors"), tuple(tried) if held else (), terms[1])
 
 
 def study_damping(
@@ -167,8 +171,15 @@ def _maps(model: nn.Module, named: Sequence[tuple[str, nn.Module]], case: Case) 
     return [map_of(name, b, calls[id(b)]) for name, b in named]
 
 
-def _samples(dense: Dense, spared: Collection[str]) -> dict[str, CostSample]:
-    found = {}
+def _samples(dense: Dense, spared: Collection[str], path: Path) -> dict[str, CostSample]:
+    """Samples of every matrix that may go; read where they lie in the folder of these very sums already."""
+    found: dict[str, CostSample] = {}
+    if path.exists():
+        held = load_file(path)
+        sizes = {k: m.weights for b in dense.maps for k, m in b.matrices.items()}
+        known = {k.removesuffix(":costs") for k in held if k.endswith(":costs")}
+        sizes = {k: n for k, n in sizes.items() if k in known and k.partition("[")[0] not in spared}
+        return {k: CostSample(held[f"{k}:costs"], held[f"{k}:determined"], n) for k, n in sizes.items()}
     for block, block_map in zip(dense.blocks, dense.maps, strict=True):
         parameters = weights_of(block, block_map.name)
         for key, matrix in block_map.matrices.items():
@@ -180,4 +191,7 @@ def _samples(dense: Dense, spared: Collection[str]) -> dict[str, CostSample]:
             free = weight.shape[-1] - (matrix.bias is not None)
             costs = single_costs(weight, *factors, scale, _ALLOCATION_DAMPING)
             found[key] = cost_sample(weight[..., :free], costs[..., :free])
+    if not spared:
+        values = {f"{k}:costs": c.costs for k, c in found.items()}
+        save_file(values | {f"{k}:determined": c.determined for k, c in found.items()}, path)
     return found

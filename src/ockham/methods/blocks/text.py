@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import resource
@@ -14,17 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from ockham.core.files import write_json
-from ockham.core.modes import device_of
 from ockham.errors import DataError, OckhamError
-from ockham.methods.blocks.cases import cases_from, objective_for
+from ockham.methods.blocks.cases import cases_from, tensor_of
 from ockham.methods.blocks.job import PruneProgress, PruneSettings
 from ockham.methods.blocks.prune import Pruned, prune
 from ockham.methods.blocks.stream import prepared
-from ockham.methods.blocks.study import loss_of
 
-__all__ = ["perplexity", "prune_folder", "read_text", "token_windows"]
+__all__ = ["prune_folder", "read_text", "token_measures", "token_windows"]
 
 _WINDOW = 512
+_BINS = 15
 _CALIBRATION, _JUDGING = 32, 8
 
 
@@ -39,7 +39,9 @@ def read_text(path: str | Path) -> str:
     try:
         text = "\n\n".join(f.read_text(encoding="utf-8") for f in files)
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read text from {place}: {error}. Pass a UTF-8 text file or a folder of .txt files") from error
+        raise DataError(
+            f"cannot read text from {place}: {error}. Pass a UTF-8 text file or a folder of .txt files"
+        ) from error
     if not text.strip():
         raise DataError(f"{place} holds no text: pass a UTF-8 text file or a folder with .txt files")
     return text
@@ -64,17 +66,33 @@ def token_windows(ids: Tensor, *, length: int, count: int, seed: int = 0) -> Ten
     return ids[: whole * length].view(whole, length)[chosen]
 
 
-def perplexity(model: nn.Module, windows: Tensor) -> float:
-    """exp of the mean NLL of each token given those before it in its window.
+@torch.no_grad()
+def token_measures(model: nn.Module, windows: Tensor) -> dict[str, float]:
+    """How well each token is foreseen from those before it in its window.
 
     Args:
         model: causal language model; left as it is.
         windows: token ids ``[windows, length]``.
+
+    Returns:
+        ``nll`` (nats a token), ``perplexity`` (its exp), ``accuracy`` and ``ece`` (of the likeliest token, 15 bins).
     """
-    with prepared(model):
-        cases = cases_from(windows, None, model, device_of(model))
-        nll, terms = loss_of(model, cases, objective_for(model, cases[0], "next-token", None))
-    return math.exp(float(nll.sum() / terms.sum()))
+    nll, chance, hit = [], [], []
+    with prepared(model) as device:
+        for case in cases_from(windows, None, model, device):
+            logits = case.answer(model, tensor_of)[:, :-1].flatten(0, 1).float()
+            target = case.args[0][:, 1:].flatten()
+            log_p = logits.log_softmax(-1)
+            best = log_p.max(-1)
+            nll.append(-log_p.gather(1, target[:, None]).squeeze(1).double())
+            chance.append(best.values.exp().double())
+            hit.append((best.indices == target).double())
+    p, right = torch.cat(chance), torch.cat(hit)
+    bins = (p * _BINS).long().clamp(0, _BINS - 1)
+    gaps = torch.zeros(_BINS, dtype=torch.float64, device=p.device).index_add_(0, bins, p - right)
+    mean = float(torch.cat(nll).mean())
+    ece = float(gaps.abs().sum()) / len(p)
+    return {"nll": mean, "perplexity": math.exp(mean), "accuracy": float(right.mean()), "ece": ece}
 
 
 def prune_folder(
@@ -101,15 +119,15 @@ def prune_folder(
         settings: the finer ones; its ``folder`` is ``out/work`` unless it is given.
 
     Returns:
-        What ``metrics.json`` holds: ``before`` and ``after`` with ``nll``, ``perplexity``, ``ece``, ``parameters``,
-        ``nonzero``; ``kept``, ``seconds``, ``peak_bytes``.
+        What ``metrics.json`` holds: ``before`` and ``after`` with ``nll``, ``perplexity``, ``accuracy``, ``ece``,
+        ``parameters``, ``nonzero``; ``kept``, ``seconds``, ``peak_bytes``.
 
     Raises:
         OckhamError: transformers is missing, or the folder holds no causal language model.
         DataError: the text is missing or too short.
     """
     began = time.perf_counter()
-    model, tokenizer = _loaded(Path(source))
+    model, tokenizer, stored = _loaded(Path(source))
     count, length = windows
     ids = tokenizer(read_text(text), return_tensors="pt", verbose=False).input_ids[0]
     length = min(length, int(getattr(model.config, "max_position_embeddings", length) or length), len(ids) // 4)
@@ -119,6 +137,7 @@ def prune_folder(
     path.mkdir(parents=True, exist_ok=True)
     settings = settings or PruneSettings(folder=path / "work")
     found = prune(model, every[judges:], **dict(target or {}), progress=progress, settings=settings)
+    found.model.to(stored)  # the numbers are those of the weights that are written
     metrics = _metrics(model, found, every[:judges]) | {
         "seconds": time.perf_counter() - began,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -132,31 +151,29 @@ def prune_folder(
     return metrics
 
 
-def _loaded(source: Path) -> tuple[Any, Any]:
+def _loaded(source: Path) -> tuple[Any, Any, torch.dtype]:
+    """The model in float32, its tokenizer, and the dtype of its files."""
     try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise OckhamError("reading a model folder needs transformers: pip install transformers") from error
     if not (source / "config.json").is_file():
         raise OckhamError(f"{source} is no model folder: it has no config.json. Pass a folder of save_pretrained")
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(source), local_files_only=True)
-        return model, AutoTokenizer.from_pretrained(str(source), local_files_only=True)
+        config = AutoConfig.from_pretrained(str(source), local_files_only=True)
+        stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        model = AutoModelForCausalLM.from_pretrained(str(source), local_files_only=True, dtype=torch.float32)
+        return model, AutoTokenizer.from_pretrained(str(source), local_files_only=True), stored
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise OckhamError(f"{source} cannot be read as a causal language model with its tokenizer: {error}") from error
 
 
-@torch.no_grad()
 def _metrics(model: nn.Module, found: Pruned, windows: Tensor) -> dict[str, Any]:
     def side(network: nn.Module) -> dict[str, float]:
-        value = perplexity(network, windows)
         parameters = list(network.parameters())
-        return {
-            "nll": math.log(value),
-            "perplexity": value,
-            "parameters": sum(p.numel() for p in parameters),
-            "nonzero": sum(int(p.count_nonzero()) for p in parameters),
-        }
+        counts = {"parameters": sum(p.numel() for p in parameters)}
+        counts["nonzero"] = sum(int(p.count_nonzero()) for p in parameters)
+        return token_measures(copy.deepcopy(network).float(), windows) | counts
 
     return {"before": side(model), "after": side(found.model), "kept": found.keep_share, "judged_on": "text held out"}
 

@@ -29,10 +29,22 @@ from ockham.methods.blocks.matrices import BlockMatrix
 from ockham.methods.blocks.reduction import Dense, inputs_of_stage
 from ockham.methods.blocks.solve import damped
 from ockham.methods.blocks.stream import Stream
+from ockham.surgery.cloning import clone
+from ockham.surgery.configs import described
 from ockham.surgery.grouping import Groups
 from ockham.surgery.planning import Plan, plan_masks
+from ockham.surgery.shrinking import shrink
 
-__all__ = ["UnitCurve", "UnitReader", "chosen_units", "readers_of", "refit_units_", "refitted", "unit_curve"]
+__all__ = [
+    "UnitCurve",
+    "UnitReader",
+    "chosen_units",
+    "describable",
+    "readers_of",
+    "refit_units_",
+    "refitted",
+    "unit_curve",
+]
 
 _TOGETHER = 16
 _MOST_GONE = 2 / 3
@@ -91,6 +103,20 @@ def readers_of(groups: Groups, maps: Sequence[BlockMap]) -> list[UnitReader]:
 def _columns_per_channel(matrix: BlockMatrix) -> int:
     """Columns of one input channel: the size of the kernel of a convolution, 1 elsewhere."""
     return int(torch.Size(matrix.weight.size[2:]).numel())
+
+
+def describable(readers: Sequence[UnitReader], groups: Groups, model: nn.Module) -> list[UnitReader]:
+    """Readers of such kinds of units as the model's configuration can have fewer of, equally many in all layers."""
+    hollow = clone(model, lambda name, t: torch.empty_like(t, device="meta"))
+    kinds: dict[str, list[UnitReader]] = {}
+    for reader in readers:
+        kinds.setdefault(kind_of(reader.group), []).append(reader)
+    found = []
+    for alike in kinds.values():
+        keep = {r.group: torch.arange(groups[r.group].size) > 0 for r in alike}
+        if described(shrink(hollow, plan_masks(groups, keep))):
+            found += alike
+    return found
 
 
 @torch.no_grad()
