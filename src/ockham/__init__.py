@@ -25,7 +25,8 @@ from ockham.methods.spike_slab.inclusion import MedianRule, inclusion
 from ockham.methods.spike_slab.optimizer import SpikeSlab
 from ockham.methods.spike_slab.priors import FixedSpikeSlab, LearnedSpikeSlab
 from ockham.moved import install as _install_moved
-from ockham.run.engine import Compressed, Compression, compress
+from ockham.run.compression import Compression, compress
+from ockham.run.engine import Compressed
 from ockham.run.estimators import Training, defaults_for, point_estimate
 from ockham.run.result import load, save_pretrained
 from ockham.surgery import Plan, export, mask, random_plan, shrink, trace, verify

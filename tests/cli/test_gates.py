@@ -13,8 +13,8 @@ from ockham.cli.app import app
 from ockham.cli.build import build_job
 from ockham.cli.options import Options
 from ockham.errors import OckhamError, ResultError
-from ockham.methods.gates.job import CHECKPOINT
 from ockham.methods.gates.report import write_gate_report
+from ockham.run.job import CHECKPOINT
 
 FAST = {"method": "bmrs", "epochs": 4, "baseline": False, "quiet": True, "temperature": 300.0, "learning_rate": 2e-2}
 
@@ -33,7 +33,8 @@ def folder(tmp_path_factory):
 
 def test_the_folder_is_complete_and_loads(folder):
     names = {p.name for p in folder.iterdir()}
-    assert names == {"metrics.json", "gates.json", "result.json", "network.safetensors", "plan.json", "report.html"}
+    told = {"metrics.json", "history.json", "analysis.json", "structure.json", "gates.json", "result.json"}
+    assert names == {*told, "network.safetensors", "plan.json", "report.html"}
     metrics = json.loads((folder / "metrics.json").read_text())
     small = ockham.load(folder)
     assert sum(p.numel() for p in small.parameters()) == metrics["after"]["parameters"]

@@ -118,7 +118,7 @@ def test_convolutions_and_batch_norm_are_seen_too_and_go_on_training():
                              correlated=ockham.Correlated(examples=50))  # fmt: skip
     before = torch.random.get_rng_state()
     for _ in job:
-        assert job._trainer.model.training
+        assert job.network.training
     assert torch.equal(torch.random.get_rng_state(), before)  # global randomness is not touched
     found = job.result()
     assert sum(int(k.sum()) for k in found.keep.values()) == 60

@@ -96,16 +96,16 @@ class Ledger:
 
     delta_f: dict[str, Tensor] = field(default_factory=dict)
 
-    def enter(self, evidence: Evidence, keep: Mapping[str, Tensor]) -> None:
-        """Write down the living weights of ``evidence`` that ``keep`` (True = stays) removes."""
+    def entered(self, evidence: Evidence, keep: Mapping[str, Tensor]) -> Ledger:
+        """The ledger with the living weights of ``evidence`` that ``keep`` (True = stays) removes."""
+        known = dict(self.delta_f)
         for name, mask in keep.items():
             alive = evidence.posterior[name].keep
-            if name not in self.delta_f:
-                self.delta_f[name] = torch.full(alive.shape, math.nan, device=alive.device)
             wide = torch.full(alive.shape, math.nan, device=alive.device)
             wide[alive] = evidence[name].float()
-            gone = alive & ~mask
-            self.delta_f[name][gone] = wide[gone]
+            before = known.get(name, torch.full_like(wide, math.nan))
+            known[name] = torch.where(alive & ~mask, wide, before)
+        return Ledger(known)
 
     def cut(self, take: Callable[[str, Tensor], Tensor]) -> Ledger:
         """The ledger of a smaller network; ``take`` gives what stays of a tensor shaped like a parameter."""

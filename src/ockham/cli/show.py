@@ -6,10 +6,11 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from ockham.core.files import read_json
+from ockham.core.files import printable, read_json
 from ockham.core.posterior import load_posterior
 from ockham.errors import OckhamError
 from ockham.methods.gates.report import GATES
@@ -49,9 +50,11 @@ def contents(console: Console, folder: Path) -> None:
         shape = "x".join(map(str, row["shape"]))
         prior = f"{float(g.prior_precision.median()) ** -0.5:.3g}"
         more = [f"{row['expected']:,.1f}"] if said else []
-        table.add_row(row["name"], shape, f"{row['total']:,}", f"{row['kept']:,}", f"{share:.2%}", prior, middle, *more)
+        table.add_row(
+            _plain(row["name"]), shape, f"{row['total']:,}", f"{row['kept']:,}", f"{share:.2%}", prior, middle, *more
+        )
     console.print(table)
-    line = f"{posterior.source}, N = {posterior.n_data:g}, temperature {posterior.temperature:g}, "
+    line = f"{_plain(posterior.source)}, N = {posterior.n_data:g}, temperature {posterior.temperature:g}, "
     console.print(line + f"{posterior.kept():,} of {posterior.size():,} weights kept", highlight=False)
 
 
@@ -62,9 +65,9 @@ def _gates(console: Console, folder: Path) -> None:
     for name, first in found["epochs"][0]["start"].items():
         layer = layers_.get(name, {"keep": [], "no_evidence": [], "kl": []})
         facts = (len(layer["keep"]), sum(layer["no_evidence"]), f"{sum(layer['kl']):.4g}")
-        table.add_row(name, str(first), str(widths.get(name, first)), *map(str, facts))
+        table.add_row(_plain(name), str(first), str(widths.get(name, first)), *map(str, facts))
     console.print(table)
-    console.print(f"rule {found['rule']}, KL weighted by {found['kl_weight']}", highlight=False)
+    console.print(_plain(f"rule {found['rule']}, KL weighted by {found['kl_weight']}"), highlight=False)
 
 
 def evaluation(
@@ -72,7 +75,8 @@ def evaluation(
 ) -> None:
     """Measures on the test part of a data set."""
     network = load(folder, model).to(device)
-    noise = read_json(folder / "metrics.json").get("noise_variance")
+    said = read_json(folder / "metrics.json").get("noise_variance")
+    noise = None if said is None else torch.as_tensor(said).reshape(-1)
     classify = noise is None
     if classify is data.test_y.is_floating_point():
         wanted = "class labels" if classify else "numbers"
@@ -90,7 +94,8 @@ def evaluation(
 def audited(console: Console, folder: Path, data: Dataset, model: nn.Module | None, *, log_odds: float) -> None:
     """Claims about the last layer against enumeration on the training part of a data set."""
     network, posterior = load(folder, model), load_posterior(folder)
-    noise = read_json(folder / "metrics.json").get("noise_variance")
+    said = read_json(folder / "metrics.json").get("noise_variance")
+    noise = None if said is None else torch.as_tensor(said).reshape(-1)
     found = audit(network, posterior, data.train_x, data.train_y, noise_variance=noise, log_odds=log_odds)
     console.print(str(found), markup=False, highlight=False, soft_wrap=True)
 
@@ -98,8 +103,13 @@ def audited(console: Console, folder: Path, data: Dataset, model: nn.Module | No
 def _table(console: Console, columns: dict[str, dict[str, float]]) -> None:
     table = Table("measure", *columns)
     for name in next(iter(columns.values())):
-        table.add_row(name, *(_number(c[name]) for c in columns.values()))
+        table.add_row(_plain(name), *(_number(c[name]) for c in columns.values()))
     console.print(table)
+
+
+def _plain(text: object) -> str:
+    """Text from a file for the terminal: neither markup nor control characters."""
+    return escape(printable(text))
 
 
 def _number(value: float) -> str:

@@ -97,7 +97,7 @@ class IVON(VariationalOptimizer):
 
     _vectors = ("hessian", "exp_avg")
 
-    def __init__(  # noqa: PLR0913 - the settings of an optimizer, all keywords
+    def __init__(
         self,
         params: Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
         *,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ockham.core.files import write_bytes
 from ockham.report import page, sections, story
 from ockham.report.folder import Results, read_results
 from ockham.report.page import count, percent, seconds, size, times
+from ockham.run.folder import amend
 
 __all__ = [
     "render",
@@ -55,7 +55,7 @@ def write_report(folder: Path) -> Path:
         OckhamError: the folder cannot be written.
     """
     path = Path(folder) / "report.html"
-    write_bytes(path, render(folder).encode("utf-8", "replace"))
+    amend(path, render(folder).encode("utf-8", "replace"))
     return path
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from torch import nn
 
@@ -125,3 +126,10 @@ def ivon(model: nn.Module, training: Training, *, n_data: float, steps: int) -> 
     )
     optimizer.hold(model)
     return optimizer
+
+
+def as_plain(training: Training) -> dict[str, Any]:
+    """Settings as JSON-able values, the prior by its type and numbers."""
+    plain = {f.name: getattr(training, f.name) for f in fields(training)}
+    shown = [f"{f.name}={getattr(training.prior, f.name):g}" for f in fields(training.prior) if f.repr]  # type: ignore[arg-type]
+    return plain | {"prior": f"{type(training.prior).__name__}({', '.join(shown)})"}

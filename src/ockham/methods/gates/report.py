@@ -7,11 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ockham.core.files import SCHEMA, read_json, write_bytes
+from ockham.core.files import SCHEMA, read_json
 from ockham.errors import ResultError
 from ockham.report import page
 from ockham.report.canvas import AFTER, BEFORE, GONE, INK, MUTED, draw, integers, percents, thousands, ylabel
 from ockham.report.page import count, number, percent, seconds
+from ockham.run.folder import amend
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -164,7 +165,7 @@ def render_gates(folder: Path) -> str:
 def write_gate_report(folder: Path) -> Path:
     """Write ``report.html`` into the folder, atomically; returns its path."""
     path = Path(folder) / "report.html"
-    write_bytes(path, render_gates(Path(folder)).encode("utf-8", "replace"))
+    amend(path, render_gates(Path(folder)).encode("utf-8", "replace"))
     return path
 
 
@@ -290,3 +291,10 @@ def _foot(result: Record) -> str:
     return page.paragraph(
         f"Written by Ockham {result.get('ockham')}. This file needs no network and contains no scripts."
     )
+
+
+def write_any_report(folder: Path) -> Path:
+    """Write ``report.html`` of a result folder, with or without gates; returns the file."""
+    from ockham.report.html import write_report
+
+    return write_gate_report(folder) if (folder / GATES).exists() else write_report(folder)
