@@ -81,6 +81,7 @@ def test_fixed_values_go_through_files_predictions_and_reductions(toy, tmp_path)
     back = load_posterior(tmp_path / "p.safetensors")["words.weight"]
     want = posterior["words.weight"]
     assert torch.equal(back.mean, want.mean) and torch.equal(back.keep, want.keep)
+    assert torch.equal(back.expected, want.expected) and torch.equal(want.expected[0], torch.full((3,), 0.7))
     drawn = ockham.predict(net, posterior, torch.zeros(1, 4, dtype=torch.long), draws=5)
     assert float(drawn.epistemic) < 0.2  # of the layer behind it alone
     fresh = Bag(0.1)
