@@ -37,6 +37,18 @@ def test_diagonals_are_those_of_the_dense_matrix(case):
     torch.testing.assert_close(kron.row_covariance(k, 1, 2), block)
 
 
+@pytest.mark.parametrize("alive", [[True, False, True, True], [False, True, False, False], [True] * 4])
+def test_covariance_without_columns_is_that_of_the_conditioned_dense_matrix(case, alive):
+    k, _, dense = case
+    living = torch.tensor(alive)
+    at = living.repeat(ROWS).nonzero().squeeze(1)
+    for group in range(GROUPS):
+        inner = kron.without_columns(k, group, living)
+        want = dense[group][at][:, at].inverse()  # given that the others are zero, their precision is a block
+        torch.testing.assert_close(kron.covariance(inner), want)
+        torch.testing.assert_close(kron.marginal_variance(inner).reshape(-1), want.diagonal())
+
+
 def test_row_evidence_is_the_dense_savage_dickey_of_the_row(case):
     k, mean, dense = case
     got = kron.delta_f_kronecker_rows(mean, k)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.integrate import quad
+from scipy.optimize import minimize
 from scipy.stats import norm
 from torch.distributions import Beta, InverseGamma
 
@@ -50,6 +51,29 @@ def test_one_weight_equals_quadrature(h, b, p0, v1, v0):
     assert float(gaussian) == pytest.approx(odds + math.log(slab) - math.log(spike), abs=1e-7)
     narrow = gaussian_spike_log_odds(mean, torch.full((1,), variance, dtype=F64), odds, v1, 1e-10)
     assert float(narrow) == pytest.approx(float(dirac), abs=1e-6)
+
+
+@pytest.mark.parametrize(("h", "b"), [(30.0, 4.0), (2.0, -3.0), (0.3, 0.1)])
+def test_a_learned_slab_under_a_gaussian_spike_is_the_best_of_both_elbos(h, b):
+    """E[1/v1] and E[ln v1] are two numbers: both components' bounds maximised numerically, their difference taken."""
+    shape, rate, v0, odds = 2.5, 3.0, 0.05, -0.4
+    inverse, log_v1 = slab_expectations(0.0, 0.0, shape=shape, rate=rate)
+    assert log_v1 < -math.log(inverse) + 0.3 and abs(log_v1 + math.log(inverse)) > 0.1
+
+    def best(precision, log_variance):
+        def loss(x):
+            m, v = torch.tensor([x[0]], dtype=F64), torch.tensor([math.exp(x[1])], dtype=F64)
+            return float(0.5 * h * (v + m * m) - b * m + slab_kl(m, v, precision, log_variance))
+
+        found = minimize(
+            loss, [0.0, 0.0], method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-13, "maxiter": 4000}
+        )
+        return -found.fun, found.x
+
+    (slab, at), (spike, _) = best(inverse, log_v1), best(1 / v0, math.log(v0))
+    mean, variance = torch.tensor([at[0]], dtype=F64), torch.tensor([math.exp(at[1])], dtype=F64)
+    got = gaussian_spike_log_odds(mean, variance, odds, 1 / inverse, v0, log_slab_variance=log_v1)
+    assert float(got) == pytest.approx(odds + slab - spike, abs=1e-5)
 
 
 def test_gradient_and_optimum_forms_agree_at_the_optimum():

@@ -56,7 +56,7 @@ def test_many_sets_at_once_are_as_one_by_one(monkeypatch) -> None:
     mean, k = matrix(4, 12)
     sets = torch.arange(12).view(6, 2)
     together = delta_f_columns(mean[0], k, sets)
-    monkeypatch.setattr("ockham.evidence.kronecker._AT_ONCE", 1)
+    monkeypatch.setattr("ockham.evidence.kronecker._COLUMNS_AT_ONCE", 1)
     for whole, alone in zip(together, delta_f_columns(mean[0], k, sets), strict=True):
         assert torch.allclose(whole, alone, rtol=1e-12)
 

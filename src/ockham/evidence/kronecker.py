@@ -185,7 +185,7 @@ def delta_f_kronecker(mean: Tensor, k: KroneckerPrecision, keep: Tensor, toleran
 
 def covariance(k: KroneckerPrecision, group: int = 0) -> Tensor:
     """The dense covariance of vec(W), rows behind each other, for small matrices: [outputs*inputs, outputs*inputs]."""
-    basis = torch.kron(k.output_vectors[group].double(), k.input_vectors[group].double())
+    basis = torch.kron(*(v[group].double().contiguous() for v in (k.output_vectors, k.input_vectors)))
     values = (k.curvature[group] + k.prior_precision).reshape(-1)
     return (basis / values) @ basis.mT
 
@@ -262,7 +262,7 @@ def _spread(vectors: Tensor, values: Tensor) -> Tensor:
     return (vectors.double().square() @ values.unsqueeze(-1)).squeeze(-1)
 
 
-_AT_ONCE_columns = 2**23  # numbers in the products that are made together
+_COLUMNS_AT_ONCE = 2**23  # numbers in the products that are made together
 
 
 def without_columns(k: KroneckerPrecision, group: int, alive: Tensor) -> KroneckerPrecision:
@@ -283,7 +283,7 @@ def without_columns(k: KroneckerPrecision, group: int, alive: Tensor) -> Kroneck
     q = k.input_vectors[group].double()[alive]
     a, vectors = torch.linalg.eigh((q * k.input_values[group].double()) @ q.mT)
     outputs = k.output_values[group : group + 1], k.output_vectors[group : group + 1]
-    return KroneckerPrecision(a.clamp_min(0)[None], vectors[None], *outputs, k.prior_precision)
+    return KroneckerPrecision(a.clamp_min(0)[None], vectors.contiguous()[None], *outputs, k.prior_precision)
 
 
 def delta_f_columns(mean: Tensor, k: KroneckerPrecision, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -313,7 +313,7 @@ def delta_f_columns(mean: Tensor, k: KroneckerPrecision, columns: Tensor) -> tup
     q, spectrum = k.input_vectors[0].double(), 1 / (k.curvature[0] + k.prior_precision)
     turned = k.output_vectors[0].double().mT @ mean.double()
     n = columns.shape[1]
-    each = max(1, _AT_ONCE_columns // max(1, spectrum.numel() * n))
+    each = max(1, _COLUMNS_AT_ONCE // max(1, spectrum.numel() * n))
     costs, changes = [], []
     for some in columns.split(each):
         rows = q[some]  # [sets, n, inputs]

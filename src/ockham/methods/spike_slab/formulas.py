@@ -141,17 +141,36 @@ def spike_slab_kl(inclusion: Tensor, cost: Tensor, log_rate: Number, log_rest: N
 
 
 def gaussian_spike_log_odds(
-    mean: Tensor, variance: Tensor, log_odds: Number, slab_variance: float, spike_variance: float
+    mean: Tensor,
+    variance: Tensor,
+    log_odds: Number,
+    slab_variance: float,
+    spike_variance: float,
+    *,
+    log_slab_variance: float | None = None,
 ) -> Tensor:
-    r"""E5: the Gaussian spike, paired. E4 of the slab component minus E4 of the spike component; log_odds enters once.
+    r"""Logit of the inclusion probability under a Gaussian spike, at the optimum of a paired posterior.
 
-    Mean and variance of the slab component say what the data said, h = 1/variance - 1/v1 and b = mean/variance; the
-    spike component under the same data has 1/variance_0 = h + 1/v0 and mean_0 = b variance_0:
+    The evidence of the slab component minus that of the spike component; log_odds enters once. Mean and variance of
+    the slab component say what the data said, h = 1/variance - 1/v1 and b = mean/variance; the spike component under
+    the same data has 1/variance_0 = h + 1/v0 and mean_0 = b variance_0:
 
         logit pi = log_odds + 1/2 ln(variance / v1) + mean^2 / (2 variance)
                             - 1/2 ln(variance_0 / v0) - mean_0^2 / (2 variance_0)
 
-    It goes to E4 as v0 -> 0.
+    It goes to `inclusion_log_odds` as v0 -> 0. Under a learned slab variance 1/v1 stands for its expectation, and ln v1
+    for its own, which is another number.
+
+    Args:
+        mean: slab means, any shape.
+        variance: slab variances, positive.
+        log_odds: logit of the prior inclusion, finite.
+        slab_variance: v1; of a learned one 1 / E[1/v1].
+        spike_variance: v0, below v1.
+        log_slab_variance: E[ln v1], nats, of a learned one; default ln ``slab_variance``.
+
+    Returns:
+        Tensor like ``mean``, nats, positive favours inclusion.
 
     Raises:
         OckhamError: 0 < spike_variance < slab_variance is violated, or the data's precision h would be negative beyond
@@ -164,6 +183,8 @@ def gaussian_spike_log_odds(
     spike_precision = data.clamp_min(0.0) + 1 / spike_variance
     spike_mean = mean / variance / spike_precision
     slab = inclusion_log_odds(mean, variance, log_odds, slab_variance)
+    if log_slab_variance is not None:
+        slab = slab + 0.5 * (math.log(slab_variance) - log_slab_variance)
     return slab + delta_f(spike_mean, spike_precision, 1 / spike_variance)
 
 

@@ -94,10 +94,13 @@ def by_gradient(here: Run, logit: Tensor, facts: SlabFacts, group: Mapping[str, 
 def by_moments(here: Run, logit: Tensor, facts: SlabFacts, group: Mapping[str, Any]) -> Tensor:
     """E4, or E5 where the spike is Gaussian: target - logit, from the running mean and std."""
     log_odds, spike = facts.log_rate - facts.log_rest, group["prior"].spike_variance
-    slab_variance = math.exp(facts.log_slab_variance)
     if spike > 0:
+        slab_variance, log_variance = 1 / facts.prior_precision, facts.log_slab_variance
         within = here.variance.clamp_max(slab_variance)  # on its way a component may be wider than its prior
-        return gaussian_spike_log_odds(here.mean, within, log_odds, slab_variance, spike) - logit
+        odds = gaussian_spike_log_odds(
+            here.mean, within, log_odds, slab_variance, spike, log_slab_variance=log_variance
+        )
+        return odds - logit
     occam = 0.5 * (here.variance.log() - facts.log_slab_variance)  # `inclusion_log_odds`, without its checks
     return occam + log_odds + 0.5 * here.mean.square() / here.variance - logit
 
