@@ -29,8 +29,8 @@ def test_densities_are_those_of_the_logarithms():
 def test_scale_is_the_regularised_one_and_stable():
     t, c2 = torch.tensor([1e-8, 0.3, 5.0], dtype=F64), torch.tensor([3.0, 3.0, 3.0], dtype=F64)
     want = 0.5 * (c2 * t**2 / (c2 + t**2)).log()
-    torch.testing.assert_close(hs.log_scale(t.log(), c2.log()), want)
-    ends = hs.log_scale(torch.tensor([-400.0, 400.0], dtype=F64), torch.zeros(2, dtype=F64))
+    torch.testing.assert_close(hs.log_horseshoe_scale(t.log(), c2.log()), want)
+    ends = hs.log_horseshoe_scale(torch.tensor([-400.0, 400.0], dtype=F64), torch.zeros(2, dtype=F64))
     torch.testing.assert_close(ends, torch.tensor([-400.0, 0.0], dtype=F64))
 
 
@@ -44,10 +44,10 @@ def test_the_gain_inside_is_delta_f():
 def exact_evidence(m, p, p0, scale):
     """ln of the evidence ratio, averaged over the prior of e * tau * lambda and c^2, by brute force."""
     g = torch.Generator().manual_seed(1)
-    n = 2_000_000
+    n = 400_000
     t = sum(torch.empty(n, dtype=F64).cauchy_(generator=g).abs().log() for _ in range(3)) + math.log(scale)
     slab = -torch.distributions.Gamma(torch.tensor(2.0, dtype=F64), torch.tensor(6.0, dtype=F64)).sample((n,)).log()
-    p1 = (-2 * hs.log_scale(t, slab)).exp()
+    p1 = (-2 * hs.log_horseshoe_scale(t, slab)).exp()
     return float((hs._gain(*(torch.tensor(v, dtype=F64) for v in (m, p, p0)), p1)).logsumexp(0) - math.log(n))
 
 
@@ -55,13 +55,13 @@ def exact_evidence(m, p, p0, scale):
 def test_the_bound_is_below_the_exact_evidence_and_near_it(m, p):
     torch.manual_seed(0)  # Gamma of torch.distributions
     exact = exact_evidence(m, p, 1.0, 0.1)
-    fit = hs.fit_horseshoe(torch.tensor([[m]], dtype=F64), torch.tensor([[p]], dtype=F64), 1.0, scale=0.1, steps=800)
+    fit = hs.fit_horseshoe(torch.tensor([[m]], dtype=F64), torch.tensor([[p]], dtype=F64), 1.0, scale=0.1, steps=300)
     assert exact - 3 < fit.free_energy < exact + 0.1  # three scales that share one job are not independent
 
 
 def test_small_weights_are_pulled_in_and_large_ones_left_alone():
     mean = torch.tensor([[0.01, -0.02, 1.0], [0.0, 0.01, -0.005]])
-    fit = hs.fit_horseshoe(mean, torch.full((2, 3), 1e3), 1.0, scale=0.1)
+    fit = hs.fit_horseshoe(mean, torch.full((2, 3), 1e3), 1.0, scale=0.1, steps=300)
     assert float(fit.precision[0, 2]) < 20 and float(fit.precision[0, :2].min()) > 200
     assert float(fit.precision[1].min()) > float(fit.precision[0, :2].max())  # the row without a large weight more so
     assert sum(fit.bounds[-50:]) > sum(fit.bounds[:50])

@@ -52,9 +52,9 @@ def test_inputs_without_use_are_shrunk():
     y = x[:, :1] * 1.5 + 0.1 * torch.randn(300, 1, generator=g, dtype=torch.float64)
     net = ockham.horseshoe(nn.Sequential(nn.Linear(6, 1), nn.Linear(1, 1)).double())
     opt = ockham.MeanField(net.groups(), n_data=300, lr=0.02)
-    for k in range(800):
+    for k in range(400):
         for group in opt.param_groups:
-            group["lr"] = 0.02 * min(1.0, 2 * (1 - k / 800))
+            group["lr"] = 0.04 * min(1.0, 2 * (1 - k / 400))
         opt.zero_grad()
         with opt.sampled():
             (0.5 * (net(x) - y).square().mean() / 0.01 + net.energy() / 300).backward()

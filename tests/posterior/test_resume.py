@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import pytest
@@ -137,3 +138,21 @@ def test_start_from_refuses_what_does_not_fit(toy):
     other = toy.over([("0.weight", torch.nn.Parameter(torch.ones(2, 2)))])
     with pytest.raises(OckhamError, match=r"unknown names \['0.bias'.*other shapes \['0.weight'\]"):
         other.start_from(opt.posterior())
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "sliced"])
+def test_a_copy_under_a_scheduler_steps_itself_and_keeps_what_a_subclass_added(toy, how):
+    """A scheduler puts its own ``step`` on the optimizer, bound to it: a copy must not step the original."""
+    net, opt = toy.train(2)
+    opt.remark = {"of": "a subclass"}
+    torch.optim.lr_scheduler.StepLR(opt, 1)
+    if how == "deepcopy":
+        new, other = copy.deepcopy((net, opt))
+    else:
+        new = copy.deepcopy(net)
+        other = opt.sliced(dict(new.named_parameters()), lambda name, tensor: tensor)
+    assert other.remark == {"of": "a subclass"}
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    toy.step(new, other)
+    assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
+    assert all(not torch.equal(p, before[n]) for n, p in new.named_parameters())

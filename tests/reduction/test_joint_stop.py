@@ -52,8 +52,8 @@ def test_joint_delta_f_is_the_difference_of_two_evidences(model, gone):
     keep[0, gone] = False
     want = model.log_evidence(keep) - model.log_evidence(torch.ones_like(keep))
     assert joint_delta_f(model.posterior, {"w": keep}) == pytest.approx(want, abs=1e-3)
-    if len(gone) == 4:  # copies of one kind: single scores do not add
-        assert abs(want - score(model.posterior).gain({"w": keep})) > 1.0
+    if len(gone) == 15:  # every copy: each may go alone, together they are all there is
+        assert want < score(model.posterior).gain({"w": keep}) - 5
 
 
 def stages(model, rounds):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ockham.choose.order import smallest
 from ockham.choose.score import Evidence, Salience, by_snr
 from ockham.errors import OckhamError
 from ockham.evidence.hyper import beta_log_odds
@@ -34,7 +35,7 @@ class Rounds:
     Attributes:
         start: share of the epochs before the first round (the posterior must have formed).
         end: share of the epochs at which the last round happens.
-        count: how many rounds at most, spread evenly, one per epoch at most.
+        count: number of rounds at most, spread evenly, one per epoch at most.
         patience: rounds without a rise of the free energy of the refitted network after which removal ends.
     """
 
@@ -66,7 +67,7 @@ class RoundInfo:
     """What one round did.
 
     Attributes:
-        epoch: after which epoch.
+        epoch: number of the epoch after which it happened.
         removed: weights that went.
         kept_share: living weights over all weights, after the round.
         delta_f: predicted change of log evidence, nats (sum over the removed).
@@ -133,7 +134,7 @@ class LearnedOddsRule(Rule):
 
     Attributes:
         strength: pseudo-counts of the Beta, as a share of the tensor's size, split evenly between keep and remove.
-        cap: as `EvidenceRule`; it matters here, since a learned rate makes the rich richer.
+        cap: share as in `EvidenceRule`; it matters here, since a learned rate makes the rich richer.
     """
 
     strength: float = 1.0
@@ -227,19 +228,10 @@ def _capped(evidence: Evidence, go: Mapping[str, Tensor], cap: float, salience: 
 def _lowest(evidence: Evidence, go: Mapping[str, Tensor], count: int, salience: Salience) -> dict[str, Tensor]:
     """Remove the ``count`` least salient candidates."""
     if count < sum(int(g.sum()) for g in go.values()):
-        go = _least(salience(evidence), go, count)
+        go = smallest(salience(evidence), go, count)
     keep = {}
     for name, gone in go.items():
-        mask = evidence.posterior[name].keep.clone()
-        mask[mask.clone()] = ~gone
-        keep[name] = mask
+        alive = evidence.posterior[name].keep
+        whole = gone.numel() == alive.numel()
+        keep[name] = ~gone.view(alive.shape) if whole else alive.masked_scatter(alive, ~gone)
     return keep
-
-
-def _least(order: Mapping[str, Tensor], go: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-    names = list(go)
-    flat = torch.cat([torch.where(go[n], order[n], torch.inf).double().cpu() for n in names])
-    chosen = torch.zeros(flat.shape, dtype=torch.bool)
-    chosen[torch.argsort(flat, stable=True)[:count]] = True
-    parts = chosen.split([go[n].numel() for n in names])
-    return {n: part.to(go[n].device) for n, part in zip(names, parts, strict=True)}

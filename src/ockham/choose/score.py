@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ockham.core.posterior import Posterior
+from ockham.core.posterior import Gaussian, Posterior
 from ockham.evidence.gaussian import delta_f, expected_nll_cost
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Evidence(Mapping[str, Tensor]):
 
     Attributes:
         delta_f: name to flat tensor over living weights, nats, positive favours removal.
-        posterior: what was scored.
+        posterior: the posterior that was scored.
     """
 
     delta_f: Mapping[str, Tensor]
@@ -65,7 +65,7 @@ class Evidence(Mapping[str, Tensor]):
         total = 0.0
         for name, delta in self.delta_f.items():
             if name in keep:
-                total += float(delta[~keep[name][self.posterior[name].keep]].double().sum())
+                total += float(delta[~keep[name][self.posterior[name].keep]].sum(dtype=torch.float64))
         return total
 
     def nll_cost(self, keep: Mapping[str, Tensor]) -> float:
@@ -95,15 +95,26 @@ def score(posterior: Posterior) -> Evidence:
     """
     result = {}
     for name, g in posterior.items():
-        prior = torch.broadcast_to(g.prior_precision, g.mean.shape)[g.keep]
-        prior_mean = torch.broadcast_to(g.prior_mean, g.mean.shape)[g.keep]
-        result[name] = delta_f(g.mean[g.keep], g.scored_precision[g.keep], prior, prior_mean=prior_mean)
+        alive = _living(g)
+        prior, prior_mean = alive(g.prior_precision), alive(g.prior_mean)
+        result[name] = delta_f(alive(g.mean), alive(g.scored_precision), prior, prior_mean=prior_mean)
     return Evidence(result, posterior)
+
+
+def _living(g: Gaussian) -> Callable[[Tensor], Tensor]:
+    """Values of the living weights, flat: a view where all live; one number for all stays one number."""
+    if bool(g.keep.all()):
+        return lambda t: t if t.ndim == 0 and g.mean.ndim else t.expand(g.mean.shape).reshape(-1)
+    return lambda t: t if t.ndim == 0 and g.mean.ndim else t.expand(g.mean.shape)[g.keep]
 
 
 def by_snr(evidence: Evidence) -> Mapping[str, Tensor]:
     """P mean^2 with the scored precision: squared signal-to-noise, never worse than delta_f where P is uncertain."""
-    return {n: g.scored_precision[g.keep] * g.mean[g.keep].square() for n, g in evidence.posterior.items()}
+    found = {}
+    for name, g in evidence.posterior.items():
+        alive = _living(g)
+        found[name] = alive(g.mean).square().mul_(alive(g.scored_precision))
+    return found
 
 
 def by_delta_f(evidence: Evidence) -> Mapping[str, Tensor]:
@@ -113,7 +124,7 @@ def by_delta_f(evidence: Evidence) -> Mapping[str, Tensor]:
 
 def by_magnitude(evidence: Evidence) -> Mapping[str, Tensor]:
     """|mean|, the usual baseline."""
-    return {n: g.mean[g.keep].abs() for n, g in evidence.posterior.items()}
+    return {n: _living(g)(g.mean).abs() for n, g in evidence.posterior.items()}
 
 
 def by_random(seed: int) -> Salience:
@@ -135,7 +146,7 @@ class Diagnosis:
         spread: coefficient of variation of P inside a parameter tensor, averaged over weights; near zero the
             "evidence" is magnitude pruning under another name.
         removable: share of living weights with delta_f > 0.
-        noise_cost: what the spread of the posterior should cost in mean NLL, nats per example (to second order),
+        noise_cost: price of the posterior's spread in mean NLL, nats per example (to second order),
             (T/N) sum 1/2 (1 - P0/P). A settled posterior cannot pay more for its spread than its whole loss.
         nll: the mean NLL that was measured under the posterior, nats per example; None where it was not given.
         warnings: sentences for people; empty when the posterior can support pruning.
@@ -161,7 +172,7 @@ def diagnose(posterior: Posterior, nll: float | None = None) -> Diagnosis:
     """Share of undetermined weights, relative spread of the precision, and what follows from them.
 
     Args:
-        posterior: before its first reduction.
+        posterior: the posterior before its first reduction.
         nll: mean negative log-likelihood under its draws, nats per example, to see whether it has settled.
 
     Reference: the noise cost is the second-order term of `expected_nll_cost` with all means in place.

@@ -142,10 +142,10 @@ class Posterior(Mapping[str, Gaussian]):
         moments: parameter name to `Gaussian`.
         n_data: number of summed log-likelihood terms (examples; tokens for language models).
         temperature: tempering of the posterior; at values other than 1 evidence from it is *tempered* evidence.
-        source: which method made it, for people.
+        source: name of the method that made it, for people.
         matrices: weight matrices whose posterior is correlated; empty where all weights are independent.
-        noise_variance: of a regression, one number an output (broadcastable to the outputs), in the targets' unit
-            squared; None for everything else.
+        noise_variance: noise of a regression, one number an output (broadcastable to the outputs), in the targets'
+            unit squared; None for everything else.
         likelihood: name of the likelihood it was fitted under, such as "classification"; None where that is not known.
     """
 
@@ -217,7 +217,7 @@ class WeightMatrix:
     Attributes:
         weight: parameter name.
         bias: parameter name, or None.
-        precision: of the matrix [groups, outputs / groups, inputs (+ 1 with a bias)].
+        precision: joint precision of the matrix [groups, outputs / groups, inputs (+ 1 with a bias)].
     """
 
     weight: str
@@ -250,7 +250,7 @@ class WeightMatrix:
         return WeightMatrix(self.weight, self.bias, self.precision.to(device))
 
 
-_FACTORS = ("input_values", "input_vectors", "output_values", "output_vectors")
+_FACTORS = ("prior_precision", "input_values", "input_vectors", "output_values", "output_vectors")
 
 
 def save_posterior(posterior: Posterior, path: Path) -> None:
@@ -267,7 +267,10 @@ def save_posterior(posterior: Posterior, path: Path) -> None:
         "temperature": posterior.temperature,
         "source": posterior.source,
         "moments": {name: _pack(g) for name, g in posterior.items()},
-        "matrices": [_pack_matrix(m) for m in posterior.matrices],
+        "matrices": [
+            {"weight": m.weight, "bias": m.bias} | {name: getattr(m.precision, name) for name in _FACTORS}
+            for m in posterior.matrices
+        ],
     }
     optional = {"noise_variance": posterior.noise_variance, "likelihood": posterior.likelihood}
     tree |= {name: value for name, value in optional.items() if value is not None}
@@ -292,7 +295,12 @@ def load_posterior(path: str | Path, *, verify: bool = True) -> Posterior:
     tree = read_tree(file, kind="posterior", verify=verify and seal is None)
     try:
         moments = {name: _unpack(node) for name, node in tree["moments"].items()}
-        matrices = tuple(_unpack_matrix(node) for node in tree.get("matrices", []))
+        matrices = tuple(
+            WeightMatrix(
+                str(node["weight"]), node["bias"], KroneckerPrecision(**{name: node[name] for name in _FACTORS})
+            )
+            for node in tree.get("matrices", [])
+        )
         facts = float(tree["n_data"]), float(tree["temperature"]), str(tree["source"]), matrices
         found = Posterior(moments, *facts, tree.get("noise_variance"), tree.get("likelihood"))
     except (
@@ -407,17 +415,6 @@ def _unpack(node: Mapping[str, Any]) -> Gaussian:
         None if marginal is None else _spread(marginal, keep, torch.inf),
         inclusion,
     )
-
-
-def _pack_matrix(block: WeightMatrix) -> dict[str, Any]:
-    p = block.precision
-    parts = {name: getattr(p, name) for name in _FACTORS}
-    return {"weight": block.weight, "bias": block.bias, "prior_precision": p.prior_precision, **parts}
-
-
-def _unpack_matrix(node: Mapping[str, Any]) -> WeightMatrix:
-    precision = KroneckerPrecision(**{name: node[name] for name in (*_FACTORS, "prior_precision")})
-    return WeightMatrix(str(node["weight"]), node["bias"], precision)
 
 
 def _spread(values: Tensor, keep: Tensor, fill: float) -> Tensor:

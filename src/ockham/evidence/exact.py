@@ -76,7 +76,7 @@ def exact_inclusion(X: Any, y: Any, *, prior_inclusion: Any, slab_variance: Any,
     design, target = _data(X, y)
     p = design.shape[1]
     odds = _prior_odds(prior_inclusion, p)
-    variance = _per_column("slab_variance", slab_variance, p)
+    variance = _positive("slab_variance", torch.broadcast_to(_float64(slab_variance), (p,)))
     noise = _noise(noise_variance)
     gram = design.T @ design / noise + torch.diag(1.0 / variance)
     logs = subset_log_weights(gram, design.T @ target / noise, odds, -0.5 * variance.log())
@@ -131,7 +131,7 @@ def subset_log_weights(
         gram: A, shape [p, p], positive definite, float64.
         projected: b, shape [p].
         log_rates: (ln p_j, ln(1 - p_j)), each shape [p].
-        log_priors: what else an included column costs, shape [p], nats.
+        log_priors: further cost of an included column, shape [p], nats.
         pivots_count: whether -1/2 ln|A_g| enters.
 
     Returns:
@@ -191,10 +191,6 @@ def _prior_odds(prior_inclusion: Any, p: int) -> tuple[Tensor, Tensor]:
     if not bool(((rate > 0) & (rate < 1)).all()):
         raise OckhamError(f"prior_inclusion is a probability in (0, 1); got {prior_inclusion}")
     return rate.log(), torch.log1p(-rate)
-
-
-def _per_column(name: str, value: Any, p: int) -> Tensor:
-    return _positive(name, torch.broadcast_to(_float64(value), (p,)))
 
 
 def _positive(name: str, value: Tensor) -> Tensor:

@@ -267,7 +267,7 @@ def group_sum(delta: Tensor, group: Tensor, groups: int) -> Tensor:
     Args:
         delta: evidence changes, any shape, nats.
         group: group number of each element, integers in [0, groups), same shape.
-        groups: how many groups there are.
+        groups: number of groups.
 
     Returns:
         float64 tensor of shape [groups]. It is the evidence of removing all members at once *if they are independent*;

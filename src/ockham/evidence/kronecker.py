@@ -137,7 +137,7 @@ def delta_f_kronecker_rows(mean: Tensor, k: KroneckerPrecision) -> Tensor:
 
     Args:
         mean: posterior means, [groups, outputs, inputs].
-        k: their precision.
+        k: precision of the matrix.
 
     Returns:
         [groups, outputs], nats, positive favours removal; scores of different rows do not add.
@@ -157,10 +157,10 @@ def delta_f_kronecker(mean: Tensor, k: KroneckerPrecision, keep: Tensor, toleran
     (`removal_cost`). Sums of single delta_f count what correlated weights share once per weight; this does not.
 
     Args:
-        mean: of the full posterior, [groups, outputs, inputs].
-        k: its precision.
+        mean: means of the full posterior, [groups, outputs, inputs].
+        k: precision of the matrix.
         keep: boolean, False = goes, the same shape.
-        tolerance: of the quadratic part, relative.
+        tolerance: relative error of the quadratic part.
 
     Returns:
         Nats, positive favours removal. Costs outputs x inputs^3 operations; where that is more than 10^12, the volume
@@ -201,11 +201,11 @@ def conditional_mean(
 
     Args:
         mean: [groups, outputs, inputs].
-        k: their precision.
+        k: precision of the matrix.
         keep: boolean, True = stays, the same shape.
         damping: None takes d = P0, the posterior as it stands. A number takes d = damping x (mean of the diagonal of
             G (x) A) instead: the survivors' reduced prior is then all but flat, and they move as the data alone say.
-        tolerance: at which the iteration ends, relative, in the norm of the quadratic form.
+        tolerance: relative error at which the iteration ends, in the norm of the quadratic form.
 
     Returns:
         [groups, outputs, inputs], exactly zero where removed, in the dtype of ``mean``.
@@ -270,7 +270,7 @@ def without_columns(k: KroneckerPrecision, group: int, alive: Tensor) -> Kroneck
 
     Args:
         k: precision of the whole matrix.
-        group: which of its independent groups.
+        group: number of one of its independent groups.
         alive: boolean [inputs], True = stays.
 
     Returns:
@@ -297,7 +297,7 @@ def delta_f_columns(mean: Tensor, k: KroneckerPrecision, columns: Tensor) -> tup
 
     Args:
         mean: [outputs, inputs].
-        k: its precision, one group.
+        k: precision of the matrix, one group.
         columns: [sets, n], inputs that each set takes.
 
     Returns:
@@ -340,7 +340,7 @@ def compensated_columns(
     Args:
         mean: [outputs, inputs].
         k: precision of the whole matrix.
-        group: which of its groups.
+        group: number of one of its groups.
         alive: boolean [inputs], columns that live until now.
         gone: boolean [inputs], those of them that go.
         damping: relative ridge.

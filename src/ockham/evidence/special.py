@@ -150,7 +150,7 @@ def far_quantile(near: Tensor, hazard: Hazard, beyond: Tensor, rest: Tensor | No
         return x.clamp_min_(0.0)
     log_start = log_mills(near)
     for _ in range(2):
-        ratio = _mills(near + x)
+        ratio = torch.special.erfcx((near + x) * _ROOT_HALF) * math.exp(_LOG_ROOT_HALF_PI)
         x = (x - (x * (near + 0.5 * x) + log_start - ratio.log() - goal) * ratio).clamp_min(0)
     return x
 
@@ -166,11 +166,6 @@ def far_change(near: Tensor, hazard: Hazard, x: Tensor) -> Tensor:
     slope, bend, twist = hazard
     risen = torch.addcmul(bend, 0.5 * twist, x) * x
     return risen / (slope + risen)
-
-
-def _mills(x: Tensor) -> Tensor:
-    ratio: Tensor = torch.special.erfcx(x * _ROOT_HALF) * math.exp(_LOG_ROOT_HALF_PI)
-    return ratio
 
 
 @functools.cache

@@ -28,8 +28,8 @@ def adam_(
     """One step of Adam in place (Kingma & Ba 2015) on the gradient grad + decay * value.
 
     Args:
-        value: to be updated.
-        grad: its gradient, left as it is.
+        value: vector to be updated.
+        grad: gradient of the loss, left as it is.
         average: first moment.
         square: second moment.
         step: number of this step, from 1.

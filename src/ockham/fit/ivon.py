@@ -30,7 +30,7 @@ class Health:
     """Whether the spread of an IVON posterior comes from the data.
 
     Attributes:
-        steps: taken by the parameter that took the most.
+        steps: number of steps taken by the parameter that took the most.
         first_hessian_left: weight of the initial Hessian in the running average, 1 at the start; where it is large,
             the posterior's spread is initialisation.
         spread: coefficient of variation of the precision inside a parameter tensor, averaged over living weights.
@@ -68,14 +68,14 @@ class IVON(VariationalOptimizer):
         lr: learning rate; .03 to .3 is usual.
         betas: (b1, b2); b2 None chooses as above.
         steps: planned steps T of the run, for b2.
-        prior: how wide a weight may be; one scale per tensor.
+        prior: width that a weight may have; one scale per tensor.
         prior_mean: m0.
         initial_std: starting standard deviation of every weight; it must be below that of the prior.
         temperature: T; below 1 the posterior is colder, and evidence from it is tempered evidence.
         kl_warmup: steps over which the prior's pull on the mean gets its weight; learned priors move only after them.
             The spread needs none: it starts at ``initial_std``.
         prior_interval: steps between two updates of a learned prior.
-        seed: of the optimizer's own noise; global random state is never touched.
+        seed: number that starts the optimizer's own noise; global random state is never touched.
 
     Raises:
         OckhamError: a setting out of range, parameters without names or of another dtype.
@@ -141,7 +141,8 @@ class IVON(VariationalOptimizer):
         steps = max((s["step"] for s in states), default=0)
         left = max((s["left"] for s in states), default=1.0)
         count = max(1, sum(s["hessian"].numel() for s in states))
-        spread = sum(_variation(s["hessian"].double() + s["decay"]) * s["hessian"].numel() for s in states) / count
+        precisions = [p for s in states if (p := s["hessian"].double() + s["decay"]).numel() > 1]
+        spread = sum(float(p.std() / p.mean()) * p.numel() for p in precisions) / count
         negative = sum(float((s["hessian"] < 0).sum()) for s in states) / count
         inflation = self._inflation()
         return Health(steps, left, spread, negative, inflation, _warnings(left, spread, negative, inflation))
@@ -258,10 +259,6 @@ def _beta2(step: int, group: Mapping[str, Any]) -> float:
         return float(group["betas"][1])
     span = max(step, _NOISY_STEPS) if group["steps"] is None else max(group["steps"], 10)
     return 1 - _TURNOVER / span
-
-
-def _variation(values: Tensor) -> float:
-    return float(values.std() / values.mean()) if values.numel() > 1 else 0.0
 
 
 def _warnings(left: float, spread: float, negative: float, inflation: float) -> tuple[str, ...]:

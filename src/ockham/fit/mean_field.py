@@ -41,9 +41,9 @@ class MeanField(VariationalOptimizer):
         n_data: N, the number of summed log-likelihood terms: training examples (after padding and weights; tokens for
             a language model).
         lr: learning rate of the mean.
-        betas: Adam's.
-        eps: Adam's.
-        prior: how wide a weight may be; see `ockham.FixedPrior`, `ockham.LayerScale`, `ockham.EmpiricalBayes`; with
+        betas: decay rates of Adam's moments.
+        eps: Adam's addition to the root of the second moment.
+        prior: width that a weight may have; see `ockham.FixedPrior`, `ockham.LayerScale`, `ockham.EmpiricalBayes`; with
             one scale per structure `ockham.GroupScale`, `ockham.GroupHorseshoe`.
         prior_mean: m0.
         initial_std: starting standard deviation of every weight.
@@ -51,7 +51,7 @@ class MeanField(VariationalOptimizer):
         temperature: T; below 1 the posterior is colder, and evidence from it is tempered evidence.
         kl_warmup: steps over which the KL gets its weight; learned priors move only after them.
         prior_interval: steps between two updates of a learned prior.
-        seed: of the optimizer's own noise; global random state is never touched.
+        seed: number that starts the optimizer's own noise; global random state is never touched.
 
     Raises:
         OckhamError: a setting out of range, parameters without names or of another dtype.
@@ -135,10 +135,12 @@ class MeanField(VariationalOptimizer):
         return torch.exp(vectors["log_std"], out=out)
 
     def _update_(self, mean: Tensor, grad: Tensor, vectors: Mapping[str, Tensor], facts: RunFacts, group: Any) -> None:
-        weight = _kl_weight(facts.step, group)
+        warm = min(1.0, facts.step / group["kl_warmup"]) if group["kl_warmup"] else 1.0
+        weight = float(warm * group["temperature"] / group["n_data"])
         pull = vectors.get(VECTOR, facts.prior_precision) * weight
         std = vectors["first"]
-        std_grad = _plus_(vectors["second"].copy_(vectors["noise"]).mul_(grad), std, pull)
+        std_grad = vectors["second"].copy_(vectors["noise"]).mul_(grad)
+        std_grad = std_grad.addcmul_(std, pull) if isinstance(pull, Tensor) else std_grad.add_(std, alpha=pull)
         torch.addcmul(std.new_full((), -weight), std_grad, std, out=std_grad)
         if group["prior_mean"] != 0.0:
             grad = grad - pull * group["prior_mean"]
@@ -153,27 +155,21 @@ class MeanField(VariationalOptimizer):
     def _after_step(self, group: dict[str, Any]) -> None:
         if isinstance(group["prior"], FixedPrior):
             return
+        ready = [p for p in group["params"] if p.grad is not None and p.requires_grad]
         if isinstance(group["prior"], GroupPrior):
-            self._learn_scales(group)
+            step = max((self.state[p]["step"] for p in ready), default=0)
+            if ready and step >= group["kl_warmup"] and step % group["prior_interval"] == 0:
+                moments = {p: self._moments(p, group) for p in self._arena(group).parameters}
+                learn_scales(group, moments, self._index, self.state)
             return
-        for p in (p for p in group["params"] if p.grad is not None and p.requires_grad):
+        for p in ready:
             state = self.state[p]
             if state["step"] >= group["kl_warmup"] and state["step"] % group["prior_interval"] == 0:
-                moment = self._second_moment(p, group)
+                moment = float(self._moments(p, group).sum())
                 count = state["log_std"].numel()
                 state["prior_precision"] = group["prior"].updated(state["prior_precision"], count, moment)
                 if VECTOR in state:
                     state[VECTOR].fill_(state["prior_precision"])
-
-    def _learn_scales(self, group: dict[str, Any]) -> None:
-        ready = [p for p in group["params"] if p.grad is not None and p.requires_grad]
-        step = max((self.state[p]["step"] for p in ready), default=0)
-        if ready and step >= group["kl_warmup"] and step % group["prior_interval"] == 0:
-            moments = {p: self._moments(p, group) for p in self._arena(group).parameters}
-            learn_scales(group, moments, self._index, self.state)
-
-    def _second_moment(self, p: Tensor, group: dict[str, Any]) -> float:
-        return float(self._moments(p, group).sum())
 
     def _moments(self, p: Tensor, group: dict[str, Any]) -> Tensor:
         """E[(w - m0)^2] of the living weights, float64."""
@@ -189,15 +185,3 @@ class MeanField(VariationalOptimizer):
         logs = float(state["log_std"].double().sum())
         fit = float((p0 * self._moments(p, group)).sum())
         return 0.5 * fit - logs - 0.5 * float((1 + p0.log()).expand(state["log_std"].shape).sum())
-
-
-def _plus_(target: Tensor, values: Tensor, factor: Tensor | float) -> Tensor:
-    """``target + factor * values``, in place."""
-    if isinstance(factor, Tensor):
-        return target.addcmul_(values, factor)
-    return target.add_(values, alpha=factor)
-
-
-def _kl_weight(step: int, group: Mapping[str, Any]) -> float:
-    warm = min(1.0, step / group["kl_warmup"]) if group["kl_warmup"] else 1.0
-    return float(warm * group["temperature"] / group["n_data"])

@@ -27,7 +27,7 @@ __all__ = [
     "RunFacts",
     "Span",
     "alive_index",
-    "chunks",
+    "cache_chunks",
     "read",
     "renew_",
     "sliced",
@@ -49,7 +49,7 @@ def renew_(noise: Tensor, phase: int, generator: torch.Generator) -> None:
     Args:
         noise: a vector, changed in place.
         phase: 0 to 3, the place in the cycle.
-        generator: of the noise's device.
+        generator: generator of the noise's device.
     """
     if phase % 2:
         noise.neg_()
@@ -160,7 +160,7 @@ def _cut(parameter: Tensor, index: Tensor | None, *, first: int, size: int) -> l
     return [c if index is None else replace(c, index=index[c.start : c.stop]) for c in cuts]
 
 
-def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def cache_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Flat tensors of one length side by side, on the CPU in pieces whose temporaries stay in cache.
 
     Longer ones are given back to the system after every operation and faulted in again, which costs more than it.
@@ -267,7 +267,7 @@ def sliced(optimizer: VariationalOptimizer, parameters: Mapping[str, Tensor], ta
     the removed weights had only been removed.
 
     Args:
-        optimizer: of the network before.
+        optimizer: optimizer of the network before.
         parameters: name to parameter of the smaller network.
         take: cuts a tensor shaped like a parameter.
 

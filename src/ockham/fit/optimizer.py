@@ -287,7 +287,9 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         self._before_step()
         for group in self.param_groups:
             arena = self._arena(group)
-            self._count(group)
+            for p in group["params"]:
+                if p.requires_grad and p.grad is not None:
+                    self.state[p]["step"] += 1
             for span in arena.spans:
                 for run in self._runs(span, ready=True):
                     self._step_run(run, arena, group)
@@ -557,11 +559,6 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
             state["keep"] = new.view(p.shape)
             self._index[p] = alive_index(new)
             self._arenas.pop(id(group), None)
-
-    def _count(self, group: dict[str, Any]) -> None:
-        for p in group["params"]:
-            if p.requires_grad and p.grad is not None:
-                self.state[p]["step"] += 1
 
     def _facts(self, span: Span) -> RunFacts:
         return self._facts_of(self.state[span.pieces[0].parameter])

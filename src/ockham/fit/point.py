@@ -29,9 +29,9 @@ class PointEstimate(VariationalOptimizer):
         params: `model.named_parameters()` or named groups.
         n_data: number of summed log-likelihood terms.
         lr: learning rate.
-        betas: Adam's.
-        eps: Adam's.
-        prior_variance: of the weights; ``inf`` (default) is no penalty at all.
+        betas: decay rates of Adam's moments.
+        eps: Adam's addition to the root of the second moment.
+        prior_variance: prior variance of the weights; ``inf`` (default) is no penalty at all.
 
     Raises:
         OckhamError: a setting out of range.

@@ -102,10 +102,10 @@ def draw_outputs(
 
     Args:
         model: the network.
-        posterior: over its parameters.
+        posterior: distribution of its parameters.
         x: inputs: a tensor, a tuple or list (positional), a mapping (keywords), a PackedSequence, or a `Batch`.
-        draws: how many networks.
-        generator: of the draws.
+        draws: number of networks.
+        generator: source of the draws.
         batch: examples that go through the network together.
         output: function that takes the output tensor out of what the network returns; `.logits` are found without.
 
@@ -153,10 +153,10 @@ def predict(
 
     Args:
         model: the network; its own parameter values are not used where the posterior has them.
-        posterior: over its parameters.
+        posterior: distribution of its parameters.
         x: inputs, [N, ...], or what else `draw_outputs` takes.
         draws: S.
-        generator: of the draws; default seed 0. Global random state is not touched.
+        generator: source of the draws; default seed 0. Global random state is not touched.
         likelihood: "classification", "binary" (sigmoid of every output) or "causal-lm" (classes on the last axis);
             default what the posterior was fitted under.
         output: function that takes the logits out of what the network returns.
@@ -205,11 +205,11 @@ def predict_regression(
 
     Args:
         model: the network.
-        posterior: over its parameters; after the likelihood "poisson" the outputs are logarithms of rates.
+        posterior: distribution of its parameters; after the likelihood "poisson" the outputs are logarithms of rates.
         x: inputs, [N, ...], or what else `draw_outputs` takes.
         noise_variance: noise of the likelihood, in squared units of the target; default what the posterior knows.
-        draws: how many networks.
-        generator: of the draws; default seed 0.
+        draws: number of networks.
+        generator: source of the draws; default seed 0.
         output: function that takes the output tensor out of what the network returns.
 
     Returns:
@@ -255,7 +255,7 @@ def refresh_batchnorm(
     Args:
         model: changed in place; its modes are restored. Without BatchNorm nothing happens.
         loader: batches, as everywhere; only their inputs are read.
-        batches: how many at most.
+        batches: number of batches at most.
         batch: function that reads batches of another form.
 
     Returns:

@@ -9,7 +9,6 @@ the prior (measured; docs: gotchas).
 from __future__ import annotations
 
 import inspect
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -253,10 +252,10 @@ class GroupScale(GroupPrior):
     The fixed point is the maximum: d ELBO / d v_g = 0 where v_g = mean E[w^2]. Removed weights are left out.
 
     Attributes:
-        variance: of every structure at the start.
+        variance: variance of every structure at the start.
         smoothing: share of the way to the optimum that one update goes.
         floor: smallest variance, so that a structure without use stays a number.
-        units: see `GroupPrior`.
+        units: structures as in `GroupPrior`.
 
     Reference: MacKay 1994 (automatic relevance determination); Louizos et al. 2017, arXiv 1705.08665, section 3.
     """
@@ -267,7 +266,7 @@ class GroupScale(GroupPrior):
     units: Units | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        _positive_group_priors("GroupScale", variance=self.variance, smoothing=self.smoothing, floor=self.floor)
+        _positive("GroupScale", variance=self.variance, smoothing=self.smoothing, floor=self.floor)
         if self.smoothing > 1:
             raise OckhamError(f"GroupScale: smoothing is a share in (0, 1]; got {self.smoothing}")
 
@@ -301,7 +300,7 @@ class GroupHorseshoe(GroupPrior):
         scale: typical size of a weight of a structure that is needed.
         sweeps: rounds of the two updates each time.
         floor: smallest variance.
-        units: see `GroupPrior`.
+        units: structures as in `GroupPrior`.
 
     Reference: Wand et al. 2011, eq. 5 (the mixture); Louizos et al. 2017, arXiv 1705.08665, section 3.2 (for groups).
     """
@@ -312,7 +311,7 @@ class GroupHorseshoe(GroupPrior):
     units: Units | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        _positive_group_priors("GroupHorseshoe", scale=self.scale, sweeps=self.sweeps, floor=self.floor)
+        _positive("GroupHorseshoe", scale=self.scale, sweeps=self.sweeps, floor=self.floor)
 
     @property
     def start_precision(self) -> float:
@@ -329,12 +328,6 @@ class GroupHorseshoe(GroupPrior):
 
     def _with(self, units: Units) -> GroupHorseshoe:
         return GroupHorseshoe(self.scale, self.sweeps, self.floor, units)
-
-
-def _positive_group_priors(owner: str, **values: Any) -> None:
-    for name, value in values.items():
-        if not 0 < value < math.inf:
-            raise OckhamError(f"{owner}: {name} must be positive and finite; got {value}")
 
 
 _EACH = "unit_precision"  # state of a parameter: one number per index of the dimension that numbers its structures
@@ -381,14 +374,17 @@ def learn_scales(
         group: the parameter group.
         moments: parameter to E[(w - m0)^2] of its living weights, flat.
         index: parameter to the flat positions of its living weights; missing or None where all live.
-        states: of the optimizer.
+        states: states of the optimizer.
     """
     known = _layout(group)
     layout = {p: known[p] for p in moments}
     total = 1 + max(int(ids.max()) for _, ids in layout.values())
     device = next(iter(moments.values())).device
     second, count, precision = (torch.zeros(total, dtype=torch.float64, device=device) for _ in range(3))
-    numbers = {p: _living(_along(dim, ids, p.shape), index.get(p)) for p, (dim, ids) in layout.items()}
+    numbers = {}
+    for p, (dim, ids) in layout.items():
+        flat, alive = _along(dim, ids, p.shape).reshape(-1), index.get(p)
+        numbers[p] = flat if alive is None else flat[alive]
     for p, moment in moments.items():
         second.index_add_(0, numbers[p], moment)
         count.index_add_(0, numbers[p], torch.ones_like(moment))
@@ -411,8 +407,3 @@ def _along(dim: int, values: Tensor, shape: torch.Size) -> Tensor:
     if not shape:
         return values.reshape(())
     return values.view([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
-
-
-def _living(wide: Tensor, index: Tensor | None) -> Tensor:
-    flat = wide.reshape(-1)
-    return flat if index is None else flat[index]

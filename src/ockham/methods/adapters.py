@@ -57,7 +57,7 @@ def from_moments(
         prior: *precision* of the zero-mean prior: a number, a tensor, `ockham.FixedPrior(variance)`, or a mapping.
         n_data: number of log-likelihood terms; only the NLL cost depends on it.
         temperature: T of a tempered posterior.
-        source: for people.
+        source: name for people.
 
     Raises:
         OckhamError: names or shapes differ, moments are not finite, a std is not positive, or no prior is given.
@@ -82,7 +82,7 @@ def from_ivon(optimizer: Any, model: nn.Module, *, n_data: float | None = None, 
     ess weight_decay, all of the parameter groups.
 
     Args:
-        optimizer: after training, not inside its sampling block.
+        optimizer: the optimizer after training, not inside its sampling block.
         model: whose parameters it holds; gives the names.
         n_data: number of log-likelihood terms; temperature n_data / ess is derived from it. Default: ess.
         prior: prior precision, only where the optimizer ran without weight decay.
@@ -123,7 +123,7 @@ def from_laplace(la: Any, model: nn.Module) -> Posterior:
     survivors use `ockham.laplace`, which keeps the factors.
 
     Args:
-        la: fitted; its prior precision should be optimised first.
+        la: a fitted object; its prior precision should be optimised first.
         model: the network; gives the names.
 
     Raises:
@@ -159,7 +159,7 @@ def from_swag(swag: nn.Module | Mapping[str, Tensor], *, n_data: float, weight_d
     Args:
         swag: a module or mapping with those buffers.
         n_data: number of log-likelihood terms.
-        weight_decay: on the *mean* loss, not decoupled (not AdamW's).
+        weight_decay: weight decay on the *mean* loss, not decoupled (not AdamW's).
 
     Raises:
         OckhamError: no such buffers, no weight decay, or fewer than two different snapshots.
@@ -216,7 +216,7 @@ def from_posteriors(state: Any, *, prior: PriorPrecision, n_data: float) -> Post
     """The state of `posteriors.vi.diag` (or of its diagonal Laplace): ``params`` with ``log_sd_diag`` or ``prec_diag``.
 
     Args:
-        state: after training.
+        state: the state after training.
         prior: precision of the prior in your log posterior; the state does not hold it.
         n_data: number of log-likelihood terms.
 
@@ -239,7 +239,7 @@ def from_pyro(guide: Any, *, prior: PriorPrecision, n_data: float) -> Posterior:
     """A Pyro `AutoNormal` guide: ``locs.<site>`` and ``scales.<site>``; sites named as parameters.
 
     Args:
-        guide: after training.
+        guide: the guide after training.
         prior: precision of the prior of your model; the guide does not hold it.
         n_data: number of log-likelihood terms.
 

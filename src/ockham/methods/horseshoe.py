@@ -38,8 +38,8 @@ __all__ = [
     "fit_horseshoe",
     "horseshoe",
     "log_half_cauchy",
+    "log_horseshoe_scale",
     "log_inverse_gamma",
-    "log_scale",
 ]
 
 _ENTROPY = 0.5 * (1 + math.log(2 * math.pi))
@@ -71,7 +71,7 @@ def log_inverse_gamma(x: Tensor, shape: float = _SLAB[0], rate: float = _SLAB[1]
     return shape * math.log(rate) - math.lgamma(shape) - shape * x - rate * (-x).exp()
 
 
-def log_scale(log_t: Tensor, log_slab: Tensor) -> Tensor:
+def log_horseshoe_scale(log_t: Tensor, log_slab: Tensor) -> Tensor:
     """Ln g from ln t and ln c^2: -1/2 ln(exp(-2 ln t) + exp(-ln c^2)), stable at both ends."""
     return -0.5 * torch.logaddexp(-2 * log_t, -log_slab)
 
@@ -91,11 +91,11 @@ def fit_horseshoe(
     Args:
         mean: posterior means, [rows, ...].
         precision: posterior precisions, the same shape.
-        prior_precision: of the full prior, broadcastable.
+        prior_precision: precision of the full prior, broadcastable.
         scale: the global scale, small where few weights are expected to matter.
-        steps: of Adam.
-        rate: its learning rate, falling linearly to 0 over the last half.
-        generator: of the draws; default seed 0.
+        steps: number of Adam's steps.
+        rate: learning rate of Adam, falling linearly to 0 over the last half.
+        generator: source of the draws; default seed 0.
 
     Raises:
         OckhamError: moments outside the domain of delta_f, or fewer than one step.
@@ -160,7 +160,7 @@ class _Factors:
 
 def _bound(factors: _Factors, m: Tensor, p: Tensor, p0: Tensor, generator: torch.Generator) -> Tensor:
     x = factors.draw(generator)
-    reduced = (-2 * log_scale(factors.log_t(x), x["slab"])).exp()
+    reduced = (-2 * log_horseshoe_scale(factors.log_t(x), x["slab"])).exp()
     # a reduced prior wider than what the posterior can bear has no evidence: hold it at the edge
     reduced = torch.maximum(reduced, p0 - 0.999 * p)
     gain = _gain(m, p, p0, reduced)
@@ -178,7 +178,7 @@ def _gain(m: Tensor, p: Tensor, p0: Tensor, p1: Tensor) -> Tensor:
 
 
 _WIDE = 100.0  # variance of the optimizer's own prior on log scales; `energy` takes it back
-_SLAB_horseshoe = math.log(3.0)
+_LOG_SLAB = math.log(3.0)
 
 
 def horseshoe(model: nn.Module, *, scale: float = 0.01) -> HorseshoeNetwork:
@@ -212,7 +212,7 @@ class HorseshoeNetwork(nn.Module):
     """A network whose weight matrices are products of scales and standard normals; see `horseshoe`.
 
     Args:
-        model: becomes part of this module; its weight matrices are no parameters of their own any more.
+        model: network that becomes part of this module; its weight matrices are no parameters of their own any more.
         scale: global scale.
     """
 
@@ -244,7 +244,7 @@ class HorseshoeNetwork(nn.Module):
         x = self._of(name)
         if name == self._last:
             return x["all"]
-        return log_scale(self.log_global + x["all"] + x["row"] + x["weight"], x["slab"])
+        return log_horseshoe_scale(self.log_global + x["all"] + x["row"] + x["weight"], x["slab"])
 
     def energy(self) -> Tensor:
         """Minus the log density of the scales, less what the optimizer's wide Gaussian prior counts; nats, a scalar."""
@@ -284,10 +284,10 @@ class HorseshoeNetwork(nn.Module):
         else:  # the three scales share what it takes to make the weights as large as they are
             shapes = {"all": one, "row": row, "weight": list(weight.shape), "slab": one}
             third = (size.log() - self.log_global) / 3
-            start = {"all": third, "row": third, "weight": third, "slab": weight.new_tensor(_SLAB_horseshoe)}
+            start = {"all": third, "row": third, "weight": third, "slab": weight.new_tensor(_LOG_SLAB)}
         for kind, shape in shapes.items():
             self.scales[f"{key}:{kind}"] = nn.Parameter(start[kind].expand(shape).clone())
-        made = size if last else log_scale(size.log(), weight.new_tensor(_SLAB_horseshoe)).exp()
+        made = size if last else log_horseshoe_scale(size.log(), weight.new_tensor(_LOG_SLAB)).exp()
         self.base[key] = nn.Parameter(weight / made)
 
     def _of(self, name: str) -> dict[str, Tensor]:

@@ -43,8 +43,8 @@ class AuditedWeight:
         output: row.
         unit: column.
         claimed: inclusion by the posterior.
-        exact: by enumeration.
-        correlated: by expectation propagation over all living units, which knows correlations.
+        exact: probability by enumeration.
+        correlated: probability by expectation propagation over all living units, which knows correlations.
     """
 
     output: int
@@ -62,8 +62,8 @@ class Audit:
         parameter: name of the audited weight matrix.
         weights: those that were enumerated, most doubtful first.
         correlation: largest absolute correlation between features of living units, as the likelihood sees them.
-        fixed_points: of the paired posterior from 16 starts, most over the outputs; more than one means that a claim
-            can depend on where training began.
+        fixed_points: number of fixed points of the paired posterior from 16 starts, most over the outputs; more than
+            one means that a claim can depend on where training began.
         warnings: sentences for people; empty where the claims can be trusted.
     """
 
@@ -121,7 +121,8 @@ def audit(
 
     Args:
         model: ends in a Linear layer; its parameters hold the posterior mean. Used in evaluation mode, left as it was.
-        posterior: over its parameters, with inclusion of its own or without (then `ockham.inclusion` at ``log_odds``).
+        posterior: distribution of its parameters, with inclusion of its own or without (then `ockham.inclusion` at
+            ``log_odds``).
         x: inputs of all training examples (or a large part: the data's weight is scaled to the posterior's n_data):
             a tensor, a tuple or list (positional), or a mapping (keywords).
         y: targets: numbers [N] or [N, K], or classes [N].

@@ -31,8 +31,8 @@ class Paired(NamedTuple):
 
     Attributes:
         probabilities: inclusion, mixed over the fixed points in proportion to exp(ELBO), shape [p].
-        elbo: of the best, up to the constant of the data, nats.
-        fixed_points: how many different ones were found (ELBOs more than 1e-3 nats apart).
+        elbo: ELBO of the best, up to the constant of the data, nats.
+        fixed_points: number of different ones found (ELBOs more than 1e-3 nats apart).
     """
 
     probabilities: Tensor
@@ -52,7 +52,7 @@ def inclusion_paired(
 ) -> Paired:
     r"""Coordinate ascent on the ELBO under a Gaussian likelihood exp(-1/2 w' H w + h' w).
 
-        s_j^2 = 1 / (H_jj + 1/v),   m_j = s_j^2 (h_j - sum_{i != j} H_ji pi_i m_i),   logit pi_j = E4
+        s_j^2 = 1 / (H_jj + 1/v),   m_j = s_j^2 (h_j - sum_{i != j} H_ji pi_i m_i),   logit pi_j by `inclusion_log_odds`
 
     Args:
         precision: H, shape [p, p].
@@ -60,8 +60,8 @@ def inclusion_paired(
         log_odds: logit of the prior inclusion, scalar or [p].
         slab_variance: v, scalar or [p].
         starts: the first from m = 0, pi = 1/2, the others random.
-        seed: of those.
-        sweeps: over the coordinates, at most.
+        seed: number that starts those.
+        sweeps: passes over the coordinates, at most.
 
     Returns:
         `Paired`.
@@ -127,7 +127,7 @@ class CorrelatedSpikeSlab(NamedTuple):
         log_odds: logit of the inclusion probability, nats.
         mean: posterior mean of each weight, spike included.
         variance: posterior variance of each weight, spike included.
-        rounds: how many rounds it took.
+        rounds: number of rounds it took.
     """
 
     log_odds: Tensor
@@ -158,7 +158,7 @@ def inclusion_correlated(
         projected: h, shape [p]; X'y / s for a linear model.
         log_odds: logit of the prior inclusion, scalar or [p].
         slab_variance: v, scalar or [p].
-        rounds: at most so many.
+        rounds: number of rounds at most.
 
     Returns:
         `Correlated`.

@@ -6,9 +6,9 @@ expectation under a Beta; all log-odds in nats, positive favours inclusion.
 
 Three ways to pi:
 
-* paired, from the network's gradient (`paired_log_odds`, E3): logit pi = log_odds - K + D;
-* paired, at the optimum of mean and variance (`inclusion_log_odds`, E4): log_odds - delta_f, one primitive;
-* fully factorised q(w) q(included) (`factorised_log_odds`, E1): closed form, but a trap. It counts posterior variance
+* paired, from the network's gradient (`paired_log_odds`): logit pi = log_odds - K + D;
+* paired, at the optimum of mean and variance (`inclusion_log_odds`): log_odds - delta_f, one primitive;
+* fully factorised q(w) q(included) (`factorised_log_odds`): closed form, but a trap. It counts posterior variance
   as evidence for inclusion and is bistable when the spike is narrower than the posterior; kept under its own name.
 
 Reference: Saha, Liu & Liang; Ishwaran & Rao 2005; Titsias & Lazaro-Gredilla 2011 (paired form).
@@ -44,7 +44,7 @@ Number = Tensor | float
 
 
 def inclusion_log_odds(mean: Tensor, variance: Number, log_odds: Number, slab_variance: Number) -> Tensor:
-    r"""E4: logit of the inclusion probability at the optimum of a paired posterior.
+    r"""Logit of the inclusion probability at the optimum of a paired posterior.
 
         logit pi = log_odds + 1/2 ln(variance / v1) + mean^2 / (2 variance) = log_odds - delta_f
 
@@ -63,7 +63,8 @@ def inclusion_log_odds(mean: Tensor, variance: Number, log_odds: Number, slab_va
     >>> inclusion_log_odds(torch.tensor([0.0, 0.5]), 0.01, 0.0, 1.0)
     tensor([-2.3026, 10.1974])
     """
-    _finite("log_odds", log_odds)
+    if not bool(torch.as_tensor(log_odds).isfinite().all()):
+        raise OckhamError(f"log_odds must be finite (nats; ln 9 = 2.2 is a prior probability of .9); got {log_odds}")
     return log_odds - delta_f(mean, _inverse("variance", variance), _inverse("slab_variance", slab_variance))
 
 
@@ -86,7 +87,7 @@ def slab_kl(mean: Tensor, variance: Tensor, slab_precision: Number, log_slab_var
 
 
 def paired_log_odds(drive: Tensor, cost: Tensor, log_odds: Number) -> Tensor:
-    r"""E3: logit pi = log_odds - K + D.
+    r"""Logit of the inclusion probability from gradients of the fit: logit pi = log_odds - K + D.
 
     Args:
         drive: D = d(expected log-likelihood)/d pi, nats (`inclusion_slope` of its gradients).
@@ -191,7 +192,7 @@ def gaussian_spike_log_odds(
 def factorised_log_odds(
     mean: Tensor, variance: Tensor, log_odds: Number, slab_variance: float, spike_variance: float
 ) -> Tensor:
-    r"""E1, the labelled closed form of a fully factorised q(w) q(included). A trap: prefer the paired forms.
+    r"""Closed form of a fully factorised q(w) q(included). A trap: prefer the paired forms.
 
         logit pi = log_odds + 1/2 ln(v0 / v1) + 1/2 (mean^2 + variance) (1/v0 - 1/v1)
 
@@ -220,7 +221,7 @@ def factorised_log_odds(
 
 
 def factorised_precision(inclusion: Tensor, slab_variance: float, spike_variance: float) -> Tensor:
-    """Prior precision that a weight feels under E1: pi / v1 + (1 - pi) / v0."""
+    """Prior precision that a weight feels in the factorised form: pi / v1 + (1 - pi) / v0."""
     return inclusion / slab_variance + (1 - inclusion) / spike_variance
 
 
@@ -264,11 +265,6 @@ def slab_expectations(included: float, second_moment: float, *, shape: float, ra
         raise OckhamError(f"InvGamma(shape, rate) needs positive values; got {shape} and {rate}")
     c, d = shape + 0.5 * included, rate + 0.5 * second_moment
     return c / d, math.log(d) - float(torch.digamma(torch.tensor(c, dtype=torch.float64)))
-
-
-def _finite(name: str, value: Number) -> None:
-    if not bool(torch.as_tensor(value).isfinite().all()):
-        raise OckhamError(f"{name} must be finite (nats; ln 9 = 2.2 is a prior probability of .9); got {value}")
 
 
 def _inverse(name: str, value: Number) -> Number:

@@ -22,7 +22,7 @@ __all__ = [
 
 
 def inclusion(posterior: Posterior, log_odds: float | Mapping[str, float] = 0.0) -> dict[str, Tensor]:
-    r"""Probability that each weight is not zero, from any Gaussian posterior: the one primitive of spike-and-slab (E4).
+    r"""Probability that each weight is not zero, from any Gaussian posterior: the one primitive of spike-and-slab.
 
         pi = sigma(log_odds - delta_f) = sigma(log_odds - 1/2 ln(P / P0) + 1/2 P mean^2)
 
@@ -32,7 +32,7 @@ def inclusion(posterior: Posterior, log_odds: float | Mapping[str, float] = 0.0)
     `ockham.methods.spike_slab.correlated` for the full form).
 
     Args:
-        posterior: its prior N(0, 1/P0) is the slab. A prior mean must be 0.
+        posterior: moments whose prior N(0, 1/P0) is the slab. A prior mean must be 0.
         log_odds: logit of the prior inclusion probability, nats; one for all, or by parameter name (0 where left out).
 
     Returns:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError
 from ockham.fit.adam import adam_
-from ockham.fit.memory import Span, chunks, sliced
+from ockham.fit.memory import Span, cache_chunks, sliced
 from ockham.fit.optimizer import VariationalOptimizer
 from ockham.methods.spike_slab.formulas import (
     gaussian_spike_log_odds,
@@ -49,7 +49,7 @@ class SlabFacts:
         log_rate: E ln p0.
         log_rest: E ln(1 - p0).
         propagated: whether the noise enters through pre-activations.
-        driven: whether inclusion follows the gradient (E3) instead of the running moments (E4).
+        driven: whether inclusion follows the gradient instead of the running moments.
     """
 
     step: int
@@ -83,7 +83,7 @@ InclusionUpdate = Callable[[Run, Tensor, SlabFacts, Mapping[str, Any]], Tensor]
 
 
 def by_gradient(here: Run, logit: Tensor, facts: SlabFacts, group: Mapping[str, Any]) -> Tensor:
-    """E3: k (log_odds - K - logit) + D, the natural gradient of the ELBO; for gradients of little noise."""
+    """Natural gradient of the ELBO, k (log_odds - K - logit) + D; for gradients of little noise."""
     cost = slab_kl(here.mean, here.variance, facts.prior_precision, facts.log_slab_variance)
     spike = group["prior"].spike_variance
     slope = inclusion_slope(here.mean_grad, here.variance_grad, here.mean, here.variance, here.inclusion, spike)
@@ -92,7 +92,7 @@ def by_gradient(here: Run, logit: Tensor, facts: SlabFacts, group: Mapping[str, 
 
 
 def by_moments(here: Run, logit: Tensor, facts: SlabFacts, group: Mapping[str, Any]) -> Tensor:
-    """E4, or E5 where the spike is Gaussian: target - logit, from the running mean and std."""
+    """Target minus logit; the target is `inclusion_log_odds` of the running mean and std, or that of a wide spike."""
     log_odds, spike = facts.log_rate - facts.log_rest, group["prior"].spike_variance
     if spike > 0:
         slab_variance, log_variance = 1 / facts.prior_precision, facts.log_slab_variance
@@ -123,29 +123,29 @@ class SpikeSlab(VariationalOptimizer):
 
         dL/dm    = g_E + 2 (1 - pi) m g_V + a m E[1/v1]          (divided by pi, which changes no optimum)
         dL/dln s = 2 s^2 g_V + a (s^2 E[1/v1] - 1)
-        E3:  logit pi <- logit pi + rate [ k (log_odds - K - logit pi) + D ],   D = -(N / T) dNLL/dpi
-        E4:  logit pi <- logit pi + rate [ log_odds - delta_f - logit pi ]
+        by gradient:  logit pi <- logit pi + rate [ k (log_odds - K - logit pi) + D ],   D = -(N / T) dNLL/dpi
+        by moments:   logit pi <- logit pi + rate [ log_odds - delta_f - logit pi ]
 
-    E3 is a natural-gradient step of the ELBO and needs gradients of little noise: `propagate` offers it where the noise
-    can enter through the moments of pre-activations (Linear and convolutions). All other parameters take E4 from their
-    running mean and variance. `updates` says which is which.
+    The first is a natural-gradient step of the ELBO and needs gradients of little noise: `propagate` offers it where
+    the noise can enter through the moments of pre-activations (Linear and convolutions). All other parameters take the
+    second from their running mean and variance. `updates` says which is which.
 
     Args:
         params: `model.named_parameters()`, or dicts of parameter groups. Frozen parameters are left alone.
         n_data: N, the number of summed log-likelihood terms (tokens for a language model).
         lr: learning rate of m.
-        betas: Adam's.
-        eps: Adam's.
+        betas: decay rates of Adam's moments.
+        eps: Adam's addition to the root of the second moment.
         prior: `ockham.FixedSpikeSlab` or `ockham.LearnedSpikeSlab`.
-        initial_inclusion: pi at the start.
-        initial_std: s at the start.
+        initial_inclusion: probability pi at the start.
+        initial_std: standard deviation s at the start.
         std_rate: learning rate of ln s as a multiple of ``lr``.
         inclusion_rate: rate of the logit at the largest learning rate so far, in (0, 1]; it falls with the learning
             rate, so that all comes to rest together.
         temperature: T; below 1 the posterior is colder, and its inclusion probabilities are tempered.
         kl_warmup: steps over which the KL gets its weight; learned priors move only after them.
         prior_interval: steps between two updates of a learned prior.
-        seed: of the optimizer's own noise; global random state is never touched.
+        seed: number that starts the optimizer's own noise; global random state is never touched.
 
     Raises:
         OckhamError: a setting out of range, parameters without names or of another dtype.
@@ -211,10 +211,10 @@ class SpikeSlab(VariationalOptimizer):
 
         Args:
             model: holds the parameters of this optimizer; its forward hooks stay until `release`.
-            update: of the inclusion in these layers, `by_moments` (E4) or `by_gradient` (E3) of
+            update: of the inclusion in these layers, `by_moments` or `by_gradient` of
                 `ockham.methods.spike_slab.optimizer`.
-                E3 is the exact natural gradient and needs batches large enough that N
-                times a gradient's noise stays below the evidence; E4 is robust (measured: docs/decisions.md).
+                The gradient is exact and needs batches large enough that N
+                times a gradient's noise stays below the evidence; moments are robust (measured: docs/decisions.md).
 
         Returns:
             `updates` after it.
@@ -245,8 +245,8 @@ class SpikeSlab(VariationalOptimizer):
             state.update(propagated=False, driven=False)
 
     def updates(self) -> dict[str, str]:
-        """How the inclusion of each parameter is found (E3 or E4), and where its noise enters."""
-        rules = {True: "E3, gradient", False: "E4, running mean and std"}
+        """How the inclusion of each parameter is found (by gradient or by moments), and where its noise enters."""
+        rules = {True: "by gradient", False: "by moments"}
         places = {True: "noise in pre-activations", False: "noise in weights"}
         held = {n: self.state.get(p, {}) for p, n in self._names.items() if p.requires_grad}
         return {n: f"{rules[bool(s.get('driven'))]}; {places[bool(s.get('propagated'))]}" for n, s in held.items()}
@@ -341,14 +341,14 @@ class SpikeSlab(VariationalOptimizer):
     def _std_(self, out: Tensor, vectors: Mapping[str, Tensor], facts: Any, group: dict[str, Any]) -> Tensor:
         if facts.propagated:
             return out.zero_()
-        for o, mean, logit, log_std in chunks(out, vectors["mean"], vectors["logit"], vectors["log_std"]):
+        for o, mean, logit, log_std in cache_chunks(out, vectors["mean"], vectors["logit"], vectors["log_std"]):
             pi, variance = torch.sigmoid(logit), (2 * log_std).exp_()
             torch.sqrt(weight_variance(mean / pi, variance, pi, group["prior"].spike_variance), out=o)
         return out
 
     def _update_(self, mean: Tensor, grad: Tensor, vectors: Mapping[str, Tensor], facts: Any, group: Any) -> None:
         names = (*self._vectors, "noise", "first", "second")
-        for m, g, *rest in chunks(mean, grad, *(vectors[n] for n in names)):
+        for m, g, *rest in cache_chunks(mean, grad, *(vectors[n] for n in names)):
             self._update_chunk(m, g, dict(zip(names, rest, strict=True)), facts, group)
 
     def _update_chunk(self, mean: Tensor, grad: Tensor, vectors: Mapping[str, Tensor], facts: Any, group: Any) -> None:
@@ -433,7 +433,7 @@ class SpikeSlab(VariationalOptimizer):
         state, index, spike = self.state[p], self._index.get(p), self._group_of(p)["prior"].spike_variance
         flat = p.detach().reshape(-1)
         parts = (alive, flat if index is None else flat[index], state["logit"], state["log_std"])
-        for out, mean, logit, log_std in chunks(*parts):
+        for out, mean, logit, log_std in cache_chunks(*parts):
             pi = torch.sigmoid(logit)
             out.copy_(weight_variance(mean / pi, (2 * log_std).exp(), pi, spike))
         leaf = alive if index is None else torch.zeros_like(flat).index_copy_(0, index, alive)

@@ -50,7 +50,7 @@ class FixedSpikeSlab(SlabPrior):
     Attributes:
         inclusion: prior probability that a weight is not zero.
         slab_variance: v1, of the weights that are not zero.
-        spike_variance: of those that are; 0 (default) is the Dirac spike.
+        spike_variance: variance of those that are; 0 (default) is the Dirac spike.
     """
 
     inclusion: float = 0.5
@@ -93,7 +93,7 @@ class LearnedSpikeSlab(SlabPrior):
 
     Attributes:
         inclusion: prior probability before anything is learned.
-        slab_variance: likewise, and centre of the inverse-gamma.
+        slab_variance: slab variance likewise, and centre of the inverse-gamma.
         keep_count: a of the Beta.
         remove_count: b of the Beta.
         shape: c of the inverse-gamma; large holds v1 where it is.
