@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ockham.core.batch import Batch
+from ockham.core.fixed import fixed_entries
 from ockham.core.posterior import Gaussian, Posterior, WeightMatrix
 from ockham.errors import DataError, OckhamError, OckhamWarning
 from ockham.evidence.kronecker import conditional_precision, factorised, marginal_variance
@@ -147,7 +148,7 @@ def kronecker_curvature(
     The arguments and errors are those of `diagonal_curvature`.
     """
     names = _names(model)
-    matrices = matrices_of(model, frozenset(names))
+    matrices = matrices_of(model, frozenset(names) - fixed_entries(model).keys())
     covered = {name for s in matrices.values() for name in (s.weight, s.bias)}
     return _pass(model, batches, score, generator, matrices=matrices, rest=[n for n in names if n not in covered])
 
@@ -173,9 +174,13 @@ def laplace_posterior(
         block = _block(sums, weights, factor, prior)
         blocks.append(block)
         moments |= _correlated(block, weights)
+    fixed = fixed_entries(model)
     for name, diagonal in ((n, d) for n, d in curvature.diagonal.items() if n not in untouched):
-        h = factor * diagonal
-        moments[name] = _independent(weights[name], h, prior(h, weights[name]))
+        h, weight, free = factor * diagonal, weights[name], ~fixed.get(name, torch.tensor(False))
+        free = free.to(weight.device).expand(weight.shape)
+        fitted = prior(h[free], weight[free])
+        found = _gaussian(weight, (h + fitted).to(weight.dtype), fitted, None)
+        moments[name] = replace(found, precision=found.precision.masked_fill(~free, torch.inf), keep=free.clone())
     ordered = {name: moments[name] for name in weights if name in moments}
     return Posterior(ordered, float(n_data), 1.0, source, tuple(blocks))
 
@@ -253,10 +258,6 @@ def _correlated(block: WeightMatrix, weights: Mapping[str, Tensor]) -> dict[str,
         name: _gaussian(weights[name], conditional[name], block.precision.prior_precision, marginal[name])
         for name in block.names
     }
-
-
-def _independent(weight: Tensor, curvature: Tensor, prior_precision: float) -> Gaussian:
-    return _gaussian(weight, (curvature + prior_precision).to(weight.dtype), prior_precision, None)
 
 
 def _gaussian(weight: Tensor, precision: Tensor, prior_precision: float, marginal: Tensor | None) -> Gaussian:
