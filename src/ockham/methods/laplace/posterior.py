@@ -169,18 +169,17 @@ def laplace_posterior(
     factor = n_data / curvature.terms
     moments: dict[str, Gaussian] = {}
     blocks = []
-    untouched = _untouched(curvature)
+    untouched, fixed = _untouched(curvature), fixed_entries(model)
     for sums in (s for s in curvature.matrices.values() if s.weight not in untouched):
         block = _block(sums, weights, factor, prior)
         blocks.append(block)
         moments |= _correlated(block, weights)
     fixed = fixed_entries(model)
     for name, diagonal in ((n, d) for n, d in curvature.diagonal.items() if n not in untouched):
-        h, weight, free = factor * diagonal, weights[name], ~fixed.get(name, torch.tensor(False))
-        free = free.to(weight.device).expand(weight.shape)
-        fitted = prior(h[free], weight[free])
-        found = _gaussian(weight, (h + fitted).to(weight.dtype), fitted, None)
-        moments[name] = replace(found, precision=found.precision.masked_fill(~free, torch.inf), keep=free.clone())
+        h, free = factor * diagonal, ~fixed[name] if name in fixed else slice(None)
+        moments[name] = _independent(weights[name], h, prior(h[free], weights[name][free]))
+    for name in fixed.keys() & moments.keys():
+        moments[name] = _without(moments[name], fixed[name])
     ordered = {name: moments[name] for name in weights if name in moments}
     return Posterior(ordered, float(n_data), 1.0, source, tuple(blocks))
 
@@ -258,6 +257,16 @@ def _correlated(block: WeightMatrix, weights: Mapping[str, Tensor]) -> dict[str,
         name: _gaussian(weights[name], conditional[name], block.precision.prior_precision, marginal[name])
         for name in block.names
     }
+
+
+def _independent(weight: Tensor, curvature: Tensor, prior_precision: float) -> Gaussian:
+    return _gaussian(weight, (curvature + prior_precision).to(weight.dtype), prior_precision, None)
+
+
+def _without(g: Gaussian, fixed: Tensor) -> Gaussian:
+    """Weights that the network holds fixed are known: no spread, and nothing to remove."""
+    marginal = None if g.marginal_precision is None else g.marginal_precision.masked_fill(fixed, torch.inf)
+    return replace(g, precision=g.precision.masked_fill(fixed, torch.inf), keep=~fixed, marginal_precision=marginal)
 
 
 def _gaussian(weight: Tensor, precision: Tensor, prior_precision: float, marginal: Tensor | None) -> Gaussian:
