@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -247,10 +247,11 @@ class Job:
         for case in cases:
             for t in (*case.args, *case.kwargs.values()):
                 marks.update(f"{tuple(t.shape)} {float(t.double().sum())}".encode() if isinstance(t, Tensor) else b"-")
-        mark, path = {"work": marks.hexdigest(), "seed": self._settings.seed}, folder / "job.json"
+        marks.update(repr((self._given, replace(self._settings, folder=None))).encode())
+        mark, path = {"work": marks.hexdigest()}, folder / "job.json"
         if path.exists() and read_json(path) != mark:
             raise OckhamError(
-                f"{folder} holds the work of another job (another network, other calibration data or seed): pass "
+                f"{folder} holds the work of another job (another network, other calibration data or settings): pass "
                 "another folder, or empty this one"
             )
         write_json(path, mark)

@@ -66,7 +66,7 @@ class Orders:
     damping: Mapping[str, Damping]
     n_data: float
     rounds: int = 4
-    steps: tuple[int, int] = (6, 15)
+    steps: tuple[int, int] = (3, 8)
 
 
 @dataclass(frozen=True, slots=True)
