@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ockham.core.files import pack_mask, read_tree, unpack_mask, write_tree
+from ockham.core.files import (
+    afford,
+    checked_shape,
+    inside,
+    pack_mask,
+    printable,
+    read_tree,
+    unpack,
+    unpack_mask,
+    write_tree,
+)
+from ockham.core.seal import sealed
 from ockham.errors import OckhamError, ResultError
 from ockham.evidence.kronecker import KroneckerPrecision
 
 __all__ = [
+    "POSTERIOR",
     "Gaussian",
     "Posterior",
     "WeightMatrix",
+    "domain_error",
     "gaussian_kl",
     "load_posterior",
     "save_posterior",
 ]
+
+POSTERIOR = "posterior.safetensors"
+"""Name of a posterior's file in a result folder."""
 
 POINT = "PointEstimate"
 """Source of a posterior whose spread is no statement of the data."""
@@ -104,6 +121,9 @@ class Posterior(Mapping[str, Gaussian]):
         temperature: tempering of the posterior; at values other than 1 evidence from it is *tempered* evidence.
         source: which method made it, for people.
         matrices: weight matrices whose posterior is correlated; empty where all weights are independent.
+        noise_variance: of a regression, one number an output (broadcastable to the outputs), in the targets' unit
+            squared; None for everything else.
+        likelihood: name of the likelihood it was fitted under, such as "classification"; None where that is not known.
     """
 
     moments: Mapping[str, Gaussian]
@@ -111,6 +131,8 @@ class Posterior(Mapping[str, Gaussian]):
     temperature: float = 1.0
     source: str = "unknown"
     matrices: tuple[WeightMatrix, ...] = ()
+    noise_variance: Tensor | None = None
+    likelihood: str | None = None
 
     def __getitem__(self, name: str) -> Gaussian:
         """Moments of the parameter called ``name``."""
@@ -148,7 +170,7 @@ class Posterior(Mapping[str, Gaussian]):
     def to(self, device: torch.device | str) -> Posterior:
         """The same posterior with its tensors on a device."""
         moments, matrices = {n: g.to(device) for n, g in self.items()}, tuple(m.to(device) for m in self.matrices)
-        return Posterior(moments, self.n_data, self.temperature, self.source, matrices)
+        return replace(self, moments=moments, matrices=matrices)
 
     def save(self, path: str | Path) -> None:
         """Write the survivors to one safetensors file (bitmask + values), atomically.
@@ -206,8 +228,11 @@ def save_posterior(posterior: Posterior, path: Path) -> None:
     """Write one safetensors file, atomically.
 
     Raises:
-        OckhamError: the folder cannot be written.
+        OckhamError: a number that is no moment of a Gaussian, or the folder cannot be written.
     """
+    problem = domain_error(posterior)
+    if problem:
+        raise OckhamError(f"{printable(path)}: the posterior is not saved, {problem}")
     tree = {
         "n_data": posterior.n_data,
         "temperature": posterior.temperature,
@@ -215,23 +240,90 @@ def save_posterior(posterior: Posterior, path: Path) -> None:
         "moments": {name: _pack(g) for name, g in posterior.items()},
         "matrices": [_pack_matrix(m) for m in posterior.matrices],
     }
+    optional = {"noise_variance": posterior.noise_variance, "likelihood": posterior.likelihood}
+    tree |= {name: value for name, value in optional.items() if value is not None}
     write_tree(path, tree, kind="posterior")
 
 
-def load_posterior(path: str | Path) -> Posterior:
+def load_posterior(path: str | Path, *, verify: bool = True) -> Posterior:
     """Read a posterior; a result folder may be named instead of the file in it.
 
+    Args:
+        path: result folder, or the file.
+        verify: whether the content is compared with the SHA-256 in the folder's seal, or in the file.
+
     Raises:
-        ResultError: missing, truncated, tampered with, foreign or newer; says which file and why.
+        ResultError: missing, truncated, tampered with, foreign or newer, or numbers that are no posterior; says which
+            file and why.
     """
-    file = Path(path) / "posterior.safetensors" if Path(path).is_dir() else Path(path)
-    tree = read_tree(file, kind="posterior")
+    file, seal = Path(path), None
+    if file.is_dir():
+        seal = sealed(file, POSTERIOR, verify=verify)
+        file = inside(file, POSTERIOR)
+    tree = read_tree(file, kind="posterior", verify=verify and seal is None)
     try:
         moments = {name: _unpack(node) for name, node in tree["moments"].items()}
         matrices = tuple(_unpack_matrix(node) for node in tree.get("matrices", []))
-        return Posterior(moments, float(tree["n_data"]), float(tree["temperature"]), str(tree["source"]), matrices)
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, OckhamError) as error:
-        raise ResultError(f"{file}: its posterior is damaged ({error})") from error
+        facts = float(tree["n_data"]), float(tree["temperature"]), str(tree["source"]), matrices
+        found = Posterior(moments, *facts, tree.get("noise_variance"), tree.get("likelihood"))
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        ValueError,
+        RuntimeError,
+        OverflowError,
+        OckhamError,
+    ) as error:
+        raise ResultError(f"{printable(file)}: its posterior is damaged ({printable(error)})") from error
+    problem = domain_error(found)
+    if problem:
+        raise ResultError(f"{printable(file)}: its posterior is damaged ({problem})")
+    network = file.with_name("network.safetensors")
+    if Path(path).is_dir() and seal is None and network.exists():
+        try:
+            problem = _stranger(found, read_tree(network, kind="network", verify=verify))
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            problem = f"which is damaged: {printable(error)}"
+        if problem:
+            raise ResultError(f"{printable(file)}: is not the posterior of the network beside it ({problem})")
+    return found
+
+
+def _stranger(posterior: Posterior, network: Mapping[str, Any]) -> str:
+    """Why a posterior cannot be that of a saved network: other shapes, or weights where it removed them; else empty."""
+    for name, g in posterior.items():
+        node = network["state"].get(network["tied"].get(name, name))
+        if node is None:
+            return f"it speaks of {printable(name)}, which the network does not have"
+        weight = unpack(node)
+        if weight.shape != g.mean.shape:
+            return f"{printable(name)} is {tuple(weight.shape)} there and {tuple(g.mean.shape)} here"
+        if bool((weight[~g.keep] != 0).any()):
+            return f"{printable(name)} has weights where the posterior removed them"
+    return ""
+
+
+def domain_error(posterior: Posterior) -> str:
+    """What in a posterior is no moment of a Gaussian: not finite, not positive, out of range; empty if nothing is."""
+    for name in ("n_data", "temperature"):
+        value = getattr(posterior, name)
+        if not 0 < value < math.inf:
+            return f"{name} must be positive and finite; got {value}"
+    for name, g in posterior.items():
+        kept = {"mean": g.mean[g.keep], "prior_mean": g.prior_mean}
+        positive = {"precision": g.precision[g.keep], "prior_precision": g.prior_precision}
+        if g.marginal_precision is not None:
+            positive["marginal_precision"] = g.marginal_precision[g.keep]
+        if g.inclusion is not None and not bool(((g.inclusion >= 0) & (g.inclusion <= 1)).all()):
+            return f"{printable(name)}: an inclusion probability outside of 0 to 1"
+        for what, values in (kept | positive).items():
+            wrong = ~values.isfinite() | (values <= 0) if what in positive else ~values.isfinite()
+            if bool(wrong.any()):
+                kind = "positive and finite" if what in positive else "finite"
+                return f"{printable(name)}: {what} must be {kind}; got {float(values[wrong][0]):g}"
+    return ""
 
 
 def _pack(g: Gaussian) -> dict[str, Any]:
@@ -260,7 +352,9 @@ def _expanded(values: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _unpack(node: Mapping[str, Any]) -> Gaussian:
-    shape = tuple(node["shape"])
+    shape = checked_shape(node["shape"])
+    if "keep" not in node and node["mean"].numel() != math.prod(shape):
+        raise ResultError(f"the file holds {node['mean'].numel()} means for a parameter of shape {shape}")
     keep = unpack_mask(node["keep"], shape) if "keep" in node else torch.ones(shape, dtype=torch.bool)
     marginal, inclusion = node.get("marginal_precision"), node.get("inclusion")
     return Gaussian(
@@ -288,6 +382,7 @@ def _unpack_matrix(node: Mapping[str, Any]) -> WeightMatrix:
 def _spread(values: Tensor, keep: Tensor, fill: float) -> Tensor:
     if values.numel() != int(keep.sum()):
         raise ResultError(f"the mask keeps {int(keep.sum())} weights, the file holds {values.numel()}")
+    afford(keep.numel() * values.element_size(), "a tensor of the posterior")
     result = torch.full(keep.shape, fill, dtype=values.dtype)
     result[keep] = values.reshape(-1)
     return result

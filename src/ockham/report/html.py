@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ockham.core.files import write_bytes
 from ockham.report import page, sections, story
 from ockham.report.page import count, percent, seconds, size, times
+from ockham.run.folder import amend
 from ockham.run.schema import Result, read_result
 
 __all__ = ["Addition", "More", "render", "write_report"]
@@ -68,7 +68,7 @@ def render(result: Result, more: More = lambda result: Addition()) -> str:
 
 
 def write_report(folder: str | Path, more: More = lambda result: Addition()) -> Path:
-    """Write ``report.html`` into a result folder, atomically.
+    """Write ``report.html`` into a result folder, atomically, and renew its seal.
 
     Args:
         folder: result of any method.
@@ -82,7 +82,7 @@ def write_report(folder: str | Path, more: More = lambda result: Addition()) -> 
         OckhamError: the folder cannot be written.
     """
     path = Path(folder) / "report.html"
-    write_bytes(path, render(read_result(folder), more).encode("utf-8", "replace"))
+    amend(path, render(read_result(folder), more).encode("utf-8", "replace"))
     return path
 
 
