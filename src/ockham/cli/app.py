@@ -141,7 +141,8 @@ def _run(options: Common) -> None:
 def _build(folder: Path, data: str | None, model: str | None) -> tuple[Any, Any]:
     """Data and network that a verb on a result folder was given, after a look at the folder's seal."""
     sealed(folder)
-    if data is None and read_result(folder).provenance.dataset.name != "digits":
+    known = read_result(folder).provenance.dataset
+    if data is None and (known is None or known.name != "digits"):
         raise OckhamError(f"{folder} is not a result on the digits: say which data with --data")
     found = load_data(data)
     return found, load_model(model, found)[1]() if model else None

@@ -301,6 +301,7 @@ class Job:
         made = provenance(
             r.data,
             self._settings(),
+            self.out,
             command=self.command,
             builder=self.builder,
             seed=r.seed,
