@@ -50,7 +50,7 @@ LINES = 600  # an idea may take so many; a longer file is two
 
 # Ratchets: what was reached. They may fall, not rise.
 ARGUMENTS = 15
-FACADE = 77
+FACADE = 50
 FILES_AT_MOST = 175
 USED_ONCE = 0.21  # share of functions that are private helpers with one use
 DEFINED_TWICE = 36  # public names that two modules define

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ockham.core.likelihood import Classification, Likelihood, Regression, likelihood_from
 from ockham.errors import DataError, OckhamError
-from ockham.run.trainer import to_device
+from ockham.core.batch import to_device
 
 __all__ = ["Case", "Objective", "cases_from", "objective_for", "tensor_of"]
 
