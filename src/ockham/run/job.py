@@ -269,7 +269,7 @@ class Job:
 
     def _settings(self) -> dict[str, Any]:
         r = self.recipe
-        return {"method": r.method.stage, **r.method.settings(), "batch_size": r.batch_size, "seed": r.seed}
+        return {"method": r.method.name, **r.method.settings(), "batch_size": r.batch_size, "seed": r.seed}
 
     def _clock(self) -> float:
         return self._spent + time.monotonic() - self._started
@@ -306,7 +306,7 @@ class Job:
             self.builder,
             before_source=old["source"] if old else "none",
             before_rate=old.get("rate") if old else None,
-            draws=self.draws if result.posterior else 1,
+            draws=1 if not result.posterior or result.posterior.is_point else self.draws,
         )
         made = provenance(
             r.data,

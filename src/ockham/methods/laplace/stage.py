@@ -80,6 +80,7 @@ class OneShotReduction(Method):
 
     shot: OneShot
     ignore: Ignore = ()
+    stage = "prune"
 
     @property
     def name(self) -> str:
@@ -129,6 +130,7 @@ class OneShotReduction(Method):
         """Plain values, for the record."""
         s = self.shot
         own = asdict(replace(s, structures=None)) | {"structures": structures_name(s.structures)}
+        own |= {"keep_share": own.pop("keep")}
         return {"one_shot": own.pop("structure"), "ignore": repr(self.ignore), **own}
 
     def result(self, state: RunState) -> Compressed:
