@@ -39,7 +39,7 @@ HEAVY = (
     "tensorboard",
     "onnx",
 )
-LINES = 400
+LINES = 600
 
 FILES = sorted(SOURCE.rglob("*.py"))
 

@@ -154,7 +154,7 @@ def test_tensorboard_scalars(ockham, tmp_path: Path) -> None:
         (("--log-odds", "1", "--keep-share", "0.1"), "--log-odds and --cap need --rule evidence"),
         (("--cap", "0.5", "--rule", "learned-odds"), "--log-odds and --cap need --rule evidence"),
         (("--cap", "1.5"), "cap is a share of the living weights"),
-        (("--method", "bmrs", "--cap", "0.5"), "--method bmrs does not use --cap: drop them"),
+        (("--method", "bmrs", "--cap", "0.5"), "--method bmrs does not use --cap: drop it"),
         (("--method", "spike-slab", "--cap", "0.5"), "--method spike-slab does not use --cap"),
         (("--first-round", "1.5"), "--first-round is a share of the epochs, 0 to 0.9; got 1.5"),
         (("--round-to", "8"), "add --structure"),

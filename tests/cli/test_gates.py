@@ -33,7 +33,8 @@ def folder(tmp_path_factory):
 
 def test_the_folder_is_complete_and_loads(folder):
     names = {p.name for p in folder.iterdir()}
-    assert names == {"metrics.json", "gates.json", "result.json", "network.safetensors", "plan.json", "report.html"}
+    told = {"metrics.json", "history.json", "analysis.json", "structure.json", "gates.json", "result.json"}
+    assert names == {*told, "network.safetensors", "plan.json", "report.html"}
     metrics = json.loads((folder / "metrics.json").read_text())
     small = ockham.load(folder)
     assert sum(p.numel() for p in small.parameters()) == metrics["after"]["parameters"]

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from ockham.choose.prices import Price, UnitCosts, latency_after, macs_after, parameters_after, unit_costs
 from ockham.choose.units import Choice, StructureEvidence, choose_units
-from ockham.surgery.grouping import Groups
-from ockham.surgery.planning import Plan, PlanError, plan_masks
+from ockham.surgery.groups import Groups, Plan, PlanError, plan_masks
 
 __all__ = [
     "Budget",

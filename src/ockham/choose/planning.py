@@ -17,8 +17,7 @@ from ockham.choose.prices import FlatPrice, LearnedRate, Price, UnitCosts
 from ockham.choose.units import Choice, StructureEvidence, choose_units, structures_from
 from ockham.core.posterior import Posterior
 from ockham.errors import OckhamWarning
-from ockham.surgery.grouping import Groups
-from ockham.surgery.planning import Plan, PlanError, plan_masks
+from ockham.surgery.groups import Groups, Plan, PlanError, plan_masks
 
 __all__ = [
     "chosen_in_rounds",

@@ -102,7 +102,9 @@ def _say_new_spelling(name: str, given: dict[str, Any]) -> None:
     if name == "compress" and posterior in ("laplace", "kronecker"):
         new = f"ockham prune --posterior {posterior}"
     if name == "compress" and new is not None:
-        err_console.print(f"note: this is now spelt `{new}`", style="dim", markup=False, highlight=False)
+        err_console.print(
+            f"note: this is now spelt `{new}`", style="dim", markup=False, highlight=False, soft_wrap=True
+        )
 
 
 compress = _verb(
@@ -188,10 +190,17 @@ def main() -> None:
     try:
         app()
     except OckhamError as error:
-        err_console.print(f"ockham: {printable(error)}", style="red", markup=False, highlight=False)
+        _say(f"ockham: {printable(error)}", "red")
         raise SystemExit(2) from None
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **_: Any) -> None:
     if issubclass(category, OckhamWarning):
-        err_console.print(f"warning: {printable(message)}", style="yellow", markup=False, highlight=False)
+        err_console.print(
+            f"warning: {printable(message)}", style="yellow", markup=False, highlight=False, soft_wrap=True
+        )
+
+
+def _say(text: str, style: str) -> None:
+    """One unbroken line on the error stream."""
+    err_console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 import sys
@@ -27,6 +28,7 @@ from ockham.cli.options import (
     parse_device,
 )
 from ockham.core.likelihood import likelihood_from
+from ockham.core.posterior import Posterior
 from ockham.errors import DataError, OckhamError
 from ockham.fit.priors import FixedPrior
 from ockham.methods.gates.attach import GATE_RULES, Gates
@@ -155,7 +157,12 @@ def _(o: SpikeSlabOptions, recipe: Recipe) -> Recipe:
         raise OckhamError(f"--log-odds is ln p/(1-p) of the prior inclusion, within 30 nats; got {odds}")
     prior = FixedSpikeSlab(inclusion=1 / (1 + math.exp(-odds)), slab_variance=variance)
     training = replace(_training(recipe), **_changed(prior=prior, temperature=o.temperature))
-    rule: Rule = MedianRule() if o.keep_share is None else BudgetRule(o.keep_share, by_snr)
+    if o.keep_share is not None and o.log_odds is not None:
+        raise OckhamError("--log-odds is the prior of the median model, --keep-share a budget: drop one of them")
+    if o.keep_share is None and o.rule != "evidence":
+        raise OckhamError(f"--method spike-slab keeps the median model or a --keep-share: drop --rule {o.rule}")
+    order = "snr" if o.rule == "evidence" else o.rule
+    rule = MedianRule() if o.keep_share is None else _pick("--rule", order, BUDGET_RULES)(o.keep_share, o.seed)
     rounds = _rounds(o, _SLAB_ROUNDS)
     return replace(recipe, method=WeightRounds(training, rule, rounds, o.ignore, spike_slab, _structures(o)))
 
@@ -210,10 +217,12 @@ def _(o: GateOptions, recipe: Recipe) -> Recipe:
 
     def curves(gates: Gates, state: RunState) -> Mapping[str, Any]:
         """Accuracy against compression on the held-out examples, a curve a rule."""
-        found = gate_sensitivity(gates, state.own.task.loader, state.likelihood, seed=o.seed)
+        found = gate_sensitivity(gates, state.own.task.loader, state.objective, seed=o.seed)
         noise = state.likelihood.noise_variance
 
         def measure(model: nn.Module) -> Mapping[str, float]:
+            if noise is not None:
+                model, _ = state.objective.finished(copy.deepcopy(model), Posterior({}, 1.0))
             return measures(mean_predictor(model, classify=noise is None), *held, noise_variance=noise)
 
         return curves_as_plain(compression_curve(gates, dict(GATE_RULES), measure, sensitivity=found))

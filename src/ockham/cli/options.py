@@ -101,6 +101,8 @@ class EvidenceOptions(_Variational):
 class SpikeSlabOptions(_Variational):
     """Options of `ockham compress --posterior spike-slab`: inclusion probabilities, the median model."""
 
+    rule: str = _option("evidence", "With --keep-share: snr, delta-f, magnitude, random. [the median model]", REMOVAL)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OneShotOptions(Common):
@@ -173,18 +175,18 @@ def options_of(given: Mapping[str, Any], method: str | None = None) -> Common:
     own = {f.name for f in fields(METHODS[method])}
     for name in given:
         if name not in own:
-            raise OckhamError(_refusal(name, method, own))
+            raise OckhamError(_refusal(name, f"--method {spelt}" if spelt else _SPOKEN[method], own))
     return METHODS[method](**given)
 
 
-def _refusal(name: str, method: str, own: set[str]) -> str:
+def _refusal(name: str, owner: str, own: set[str]) -> str:
     spelt = "--" + name.replace("_", "-")
     others = [_SPOKEN[m] for m, kind in METHODS.items() if name in {f.name for f in fields(kind)}]
     near = difflib.get_close_matches(name, own, 1)
-    advice = f"it belongs to `{'`, `'.join(others)}`" if others else "no method has it"
+    advice = f"it belongs to {', '.join(f'`{o}`' for o in others)}" if others else "no method has it"
     if near:
         advice += f"; the nearest here is --{near[0].replace('_', '-')}"
-    return f"`{_SPOKEN[method]}` has no option {spelt}: {advice}. Drop it"
+    return f"{owner} does not use {spelt}: drop it ({advice})"
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -75,7 +75,8 @@ def evaluation(
 ) -> None:
     """Measures on the test part of a data set."""
     network = load(folder, model).to(device)
-    noise = read_json(folder / "metrics.json").get("noise_variance")
+    said = read_json(folder / "metrics.json").get("noise_variance")
+    noise = None if said is None else torch.as_tensor(said).reshape(-1)
     classify = noise is None
     if classify is data.test_y.is_floating_point():
         wanted = "class labels" if classify else "numbers"
@@ -93,7 +94,8 @@ def evaluation(
 def audited(console: Console, folder: Path, data: Dataset, model: nn.Module | None, *, log_odds: float) -> None:
     """Claims about the last layer against enumeration on the training part of a data set."""
     network, posterior = load(folder, model), load_posterior(folder)
-    noise = read_json(folder / "metrics.json").get("noise_variance")
+    said = read_json(folder / "metrics.json").get("noise_variance")
+    noise = None if said is None else torch.as_tensor(said).reshape(-1)
     found = audit(network, posterior, data.train_x, data.train_y, noise_variance=noise, log_odds=log_odds)
     console.print(str(found), markup=False, highlight=False, soft_wrap=True)
 

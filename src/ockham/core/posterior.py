@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +121,9 @@ class Posterior(Mapping[str, Gaussian]):
         temperature: tempering of the posterior; at values other than 1 evidence from it is *tempered* evidence.
         source: which method made it, for people.
         matrices: weight matrices whose posterior is correlated; empty where all weights are independent.
+        noise_variance: of a regression, one number an output (broadcastable to the outputs), in the targets' unit
+            squared; None for everything else.
+        likelihood: name of the likelihood it was fitted under, such as "classification"; None where that is not known.
     """
 
     moments: Mapping[str, Gaussian]
@@ -128,6 +131,8 @@ class Posterior(Mapping[str, Gaussian]):
     temperature: float = 1.0
     source: str = "unknown"
     matrices: tuple[WeightMatrix, ...] = ()
+    noise_variance: Tensor | None = None
+    likelihood: str | None = None
 
     def __getitem__(self, name: str) -> Gaussian:
         """Moments of the parameter called ``name``."""
@@ -165,7 +170,7 @@ class Posterior(Mapping[str, Gaussian]):
     def to(self, device: torch.device | str) -> Posterior:
         """The same posterior with its tensors on a device."""
         moments, matrices = {n: g.to(device) for n, g in self.items()}, tuple(m.to(device) for m in self.matrices)
-        return Posterior(moments, self.n_data, self.temperature, self.source, matrices)
+        return replace(self, moments=moments, matrices=matrices)
 
     def save(self, path: str | Path) -> None:
         """Write the survivors to one safetensors file (bitmask + values), atomically.
@@ -235,6 +240,8 @@ def save_posterior(posterior: Posterior, path: Path) -> None:
         "moments": {name: _pack(g) for name, g in posterior.items()},
         "matrices": [_pack_matrix(m) for m in posterior.matrices],
     }
+    optional = {"noise_variance": posterior.noise_variance, "likelihood": posterior.likelihood}
+    tree |= {name: value for name, value in optional.items() if value is not None}
     write_tree(path, tree, kind="posterior")
 
 
@@ -257,8 +264,18 @@ def load_posterior(path: str | Path, *, verify: bool = True) -> Posterior:
     try:
         moments = {name: _unpack(node) for name, node in tree["moments"].items()}
         matrices = tuple(_unpack_matrix(node) for node in tree.get("matrices", []))
-        found = Posterior(moments, float(tree["n_data"]), float(tree["temperature"]), str(tree["source"]), matrices)
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError, OverflowError) as error:
+        facts = float(tree["n_data"]), float(tree["temperature"]), str(tree["source"]), matrices
+        found = Posterior(moments, *facts, tree.get("noise_variance"), tree.get("likelihood"))
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        ValueError,
+        RuntimeError,
+        OverflowError,
+        OckhamError,
+    ) as error:
         raise ResultError(f"{printable(file)}: its posterior is damaged ({printable(error)})") from error
     problem = domain_error(found)
     if problem:

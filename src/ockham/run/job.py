@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import json
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ockham.core.files import SCHEMA, write_json
 from ockham.core.likelihood import Likelihood
+from ockham.core.plain import from_plain, to_plain
 from ockham.core.posterior import Posterior
 from ockham.errors import OckhamError
 from ockham.run.engine import Compressed, Engine, Method, Task
-from ockham.run.facts import STRUCTURE, NetworkFacts, compressed_facts, input_inclusion, network_facts, structure_facts
+from ockham.run.facts import NetworkFacts, analysis, compressed_facts, history, network_facts, provenance, structure
 from ockham.run.folder import ResultFolder
 from ockham.run.measure import mean_predictor, measures
-from ockham.run.result import NETWORK, PLAN, POSTERIOR, layer_rows, save_network, save_plan
+from ockham.run.result import NETWORK, PLAN, POSTERIOR, save_network, save_plan
+from ockham.run.schema import GateFacts, Metrics, Result, write_result
 from ockham.run.trainer import EpochInfo, OnStep, RunState
 from ockham.run.weights import fitted, weights_fingerprint
-from ockham.version import __version__
 from ockham.zoo.data import Batches, Dataset, data_fingerprint
 
 __all__ = ["SEARCH_RATES", "Job", "PlainTraining", "Recipe"]
@@ -106,13 +104,13 @@ class PlainTraining(Method):
         """Adam over all parameters."""
         fused = next(network.parameters()).device.type in ("cpu", "cuda")
         optimizer = torch.optim.Adam(network.parameters(), lr=self.rate, fused=fused)
-        return RunState.start(network, task.likelihood, optimizer, task)
+        return RunState.start(network, task.objective, optimizer, task)
 
     def result(self, state: RunState) -> Compressed:
         """The network as it is."""
         none, parameters = Posterior({}, state.own.n_data), state.own.parameters
-        noise = state.likelihood.noise_variance
-        return Compressed(state.network, none, (), state.history, None, noise, parameters=parameters)
+        model, none = state.objective.finished(copy.deepcopy(state.network), none)
+        return Compressed(model, none, (), state.history, None, none.noise_variance, parameters=parameters)
 
     def settings(self) -> dict[str, Any]:
         """The rate."""
@@ -198,8 +196,9 @@ class Job:
             if method.stage not in self._facts:
                 engine = r.engine(method, epochs=max(1, round(r.epochs / 10)), held_out=0.1)
                 yield from self._go(engine, saved)
-                model, noise = engine.state.network, engine.state.likelihood.noise_variance
-                predictor = mean_predictor(model, classify=noise is None)
+                done = engine.result()
+                noise = done.noise_variance
+                predictor = mean_predictor(done.model, classify=noise is None)
                 nll = measures(predictor, *r.split(0.1)[1], noise_variance=noise)["nll"]
                 self._done(method.stage, {"nll": nll, "rate": rate})
         if "adam" not in self._facts:
@@ -207,16 +206,21 @@ class Job:
             best = min(rates, key=lambda f: f["nll"])["rate"]
             engine = r.engine(PlainTraining(best), epochs=r.epochs)
             yield from self._go(engine, saved)
-            before = self._before(engine.state.network, engine.state.likelihood.noise_variance)
+            done = engine.result()
+            before = self._before(done.model, done.noise_variance)
             self._done("adam", before | {"rate": best, "source": "adam"})
 
-    def _before(self, model: nn.Module, noise: float | None) -> dict[str, Any]:
+    def _before(self, model: nn.Module, noise: Tensor | None) -> dict[str, Any]:
         probe = self._folder.stage / f".{NETWORK}.before"
         size = save_network(model, probe, builder=self.builder)
         probe.unlink()
         classify = not self.recipe.data.test_y.is_floating_point()
-        facts = network_facts(model, self.recipe.data, None if classify else (noise or 1.0), self._foreign())
-        return asdict(facts) | {"bytes": size, "noise_variance": None if classify else noise}
+        if not classify and noise is None:  # given weights: what they leave of the training targets
+            data = self.recipe.data
+            output = mean_predictor(model, classify=False)(data.train_x)[0]
+            noise = (output - data.train_y.reshape(output.shape)).double().square().mean(0, keepdim=True)
+        facts = network_facts(model, self.recipe.data, noise, self._foreign())
+        return {"facts": to_plain(facts.stored(size))}
 
     def _go(self, engine: Engine, saved: Mapping[str, Any]) -> Iterator[EpochInfo]:
         engine.on_step = self.on_step
@@ -270,66 +274,47 @@ class Job:
 
     # ------------------------------------------------------------------ the end
     def _finish(self, engine: Engine) -> None:
-        result, r = engine.result(), self.recipe
-        facts = compressed_facts(result, r.data, self._foreign(), draws=self.draws, seed=r.seed)
-        new = self._folder.stage
+        result, r, new = engine.result(), self.recipe, self._folder.stage
         size = save_network(result.model, new / NETWORK, builder=self.builder)
         if result.posterior:
             result.posterior.save(new / POSTERIOR)
         save_plan(result.plan, new / PLAN)
-        self._write(result, facts, size)
-        for name, values in engine.method.record(engine.state).items():
-            write_json(new / name, {"schema": SCHEMA} | dict(values))
+        after, mean = compressed_facts(result, r.data, self._foreign(), draws=self.draws, seed=r.seed)
+        old = self._facts.get("adam")
+        before = from_plain(NetworkFacts, old["facts"]) if old else None
+        seconds, noise = round(self._clock(), 2), result.noise_variance
+        metrics = Metrics(
+            r.method.name,
+            before and before.measures,
+            after.stored(size).measures,
+            mean.stored(size).measures if result.posterior else None,
+            result.keep_share,
+            seconds,
+            r.seed,
+            None if noise is None else tuple(noise.reshape(-1).tolist()),
+            r.data.name,
+            self.builder,
+            before_source=old["source"] if old else "none",
+            before_rate=old.get("rate") if old else None,
+            draws=self.draws if result.posterior else 1,
+        )
+        made = provenance(
+            r.data,
+            self._settings(),
+            command=self.command,
+            builder=self.builder,
+            seed=r.seed,
+            seconds=seconds,
+            device=r.device,
+        )
+        changed = structure(r.network(), result, r.data.test_x[:1].to(r.device))
+        gates = r.method.record(engine.state)
+        said = None if gates is None else from_plain(GateFacts, gates)
+        told = (history(result), analysis(result, after, before))
+        write_result(new, Result(metrics, made, *told, structure=changed, gates=said))
         if self.report is not None:
             self.report(new)
         self._folder.commit(job=self._fingerprint())
-
-    def _write(self, result: Compressed, facts: tuple[NetworkFacts, NetworkFacts], size: int) -> None:
-        after, mean = ({**f.measures, "parameters": f.parameters, "bytes": size} for f in facts)
-        old = self._facts.get("adam")
-        before = {**old["measures"], "parameters": old["parameters"], "bytes": old["bytes"]} if old else None
-        seconds = round(self._clock(), 2)
-        metrics = {
-            "schema": SCHEMA,
-            "before": before,
-            "after": after,
-            "mean_network": mean if result.posterior else None,
-            "kept": result.keep_share,
-            "seconds": seconds,
-            "seed": self.recipe.seed,
-            "noise_variance": result.noise_variance,
-            "dataset": self.recipe.data.name,
-            "network": self.builder,
-            "method": self.recipe.method.stage,
-            "before_source": old["source"] if old else "none",
-            "before_rate": (old or {}).get("rate"),
-        }
-        new = self._folder.stage
-        write_json(new / "metrics.json", metrics)
-        write_json(new / "history.json", _history(result))
-        write_json(new / "analysis.json", _analysis(result, facts[0], old))
-        if result.plan is not None and result.plan.removed:
-            example = self.recipe.data.test_x[:1].to(self.recipe.device)
-            found = structure_facts(self.recipe.network(), result, example)
-            write_json(new / STRUCTURE, {"schema": SCHEMA} | found)
-        write_json(new / "result.json", self._provenance(seconds))
-
-    def _provenance(self, seconds: float) -> dict[str, Any]:
-        data = self.recipe.data
-        sizes = {"name": data.name, "n_train": len(data.train_x), "n_test": len(data.test_x), "source": data.name}
-        return {
-            "schema": SCHEMA,
-            "ockham": __version__,
-            "command": self.command,
-            "seed": self.recipe.seed,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": seconds,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {self.recipe.device}",
-            "network": {"builder": self.builder},
-            "dataset": sizes,
-            "settings": self._settings(),
-        }
 
     def _foreign(self) -> Tensor:
         if self.ood is not None:
@@ -337,39 +322,3 @@ class Job:
         x = self.recipe.data.test_x
         order = torch.randperm(x[0].numel(), generator=torch.Generator().manual_seed(0))
         return x.reshape(len(x), -1)[:, order].reshape(x.shape)
-
-
-def _history(result: Compressed) -> dict[str, Any]:
-    whole = [e.plain() for e in result.epochs]
-    epochs = [{k: e[k] for k in ("epoch", "loss", "accuracy", "kept_share")} for e in whole]
-    diagnosis = asdict(result.diagnosis) if result.diagnosis else None
-    rounds = [asdict(r) for r in result.rounds]
-    return {"epochs": epochs, "rounds": rounds, "histograms": list(result.histograms), "diagnosis": diagnosis}
-
-
-def _analysis(result: Compressed, after: NetworkFacts, before: Mapping[str, Any] | None) -> dict[str, Any]:
-    shift = None
-    if after.shift is not None:
-        old = (before or {}).get("shift") or {}
-        shift = {
-            name: {
-                "severity": [1, 2, 3, 4, 5],
-                "before": old.get(name, {}).get("accuracy"),
-                "after": row["accuracy"],
-                "before_ece": old.get(name, {}).get("ece"),
-                "after_ece": row["ece"],
-            }
-            for name, row in after.shift.items()
-        }
-    reliability = {"before": (before or {}).get("reliability"), "after": after.reliability}
-    ood = (
-        None if after.ood is None else {"name": after.ood_name, "before": (before or {}).get("ood"), "after": after.ood}
-    )
-    return {
-        "layers": layer_rows(result.posterior, result.plan),
-        "reliability": reliability if after.reliability else None,
-        "input_map": after.input_map,
-        "input_inclusion": input_inclusion(result.model, result.posterior),
-        "shift": shift,
-        "ood": ood,
-    }

@@ -18,7 +18,7 @@ from ockham.core.files import inside, pack, printable, read_text, read_tree, unp
 from ockham.core.posterior import POSTERIOR, Posterior
 from ockham.core.seal import sealed
 from ockham.errors import OckhamError, ResultError
-from ockham.surgery.planning import Plan, PlanError
+from ockham.surgery.groups import Plan, PlanError
 from ockham.surgery.shrinking import shrink
 from ockham.zoo.networks import NETWORKS
 

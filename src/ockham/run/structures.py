@@ -15,19 +15,18 @@ from torch.utils import _pytree as pytree
 from ockham.choose.prices import Structures, unit_costs
 from ockham.choose.score import score
 from ockham.choose.units import Ledger, StructureEvidence, choose_units
-from ockham.core.batch import Loader, to_device
+from ockham.core.batch import Loader, read_batch
 from ockham.core.modes import device_of, seeded
+from ockham.core.objective import Objective
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError, OckhamWarning
 from ockham.fit.optimizer import VariationalOptimizer
 from ockham.run.trainer import StructureInfo
 from ockham.surgery.cost import cost
 from ockham.surgery.folding import Constant, constants, fold
-from ockham.surgery.grouping import Groups
-from ockham.surgery.planning import Plan, plan_masks
-from ockham.surgery.shrinking import mask, shrink, slice_tensor
+from ockham.surgery.groups import Groups, Plan, plan_masks
+from ockham.surgery.shrinking import mask, shrink, slice_tensor, verify
 from ockham.surgery.tracing import trace
-from ockham.surgery.verifying import verify
 
 __all__ = [
     "Origin",
@@ -309,12 +308,12 @@ class Shrinking:
         return plan_masks(groups, choice.keep, nats=evidence)
 
 
-def example_of(loader: Loader, device: torch.device) -> Any:
-    """The first rows of the loader's first inputs, as surgery takes them: a list of positional ones is a tuple."""
+def example_of(loader: Loader, objective: Objective, device: torch.device) -> Any:
+    """The first rows of the loader's first inputs, as surgery takes them."""
     with seeded(0, 0, torch.device("cpu")):
-        inputs = next(iter(loader))[0]
-    few = to_device(pytree.tree_map_only(Tensor, lambda t: t[:ROWS] if t.ndim else t, inputs), device)
-    return tuple(few) if isinstance(few, list) else few
+        first = read_batch(next(iter(loader)), objective.batch)
+    few = first.part(slice(0, ROWS)).to(device)
+    return dict(few.kwargs) if few.kwargs else few.args
 
 
 def _rows(inputs: Any) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
@@ -11,15 +12,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from sklearn.base import BaseEstimator
-from sklearn.utils._param_validation import Interval
+from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, check_random_state, validate_data
 from torch import Tensor
 
 from ockham.errors import OckhamError, OckhamWarning
-from ockham.tabular.columns import Floats, Scaling, canonical, duplicates
-from ockham.tabular.fitting import Fitted, Predictive, fit, predictive
-from ockham.tabular.predicting import claimed_inclusion, weights_by_input
-from ockham.tabular.running import Plan, Table
+from ockham.tabular.data import Floats, Scaling, canonical, duplicates
+from ockham.tabular.fitting import Fitted, Plan, drawn, fit
+from ockham.tabular.likelihoods import Likelihood
+from ockham.tabular.model import Table
+from ockham.tabular.predicting import Draws
 from ockham.tabular.screening import screen
 from ockham.tabular.showing import bars, progress, table_of
 
@@ -37,8 +39,8 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
         "hidden_layer_sizes": ["array-like", Interval(Integral, 1, None, closed="left")],
         "n_restarts": [Interval(Integral, 1, None, closed="left")],
         "max_iter": [Interval(Integral, 1, None, closed="left")],
-        "batch_size": [Interval(Integral, 1, None, closed="left")],
-        "learning_rate": [Interval(Real, 0, None, closed="neither")],
+        "batch_size": [Interval(Integral, 1, None, closed="left"), StrOptions({"deprecated"})],
+        "learning_rate": [Interval(Real, 0, None, closed="neither"), StrOptions({"deprecated"})],
         "slab_variance": [Interval(Real, 0, None, closed="neither")],
         "max_inputs": [Interval(Integral, 1, None, closed="left")],
         "early_stopping": ["boolean"],
@@ -50,21 +52,21 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
     }
     _classify: ClassVar[bool]
     _fitted: Fitted
-    _predictive: Predictive
+    _draws: Draws
     _kept_rows: tuple[Floats, Floats, Floats]
 
     def __init__(  # noqa: PLR0913 - scikit-learn: every setting is a keyword of the constructor
         self,
         hidden_layer_sizes: Any = (64,),
         *,
-        n_restarts: int = 4,
-        max_iter: int = 15000,
-        batch_size: int = 256,
-        learning_rate: float = 0.01,
+        n_restarts: int = 2,
+        max_iter: int = 3000,
+        batch_size: Any = "deprecated",
+        learning_rate: Any = "deprecated",
         slab_variance: float = 1.0,
         max_inputs: int = 24,
         early_stopping: bool = True,
-        n_iter_no_change: int = 6,
+        n_iter_no_change: int = 3,
         n_draws: int = 64,
         warm_start: bool = False,
         verbose: bool = False,
@@ -92,6 +94,10 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
     @abstractmethod
     def _scaled_target(self, y: Floats, weight: Floats, first: bool) -> Tensor:
         """What the network is fitted to."""
+
+    @abstractmethod
+    def _likelihood(self, y: Tensor) -> Likelihood:
+        """Of what the network is fitted to."""
 
     @abstractmethod
     def _outputs(self) -> int:
@@ -123,7 +129,7 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
         first = not (self.warm_start and hasattr(self, "_fitted"))
         self.__dict__.pop("_kept_rows", None)  # of partial_fit; this is another table
         x, target, weight = self._checked(X, y, sample_weight, None, first=first)
-        return self._fit(x, target, weight, first=first, share=1.0)
+        return self._fit(x, target, weight, first=first)
 
     def _partial_fit(self, X: Any, y: Any, sample_weight: Any, classes: Any) -> Self:  # noqa: N803
         first = not hasattr(self, "_fitted")
@@ -139,7 +145,7 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
             x, target, weight = x[rows], target[rows], weight[rows] * (seen / weight[rows].sum())
         self._kept_rows = (x, target, weight)
         first = first or seen >= _ANEW * self._fitted_on
-        return self._fit(x, target, weight, first=first, share=1.0 if first else 0.3)
+        return self._fit(x, target, weight, first=first)
 
     def _checked(
         self,
@@ -165,7 +171,7 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
             )
         return x, target, weight
 
-    def _fit(self, x: Floats, target: Floats, weight: Floats, *, first: bool, share: float) -> Self:
+    def _fit(self, x: Floats, target: Floats, weight: Floats, *, first: bool) -> Self:
         x, target, weight = canonical(x, target, weight)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         if first:
@@ -175,11 +181,15 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
         y = self._scaled_target(target, weight, first)
         if first:
             self._choose_inputs(inputs, self._screened_target(y), weights)
-        plan = self._plan(len(self._scaling.constant) - len(self._active), seed, share)
-        table = Table(inputs[:, self._active], y, weights)
+        plan = self._plan(len(self._scaling.constant) - len(self._active), seed)
+        table = Table(inputs[:, self._active].double(), y, weights.double())
         with progress(bool(self.verbose)) as on_step:
-            self._fitted = fit(table, plan, start=None if first else self._fitted, on_step=on_step)
-        self._predictive = predictive(self._fitted, table, plan, self.n_draws)
+            self._fitted = fit(table, self._likelihood(y), plan, start=None if first else self._fitted, on_step=on_step)
+        state = self._fitted.state
+        vectors, acceptance = drawn(state, self.n_draws, torch.Generator().manual_seed(seed))
+        empty = replace(state.model, table=table.rows(slice(0)))
+        self._draws = Draws(empty, vectors, acceptance)
+        self._fitted = replace(self._fitted, state=replace(state, model=empty))
         self._take_stock()
         self._more_stock(table)
         return self
@@ -202,34 +212,39 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
             raise OckhamError("no column of X varies among rows of positive weight: there is nothing to learn from")
         self._outside = np.zeros(x.shape[1])
         if len(candidates) > self.max_inputs:
-            found = screen(x[:, candidates], y, weight, most=self.max_inputs)
+            found = screen(x[:, candidates], y.to(x.dtype), weight, most=self.max_inputs)
             self._outside[candidates.numpy()] = torch.sigmoid(found.evidence).numpy()
             candidates = candidates[found.active]
         self._active = candidates
 
-    def _plan(self, left_out: int, seed: int, share: float) -> Plan:
+    def _plan(self, left_out: int, seed: int) -> Plan:
         hidden = self.hidden_layer_sizes
+        for name in ("batch_size", "learning_rate"):
+            if getattr(self, name) != "deprecated":
+                warnings.warn(
+                    f"{name} no longer does anything: second-order steps need none; leave it out",
+                    FutureWarning,
+                    stacklevel=5,
+                )
         return Plan(
             hidden=tuple(int(h) for h in (hidden if np.iterable(hidden) else (hidden,))),
             outputs=self._outputs(),
-            classify=self._classify,
             restarts=self.n_restarts,
-            steps=max(5, round(self.max_iter * share)),
-            batch=self.batch_size,
-            lr=self.learning_rate,
+            steps=self.max_iter,
             slab_variance=self.slab_variance,
             left_out=left_out,
-            patience=self.n_iter_no_change if self.early_stopping else 0,
+            patience=self.n_iter_no_change if self.early_stopping else self.max_iter,
             seed=seed,
         )
 
     def _take_stock(self) -> None:
-        self.inclusion_ = self._by_feature(self._inside(), self._outside)
-        self.n_weights_ = self._predictive.posterior.kept()
-        self.acceptance_ = self._predictive.draws.acceptance
-        self.evidence_curve_ = np.array(self._fitted.evidence)
-        self.evidence_ = float(self.evidence_curve_[-1])
-        self.n_iter_ = self._fitted.steps
+        state = self._fitted.state
+        self.inclusion_ = self._by_feature(self._fitted.inclusion[0].numpy(), self._outside)
+        self.n_weights_ = sum(len(net) for net in state.model.nets) - len(state.model.nets[1:])
+        self.acceptance_ = self._draws.acceptance
+        self.evidence_curve_ = np.array(self._fitted.curve)
+        self.evidence_ = state.evidence
+        self.n_iter_ = state.steps
         self._remarks: list[str] = []
 
     def _by_feature(self, inside: Floats, outside: Floats) -> Floats:
@@ -238,13 +253,6 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
         found[self._active.numpy()] = inside
         result: Floats = np.where(self._scaling.constant, 0.0, found[self._same_as])
         return result
-
-    def _inside(self) -> Floats:
-        """Path rule; no more than the refit, or the full covariance of all weights of an input, says."""
-        found = claimed_inclusion(self._fitted.before, self._fitted.settled, self._predictive.posterior)
-        for j, nats in self._predictive.by_input.items():
-            found[j] = torch.minimum(found[j], torch.sigmoid(torch.tensor(nats, dtype=found.dtype)))
-        return found.numpy()
 
     # ------------------------------------------------------------------ afterwards
     @property
@@ -257,7 +265,7 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
         """Features by inclusion, as a table; all that are used and the ``top`` likeliest of those that are not."""
         check_is_fitted(self)
         weights = np.zeros(len(self.inclusion_))
-        weights[self._active.numpy()] = weights_by_input(self._predictive.posterior).numpy()
+        weights[self._active.numpy()] = self._fitted.state.model.nets[0].used().numpy()
         table = table_of(self._names(), self.inclusion_, weights, top)
         return "\n".join([table, f"{self.n_weights_} weights, evidence {self.evidence_:.1f} nats", *self._remarks])
 

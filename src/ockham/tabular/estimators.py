@@ -14,9 +14,10 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from ockham.errors import OckhamError
 from ockham.tabular.base import SparseBNN
-from ockham.tabular.columns import Floats, Scaling
-from ockham.tabular.predicting import claimed_inclusion, interval, log_density, moments, noise_std
-from ockham.tabular.running import Table
+from ockham.tabular.data import Floats, Scaling
+from ockham.tabular.likelihoods import Classes, Gaussian, Likelihood, resolution
+from ockham.tabular.model import Table
+from ockham.tabular.predicting import interval, log_density, moments, noise_std
 
 __all__ = ["SparseBNNClassifier", "SparseBNNRegressor"]
 
@@ -61,7 +62,7 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
             return_std: also return the predictive standard deviation: disagreement of networks and noise together.
         """
         inputs = self._inputs(X)
-        mean, variance = moments(self._predictive.draws, inputs)
+        mean, variance = moments(self._draws, inputs)
         centre, std = self._units()
         located = mean.numpy() * std + centre
         return (located, variance.sqrt().numpy() * std) if return_std else located
@@ -79,7 +80,7 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
         if not 0 < coverage < 1:
             raise OckhamError(f"predict_interval: coverage is a probability in (0, 1), such as 0.95; got {coverage}")
         inputs = self._inputs(X)
-        lower, upper = interval(self._predictive.draws, inputs, coverage)
+        lower, upper = interval(self._draws, inputs, coverage)
         centre, std = self._units()
         return lower * std + centre, upper * std + centre
 
@@ -98,7 +99,7 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
         _, target = validate_data(self, X, y, dtype=np.float64, y_numeric=True, reset=False)
         centre, std = self._units()
         scaled = torch.from_numpy((np.asarray(target, dtype=np.float64) - centre) / std)
-        found: Floats = log_density(self._predictive.draws, self._inputs(X), scaled).numpy() - math.log(std)
+        found: Floats = log_density(self._draws, self._inputs(X), scaled).numpy() - math.log(std)
         return found
 
     @property
@@ -124,19 +125,19 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
     def _scaled_target(self, y: Floats, weight: Floats, first: bool) -> torch.Tensor:
         if first:
             self._target_scaling = Scaling.of(y[:, None], weight)
-        return self._target_scaling.apply(y[:, None])[:, 0]
+        return self._target_scaling.apply(y[:, None])[:, 0].double()
+
+    def _likelihood(self, y: torch.Tensor) -> Likelihood:
+        return Gaussian(resolution(y))
 
     def _outputs(self) -> int:
         return 1
 
     def _more_stock(self, table: Table) -> None:
-        draws, noise = self._predictive.draws, self._predictive.noise
-        assert draws.scales is not None and noise is not None
-        inside = claimed_inclusion(noise.before, noise.posterior, noise.posterior).numpy()
-        self.noise_inclusion_ = self._by_feature(inside, np.zeros(len(self.inclusion_)))
-        self.noise_freedom_ = float(draws.scales.freedom.mean())
-        self._noise_std = noise_std(draws, table.x.double(), table.weight)
-        self.n_weights_ += noise.posterior.kept()
+        self.noise_inclusion_ = self._by_feature(self._fitted.inclusion[1].numpy(), np.zeros(len(self.inclusion_)))
+        self.noise_freedom_ = float((2 + self._draws.vectors[:, -1].exp()).mean())
+        self.n_noise_weights_ = len(self._fitted.state.model.nets[1]) - 1
+        self._noise_std = noise_std(self._draws, table.x, table.weight)
         names = self._names()
         moving = ", ".join(names[j] for j in (self.noise_inclusion_ > 0.5).nonzero()[0]) or "nothing"
         self._remarks.append(
@@ -169,7 +170,7 @@ class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
     def predict_proba(self, X: Any) -> npt.NDArray[np.float64]:  # noqa: N803
         """Posterior predictive probabilities [n, classes], averaged over networks."""
         inputs, parts = self._inputs(X), []
-        for out in self._predictive.draws.outputs(inputs):
+        for out in self._draws.outputs(inputs):
             if out.shape[2] == 1:
                 one = torch.sigmoid(out[..., 0]).mean(0)
                 parts.append(torch.stack([1 - one, one], 1))
@@ -205,6 +206,9 @@ class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
 
     def _scaled_target(self, y: Floats, weight: Floats, first: bool) -> torch.Tensor:
         return torch.from_numpy(y).long()
+
+    def _likelihood(self, y: torch.Tensor) -> Likelihood:
+        return Classes()
 
     def _outputs(self) -> int:
         return 1 if len(self.classes_) == 2 else len(self.classes_)
