@@ -19,10 +19,12 @@ from ockham.cli import show
 from ockham.cli.build import build_job, load_data, load_model
 from ockham.cli.options import METHODS, Common, options_of, parse_device, read_config
 from ockham.cli.progress import Bars, tensorboard
-from ockham.core.files import printable, read_json
+from ockham.core.files import printable
 from ockham.core.seal import sealed
 from ockham.errors import OckhamError, OckhamWarning
-from ockham.methods.gates.report import write_any_report
+from ockham.methods.gates.report import gate_sections
+from ockham.report.html import write_report
+from ockham.run.schema import read_result
 from ockham.version import __version__
 
 __all__ = ["app", "main"]
@@ -139,7 +141,7 @@ def _run(options: Common) -> None:
 def _build(folder: Path, data: str | None, model: str | None) -> tuple[Any, Any]:
     """Data and network that a verb on a result folder was given, after a look at the folder's seal."""
     sealed(folder)
-    if data is None and read_json(folder / "result.json")["dataset"]["name"] != "digits":
+    if data is None and read_result(folder).provenance.dataset.name != "digits":
         raise OckhamError(f"{folder} is not a result on the digits: say which data with --data")
     found = load_data(data)
     return found, load_model(model, found)[1]() if model else None
@@ -181,7 +183,7 @@ def inspect(folder: _Folder) -> None:
 def report(folder: _Folder) -> None:
     """Write report.html again from the numbers in a result folder."""
     sealed(folder)
-    typer.echo(f"Report: {write_any_report(folder)}")
+    typer.echo(f"Report: {write_report(folder, gate_sections)}")
 
 
 def main() -> None:

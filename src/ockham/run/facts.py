@@ -52,9 +52,9 @@ __all__ = [
     "analysis",
     "compressed_facts",
     "history",
-    "input_inclusion",
     "input_map",
     "network_facts",
+    "path_inclusion",
     "provenance",
     "structure",
 ]
@@ -151,7 +151,7 @@ def input_map(model: nn.Module, data: Dataset) -> tuple[tuple[int, ...], ...] | 
     return tuple(tuple(int(c) for c in row) for row in counts)
 
 
-def input_inclusion(model: nn.Module, posterior: Posterior) -> tuple[float, ...] | None:
+def path_inclusion(model: nn.Module, posterior: Posterior) -> tuple[float, ...] | None:
     """Probability that a living path leads from each input to an output (path rule); of plain chains of layers only.
 
     None where the posterior has no inclusion probabilities, or the network is not one `nn.Sequential` of Linear layers.
@@ -208,7 +208,7 @@ def analysis(result: Compressed, after: NetworkFacts, before: NetworkFacts | Non
         if after.reliability
         else None,
         input_map=after.input_map,
-        input_inclusion=input_inclusion(result.model, result.posterior),
+        input_inclusion=path_inclusion(result.model, result.posterior),
         shift=shift,
         ood=None if after.ood is None else ForeignInputs(after.ood_name, before.ood if before else None, after.ood),
     )

@@ -199,6 +199,17 @@ class Settings:
     macs: float | None = None
     others: Mapping[str, Any] = rest()
 
+    def decision_line(self) -> float:
+        """The delta_f in nats beyond which removal was favoured: the prior log odds, as set or as the rule says."""
+        told = re.search(r"log_odds=(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)", self.rule or "")
+        odds = self.log_odds if self.log_odds is not None else float(told[1]) if told else 0.0
+        return odds if abs(odds) < 25 else 0.0  # beyond, nothing in a histogram is decided by it
+
+    def named(self) -> dict[str, Any]:
+        """All settings by their names, those that are None left out; a list as its items side by side."""
+        found: dict[str, Any] = to_plain(self)
+        return {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in found.items()}
+
 
 @dataclass(frozen=True, slots=True)
 class NetworkSource:
@@ -336,7 +347,9 @@ def read_result(folder: str | Path) -> Result:
     """
     path = Path(folder)
     head, version = _loaded(path / "result.json")
-    parts = _parts_listed(path, head) if version > 1 else _parts_found(path)
+    parts: Any = head.get("parts") if version > 1 else _parts_found(path)
+    if not isinstance(parts, list) or "metrics" not in parts or any(name not in [*_PARTS] for name in parts):
+        raise ResultError(f"{path / 'result.json'}: damaged or foreign ({wrong('parts', 'names of parts', parts)})")
     plain = {name: _loaded(path / f"{name}.json")[0] for name in parts}
     if version < 2:
         _upgrade(path, head, plain)
@@ -361,13 +374,6 @@ def _loaded(path: Path) -> tuple[dict[str, Any], int]:
     return content, version
 
 
-def _parts_listed(folder: Path, head: Mapping[str, Any]) -> list[str]:
-    listed: Any = head.get("parts")
-    if not isinstance(listed, list) or "metrics" not in listed or any(name not in [*_PARTS] for name in listed):
-        raise ResultError(f"{folder / 'result.json'}: damaged or foreign ({wrong('parts', 'names of parts', listed)})")
-    return listed
-
-
 def _parts_found(folder: Path) -> list[str]:
     """Parts of a folder of version 0 or 1: gates had neither history nor analysis, all else had both."""
     if _loaded(folder / "metrics.json")[0].get("method") == "bmrs":
@@ -383,15 +389,16 @@ def _upgrade(folder: Path, head: dict[str, Any], plain: Mapping[str, dict[str, A
         return value if isinstance(value, dict) else {}
 
     settings, metrics = table(head, "settings"), plain["metrics"]
-    rule_odds = re.search(r"log_odds=(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)", str(settings.get("rule")))
-    if rule_odds:
-        settings.setdefault("log_odds", float(rule_odds[1]))
     if "one_shot" in settings:
         once = settings.pop("one_shot")
         metrics |= {"method": "kronecker" if once == "kronecker" else "laplace", "draws": 1}
         settings["keep_share"] = settings.pop("keep", None)
     if "gates" in plain:
-        metrics["draws"] = 1
+        metrics |= {"draws": 1} | ({} if metrics.get("before") is None else {"before_source": "adam"})
+        for epoch in plain["gates"].get("epochs") or ():  # a group with one structure left was not listed
+            start, widths = (table(epoch, key) if isinstance(epoch, dict) else {} for key in ("start", "widths"))
+            for name in start.keys() - widths.keys():
+                widths[name] = 1
     slab = str(settings.get("prior")).startswith("FixedSpikeSlab")
     metrics.setdefault("method", "spike-slab" if slab else "evidence")
     for side in (table(metrics, "before"), table(metrics, "after")):

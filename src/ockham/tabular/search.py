@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ockham.errors import NonFiniteLossError
 from ockham.tabular.model import Model
-from ockham.tabular.network import Net
 
 __all__ = ["Effort", "State", "grow", "input_removals", "prune", "search", "settle", "without"]
 
