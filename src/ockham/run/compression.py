@@ -151,7 +151,8 @@ class WeightRounds(Method):
     def settings(self) -> dict[str, Any]:
         """Settings of the run, the rule and the rounds, the structures."""
         made = {"rule": rule_name(self.rule), "structures": structures_name(self.structures)}
-        names = {"estimator": self.estimator.__name__, "ignore": repr(self.ignore)}
+        named = self.name if self.name != "evidence" else self.estimator.__name__
+        names = {"posterior": named, "ignore": repr(self.ignore)}
         return as_plain(self.training) | made | names | asdict(self.rounds)
 
     def saved(self, state: RunState) -> dict[str, Any]:
