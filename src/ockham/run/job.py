@@ -163,6 +163,7 @@ class Job:
     _facts: dict[str, Any] = field(default_factory=dict)
     _spent: float = 0.0
     _started: float = 0.0
+    _told: str = ""
     _folder: ResultFolder = field(init=False)
 
     def __post_init__(self) -> None:
@@ -262,10 +263,13 @@ class Job:
             )
 
     def _fingerprint(self) -> str:
+        if self._told:
+            return self._told
         data = self.recipe.data
         names = {"data": data.name, "data content": data_fingerprint(data), "network": self.builder}
         names |= {"weights": weights_fingerprint(self.weights)}
-        return json.dumps(self._settings() | names | {"baseline": self.baseline}, sort_keys=True)
+        self._told = json.dumps(self._settings() | names | {"baseline": self.baseline}, sort_keys=True)
+        return self._told
 
     def _settings(self) -> dict[str, Any]:
         r = self.recipe

@@ -95,6 +95,10 @@ def _one(cuts: Cut, unit: int) -> Cut:
     return [(name, torch.tensor(sorted(set(torch.cat(parts).tolist())))) for name, parts in found.items()]
 
 
+STATISTICS = frozenset({"mean", "var", "layer_norm", "rms_norm", "group_norm", "grouped"})
+"""Ops of sites that put all units together into a mean or a scale."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Groups:
     """All structures of a model that can be removed, and why the others cannot.
@@ -127,6 +131,28 @@ class Groups:
 
     def __getitem__(self, key: str) -> Group:
         return self.groups[key]
+
+    @property
+    def sharing(self) -> frozenset[str]:
+        """Ids of the groups whose units share statistics: a norm, mean or variance runs over them.
+
+        There a unit matters to the others even where no weight reads it, so that evidence of the weights that read it
+        does not tell what its removal changes. A plan may take such units out exactly; gates and evidence leave them.
+        """
+        summed = [site for site in self.sites if site.op in STATISTICS]
+        found = [torch.cat([part.reshape(-1) for part in site.before.values()]) for site in summed if site.before]
+        return frozenset(k for k, units in self.units.items() if any(bool(torch.isin(units, c).any()) for c in found))
+
+    @property
+    def separate(self) -> Groups:
+        """The groups whose units do not share statistics; the others stay, with that as their reason."""
+        shared, why = (
+            self.sharing,
+            "its units share the statistics of a norm: evidence leaves them, a plan may take them",
+        )
+        held = {(m.name, m.dim): why for k in shared for m in self.groups[k].members}
+        left = {k: g for k, g in self.groups.items() if k not in shared}
+        return replace(self, groups=left, frozen={**self.frozen, **held}) if shared else self
 
     def __str__(self) -> str:
         lines = [f"{g.id}: {g.size} {g.kind}s in {len(g.members)} dimensions" for g in self]
