@@ -19,11 +19,11 @@ from ockham.choose.units import Cut, Inside, StructureEvidence, held_weights, ou
 from ockham.errors import OckhamError
 from ockham.evidence.hyper import beta_log_odds
 from ockham.surgery.cloning import clone
+from ockham.surgery.comparing import as_arguments
 from ockham.surgery.cost import latency
 from ockham.surgery.groups import Group, Groups, Plan, plan_masks
 from ockham.surgery.refitting import refit
 from ockham.surgery.shrinking import shrink
-from ockham.surgery.comparing import as_arguments
 
 __all__ = [
     "FlatPrice",

@@ -57,8 +57,8 @@ def covered_names(model: nn.Module, ignore: Ignore, *, buffers: bool = False) ->
         if not covered:
             said = f"{type(entry).__name__} object" if isinstance(entry, (nn.Module, Tensor)) else repr(entry)
             raise OckhamError(
-                f"ignore entry {said} matches no parameter of the model. It takes names of parameters or modules, patterns "
-                f"on parameter names as 're:...', module types, modules and parameters; there are "
+                f"ignore entry {said} matches no parameter of the model. It takes names of parameters or modules, "
+                f"patterns on parameter names as 're:...', module types, modules and parameters; there are "
                 f"{', '.join(name for name, _ in pairs[:8])}, ..."
             )
         found |= covered

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ockham.choose.planning import plan
+from ockham.core.names import Ignore
 from ockham.errors import OckhamError
 from ockham.methods.gates.noise import GateDraw, GateNoise, Reader, detach, per_example
 from ockham.methods.gates.rules import (
@@ -29,9 +30,8 @@ from ockham.methods.gates.rules import (
 )
 from ockham.surgery import Group, Groups, Plan, trace
 from ockham.surgery.cloning import canonical_names, clone
-from ockham.surgery.groups import Member
 from ockham.surgery.comparing import as_arguments
-from ockham.core.names import Ignore
+from ockham.surgery.groups import Member
 
 __all__ = [
     "GATE_RULES",
