@@ -111,7 +111,7 @@ class Groups:
         sites: places of the model's code whose constants change with a plan.
         heads: all places that split or join dimensions, for attributes such as `num_heads`.
         spared: tensors which `mask` leaves alone, because zeros in them are no zeros (directions of a weight norm).
-        caches: module path to its attributes with tensors from earlier forwards, which the small network starts without.
+        caches: module path to its attributes with tensors from earlier forwards; the small network starts without.
     """
 
     groups: Mapping[str, Group]
@@ -306,7 +306,7 @@ class Plan:
         counts: module path to {size before: size after} of its heads and their widths, for attributes like `num_heads`.
         spared: tensors which `mask` does not zero (see `Groups`).
         nats: group id to the evidence of its removed units, if it was given (same order as `removed`).
-        caches: module path to its attributes with tensors from earlier forwards, which the small network starts without.
+        caches: module path to its attributes with tensors from earlier forwards; the small network starts without.
     """
 
     removed: Mapping[str, tuple[int, ...]]
@@ -348,8 +348,8 @@ class Plan:
         if between != dict(other.shapes):
             wrong = [n for n in dict.fromkeys([*between, *other.shapes]) if between.get(n) != other.shapes.get(n)]
             raise PlanError(
-                f"the second plan is for another network: {wrong[0]} has shape {between.get(wrong[0], 'none')} after the "
-                f"first plan, the second one expects {other.shapes.get(wrong[0], 'none')}. Trace the shrunk network"
+                f"the second plan is for another network: {wrong[0]} has shape {between.get(wrong[0], 'none')} after "
+                f"the first plan, the second one expects {other.shapes.get(wrong[0], 'none')}. Trace the shrunk network"
             )
         cuts = {
             name: {
