@@ -22,7 +22,8 @@ from ockham.cli.progress import Bars, tensorboard
 from ockham.core.files import printable
 from ockham.core.seal import sealed
 from ockham.errors import OckhamError, OckhamWarning
-from ockham.methods.gates.report import write_any_report
+from ockham.methods.gates.report import gate_sections
+from ockham.report.html import write_report
 from ockham.run.schema import read_result
 from ockham.version import __version__
 
@@ -143,7 +144,12 @@ def _build(folder: Path, data: str | None, model: str | None) -> tuple[Any, Any]
     known = read_result(folder).provenance.dataset
     if data is None and (known is None or known.name != "digits"):
         raise OckhamError(f"{folder} is not a result on the digits: say which data with --data")
-    found = load_data(data)
+    found, builder = load_data(data), read_result(folder).provenance.network
+    if model is None and builder is not None and not str(builder.builder).startswith("zoo:"):
+        raise OckhamError(
+            f"the network of {folder} was built by {builder.builder!r}, which is your code and is not run from a file; "
+            f"say it with --model package.module:function"
+        )
     return found, load_model(model, found)[1]() if model else None
 
 
@@ -183,7 +189,7 @@ def inspect(folder: _Folder) -> None:
 def report(folder: _Folder) -> None:
     """Write report.html again from the numbers in a result folder."""
     sealed(folder)
-    typer.echo(f"Report: {write_any_report(folder)}")
+    typer.echo(f"Report: {write_report(folder, gate_sections)}")
 
 
 def main() -> None:

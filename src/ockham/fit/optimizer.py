@@ -29,7 +29,6 @@ from ockham.fit.memory import (
     sliced,
     spans,
     write,
-    zero_removed_,
 )
 from ockham.fit.priors import Prior, plain_prior, restored_prior
 
@@ -128,7 +127,7 @@ class _Block(io.IOBase):
             next(self._steps)
             del self  # an interrupt from here to the body drops the block, whatever holds this frame
         except BaseException:
-            self.close()
+            self.close()  # noqa: F821 - there is no bytecode between that and the end of the try
             raise
 
 
@@ -638,9 +637,10 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         return self._generators[device]
 
     def _keep_of(self, p: Tensor) -> Tensor:
-        if (keep := self.state.get(p, {}).get("keep")) is not None:
+        keep: Tensor | None = self.state.get(p, {}).get("keep")
+        if keep is not None:
             return keep.clone()
-        every = torch.ones(p.shape, dtype=torch.bool, device=p.device)
+        every: Tensor = torch.ones(p.shape, dtype=torch.bool, device=p.device)
         if p in self._held:
             every.view(-1)[self._held[p]] = False
         return every
@@ -656,6 +656,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         prior_mean = torch.tensor(group["prior_mean"], dtype=p.dtype, device=p.device)
         return Gaussian(mean, precision, self._prior_of(p, group), prior_mean, keep)
 
+    @torch.no_grad()
     def _remove_from(self, p: Tensor, keep: Tensor) -> int:
         group = self._group_of(p)
         state, old = self._ensure(p, group), self._index.get(p)
@@ -668,12 +669,10 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         state["keep"] = flat.view(p.shape) & self._keep_of(p)
         self._index[p] = alive_index(state["keep"])
         self._arenas.pop(id(group), None)
-        zero_removed_(
-            p,
-            state["keep"].reshape(-1).index_fill(0, self._held[p], True).view(p.shape)
-            if p in self._held
-            else state["keep"],
-        )
+        zero = ~state["keep"]
+        if p in self._held:
+            zero.view(-1)[self._held[p]] = False
+        p.masked_fill_(zero, 0.0)
         return int((~stays).sum())
 
     def _group_of(self, p: Tensor) -> dict[str, Any]:

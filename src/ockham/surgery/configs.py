@@ -58,6 +58,11 @@ def settle_config(model: nn.Module, small: nn.Module, plan: Plan) -> bool:
     return False
 
 
+def described(model: nn.Module) -> bool:
+    """True when the model's own configuration builds a network of exactly its shapes."""
+    return _built(type(model), getattr(model, "config", None)) == _shapes(model)
+
+
 def _candidates(config: Any, plan: Plan) -> Iterator[dict[str, int]]:
     """Changes to try by the role of a field, the smallest sets first."""
     widths: dict[int, set[int]] = {}

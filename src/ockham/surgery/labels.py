@@ -130,6 +130,19 @@ class Ledger:
         return Value(value.shape)
 
 
+class Unread(Ledger):
+    """A ledger for what is computed and never used: it must run at other sizes, but its values matter to nobody."""
+
+    def freeze(self, labels: Tensor, reason: str) -> None:
+        """Do nothing."""
+
+    def collapse(self, factor: Tensor, dims: tuple[int, ...] | list[int], reason: str) -> Tensor:
+        """Return the factor with size 1 along `dims`; nothing is tied."""
+        for dim in dims:
+            factor = factor.narrow(dim, 0, min(1, factor.shape[dim]))
+        return factor
+
+
 def varying(factor: Tensor) -> tuple[int, ...]:
     """Return the dimensions along which a compressed factor varies."""
     return tuple(d for d, n in enumerate(factor.shape) if n > 1)

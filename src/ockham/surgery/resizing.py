@@ -389,7 +389,9 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
 def resized_class(base: Any) -> type[nn.Module]:
     """Return the subclass of `base` (same name, can be pickled where `base` can) whose forward runs under `Resizing`."""
     made = {"forward": functools.wraps(base.forward)(_forward), "__reduce_ex__": _reduce, "__module__": base.__module__}
-    return type(base.__name__, (base,), {**made, "__doc__": base.__doc__, "__qualname__": base.__qualname__})
+    own = {**made, "__doc__": base.__doc__, "__qualname__": base.__qualname__}
+    kind: type[nn.Module] = type(base.__name__, (base,), own)
+    return kind
 
 
 def _empty(base: type[nn.Module]) -> nn.Module:

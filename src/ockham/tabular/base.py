@@ -184,9 +184,7 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
         plan = self._plan(len(self._scaling.constant) - len(self._active), seed)
         table = Table(inputs[:, self._active].double(), y, weights.double())
         with progress(bool(self.verbose)) as on_step:
-            self._fitted = fit(
-                table, self._likelihood(y), plan, start=None if first else self._fitted, on_step=on_step
-            )
+            self._fitted = fit(table, self._likelihood(y), plan, start=None if first else self._fitted, on_step=on_step)
         state = self._fitted.state
         vectors, acceptance = drawn(state, self.n_draws, torch.Generator().manual_seed(seed))
         empty = replace(state.model, table=table.rows(slice(0)))

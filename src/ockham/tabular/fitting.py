@@ -121,7 +121,9 @@ def fit(
     some = _first(table, order, _NOISE_ROWS)
     if len(some.x) > len(few.x) or start is not None:
         state = _on(some, state)
-        state = search(state, 0, most, replace(effort(0, max(1, plan.patience - 1), 0.5), steps=_affordable(state, plan)))
+        state = search(
+            state, 0, most, replace(effort(0, max(1, plan.patience - 1), 0.5), steps=_affordable(state, plan))
+        )
     if len(state.model.nets) == 2:
         state = _noisy(state, effort(0, max(1, plan.patience - 1), 0.5), fresh=start is None)
         state = search(state, 0, most, replace(effort(0, 1, 0.5), steps=_affordable(state, plan)))

@@ -213,7 +213,10 @@ class Net:
         stays = torch.cat([keep[n].view(-1)[c] for n, c in self.cells.items()]).nonzero()[:, 0]
         for i, layer in enumerate(layers):
             after = "out.weight" if i + 1 == len(layers) else f"{layers[i + 1]}.weight"
-            keep[f"{layer}.weight"], keep[f"{layer}.bias"] = keep[f"{layer}.weight"][alive[i]], keep[f"{layer}.bias"][alive[i]]
+            keep[f"{layer}.weight"], keep[f"{layer}.bias"] = (
+                keep[f"{layer}.weight"][alive[i]],
+                keep[f"{layer}.bias"][alive[i]],
+            )
             keep[after] = keep[after][:, alive[i]]
         return Net(keep, tuple(s[a] for s, a in zip(self.smooth, alive, strict=True))), stays
 

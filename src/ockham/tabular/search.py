@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ockham.errors import NonFiniteLossError
 from ockham.tabular.model import Model
-from ockham.tabular.network import Net
 
 __all__ = ["Effort", "State", "grow", "input_removals", "prune", "search", "settle", "without"]
 
@@ -301,7 +300,9 @@ def grow(state: State, t: int, units: int, generator: torch.Generator, kinds: fl
         wider = torch.where(new["smooth"], torch.tanh(z), z.clamp_min(0))
         if last:
             basis = [table.x, *(r[0] for r in done.read[i + 1 :])]
-            picked = _matched(wider, torch.cat([torch.ones_like(weight).unsqueeze(1), *basis], 1), weight, wanted, units)
+            picked = _matched(
+                wider, torch.cat([torch.ones_like(weight).unsqueeze(1), *basis], 1), weight, wanted, units
+            )
             new = {name: value[picked] for name, value in new.items()}
             new["out"] = table.x.new_zeros(wanted.shape[1], units)
         if i == 0:  # what is used elsewhere may be used here

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ockham.core.batch import Batch
+from ockham.core.fixed import fixed_entries
 from ockham.core.posterior import Gaussian, Posterior, WeightMatrix
 from ockham.errors import DataError, OckhamError, OckhamWarning
 from ockham.evidence.kronecker import conditional_precision, factorised, marginal_variance
@@ -147,7 +148,7 @@ def kronecker_curvature(
     The arguments and errors are those of `diagonal_curvature`.
     """
     names = _names(model)
-    matrices = matrices_of(model, frozenset(names))
+    matrices = matrices_of(model, frozenset(names) - fixed_entries(model).keys())
     covered = {name for s in matrices.values() for name in (s.weight, s.bias)}
     return _pass(model, batches, score, generator, matrices=matrices, rest=[n for n in names if n not in covered])
 
@@ -168,14 +169,17 @@ def laplace_posterior(
     factor = n_data / curvature.terms
     moments: dict[str, Gaussian] = {}
     blocks = []
-    untouched = _untouched(curvature)
+    untouched, fixed = _untouched(curvature), fixed_entries(model)
     for sums in (s for s in curvature.matrices.values() if s.weight not in untouched):
         block = _block(sums, weights, factor, prior)
         blocks.append(block)
         moments |= _correlated(block, weights)
+    fixed = fixed_entries(model)
     for name, diagonal in ((n, d) for n, d in curvature.diagonal.items() if n not in untouched):
-        h = factor * diagonal
-        moments[name] = _independent(weights[name], h, prior(h, weights[name]))
+        h, free = factor * diagonal, ~fixed[name] if name in fixed else slice(None)
+        moments[name] = _independent(weights[name], h, prior(h[free], weights[name][free]))
+    for name in fixed.keys() & moments.keys():
+        moments[name] = _without(moments[name], fixed[name])
     ordered = {name: moments[name] for name in weights if name in moments}
     return Posterior(ordered, float(n_data), 1.0, source, tuple(blocks))
 
@@ -257,6 +261,12 @@ def _correlated(block: WeightMatrix, weights: Mapping[str, Tensor]) -> dict[str,
 
 def _independent(weight: Tensor, curvature: Tensor, prior_precision: float) -> Gaussian:
     return _gaussian(weight, (curvature + prior_precision).to(weight.dtype), prior_precision, None)
+
+
+def _without(g: Gaussian, fixed: Tensor) -> Gaussian:
+    """Weights that the network holds fixed are known: no spread, and nothing to remove."""
+    marginal = None if g.marginal_precision is None else g.marginal_precision.masked_fill(fixed, torch.inf)
+    return replace(g, precision=g.precision.masked_fill(fixed, torch.inf), keep=~fixed, marginal_precision=marginal)
 
 
 def _gaussian(weight: Tensor, precision: Tensor, prior_precision: float, marginal: Tensor | None) -> Gaussian:
