@@ -106,7 +106,7 @@ def variational(optimizer: Any, owner: str) -> VariationalOptimizer:
         if not isinstance(inner, torch.optim.Optimizer):
             raise OckhamError(
                 f"{owner} needs a variational optimizer such as ockham.MeanField(model.named_parameters(), n_data=...)"
-                f"; got {type(optimizer).__name__}"
+                f"; got {type(found).__name__}"
             )
         found = inner
     return found
