@@ -381,23 +381,22 @@ class Plan:
         )
 
     def to_json(self) -> str:
-        """Return the plan as JSON text."""
-        return json.dumps(
-            {
-                "schema": SCHEMA,
-                "kind": "ockham-plan",
-                "fingerprint": self.fingerprint,
-                "removed": {k: list(v) for k, v in self.removed.items()},
-                "widths": dict(self.widths),
-                "cuts": {n: {str(d): list(i) for d, i in c.items()} for n, c in self.cuts.items()},
-                "shapes": {n: list(s) for n, s in self.shapes.items()},
-                "edits": [e.to_data() for e in self.edits],
-                "counts": {m: {str(a): b for a, b in c.items()} for m, c in self.counts.items()},
-                "spared": list(self.spared),
-                "nats": {k: list(v) for k, v in self.nats.items()},
-                "caches": {k: list(v) for k, v in self.caches.items()},
-            }
-        )
+        """Return the plan as JSON text, with the SHA-256 of its content."""
+        content = {
+            "schema": SCHEMA,
+            "kind": "ockham-plan",
+            "fingerprint": self.fingerprint,
+            "removed": {k: list(v) for k, v in self.removed.items()},
+            "widths": dict(self.widths),
+            "cuts": {n: {str(d): list(i) for d, i in c.items()} for n, c in self.cuts.items()},
+            "shapes": {n: list(s) for n, s in self.shapes.items()},
+            "edits": [e.to_data() for e in self.edits],
+            "counts": {m: {str(a): b for a, b in c.items()} for m, c in self.counts.items()},
+            "spared": list(self.spared),
+            "nats": {k: list(v) for k, v in self.nats.items()},
+            "caches": {k: list(v) for k, v in self.caches.items()},
+        }
+        return json.dumps(content | {"sha256": _digest(content)})
 
     @staticmethod
     def from_json(text: str) -> Plan:
@@ -449,11 +448,20 @@ def fingerprint(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def _read(text: str) -> Plan:
     try:
         data: dict[str, Any] = json.loads(text)
+        told = data.pop("sha256", None)  # plans of earlier versions, and those written by hand, have none
         if data.get("kind") != "ockham-plan":
             raise PlanError("this is not an Ockham plan")
+        if told is not None and told != _digest(data):
+            raise PlanError(
+                "the plan is damaged or was changed: its SHA-256 is another. After a change by hand, take that field out"
+            )
         if int(data["schema"]) > SCHEMA:
             raise PlanError(f"the plan has schema {data['schema']}, this version reads up to {SCHEMA}: upgrade Ockham")
         plan = Plan(
@@ -468,15 +476,9 @@ def _read(text: str) -> Plan:
             caches={k: tuple(v) for k, v in data.get("caches", {}).items()},
         )
         _check_bounds(plan)
-    except (
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        ArithmeticError,
-        RecursionError,
-        json.JSONDecodeError,
-    ) as error:
+    except PlanError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError, ValueError) as error:
         raise PlanError(f"the plan is damaged: {type(error).__name__}: {error}") from error
     if plan.fingerprint != data["fingerprint"]:
         raise PlanError("the plan is damaged: its shapes do not match its fingerprint")
