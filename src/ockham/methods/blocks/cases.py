@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from ockham.core.batch import to_device
 from ockham.core.likelihood import Classification, Likelihood, Regression, likelihood_from
 from ockham.errors import DataError, OckhamError
-from ockham.run.trainer import to_device
 
 __all__ = ["Case", "Objective", "cases_from", "objective_for", "tensor_of"]
 
@@ -212,7 +212,7 @@ def _causal(model: nn.Module, case: Case, tokens: Tensor, output: Callable[[Any]
     for ids in (some, other):
         one = Case((ids,), {}) if case.args else Case((), {"input_ids": ids})
         answers.append(one.answer(model, output)[:, :-1])
-    return answers[0].shape[-1] > int(tokens.max()) and torch.allclose(*answers, rtol=1e-4, atol=1e-5)
+    return answers[0].shape[-1] > int(tokens.max()) and torch.allclose(answers[0], answers[1], rtol=1e-4, atol=1e-5)
 
 
 def _next_targets(case: Case) -> Tensor:
