@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from ockham.core.batch import to_device
 from ockham.core.likelihood import Classification, Likelihood, Regression, likelihood_from
 from ockham.errors import DataError, OckhamError
-from ockham.core.batch import to_device
 
 __all__ = ["Case", "Objective", "cases_from", "objective_for", "tensor_of"]
 

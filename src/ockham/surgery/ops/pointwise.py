@@ -75,7 +75,7 @@ def binary(call: Call) -> Result:
     for other in tensors[1:]:
         factors, shape = match(out, other, call.ledger, reason=call.reason("meets a tensor of fixed size"))
         out = tidy(shape, factors, False, call.ledger, call.reason("two structures meet in one dimension"))
-    return Value(out.shape, out.factors, _zero(call, tensors))
+    return Value(out.shape, out.factors, _zero(call, tensors, out))
 
 
 def _divisor_vanishes(call: Call) -> bool:
@@ -83,31 +83,31 @@ def _divisor_vanishes(call: Call) -> bool:
     return below is not None and below.zero and bool(below.factors)
 
 
-def _zero(call: Call, tensors: list[Value]) -> bool:
+def _zero(call: Call, tensors: list[Value], out: Value) -> bool:
     """Is the result zero wherever a unit is removed? Only if no operand without its labels adds something."""
     first, name = tensors[0], call.name.rstrip("_")
     if name in ("mul", "multiply"):
-        return any(t.zero and covers(t, tensors) for t in tensors)
+        return any(t.zero and covers(t, out) for t in tensors)
     if name in ("div", "divide", "true_divide"):
-        return first.zero and covers(first, tensors) and isinstance(call.get("self"), fx.Node)
+        return first.zero and covers(first, out) and isinstance(call.get("self"), fx.Node)
     if name == "pow":
         power = call.get("exponent", None)
         return first.zero and isinstance(power, (int, float)) and power > 0
     if name == "copy":
-        return tensors[-1].zero and covers(tensors[-1], tensors)
+        return tensors[-1].zero and covers(tensors[-1], out)
     if name in ("add", "sub", "subtract"):
         given = [call.get("self"), call.get("other")]
-        return all(isinstance(g, fx.Node) for g in given) and all(t.zero and covers(t, tensors) for t in tensors)
+        return all(isinstance(g, fx.Node) for g in given) and all(t.zero and covers(t, out) for t in tensors)
     return False
 
 
-def covers(one: Value, all_: list[Value]) -> bool:
-    """Does `one` carry the labels of every factor any operand has (aligned from the right)?"""
+def covers(one: Value, out: Value) -> bool:
+    """Does `one` carry the labels of every factor of a result (aligned from the right)?"""
 
     def dims(v: Value) -> set[int]:
         return {d - len(v.shape) for f in v.factors for d in range(len(v.shape)) if f.shape[d] > 1}
 
-    return all(dims(v) <= dims(one) for v in all_)
+    return dims(out) <= dims(one)
 
 
 def mixing(call: Call) -> Result:
