@@ -33,7 +33,9 @@ def test_the_tutorial_runs_and_says_what_it_promises() -> None:
     done = run_notebook(TUTORIAL)
     assert done.returncode == 0, done.stderr
     assert "largest difference after loading: 0.0e+00" in done.stdout or "e-0" in done.stdout
-    accuracies = [float(line.rpartition(" ")[2].rstrip("%")) for line in done.stdout.splitlines() if "loaded network" in line]
+    accuracies = [
+        float(line.rpartition(" ")[2].rstrip("%")) for line in done.stdout.splitlines() if "loaded network" in line
+    ]
     assert accuracies and accuracies[0] > 90, done.stdout
 
 

@@ -54,7 +54,7 @@ def test_the_folder_it_leaves(ockham, tmp_path: Path) -> None:
     names = {p.name for p in (tmp_path / "r").iterdir()}
     assert names == {
         "network.safetensors", "posterior.safetensors", "metrics.json", "history.json", "analysis.json",
-        "result.json", "report.html",
+        "result.json", "report.html", "manifest.json",
     }  # fmt: skip
     metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
     for side in ("before", "after", "mean_network"):

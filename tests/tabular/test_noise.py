@@ -7,14 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from ockham.tabular.noise import fit_noise
+from ockham.tabular.running import Plan, Table
 from scipy import integrate, stats
 
 from ockham.errors import OckhamError
 from ockham.tabular import SparseBNNRegressor
 from ockham.tabular.likelihoods import log_scale, resolution, student_nll
-from ockham.tabular.noise import fit_noise
 from ockham.tabular.predicting import weights_by_input
-from ockham.tabular.running import Plan, Table
 
 SETTINGS = {"max_iter": 2500, "n_restarts": 2, "hidden_layer_sizes": (8,), "n_draws": 24, "random_state": 0}
 

@@ -7,18 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from scipy import stats
-
-from ockham.core.posterior import Gaussian, Posterior
-from ockham.tabular import SparseBNNClassifier, SparseBNNRegressor, fitting
 from ockham.tabular.curvature import gauss_newton, of_classes
 from ockham.tabular.draws import factorised
 from ockham.tabular.joint import ClassJoint, NoiseJoint
-from ockham.tabular.network import Layout, mean_output
 from ockham.tabular.noise import Noise
 from ockham.tabular.running import Table
 from ockham.tabular.survivors import Survivors
 from ockham.tabular.trimming import without_input
+from scipy import stats
+
+from ockham.core.posterior import Gaussian, Posterior
+from ockham.tabular import SparseBNNClassifier, SparseBNNRegressor, fitting
+from ockham.tabular.network import Layout, mean_output
 
 
 def posterior_of(layout, seed, keep_share, *, only=None, prior=2.0):

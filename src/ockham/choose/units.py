@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import singledispatch
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor
@@ -138,9 +138,8 @@ class StructureEvidence(Mapping[str, Tensor]):
     def only(self, keys: Collection[str]) -> Self:
         """The evidence of some groups."""
         tables = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(
-            self, **{n: {k: t[k] for k in keys if k in t} for n, t in tables.items() if isinstance(t, Mapping)}
-        )
+        some = {n: {k: t[k] for k in keys if k in t} for n, t in tables.items() if isinstance(t, Mapping)}
+        return replace(self, **cast(Any, some))
 
     def __getitem__(self, key: str) -> Tensor:
         """E_g of the units of one group."""

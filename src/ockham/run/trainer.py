@@ -143,12 +143,13 @@ class RunState:
 
     def saved(self) -> dict[str, Any]:
         """Plain values and tensors, without the method's own."""
+        groups = self.optimizer.param_groups
         return {
             "done": self.done,
             "network": dict(self.network.state_dict()),
             "likelihood": dict(self.likelihood.state_dict()),
             "optimizer": {k: v for k, v in self.optimizer.state_dict().items() if k != "param_groups"},
-            "groups": [{k: v for k, v in g.items() if isinstance(v, (int, float))} for g in self.optimizer.param_groups],
+            "groups": [{k: v for k, v in g.items() if isinstance(v, (int, float))} for g in groups],
             "noise": {} if self.noise is None else self.noise.state_dict()["state"],
             "history": [info.plain() for info in self.history],
         }
@@ -280,6 +281,6 @@ class _Tally:
 
 def _not_finite(loss: float, epoch: int, step: int) -> str:
     return (
-        f"the loss became {loss} at step {step + 1} of epoch {epoch + 1}. Lower the learning rate, check the inputs for "
-        "NaN; the last checkpoint is untouched"
+        f"the loss became {loss} at step {step + 1} of epoch {epoch + 1}. Lower the learning rate, check the inputs "
+        "for NaN; the last checkpoint is untouched"
     )

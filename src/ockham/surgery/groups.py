@@ -460,7 +460,8 @@ def _read(text: str) -> Plan:
             raise PlanError("this is not an Ockham plan")
         if told is not None and told != _digest(data):
             raise PlanError(
-                "the plan is damaged or was changed: its SHA-256 is another. After a change by hand, take that field out"
+                "the plan is damaged or was changed: its SHA-256 is another. After a change by hand, take that "
+                "field out"
             )
         if int(data["schema"]) > SCHEMA:
             raise PlanError(f"the plan has schema {data['schema']}, this version reads up to {SCHEMA}: upgrade Ockham")
