@@ -121,7 +121,9 @@ def fit(
     some = _first(table, order, _NOISE_ROWS)
     if len(some.x) > len(few.x) or start is not None:
         state = _on(some, state)
-        state = search(state, 0, most, replace(effort(0, max(1, plan.patience - 1), 0.5), steps=_affordable(state, plan)))
+        state = search(
+            state, 0, most, replace(effort(0, max(1, plan.patience - 1), 0.5), steps=_affordable(state, plan))
+        )
     if len(state.model.nets) == 2:
         state = _noisy(state, effort(0, max(1, plan.patience - 1), 0.5), fresh=start is None)
         state = search(state, 0, most, replace(effort(0, 1, 0.5), steps=_affordable(state, plan)))
@@ -167,7 +169,8 @@ def _linear(table: Table, likelihood: Likelihood, plan: Plan) -> State:
         nets.append(Net.linear(p, 1, 1, reads=False))
         share = table.weight / table.weight.sum()
         variance = share @ (table.y - share @ table.y).square()
-        centre = 0.5 * math.log(max(float(variance), 1e-12))
+        if isinstance(likelihood, Gaussian):  # heavy tails are there for targets that say nothing about the scale
+            centre = 0.5 * math.log(max(float(variance), 1e-12))
     vector = torch.zeros(sum(len(net) for net in nets) + likelihood.extras, dtype=torch.float64)
     if len(nets) == 2:
         vector[len(nets[0])] = centre

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["FREEDOM", "Classes", "Counts", "Gaussian", "Likelihood", "Student", "log_scale", "resolution", "student_nll"]
+__all__ = [
+    "FREEDOM",
+    "Classes",
+    "Counts",
+    "Gaussian",
+    "Likelihood",
+    "Student",
+    "log_scale",
+    "resolution",
+    "student_nll",
+]
 
 FREEDOM = 2.0  # prior mean of ln(freedom - 2), of standard deviation 1: some 9 degrees of freedom
 _SMALLEST = 1e-6
