@@ -214,7 +214,7 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
         if effective is not None and self.n_effective is None:
             warnings.warn(
                 f"sample_weight sums to {weight.sum():.6g} over {int((weight > 0).sum())} rows: weights are taken as "
-                f"relative and count for {effective:.6g} rows in all; say n_effective= if they are worth another number",
+                f"relative and count for {effective:.6g} rows in all; say n_effective= for another number",
                 OckhamWarning,
                 stacklevel=5,
             )

@@ -195,7 +195,7 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
         return 1
 
     def _more_stock(self, table: Table) -> None:
-        self.noise_inclusion_ = self._by_feature(self._fitted.inclusion[1].numpy(), np.zeros(len(self.inclusion_)))
+        self.noise_inclusion_ = self._by_feature(self._fitted.inclusion[1].numpy(), np.zeros(len(self._outside)))
         self.noise_freedom_ = float((2 + self._draws.vectors[:, -1].exp()).mean())
         self.n_noise_weights_ = len(self._fitted.state.model.nets[1]) - 1
         self._noise_std = noise_std(self._draws, table.x, table.weight)

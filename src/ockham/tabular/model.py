@@ -215,7 +215,7 @@ class Model:
         return found
 
     def _slab_belief(self, t: int, name: str, living: int) -> float:
-        """Ln of the hyper-prior of a slab variance times the width of its posterior in ln v; about 0 where none live."""
+        """Ln of the hyper-prior of a slab variance by the width of its posterior in ln v; about 0 where none live."""
         rate, precision = _SHAPE * self._slab(t), self.precision[t][name]
         at = _SHAPE * math.log(rate * precision) - math.lgamma(_SHAPE) - rate * precision
         return at + 0.5 * math.log(2 * math.pi / (_SHAPE + 0.5 * living))
