@@ -162,7 +162,8 @@ def _transformer(kind: str, name: str, own: dict[str, Any]) -> tuple[nn.Module, 
     import transformers as library
 
     config = library.AutoConfig.for_model(name)
-    known = {k: v for k, v in TEXT.items() if hasattr(config, k) and k not in ("pad_token_id",)}
+    fixed = {k for k in TEXT if isinstance(getattr(type(config), k, None), property)}
+    known = {k: v for k, v in TEXT.items() if hasattr(config, k) and k not in fixed}
     images = {"image_size": 32, "patch_size": 4, "num_labels": 5, "num_channels": 3}
     known |= {k: v for k, v in images.items() if hasattr(config, k)} if kind == "image" else {}
     spare = {k: v for k, v in (("d_model", 32), ("encoder_layers", 2), ("decoder_layers", 2), ("encoder_attention_heads", 4), ("decoder_attention_heads", 4), ("encoder_ffn_dim", 48), ("decoder_ffn_dim", 48)) if hasattr(config, k)}  # fmt: skip

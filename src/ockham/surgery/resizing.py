@@ -263,8 +263,8 @@ def _variance(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str
     if absent == 0:
         return func(*args, **kwargs)
     total = math.prod(x.shape[d] for d in dims) + absent
-    correction = given.get("correction", 1)
-    correction = (1 if given.get("unbiased", True) else 0) if correction is None else correction
+    correction = given["correction"] if "correction" in given else int(given.get("unbiased", True))
+    correction = 1 if correction is None else correction
     _, square = _moments(x, dims, absent)
     out = square * (total / max(total - correction, 0))
     out = out if given.get("keepdim", False) else out.squeeze(tuple(dims))
@@ -394,7 +394,7 @@ def resized_class(base: Any) -> type[nn.Module]:
     return kind
 
 
-def _empty(base: type[nn.Module]) -> nn.Module:
+def _empty(base: Any) -> nn.Module:
     """Return an instance without state, for `pickle` and `copy.deepcopy` to fill."""
     key: Any = base
     kind: Any = resized_class(key)

@@ -19,9 +19,9 @@ KEEPS_ZERO = frozenset(
         "detach", "detach_", "dropout", "elu", "erf", "erfinv", "expm1", "feature_alpha_dropout", "feature_dropout",
         "fix", "floor", "frac", "gelu", "hardshrink", "hardswish", "hardtanh", "leaky_relu", "lift_fresh",
         "lift_fresh_copy", "log1p", "mish", "native_dropout", "neg", "nan_to_num", "positive", "relu", "relu6",
-        "round", "rrelu", "selu", "sgn", "sign", "silu", "sin", "sinh", "softshrink", "softsign", "sqrt", "square",
-        "tan", "tanh", "tanhshrink", "to", "_to_copy", "type_as", "trunc", "float", "half", "double", "_to_dtype",
-        "zero", "zeros_like", "ceil", "deg2rad", "rad2deg", "relu_", "cpu", "cuda", "bfloat16",
+        "round", "rrelu", "selu", "sgn", "sign", "silu", "sin", "sinh", "softshrink", "sqrt", "square",
+        "tan", "tanh", "to", "_to_copy", "type_as", "trunc", "float", "half", "double", "_to_dtype",
+        "zero", "zeros_like", "ceil", "deg2rad", "rad2deg", "relu_", "cpu", "cuda",
     }
 )  # fmt: skip
 """Unary ops with f(0) = 0 (``clamp_min`` is checked)."""
