@@ -22,7 +22,9 @@ class EvidenceCallback(Callback):  # type: ignore[misc]
 
     With an Ockham optimizer in ``configure_optimizers`` Lightning already trains under it: the optimizer runs the
     closure inside `sampled`, so ``training_step`` must not open a block of its own. This callback scores, decides and
-    removes after certain steps, and logs ``kept_share`` and ``delta_f``.
+    removes after certain steps, and logs ``kept_share`` and ``delta_f``. With ``accumulate_grad_batches`` it is needed
+    for another reason, too: Lightning runs all but the last microbatch of a step outside of the optimizer, and the
+    callback puts those under the same draw.
 
     Args:
         rounds: schedule of the removals, as shares of all optimizer steps; default eight rounds between 30 and 80 %.
@@ -47,7 +49,7 @@ class EvidenceCallback(Callback):  # type: ignore[misc]
     ) -> None:
         given = {"rounds": rounds, "rule": rule}
         self._steps = StepRounds(ignore=ignore, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
-        self._likelihood = likelihood
+        self._likelihood, self._block = likelihood, None
         self.posterior: Posterior | None = None
 
     @property
@@ -61,10 +63,21 @@ class EvidenceCallback(Callback):  # type: ignore[misc]
         steps = trainer.estimated_stepping_batches
         self._steps.plan(pl_module, int(steps) if math.isfinite(steps) else 0)
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """A microbatch that only accumulates is run under the draw of its step."""
+        if trainer.accumulate_grad_batches > 1 and trainer.fit_loop.epoch_loop._should_accumulate():
+            self._block = self._optimizer(trainer).sampled()
+            self._block.__enter__()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The weights are the mean again, whatever happened."""
+        self._close()
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """The round that is due, and its numbers in the log."""
+        self._close()
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         value = float(loss.detach()) * trainer.accumulate_grad_batches if isinstance(loss, Tensor) else math.nan
         done = self._steps.after_step(self._optimizer(trainer), trainer.global_step, value)
@@ -82,6 +95,11 @@ class EvidenceCallback(Callback):  # type: ignore[misc]
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self._steps.load(state_dict)
+
+    def _close(self) -> None:
+        block, self._block = self._block, None
+        if block is not None:
+            block.__exit__(None, None, None)
 
     def _optimizer(self, trainer: Trainer) -> Any:
         return variational(trainer.optimizers[0] if trainer.optimizers else None, "EvidenceCallback")
