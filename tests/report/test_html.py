@@ -144,6 +144,14 @@ def text_of(page):
     return html.unescape(re.sub(r"<[^>]+>", " ", page[page.index("<body") :])).replace("\xa0", " ")
 
 
+def read(folder):
+    """The page's text; its figures are painted, but not drawn, which takes most of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        blank = '<svg viewBox="0 0 1 1"></svg>'
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda figure, buffer, **how: buffer.write(blank))
+        return text_of(shown(folder))
+
+
 def test_everything_is_there(files, write):
     page = shown(write(files))
     assert re.findall(r'<section id="(\w+)"', page) == SECTIONS
@@ -157,7 +165,7 @@ def test_everything_is_there(files, write):
 
 
 def test_numbers_of_the_figures_are_in_tables(files, write):
-    text = text_of(shown(write(files)))
+    text = read(write(files))
     for row in files["history"]["rounds"]:
         assert f"{row['removed']:,}" in text
     for curves in files["analysis"]["shift"].values():
@@ -231,7 +239,7 @@ def test_no_before(files, write):
     files["analysis"]["ood"]["before"] = None
     for curves in files["analysis"]["shift"].values():
         curves["before"] = curves["before_ece"] = None
-    text = text_of(shown(write(files)))
+    text = read(write(files))
     assert "No network to compare with was measured" in text
     assert "nothing to compare with" in text
     assert "There is no diagram of the network before" in text
@@ -284,7 +292,7 @@ def test_regression(files, write):
 
 def test_a_real_loss_of_accuracy_is_said_plainly(files, write):
     files["metrics"]["after"]["accuracy"] = 0.951
-    text = text_of(shown(write(files)))
+    text = read(write(files))
     assert "Accuracy fell by 3.32 points, more than chance explains" in text
     assert "worse (−3.32 points)" in text
 
@@ -294,7 +302,7 @@ def test_warnings_and_negative_evidence_are_said_plainly(files, write):
     files["analysis"]["layers"][2]["kept"] = 0
     for r in files["history"]["rounds"]:
         r["delta_f"] = -3.0
-    text = text_of(shown(write(files)))
+    text = read(write(files))
     assert "Before you rely on this result" in text and "For 99.0 % of the weights the data had said nothing" in text
     assert "Every weight of fc2.weight was removed" in text and "more was removed than the data ask for" in text
 
@@ -302,10 +310,10 @@ def test_warnings_and_negative_evidence_are_said_plainly(files, write):
 def test_a_fall_of_the_expected_loss_is_not_called_a_cost(files, write):
     for r in files["history"]["rounds"]:
         r["nll_cost"] = -0.001
-    assert "was expected to fall by 0.0270 nats per example" in text_of(shown(write(files)))
+    assert "was expected to fall by 0.0270 nats per example" in read(write(files))
     for r in files["history"]["rounds"]:
         r["nll_cost"] = -1.0
-    assert "the spread of the posterior had not settled" in text_of(shown(write(files)))
+    assert "the spread of the posterior had not settled" in read(write(files))
 
 
 def test_many_layers_and_one_round(files, write):
@@ -314,7 +322,7 @@ def test_many_layers_and_one_round(files, write):
     files["analysis"]["layers"] = layers
     files["history"]["rounds"] = files["history"]["rounds"][:1]
     files["history"]["histograms"] = files["history"]["histograms"][:1]
-    text = text_of(shown(write(files)))
+    text = read(write(files))
     assert "The 30 largest of 66" in text and "In 1 round," in text and "Last round" not in text
 
 
@@ -369,7 +377,7 @@ def test_chromium_draws_every_figure(files, write, tmp_path_factory, name, wide)
 
 def test_a_baseline_does_not_claim_evidence(files, write):
     files["result"]["settings"]["rule"] = "magnitude"
-    text = text_of(shown(write(files)))
+    text = read(write(files))
     assert "by the baseline rule “magnitude”, for comparison" in text and "asked of each weight" not in text
 
 
@@ -397,7 +405,7 @@ def test_structures_have_a_section_with_widths_and_costs(files, write):
 def test_structures_that_all_stay_say_so(files, write):
     stay = copy.deepcopy(STRUCTURE)
     stay["groups"] = stay["groups"][1:]
-    assert "each was worth its price" in text_of(shown(write(files | {"structure": stay})))
+    assert "each was worth its price" in read(write(files | {"structure": stay}))
 
 
 # ------------------------------------------------------------------ what became faster
@@ -424,7 +432,7 @@ def test_a_structured_result_is_titled_by_what_was_measured(files, write, before
 
 
 def test_single_weights_do_not_claim_speed(files, write):
-    text = text_of(shown(write(files)))
+    text = read(write(files))
     assert "smaller on disk but takes as long to run as before" in text and "Speed" not in text
 
 
@@ -441,7 +449,7 @@ def test_a_tempered_posterior_is_explained(files, write, temperature, n_train, w
     files["result"]["settings"]["temperature"] = temperature
     files["result"]["dataset"]["n_train"] = n_train
     files["history"]["diagnosis"]["warnings"] = [f"the posterior is tempered (T = {temperature}): its evidence is ..."]
-    text = text_of(shown(write(files)))
+    text = read(write(files))
     assert words in text and "tempered" not in text[: text.index("Before and after")]
 
 
@@ -484,7 +492,7 @@ def test_gates_add_their_sections_to_the_same_page(tmp_path):
 
 
 def test_gates_that_never_moved_say_so_and_why():
-    text = text_of(shown(DATA / "bmrs"))
+    text = read(DATA / "bmrs")
     assert "no structure was removed" in text
     assert "No structure went, because the gates hardly moved: in 46 steps at a learning rate of 0.003" in text
     assert "can change by at most 0.14, and about 5 are needed" in text
@@ -506,21 +514,21 @@ def gates_with(files, write, *, mean=-0.01, log_std=-5.0, delta_f=-8.0, epochs=1
 
 
 def test_gates_that_settled_and_stayed_are_not_called_too_slow(files, write):
-    text = text_of(shown(gates_with(files, write, log_std=-4.0)))
+    text = read(gates_with(files, write, log_std=-4.0))
     assert (
         "although the gates had settled: the data ask for every one of them (the least needed is worth 8.0 nats)"
         in text
     )
-    text = text_of(shown(gates_with(files, write, log_std=-5.0)))
+    text = read(gates_with(files, write, log_std=-5.0))
     assert "stayed where they started: nothing pushed them" in text
-    text = text_of(shown(gates_with(files, write, log_std=-4.6, epochs=1, rate=0.001)))
+    text = read(gates_with(files, write, log_std=-4.6, epochs=1, rate=0.001))
     assert "hardly moved: in 600 steps at a learning rate of 0.001" in text
-    text = text_of(shown(gates_with(files, write, keep=False)))
+    text = read(gates_with(files, write, keep=False))
     assert "No structure went" not in text and "gates report" in text
 
 
 def test_one_shot_does_not_claim_draws_or_rounds():
-    text = text_of(shown(DATA / "oneshot"))
+    text = read(DATA / "oneshot")
     for words in ("one-shot report", "One pass over the training data", "down to the budget you set",
                   "at once, without rounds",
                   "The training afterwards", "one ordinary network", "2 more epochs"):  # fmt: skip

@@ -2,8 +2,8 @@
 
 A module that needs it gets a subclass of its own class whose forward runs under a `TorchFunctionMode`. The mode
 recognises an op by the sizes of its input and the numbers it is asked for, and replaces those; where two places of one
-forward look alike, their order tells them apart, and where even that does not, it raises. Norms and means go on counting
-the elements of the network before, of which the removed ones are zero.
+forward look alike, their order tells them apart, and where even that does not, it raises. Norms and means go on
+counting the elements of the network before, of which the removed ones are zero.
 """
 
 from __future__ import annotations
@@ -387,7 +387,7 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
 
 @functools.cache
 def resized_class(base: Any) -> type[nn.Module]:
-    """Return the subclass of `base` (same name, can be pickled where `base` can) whose forward runs under `Resizing`."""
+    """Return the subclass of `base` whose forward runs under `Resizing`; it can be pickled where `base` can."""
     made = {"forward": functools.wraps(base.forward)(_forward), "__reduce_ex__": _reduce, "__module__": base.__module__}
     own = {**made, "__doc__": base.__doc__, "__qualname__": base.__qualname__}
     kind: type[nn.Module] = type(base.__name__, (base,), own)
@@ -396,8 +396,9 @@ def resized_class(base: Any) -> type[nn.Module]:
 
 def _empty(base: type[nn.Module]) -> nn.Module:
     """Return an instance without state, for `pickle` and `copy.deepcopy` to fill."""
-    kind: Any = resized_class(base)  # type: ignore[arg-type]
-    return kind.__new__(kind)
+    kind: Any = resized_class(base)
+    made: nn.Module = kind.__new__(kind)
+    return made
 
 
 def attach(module: nn.Module, edits: Sequence[Edit]) -> None:
@@ -407,7 +408,7 @@ def attach(module: nn.Module, edits: Sequence[Edit]) -> None:
     """
     base, earlier = module.__dict__.get("_resized", (type(module), ()))
     module.__dict__["_resized"] = (base, compose(earlier, edits))
-    module.__class__ = resized_class(base)  # type: ignore[arg-type]
+    module.__class__ = resized_class(base)
 
 
 def compose(earlier: Sequence[Edit], later: Sequence[Edit]) -> tuple[Edit, ...]:

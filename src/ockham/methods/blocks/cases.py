@@ -212,7 +212,7 @@ def _causal(model: nn.Module, case: Case, tokens: Tensor, output: Callable[[Any]
     for ids in (some, other):
         one = Case((ids,), {}) if case.args else Case((), {"input_ids": ids})
         answers.append(one.answer(model, output)[:, :-1])
-    return answers[0].shape[-1] > int(tokens.max()) and torch.allclose(*answers, rtol=1e-4, atol=1e-5)
+    return answers[0].shape[-1] > int(tokens.max()) and torch.allclose(answers[0], answers[1], rtol=1e-4, atol=1e-5)
 
 
 def _next_targets(case: Case) -> Tensor:

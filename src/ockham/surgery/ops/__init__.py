@@ -22,8 +22,8 @@ POOLING = {
     "replication_pad2d", "replication_pad3d", "grid_sampler", "grid_sampler_2d", "lp_pool2d",
 }  # fmt: skip
 MIXING = {
-    "softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "sort", "argsort", "topk",
-    "cummax", "cummin", "tril", "triu", "kthvalue", "median",
+    "softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "sort", "argsort",
+    "topk", "cummax", "cummin", "tril", "triu", "kthvalue", "median",
 }  # fmt: skip
 REDUCTIONS = {
     "sum", "mean", "amax", "amin", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "prod", "argmax", "argmin",
