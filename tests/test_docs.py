@@ -29,14 +29,11 @@ def notebook(path: Path, *sources: str, outputs: list[object] | None = None) -> 
     return path
 
 
-def test_the_tutorial_runs_and_says_what_it_promises() -> None:
+def test_the_tutorial_runs_and_the_network_it_loads_is_good() -> None:
     done = run_notebook(TUTORIAL)
     assert done.returncode == 0, done.stderr
-    assert "largest difference after loading: 0.0e+00" in done.stdout or "e-0" in done.stdout
-    accuracies = [
-        float(line.rpartition(" ")[2].rstrip("%")) for line in done.stdout.splitlines() if "loaded network" in line
-    ]
-    assert accuracies and accuracies[0] > 90, done.stdout
+    said = next(line for line in done.stdout.splitlines() if "loaded network" in line)
+    assert float(said.rpartition(" ")[2].rstrip("%")) > 90, said
 
 
 def test_cells_share_one_namespace(tmp_path: Path) -> None:
