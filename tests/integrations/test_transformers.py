@@ -86,7 +86,7 @@ def test_rounds_remove_for_good_and_tell_the_log(tmp_path):
 
 
 def test_accumulated_microbatches_share_one_draw(tmp_path):
-    job, callback = trainer(tmp_path, None, gradient_accumulation_steps=3, num_train_epochs=1)
+    job, _ = trainer(tmp_path, None, gradient_accumulation_steps=3, num_train_epochs=1)
     draws = []
     job.model.classifier.register_forward_pre_hook(
         lambda module, args: draws.append(module.weight.detach().clone()) if module.training else None
