@@ -83,5 +83,5 @@ def test_a_fit_resumes_to_the_same_bits(tmp_path):
 
 def test_optimizers_without_a_posterior_are_refused(tmp_path):
     module = Module(lambda named, n_data: torch.optim.Adam([p for _, p in named]))
-    with pytest.raises(OckhamError, match="needs a variational optimizer.*got Adam"):
+    with pytest.raises(OckhamError, match=r"needs a variational optimizer.*got Adam"):
         fit(module, tmp_path, enable_checkpointing=False)

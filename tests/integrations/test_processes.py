@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 from pathlib import Path
 
@@ -69,13 +70,13 @@ def test_adding_up_needs_processes():
         posterior_of("diagonal", slice(None), sharded=True)
 
 
-def accelerated(rank, folder):
+def accelerated(rank, folder, port):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
     from accelerate import Accelerator
     from torch.utils.data import DataLoader, TensorDataset
 
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     save(train(Accelerator(cpu=True), DataLoader(TensorDataset(X.float(), (Y[:, 0] > 0).long()), 16)), folder, rank)
     dist.destroy_process_group()
 
@@ -107,7 +108,10 @@ def save(posterior, folder, rank):
 def test_accelerate_on_two_processes_keeps_them_alike():
     pytest.importorskip("accelerate")
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(accelerated, (folder,), nprocs=2)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        mp.spawn(accelerated, (folder, port), nprocs=2)
         one, two = (ockham.load_posterior(Path(folder) / f"posterior.{r}.safetensors") for r in range(2))
         assert one.kept() == two.kept() < one.size()
         for name, g in one.items():
