@@ -109,7 +109,7 @@ def _column(values: Any, kind: str) -> Any:
         gone = np.array([_is_missing(v) for v in raw.tolist()])
         try:
             numbers = np.array([np.nan if g else float(v) for v, g in zip(raw.tolist(), gone, strict=True)])
-            if kind != "category" and not any(isinstance(v, (str, bool)) for v in raw.tolist()):
+            if kind != "category" and not any(isinstance(v, str) for v in raw.tolist()):
                 return numbers
         except ValueError:
             pass
