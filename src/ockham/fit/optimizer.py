@@ -16,7 +16,7 @@ from torch.nn.utils import get_total_norm
 from ockham.core.fixed import fixed_entries
 from ockham.core.posterior import Gaussian, Posterior, gaussian_kl
 from ockham.errors import OckhamError
-from ockham.fit.checks import check_group, check_keep
+from ockham.fit.checks import check_group, check_keep, check_settings
 from ockham.fit.memory import (
     CYCLE,
     Arena,
