@@ -82,7 +82,7 @@ def test_old_folders_are_upgraded_to_what_they_meant():
     assert gates.metrics.method == "bmrs" and gates.history is None and gates.analysis is None
     old = json.loads((DATA / "bmrs" / "metrics.json").read_text())["before"]["latency_ms"]
     assert gates.metrics.before.latency_1 == pytest.approx(old / 1000)
-    assert plain.metrics.method == "evidence" and plain.provenance.settings.log_odds == 0.0
+    assert plain.metrics.method == "evidence" and plain.provenance.settings.decision_line() == 0.0
     assert plain.provenance.settings.temperature == 0.1 and plain.history.diagnosis.warnings
     assert read_result(DATA / "structure").structure.after.latency_64 > 0
     for result in (once, gates, plain):
@@ -93,7 +93,8 @@ def test_old_folders_are_upgraded_to_what_they_meant():
 def test_the_rule_of_an_old_folder_says_where_its_decision_line_stood(folder):
     rule = "EvidenceRule(log_odds=-2.5e-1, cap=1.0)"
     found = read_result(folder("evidence", result=lambda c: c["settings"].update(rule=rule)))
-    assert found.provenance.settings.log_odds == -0.25
+    assert found.provenance.settings.decision_line() == -0.25
+    assert Settings(rule=rule, log_odds=2.0).decision_line() == 2.0 and Settings().decision_line() == 0.0
 
 
 # ------------------------------------------------------------------ the law: write, then read
@@ -218,6 +219,7 @@ def test_three_lines_load_the_network(tmp_path):
         assert ("from pack.age import make" in text) is (builder == "pack.age:make") and "import os" not in text
 
 
+@pytest.mark.filterwarnings("ignore:.*this result has no manifest")
 def test_the_three_lines_really_load_a_network(tmp_path):
     from ockham.run.result import NETWORK, save_network
     from ockham.zoo.networks import NETWORKS

@@ -19,10 +19,12 @@ from ockham.cli import show
 from ockham.cli.build import build_job, load_data, load_model
 from ockham.cli.options import METHODS, Common, options_of, parse_device, read_config
 from ockham.cli.progress import Bars, tensorboard
-from ockham.core.files import printable, read_json
+from ockham.core.files import printable
 from ockham.core.seal import sealed
 from ockham.errors import OckhamError, OckhamWarning
-from ockham.methods.gates.report import write_any_report
+from ockham.methods.gates.report import gate_sections
+from ockham.report.html import write_report
+from ockham.run.schema import read_result
 from ockham.version import __version__
 
 __all__ = ["app", "main"]
@@ -139,9 +141,15 @@ def _run(options: Common) -> None:
 def _build(folder: Path, data: str | None, model: str | None) -> tuple[Any, Any]:
     """Data and network that a verb on a result folder was given, after a look at the folder's seal."""
     sealed(folder)
-    if data is None and read_json(folder / "result.json")["dataset"]["name"] != "digits":
+    known = read_result(folder).provenance.dataset
+    if data is None and (known is None or known.name != "digits"):
         raise OckhamError(f"{folder} is not a result on the digits: say which data with --data")
-    found = load_data(data)
+    found, builder = load_data(data), read_result(folder).provenance.network
+    if model is None and builder is not None and not str(builder.builder).startswith("zoo:"):
+        raise OckhamError(
+            f"the network of {folder} was built by {builder.builder!r}, which is your code and is not run from a file; "
+            f"say it with --model package.module:function"
+        )
     return found, load_model(model, found)[1]() if model else None
 
 
@@ -180,8 +188,8 @@ def inspect(folder: _Folder) -> None:
 @app.command()
 def report(folder: _Folder) -> None:
     """Write report.html again from the numbers in a result folder."""
-    sealed(folder)
-    typer.echo(f"Report: {write_any_report(folder)}")
+    sealed(folder, rewriting="report.html")
+    typer.echo(f"Report: {write_report(folder, gate_sections)}")
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ from ockham.errors import DataError, OckhamError
 from ockham.fit.priors import FixedPrior
 from ockham.methods.gates.attach import GATE_RULES, Gates
 from ockham.methods.gates.curve import compression_curve, curves_as_plain
-from ockham.methods.gates.report import write_any_report
+from ockham.methods.gates.report import gate_sections
 from ockham.methods.gates.training import (
     Decision,
     GateRounds,
@@ -48,6 +48,7 @@ from ockham.methods.laplace.stage import OneShot, OneShotReduction
 from ockham.methods.spike_slab.inclusion import MedianRule
 from ockham.methods.spike_slab.optimizer import spike_slab
 from ockham.methods.spike_slab.priors import FixedSpikeSlab
+from ockham.report.html import write_report
 from ockham.run.compression import WeightRounds
 from ockham.run.estimators import SMALL_DATA, Estimator, Training, defaults_for, ivon, mean_field, point_estimate
 from ockham.run.job import Job, Recipe
@@ -128,7 +129,7 @@ def build_job(given: Common | Mapping[str, Any], command: str) -> Job:
         ood=None if o.ood is None else load_data(o.ood).test_x,
         resume=o.resume,
         overwrite=o.overwrite,
-        report=write_any_report,
+        report=lambda folder: write_report(folder, gate_sections),
     )
 
 
@@ -271,7 +272,7 @@ def load_model(source: str | None, data: Dataset) -> tuple[str, Callable[[], nn.
     Raises:
         OckhamError: unknown name, or a constructor that returns no module.
     """
-    if source is None or ":" not in source:
+    if source is None or ":" not in source or source.startswith("zoo:"):
         name = suggest(data) if source is None else source.removeprefix("zoo:")
         return f"zoo:{name}", _pick("--model", name, NETWORKS)
     if source.startswith("hf:"):

@@ -12,7 +12,7 @@ import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, field, fields, is_dataclass
 from functools import lru_cache
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from ockham.errors import ResultError
 
@@ -21,8 +21,6 @@ __all__ = ["Count", "Share", "from_plain", "rest", "to_plain", "wrong"]
 _HUGE = 1e30  # a number beyond it is damage, and would overflow in a figure
 _LONGEST_TEXT, _LONGEST_LIST = 100_000, 1_000_000
 _DEEPEST = 8  # levels inside a value whose class says nothing
-
-T = TypeVar("T")
 
 
 def wrong(at: str, expected: str, value: Any) -> ResultError:

@@ -40,10 +40,10 @@ __all__ = [
     "coverage",
     "evidence",
     "histogram",
-    "input_map",
     "kept_share",
     "layers",
     "path",
+    "pixel_map",
     "reliability_diagram",
     "shift",
     "sizes",
@@ -332,7 +332,7 @@ def _pairs(key: str, label: str, rows: Sequence[Pair]) -> str:
     return sheet.svg
 
 
-def input_map(rows: Sequence[Sequence[int]]) -> str:
+def pixel_map(rows: Sequence[Sequence[int]]) -> str:
     """Heat map of kept first-layer weights per input pixel."""
     from matplotlib.colors import LinearSegmentedColormap
 

@@ -68,7 +68,7 @@ class Measure:
         if self.kind in ("count", "bytes"):
             ratio = times(before, after)
             what = "fewer" if self.kind == "count" else "smaller"
-            return "–" if ratio is None else f"{ratio:,.3g} times {what}"
+            return "–" if ratio is None else "same" if before == after else f"{ratio:,.3g} times {what}"
         text = f"{signed(100 * (after - before), 2)} points" if self.kind == "share" else signed(after - before, 4)
         gain = self.loss(before) - self.loss(after)
         return (
@@ -195,11 +195,18 @@ def removed(result: Result) -> str:
     text = _principle(result) + " "
     text += f"{share} of its {noun} remain." if total is None else f"{count(kept)} of its {count(total)} {noun} remain"
     text += "" if total is None else f" ({share})."
+    units = units_gone(result)
+    if units:
+        text += f" {count(units)} whole units went"
+        for batch, old, new in speeds(result)[-1:]:
+            who = "one example takes" if batch == 1 else f"{batch} examples at once take"
+            text += f": {who} {1e3 * new:.3g} ms instead of {1e3 * old:.3g} ms, measured on this machine"
+        text += "."
     smaller = times(before.bytes, after.bytes)
     if smaller:
         ratio = f"{smaller:.3g} times smaller" if smaller >= 1 else "which is larger"
         text += f" On disk the network takes {size(after.bytes)} instead of {size(before.bytes)}: {ratio}."
-    if result.metrics.kept < 1 and not units_gone(result):
+    if result.metrics.kept < 1 and not units and result.gates is None:
         text += " Single weights went, so it is smaller on disk but takes as long to run as before."
     if result.metrics.seconds is not None:
         text += f" The whole run took {seconds(result.metrics.seconds)}."

@@ -134,7 +134,7 @@ class ResultFolder:
         Raises:
             OckhamError: not a plain file name.
         """
-        if Path(name).name != name or name in (MANIFEST, *CHECKPOINTS) or name.startswith("."):
+        if not name or Path(name).name != name or name in (MANIFEST, *CHECKPOINTS) or name.startswith("."):
             raise OckhamError(f"a result holds plain files only; got the name {name!r}")
         return self.stage / name
 

@@ -34,6 +34,7 @@ from ockham.run.records import (
 )
 
 __all__ = [
+    "RESULT",
     "SCHEMA",
     "Analysis",
     "DataSource",
@@ -52,6 +53,9 @@ __all__ = [
 
 SCHEMA = 2
 """Version of the JSON files that are written; older ones are read, newer ones refused."""
+
+RESULT = "result.json"
+"""Name of the file that makes a folder a result: it says how it was made and which other parts there are."""
 
 _LONGEST_FILE = 64 * 2**20
 
@@ -199,6 +203,17 @@ class Settings:
     macs: float | None = None
     others: Mapping[str, Any] = rest()
 
+    def decision_line(self) -> float:
+        """The delta_f in nats beyond which removal was favoured: the prior log odds, as set or as the rule says."""
+        told = re.search(r"log_odds=(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)", self.rule or "")
+        odds = self.log_odds if self.log_odds is not None else float(told[1]) if told else 0.0
+        return odds if abs(odds) < 25 else 0.0  # beyond, nothing in a histogram is decided by it
+
+    def named(self) -> dict[str, Any]:
+        """All settings by their names, those that are None left out; a list as its items side by side."""
+        found: dict[str, Any] = to_plain(self)
+        return {k: ", ".join(map(str, v)) if isinstance(v, list) else v for k, v in found.items()}
+
 
 @dataclass(frozen=True, slots=True)
 class NetworkSource:
@@ -313,7 +328,7 @@ def write_result(folder: str | Path, result: Result) -> None:
     if not made.load:
         made = replace(made, load=load_lines(folder, made.network.builder if made.network else None))
     values = {name: getattr(result, name) for name in _PARTS if getattr(result, name) is not None}
-    files = {path / f"{name}.json": value for name, value in values.items()} | {path / "result.json": made}
+    files = {path / f"{name}.json": value for name, value in values.items()} | {path / RESULT: made}
     plain = {}
     for file, value in files.items():
         try:
@@ -321,7 +336,7 @@ def write_result(folder: str | Path, result: Result) -> None:
             from_plain(type(value), plain[file])
         except ResultError as error:
             raise ResultError(f"{file}: cannot be written ({error})") from error
-    plain[path / "result.json"]["parts"] = list(values)
+    plain[path / RESULT]["parts"] = list(values)
     for name in _PARTS.keys() - values.keys():
         (path / f"{name}.json").unlink(missing_ok=True)
     for file, content in plain.items():  # result.json last: it says which parts there are
@@ -335,13 +350,15 @@ def read_result(folder: str | Path) -> Result:
         ResultError: a file is missing, damaged, foreign or newer; names the file, the field and the reason.
     """
     path = Path(folder)
-    head, version = _loaded(path / "result.json")
-    parts = _parts_listed(path, head) if version > 1 else _parts_found(path)
+    head, version = _loaded(path / RESULT)
+    parts: Any = head.get("parts") if version > 1 else _parts_found(path)
+    if not isinstance(parts, list) or "metrics" not in parts or any(name not in [*_PARTS] for name in parts):
+        raise ResultError(f"{path / RESULT}: damaged or foreign ({wrong('parts', 'names of parts', parts)})")
     plain = {name: _loaded(path / f"{name}.json")[0] for name in parts}
     if version < 2:
         _upgrade(path, head, plain)
     values = {name: _parsed(path / f"{name}.json", _PARTS[name], content) for name, content in plain.items()}
-    return Result(provenance=_parsed(path / "result.json", Provenance, head), **values)
+    return Result(provenance=_parsed(path / RESULT, Provenance, head), **values)
 
 
 def _loaded(path: Path) -> tuple[dict[str, Any], int]:
@@ -361,13 +378,6 @@ def _loaded(path: Path) -> tuple[dict[str, Any], int]:
     return content, version
 
 
-def _parts_listed(folder: Path, head: Mapping[str, Any]) -> list[str]:
-    listed: Any = head.get("parts")
-    if not isinstance(listed, list) or "metrics" not in listed or any(name not in [*_PARTS] for name in listed):
-        raise ResultError(f"{folder / 'result.json'}: damaged or foreign ({wrong('parts', 'names of parts', listed)})")
-    return listed
-
-
 def _parts_found(folder: Path) -> list[str]:
     """Parts of a folder of version 0 or 1: gates had neither history nor analysis, all else had both."""
     if _loaded(folder / "metrics.json")[0].get("method") == "bmrs":
@@ -383,15 +393,16 @@ def _upgrade(folder: Path, head: dict[str, Any], plain: Mapping[str, dict[str, A
         return value if isinstance(value, dict) else {}
 
     settings, metrics = table(head, "settings"), plain["metrics"]
-    rule_odds = re.search(r"log_odds=(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)", str(settings.get("rule")))
-    if rule_odds:
-        settings.setdefault("log_odds", float(rule_odds[1]))
     if "one_shot" in settings:
         once = settings.pop("one_shot")
         metrics |= {"method": "kronecker" if once == "kronecker" else "laplace", "draws": 1}
         settings["keep_share"] = settings.pop("keep", None)
     if "gates" in plain:
-        metrics["draws"] = 1
+        metrics |= {"draws": 1} | ({} if metrics.get("before") is None else {"before_source": "adam"})
+        for epoch in plain["gates"].get("epochs") or ():  # a group with one structure left was not listed
+            start, widths = (table(epoch, key) if isinstance(epoch, dict) else {} for key in ("start", "widths"))
+            for name in start.keys() - widths.keys():
+                widths[name] = 1
     slab = str(settings.get("prior")).startswith("FixedSpikeSlab")
     metrics.setdefault("method", "spike-slab" if slab else "evidence")
     for side in (table(metrics, "before"), table(metrics, "after")):

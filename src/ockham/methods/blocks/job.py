@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ockham.choose.budgets import Subject, budget_from
+from ockham.core.batch import Batch
 from ockham.core.files import read_json, write_json
 from ockham.core.likelihood import Likelihood
 from ockham.core.modes import device_of
@@ -144,7 +145,9 @@ class Job:
             nll, terms = loss_of(model, [cases[i] for i in some], objective)
         return float(nll.sum() / terms.sum().clamp_min(1))
 
-    def without_units(self, model: nn.Module, budget: Mapping[str, Any], *, uniform: bool) -> tuple[nn.Module, Plan]:
+    def without_units(
+        self, model: nn.Module, budget: Mapping[str, Any], *, uniform: bool
+    ) -> tuple[nn.Module, Plan, dict[str, MatrixEvidence]]:
         """A network in which the units are gone that a budget does not allow; ``model`` itself is left half done."""
         limit = budget_from(budget)
         with self._studied(model, "units") as (cases, found, _):
@@ -166,16 +169,17 @@ class Job:
                 curves.append(unit_curve(reader, found.dense, _CURVE_DAMPING))
                 tell(i + 1, len(readers))
             plan, keep = chosen_units(curves, groups, Subject(model, example), limit, uniform=uniform)
-            refit_units_(
+            evidence = refit_units_(
                 model,
                 cases,
                 found.dense,
                 readers,
                 keep,
                 damping=self._settings.unit_damping,
+                n_data=self._settings.n_data or TERMS_PER_WEIGHT * found.weights,
                 on_block=self._teller("reduction"),
             )
-        return self._refreshed(shrink(model, plan)), plan
+        return self._refreshed(shrink(model, plan)), plan, evidence
 
     def without_weights(self, model: nn.Module, keep: float | NofM | None) -> Removal:
         """Take weights out of a network in place: a share or pattern stays, or (None) what the evidence says."""
@@ -247,10 +251,11 @@ class Job:
         for case in cases:
             for t in (*case.args, *case.kwargs.values()):
                 marks.update(f"{tuple(t.shape)} {float(t.double().sum())}".encode() if isinstance(t, Tensor) else b"-")
-        mark, path = {"work": marks.hexdigest(), "seed": self._settings.seed}, folder / "job.json"
+        marks.update(repr((self._given, replace(self._settings, folder=None))).encode())
+        mark, path = {"work": marks.hexdigest()}, folder / "job.json"
         if path.exists() and read_json(path) != mark:
             raise OckhamError(
-                f"{folder} holds the work of another job (another network, other calibration data or seed): pass "
+                f"{folder} holds the work of another job (another network, other calibration data or settings): pass "
                 "another folder, or empty this one"
             )
         write_json(path, mark)
@@ -269,7 +274,8 @@ class Job:
     ) -> dict[str, MatrixEvidence]:
         """Reduce block after block, keeping each in a file; blocks that lie there already are read."""
         folder.mkdir(parents=True, exist_ok=True)
-        dense, before, done = found.dense, {}, 0
+        dense, done = found.dense, 0
+        before: dict[str, MatrixEvidence] = {}
         while done < len(dense.blocks) and (folder / f"{done}.json").exists():
             parameters = weights_of(dense.blocks[done], dense.maps[done].name)
             for name, value in load_file(folder / f"{done}.safetensors").items():
@@ -334,8 +340,8 @@ class Job:
     def _refreshed(self, model: nn.Module) -> nn.Module:
         """Statistics of BatchNorm under the weights that are left."""
         cases, _ = self._data(model)
-        loader: Any = [(dict(c.kwargs) or c.args, None) for c in cases]
-        refresh_batchnorm(model, loader, batches=len(loader))
+        loader: Any = [Batch(tuple(c.args), dict(c.kwargs)) for c in cases]
+        refresh_batchnorm(model, loader, batches=len(loader), batch=lambda case: case)
         return model
 
     def _spared(self, model: nn.Module, key: str) -> bool:

@@ -64,7 +64,8 @@ class Pruned:
         model: the new network, of the original's class.
         plan: units that were taken out for good; empty where only weights went.
         evidence: change of the log evidence, nats, by matrix and by block.
-        keep_share: share of the blocks' weights that is left.
+        keep_share: share that is left of the weights in the matrices that lost any (after units went: of what was then
+            left of them, where single weights went as well).
         shares: key of a matrix to the share of its weights that is left.
         likelihood: name of what the loss was.
         damping: kind of matrix to how far its factors were trusted.
@@ -134,7 +135,7 @@ class Pruned:
         return path
 
 
-def prune(  # noqa: PLR0913  the arguments are what people choose between
+def prune(
     model: nn.Module,
     calibration: Iterable[Any],
     *,
@@ -184,6 +185,7 @@ def prune(  # noqa: PLR0913  the arguments are what people choose between
         DataError: calibration data that are empty or do not fit the network.
         OckhamError: arguments that contradict each other or lie outside of their range; a budget that cannot be met.
 
+    >>> import torch
     >>> net = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2)], nn.Linear(8, 3))
     >>> data = [(torch.randn(64, 8), torch.randint(0, 3, (64,)))]
     >>> small = prune(net, data, keep_share=0.5).model
@@ -192,15 +194,14 @@ def prune(  # noqa: PLR0913  the arguments are what people choose between
     began = time.perf_counter()
     settings = settings or PruneSettings()
     job = Job(calibration, likelihood, batch, output, progress, settings)
-    small, plan = copy.deepcopy(model), None
+    small, plan = copy.deepcopy(model), Plan({}, {}, {}, {n: tuple(t.shape) for n, t in named_tensors(model).items()})
+    units: dict[str, MatrixEvidence] = {}
     if structure is not None and budget is not None:
-        small, plan = job.without_units(small, budget, uniform=_evenly(structure, model))
+        small, plan, units = job.without_units(small, budget, uniform=_evenly(structure, model))
     if keep_share is not None or pattern is not None or structure is None:
         done = job.without_weights(small, NofM.parse(pattern) if pattern is not None else keep_share)
     else:
-        done = Removal({}, {}, {}, (), (), ())
-    plan = plan or Plan({}, {}, {}, {n: tuple(t.shape) for n, t in named_tensors(small).items()})
-    losses = [job.mean_loss(m) for m in (model, small)]
+        done = Removal(units, {}, {}, (), (), ())
     size = sum(e.size for e in done.evidence.values())
     return Pruned(
         small,
@@ -212,7 +213,8 @@ def prune(  # noqa: PLR0913  the arguments are what people choose between
         done.damping,
         done.trials,
         done.shots,
-        *losses,
+        job.mean_loss(model),
+        job.mean_loss(small),
         time.perf_counter() - began,
         done.untouched,
     )

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -35,6 +36,7 @@ __all__ = [
     "FittedPrior",
     "diagonal_curvature",
     "evidence_prior_precision",
+    "joined",
     "kronecker_curvature",
     "laplace_evidence",
     "laplace_posterior",
@@ -148,7 +150,7 @@ def kronecker_curvature(
     The arguments and errors are those of `diagonal_curvature`.
     """
     names = _names(model)
-    matrices = matrices_of(model, frozenset(names))
+    matrices = matrices_of(model, frozenset(names) - fixed_entries(model).keys())
     covered = {name for s in matrices.values() for name in (s.weight, s.bias)}
     return _pass(model, batches, score, generator, matrices=matrices, rest=[n for n in names if n not in covered])
 
@@ -174,6 +176,7 @@ def laplace_posterior(
         block = _block(sums, weights, factor, prior)
         blocks.append(block)
         moments |= _correlated(block, weights)
+    fixed = fixed_entries(model)
     for name, diagonal in ((n, d) for n, d in curvature.diagonal.items() if n not in untouched):
         h, free = factor * diagonal, ~fixed[name] if name in fixed else slice(None)
         moments[name] = _independent(weights[name], h, prior(h[free], weights[name][free]))
@@ -230,6 +233,32 @@ def _pass(
     if bad:
         raise OckhamError(f"the curvature of {bad[:6]} is not finite: outputs or gradients overflow on these data")
     return Curvature(diagonal, matrices, terms)
+
+
+def joined(curvature: Curvature) -> Curvature:
+    """The sums of all processes, where each has read its own part of the data; in place.
+
+    Of the symmetric factors only the upper triangles travel.
+
+    Raises:
+        OckhamError: there is no process group.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise OckhamError("sharded=True adds up the parts of several processes: call init_process_group first")
+    some = [*curvature.diagonal.values(), *(s.inputs for s in curvature.matrices.values())][0]
+    counts = [curvature.terms, *(s.rows for s in curvature.matrices.values())]
+    summed = torch.tensor(counts, dtype=torch.float64, device=some.device)
+    for tensor in (summed, *curvature.diagonal.values()):
+        dist.all_reduce(tensor)
+    for sums, rows in zip(curvature.matrices.values(), summed[1:].tolist(), strict=True):
+        for factor in (sums.inputs, sums.outputs):
+            upper = torch.ones_like(factor[0], dtype=torch.bool).triu()
+            packed = factor[:, upper].contiguous()
+            dist.all_reduce(packed)
+            factor[:, upper] = packed
+            factor.copy_(factor.triu() + factor.triu(1).mT)
+        sums.rows = rows
+    return replace(curvature, terms=float(summed[0]))
 
 
 def _names(model: nn.Module) -> list[str]:
