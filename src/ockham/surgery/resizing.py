@@ -168,8 +168,8 @@ def _split(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     fitting = mode.fitting("split", x, dim)
     found = [(i, e.new) for i, e in fitting if _asks(func, how, e)]
     if not found:  # parts of a computed size: the place with as many parts
-        wanted = _parts(func, how, x.shape[dim])
-        found = [(i, e.new) for i, e in fitting if len(e.new) == wanted and e.changes]
+        size = int(x.shape[dim])
+        found = [(i, e.new) for i, e in fitting if e.changes and _parts(func, how, size, len(e.new)) == len(e.new)]
     return torch.split(x, list(mode.choose(found)), dim) if found else func(*args, **kwargs)
 
 
@@ -177,10 +177,12 @@ def _by_count(func: Any) -> bool:
     return func in (torch.chunk, torch.Tensor.chunk, torch.tensor_split, torch.Tensor.tensor_split)
 
 
-def _parts(func: Any, how: Any, size: int) -> int:
+def _parts(func: Any, how: Any, size: int, meant: int) -> int:
+    """Return into how many parts a split goes; into `meant` ones if each was to be that share of the size."""
     if isinstance(how, (list, tuple)):
         return len(how) + int(func in (torch.tensor_split, torch.Tensor.tensor_split))
-    return int(how) if _by_count(func) else math.ceil(size / max(1, int(how)))
+    how = max(1, int(how))
+    return how if _by_count(func) else meant if how == size // meant else math.ceil(size / how)
 
 
 def _asks(func: Any, how: Any, edit: Edit) -> bool:
