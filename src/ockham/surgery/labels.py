@@ -461,10 +461,9 @@ def _view(note: Note, before: dict[int, Tensor], root: Tensor) -> Site:
     after = _dims(result, root)
     fixed: set[int] = set()
     for ins, outs in chunks(shape, result.shape) if op == "view" and 0 not in shape else ():
-        whole = all(d in before or shape[d] == 1 for d in ins)
-        if any(d in before for d in ins) and whole:
+        if any(d in before for d in ins) and all(d in before or shape[d] == 1 for d in ins):
             fixed.update(outs)  # no batch is folded into these, so they are known not to change
-        elif not whole and len(outs) == 1:
+        elif ins and ins[0] == 0 and 0 not in before and shape[0] > 1 and len(outs) == 1:
             after.pop(outs[0], None)  # a batch is folded into it: its size is no number of the code
     return Site(note.module, op, shape, before, result.shape, after, -1, frozenset(fixed - set(after)), note.call)
 

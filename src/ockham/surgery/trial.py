@@ -213,7 +213,7 @@ def _twins(model: nn.Module, groups: Groups, arguments: Arguments) -> Iterator[t
                 for name in names:
                     getattr(twin.get_submodule(path), name).clear()
             if double:
-                yield twin.double(), to_double(arguments), 1e-6
+                yield twin.double(), to_double(arguments), 3e-5
             else:
                 yield twin, arguments, 1e-3
 
