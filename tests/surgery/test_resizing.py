@@ -142,7 +142,7 @@ def test_a_residual_stream_gets_narrower_behind_every_norm(name):
         assert difference(outputs(masked, x), outputs(small, x)) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["layer", "rms", "rms by hand"])
+@pytest.mark.parametrize("name", NORMS)
 def test_two_plans_in_a_row_are_one(name):
     torch.manual_seed(0)
     net, x = stream(NORMS[name]).eval(), torch.randn(2, 5, 6)

@@ -334,6 +334,8 @@ def _group_norm(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[s
     if not fitting:
         return func(*args, **kwargs)
     before, after = mode.choose([(i, (e.old, e.new)) for i, e in fitting])
+    if _tracing.get():
+        return _uneven_norm()(x, list(after), weight, bias)
     parts = []
     for part, old, new in zip(_wide(x).split(list(after), 1), before, after, strict=True):
         dims = list(range(1, x.ndim))
@@ -343,6 +345,18 @@ def _group_norm(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[s
     shape = (-1, *(1,) * (x.ndim - 2))
     out = out if weight is None else out * weight.reshape(shape)
     return out if bias is None else out + bias.reshape(shape)
+
+
+@functools.cache
+def _uneven_norm() -> Any:
+    """Return an op that stands in a graph for a group norm over groups of unequal sizes; it is never run on values."""
+
+    @torch.library.custom_op("ockham::uneven_norm", mutates_args=())
+    def uneven_norm(x: Tensor, sizes: list[int], weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return torch.empty_like(x)
+
+    uneven_norm.register_fake(lambda x, sizes, weight, bias: torch.empty_like(x))
+    return uneven_norm
 
 
 def _grouped_product(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
