@@ -412,7 +412,8 @@ def resized_class(base: Any) -> type[nn.Module]:
 
 def _empty(base: Any) -> nn.Module:
     """Return an instance without state, for `pickle` and `copy.deepcopy` to fill."""
-    kind: Any = resized_class(base)
+    key: Any = base
+    kind: Any = resized_class(key)
     made: nn.Module = kind.__new__(kind)
     return made
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ockham.core.names import Ignore, covered_names
+from ockham.core.names import Ignore, ignored
 from ockham.errors import OckhamWarning, TraceError
 from ockham.surgery.cloning import caches_of, canonical_names, clone, named_tensors
 from ockham.surgery.comparing import Arguments, as_arguments, difference, outputs, still, tensors_of
@@ -47,7 +47,7 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Ignore = ()) -> Grou
         OckhamError: when an entry of `ignore` matches nothing.
     """
     arguments = as_arguments(example_inputs)
-    ignored = covered_names(model, ignore, buffers=True)
+    held = ignored(model, ignore, buffers=True)
     caches = _refilled(model, arguments)
     ledger = Ledger()
     axes, placed = _axes(model, ledger)
@@ -58,7 +58,7 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Ignore = ()) -> Grou
         read |= _also_training(model, arguments, caches, ledger, notes, placed)
     for axis in axes:
         atoms = torch.arange(axis.start, axis.start + axis.size)
-        if axis.name in ignored:
+        if axis.name in held:
             ledger.freeze(atoms, "is named in ignore")
         elif axis.name not in read:
             ledger.freeze(atoms, "is not used in the traced forward")
