@@ -159,6 +159,8 @@ SIZED = ("vit_tiny", "deit3", "deit_", "swin_tiny", "mixer", "gmlp", "resmlp", "
 
 
 def _transformer(kind: str, name: str, own: dict[str, Any]) -> tuple[nn.Module, list[Any]]:
+    here = str(Path(__file__).parent)
+    sys.path[:] = [p for p in sys.path if p not in (here, "")]  # a benchmark beside this one is called transformers
     import transformers as library
 
     config = library.AutoConfig.for_model(name)

@@ -17,21 +17,9 @@ from ockham.surgery.groups import plan_masks
 from ockham.surgery.labels import Edit
 from ockham.surgery.resizing import Resizing, SizeError
 
-from .law import difference, outputs, randomise, size
+from .law import difference, outputs, randomise, size, uneven
 from .nets import C, Fn, L
 from .test_frozen import quiet
-
-
-def uneven(groups, seed, most=0.8):
-    """A plan in which every group loses a share of its own."""
-    generator = torch.Generator().manual_seed(seed)
-    keep = {}
-    for group in groups:
-        stays = torch.ones(group.size, dtype=torch.bool)
-        count = min(int(float(torch.rand((), generator=generator)) * most * group.size) + 1, group.size - 1)
-        stays[torch.randperm(group.size, generator=generator)[:count]] = False
-        keep[group.id] = stays
-    return plan_masks(groups, keep)
 
 
 def halves(work):
@@ -87,7 +75,7 @@ def test_sizes_in_the_code_follow_uneven_plans(name):
     groups = quiet(net, x)
     assert len(groups), groups.frozen
     for seed in range(4):
-        cut = uneven(groups, seed)
+        cut = uneven(groups, 0.5, seed)
         masked, small = mask(net, cut), shrink(net, Plan.from_json(cut.to_json()))
         for given in (x, torch.randn(2, 6)):
             assert difference(outputs(masked, given), outputs(small, given)) <= 1e-5
@@ -134,7 +122,7 @@ def test_a_residual_stream_gets_narrower_behind_every_norm(name):
     groups = trace(net, x)
     assert groups["i.weight:0"].size == 12
     for seed in range(3):
-        cut = uneven(groups, seed)
+        cut = uneven(groups, 0.5, seed)
         masked, small = mask(net, cut), shrink(net, cut)
         assert difference(outputs(masked, x), outputs(small, x)) <= 1e-5
         for twin in (masked, small):
@@ -147,9 +135,9 @@ def test_two_plans_in_a_row_are_one(name):
     torch.manual_seed(0)
     net, x = stream(NORMS[name]).eval(), torch.randn(2, 5, 6)
     randomise(net, torch.Generator().manual_seed(1))
-    first = uneven(trace(net, x), 0, most=0.5)
+    first = uneven(trace(net, x), 0.3, 0)
     once = shrink(net, first)
-    second = uneven(trace(once, x), 1, most=0.5)
+    second = uneven(trace(once, x), 0.3, 1)
     both = Plan.from_json(first.then(second).to_json())
     direct = shrink(net, both)
     assert size(direct) == size(shrink(once, second)) < size(once)
@@ -196,7 +184,7 @@ class Picture(nn.Module):
 def picture():
     torch.manual_seed(0)
     net, x = Picture().eval(), torch.randn(2, 1, 4, 4)
-    return net, shrink(net, uneven(trace(net, x), 0)), x
+    return net, shrink(net, uneven(trace(net, x), 0.5, 0)), x
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
@@ -292,7 +280,7 @@ def test_attention_with_further_positions(more, weights):
     x = torch.randn(2, 5, 6)
     groups = trace(net, x)
     assert "a.in_proj_weight:0" in groups.groups
-    cut = uneven(groups, 0)
+    cut = uneven(groups, 0.5, 0)
     assert difference(outputs(mask(net, cut), x), outputs(shrink(net, cut), x)) <= 1e-5
 
 
@@ -301,7 +289,7 @@ def test_whole_groups_of_a_convolution_go_where_each_makes_one_channel():
     net = nn.Sequential(C(3, 12), nn.ReLU(), C(12, 4, groups=4), nn.ReLU(), nn.Flatten(), L(4 * 16, 2)).eval()
     x = torch.randn(2, 3, 4, 4)
     groups = trace(net, x)
-    cut = uneven(groups, 0)
+    cut = uneven(groups, 0.5, 0)
     small = shrink(net, cut)
     assert small[2].groups == small[2].out_channels < 4
     assert difference(outputs(mask(net, cut), x), outputs(small, x)) <= 1e-5
