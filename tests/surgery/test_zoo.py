@@ -68,7 +68,7 @@ def test_masked_equals_shrunk_twenty_seeds(name):
 
 @pytest.mark.parametrize("name", ZOO)
 def test_what_must_be_prunable_is(name):
-    model, x, groups = traced(name)
+    _, _, groups = traced(name)
     assert {g.id: g.size for g in groups} == MUST[name]
     for ratio in (0.3, 0.5, 0.7):
         asked = sum(min(round(ratio * g.size), g.size - 1) for g in groups)

@@ -29,8 +29,8 @@ def rotate(model: nn.Module, groups: Groups, inputs: Any) -> Any:
     A stream is a group whose units pass RMS or layer norms. The gains of the norms move into the weights that read them
     (layer norms become `torch.nn.RMSNorm`: their bias moves too, and the weights that write the stream lose their
     mean), and then every weight of the group is multiplied by Q, the eigenvectors of the second moment of the
-    normalised stream, largest first: the last coordinates are those that matter least. Tied weights come apart where a gain is
-    between them. Trace the copy to plan what goes; a posterior or optimizer of `model` does not describe it.
+    normalised stream, largest first: the last coordinates are those that matter least. Tied weights come apart where a
+    gain is between them. Trace the copy to plan what goes; a posterior or optimizer of `model` does not describe it.
 
     Args:
         model: network with residual streams behind norms whose readers are `torch.nn.Linear`; left as it is.
