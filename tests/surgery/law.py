@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ockham.surgery import Groups, Plan, mask, random_plan, shrink
+from ockham.surgery import Groups, Plan, mask, shrink
+from ockham.surgery.groups import plan_masks
 
 
 def randomise(model: nn.Module, generator: torch.Generator) -> None:
@@ -38,11 +39,24 @@ def size(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def uneven(groups: Groups, ratio: float, seed: int) -> Plan:
+    """A plan in which every group loses a share of its own, `ratio` on average."""
+    generator = torch.Generator().manual_seed(seed)
+    keep = {}
+    for group in groups:
+        share = ratio * (0.25 + 1.5 * float(torch.rand((), generator=generator)))
+        stays = torch.ones(group.size, dtype=torch.bool)
+        count = min(max(round(share * group.size), 1), group.size - 1)
+        stays[torch.randperm(group.size, generator=generator)[:count]] = False
+        keep[group.id] = stays
+    return plan_masks(groups, keep)
+
+
 def worst_difference(
     model: nn.Module, groups: Groups, inputs: object, *, ratio: float, seed: int
 ) -> tuple[float, float]:
-    """Return the difference of masked and shrunk outputs and the share of units that went."""
-    plan = random_plan(groups, ratio, generator=torch.Generator().manual_seed(seed))
+    """Return the difference of masked and shrunk outputs and the share of units that went; every group has its own."""
+    plan = uneven(groups, ratio, seed)
     plan = Plan.from_json(plan.to_json())
     masked, small = mask(model, plan), shrink(model, plan)
     assert size(small) < size(model) or not plan.removed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ockham.surgery.exporting import ExportError, export
 from ockham.surgery.groups import Group, Groups, Member, Plan, PlanError, random_plan
+from ockham.surgery.rotating import RotationError, rotate
 from ockham.surgery.shrinking import MismatchError, mask, shrink, slice_tensor, verify
 from ockham.surgery.tracing import trace
 
@@ -15,9 +16,11 @@ __all__ = [
     "MismatchError",
     "Plan",
     "PlanError",
+    "RotationError",
     "export",
     "mask",
     "random_plan",
+    "rotate",
     "shrink",
     "slice_tensor",
     "trace",

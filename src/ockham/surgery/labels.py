@@ -306,7 +306,7 @@ KINDS: dict[str, str] = {
     "pad": "pad", "constant_pad_nd": "pad", "slice": "slice", "narrow": "slice", **SPLITS,
     "batch_norm": "norm", "instance_norm": "norm", "mean": "mean", "var": "var", "std": "var",
     "_grouped_mm": "grouped", "grouped_mm": "grouped", "grouped_mm_fallback": "grouped",
-    "layer_norm": "layer_norm", "rms_norm": "rms_norm", "group_norm": "group_norm",
+    "layer_norm": "layer_norm", "rms_norm": "rms_norm", "group_norm": "group_norm", "uneven_norm": "group_norm",
 }  # fmt: skip
 """Name of an op in the exported graph to the kind of place it is; other ops hold no sizes."""
 
@@ -451,8 +451,9 @@ def reduced(node: fx.Node, rank: int) -> list[int]:
 
 
 def _grouped(note: Note, before: dict[int, Tensor], root: Tensor) -> Site:
-    shape, groups = note.before.shape, int(argument(note.node, "num_groups"))
-    old = (shape[1] // groups,) * groups
+    shape, sizes = note.before.shape, argument(note.node, "sizes", None)
+    groups = int(argument(note.node, "num_groups", 1))
+    old = (shape[1] // groups,) * groups if sizes is None else tuple(sizes)
     return Site(note.module, "group_norm", shape, before, old, {}, 1, call=note.call)
 
 
@@ -463,6 +464,8 @@ def _view(note: Note, before: dict[int, Tensor], root: Tensor) -> Site:
     for ins, outs in chunks(shape, result.shape) if op == "view" and 0 not in shape else ():
         if any(d in before for d in ins) and all(d in before or shape[d] == 1 for d in ins):
             fixed.update(outs)  # no batch is folded into these, so they are known not to change
+        elif ins and ins[0] == 0 and 0 not in before and shape[0] > 1 and len(outs) == 1:
+            after.pop(outs[0], None)  # a batch is folded into it: its size is no number of the code
     return Site(note.module, op, shape, before, result.shape, after, -1, frozenset(fixed - set(after)), note.call)
 
 

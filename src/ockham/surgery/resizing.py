@@ -168,8 +168,8 @@ def _split(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, A
     fitting = mode.fitting("split", x, dim)
     found = [(i, e.new) for i, e in fitting if _asks(func, how, e)]
     if not found:  # parts of a computed size: the place with as many parts
-        wanted = _parts(func, how, x.shape[dim])
-        found = [(i, e.new) for i, e in fitting if len(e.new) == wanted and e.changes]
+        size = int(x.shape[dim])
+        found = [(i, e.new) for i, e in fitting if e.changes and _parts(func, how, size, len(e.new)) == len(e.new)]
     return torch.split(x, list(mode.choose(found)), dim) if found else func(*args, **kwargs)
 
 
@@ -177,10 +177,12 @@ def _by_count(func: Any) -> bool:
     return func in (torch.chunk, torch.Tensor.chunk, torch.tensor_split, torch.Tensor.tensor_split)
 
 
-def _parts(func: Any, how: Any, size: int) -> int:
+def _parts(func: Any, how: Any, size: int, meant: int) -> int:
+    """Return into how many parts a split goes; into `meant` ones if each was to be that share of the size."""
     if isinstance(how, (list, tuple)):
         return len(how) + int(func in (torch.tensor_split, torch.Tensor.tensor_split))
-    return int(how) if _by_count(func) else math.ceil(size / max(1, int(how)))
+    how = max(1, int(how))
+    return how if _by_count(func) else meant if how == size // meant else math.ceil(size / how)
 
 
 def _asks(func: Any, how: Any, edit: Edit) -> bool:
@@ -332,6 +334,8 @@ def _group_norm(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[s
     if not fitting:
         return func(*args, **kwargs)
     before, after = mode.choose([(i, (e.old, e.new)) for i, e in fitting])
+    if _tracing.get():
+        return _uneven_norm()(x, list(after), weight, bias)
     parts = []
     for part, old, new in zip(_wide(x).split(list(after), 1), before, after, strict=True):
         dims = list(range(1, x.ndim))
@@ -341,6 +345,18 @@ def _group_norm(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[s
     shape = (-1, *(1,) * (x.ndim - 2))
     out = out if weight is None else out * weight.reshape(shape)
     return out if bias is None else out + bias.reshape(shape)
+
+
+@functools.cache
+def _uneven_norm() -> Any:
+    """Return an op that stands in a graph for a group norm over groups of unequal sizes; it is never run on values."""
+
+    @torch.library.custom_op("ockham::uneven_norm", mutates_args=())
+    def uneven_norm(x: Tensor, sizes: list[int], weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return torch.empty_like(x)
+
+    uneven_norm.register_fake(lambda x, sizes, weight, bias: torch.empty_like(x))
+    return uneven_norm
 
 
 def _grouped_product(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

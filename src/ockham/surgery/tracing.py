@@ -228,7 +228,7 @@ def _axes(model: nn.Module, ledger: Ledger) -> tuple[list[Axis], dict[str, Value
                 atoms = ledger.atoms(size)
                 axes.append(Axis(name, dim, int(atoms[0]), size, learned))
                 factors.append(along(atoms, tensor.ndim, dim))
-        values[name] = Value(tuple(tensor.shape), tuple(factors), zero=True, learned=True)
+        values[name] = Value(tuple(tensor.shape), tuple(factors), zero=learned, learned=True)
     return axes, values
 
 

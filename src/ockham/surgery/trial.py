@@ -65,12 +65,14 @@ class ByValues(Trial):
         arguments: of a call.
         modes: in which it runs with nothing removed: False evaluation, True training.
         tolerance: largest difference that counts as equal.
+        more: arguments of a call with one example more, if the network takes them.
     """
 
     model: nn.Module
     arguments: Arguments
     modes: tuple[bool, ...]
     tolerance: float
+    more: Arguments | None = None
 
     def problem(self, plan: Plan) -> Problem | None:
         """Return the first difference between masked and shrunk outputs."""
@@ -80,25 +82,25 @@ class ByValues(Trial):
         try:
             refit(self.model, small, plan)
             for training in self.modes:
-                found = self._compared(masked.train(training), small.train(training))
+                found = self._compared(masked.train(training), small.train(training), self.arguments)
                 if found is not None:
                     return found
+            return None if self.more is None else self._compared(masked.eval(), small.eval(), self.more)
         except Exception as error:
             with still(small):
                 return Problem(
                     f"the forward fails at another size ({_said(error)})", place_of_failure(small, self.arguments)
                 )
-        return None
 
-    def _compared(self, masked: nn.Module, small: nn.Module) -> Problem | None:
+    def _compared(self, masked: nn.Module, small: nn.Module, arguments: Arguments) -> Problem | None:
         with still(masked):
-            expected = outputs(masked, self.arguments)
+            expected = outputs(masked, arguments)
         with still(small):
-            gap = difference(expected, outputs(small, self.arguments))
+            gap = difference(expected, outputs(small, arguments))
         if gap <= self.tolerance:
             return None
         with still(masked), still(small):
-            where = first_different(masked, small, self.arguments, self.tolerance)
+            where = first_different(masked, small, arguments, self.tolerance)
         said = f", first in {where[0]!r}" if where is not None else ""
         mode = " in training mode" if small.training else ""
         return Problem(
@@ -171,7 +173,9 @@ def prepared(model: nn.Module, groups: Groups, arguments: Arguments) -> Trial:
             except Exception:
                 continue
             if all(bool(t.isfinite().any()) for t in first if t.numel()):
-                return ByValues(twin, given, (False, True) if _trains(twin, given) else (False,), tolerance)
+                more = _one_more(given)
+                modes = (False, True) if _runs(twin, given, training=True) else (False,)
+                return ByValues(twin, given, modes, tolerance, more if more and _runs(twin, more) else None)
     try:
         expected: Any = shapes_without_values(model, arguments, plan_masks(groups, {}))
     except Exception:
@@ -179,15 +183,24 @@ def prepared(model: nn.Module, groups: Groups, arguments: Arguments) -> Trial:
     return ByShapes(model, arguments, expected)
 
 
-def _trains(twin: nn.Module, arguments: Arguments) -> bool:
-    """Does the network run in training mode, too?"""
-    trained = clone(twin, lambda _, t: t.detach().clone()).train()
+def _runs(twin: nn.Module, arguments: Arguments, *, training: bool = False) -> bool:
+    """Does the network run on these arguments?"""
+    copied = clone(twin, lambda _, t: t.detach().clone()).train(training)
     try:
-        with still(trained):
-            outputs(trained, arguments)
+        with still(copied):
+            outputs(copied, arguments)
     except Exception:
         return False
     return True
+
+
+def _one_more(arguments: Arguments) -> Arguments | None:
+    """Return arguments with the first example twice: no number of examples may stand in the plan."""
+    sizes = {t.shape[0] for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor) and t.ndim}
+    if len(sizes) != 1 or sizes == {0}:
+        return None
+    result: Arguments = pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t[:1]]) if t.ndim else t, arguments)
+    return result
 
 
 def _twins(model: nn.Module, groups: Groups, arguments: Arguments) -> Iterator[tuple[nn.Module, Arguments, float]]:
@@ -200,7 +213,7 @@ def _twins(model: nn.Module, groups: Groups, arguments: Arguments) -> Iterator[t
                 for name in names:
                     getattr(twin.get_submodule(path), name).clear()
             if double:
-                yield twin.double(), to_double(arguments), 1e-6
+                yield twin.double(), to_double(arguments), 3e-5
             else:
                 yield twin, arguments, 1e-3
 

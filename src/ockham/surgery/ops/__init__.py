@@ -56,7 +56,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), layers.convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), layers.transposed),
     **dict.fromkeys(("batch_norm", "instance_norm"), layers.batch_norm),
-    "group_norm": layers.group_norm,
+    **dict.fromkeys(("group_norm", "uneven_norm"), layers.group_norm),
     **dict.fromkeys(("layer_norm", "rms_norm"), layers.layer_norm),
     "prelu": layers.prelu,
     "embedding": layers.embedding,

@@ -109,7 +109,7 @@ def group_norm(call: Call) -> Result:
 
     Channels which would not be zero share statistics with the rest: then only whole groups can go.
     """
-    x, groups = call.need("input"), int(call.get("num_groups"))
+    x = call.need("input", "x")
     labels = channels(x, 1, call)
     parts = [part for part in map(call.tensor, ("weight", "bias")) if part is not None]
     affine = call.tensor("bias") is not None
@@ -117,7 +117,8 @@ def group_norm(call: Call) -> Result:
         out = _per_channel(call, x, labels, parts, affine=affine)
         call.note(Value(x.shape, (along(labels, len(x.shape), 1),)) if labels.numel() > 1 else Value(x.shape), out)
         return out
-    if call.tensor("weight") is None:
+    groups = int(call.get("num_groups", 0))
+    if call.tensor("weight") is None or not groups:
         return call.freeze_all("a group norm without affine: its groups are not written in any shape")
     grid = labels.reshape(groups, -1)
     call.ledger.unify(grid, grid[:, :1].expand_as(grid), call.reason("normalises a group with a fixed channel"))

@@ -1,0 +1,98 @@
+"""A rotated network computes the same, and its last coordinates are those that matter least."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ockham.surgery import RotationError, mask, rotate, shrink, trace
+from ockham.surgery.groups import plan_masks
+
+from .law import difference, outputs, randomise
+from .nets import Fn, L
+
+WORDS = torch.arange(18).reshape(2, 9) % 20
+
+
+class Stream(nn.Module):
+    def __init__(self, norm, tied=False):
+        super().__init__()
+        self.e, self.p = nn.Embedding(20, 12), nn.Parameter(torch.randn(1, 9, 12))
+        self.a, self.b = nn.ModuleList(L(12, 20) for _ in range(2)), nn.ModuleList(L(20, 12) for _ in range(2))
+        self.n, self.last, self.o = nn.ModuleList(norm(12) for _ in range(2)), norm(12), L(12, 20, bias=False)
+        if tied:
+            self.o.weight = self.e.weight
+
+    def forward(self, words):
+        x = self.e(words) + self.p
+        for n, a, b in zip(self.n, self.a, self.b, strict=True):
+            x = x + b(F.gelu(a(n(x))))
+        return self.o(self.last(x))
+
+
+class OnePlusRMSNorm(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
+
+
+def made(norm, tied=False):
+    torch.manual_seed(0)
+    net = Stream(norm, tied).eval()
+    randomise(net, torch.Generator().manual_seed(1))
+    return net
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("norm", [nn.RMSNorm, nn.LayerNorm, OnePlusRMSNorm])
+def test_a_rotation_changes_no_output_and_can_be_cut(norm, tied):
+    net = made(norm, tied)
+    before = [t.clone() for t in net.state_dict().values()]
+    turned = rotate(net, trace(net, WORDS), WORDS)
+    assert difference(outputs(net, WORDS), outputs(turned, WORDS)) <= 1e-5
+    assert all(torch.equal(a, b) for a, b in zip(before, net.state_dict().values(), strict=True))
+    assert turned.o.weight is not turned.e.weight
+    groups = trace(turned, WORDS)
+    stream = next(g for g in groups if g.id.startswith("p") or "e.weight" in {m.name for m in g.members})
+    cut = plan_masks(groups, {stream.id: torch.arange(12) < 7})
+    small = shrink(turned, cut)
+    assert difference(outputs(mask(turned, cut), WORDS), outputs(small, WORDS)) <= 1e-5
+
+
+def test_the_last_coordinates_of_the_stream_matter_least():
+    """The stream lives in four dimensions out of twelve: eight coordinates go and nothing changes."""
+    net = made(nn.RMSNorm)
+    basis = torch.linalg.qr(torch.randn(12, 4, generator=torch.Generator().manual_seed(2)))[0]
+    with torch.no_grad():
+        for tensor, dim in (
+            (net.e.weight, 1),
+            (net.p, 2),
+            *((b.weight, 0) for b in net.b),
+            *((b.bias, 0) for b in net.b),
+        ):
+            tensor.copy_((tensor.movedim(dim, -1) @ basis @ basis.T).movedim(-1, dim))
+    turned = rotate(net, trace(net, WORDS), WORDS)
+    groups = trace(turned, WORDS)
+    stream = next(g for g in groups if "e.weight" in {m.name for m in g.members})
+    small = shrink(turned, plan_masks(groups, {stream.id: torch.arange(12) < 4}))
+    assert small.e.weight.shape == (20, 4)
+    assert difference(outputs(net, WORDS), outputs(small, WORDS)) <= 1e-5
+
+
+def test_what_cannot_be_rotated_says_why():
+    net = nn.Sequential(L(6, 8), nn.ReLU(), L(8, 2))
+    x = torch.randn(3, 6)
+    with pytest.raises(RotationError, match="no group of this network passes a norm"):
+        rotate(net, trace(net, x), x)
+    scaled = Fn(lambda self, x: self.o(self.n(self.i(x) * self.s)), i=L(6, 8), o=L(8, 2), n=nn.RMSNorm(8))
+    scaled.s = nn.Parameter(torch.rand(8) + 0.5)
+    with pytest.raises(RotationError, match="s scales each coordinate"):
+        rotate(scaled, trace(scaled, x), x)
+    bent = Fn(lambda self, x: self.o(self.n(self.i(x).tanh())), i=L(6, 8), o=L(8, 2), n=nn.RMSNorm(8))
+    with pytest.raises(RotationError, match="would change the outputs"):
+        rotate(bent, trace(bent, x), x)
