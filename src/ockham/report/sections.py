@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -9,7 +10,7 @@ from ockham.report import figures, page, story
 from ockham.report.canvas import AFTER, BEFORE
 from ockham.report.page import count, number, percent, seconds, signed
 from ockham.run.records import BINS, EpochRecord, Measures, RoundRecord
-from ockham.run.schema import DataSource, Result, Settings
+from ockham.run.schema import DataSource, Result, Settings, load_lines
 
 __all__ = [
     "calibration",
@@ -455,12 +456,16 @@ def source_section(result: Result) -> str:
 
 
 def loading(result: Result) -> str:
-    """Three lines that load the network."""
+    """Three lines that load the network; other lines, which somebody may have put into the folder, are not repeated."""
+    made = result.provenance
+    ours = r"import ockham(; from [\w.]+ import \w+)?\nnetwork = ockham\.load\('[^'\n]*'(, model=\w+\(\))?\)\n.*"
+    builder = made.network.builder if made.network else None
+    lines = made.load if re.fullmatch(ours, made.load) else load_lines("path/of/this/folder", builder)
     words = (
         "The folder of this report holds the reduced network. Nothing in it is ever executed when it is loaded; the "
         "path is the one it was written to."
     )
-    return page.section("load", "How to load this", page.paragraph(words), page.code(result.provenance.load))
+    return page.section("load", "How to load this", page.paragraph(words), page.code(lines))
 
 
 def glossary() -> str:
