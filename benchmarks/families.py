@@ -101,7 +101,9 @@ class _StandIn(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         """Say that every module of torchvision is here."""
-        return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.split(".")[0] == "torchvision" else None
+        return (
+            importlib.machinery.ModuleSpec(name, self, is_package=True) if name.split(".")[0] == "torchvision" else None
+        )
 
     def create_module(self, spec: Any) -> types.ModuleType:
         """Return a module each of whose names is an empty class."""
@@ -160,15 +162,22 @@ def _transformer(kind: str, name: str, own: dict[str, Any]) -> tuple[nn.Module, 
     import transformers as library
 
     config = library.AutoConfig.for_model(name)
-    known = {k: v for k, v in TEXT.items() if hasattr(config, k) and k not in ("pad_token_id",)}
+    fixed = {k for k in TEXT if isinstance(getattr(type(config), k, None), property)}
+    known = {k: v for k, v in TEXT.items() if hasattr(config, k) and k not in fixed}
     images = {"image_size": 32, "patch_size": 4, "num_labels": 5, "num_channels": 3}
     known |= {k: v for k, v in images.items() if hasattr(config, k)} if kind == "image" else {}
-    spare = {k: v for k, v in (("d_model", 32), ("encoder_layers", 2), ("decoder_layers", 2), ("encoder_attention_heads", 4), ("decoder_attention_heads", 4), ("encoder_ffn_dim", 48), ("decoder_ffn_dim", 48)) if hasattr(config, k)}  # fmt: skip  # noqa: E501
+    spare = {k: v for k, v in (("d_model", 32), ("encoder_layers", 2), ("decoder_layers", 2), ("encoder_attention_heads", 4), ("decoder_attention_heads", 4), ("encoder_ffn_dim", 48), ("decoder_ffn_dim", 48)) if hasattr(config, k)}  # fmt: skip
     config = library.AutoConfig.for_model(name, **{**known, **(spare if kind == "seq2seq" else {}), **own})
     if kind == "image":
-        net = library.AutoModelForImageClassification.from_config(config) if name not in ("yolos", "dpt") else library.AutoModel.from_config(config)
+        net = (
+            library.AutoModelForImageClassification.from_config(config)
+            if name not in ("yolos", "dpt")
+            else library.AutoModel.from_config(config)
+        )
         return net, [{"pixel_values": torch.randn(n, 3, 32, 32)} for n in (2, 3)]
-    maker = {"decoder": "AutoModelForCausalLM", "encoder": "AutoModelForMaskedLM", "seq2seq": "AutoModelForSeq2SeqLM"}[kind]
+    maker = {"decoder": "AutoModelForCausalLM", "encoder": "AutoModelForMaskedLM", "seq2seq": "AutoModelForSeq2SeqLM"}[
+        kind
+    ]
     if kind == "encoder" and type(config) not in library.AutoModelForMaskedLM._model_mapping:
         maker = "AutoModel"
     net = getattr(library, maker).from_config(config)
@@ -251,7 +260,11 @@ def _examined(net: nn.Module, inputs: list[Any]) -> dict[str, Any]:
     start = time.process_time()
     groups = ockham.trace(net, inputs[0])
     seconds = time.process_time() - start
-    facts: dict[str, Any] = {"groups": len(groups), "units": sum(g.size for g in groups), "trace_cpu_s": round(seconds, 2)}
+    facts: dict[str, Any] = {
+        "groups": len(groups),
+        "units": sum(g.size for g in groups),
+        "trace_cpu_s": round(seconds, 2),
+    }
     if not len(groups):
         return {"verdict": "refused", "why": next(iter(groups.frozen.values()), "")[:300], **facts}
     total = sum(p.numel() for p in net.parameters())
@@ -315,8 +328,13 @@ def table(rows: dict[str, Any]) -> str:
     counts: dict[str, int] = {}
     for row in rows.values():
         counts[row["verdict"]] = counts.get(row["verdict"], 0) + 1
-    head = f"{len(rows)} architectures: " + ", ".join(f"{n} {v}" for v, n in sorted(counts.items(), key=lambda c: -c[1]))
-    lines = ["| architecture | verdict | groups | kept at a 60 % cut | worst difference | trace, CPU s | why |", "| --- " * 7 + "|"]
+    head = f"{len(rows)} architectures: " + ", ".join(
+        f"{n} {v}" for v, n in sorted(counts.items(), key=lambda c: -c[1])
+    )
+    lines = [
+        "| architecture | verdict | groups | kept at a 60 % cut | worst difference | trace, CPU s | why |",
+        "| --- " * 7 + "|",
+    ]
     for name, row in sorted(rows.items()):
         cells = [row.get(k, "") for k in ("verdict", "groups", "kept_at_60", "worst", "trace_cpu_s", "why")]
         lines.append(f"| {name} | " + " | ".join(str(c).replace("|", "/").replace("\n", " ") for c in cells) + " |")

@@ -1,4 +1,4 @@
-"""The house rules as data: which room may import which, how large things are, what `import ockham` costs, what is public."""
+"""The house rules as data: which room may import which, how large things are, what importing costs, what is public."""
 
 from __future__ import annotations
 

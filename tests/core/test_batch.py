@@ -95,7 +95,7 @@ def test_what_cannot_be_read_is_named_with_the_way_out(raw, text):
 
 def test_a_function_of_the_users_reads_everything_else():
     assert read_batch({"x": X, "y": Y}, lambda raw: Batch((raw["x"],), {}, raw["y"])).target is Y
-    with pytest.raises(DataError, match="batch= cannot read .*KeyError: 'z'"):
+    with pytest.raises(DataError, match=r"batch= cannot read .*KeyError: 'z'"):
         read_batch({"x": X}, lambda raw: Batch((raw["z"],)))
     with pytest.raises(DataError, match=r"batch= must return ockham.Batch.*got tuple of 2"):
         read_batch({"x": X}, lambda raw: (raw["x"], None))

@@ -217,5 +217,5 @@ def test_own_losses_take_weights_only_as_a_required_third_argument():
 def test_names_of_likelihoods():
     for name in ("classification", "binary", "poisson", "regression", "causal-lm"):
         assert likelihood_from(name).kind == name
-    with pytest.raises(OckhamError, match="'binary'.*got 'gaussian'"):
+    with pytest.raises(OckhamError, match=r"'binary'.*got 'gaussian'"):
         likelihood_from("gaussian")

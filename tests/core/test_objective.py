@@ -93,7 +93,7 @@ def test_what_is_not_finite_is_named_with_its_example():
     net = mlp()
     with pytest.raises(NonFiniteLossError, match="input 0 is not finite: nan in example 3 "):
         objective_of(net, "regression").prepare(net, batches(x, Y))
-    with pytest.raises(DataError, match="batch 2 .*the target is not finite: inf in example 30 "):
+    with pytest.raises(DataError, match=r"batch 2 .*the target is not finite: inf in example 30 "):
         objective_of(net, "regression").prepare(net, batches(X, y))
     later = x.roll(100, 0)
     with pytest.raises(DataError, match="input 0 is not finite: nan in example 3 "):

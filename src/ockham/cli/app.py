@@ -188,7 +188,7 @@ def inspect(folder: _Folder) -> None:
 @app.command()
 def report(folder: _Folder) -> None:
     """Write report.html again from the numbers in a result folder."""
-    sealed(folder)
+    sealed(folder, rewriting="report.html")
     typer.echo(f"Report: {write_report(folder, gate_sections)}")
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -389,8 +390,10 @@ def _keeping_buffers(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def fit_noise(model: nn.Module, loader: Iterable[Any], objective: Objective) -> None:
+def fit_noise(model: nn.Module, loader: Iterable[Any], objective: Objective, *, sharded: bool = False) -> None:
     """Set the noise of a regression likelihood to the mean squared residual of every output, in one pass.
+
+    With ``sharded`` every process passes over its own part of the data, and the sums are joined.
 
     Raises:
         DataError: the loader is empty.
@@ -407,4 +410,7 @@ def fit_noise(model: nn.Module, loader: Iterable[Any], objective: Objective) -> 
             statistics.add(residual * likelihood.scale, torch.ones_like(residual[:1]) if weights is None else weights)
     if not statistics.filled:
         raise DataError("the loader is empty: it yields no targets")
-    likelihood.set_noise(statistics.shaped(statistics.mean_square()))
+    sums = torch.stack([statistics.weight * statistics.mean_square(), statistics.weight]).to(device_of(model))
+    if sharded and dist.is_initialized():
+        dist.all_reduce(sums)
+    likelihood.set_noise(statistics.shaped(sums[0] / sums[1]))

@@ -58,6 +58,11 @@ class TargetStatistics:
         """Whether any batch came."""
         return bool((self._weight > 0).any())
 
+    @property
+    def weight(self) -> Tensor:
+        """Sum of the weights of every output, [outputs]."""
+        return self._weight
+
     def mean_square(self) -> Tensor:
         """Mean square of every output, [outputs]."""
         return self._square / self._weight + self._mean.square()

@@ -6,7 +6,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ockham.run.facts import NetworkFacts, analysis, compressed_facts, history, 
 from ockham.run.folder import ResultFolder
 from ockham.run.measure import mean_predictor, measures
 from ockham.run.result import NETWORK, PLAN, POSTERIOR, save_network, save_plan
-from ockham.run.schema import GateFacts, Metrics, Result, write_result
+from ockham.run.schema import GateFacts, Metrics, Result, load_lines, write_result
 from ockham.run.trainer import EpochInfo, OnStep, RunState
 from ockham.run.weights import fitted, weights_fingerprint
 from ockham.zoo.data import Batches, Dataset, data_fingerprint
@@ -163,6 +163,7 @@ class Job:
     _facts: dict[str, Any] = field(default_factory=dict)
     _spent: float = 0.0
     _started: float = 0.0
+    _told: str = ""
     _folder: ResultFolder = field(init=False)
 
     def __post_init__(self) -> None:
@@ -262,10 +263,13 @@ class Job:
             )
 
     def _fingerprint(self) -> str:
+        if self._told:
+            return self._told
         data = self.recipe.data
         names = {"data": data.name, "data content": data_fingerprint(data), "network": self.builder}
         names |= {"weights": weights_fingerprint(self.weights)}
-        return json.dumps(self._settings() | names | {"baseline": self.baseline}, sort_keys=True)
+        self._told = json.dumps(self._settings() | names | {"baseline": self.baseline}, sort_keys=True)
+        return self._told
 
     def _settings(self) -> dict[str, Any]:
         r = self.recipe
@@ -318,6 +322,7 @@ class Job:
             seconds=seconds,
             device=r.device,
         )
+        made = replace(made, load=load_lines(self.out, self.builder))
         changed = structure(r.network(), result, r.data.test_x[:1].to(r.device))
         gates = r.method.record(engine.state)
         said = None if gates is None else from_plain(GateFacts, gates)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -35,6 +36,7 @@ __all__ = [
     "FittedPrior",
     "diagonal_curvature",
     "evidence_prior_precision",
+    "joined",
     "kronecker_curvature",
     "laplace_evidence",
     "laplace_posterior",
@@ -231,6 +233,32 @@ def _pass(
     if bad:
         raise OckhamError(f"the curvature of {bad[:6]} is not finite: outputs or gradients overflow on these data")
     return Curvature(diagonal, matrices, terms)
+
+
+def joined(curvature: Curvature) -> Curvature:
+    """The sums of all processes, where each has read its own part of the data; in place.
+
+    Of the symmetric factors only the upper triangles travel.
+
+    Raises:
+        OckhamError: there is no process group.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise OckhamError("sharded=True adds up the parts of several processes: call init_process_group first")
+    some = [*curvature.diagonal.values(), *(s.inputs for s in curvature.matrices.values())][0]
+    counts = [curvature.terms, *(s.rows for s in curvature.matrices.values())]
+    summed = torch.tensor(counts, dtype=torch.float64, device=some.device)
+    for tensor in (summed, *curvature.diagonal.values()):
+        dist.all_reduce(tensor)
+    for sums, rows in zip(curvature.matrices.values(), summed[1:].tolist(), strict=True):
+        for factor in (sums.inputs, sums.outputs):
+            upper = torch.ones_like(factor[0], dtype=torch.bool).triu()
+            packed = factor[:, upper].contiguous()
+            dist.all_reduce(packed)
+            factor[:, upper] = packed
+            factor.copy_(factor.triu() + factor.triu(1).mT)
+        sums.rows = rows
+    return replace(curvature, terms=float(summed[0]))
 
 
 def _names(model: nn.Module) -> list[str]:

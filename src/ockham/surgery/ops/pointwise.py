@@ -15,13 +15,13 @@ __all__ = []
 
 KEEPS_ZERO = frozenset(
     {
-        "abs", "alias", "alpha_dropout", "asin", "asinh", "atan", "atanh", "celu", "clamp_min", "clone", "contiguous", "detach",
-        "detach_", "dropout", "elu", "erf", "erfinv", "expm1", "feature_alpha_dropout", "feature_dropout", "fix", "floor",
-        "frac", "gelu", "hardshrink", "hardswish", "hardtanh", "leaky_relu", "lift_fresh", "lift_fresh_copy", "log1p",
-        "mish", "native_dropout", "neg", "nan_to_num", "positive", "relu", "relu6", "round", "rrelu", "selu", "sgn",
-        "sign", "silu", "sin", "sinh", "softshrink", "softsign", "sqrt", "square", "tan", "tanh", "tanhshrink", "to",
-        "_to_copy", "type_as", "trunc", "float", "half", "double", "_to_dtype", "zero", "zeros_like", "ceil", "deg2rad",
-        "rad2deg", "relu_", "cpu", "cuda", "bfloat16",
+        "abs", "alias", "alpha_dropout", "asin", "asinh", "atan", "atanh", "celu", "clamp_min", "clone", "contiguous",
+        "detach", "detach_", "dropout", "elu", "erf", "erfinv", "expm1", "feature_alpha_dropout", "feature_dropout",
+        "fix", "floor", "frac", "gelu", "hardshrink", "hardswish", "hardtanh", "leaky_relu", "lift_fresh",
+        "lift_fresh_copy", "log1p", "mish", "native_dropout", "neg", "nan_to_num", "positive", "relu", "relu6",
+        "round", "rrelu", "selu", "sgn", "sign", "silu", "sin", "sinh", "softshrink", "sqrt", "square",
+        "tan", "tanh", "to", "_to_copy", "type_as", "trunc", "float", "half", "double", "_to_dtype",
+        "zero", "zeros_like", "ceil", "deg2rad", "rad2deg", "relu_", "cpu", "cuda",
     }
 )  # fmt: skip
 """Unary ops with f(0) = 0 (``clamp_min`` is checked)."""
@@ -37,8 +37,9 @@ BINARY = frozenset(
     {
         "add", "sub", "mul", "div", "pow", "remainder", "fmod", "maximum", "minimum", "atan2", "eq", "ne", "lt", "le",
         "gt", "ge", "logical_and", "logical_or", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_xor",
-        "true_divide", "floor_divide", "divide", "multiply", "subtract", "rsub", "lerp", "xlogy", "where", "masked_fill",
-        "addcmul", "addcdiv", "copysign", "__and__", "__or__", "copy", "hypot", "normal", "logaddexp", "fmax", "fmin",
+        "true_divide", "floor_divide", "divide", "multiply", "subtract", "rsub", "lerp", "xlogy", "where",
+        "masked_fill", "addcmul", "addcdiv", "copysign", "__and__", "__or__", "copy", "hypot", "normal", "logaddexp",
+        "fmax", "fmin",
     }
 )  # fmt: skip
 
@@ -310,7 +311,7 @@ def bilinear(call: Call) -> Value:
 
 
 def grouped_product(call: Call) -> Value:
-    """Rows of x ``(tokens, k)`` times the matrix of their expert, weight ``(experts, k, n)``: experts stay, widths go."""
+    """Rows of x ``(tokens, k)`` times the matrix ``(k, n)`` of their expert: experts stay, widths go."""
     x, weight = call.tensors()[:2]
     reason = call.reason("gives every token to an expert by its number")
     inner = Value(weight.shape, tuple(f for f in weight.factors if f.shape[0] == 1), weight.zero, weight.learned)
