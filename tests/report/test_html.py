@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from ockham.errors import ResultError
-from ockham.methods.gates.report import gate_sections, write_any_report
+from ockham.methods.gates.report import gate_sections
 from ockham.report.html import render, write_report
 from ockham.run.schema import read_result, write_result
 
@@ -136,7 +136,7 @@ def write(tmp_path):
 
 
 def shown(folder):
-    """The page of a folder, as `write_any_report` writes it."""
+    """The page of a folder, as the command writes it."""
     return render(read_result(folder), gate_sections)
 
 
@@ -533,7 +533,7 @@ def test_how_to_load_it_stands_at_the_end(name, tmp_path, monkeypatch):
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, buffer, **how: buffer.write(BLANK))
     folder = tmp_path / name
     shutil.copytree(DATA / name, folder)
-    page = write_any_report(folder).read_text()
+    page = write_report(folder, gate_sections).read_text()
     lines = read_result(folder).provenance.load
     assert f'<pre class="wrap">{html.escape(lines)}</pre>' in page
     assert page.index("How to load this") > page.index("How to get this again")
