@@ -17,7 +17,7 @@ from ockham.integrations.rounds import StepRounds, variational
 __all__ = ["EvidenceCallback"]
 
 
-class EvidenceCallback(Callback):  # type: ignore[misc]
+class EvidenceCallback(Callback):
     """Removes weights in rounds while Lightning trains under a posterior.
 
     With an Ockham optimizer in ``configure_optimizers`` Lightning already trains under it: the optimizer runs the
@@ -49,7 +49,8 @@ class EvidenceCallback(Callback):  # type: ignore[misc]
     ) -> None:
         given = {"rounds": rounds, "rule": rule}
         self._steps = StepRounds(ignore=ignore, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
-        self._likelihood, self._block = likelihood, None
+        self._likelihood = likelihood
+        self._block: Any = None
         self.posterior: Posterior | None = None
 
     @property
