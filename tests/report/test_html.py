@@ -17,6 +17,7 @@ import pytest
 
 from ockham.errors import ResultError
 from ockham.methods.gates.report import gate_sections
+from ockham.report import page as page_of
 from ockham.report.html import render, write_report
 from ockham.run.schema import read_result, write_result
 
@@ -481,6 +482,10 @@ def test_gates_add_their_sections_to_the_same_page(tmp_path):
     assert "one draw" not in text and "No round of removal" not in text
     for name in ("evidence", "structure", "oneshot"):
         assert gate_sections(read_result(DATA / name)).sections == ()
+
+
+def test_a_number_is_not_parted_from_its_unit():
+    assert page_of.paragraph("98.2 % in 1 min 3 s, 5 steps") == "<p>98.2\xa0% in 1\xa0min 3\xa0s, 5 steps</p>"
 
 
 def test_gates_that_never_moved_say_so_and_why():

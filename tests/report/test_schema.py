@@ -17,7 +17,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ockham.surgery.planning import plan_masks
 from torch import nn
 
 from ockham import shrink, trace
@@ -42,6 +41,7 @@ from ockham.run.schema import (
     write_result,
 )
 from ockham.run.trainer import EpochInfo
+from ockham.surgery.groups import plan_masks
 from ockham.zoo.data import Dataset
 
 DATA = Path(__file__).parent / "data"  # folders as schema 1 wrote them, gates cut to 24 a layer

@@ -123,11 +123,14 @@ def structures(result: Result) -> str:
         where = f" on {result.provenance.machine}" if result.provenance.machine else ""
         said = f"Measured{where}: the median of many runs, warm, both networks in turn. Shorter is faster."
         pictures.append(page.figure("Time of a forward pass", figures.speed(times), said, legend=_BOTH))
-    cells = [
+    cells: list[tuple[str, ...]] = [
         (r.id, count(r.before), count(r.after), "–" if r.nats is None or r.after == r.before else f"{r.nats:,.1f}")
         for r in rows
     ]
-    table = page.table("Units per group", ("group", "before", "after", "evidence of the removed, nats"), cells)
+    header: tuple[str, ...] = ("group", "before", "after", "evidence of the removed, nats")
+    if result.gates is not None:  # the gates' own section has their evidence
+        header, cells = header[:3], [row[:3] for row in cells]
+    table = page.table("Units per group", header, cells)
     costs = [
         ("parameters, dense", count(before.parameters), count(after.parameters)),
         ("multiply-accumulates of one example", count(before.macs), count(after.macs)),
