@@ -14,13 +14,20 @@ from typing import Annotated, Any, get_args, get_origin
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from ockham import shrink, trace
+from ockham.choose.rules import RoundInfo
 from ockham.core.plain import from_plain, to_plain
+from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import ResultError
 from ockham.run import records, schema
-from ockham.run.records import EpochRecord, HistogramRecord, Measures
+from ockham.run.engine import Compressed
+from ockham.run.facts import NetworkFacts, analysis, history, provenance, structure
+from ockham.run.records import BINS, EpochRecord, HistogramRecord, Measures, ShiftCurve
 from ockham.run.schema import (
     SCHEMA,
     DataSource,
@@ -33,6 +40,9 @@ from ockham.run.schema import (
     read_result,
     write_result,
 )
+from ockham.run.trainer import EpochInfo
+from ockham.surgery.groups import plan_masks
+from ockham.zoo.data import Dataset
 
 DATA = Path(__file__).parent / "data"  # folders as schema 1 wrote them, gates cut to 24 a layer
 OLD = ["evidence", "structure", "oneshot", "bmrs"]
@@ -361,3 +371,67 @@ def test_keys_without_an_attribute_are_kept_where_there_is_room_and_passed_over_
     )
     assert to_plain(Measures.of({"perplexity": 3.0})) == {"perplexity": 3.0}
     assert from_plain(NetworkSource, {"builder": "x", "future": 1}) == NetworkSource("x")
+
+
+def test_groups_that_old_gates_did_not_list_had_one_structure_left(folder):
+    def forget(content):
+        for epoch in content["epochs"][1:]:
+            del epoch["widths"]["fc2.weight:0"]
+
+    epochs = read_result(folder("bmrs", gates=forget)).gates.epochs
+    assert [e.widths["fc2.weight:0"] for e in epochs] == [128, 1, 1]
+
+
+# ------------------------------------------------------------------ from a run to its parts
+def test_a_run_becomes_history_analysis_and_structure(tmp_path):
+    """By a small network that lost a unit and two weights; every number is counted here by hand."""
+    torch.manual_seed(0)
+    old = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    groups = trace(old, torch.zeros(1, 3))
+    plan = plan_masks(groups, {g.id: torch.arange(g.size) != 1 for g in groups})
+    small = shrink(old, plan)
+    with torch.no_grad():
+        small[0].weight[0, :2] = 0
+    moments = {}
+    for name, p in small.named_parameters():
+        ones = torch.ones_like(p)
+        moments[name] = Gaussian(p.detach().clone(), ones, 0 * ones, ones, p.detach() != 0)
+    epochs = (EpochInfo(1, 0.5, kept_share=0.9), EpochInfo(2, math.inf, 0.75, 0.8, kl=3.0, widths={"a": 2}, removed=1))
+    rounds = (RoundInfo(2, 2, 0.8, 4.0, 0.1, -math.inf),)
+    counts = ({"epoch": 2, "delta_f": [1] * BINS},)
+    run = Compressed(small, Posterior(moments, 9.0), rounds, epochs, None, None, counts, plan, parameters=26)
+    said = history(run)
+    assert (said.epochs[0].accuracy, said.epochs[0].widths, said.epochs[0].removed) == (None, None, None)
+    assert (said.epochs[1].accuracy, said.epochs[1].widths, said.epochs[1].removed, said.epochs[1].kl) == (
+        0.75, {"a": 2}, 1, 3.0,
+    )  # fmt: skip
+    shape = structure(old, run, torch.zeros(1, 3))
+    assert [(g.before, g.after) for g in shape.groups if g.before == 4] == [(4, 3)]
+    assert (shape.before.parameters, shape.after.parameters) == (3 * 4 + 4 + 4 * 2 + 2, 3 * 3 + 3 + 3 * 2 + 2)
+    assert (shape.before.macs, shape.after.macs) == (12 + 8, 9 + 6) and shape.after.latency_64 > 0
+    after = NetworkFacts(
+        Measures(accuracy=1.0), None, {"noise": {"accuracy": (0.9,) * 5, "ece": (0.1,) * 5}}, 0.5, "x", None
+    )
+    found = analysis(run, after.stored(77), None)
+    assert [(r.shape, r.total, r.kept) for r in found.layers][:2] == [((4, 3), 12, 7), ((4,), 4, 3)]
+    assert found.shift["noise"] == ShiftCurve((1, 2, 3, 4, 5), None, (0.9,) * 5, None, (0.1,) * 5)
+    made = provenance(
+        Dataset("toy", *(torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)) * 2, None, None, 0.0, 1.0),
+        {"rule": "r", "ignore": ("a",)}, Path("runs/x"), command="c", builder="m:f", seed=1, seconds=2.0,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    assert made.load.splitlines()[1] == "network = ockham.load('runs/x', model=f())"
+    write_result(tmp_path, Result(METRICS, made, said, found, shape))
+    back = read_result(tmp_path)
+    assert back.provenance == made and back.analysis == found and back.structure == shape
+    assert back.history.epochs[1].loss is None and back.history.rounds[0].free_energy is None
+    assert from_plain(NetworkFacts, json.loads(json.dumps(to_plain(after)))) == after
+
+
+def test_a_method_that_is_asked_for_no_units_has_no_structure():
+    run = Compressed(nn.Linear(2, 2), Posterior({}, 1.0), (), (), None, None)
+    assert structure(nn.Linear(2, 2), run, torch.zeros(1, 2)) is None and analysis_of_nothing(run).layers is None
+
+
+def analysis_of_nothing(run):
+    return analysis(run, NetworkFacts(Measures(), None, None, None, "", None), None)

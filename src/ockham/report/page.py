@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Iterable, Sequence
 
 __all__ = [
@@ -123,8 +124,9 @@ def escape(text: object) -> str:
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """A paragraph of plain text."""
-    return f"<p{_class(kind)}>{escape(text)}</p>"
+    """A paragraph of plain text; a number is not parted from its unit."""
+    whole = re.sub(r"(?<=\d) (?=(?:%|s|ms|min|h|B|kB|MB|GB)(?!\w))", "\N{NO-BREAK SPACE}", text)
+    return f"<p{_class(kind)}>{escape(whole)}</p>"
 
 
 def code(text: str) -> str:

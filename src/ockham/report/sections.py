@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -9,7 +10,7 @@ from ockham.report import figures, page, story
 from ockham.report.canvas import AFTER, BEFORE
 from ockham.report.page import count, number, percent, seconds, signed
 from ockham.run.records import BINS, EpochRecord, Measures, RoundRecord
-from ockham.run.schema import DataSource, Result, Settings
+from ockham.run.schema import DataSource, Result, Settings, load_lines
 
 __all__ = [
     "calibration",
@@ -122,11 +123,14 @@ def structures(result: Result) -> str:
         where = f" on {result.provenance.machine}" if result.provenance.machine else ""
         said = f"Measured{where}: the median of many runs, warm, both networks in turn. Shorter is faster."
         pictures.append(page.figure("Time of a forward pass", figures.speed(times), said, legend=_BOTH))
-    cells = [
+    cells: list[tuple[str, ...]] = [
         (r.id, count(r.before), count(r.after), "–" if r.nats is None or r.after == r.before else f"{r.nats:,.1f}")
         for r in rows
     ]
-    table = page.table("Units per group", ("group", "before", "after", "evidence of the removed, nats"), cells)
+    header: tuple[str, ...] = ("group", "before", "after", "evidence of the removed, nats")
+    if result.gates is not None:  # the gates' own section has their evidence
+        header, cells = header[:3], [row[:3] for row in cells]
+    table = page.table("Units per group", header, cells)
     costs = [
         ("parameters, dense", count(before.parameters), count(after.parameters)),
         ("multiply-accumulates of one example", count(before.macs), count(after.macs)),
@@ -455,12 +459,16 @@ def source_section(result: Result) -> str:
 
 
 def loading(result: Result) -> str:
-    """Three lines that load the network."""
+    """Three lines that load the network; other lines, which somebody may have put into the folder, are not repeated."""
+    made = result.provenance
+    ours = r"import ockham(; from [\w.]+ import \w+)?\nnetwork = ockham\.load\('[^'\n]*'(, model=\w+\(\))?\)\n.*"
+    builder = made.network.builder if made.network else None
+    lines = made.load if re.fullmatch(ours, made.load) else load_lines("path/of/this/folder", builder)
     words = (
         "The folder of this report holds the reduced network. Nothing in it is ever executed when it is loaded; the "
         "path is the one it was written to."
     )
-    return page.section("load", "How to load this", page.paragraph(words), page.code(result.provenance.load))
+    return page.section("load", "How to load this", page.paragraph(words), page.code(lines))
 
 
 def glossary() -> str:
