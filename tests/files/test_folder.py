@@ -110,6 +110,9 @@ def test_died_before_every_change_the_first_result_is_absent_or_whole_and_a_chec
         saved = out.exists() and any((out / name).exists() for name in CHECKPOINTS)
         try:
             assert tags(out) == {"new"}
+            with ResultFolder(out, resume=True) as folder:
+                assert folder.finished is not None and folder.checkpoint() is None
+            assert {p.name for p in out.iterdir()} == {MANIFEST, *NEW}
         except ResultError as error:
             assert "--resume" in str(error) or not saved, (calls, error)
             if out.exists():
