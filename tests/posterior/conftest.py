@@ -135,12 +135,13 @@ class Toy:
 @pytest.fixture(params=CONTRACTS.values(), ids=CONTRACTS)
 def toy(request):
     """Every method: the contract is common."""
-    return Toy(request.param)
+    return Toy(request.param if isinstance(request.param, Contract) else CONTRACTS[request.param.__name__])
 
 
 @pytest.fixture(params=CONTRACTS.values(), ids=CONTRACTS)
 def toy64(request):
-    return Toy(request.param, torch.float64)
+    contract = request.param if isinstance(request.param, Contract) else CONTRACTS[request.param.__name__]
+    return Toy(contract, torch.float64)
 
 
 @pytest.fixture

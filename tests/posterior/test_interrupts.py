@@ -56,7 +56,10 @@ def block(toy, net, opt):
 
 
 def interrupted_everywhere(toy, net, opt, count):
-    """Whether the mean is back after interrupts at ``count`` random places, or at both ends of the block; the traceback is alive while the weights are looked at."""
+    """Whether the mean is back after interrupts at random places, or (count None) at all near both ends of the block.
+
+    The traceback is alive while the weights are looked at, as in a notebook.
+    """
     toy.step(net, opt)
     opt.zero_grad()
     mean = copy.deepcopy(net.state_dict())

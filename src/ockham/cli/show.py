@@ -17,7 +17,7 @@ from ockham.errors import OckhamError
 from ockham.methods.spike_slab.audit import audit
 from ockham.run.measure import mean_predictor, measures, posterior_predictor
 from ockham.run.result import layer_rows, load
-from ockham.run.schema import GateFacts, read_result
+from ockham.run.schema import RESULT, GateFacts, read_result
 from ockham.zoo.data import Dataset
 
 __all__ = ["audited", "contents", "evaluation", "metrics"]
@@ -27,16 +27,14 @@ def metrics(console: Console, folder: Path) -> None:
     """Before, after and mean network, one row a measure."""
     found = read_result(folder).metrics
     columns = {"before": found.before, "after": found.after, "mean network": found.mean_network}
-    shown = {k: to_plain(v) for k, v in columns.items() if v is not None}
-    _table(console, {k: {n: v for n, v in row.items() if v is not None} for k, row in shown.items()})
-    spent = f" in {found.seconds:.1f} s" if found.seconds is not None else ""
-    console.print(f"kept {found.kept:.2%} of the weights{spent}, seed {found.seed}", highlight=False)
+    _table(console, {k: to_plain(v) for k, v in columns.items() if v is not None})
+    line = f"kept {found.kept:.2%} of the weights in {found.seconds or 0:.1f} s, seed {found.seed}"
+    console.print(line, highlight=False)
 
 
 def contents(console: Console, folder: Path) -> None:
     """Per layer: shape, weights, kept, prior, median P/P0, sum of inclusion if any; of gates what became of them."""
-    gates = read_result(folder).gates
-    if gates is not None:
+    if (folder / RESULT).exists() and (gates := read_result(folder).gates) is not None:
         return _gates(console, gates)
     posterior = load_posterior(folder)
     rows = layer_rows(posterior)
@@ -62,12 +60,13 @@ def contents(console: Console, folder: Path) -> None:
 
 def _gates(console: Console, found: GateFacts) -> None:
     table = Table("structures", "at first", "left", "before the last decision", "posterior = prior", "KL, nats")
-    layers = {layer.id: layer for layer in found.layers}
-    for name, first in found.epochs[0].start.items():
-        layer, left = layers.get(name), found.epochs[-1].widths.get(name, first)
-        kl = 0.0 if layer is None else sum(v or 0.0 for v in layer.kl)
-        counts = (0, 0) if layer is None else (len(layer.keep), sum(layer.no_evidence))
-        table.add_row(_plain(name), str(first), str(left), *map(str, counts), f"{kl:.4g}")
+    before = {layer.id: layer for layer in found.layers}
+    for name, first in found.epochs[0].start.items() if found.epochs else ():
+        layer, left = before.get(name), found.epochs[-1].widths.get(name, first)
+        facts = ("0", "0", "0")
+        if layer is not None:
+            facts = (str(len(layer.keep)), str(sum(layer.no_evidence)), f"{sum(v or 0 for v in layer.kl):.4g}")
+        table.add_row(_plain(name), str(first), str(left), *facts)
     console.print(table)
     console.print(_plain(f"rule {found.rule}, KL weighted by {found.kl_weight}"), highlight=False)
 
@@ -77,8 +76,9 @@ def evaluation(
 ) -> None:
     """Measures on the test part of a data set."""
     network = load(folder, model).to(device)
-    found = read_result(folder)
-    noise = None if found.metrics.noise_variance is None else torch.as_tensor(found.metrics.noise_variance).reshape(-1)
+    result = read_result(folder)
+    said = result.metrics.noise_variance
+    noise = None if said is None else torch.as_tensor(said).reshape(-1)
     classify = noise is None
     if classify is data.test_y.is_floating_point():
         wanted = "class labels" if classify else "numbers"
@@ -86,7 +86,7 @@ def evaluation(
             f"{folder} was made for targets that are {wanted}; the data {data.name!r} have the other kind"
         )
     predictors = {"mean network": mean_predictor(network, classify=classify)}
-    if found.gates is None:  # gates are folded into the weights: one network is left
+    if result.gates is None:  # gates are folded into the weights: one network is left
         sampled = load_posterior(folder).to(device)
         drawn = posterior_predictor(network, sampled, classify=classify, draws=draws)
         predictors = {"posterior": drawn, **predictors}
@@ -96,16 +96,17 @@ def evaluation(
 def audited(console: Console, folder: Path, data: Dataset, model: nn.Module | None, *, log_odds: float) -> None:
     """Claims about the last layer against enumeration on the training part of a data set."""
     network, posterior = load(folder, model), load_posterior(folder)
-    found = read_result(folder)
-    noise = None if found.metrics.noise_variance is None else torch.as_tensor(found.metrics.noise_variance).reshape(-1)
-    told = audit(network, posterior, data.train_x, data.train_y, noise_variance=noise, log_odds=log_odds)
-    console.print(str(told), markup=False, highlight=False, soft_wrap=True)
+    result = read_result(folder)
+    said = result.metrics.noise_variance
+    noise = None if said is None else torch.as_tensor(said).reshape(-1)
+    found = audit(network, posterior, data.train_x, data.train_y, noise_variance=noise, log_odds=log_odds)
+    console.print(str(found), markup=False, highlight=False, soft_wrap=True)
 
 
 def _table(console: Console, columns: dict[str, dict[str, float]]) -> None:
     table = Table("measure", *columns)
-    for name in dict.fromkeys(n for c in columns.values() for n in c):
-        table.add_row(_plain(name), *(_number(c[name]) if name in c else "-" for c in columns.values()))
+    for name in dict.fromkeys(name for column in columns.values() for name in column):
+        table.add_row(_plain(name), *(_number(c.get(name)) for c in columns.values()))
     console.print(table)
 
 
@@ -114,5 +115,5 @@ def _plain(text: object) -> str:
     return escape(printable(text))
 
 
-def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

@@ -156,7 +156,7 @@ class Classification(TermLikelihood):
     Args:
         ignore_index: target value that is no data (padding).
         class_weights: weight of every class [K]; `n_data` is then the sum of the weights of all targets.
-        axis: axis of the outputs that holds the classes, 1 or -1; by default found from the shapes.
+        axis: axis of the outputs that holds the classes, 1 or -1; by default found from the shapes (1 where both fit).
     """
 
     kind = "classification"
@@ -168,6 +168,7 @@ class Classification(TermLikelihood):
         if axis not in (None, 1, -1):
             raise OckhamError(f"Classification: axis is 1, -1 or None (found from the shapes); got {axis!r}")
         self.ignore_index, self.axis = ignore_index, axis
+        self._of_object = False
         self.class_weights: Tensor | None
         self.register_buffer("class_weights", class_weights, persistent=False)
 
@@ -183,6 +184,11 @@ class Classification(TermLikelihood):
             fitted = self._fitted(output, target)
             return nn.functional.cross_entropy(*fitted, ignore_index=self.ignore_index, reduction="sum")
         return super().total(output, target, weights)
+
+    def output_of(self, found: Any) -> Tensor:
+        """The logits; those of transformers' heads have their classes last, and where that is unclear it is asked."""
+        self._of_object = not isinstance(found, Tensor)
+        return tensor_of(found)
 
     def each(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of every target, 0 for padding."""
@@ -245,7 +251,7 @@ class Classification(TermLikelihood):
         if self.axis is not None or output.ndim != target.ndim + 1 or output.ndim == 2:
             return self.axis
         first, last = output.shape[:1] + output.shape[2:] == target.shape, output.shape[:-1] == target.shape
-        if first and last:
+        if first and last and self._of_object:
             raise DataError(
                 f"outputs {tuple(output.shape)} for labels {tuple(target.shape)} may have their classes on axis 1 or "
                 "on the last: say which by likelihood=ockham.Classification(axis=1) or axis=-1"
@@ -428,7 +434,7 @@ class Regression(TermLikelihood):
                 "its data exactly says nothing about the noise: pass noise_variance="
             )
         start = 0.5 * variance.double().cpu().log() - self.scale.double().cpu().log()
-        self.log_noise_std = nn.Parameter(start.to(self.log_noise_std))
+        self.log_noise_std = nn.Parameter(start.to(self.location))
 
     def standard(self, target: Tensor) -> Tensor:
         """Targets as the network learns them, (y - c) / s, at the precision of the targets or better."""
@@ -441,14 +447,16 @@ class Regression(TermLikelihood):
     def each(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """NLL of every number of the targets."""
         found = aligned(output, target, self.kind)
-        residual = (self.standard(target).to(found.dtype) - found) * (-self.log_noise_std).exp()
-        rest = self.log_noise_std + (self.scale.log() + 0.5 * math.log(2 * math.pi)).to(found.dtype)
+        log_std = self.log_noise_std.to(found.dtype)
+        residual = (self.standard(target).to(found.dtype) - found) * (-log_std).exp()
+        rest = log_std + (self.scale.log() + 0.5 * math.log(2 * math.pi)).to(found.dtype)
         return 0.5 * residual.square() + rest, self.counted(target)
 
     def drawn(self, output: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
         """Targets one noise deviation from the outputs, of random sign: for one output its curvature is exact."""
         sign = torch.randint(0, 2, target.shape, generator=generator, device=output.device).to(output.dtype)
-        standard = aligned(output, target, self.kind) + (2 * sign - 1) * self.log_noise_std.detach().exp()
+        found = aligned(output, target, self.kind)
+        standard = found + (2 * sign - 1) * self.log_noise_std.detach().exp().to(found.dtype)
         return standard.to(self.location.dtype) * self.scale + self.location
 
     def check(self, output: Tensor, target: Tensor) -> None:

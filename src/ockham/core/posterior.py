@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -49,14 +50,16 @@ class Gaussian:
     """Independent Gaussian posterior and prior of one parameter tensor.
 
     Attributes:
-        mean: posterior mean, shape of the parameter; exactly 0 where removed.
-        precision: posterior (conditional) precision, same shape; ``inf`` where removed.
+        mean: posterior mean, shape of the parameter; exactly 0 where removed, the value itself where the network
+            holds a weight fixed (`ockham.core.fixed`).
+        precision: posterior (conditional) precision, same shape; ``inf`` where removed or fixed.
         prior_precision: precision of the full prior, broadcastable to ``mean``.
         prior_mean: mean of the full prior, broadcastable.
-        keep: boolean, True = stays; same shape.
+        keep: boolean, True = stays, False = removed or fixed; same shape.
         marginal_precision: precision of the marginal where the source knows correlations, else None (= precision).
-        inclusion: probability that the weight is not zero, same shape, 0 where removed; None where the source has no
-            spike. Mean and precision are then those of the slab: of the weight given that it is included.
+        inclusion: probability that the weight is not zero, same shape, 0 where removed, 1 where fixed at something
+            else; None where the source has no spike. Mean and precision are then those of the slab: of the weight
+            given that it is included.
     """
 
     mean: Tensor
@@ -69,12 +72,32 @@ class Gaussian:
 
     def __post_init__(self) -> None:
         shape = self.mean.shape
-        for name in ("precision", "keep"):
+        for name in ("precision", "keep", "marginal_precision", "inclusion"):
+            got = getattr(self, name)
+            if got is not None and got.shape != shape:
+                raise OckhamError(f"Gaussian: {name} has shape {tuple(got.shape)}, mean has {tuple(shape)}")
+        for name in ("prior_precision", "prior_mean"):
             got = getattr(self, name).shape
-            if got != shape:
-                raise OckhamError(f"Gaussian: {name} has shape {tuple(got)}, mean has {tuple(shape)}")
+            if len(got) > len(shape) or any(a not in (1, b) for a, b in zip(got[::-1], shape[::-1], strict=False)):
+                raise OckhamError(f"Gaussian: {name} of shape {tuple(got)} does not broadcast to mean {tuple(shape)}")
         if self.keep.dtype is not torch.bool:
             raise OckhamError(f"Gaussian: keep must be boolean (True = stays); got {self.keep.dtype}")
+        if self.mean.numel() and not self.mean.is_meta:
+            self._check_values()
+
+    def _check_values(self) -> None:
+        """One pass over each tensor, without a copy of it."""
+        tiny, huge = 5e-324, 1.7976931348623157e308  # the smallest number above 0, the largest
+        for name, least, most, what in (
+            ("mean", -huge, huge, "finite"),
+            ("precision", tiny, math.inf, "positive"),
+            ("marginal_precision", tiny, math.inf, "positive"),
+            ("inclusion", 0.0, 1.0, "a probability"),
+        ):
+            if (values := getattr(self, name)) is not None:
+                low, high = (float(v) for v in values.detach().aminmax())  # NaN wherever one is
+                if not (least <= low and high <= most):
+                    raise OckhamError(f"Gaussian: {name} must be {what} everywhere; it lies between {low} and {high}")
 
     def to(self, device: torch.device | str) -> Gaussian:
         """The same moments on a device."""
@@ -92,7 +115,7 @@ class Gaussian:
 
     @property
     def std(self) -> Tensor:
-        """Standard deviation 1/sqrt(precision); 0 where removed."""
+        """Standard deviation 1/sqrt(precision); 0 where removed or fixed."""
         return self.precision.rsqrt()
 
     @property
@@ -133,6 +156,12 @@ class Posterior(Mapping[str, Gaussian]):
     matrices: tuple[WeightMatrix, ...] = ()
     noise_variance: Tensor | None = None
     likelihood: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("n_data", "temperature"):
+            value = getattr(self, name)
+            if not (isinstance(value, Real) and 0 < float(value) < math.inf):
+                raise OckhamError(f"Posterior: {name} must be a number, positive and finite; got {value!r}")
 
     def __getitem__(self, name: str) -> Gaussian:
         """Moments of the parameter called ``name``."""
@@ -300,7 +329,7 @@ def _stranger(posterior: Posterior, network: Mapping[str, Any]) -> str:
         weight = unpack(node)
         if weight.shape != g.mean.shape:
             return f"{printable(name)} is {tuple(weight.shape)} there and {tuple(g.mean.shape)} here"
-        if bool((weight[~g.keep] != 0).any()):
+        if bool((weight[~g.keep & (g.mean == 0)] != 0).any()):
             return f"{printable(name)} has weights where the posterior removed them"
     return ""
 
@@ -330,6 +359,9 @@ def _pack(g: Gaussian) -> dict[str, Any]:
     node: dict[str, Any] = {"shape": list(g.mean.shape), "mean": g.mean[g.keep], "precision": g.precision[g.keep]}
     if not bool(g.keep.all()):
         node["keep"] = pack_mask(g.keep)
+        fixed = g.mean.masked_fill(g.keep, 0.0).reshape(-1)
+        if bool((at := fixed.nonzero().squeeze(1)).numel()):
+            node |= {"fixed_at": at, "fixed": fixed[at]}
     for name in ("prior_precision", "prior_mean"):
         node[name] = _compact(getattr(g, name))
     for name in ("marginal_precision", "inclusion"):
@@ -357,14 +389,23 @@ def _unpack(node: Mapping[str, Any]) -> Gaussian:
         raise ResultError(f"the file holds {node['mean'].numel()} means for a parameter of shape {shape}")
     keep = unpack_mask(node["keep"], shape) if "keep" in node else torch.ones(shape, dtype=torch.bool)
     marginal, inclusion = node.get("marginal_precision"), node.get("inclusion")
+    mean = _spread(node["mean"], keep, 0.0)
+    inclusion = None if inclusion is None else _spread(inclusion, keep, 0.0)
+    if "fixed_at" in node:
+        at = node["fixed_at"]
+        if not bool(((at >= 0) & (at < mean.numel())).all()) or bool(keep.reshape(-1)[at].any()):
+            raise ResultError("fixed weights lie outside of the parameter, or among those that stay")
+        mean.view(-1)[at] = node["fixed"]
+        if inclusion is not None:
+            inclusion.view(-1)[at] = 1.0
     return Gaussian(
-        _spread(node["mean"], keep, 0.0),
+        mean,
         _spread(node["precision"], keep, torch.inf),
         _expanded(node["prior_precision"], shape),
         _expanded(node["prior_mean"], shape),
         keep,
         None if marginal is None else _spread(marginal, keep, torch.inf),
-        None if inclusion is None else _spread(inclusion, keep, 0.0),
+        inclusion,
     )
 
 

@@ -10,7 +10,6 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,6 @@ from torch import Tensor, nn
 from ockham.core.posterior import Gaussian, Posterior
 
 __all__ = ["Head", "TargetStatistics", "find_head", "rescale_", "rescaled"]
-
-_PINNED = 1e12
-"""Precision (in standardised units) of a bias that was removed and is now a constant, the targets' mean."""
 
 
 class TargetStatistics:
@@ -61,6 +57,11 @@ class TargetStatistics:
     def filled(self) -> bool:
         """Whether any batch came."""
         return bool((self._weight > 0).any())
+
+    @property
+    def weight(self) -> Tensor:
+        """Sum of the weights of every output, [outputs]."""
+        return self._weight
 
     def mean_square(self) -> Tensor:
         """Mean square of every output, [outputs]."""
@@ -196,7 +197,7 @@ def rescale_(model: nn.Module, head: Head, factor: Tensor, shift: Tensor) -> Non
 def rescaled(posterior: Posterior, head: Head, factor: Tensor, shift: Tensor) -> Posterior:
     """The posterior of a network after `rescale_`; evidence of its weights stays what it was.
 
-    A bias that was removed becomes a constant, the shift, and counts as kept: its posterior and prior are pinned to it.
+    A bias that was removed becomes a constant, the shift: a weight that the network holds fixed (`Gaussian.keep`).
     A bias with an inclusion probability becomes the Gaussian of the same mean and variance.
     """
     moments = dict(posterior.moments)
@@ -205,7 +206,7 @@ def rescaled(posterior: Posterior, head: Head, factor: Tensor, shift: Tensor) ->
         moments[head.weight] = _scaled(g, _rows(factor, g.mean), torch.zeros(1, dtype=torch.float64))
     if head.bias in moments:
         g = _surely_in(moments[head.bias])
-        moments[head.bias] = _pinned(_scaled(g, factor.to(g.mean.device), shift), factor, shift)
+        moments[head.bias] = _scaled(g, factor.to(g.mean.device), shift)
     return replace(posterior, moments=moments)
 
 
@@ -218,7 +219,7 @@ def _scaled(g: Gaussian, factor: Tensor, shift: Tensor) -> Gaussian:
         return values.to(g.mean.dtype)
 
     shift, square = shift.to(g.mean.device), factor.square()
-    mean = cast(torch.where(g.keep, g.mean.double() * factor + shift, 0.0))
+    mean = cast(g.mean.double() * factor + shift)
     marginal = None if g.marginal_precision is None else cast(g.marginal_precision.double() / square)
     precision, prior = cast(g.precision.double() / square), cast(g.prior_precision.double() / square)
     return Gaussian(mean, precision, prior, cast(g.prior_mean.double() * factor + shift), g.keep, marginal, g.inclusion)
@@ -232,20 +233,3 @@ def _surely_in(g: Gaussian) -> Gaussian:
     variance = p * variance + p * (1 - p) * g.mean.square()
     precision = torch.where(g.keep, 1 / variance, torch.inf)
     return replace(g, mean=p * g.mean, precision=precision, inclusion=g.keep.to(p.dtype))
-
-
-def _pinned(g: Gaussian, factor: Tensor, shift: Tensor) -> Gaussian:
-    shift = shift.to(g.mean).expand(g.mean.shape)
-    gone = ~g.keep & (shift != 0)
-    if not bool(gone.any()):
-        return g
-    hard = (_PINNED / factor.square()).to(g.mean).expand(g.mean.shape)
-
-    def where(pinned: Tensor, values: Tensor) -> Tensor:
-        return torch.where(gone, pinned, values.expand(g.mean.shape))
-
-    marginal = None if g.marginal_precision is None else where(hard, g.marginal_precision)
-    inclusion = None if g.inclusion is None else where(torch.ones_like(shift), g.inclusion)
-    parts: dict[str, Any] = {"mean": where(shift, g.mean), "precision": where(hard, g.precision)}
-    parts |= {"prior_precision": where(hard, g.prior_precision), "prior_mean": where(shift, g.prior_mean)}
-    return replace(g, keep=g.keep | gone, marginal_precision=marginal, inclusion=inclusion, **parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -101,8 +102,9 @@ class MeanField(VariationalOptimizer):
             "kl_warmup": kl_warmup,
             "prior_interval": prior_interval,
         }
-        entries: list[Any] = list(params)
-        given = [settings["prior"], *(g.get("prior") for g in entries if isinstance(g, dict))]
+        entries: Any = params if inspect.isgenerator(params) else list(params)  # a generator knows its network
+        groups = [] if entries is params else [g for g in entries if isinstance(g, dict)]
+        given = [settings["prior"], *(g.get("prior") for g in groups)]
         if any(isinstance(prior, GroupPrior) for prior in given):
             self._vectors = (*type(self)._vectors, VECTOR)
         super().__init__(entries, settings, seed=seed)

@@ -33,7 +33,6 @@ __all__ = [
     "sliced",
     "spans",
     "write",
-    "zero_removed_",
 ]
 
 CYCLE = 4
@@ -184,12 +183,6 @@ def write(span: Span, values: Tensor) -> None:
         return
     for piece, part in zip(span.pieces, values.split(span.lengths), strict=True):
         piece.put(part)
-
-
-def zero_removed_(parameter: Tensor, keep: Tensor) -> None:
-    """Set the removed elements of a parameter to exactly zero."""
-    with torch.no_grad():
-        parameter.masked_fill_(~keep, 0.0)
 
 
 WORK = ("first", "second", "third")  # names of the vectors as long as a span that a step may overwrite

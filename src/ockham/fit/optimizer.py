@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import inspect
 import io
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
-from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +16,7 @@ from torch.nn.utils import get_total_norm
 from ockham.core.fixed import fixed_entries
 from ockham.core.posterior import Gaussian, Posterior, gaussian_kl
 from ockham.errors import OckhamError
+from ockham.fit.checks import check_group, check_keep, check_settings
 from ockham.fit.memory import (
     CYCLE,
     Arena,
@@ -29,88 +28,12 @@ from ockham.fit.memory import (
     sliced,
     spans,
     write,
-    zero_removed_,
 )
 from ockham.fit.priors import Prior, plain_prior, restored_prior
 
 __all__ = [
     "VariationalOptimizer",
-    "check_group",
-    "check_keep",
-    "check_settings",
 ]
-
-
-def check_group(group: Mapping[str, Any], taken: set[str]) -> None:
-    """Named parameters, each once, of a kind that can be perturbed.
-
-    Raises:
-        OckhamError: otherwise; says which and what to do.
-    """
-    if "param_names" not in group:
-        raise OckhamError("parameters need names: pass model.named_parameters(), not model.parameters()")
-    names, params = group["param_names"], group["params"]
-    if len(set(params)) != len(params):
-        raise OckhamError("duplicate parameters: name a tied weight once, as named_parameters() does")
-    again = sorted({n for n in names if n in taken or names.count(n) > 1})
-    if again:
-        raise OckhamError(f"parameter names must differ, also between groups; twice: {again[:6]}")
-    for name, p in zip(names, params, strict=True):
-        if hasattr(p, "device_mesh"):
-            raise OckhamError(
-                f"parameter {name!r} is a DTensor, sharded over processes (FSDP2): this optimizer needs whole tensors. "
-                "Train with DistributedDataParallel instead, or build the optimizer before fully_shard"
-            )
-        if p.dtype not in (torch.float32, torch.float64):
-            raise OckhamError(
-                f"parameter {name!r} is {p.dtype}: variational inference needs float32 or float64 parameters, since a "
-                "perturbation is lost in a shorter format. Keep float32 weights and use torch.autocast for speed; "
-                "freeze parameters of other types (requires_grad_(False)) and leave them out"
-            )
-
-
-def check_keep(name: str, mask: Tensor, by_name: Mapping[str, Tensor]) -> None:
-    """A boolean mask of a known parameter's shape.
-
-    Raises:
-        OckhamError: otherwise; says what was got.
-    """
-    if name not in by_name:
-        raise OckhamError(f"keep names {name!r}, which this optimizer does not hold")
-    if mask.dtype is not torch.bool or mask.shape != by_name[name].shape:
-        raise OckhamError(
-            f"keep[{name!r}] must be boolean (True = stays) of shape {tuple(by_name[name].shape)}; "
-            f"got {mask.dtype} of shape {tuple(mask.shape)}"
-        )
-
-
-_POSITIVE = ("n_data", "lr", "eps", "initial_std", "std_rate", "temperature", "prior_interval")
-
-
-def check_settings(owner: str, s: Mapping[str, Any], kind: type = Prior, example: str = "FixedPrior(1.0)") -> None:
-    """Numbers in their ranges, as far as the optimizer has them, and a prior of its kind.
-
-    Raises:
-        OckhamError: names the setting, what it was, and what it may be.
-    """
-    for name in _POSITIVE:
-        value = s.get(name, 1.0)
-        number = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
-        if not (number and 0 < value < math.inf):
-            raise OckhamError(f"{owner}: {name} must be a number, positive and finite; got {value!r}")
-    mean = s.get("prior_mean", 0.0)
-    if not (isinstance(mean, Real) and math.isfinite(mean)):
-        got = f"a tensor of shape {tuple(mean.shape)}" if isinstance(mean, Tensor) else repr(mean)
-        raise OckhamError(
-            f"{owner}: prior_mean must be one finite number for all weights of a group; got {got}. For a mean "
-            "per weight, train the difference from it"
-        )
-    if not s.get("kl_warmup", 0) >= 0:
-        raise OckhamError(f"{owner}: kl_warmup counts steps and cannot be negative; got {s['kl_warmup']}")
-    if not all(0 <= b < 1 for b in s.get("betas", ()) if b is not None):
-        raise OckhamError(f"{owner}: betas must lie in [0, 1); got {s['betas']}")
-    if "prior" in s and not isinstance(s["prior"], kind):
-        raise OckhamError(f"{owner}: prior must be a {kind.__name__} such as ockham.{example}; got {s['prior']!r}")
 
 
 class _Block(io.IOBase):
@@ -128,7 +51,7 @@ class _Block(io.IOBase):
             next(self._steps)
             del self  # an interrupt from here to the body drops the block, whatever holds this frame
         except BaseException:
-            self.close()
+            self.close()  # noqa: F821 - there is no bytecode between that and the end of the try
             raise
 
 
@@ -638,9 +561,10 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         return self._generators[device]
 
     def _keep_of(self, p: Tensor) -> Tensor:
-        if (keep := self.state.get(p, {}).get("keep")) is not None:
+        keep: Tensor | None = self.state.get(p, {}).get("keep")
+        if keep is not None:
             return keep.clone()
-        every = torch.ones(p.shape, dtype=torch.bool, device=p.device)
+        every: Tensor = torch.ones(p.shape, dtype=torch.bool, device=p.device)
         if p in self._held:
             every.view(-1)[self._held[p]] = False
         return every
@@ -656,6 +580,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         prior_mean = torch.tensor(group["prior_mean"], dtype=p.dtype, device=p.device)
         return Gaussian(mean, precision, self._prior_of(p, group), prior_mean, keep)
 
+    @torch.no_grad()
     def _remove_from(self, p: Tensor, keep: Tensor) -> int:
         group = self._group_of(p)
         state, old = self._ensure(p, group), self._index.get(p)
@@ -668,12 +593,10 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         state["keep"] = flat.view(p.shape) & self._keep_of(p)
         self._index[p] = alive_index(state["keep"])
         self._arenas.pop(id(group), None)
-        zero_removed_(
-            p,
-            state["keep"].reshape(-1).index_fill(0, self._held[p], True).view(p.shape)
-            if p in self._held
-            else state["keep"],
-        )
+        zero = ~state["keep"]
+        if p in self._held:
+            zero.view(-1)[self._held[p]] = False
+        p.masked_fill_(zero, 0.0)
         return int((~stays).sum())
 
     def _group_of(self, p: Tensor) -> dict[str, Any]:

@@ -149,7 +149,8 @@ def restored_prior(plain: dict[str, Any], current: Prior) -> Prior:
     Raises:
         OckhamError: its kind is neither.
     """
-    known, kinds = [Prior], {}
+    known: list[Any] = [Prior]
+    kinds: dict[str, Any] = {}
     for kind in known:
         known += kind.__subclasses__()
         if kind.__module__.startswith("ockham.") and not inspect.isabstract(kind):
@@ -160,7 +161,8 @@ def restored_prior(plain: dict[str, Any], current: Prior) -> Prior:
             f"the saved prior is a {plain['kind']!r}; known are {sorted(kinds)}: build the optimizer with the saved "
             "kind of prior first"
         )
-    return kinds[plain["kind"]](**{k: v for k, v in plain.items() if k != "kind"})
+    found: Prior = kinds[plain["kind"]](**{k: v for k, v in plain.items() if k != "kind"})
+    return found
 
 
 Units = Mapping[str, tuple[int, Tensor]]

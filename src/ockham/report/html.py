@@ -68,7 +68,7 @@ def render(result: Result, more: More = lambda result: Addition()) -> str:
 
 
 def write_report(folder: str | Path, more: More = lambda result: Addition()) -> Path:
-    """Write ``report.html`` into a result folder, atomically.
+    """Write ``report.html`` into a result folder, atomically, and renew its seal.
 
     Args:
         folder: result of any method.

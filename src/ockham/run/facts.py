@@ -7,6 +7,7 @@ import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,16 @@ from ockham.run.records import (
     StructureRecord,
 )
 from ockham.run.result import layer_rows, stored_values
-from ockham.run.schema import Analysis, DataSource, History, NetworkSource, Provenance, Settings, Structure
+from ockham.run.schema import (
+    Analysis,
+    DataSource,
+    History,
+    NetworkSource,
+    Provenance,
+    Settings,
+    Structure,
+    load_lines,
+)
 from ockham.run.shift import SEVERITIES
 from ockham.surgery.cost import cost, latencies
 from ockham.version import __version__
@@ -177,7 +187,6 @@ def history(result: Compressed) -> History:
             parameters=e.parameters or None,
             widths=dict(e.widths) or None,
             removed=e.removed if e.widths else None,
-            seconds=e.seconds or None,
         )
         for e in result.epochs
     )
@@ -241,6 +250,7 @@ def structure(before: nn.Module, result: Compressed, example: Any) -> Structure 
 def provenance(
     data: Dataset,
     settings: Mapping[str, Any],
+    folder: Path,
     *,
     command: str,
     builder: str,
@@ -253,6 +263,7 @@ def provenance(
     Args:
         data: examples of the run.
         settings: plain values by the name of the setting.
+        folder: place where the result will be found, as typed.
         command: line as typed.
         builder: label of the network.
         seed: seed of all randomness.
@@ -270,4 +281,5 @@ def provenance(
         network=NetworkSource(builder),
         dataset=DataSource(data.name, len(data.train_x), len(data.test_x), data.name),
         settings=from_plain(Settings, to_plain(settings)),
+        load=load_lines(folder, builder),
     )

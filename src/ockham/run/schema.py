@@ -34,6 +34,7 @@ from ockham.run.records import (
 )
 
 __all__ = [
+    "RESULT",
     "SCHEMA",
     "Analysis",
     "DataSource",
@@ -52,6 +53,9 @@ __all__ = [
 
 SCHEMA = 2
 """Version of the JSON files that are written; older ones are read, newer ones refused."""
+
+RESULT = "result.json"
+"""Name of the file that makes a folder a result: it says how it was made and which other parts there are."""
 
 _LONGEST_FILE = 64 * 2**20
 
@@ -324,7 +328,7 @@ def write_result(folder: str | Path, result: Result) -> None:
     if not made.load:
         made = replace(made, load=load_lines(folder, made.network.builder if made.network else None))
     values = {name: getattr(result, name) for name in _PARTS if getattr(result, name) is not None}
-    files = {path / f"{name}.json": value for name, value in values.items()} | {path / "result.json": made}
+    files = {path / f"{name}.json": value for name, value in values.items()} | {path / RESULT: made}
     plain = {}
     for file, value in files.items():
         try:
@@ -332,7 +336,7 @@ def write_result(folder: str | Path, result: Result) -> None:
             from_plain(type(value), plain[file])
         except ResultError as error:
             raise ResultError(f"{file}: cannot be written ({error})") from error
-    plain[path / "result.json"]["parts"] = list(values)
+    plain[path / RESULT]["parts"] = list(values)
     for name in _PARTS.keys() - values.keys():
         (path / f"{name}.json").unlink(missing_ok=True)
     for file, content in plain.items():  # result.json last: it says which parts there are
@@ -346,15 +350,15 @@ def read_result(folder: str | Path) -> Result:
         ResultError: a file is missing, damaged, foreign or newer; names the file, the field and the reason.
     """
     path = Path(folder)
-    head, version = _loaded(path / "result.json")
+    head, version = _loaded(path / RESULT)
     parts: Any = head.get("parts") if version > 1 else _parts_found(path)
     if not isinstance(parts, list) or "metrics" not in parts or any(name not in [*_PARTS] for name in parts):
-        raise ResultError(f"{path / 'result.json'}: damaged or foreign ({wrong('parts', 'names of parts', parts)})")
+        raise ResultError(f"{path / RESULT}: damaged or foreign ({wrong('parts', 'names of parts', parts)})")
     plain = {name: _loaded(path / f"{name}.json")[0] for name in parts}
     if version < 2:
         _upgrade(path, head, plain)
     values = {name: _parsed(path / f"{name}.json", _PARTS[name], content) for name, content in plain.items()}
-    return Result(provenance=_parsed(path / "result.json", Provenance, head), **values)
+    return Result(provenance=_parsed(path / RESULT, Provenance, head), **values)
 
 
 def _loaded(path: Path) -> tuple[dict[str, Any], int]:

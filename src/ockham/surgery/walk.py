@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ockham.surgery.labels import KINDS, VIEWS, Ledger, Note, Value, argument
+from ockham.surgery.labels import KINDS, VIEWS, Ledger, Note, Unread, Value, argument
 
 Result = Value | list[Value]
 UNKNOWN = "an op whose meaning for channels is not known"
@@ -122,7 +122,7 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 def _size(number: Any) -> int:
-    """Return a size; one that depends on the data gets a number of its own, which no other dimension is likely to have."""
+    """Return a size; one that depends on the data gets a number of its own, which no other dimension should have."""
     expression = getattr(getattr(number, "node", None), "expr", None)
     unknown = sorted(getattr(expression, "free_symbols", ()), key=str)
     if not unknown:
@@ -161,16 +161,19 @@ class Walker:
 
         `known` maps placeholders to values and is filled; an op without a rule freezes what it touches.
         """
+        live = _live(graph)
+        led = self.ledger
+        unread = Unread(led.edges, [], [], [], [], led.consumed, led.made, led.loose, led.touched, led.count)
         for node in graph.nodes:
             if node.op == "call_function":
-                known[node] = self._step(node, known)
+                known[node] = self._step(node, known, led if node in live else unread)
         ends = pytree.arg_tree_leaves(*next(n for n in graph.nodes if n.op == "output").args)
         return [known.get(n, Value(())) for n in ends if isinstance(n, fx.Node)]
 
-    def _step(self, node: fx.Node, known: dict[fx.Node, Result]) -> Result:
+    def _step(self, node: fx.Node, known: dict[fx.Node, Result], ledger: Ledger) -> Result:
         if node.target is operator.getitem:
             return _item(node, known)
-        call = Call(op_name(node.target), node, known, self.ledger, self.sites)
+        call = Call(op_name(node.target), node, known, ledger, self.sites)
         inner = _subgraph(node)
         if inner is not None:
             return self._inline(call, inner)
@@ -205,6 +208,19 @@ class Walker:
             return call.freeze_all("a region whose arguments are not known")
         known = {hole: call.known[n] for hole, n in zip(holes, tensors, strict=True) if n in call.known}
         return [v if isinstance(v, Value) else v[0] for v in self.walk(inner, known)]
+
+
+def _live(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes on which an output depends, or an op that changes a tensor in place."""
+    changes = (n for n in graph.nodes if n.op == "call_function" and op_name(n.target).endswith("_"))
+    waiting = [next(n for n in graph.nodes if n.op == "output"), *changes]
+    found: set[fx.Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting.extend(node.all_input_nodes)
+    return found
 
 
 def _item(node: fx.Node, known: Mapping[fx.Node, Result]) -> Result:

@@ -20,7 +20,7 @@ DEFAULT_DAMPING = Damping(0.05, 0.3)
 _INPUTS = (0.01, 0.03, 0.1, 0.3)
 _OUTPUTS = (0.1, 0.3, 0.6, 1.0)
 _PER_LOOK = 3
-_QUICK = (4, 8)
+_QUICK = (2, 4)
 
 
 @dataclass(frozen=True, slots=True)

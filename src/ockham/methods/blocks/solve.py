@@ -18,6 +18,7 @@ ALPS, arXiv 2406.07831 (conjugate gradients on a support).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,8 +30,8 @@ __all__ = ["Damping", "NofM", "Quadratic", "damped", "loss_increase", "quadratic
 
 _TINY = 1e-30
 _TOLERANCE = 1e-4
-_ROUNDS, _STEPS, _LAST_STEPS = 4, 6, 15
-_LEAST = 1e-6  # of a Rayleigh quotient in the preconditioner's norm: below it rounding decides
+_ROUNDS, _STEPS, _LAST_STEPS = 4, 3, 8
+_TOP = 16  # directions of the inputs that the preconditioner treats exactly
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,11 +90,6 @@ class Quadratic:
         """G' X A'."""
         x = x @ self.inputs
         return x if self.outputs is None else self.outputs @ x
-
-    def diagonal(self) -> Tensor:
-        """What a weight feels with all others held, up to broadcasting ``[groups, outputs, inputs]``."""
-        a = self.inputs.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
-        return a if self.outputs is None else a * self.outputs.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
 
     def conditional(self) -> Tensor:
         """What a weight costs per square once its row and column have moved, 1 / ([A'^-1]_jj [G'^-1]_rr)."""
@@ -165,12 +161,12 @@ def sparse_matrix(
     stays = torch.ones_like(target, dtype=torch.bool)
     pattern = keep if isinstance(keep, NofM) else None
     share = keep.n / keep.m if isinstance(keep, NofM) else keep
-    moved = target.clone()
+    moved, top = target.clone(), _top(curvature.inputs)
     for i in range(1, rounds + 1):
         value = (moved.square() * worth)[..., :free].masked_fill(~stays[..., :free], -1.0)
         gone = round(value.numel() * (1 - share ** (i / rounds)))
         stays[..., :free] = _staying(value, gone, pattern)
-        moved = _on_support(target, curvature, stays, moved, steps[i == rounds])
+        moved = _on_support(target, curvature, stays, moved, steps[i == rounds], top=top)
     return moved
 
 
@@ -188,28 +184,73 @@ def _staying(value: Tensor, gone: int, pattern: NofM | None) -> Tensor:
     return stays.view(value.shape)
 
 
-def _on_support(target: Tensor, curvature: Quadratic, stays: Tensor, start: Tensor, steps: int) -> Tensor:
-    """Argmin over matrices zero outside the support of tr G' (X - T) A' (X - T)', by preconditioned CG."""
+def _on_support(
+    target: Tensor, curvature: Quadratic, stays: Tensor, start: Tensor, steps: int, *, top: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Minimum over matrices that are zero outside the support of tr G' (X - T) A' (X - T)', by preconditioned CG."""
     keep = stays.to(target.dtype)
-    x, weight = start * keep, 1 / curvature.diagonal()
-    alone = (-2, -1) if curvature.outputs is not None else (-1,)  # rows that are independent have lengths of their own
+    precondition = _preconditioner(curvature, keep, *top)
+    # rows that are independent have step lengths of their own
+    alone = (-2, -1) if curvature.outputs is not None else (-1,)
+    x = start * keep
     residual = keep * curvature.apply(target - x)
-    z = residual * weight
+    z = precondition(residual)
     direction, product = z, (residual * z).sum(alone, keepdim=True)
     enough = product * _TOLERANCE**2
     for _ in range(steps):
         image = keep * curvature.apply(direction)
         bend = (direction * image).sum(alone, keepdim=True)
-        floor = _LEAST * (direction.square() / weight).sum(alone, keepdim=True)
-        length = torch.where(bend > floor, product / bend.clamp_min(_TINY), 0.0)
+        length = torch.where(bend > 0, product / bend.clamp_min(_TINY), 0.0)
         x = x + length * direction
         residual = residual - length * image
-        z = residual * weight
+        z = precondition(residual)
         before, product = product, (residual * z).sum(alone, keepdim=True)
         if bool((product <= enough).all()):
             break
         direction = z + product / before.clamp_min(_TINY) * direction
     return x * keep
+
+
+def _preconditioner(curvature: Quadratic, keep: Tensor, vectors: Tensor, values: Tensor) -> Callable[[Tensor], Tensor]:
+    r"""Inverse of diag(G') (x) (D + V L V') on each row's own support, by Woodbury's formula.
+
+    Activations have a few directions hundreds of times the mean, which a diagonal does not see; with them taken care
+    of a third of the steps reach the same minimum.
+
+    Args:
+        curvature: of the matrix.
+        keep: 1 where a weight stays, 0 elsewhere.
+        vectors: V, ``[groups, inputs, k]``, of `_top`.
+        values: L, ``[groups, k]``.
+    """
+    k = values.shape[-1]
+    diagonal = curvature.inputs.diagonal(dim1=-2, dim2=-1)
+    rest = diagonal - (vectors.square() * values.unsqueeze(-2)).sum(-1)
+    rest = torch.maximum(rest, 1e-3 * diagonal.mean(-1, keepdim=True)).unsqueeze(-2)  # D, [groups, 1, inputs]
+    pairs = (vectors.unsqueeze(-1) * vectors.unsqueeze(-2) / rest.mT.unsqueeze(-1)).flatten(-2)
+    core = (keep @ pairs).unflatten(-1, (k, k)) + torch.diag_embed(1 / values).unsqueeze(-3)
+    root = torch.linalg.cholesky(core)
+    scale = keep / rest
+    rows = 1.0 if curvature.outputs is None else curvature.outputs.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+
+    def apply(r: Tensor) -> Tensor:
+        z = r * scale
+        inner = torch.cholesky_solve((z @ vectors).unsqueeze(-1), root).squeeze(-1)
+        return (z - scale * (inner @ vectors.mT)) / rows
+
+    return apply
+
+
+def _top(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """About the largest eigenpairs of ``[groups, n, n]``, by subspace iteration; exact ones are not needed."""
+    n = factor.shape[-1]
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(n, min(n, _TOP + 8), generator=generator, dtype=torch.float64).to(factor)
+    basis = torch.linalg.qr(factor @ start)[0]
+    for _ in range(2):
+        basis = torch.linalg.qr(factor @ basis)[0]
+    values, vectors = torch.linalg.eigh(basis.mT @ factor @ basis)
+    return basis @ vectors[..., -_TOP:], values[..., -_TOP:].clamp_min(_TINY)
 
 
 def _inverse_diagonal(factor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import math
 import resource
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,9 @@ def prune_folder(
     judges = max(1, min(_JUDGING, len(every) // 5))
     path = Path(out)
     path.mkdir(parents=True, exist_ok=True)
-    settings = settings or PruneSettings(folder=path / "work")
+    settings = settings or PruneSettings()
+    if settings.folder is None:
+        settings = replace(settings, folder=path / "work")
     found = prune(model, every[judges:], **dict(target or {}), progress=progress, settings=settings)
     found.model.to(stored)  # the numbers are those of the weights that are written
     metrics = _metrics(model, found, every[:judges]) | {

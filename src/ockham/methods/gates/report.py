@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from ockham.report import page
 from ockham.report.canvas import AFTER, BEFORE, GONE, INK, PALETTE, drawing, integers, percents, thousands, ylabel
-from ockham.report.html import Addition
+from ockham.report.html import Addition, write_report
 from ockham.report.page import count, percent
 from ockham.run.records import GateCurve, GateLayer, GateWidths
 from ockham.run.schema import GateFacts, Result, Settings
@@ -22,6 +23,7 @@ __all__ = [
     "gate_widths",
     "gates_figure",
     "widths_figure",
+    "write_any_report",
 ]
 
 _START_LOG_STD = -5.0  # where `GateNoise` starts the ln standard deviation of ln theta; its mean starts at 0
@@ -37,6 +39,11 @@ def gate_sections(result: Result) -> Addition:
     gates = result.gates
     sections = (gate_widths(gates), gate_layers(gates), gate_curves(gates))
     return Addition(tuple(s for s in sections if s), tuple(gate_warnings(result, gates)))
+
+
+def write_any_report(folder: Path) -> Path:
+    """Write ``report.html`` of a result folder of any method; returns the file."""
+    return write_report(folder, gate_sections)
 
 
 def gates_figure(key: str, layer: GateLayer) -> str:

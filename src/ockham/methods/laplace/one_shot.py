@@ -9,24 +9,25 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ockham.choose.correlated import narrowed, removed_in_rounds
 from ockham.choose.score import diagnose
 from ockham.core.batch import ReadBatch, ReadOutput
-from ockham.core.likelihood import Likelihood, Regression, aligned
+from ockham.core.likelihood import Likelihood, Regression
 from ockham.core.modes import evaluating
 from ockham.core.names import Ignore, ignored
-from ockham.core.objective import Objective, objective_of
+from ockham.core.objective import Objective, fit_noise, objective_of
 from ockham.core.posterior import Posterior
-from ockham.core.scaling import TargetStatistics
-from ockham.errors import DataError, OckhamError, OckhamWarning
+from ockham.errors import OckhamError, OckhamWarning
 from ockham.methods.laplace.curvature import Score
 from ockham.methods.laplace.posterior import (
     Curvature,
     FittedPrior,
     diagonal_curvature,
     evidence_prior_precision,
+    joined,
     kronecker_curvature,
     laplace_posterior,
     mean_square_prior_precision,
@@ -36,7 +37,6 @@ from ockham.surgery.groups import Groups, Plan, check_model
 __all__ = [
     "compensate",
     "compensated",
-    "fit_noise",
     "laplace",
     "laplace_of",
     "reduce",
@@ -64,6 +64,7 @@ def laplace(
     seed: int = 0,
     batch: ReadBatch | None = None,
     output: ReadOutput | None = None,
+    sharded: bool = False,
 ) -> Posterior:
     r"""A Gaussian posterior of a trained network, from one pass over data.
 
@@ -92,6 +93,9 @@ def laplace(
         seed: seed of the drawn targets; global random state is not touched.
         batch: function from what the loader yields to an `ockham.Batch`, for loaders that yield something else.
         output: function that takes the logits or numbers out of what the network returns; ``.logits`` are found.
+        sharded: whether every process of the default group reads its own part of the data (a `DistributedSampler`);
+            sums are then added up over them, and all get the posterior of the joined data. Drawn targets differ with
+            the number of processes where they matter (classes), the empirical Fisher does not.
 
     Returns:
         `Posterior`; with "kronecker" its `marginal_precision` and `matrices` carry the correlations, of a regression
@@ -110,11 +114,19 @@ def laplace(
     objective = objective_of(model, likelihood, batch=batch, output=output)
     if isinstance(objective.likelihood, Regression):
         if noise_variance is None:
-            fit_noise(model, loader, objective)
+            fit_noise(model, loader, objective, sharded=sharded)
         else:
             objective.likelihood.set_noise(torch.as_tensor(noise_variance, dtype=torch.float64).reshape(-1))
     return laplace_of(
-        model, loader, objective, structure=structure, n_data=n_data, prior=prior, fisher=fisher, seed=seed
+        model,
+        loader,
+        objective,
+        structure=structure,
+        n_data=n_data,
+        prior=prior,
+        fisher=fisher,
+        seed=seed,
+        sharded=sharded,
     )
 
 
@@ -128,41 +140,22 @@ def laplace_of(
     prior: str | float | None = None,
     fisher: str = "monte-carlo",
     seed: int = 0,
+    sharded: bool = False,
 ) -> Posterior:
     """The same as `laplace`, under an objective whose likelihood is ready: its noise is taken as it stands."""
     fit = _prior(prior, _named("structure", structure, _DEFAULT_PRIOR))
     score = Score(objective, _named("fisher", fisher, {"monte-carlo": False, "empirical": True}))
     with evaluating(model) as device:
-        generator = torch.Generator(device).manual_seed(seed)
+        rank = dist.get_rank() if sharded and dist.is_initialized() else 0
+        generator = torch.Generator(device).manual_seed(seed + rank)
         curvature = _STRUCTURES[structure](model, objective.checked(loader, model), score, generator)
+    curvature = joined(curvature) if sharded else curvature
     terms = float(curvature.terms if n_data is None else n_data)
     if not terms > 0:
         raise OckhamError(f"n_data counts log-likelihood terms and must be positive; got {n_data}")
     source = f"Laplace ({structure}, {fisher})"
     found = laplace_posterior(model, curvature, n_data=terms, prior=fit, source=source)
     return replace(found, likelihood=objective.likelihood.kind, noise_variance=objective.likelihood.noise_variance)
-
-
-@torch.no_grad()
-def fit_noise(model: nn.Module, loader: Iterable[Any], objective: Objective) -> None:
-    """Set the noise of a regression likelihood to the mean squared residual of every output, in one pass.
-
-    Raises:
-        DataError: the loader is empty.
-        OckhamError: a residual is zero.
-    """
-    likelihood = objective.likelihood
-    assert isinstance(likelihood, Regression)
-    statistics = TargetStatistics(likelihood.axis)
-    with evaluating(model):
-        for one in objective.checked(loader, model):
-            found = aligned(objective.answer(model, one), one.target, "regression").double()
-            weights = likelihood.term_weights(one.target, one.weight)
-            residual = likelihood.standard(one.target) - found.to(likelihood.location.dtype)
-            statistics.add(residual * likelihood.scale, torch.ones_like(residual[:1]) if weights is None else weights)
-    if not statistics.filled:
-        raise DataError("the loader is empty: it yields no targets; a Laplace posterior needs a pass over the data")
-    likelihood.set_noise(statistics.shaped(statistics.mean_square()))
 
 
 def reduce(

@@ -19,10 +19,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ockham.core.batch import Batch
+from ockham.core.fixed import fixed_entries
 from ockham.core.posterior import Gaussian, Posterior, WeightMatrix
 from ockham.errors import DataError, OckhamError, OckhamWarning
 from ockham.evidence.kronecker import conditional_precision, factorised, marginal_variance
@@ -34,6 +36,7 @@ __all__ = [
     "FittedPrior",
     "diagonal_curvature",
     "evidence_prior_precision",
+    "joined",
     "kronecker_curvature",
     "laplace_evidence",
     "laplace_posterior",
@@ -147,7 +150,7 @@ def kronecker_curvature(
     The arguments and errors are those of `diagonal_curvature`.
     """
     names = _names(model)
-    matrices = matrices_of(model, frozenset(names))
+    matrices = matrices_of(model, frozenset(names) - fixed_entries(model).keys())
     covered = {name for s in matrices.values() for name in (s.weight, s.bias)}
     return _pass(model, batches, score, generator, matrices=matrices, rest=[n for n in names if n not in covered])
 
@@ -168,14 +171,17 @@ def laplace_posterior(
     factor = n_data / curvature.terms
     moments: dict[str, Gaussian] = {}
     blocks = []
-    untouched = _untouched(curvature)
+    untouched, fixed = _untouched(curvature), fixed_entries(model)
     for sums in (s for s in curvature.matrices.values() if s.weight not in untouched):
         block = _block(sums, weights, factor, prior)
         blocks.append(block)
         moments |= _correlated(block, weights)
+    fixed = fixed_entries(model)
     for name, diagonal in ((n, d) for n, d in curvature.diagonal.items() if n not in untouched):
-        h = factor * diagonal
-        moments[name] = _independent(weights[name], h, prior(h, weights[name]))
+        h, free = factor * diagonal, ~fixed[name] if name in fixed else slice(None)
+        moments[name] = _independent(weights[name], h, prior(h[free], weights[name][free]))
+    for name in fixed.keys() & moments.keys():
+        moments[name] = _without(moments[name], fixed[name])
     ordered = {name: moments[name] for name in weights if name in moments}
     return Posterior(ordered, float(n_data), 1.0, source, tuple(blocks))
 
@@ -229,6 +235,32 @@ def _pass(
     return Curvature(diagonal, matrices, terms)
 
 
+def joined(curvature: Curvature) -> Curvature:
+    """The sums of all processes, where each has read its own part of the data; in place.
+
+    Of the symmetric factors only the upper triangles travel.
+
+    Raises:
+        OckhamError: there is no process group.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise OckhamError("sharded=True adds up the parts of several processes: call init_process_group first")
+    some = [*curvature.diagonal.values(), *(s.inputs for s in curvature.matrices.values())][0]
+    counts = [curvature.terms, *(s.rows for s in curvature.matrices.values())]
+    summed = torch.tensor(counts, dtype=torch.float64, device=some.device)
+    for tensor in (summed, *curvature.diagonal.values()):
+        dist.all_reduce(tensor)
+    for sums, rows in zip(curvature.matrices.values(), summed[1:].tolist(), strict=True):
+        for factor in (sums.inputs, sums.outputs):
+            upper = torch.ones_like(factor[0], dtype=torch.bool).triu()
+            packed = factor[:, upper].contiguous()
+            dist.all_reduce(packed)
+            factor[:, upper] = packed
+            factor.copy_(factor.triu() + factor.triu(1).mT)
+        sums.rows = rows
+    return replace(curvature, terms=float(summed[0]))
+
+
 def _names(model: nn.Module) -> list[str]:
     names = [n for n, p in model.named_parameters() if p.requires_grad and p.is_floating_point()]
     if not names:
@@ -257,6 +289,12 @@ def _correlated(block: WeightMatrix, weights: Mapping[str, Tensor]) -> dict[str,
 
 def _independent(weight: Tensor, curvature: Tensor, prior_precision: float) -> Gaussian:
     return _gaussian(weight, (curvature + prior_precision).to(weight.dtype), prior_precision, None)
+
+
+def _without(g: Gaussian, fixed: Tensor) -> Gaussian:
+    """Weights that the network holds fixed are known: no spread, and nothing to remove."""
+    marginal = None if g.marginal_precision is None else g.marginal_precision.masked_fill(fixed, torch.inf)
+    return replace(g, precision=g.precision.masked_fill(fixed, torch.inf), keep=~fixed, marginal_precision=marginal)
 
 
 def _gaussian(weight: Tensor, precision: Tensor, prior_precision: float, marginal: Tensor | None) -> Gaussian:

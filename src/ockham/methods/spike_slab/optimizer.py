@@ -407,7 +407,8 @@ class SpikeSlab(VariationalOptimizer):
         prior, zero = (torch.tensor(x, dtype=p.dtype, device=p.device) for x in (state["prior_precision"], 0.0))
         nothing = torch.zeros_like(p.detach())
         moments = spread(mean, p.detach()), spread(1 / variance, nothing + torch.inf)
-        return Gaussian(*moments, prior, zero, keep, inclusion=spread(pi, nothing))
+        fixed = (p.detach() != 0).to(p.dtype)
+        return Gaussian(*moments, prior, zero, keep, inclusion=spread(pi, fixed))
 
     # ------------------------------------------------------------------ noise in the pre-activations
     def _block_began(self, new: bool) -> None:
@@ -482,5 +483,6 @@ def spike_slab(model: nn.Module, training: Training, *, n_data: float, steps: in
         prior_interval=max(1, min(100, steps // training.epochs)),
         seed=training.seed,
     )
+    optimizer.hold(model)
     optimizer.propagate(model)
     return optimizer
