@@ -465,6 +465,9 @@ def _read(text: str) -> Plan:
             )
         if int(data["schema"]) > SCHEMA:
             raise PlanError(f"the plan has schema {data['schema']}, this version reads up to {SCHEMA}: upgrade Ockham")
+        strange = data.keys() - {f.name for f in fields(Plan)} - {"schema", "kind", "fingerprint"}
+        if strange:  # perhaps a name that was "sha256"
+            raise PlanError(f"the plan is damaged or was changed: unknown field {min(strange)!r}")
         plan = Plan(
             removed={k: tuple(v) for k, v in data["removed"].items()},
             widths={k: int(v) for k, v in data["widths"].items()},
