@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ockham.choose.budgets import Subject, budget_from
+from ockham.core.batch import Batch
 from ockham.core.files import read_json, write_json
 from ockham.core.likelihood import Likelihood
 from ockham.core.modes import device_of
@@ -339,8 +340,8 @@ class Job:
     def _refreshed(self, model: nn.Module) -> nn.Module:
         """Statistics of BatchNorm under the weights that are left."""
         cases, _ = self._data(model)
-        loader: Any = [(dict(c.kwargs) or c.args, None) for c in cases]
-        refresh_batchnorm(model, loader, batches=len(loader))
+        loader: Any = [Batch(tuple(c.args), dict(c.kwargs)) for c in cases]
+        refresh_batchnorm(model, loader, batches=len(loader), batch=lambda case: case)
         return model
 
     def _spared(self, model: nn.Module, key: str) -> bool:
