@@ -335,7 +335,7 @@ def _stranger(posterior: Posterior, network: Mapping[str, Any]) -> str:
 
 
 def domain_error(posterior: Posterior) -> str:
-    """What in a posterior is no moment of a Gaussian by now, as tensors can be changed in place; empty if nothing is."""
+    """What in a posterior is no moment of a Gaussian (tensors can be changed in place); empty if nothing is."""
     for name, g in posterior.items():
         kept = {"mean": g.mean[g.keep], "prior_mean": g.prior_mean}
         positive = {"precision": g.precision[g.keep], "prior_precision": g.prior_precision}
