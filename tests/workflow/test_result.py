@@ -10,7 +10,7 @@ from torch import nn
 
 import ockham
 from ockham.core.posterior import Gaussian, Posterior
-from ockham.errors import OckhamError, ResultError
+from ockham.errors import OckhamError, OckhamWarning, ResultError
 from ockham.run.result import save_network, stored_values
 from ockham.zoo.networks import NETWORKS
 
@@ -91,3 +91,51 @@ def test_a_network_file_is_no_posterior(tmp_path: Path) -> None:
 def test_a_missing_result_is_named(tmp_path: Path) -> None:
     with pytest.raises(ResultError, match="no such file"):
         ockham.load(tmp_path)
+
+
+def test_a_result_of_an_earlier_version_must_hold_together(tmp_path: Path) -> None:
+    def posterior(net: nn.Module) -> Posterior:
+        moments = {}
+        for name, p in net.named_parameters():
+            keep = p.detach() != 0
+            precision = torch.where(keep, 1.0, torch.inf)
+            moments[name] = Gaussian(p.detach().clone(), precision, torch.tensor(1.0), torch.tensor(0.0), keep)
+        return Posterior(moments, 10.0)
+
+    def pruned(seed: int, width: int = 3) -> nn.Linear:
+        torch.manual_seed(seed)
+        net = nn.Linear(width, 8)
+        with torch.no_grad():
+            net.weight[torch.rand(8, width) < 0.5] = 0
+        return net
+
+    save_network(pruned(0), tmp_path / "network.safetensors", builder="user")
+    posterior(pruned(0)).save(tmp_path / "posterior.safetensors")
+    with pytest.warns(OckhamWarning, match="earlier versions"):
+        assert torch.equal(ockham.load_posterior(tmp_path)["weight"].mean, pruned(0).weight)
+    for other, why in ((pruned(1), "where the posterior removed"), (pruned(0, 4), r"\(8, 3\) there and \(8, 4\) here")):
+        posterior(other).save(tmp_path / "posterior.safetensors")
+        with pytest.warns(OckhamWarning), pytest.raises(ResultError, match=f"network beside it.*{why}"):
+            ockham.load_posterior(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"mean": torch.tensor([torch.nan, 1.0])}, "mean must be finite"),
+        ({"precision": torch.tensor([-1.0, 1.0])}, "precision must be positive"),
+        ({"precision": torch.tensor([torch.inf, 1.0])}, "precision must be positive and finite; got inf"),
+        ({"prior_precision": torch.tensor(0.0)}, "prior_precision must be positive"),
+        ({"inclusion": torch.tensor([0.5, 1.5])}, "inclusion must be a probability"),
+        ({"n_data": 0.0}, "n_data must be a number, positive"),
+        ({"temperature": float("nan")}, "temperature must be a number, positive"),
+    ],
+)
+def test_numbers_that_are_no_posterior_are_not_saved(tmp_path: Path, change: dict, why: str) -> None:
+    fields = {"mean": torch.ones(2), "precision": torch.ones(2), "prior_precision": torch.tensor(1.0)}
+    more = {"prior_mean": torch.tensor(0.0), "keep": torch.tensor([True, True]), "inclusion": None}
+    whole = {"n_data": 10.0, "temperature": 1.0}
+    with pytest.raises(OckhamError, match=why):
+        gaussian = Gaussian(**{**fields, **more, **{k: v for k, v in change.items() if k not in whole}})
+        made = Posterior({"w": gaussian}, **{**whole, **{k: v for k, v in change.items() if k in whole}})
+        made.save(tmp_path / "p.safetensors")

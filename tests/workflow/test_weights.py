@@ -65,7 +65,11 @@ def test_a_folder_of_hugging_face_whole_or_in_shards(tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {n: f"{i % 2}.safetensors" for i, n in enumerate(state)}}))
     assert same(read_weights(tmp_path), net())
-    for wrong, why in (("../0.safetensors", "damaged"), ("3.safetensors", "not there"), ("1.safetensors", "no shard")):
+    for wrong, why in (
+        ("../0.safetensors", "damaged"),
+        ("3.safetensors", "not there"),
+        ("1.safetensors", "which lacks it"),
+    ):
         index.write_text(json.dumps({"weight_map": dict.fromkeys(state, "0.safetensors") | {"0.bias": wrong}}))
         if wrong == "1.safetensors":
             save_file({"else": torch.ones(1)}, tmp_path / wrong)

@@ -24,6 +24,7 @@ from ockham.core.seal import sealed
 from ockham.errors import OckhamError, OckhamWarning
 from ockham.methods.gates.report import gate_sections
 from ockham.report.html import write_report
+from ockham.run.folder import resume_hint, terminated
 from ockham.run.schema import read_result
 from ockham.version import __version__
 
@@ -129,11 +130,15 @@ def _run(options: Common) -> None:
     job = build_job(options, "ockham " + shlex.join(sys.argv[1:]))
     for note in job.notes:
         err_console.print(f"note: {note}", style="dim", markup=False, highlight=False)
-    with Bars(err_console, quiet=options.quiet) as bars, tensorboard(options.log_dir) as log:
-        job.on_step = bars.step
-        for info in job.run():
-            bars.epoch(info)
-            log(info)
+    try:
+        with terminated(), Bars(err_console, quiet=options.quiet) as bars, tensorboard(options.log_dir) as log:
+            job.on_step = bars.step
+            for info in job.run():
+                bars.epoch(info)
+                log(info)
+    except KeyboardInterrupt:
+        err_console.print(f"ockham: {resume_hint(job.out)}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
     show.metrics(out_console, job.out)
     typer.echo(f"Report: {job.out / 'report.html'}")
 

@@ -15,8 +15,9 @@ import stat
 import tomllib
 from collections.abc import Mapping
 from contextlib import suppress
+from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,7 +108,19 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in shown)
 
 
-def open_regular(path: Path, *, error: type[OckhamError] = ResultError) -> BinaryIO:
+class WeighedReader(BufferedReader):
+    """A file that asks for no more memory than it weighs, whatever length a header, and so a library, reads from it."""
+
+    def __init__(self, raw: FileIO) -> None:
+        super().__init__(raw)
+        self.weight = os.fstat(raw.fileno()).st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """So many bytes, or all."""
+        return super().read(size if size is None or size < 0 else min(size, self.weight))
+
+
+def open_regular(path: Path, *, error: type[OckhamError] = ResultError) -> WeighedReader:
     """Open a regular file for reading; a pipe, a device or a folder is refused at once instead of waited for.
 
     Args:
@@ -126,7 +139,7 @@ def open_regular(path: Path, *, error: type[OckhamError] = ResultError) -> Binar
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise error(f"{printable(path)}: is no regular file (a pipe, a device or a folder), and is not read")
-    return open(handle, "rb")
+    return WeighedReader(FileIO(handle))
 
 
 def inside(folder: Path, name: str, *, error: type[OckhamError] = ResultError) -> Path:
@@ -195,7 +208,7 @@ def read_text(path: Path) -> str:
         ResultError: missing, no regular file, too long, or not UTF-8.
     """
     with open_regular(path) as file:
-        content = file.read(min(TEXT_LIMIT, os.fstat(file.fileno()).st_size) + 1)  # asks for no more than there is
+        content = file.read(TEXT_LIMIT + 1)
     if len(content) > TEXT_LIMIT:
         raise ResultError(f"{printable(path)}: longer than {TEXT_LIMIT >> 20} MiB, which no text of Ockham is")
     try:
@@ -270,7 +283,10 @@ def read_tree(path: Path, *, kind: str, verify: bool = True) -> dict[str, Any]:
     try:
         about = json.loads(metadata)
         schema, found, skeleton = int(about["schema"]), about["kind"], about["tree"]
-    except (KeyError, TypeError, ValueError, RecursionError, OverflowError) as error:
+        strange = about.keys() - {"schema", "kind", "tree", "sha256"}
+        if strange and schema <= SCHEMA:  # perhaps a name that was "sha256"
+            raise ValueError(f"unknown field {min(strange)!r}")
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
         raise ResultError(f"{printable(path)}: its Ockham header is damaged ({printable(error)})") from error
     if schema > SCHEMA:
         raise ResultError(
@@ -388,10 +404,11 @@ def pack(tensor: Tensor, keep: Tensor | None = None) -> dict[str, Any]:
     keep = (dense != 0) | torch.signbit(dense) if keep is None and dense.is_floating_point() else keep
     if keep is None:
         return {"dense": dense}
-    values = dense[keep.cpu()]
-    if values.numel() * dense.element_size() + -(-dense.numel() // 8) >= dense.numel() * dense.element_size():
+    keep = keep.cpu()
+    kept, whole = int(torch.count_nonzero(keep)) * dense.element_size(), dense.numel() * dense.element_size()
+    if kept + -(-dense.numel() // 8) >= whole:
         return {"dense": dense}
-    return {"shape": list(dense.shape), "bits": pack_mask(keep), "values": values}
+    return {"shape": list(dense.shape), "bits": pack_mask(keep), "values": dense[keep]}
 
 
 def unpack(node: Mapping[str, Any]) -> Tensor:

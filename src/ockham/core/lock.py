@@ -91,7 +91,7 @@ def holder_of(folder: Path) -> Holder | None:
     try:
         found = json.loads(content)
         return Holder(int(found["pid"]), *(str(found[k]) for k in ("started", "host", "since", "key")))
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         fresh = time.time() - written < _SETTLED  # perhaps between creation and content
         return Holder(0, "", "?" if fresh else socket.gethostname(), "?", "")
 

@@ -343,11 +343,7 @@ def _stranger(posterior: Posterior, network: Mapping[str, Any]) -> str:
 
 
 def domain_error(posterior: Posterior) -> str:
-    """What in a posterior is no moment of a Gaussian: not finite, not positive, out of range; empty if nothing is."""
-    for name in ("n_data", "temperature"):
-        value = getattr(posterior, name)
-        if not 0 < value < math.inf:
-            return f"{name} must be positive and finite; got {value}"
+    """What in a posterior is no moment of a Gaussian (tensors can be changed in place); empty if nothing is."""
     for name, g in posterior.items():
         kept = {"mean": g.mean[g.keep], "prior_mean": g.prior_mean}
         positive = {"precision": g.precision[g.keep], "prior_precision": g.prior_precision}

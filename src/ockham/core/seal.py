@@ -96,9 +96,9 @@ def file_facts(path: Path) -> FileFacts:
         ResultError: missing, or no regular file.
     """
     with open_regular(path) as file:
-        size, found = os.fstat(file.fileno()).st_size, hashlib.sha256()
-        while piece := file.read(2**20):
-            found.update(piece)
+        size, found, buffer = os.fstat(file.fileno()).st_size, hashlib.sha256(), bytearray(2**18)
+        while count := file.readinto(buffer):
+            found.update(memoryview(buffer)[:count])
         return FileFacts(size, found.hexdigest())
 
 

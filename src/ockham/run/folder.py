@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import signal
+import threading
 import warnings
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +30,7 @@ from ockham.core.seal import (
 )
 from ockham.errors import OckhamError, OckhamWarning, ResultError
 
-__all__ = ["ResultFolder", "amend"]
+__all__ = ["ResultFolder", "amend", "resume_hint", "terminated"]
 
 
 class ResultFolder:
@@ -115,6 +117,8 @@ class ResultFolder:
         if self._saved is not None and (seal is None or self._saved["run"] != seal.run):
             self.run = str(self._saved["run"])
             return
+        if self._saved is not None:  # the run that left them had done all but this
+            self._drop_checkpoints()
         self._saved = None
         there = seal is not None or RESULT_FILES[0] in known or (self.out / MANIFEST).exists()
         if not there or self.overwrite:
@@ -165,6 +169,10 @@ class ResultFolder:
         self._saved = {"run": self.run}
         write_tree(newest, {**tree, "run": self.run}, kind="checkpoint", durable=durable)
 
+    def _drop_checkpoints(self) -> None:
+        for name in CHECKPOINTS:
+            (self.out / name).unlink(missing_ok=True)
+
     def _newest(self) -> dict[str, Any] | None:
         """The newest checkpoint that is whole; a damaged one is said and passed over."""
         problems = []
@@ -200,8 +208,7 @@ class ResultFolder:
         if not names or self.finished is not None:
             raise OckhamError(f"{printable(self.out)}: there is nothing to commit")
         seal = self._put(names, {}, job, tuple(n for n in self._old if n not in names))
-        for name in CHECKPOINTS:
-            (self.out / name).unlink(missing_ok=True)
+        self._drop_checkpoints()
         return seal
 
     def _put(self, names: Iterable[str], others: Mapping[str, FileFacts], job: str, replaces: tuple[str, ...]) -> Seal:
@@ -223,6 +230,29 @@ class ResultFolder:
             ) from error
         settle(self.out)
         return seal
+
+
+@contextmanager
+def terminated() -> Iterator[None]:
+    """Within, SIGTERM stops as Ctrl-C does (KeyboardInterrupt), so that locks and half-written files are cleared.
+
+    A handler that someone else has set stays, and so does everything outside of the main thread.
+    """
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def resume_hint(out: str | Path) -> str:
+    """What to say to someone who stopped a run, after its folder was left."""
+    if any((Path(out) / name).exists() for name in CHECKPOINTS):
+        return f"stopped; the last whole epoch is kept in {printable(out)}. Run the same command with --resume to go on"
+    return f"stopped before an epoch was whole; nothing of this run is left in {printable(out)}"
 
 
 def amend(path: Path, content: bytes) -> None:

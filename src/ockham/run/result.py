@@ -179,8 +179,7 @@ def finite_error(state: Mapping[str, Tensor], parameters: Collection[str]) -> st
     wrong = []
     for name, tensor in state.items():
         if tensor.is_floating_point() or tensor.is_complex():
-            total = tensor.sum(dtype=None if tensor.is_complex() else torch.float64)
-            if not bool(total.isfinite()):  # one pass without a second tensor; the exact look only where it is needed
+            if not bool(tensor.sum().isfinite()):  # one pass without a second tensor; exactly only where it is needed
                 bad = ~tensor.isfinite() if name in parameters else tensor.isnan()
                 if bool(bad.any()):
                     wrong.append(f"{printable(name)} ({int(bad.sum())} of {tensor.numel()})")

@@ -137,7 +137,7 @@ def _huggingface_weights(folder: Path, max_bytes: float | None) -> dict[str, Ten
         state |= _safetensors_weights(inside(folder, shard))
     lack = [name for name in shards if name not in state]
     if lack:
-        raise ResultError(f"{printable(index)}: names {printable(lack[0])}, which is in no shard")
+        raise ResultError(f"{printable(index)}: names {printable(lack[0])} in {shards[lack[0]]}, which lacks it")
     return state
 
 

@@ -7,7 +7,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -458,13 +458,11 @@ def _read(text: str) -> Plan:
         told = data.pop("sha256", None)  # plans of earlier versions, and those written by hand, have none
         if data.get("kind") != "ockham-plan":
             raise PlanError("this is not an Ockham plan")
-        if told is not None and told != _digest(data):
-            raise PlanError(
-                "the plan is damaged or was changed: its SHA-256 is another. After a change by hand, take that "
-                "field out"
-            )
         if int(data["schema"]) > SCHEMA:
             raise PlanError(f"the plan has schema {data['schema']}, this version reads up to {SCHEMA}: upgrade Ockham")
+        strange = data.keys() - {f.name for f in fields(Plan)} - {"schema", "kind", "fingerprint"}
+        if strange:  # perhaps a name that was "sha256"
+            raise PlanError(f"the plan is damaged or was changed: unknown field {min(strange)!r}")
         plan = Plan(
             removed={k: tuple(v) for k, v in data["removed"].items()},
             widths={k: int(v) for k, v in data["widths"].items()},
@@ -483,6 +481,10 @@ def _read(text: str) -> Plan:
         raise PlanError(f"the plan is damaged: {type(error).__name__}: {error}") from error
     if plan.fingerprint != data["fingerprint"]:
         raise PlanError("the plan is damaged: its shapes do not match its fingerprint")
+    if told is not None and told != _digest(data):
+        raise PlanError(
+            "the plan is damaged or was changed: its SHA-256 is another. After a change by hand, take that field out"
+        )
     return plan
 
 
