@@ -49,7 +49,7 @@ def test_structures_go_with_the_median_model(ockham, tmp_path):
 @pytest.mark.filterwarnings("ignore::ockham.errors.OckhamWarning")
 def test_the_network_is_handed_out_without_hooks_and_training_goes_on():
     from ockham.methods.spike_slab.optimizer import spike_slab
-    from ockham.run.engine import Compression
+    from ockham.run.compression import Compression
     from ockham.run.estimators import Training
     from ockham.zoo.data import Batches
 
@@ -61,7 +61,7 @@ def test_the_network_is_handed_out_without_hooks_and_training_goes_on():
     )
     next(iter(job))
     early = job.result().model
-    assert not early[1]._forward_hooks and job._trainer.model[1]._forward_hooks
+    assert not early[1]._forward_hooks and job.network[1]._forward_hooks
     torch.save(early, "/dev/null")
     assert [p.epoch for p in job] == [2, 3]
 

@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import singledispatch
-from typing import Any, Protocol
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor
@@ -96,16 +96,20 @@ class Ledger:
 
     delta_f: dict[str, Tensor] = field(default_factory=dict)
 
-    def enter(self, evidence: Evidence, keep: Mapping[str, Tensor]) -> None:
-        """Write down the living weights of ``evidence`` that ``keep`` (True = stays) removes."""
+    def entered(self, evidence: Evidence, keep: Mapping[str, Tensor]) -> Ledger:
+        """The ledger with the living weights of ``evidence`` that ``keep`` (True = stays) removes."""
+        known = dict(self.delta_f)
         for name, mask in keep.items():
             alive = evidence.posterior[name].keep
-            if name not in self.delta_f:
-                self.delta_f[name] = torch.full(alive.shape, math.nan, device=alive.device)
             wide = torch.full(alive.shape, math.nan, device=alive.device)
             wide[alive] = evidence[name].float()
-            gone = alive & ~mask
-            self.delta_f[name][gone] = wide[gone]
+            before = known.get(name, torch.full_like(wide, math.nan))
+            known[name] = torch.where(alive & ~mask, wide, before)
+        return Ledger(known)
+
+    def enter(self, evidence: Evidence, keep: Mapping[str, Tensor]) -> None:
+        """Write them down in this ledger; `entered` leaves it as it is."""
+        self.delta_f.update(self.entered(evidence, keep).delta_f)
 
     def cut(self, take: Callable[[str, Tensor], Tensor]) -> Ledger:
         """The ledger of a smaller network; ``take`` gives what stays of a tensor shaped like a parameter."""
@@ -130,6 +134,12 @@ class StructureEvidence(Mapping[str, Tensor]):
     made: Mapping[str, Tensor]
     gone: Mapping[str, int]
     n_data: float
+
+    def only(self, keys: Collection[str]) -> Self:
+        """The evidence of some groups."""
+        tables = {f.name: getattr(self, f.name) for f in fields(self)}
+        some = {n: {k: t[k] for k in keys if k in t} for n, t in tables.items() if isinstance(t, Mapping)}
+        return replace(self, **cast(Any, some))
 
     def __getitem__(self, key: str) -> Tensor:
         """E_g of the units of one group."""

@@ -1,12 +1,15 @@
-"""The verbs: compress, evaluate, audit, inspect, report."""
+"""The verbs: compress, prune, gate, evaluate, audit, inspect, report."""
 
 from __future__ import annotations
 
+import inspect as python_inspect
 import shlex
 import sys
 import warnings
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -14,23 +17,24 @@ from rich.console import Console
 
 from ockham.cli import show
 from ockham.cli.build import build_job, load_data, load_model
-from ockham.cli.options import Options, merged, parse_device
+from ockham.cli.options import METHODS, Common, options_of, parse_device, read_config
 from ockham.cli.progress import Bars, tensorboard
-from ockham.core.files import read_json
+from ockham.core.files import printable
+from ockham.core.seal import sealed
 from ockham.errors import OckhamError, OckhamWarning
+from ockham.methods.gates.report import gate_sections
+from ockham.report.html import write_report
+from ockham.run.schema import read_result
 from ockham.version import __version__
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(
-    add_completion=False, no_args_is_help=True, help="Smaller networks by model evidence.", rich_markup_mode=None
-)
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Smaller networks by model evidence.")
 out_console, err_console = Console(), Console(stderr=True)
 
 _Folder = Annotated[Path, typer.Argument(help="A result folder.")]
-_Str: TypeAlias = str | None
-_Int: TypeAlias = int | None
-_Float: TypeAlias = float | None
+_Data = Annotated[str | None, typer.Option(help="Folder or package.module:function [default: digits].")]
+_Model = Annotated[str | None, typer.Option(help="package.module:function for networks that are not of the zoo.")]
 
 
 def _version(value: bool) -> None:
@@ -48,84 +52,83 @@ def root(
     """Smaller networks by model evidence."""
 
 
-@app.command()
-def compress(  # noqa: PLR0913 - the options of the verb, gathered into one dataclass below
-    out: Annotated[_Str, typer.Option(help="Result folder [default: runs/digits without --data].")] = None,
-    data: Annotated[
-        _Str, typer.Option(help="Folder (IDX, npz, WebP sheets) or package.module:function [default: digits].")
-    ] = None,
-    model: Annotated[_Str, typer.Option(help="Zoo name or package.module:function [default: by the data].")] = None,
-    weights: Annotated[_Str, typer.Option(help="Start from this safetensors file.")] = None,
-    config: Annotated[Path | None, typer.Option(help="TOML file with any of these options.")] = None,
-    epochs: Annotated[_Int, typer.Option(help="Passes over the data [default: 30; 80 for small data].")] = None,
-    batch_size: Annotated[_Int, typer.Option(help="Examples a step [default: 128; 64 for small data].")] = None,
-    learning_rate: Annotated[_Float, typer.Option(help="At first [default: 2e-3; 3e-3 for small data].")] = None,
-    prior_variance: Annotated[_Float, typer.Option(help="Of every weight [default: 0.3; 1 for small data].")] = None,
-    temperature: Annotated[
-        _Float, typer.Option(help="Of the posterior; 1 is Bayes [default: 1; 0.1 for small data].")
-    ] = None,
-    posterior: Annotated[
-        _Str, typer.Option(help="mean-field, ivon, map; with --weights laplace, kronecker [default: mean-field].")
-    ] = None,
-    method: Annotated[
-        _Str, typer.Option(help="evidence: single weights; bmrs: gated structures; spike-slab: inclusion.")
-    ] = None,
-    after_training: Annotated[
-        bool | None, typer.Option("--after-training", help="bmrs: remove once, after training, and draw the curves.")
-    ] = None,
-    rule: Annotated[
-        _Str,
-        typer.Option(
-            help="evidence, learned-odds; with a budget: snr, delta-f, magnitude, random, gradual-snr (-magnitude). "
-            "bmrs: n, n-printed, u8, u4, snr; with a budget: mean, l2, taylor, random."
-        ),
-    ] = None,
-    log_odds: Annotated[
-        _Float, typer.Option(help="Of the evidence rule: ln P(keep)/P(remove) before the data [default: 0].")
-    ] = None,
-    cap: Annotated[
-        _Float, typer.Option(help="Of the evidence rule: share of the living a round may take [default: 1].")
-    ] = None,
-    keep_share: Annotated[_Float, typer.Option(help="Budget: share of the weights that stays [default: none].")] = None,
-    structure: Annotated[
-        bool | None, typer.Option("--structure/--no-structure", help="Take out whole channels, neurons, heads, too.")
-    ] = None,
-    macs: Annotated[
-        _Float, typer.Option(help="Budget: share of multiply-accumulates; --posterior kronecker with --structure.")
-    ] = None,
-    unit_price: Annotated[_Float, typer.Option(help="With --structure: nats a unit must be worth.")] = None,
-    round_to: Annotated[_Int, typer.Option(help="With --structure: widths in multiples of this [default: 1].")] = None,
-    rounds: Annotated[_Int, typer.Option(help="Rounds of removal at most [default: 20; 11 for small data].")] = None,
-    first_round: Annotated[
-        _Float, typer.Option(help="Share of the epochs before the first [default: 0.125; 0.25 for small data].")
-    ] = None,
-    ignore: Annotated[list[str] | None, typer.Option(help="Protect: parameter or module name, or re:pattern.")] = None,
-    likelihood: Annotated[_Str, typer.Option(help="classification or regression [default: by the targets].")] = None,
-    baseline: Annotated[
-        bool | None, typer.Option("--baseline/--no-baseline", help="Train Adam for comparison.")
-    ] = None,
-    draws: Annotated[_Int, typer.Option(help="Posterior draws of a prediction [default: 20].")] = None,
-    ood: Annotated[_Str, typer.Option(help="Foreign data for the out-of-distribution measure.")] = None,
-    device: Annotated[_Str, typer.Option(help="cpu, cuda, cuda:1, mps [default: cpu].")] = None,
-    threads: Annotated[_Int, typer.Option(help="CPU threads [default: torch's; 1 for small data].")] = None,
-    seed: Annotated[_Int, typer.Option(help="Of everything random [default: 0].")] = None,
-    resume: Annotated[bool | None, typer.Option("--resume", help="Continue an interrupted run.")] = None,
-    log_dir: Annotated[_Str, typer.Option(help="Write TensorBoard scalars here.")] = None,
-    quiet: Annotated[bool | None, typer.Option("--quiet", help="No progress bars.")] = None,
-) -> None:
-    """Make a network smaller: fit a posterior, remove what the evidence does not support, refit, report."""
-    given: dict[str, Any] = {k: v for k, v in locals().items() if k != "config"}
-    given["ignore"] = tuple(ignore or ())
-    options = merged(config, given)
-    if options.out is None and options.data is None:
-        options = merged(config, given | {"out": "runs/digits"})
-    _compress(options)
+def _verb(name: str, text: str, *methods: str, shown: tuple[str, ...]) -> Callable[..., None]:
+    """A command whose options are the fields of its methods; those of other methods are taken, to be refused well."""
+    every: dict[str, Any] = {f.name: f for kind in METHODS.values() for f in fields(kind)}
+    own = {f.name: f for m in reversed(shown) for f in fields(METHODS[m])}
+    parameters = [_parameter(f, hidden=n not in own) for n, f in {**every, **own}.items()]
+    for extra in ("method",) if name == "compress" else ():
+        option = typer.Option(f"--{extra}", help="Old spelling: evidence, bmrs, spike-slab.", hidden=True)
+        parameters.append(_keyword(extra, Annotated[str | None, option]))
+    option = typer.Option("--config", help="TOML file with any of these options.", rich_help_panel="The run")
+    parameters.append(_keyword("config", Annotated[Path | None, option]))
+
+    def command(**given: Any) -> None:
+        config = given.pop("config")
+        typed = {k: v for k, v in given.items() if v is not None and v not in ([], ())}
+        typed = {k: tuple(v) if isinstance(v, list) else v for k, v in typed.items()}
+        merged = ({} if config is None else read_config(config)) | typed
+        if merged.get("out") is None and merged.get("data") is None:
+            merged["out"] = {"compress": "runs/digits", "gate": "runs/gates"}.get(name)
+        options = options_of({k: v for k, v in merged.items() if v is not None}, *methods)
+        _say_new_spelling(name, merged)
+        _run(options)
+
+    command.__signature__ = python_inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    command.__doc__ = text
+    return app.command(name)(command)
 
 
-def _compress(options: Options) -> None:
+def _parameter(option: Any, *, hidden: bool) -> python_inspect.Parameter:
+    """A field of an options class as a parameter that typer reads; None means: not given."""
+    kind = str(option.type).partition(" |")[0]
+    types: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": bool, "tuple[str, ...]": list[str]}
+    flag = option.name.replace("_", "-")
+    spelt = f"--{flag}/--no-{flag}" if kind == "bool" and option.default else f"--{flag}"
+    text = option.metadata["help"]
+    if kind != "bool" and option.default not in (None, ()):
+        text += f" [{option.default}]"
+    made = typer.Option(spelt, help=text, hidden=hidden, rich_help_panel=option.metadata["group"], show_default=False)
+    return _keyword(option.name, Annotated[types[kind] | None, made])
+
+
+def _keyword(name: str, annotation: Any) -> python_inspect.Parameter:
+    return python_inspect.Parameter(name, python_inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _say_new_spelling(name: str, given: dict[str, Any]) -> None:
+    """Say the new verb once where an old spelling was used."""
+    posterior = given.get("posterior")
+    new = {"bmrs": "ockham gate", "spike-slab": "ockham compress --posterior spike-slab"}.get(given.get("method", ""))
+    if name == "compress" and posterior in ("laplace", "kronecker"):
+        new = f"ockham prune --posterior {posterior}"
+    if name == "compress" and new is not None:
+        err_console.print(
+            f"note: this is now spelt `{new}`", style="dim", markup=False, highlight=False, soft_wrap=True
+        )
+
+
+compress = _verb(
+    "compress",
+    "Train and reduce: fit a posterior, remove what the evidence does not support, refit, report.",
+    shown=("evidence",),
+)
+prune = _verb(
+    "prune",
+    "Reduce a trained network in one shot: a Laplace posterior, one removal, a short refit.",
+    "one-shot",
+    shown=("one-shot",),
+)
+gate = _verb("gate", "Train with gates on whole structures and remove those by a BMRS rule.", "gates", shown=("gates",))
+
+
+def _run(options: Common) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     job = build_job(options, "ockham " + shlex.join(sys.argv[1:]))
+    for note in job.notes:
+        err_console.print(f"note: {note}", style="dim", markup=False, highlight=False)
     with Bars(err_console, quiet=options.quiet) as bars, tensorboard(options.log_dir) as log:
         job.on_step = bars.step
         for info in job.run():
@@ -135,51 +138,58 @@ def _compress(options: Options) -> None:
     typer.echo(f"Report: {job.out / 'report.html'}")
 
 
+def _build(folder: Path, data: str | None, model: str | None) -> tuple[Any, Any]:
+    """Data and network that a verb on a result folder was given, after a look at the folder's seal."""
+    sealed(folder)
+    known = read_result(folder).provenance.dataset
+    if data is None and (known is None or known.name != "digits"):
+        raise OckhamError(f"{folder} is not a result on the digits: say which data with --data")
+    found, builder = load_data(data), read_result(folder).provenance.network
+    if model is None and builder is not None and not str(builder.builder).startswith("zoo:"):
+        raise OckhamError(
+            f"the network of {folder} was built by {builder.builder!r}, which is your code and is not run from a file; "
+            f"say it with --model package.module:function"
+        )
+    return found, load_model(model, found)[1]() if model else None
+
+
 @app.command()
 def evaluate(
     folder: _Folder,
-    data: Annotated[_Str, typer.Option(help="Folder or package.module:function [default: digits].")] = None,
-    model: Annotated[_Str, typer.Option(help="package.module:function for networks that are not of the zoo.")] = None,
+    data: _Data = None,
+    model: _Model = None,
     draws: Annotated[int, typer.Option(help="Posterior draws.")] = 20,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Measure a saved result on test data: posterior predictive and mean network."""
-    if data is None and read_json(folder / "result.json")["dataset"]["name"] != "digits":
-        raise OckhamError(f"{folder} is not a result on the digits: say which data with --data")
-    found = load_data(data)
-    build = load_model(model, found)[1] if model else None
-    show.evaluation(out_console, folder, found, build() if build else None, draws=draws, device=parse_device(device))
+    found, network = _build(folder, data, model)
+    show.evaluation(out_console, folder, found, network, draws=draws, device=parse_device(device))
 
 
 @app.command()
 def audit(
     folder: _Folder,
-    data: Annotated[_Str, typer.Option(help="Folder or package.module:function [default: digits].")] = None,
-    model: Annotated[_Str, typer.Option(help="package.module:function for networks that are not of the zoo.")] = None,
+    data: _Data = None,
+    model: _Model = None,
     log_odds: Annotated[float, typer.Option(help="ln P(keep)/P(remove), for posteriors without one.")] = 0.0,
 ) -> None:
     """Check inclusion probabilities: enumerate the last layer exactly on the training data, and compare."""
-    if data is None and read_json(folder / "result.json")["dataset"]["name"] != "digits":
-        raise OckhamError(f"{folder} is not a result on the digits: say which data with --data")
-    found = load_data(data)
-    build = load_model(model, found)[1] if model else None
-    show.audited(out_console, folder, found, build() if build else None, log_odds=log_odds)
+    found, network = _build(folder, data, model)
+    show.audited(out_console, folder, found, network, log_odds=log_odds)
 
 
 @app.command()
 def inspect(folder: _Folder) -> None:
     """What is in a result, layer by layer."""
+    sealed(folder)
     show.contents(out_console, folder)
 
 
 @app.command()
 def report(folder: _Folder) -> None:
     """Write report.html again from the numbers in a result folder."""
-    from ockham.methods.gates.report import GATES, write_gate_report
-    from ockham.report.html import write_report
-
-    write = write_gate_report if (folder / GATES).exists() else write_report
-    typer.echo(f"Report: {write(folder)}")
+    sealed(folder, rewriting="report.html")
+    typer.echo(f"Report: {write_report(folder, gate_sections)}")
 
 
 def main() -> None:
@@ -188,10 +198,17 @@ def main() -> None:
     try:
         app()
     except OckhamError as error:
-        err_console.print(f"ockham: {error}", style="red", markup=False, highlight=False)
+        _say(f"ockham: {printable(error)}", "red")
         raise SystemExit(2) from None
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **_: Any) -> None:
     if issubclass(category, OckhamWarning):
-        err_console.print(f"warning: {message}", style="yellow", markup=False, highlight=False)
+        err_console.print(
+            f"warning: {printable(message)}", style="yellow", markup=False, highlight=False, soft_wrap=True
+        )
+
+
+def _say(text: str, style: str) -> None:
+    """One unbroken line on the error stream."""
+    err_console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ockham.errors import OckhamError
-from ockham.run.job import StageInfo
+from ockham.run.trainer import EpochInfo
 
 __all__ = ["Bars", "tensorboard"]
 
@@ -45,14 +45,14 @@ class Bars:
     ) -> None:
         self._progress.stop()
 
-    def epoch(self, info: StageInfo) -> None:
+    def epoch(self, info: EpochInfo) -> None:
         """Show a finished epoch."""
         if info.stage not in self._tasks:
             self._tasks[info.stage] = self._progress.add_task(info.stage, total=info.epochs, note="")
         note = f"loss {info.loss:.4f}"
         if info.accuracy == info.accuracy:
             note += f"  train acc. {info.accuracy:.2%}"
-        if info.stage in ("compress", "gates"):
+        if info.stage in ("compress", "prune", "gates"):
             note += f"  kept {info.kept_share:.2%}"
         self._progress.update(self._tasks[info.stage], completed=info.epoch, note=note)
         self._current = (info.stage, info.epoch)
@@ -68,7 +68,7 @@ class Bars:
 
 @contextmanager
 def tensorboard(log_dir: str | None) -> Iterator[Any]:
-    """A function (StageInfo) that writes TensorBoard scalars, or one that does nothing.
+    """A function (EpochInfo) that writes TensorBoard scalars, or one that does nothing.
 
     Raises:
         OckhamError: tensorboard is not installed.
@@ -82,7 +82,7 @@ def tensorboard(log_dir: str | None) -> Iterator[Any]:
         raise OckhamError("--log-dir needs tensorboard: pip install 'ockham[tensorboard]'") from error
     writer = SummaryWriter(log_dir)
 
-    def write(info: StageInfo) -> None:
+    def write(info: EpochInfo) -> None:
         for name in ("loss", "accuracy", "kept_share"):
             value = getattr(info, name)
             if not math.isnan(value):

@@ -1,313 +1,150 @@
-"""Stages of the command's job: search a learning rate, train by Adam, compress. Each is resumable at every epoch."""
+"""A job from start to result folder: a yardstick, a method, a checkpoint after every epoch, measures, files."""
 
 from __future__ import annotations
 
+import copy
 import json
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ockham.choose.prices import Structures
-from ockham.choose.rules import Rounds, Rule
-from ockham.core.files import SCHEMA, read_tree, write_bytes, write_json, write_tree
 from ockham.core.likelihood import Likelihood, Regression
-from ockham.core.names import Ignore
-from ockham.errors import OckhamError
-from ockham.methods.laplace.stage import OneShotStage
-from ockham.report.html import write_report
-from ockham.run.engine import Compressed, Compression
-from ockham.run.estimators import Estimator, Training, mean_field
-from ockham.run.facts import STRUCTURE, NetworkFacts, compressed_facts, input_inclusion, network_facts, structure_facts
+from ockham.core.objective import fit_noise
+from ockham.core.plain import from_plain, to_plain
+from ockham.core.posterior import Posterior
+from ockham.errors import DataError, OckhamError
+from ockham.run.engine import Compressed, Engine, Method, Task
+from ockham.run.facts import NetworkFacts, analysis, compressed_facts, history, network_facts, provenance, structure
+from ockham.run.folder import ResultFolder
 from ockham.run.measure import mean_predictor, measures
-from ockham.run.result import NETWORK, PLAN, POSTERIOR, fit_error, layer_rows, save_network, save_plan
-from ockham.run.trainer import OnStep, Trainer
-from ockham.version import __version__
-from ockham.zoo.data import Batches, Dataset
+from ockham.run.result import NETWORK, PLAN, POSTERIOR, save_network, save_plan
+from ockham.run.schema import GateFacts, Metrics, Result, load_lines, write_result
+from ockham.run.trainer import EpochInfo, OnStep, RunState
+from ockham.run.weights import fitted, weights_fingerprint
+from ockham.zoo.data import Batches, Dataset, data_fingerprint
 
-__all__ = [
-    "CHECKPOINT",
-    "SEARCH_RATES",
-    "AdamStage",
-    "CompressStage",
-    "Job",
-    "OneShot",
-    "Recipe",
-    "Stage",
-    "StageInfo",
-    "as_plain",
-    "rule_name",
-    "search_rates",
-    "settings_of",
-    "structures_name",
-]
+__all__ = ["SEARCH_RATES", "Job", "PlainTraining", "Recipe"]
 
+_FEWEST = 2
 SEARCH_RATES = (3e-4, 1e-3, 3e-3)
 """Learning rates tried for the Adam network, on a tenth of the training data held out."""
 
 
-@dataclass(frozen=True, slots=True)
-class OneShot:
-    """Settings of a job that prunes a trained network once.
-
-    Attributes:
-        structure: of the Laplace posterior, "diagonal" or "kronecker".
-        keep: share of the scored weights that stays; None: the evidence decides.
-        epochs: of fine-tuning afterwards, 0 for none.
-        learning_rate: of fine-tuning.
-        structures: take whole units at this price and of such widths instead of single weights; None: single weights.
-        macs: with structures, share of the multiply-accumulates that stays; None: the evidence decides.
-    """
-
-    structure: str
-    keep: float | None = None
-    epochs: int = 0
-    learning_rate: float = 3e-4
-    structures: Structures | None = None
-    macs: float | None = None
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Recipe:
-    """What the job is about: how to build the network, the data, and the settings.
+    """What a job is about: how to build the network, the data, the method and its schedule.
 
     Attributes:
         build: makes a fresh network; called under the job's seed.
         likelihood: makes a fresh likelihood.
         data: training and test examples.
         batch_size: examples a step.
-        training: settings of the variational run.
-        rounds: when weights go.
-        rule: which go; None = the evidence decides.
-        ignore: protected parameters.
-        estimator: makes the optimizer.
-        device: where to compute.
-        structures: how whole channels, neurons and heads go, too; None: single weights only.
-        one_shot: prune given weights once instead of training a posterior; None: train.
+        method: way to make the network smaller.
+        epochs: number of epochs of the method.
+        hold: share of the steps at full learning rate.
+        seed: of everything random.
+        device: place of the computation.
+        held_out: share of the training examples that the method does not train on, for its own curves.
     """
 
     build: Callable[[], nn.Module]
     likelihood: Callable[[], Likelihood]
     data: Dataset
     batch_size: int
-    training: Training
-    rounds: Rounds
-    rule: Rule | None = None
-    ignore: Ignore = ()
-    estimator: Estimator = mean_field
+    method: Method
+    epochs: int
+    hold: float = 0.5
+    seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    structures: Structures | None = None
-    one_shot: OneShot | None = None
+    held_out: float = 0.0
 
     def network(self) -> nn.Module:
         """A fresh network with the job's own initial weights, on the device; global randomness untouched."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.training.seed)
+            torch.manual_seed(self.seed)
             return self.build().to(self.device)
 
+    def split(self, share: float) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Training examples, and a share of them held out; in the given order where nothing is held out."""
+        x, y = self.data.train_x, self.data.train_y
+        if not share:
+            return (x, y), (x[:0], y[:0])
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed))
+        if len(x) < _FEWEST:
+            raise DataError(
+                f"there are {len(x)} training examples (rows); at least {_FEWEST} are needed to hold some out"
+            )
+        cut = len(x) - max(1, int(share * len(x)))
+        return (x[order[:cut]], y[order[:cut]]), (x[order[cut:]], y[order[cut:]])
 
-@dataclass(frozen=True, slots=True)
-class StageInfo:
-    """One epoch of a stage, for the progress bar.
+    def engine(
+        self, method: Method, *, epochs: int, held_out: float = 0.0, weights: Mapping[str, Tensor] | None = None
+    ) -> Engine:
+        """A run of a method on a fresh network, or on given weights."""
+        network, (x, y) = self.network(), self.split(held_out)[0]
+        if weights is not None:
+            network.load_state_dict(dict(weights))
+        loader = Batches(x, y, self.batch_size, shuffle=method.shuffle)
+        task = Task.of(network, loader, self.likelihood(), epochs=epochs)
+        return Engine(method, network, task, hold=self.hold, seed=self.seed)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlainTraining(Method):
+    """Train by Adam and remove nothing: the yardstick.
 
     Attributes:
-        stage: its name.
-        epoch: epochs done.
-        epochs: planned.
-        loss: mean NLL of the epoch.
-        accuracy: training accuracy, nan without classes.
-        kept_share: living weights over all.
+        rate: learning rate at first.
+        stage: name, for the progress bar and the checkpoint.
     """
 
-    stage: str
-    epoch: int
-    epochs: int
-    loss: float
-    accuracy: float
-    kept_share: float
+    rate: float
+    stage: str = "adam"
 
+    def start(self, network: nn.Module, task: Task) -> RunState:
+        """Adam over all parameters."""
+        fused = next(network.parameters()).device.type in ("cpu", "cuda")
+        optimizer = torch.optim.Adam(network.parameters(), lr=self.rate, fused=fused)
+        return RunState.start(network, task.objective, optimizer, task)
 
-class Stage(Protocol):
-    """What the job runs, one after another."""
+    def result(self, state: RunState) -> Compressed:
+        """The network as it is."""
+        none, parameters = Posterior({}, state.own.n_data), state.own.parameters
+        model, objective = copy.deepcopy(state.network), state.objective
+        if isinstance(objective.likelihood, Regression):
+            objective = copy.deepcopy(objective)
+            fit_noise(model, state.own.loader, objective)
+        model, none = objective.finished(model, none)
+        return Compressed(model, none, (), state.history, None, none.noise_variance, parameters=parameters)
 
-    name: str
-    on_step: OnStep | None
-
-    def run(self) -> Iterator[StageInfo]:
-        """The epochs that are still to do."""
-
-    def state(self) -> dict[str, Any]:
-        """Plain values and tensors."""
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Continue from them."""
-
-
-class AdamStage:
-    """The same network trained by Adam, the yardstick.
-
-    Args:
-        name: of the stage.
-        recipe: the job.
-        rate: learning rate.
-        epochs: how many.
-        held_out: share of the training examples left out (for `score`), 0 for none.
-    """
-
-    def __init__(self, name: str, recipe: Recipe, *, rate: float, epochs: int, held_out: float = 0.0) -> None:
-        self.name = name
-        self.on_step: OnStep | None = None
-        data, count = recipe.data, len(recipe.data.train_x)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(recipe.training.seed))
-        cut = count - int(held_out * count)
-        self._valid = order[cut:]
-        x, y = (data.train_x, data.train_y) if not held_out else (data.train_x[order[:cut]], data.train_y[order[:cut]])
-        self.model, self.likelihood = recipe.network(), recipe.likelihood().to(recipe.device)
-        self._data = data
-        fused = recipe.device.type in ("cpu", "cuda")
-        optimizer = torch.optim.Adam(self.model.parameters(), lr=rate, fused=fused)
-        loader = Batches(x, y, recipe.batch_size, shuffle=True)
-        t = recipe.training
-        self.trainer = Trainer(self.model, self.likelihood, optimizer, loader, epochs=epochs, hold=t.hold, seed=t.seed)
-
-    @property
-    def noise_variance(self) -> float | None:
-        """Of a regression, else None."""
-        return self.likelihood.noise_variance if isinstance(self.likelihood, Regression) else None
-
-    def run(self) -> Iterator[StageInfo]:
-        """Train."""
-        while self.trainer.done < self.trainer.epochs:
-            info = self.trainer.epoch(self.on_step)
-            yield StageInfo(self.name, info.epoch, self.trainer.epochs, info.loss, info.accuracy, 1.0)
-
-    def score(self) -> float:
-        """NLL on the held-out examples."""
-        x, y = self._data.train_x[self._valid], self._data.train_y[self._valid]
-        noise = self.noise_variance
-        return measures(mean_predictor(self.model, classify=noise is None), x, y, noise_variance=noise)["nll"]
-
-    def state(self) -> dict[str, Any]:
-        """Of the trainer."""
-        return {"trainer": self.trainer.state()}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Continue."""
-        self.trainer.load(state["trainer"])
-
-
-class CompressStage:
-    """Variational training and reduction in rounds.
-
-    Args:
-        recipe: the job.
-        start: weights to start from, or None.
-    """
-
-    def __init__(self, recipe: Recipe, start: Mapping[str, torch.Tensor] | None) -> None:
-        self.name = "compress"
-        self.on_step: OnStep | None = None
-        model = recipe.network()
-        if start is not None:
-            model.load_state_dict(dict(start))
-        loader = Batches(recipe.data.train_x, recipe.data.train_y, recipe.batch_size, shuffle=True)
-        self.job = Compression(
-            model,
-            loader,
-            likelihood=recipe.likelihood(),
-            training=recipe.training,
-            rounds=recipe.rounds,
-            rule=recipe.rule,
-            ignore=recipe.ignore,
-            estimator=recipe.estimator,
-            structures=recipe.structures,
-        )
-        self.kept: list[float] = []
-
-    def run(self) -> Iterator[StageInfo]:
-        """Train and reduce."""
-        self.job.on_step = self.on_step
-        for p in self.job:
-            self.kept.append(p.kept_share)
-            yield StageInfo(self.name, p.epoch, p.epochs, p.loss, p.accuracy, p.kept_share)
-
-    def state(self) -> dict[str, Any]:
-        """Of the job."""
-        return {"job": self.job.state(), "kept": list(self.kept)}
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Continue."""
-        self.job.load(state["job"])
-        self.kept = list(state["kept"])
-
-
-def search_rates(recipe: Recipe) -> Iterator[AdamStage]:
-    """One short stage per learning rate of `SEARCH_RATES`: a tenth of the epochs, a tenth of the examples held out."""
-    for rate in SEARCH_RATES:
-        epochs = max(1, round(recipe.training.epochs / 10))
-        yield AdamStage(f"search {rate:g}", recipe, rate=rate, epochs=epochs, held_out=0.1)
-
-
-def as_plain(training: Training) -> dict[str, Any]:
-    """Settings as JSON-able values, the prior by its type and numbers."""
-    plain = {f.name: getattr(training, f.name) for f in fields(training)}
-    shown = [f"{f.name}={getattr(training.prior, f.name):g}" for f in fields(training.prior) if f.repr]  # type: ignore[arg-type]
-    return plain | {"prior": f"{type(training.prior).__name__}({', '.join(shown)})"}
-
-
-def settings_of(recipe: Recipe) -> dict[str, Any]:
-    """What the result folder says of a job's settings: those that had a part in it."""
-    if recipe.one_shot is None:
-        own = as_plain(recipe.training) | {"rule": rule_name(recipe.rule), **asdict(recipe.rounds)}
-    else:
-        own = asdict(replace(recipe.one_shot, structures=None))
-        own = {"one_shot": own.pop("structure"), "seed": recipe.training.seed, **own}
-    return own | {"batch_size": recipe.batch_size, "structures": structures_name(recipe.structures)}
-
-
-def structures_name(structures: Structures | None) -> str:
-    """How structures go, with its numbers, for the record and for telling jobs apart."""
-    if structures is None:
-        return "none"
-    shown = f"{structures.price!r}, {structures.cut.__name__} cut, widths in steps of {structures.round_to}"
-    inside = structures.inside.__qualname__.partition(".")[0]
-    return f"{shown}, {inside}, cap {structures.cap:g}, after {structures.wait} round(s)"
-
-
-def rule_name(rule: Rule | None) -> str:
-    """A rule with its numbers and its order, for the record and for telling jobs apart."""
-    if rule is None:
-        return "EvidenceRule()"
-    found: dict[str, Any] = {f.name: getattr(rule, f.name) for f in fields(rule)} if is_dataclass(rule) else {}
-    shown = {k: getattr(v, "__qualname__", v) for k, v in found.items()}
-    return f"{type(rule).__name__}({', '.join(f'{k}={v}' for k, v in shown.items())})"
-
-
-CHECKPOINT = "checkpoint.safetensors"
+    def settings(self) -> dict[str, Any]:
+        """The rate."""
+        return {"rate": self.rate}
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """Everything `ockham compress` does; iterate over `run` for progress.
+    """Everything that `ockham compress`, `prune` and `gate` do; iterate over `run` for progress.
 
     Attributes:
-        recipe: network, data, settings.
+        recipe: network, data, method.
         out: result folder.
         builder: label of the network, "zoo:name" or the user's "module:function".
-        command: as typed, for the record.
-        weights: start from these instead of from scratch; they are then also the network "before".
-        baseline: train the same network by Adam for comparison (skipped when weights are given).
+        command: line as typed, for the record.
+        weights: tensors to start from instead of from scratch (see `fitted`); they are then also the network "before".
+        baseline: whether the same network is trained by Adam for comparison (skipped when weights are given).
         draws: posterior draws of a prediction.
         ood: foreign inputs for the out-of-distribution measure; None: the test images with their pixels permuted.
-        resume: continue from the checkpoint in ``out``.
-        on_step: called within epochs.
+        resume: whether to continue from the checkpoint in ``out``.
+        overwrite: whether a finished result in ``out`` may be replaced.
+        on_step: function called within epochs.
+        report: function that writes the report of a folder.
+        notes: sentences on what was decided about data and weights, for people.
     """
 
     recipe: Recipe
@@ -319,171 +156,181 @@ class Job:
     draws: int = 20
     ood: Tensor | None = None
     resume: bool = False
-    on_step: Callable[[int, int, float], None] | None = None
+    overwrite: bool = False
+    on_step: OnStep | None = None
+    report: Callable[[Path], Any] | None = None
+    notes: tuple[str, ...] = ()
     _facts: dict[str, Any] = field(default_factory=dict)
     _spent: float = 0.0
+    _started: float = 0.0
+    _told: str = ""
+    _folder: ResultFolder = field(init=False)
 
-    def run(self) -> Iterator[StageInfo]:
+    def __post_init__(self) -> None:
+        """Fit the weights to the network, before anything else is done."""
+        self.notes += self.recipe.data.notes
+        if self.weights is not None:
+            self.weights, said = fitted(self.recipe.network(), self.weights)
+            self.notes += said
+
+    def run(self) -> Iterator[EpochInfo]:
         """Do the job, one epoch per item; at the end the folder is complete and the checkpoint gone.
 
         Raises:
             OckhamError: weights do not fit, the folder cannot be written, a checkpoint of another job.
         """
-        started = time.monotonic()
+        with ResultFolder(self.out, overwrite=self.overwrite, resume=self.resume) as self._folder:
+            if self._folder.finished is None:
+                yield from self._work()
+            else:
+                self._compare(self._folder.finished.job)
+
+    def _work(self) -> Iterator[EpochInfo]:
+        self._started, r = time.monotonic(), self.recipe
         saved = self._begin()
-        before = self._spent
-        self._clock = lambda: before + time.monotonic() - started
         if self.weights is not None:
-            yield from self._given(self.weights)
+            if "adam" not in self._facts:
+                model = r.network()
+                model.load_state_dict(dict(self.weights))
+                self._done("adam", self._before(model, None) | {"source": "given weights"})
         elif self.baseline:
             yield from self._adam(saved)
-        one_shot = self.recipe.one_shot is not None
-        stage = (OneShotStage if one_shot else CompressStage)(self.recipe, self.weights)
-        yield from self._go(stage, saved)
-        self._finish(stage)
+        engine = r.engine(r.method, epochs=r.epochs, held_out=r.held_out, weights=self.weights)
+        yield from self._go(engine, saved)
+        self._finish(engine)
 
     # ------------------------------------------------------------------ stages
-    def _adam(self, saved: Mapping[str, Any]) -> Iterator[StageInfo]:
-        for stage in search_rates(self.recipe):
-            if stage.name not in self._facts:
-                yield from self._go(stage, saved)
-                self._done(stage.name, {"nll": stage.score(), "rate": stage.trainer.optimizer.defaults["lr"]})
+    def _adam(self, saved: Mapping[str, Any]) -> Iterator[EpochInfo]:
+        r = self.recipe
+        for rate in SEARCH_RATES:
+            method = PlainTraining(rate, f"search {rate:g}")
+            if method.stage not in self._facts:
+                engine = r.engine(method, epochs=max(1, round(r.epochs / 10)), held_out=0.1)
+                yield from self._go(engine, saved)
+                done = engine.result()
+                noise = done.noise_variance
+                predictor = mean_predictor(done.model, classify=noise is None)
+                nll = measures(predictor, *r.split(0.1)[1], noise_variance=noise)["nll"]
+                self._done(method.stage, {"nll": nll, "rate": rate})
         if "adam" not in self._facts:
             rates = [f for name, f in self._facts.items() if name.startswith("search ")]
             best = min(rates, key=lambda f: f["nll"])["rate"]
-            stage = AdamStage("adam", self.recipe, rate=best, epochs=self.recipe.training.epochs)
-            yield from self._go(stage, saved)
-            self._done("adam", self._before(stage.model, stage.noise_variance) | {"rate": best, "source": "adam"})
+            engine = r.engine(PlainTraining(best), epochs=r.epochs)
+            yield from self._go(engine, saved)
+            done = engine.result()
+            before = self._before(done.model, done.noise_variance)
+            self._done("adam", before | {"rate": best, "source": "adam"})
 
-    def _given(self, weights: Mapping[str, Tensor]) -> Iterator[StageInfo]:
-        model = self.recipe.network()
-        problem = fit_error(model, weights)
-        if problem:
-            raise OckhamError(f"the weights do not fit the model: {problem}")
-        model.load_state_dict(dict(weights))
-        if "adam" not in self._facts:
-            self._done("adam", self._before(model, None) | {"source": "given weights"})
-        yield from ()
-
-    def _before(self, model: nn.Module, noise: float | None) -> dict[str, Any]:
-        size = save_network(model, self.out / f".{NETWORK}.before", builder=self.builder)
-        (self.out / f".{NETWORK}.before").unlink()
+    def _before(self, model: nn.Module, noise: Tensor | None) -> dict[str, Any]:
+        probe = self._folder.stage / f".{NETWORK}.before"
+        size = save_network(model, probe, builder=self.builder)
+        probe.unlink()
         classify = not self.recipe.data.test_y.is_floating_point()
-        facts = network_facts(model, self.recipe.data, None if classify else (noise or 1.0), self._foreign())
-        return asdict(facts) | {"bytes": size, "noise_variance": None if classify else noise}
+        if not classify and noise is None:  # given weights: what they leave of the training targets
+            data = self.recipe.data
+            output = mean_predictor(model, classify=False)(data.train_x)[0]
+            noise = (output - data.train_y.reshape(output.shape)).double().square().mean(0, keepdim=True)
+        facts = network_facts(model, self.recipe.data, noise, self._foreign())
+        return {"facts": to_plain(facts.stored(size))}
 
-    def _go(self, stage: Stage, saved: Mapping[str, Any]) -> Iterator[StageInfo]:
-        stage.on_step = self.on_step
-        if saved.get("stage") == stage.name:
-            stage.load(saved["state"])
-        for info in stage.run():
-            self._checkpoint(stage.name, stage.state())
+    def _go(self, engine: Engine, saved: Mapping[str, Any]) -> Iterator[EpochInfo]:
+        engine.on_step = self.on_step
+        if saved.get("stage") == engine.method.stage:
+            engine.load(saved["state"])
+        for info in engine:
+            self._checkpoint(engine.method.stage, engine.saved())
             yield info
 
     # ------------------------------------------------------------------ checkpoint
     def _begin(self) -> Mapping[str, Any]:
-        self._clear_probe()
-        path = self.out / CHECKPOINT
-        if not (self.resume and path.exists()):
+        saved = self._folder.checkpoint()
+        if saved is None:
             self._facts, self._spent = {}, 0.0
             return {}
-        saved = read_tree(path, kind="checkpoint")
-        if saved["job"] != self._fingerprint():
-            theirs, ours = json.loads(saved["job"]), json.loads(self._fingerprint())
-            other = [k for k in ours if ours[k] != theirs.get(k)]
-            raise OckhamError(
-                f"{path} belongs to another job: {', '.join(f'{k} was {theirs.get(k)}, is {ours[k]}' for k in other)}. "
-                "Resume with the same settings, or start anew without --resume"
-            )
+        self._compare(saved["job"])
         self._facts, self._spent = json.loads(saved["facts"]), float(saved["spent"])
         return saved
 
-    def _clear_probe(self) -> None:
-        """Fail early if the folder cannot be written, and drop what a killed run left half-written."""
-        write_bytes(self.out / ".probe", b"")
-        (self.out / ".probe").unlink()
-        for leftover in self.out.glob(".*.part"):
-            leftover.unlink()
+    def _compare(self, job: str) -> None:
+        """Refuse to go on with another job, naming what differs."""
+        theirs, ours = json.loads(job), json.loads(self._fingerprint())
+        other = [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]
+        if other:
+            changed = ", ".join(f"{k} was {theirs.get(k)}, is {ours.get(k)}" for k in other)
+            raise OckhamError(
+                f"{self.out} belongs to another job: {changed}. Resume with the same settings, or start anew "
+                "without --resume"
+            )
 
     def _fingerprint(self) -> str:
+        if self._told:
+            return self._told
+        data = self.recipe.data
+        names = {"data": data.name, "data content": data_fingerprint(data), "network": self.builder}
+        names |= {"weights": weights_fingerprint(self.weights)}
+        self._told = json.dumps(self._settings() | names | {"baseline": self.baseline}, sort_keys=True)
+        return self._told
+
+    def _settings(self) -> dict[str, Any]:
         r = self.recipe
-        settings = as_plain(r.training) | {
-            "batch_size": r.batch_size,
-            "rounds": repr(r.rounds),
-            "ignore": repr(r.ignore),
-        }
-        names = {
-            "data": r.data.name,
-            "examples": len(r.data.train_x),
-            "network": self.builder,
-            "baseline": self.baseline,
-        }
-        rules = {"rule": rule_name(r.rule), "structures": structures_name(r.structures), "one_shot": repr(r.one_shot)}
-        return json.dumps(settings | names | rules, sort_keys=True)
+        return {"method": r.method.name, **r.method.settings(), "batch_size": r.batch_size, "seed": r.seed}
+
+    def _clock(self) -> float:
+        return self._spent + time.monotonic() - self._started
 
     def _checkpoint(self, stage: str, state: Mapping[str, Any]) -> None:
         tree = {"job": self._fingerprint(), "stage": stage, "state": state, "spent": self._clock()}
-        write_tree(self.out / CHECKPOINT, tree | {"facts": json.dumps(self._facts)}, kind="checkpoint", durable=False)
+        self._folder.save_checkpoint(tree | {"facts": json.dumps(self._facts)})
 
     def _done(self, name: str, facts: dict[str, Any]) -> None:
         self._facts[name] = facts
         self._checkpoint("between", {})
 
     # ------------------------------------------------------------------ the end
-    def _finish(self, stage: CompressStage | OneShotStage) -> None:
-        result = stage.job.result()
-        facts = compressed_facts(
-            result, self.recipe.data, self._foreign(), draws=self.draws, seed=self.recipe.training.seed
-        )
-        self.out.mkdir(parents=True, exist_ok=True)
-        size = save_network(result.model, self.out / NETWORK, builder=self.builder)
-        result.posterior.save(self.out / POSTERIOR)
-        self._write(result, facts, size, stage.kept)
-        write_report(self.out)
-        (self.out / CHECKPOINT).unlink(missing_ok=True)
-
-    def _write(
-        self, result: Compressed, facts: tuple[NetworkFacts, NetworkFacts], size: int, kept: list[float]
-    ) -> None:
-        after, mean = ({**f.measures, "parameters": f.parameters, "bytes": size} for f in facts)
+    def _finish(self, engine: Engine) -> None:
+        result, r, new = engine.result(), self.recipe, self._folder.stage
+        size = save_network(result.model, new / NETWORK, builder=self.builder)
+        if result.posterior:
+            result.posterior.save(new / POSTERIOR)
+        save_plan(result.plan, new / PLAN)
+        after, mean = compressed_facts(result, r.data, self._foreign(), draws=self.draws, seed=r.seed)
         old = self._facts.get("adam")
-        before = {**old["measures"], "parameters": old["parameters"], "bytes": old["bytes"]} if old else None
-        seconds, seed = round(self._clock(), 2), self.recipe.training.seed
-        common = {"kept": result.keep_share, "seconds": seconds, "seed": seed, "noise_variance": result.noise_variance}
-        names = {"dataset": self.recipe.data.name, "network": self.builder}
-        source = {"before_source": old["source"] if old else "none", "before_rate": (old or {}).get("rate")}
-        metrics = {"schema": SCHEMA, "before": before, "after": after, "mean_network": mean} | common | names | source
-        write_json(self.out / "metrics.json", metrics)
-        write_json(self.out / "history.json", _history(result, kept))
-        write_json(self.out / "analysis.json", _analysis(result, facts[0], old))
-        self._structures(result)
-        write_json(self.out / "result.json", self._provenance(seconds))
-
-    def _structures(self, result: Compressed) -> None:
-        """The plan, and what it changed; what an earlier run left is taken away."""
-        save_plan(result.plan, self.out / PLAN)
-        if result.plan is None:
-            (self.out / STRUCTURE).unlink(missing_ok=True)
-            return
-        facts = structure_facts(self.recipe.network(), result, self.recipe.data.test_x[:1].to(self.recipe.device))
-        write_json(self.out / STRUCTURE, {"schema": SCHEMA} | facts)
-
-    def _provenance(self, seconds: float) -> dict[str, Any]:
-        data = self.recipe.data
-        sizes = {"name": data.name, "n_train": len(data.train_x), "n_test": len(data.test_x), "source": data.name}
-        return {
-            "schema": SCHEMA,
-            "ockham": __version__,
-            "command": self.command,
-            "seed": self.recipe.training.seed,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": seconds,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {self.recipe.device}",
-            "network": {"builder": self.builder},
-            "dataset": sizes,
-            "settings": settings_of(self.recipe),
-        }
+        before = from_plain(NetworkFacts, old["facts"]) if old else None
+        seconds, noise = round(self._clock(), 2), result.noise_variance
+        metrics = Metrics(
+            r.method.name,
+            before and before.measures,
+            after.stored(size).measures,
+            mean.stored(size).measures if result.posterior else None,
+            result.keep_share,
+            seconds,
+            r.seed,
+            None if noise is None else tuple(noise.reshape(-1).tolist()),
+            r.data.name,
+            self.builder,
+            before_source=old["source"] if old else "none",
+            before_rate=old.get("rate") if old else None,
+            draws=1 if not result.posterior or result.posterior.is_point else self.draws,
+        )
+        made = provenance(
+            r.data,
+            self._settings(),
+            self.out,
+            command=self.command,
+            builder=self.builder,
+            seed=r.seed,
+            seconds=seconds,
+            device=r.device,
+        )
+        made = replace(made, load=load_lines(self.out, self.builder))
+        changed = structure(r.network(), result, r.data.test_x[:1].to(r.device))
+        gates = r.method.record(engine.state)
+        said = None if gates is None else from_plain(GateFacts, gates)
+        told = (history(result), analysis(result, after, before))
+        write_result(new, Result(metrics, made, *told, structure=changed, gates=said))
+        if self.report is not None:
+            self.report(new)
+        self._folder.commit(job=self._fingerprint())
 
     def _foreign(self) -> Tensor:
         if self.ood is not None:
@@ -491,48 +338,3 @@ class Job:
         x = self.recipe.data.test_x
         order = torch.randperm(x[0].numel(), generator=torch.Generator().manual_seed(0))
         return x.reshape(len(x), -1)[:, order].reshape(x.shape)
-
-    _clock: Callable[[], float] = field(default=lambda: 0.0)
-
-
-def _history(result: Compressed, kept: list[float]) -> dict[str, Any]:
-    epochs = [
-        {
-            "epoch": e.epoch,
-            "loss": e.loss,
-            "accuracy": e.accuracy if e.accuracy == e.accuracy else None,
-            "kept_share": k,
-        }
-        for e, k in zip(result.epochs, kept, strict=True)
-    ]
-    diagnosis = asdict(result.diagnosis) if result.diagnosis else None
-    rounds = [asdict(r) for r in result.rounds]
-    return {"epochs": epochs, "rounds": rounds, "histograms": list(result.histograms), "diagnosis": diagnosis}
-
-
-def _analysis(result: Compressed, after: NetworkFacts, before: Mapping[str, Any] | None) -> dict[str, Any]:
-    shift = None
-    if after.shift is not None:
-        old = (before or {}).get("shift") or {}
-        shift = {
-            name: {
-                "severity": [1, 2, 3, 4, 5],
-                "before": old.get(name, {}).get("accuracy"),
-                "after": row["accuracy"],
-                "before_ece": old.get(name, {}).get("ece"),
-                "after_ece": row["ece"],
-            }
-            for name, row in after.shift.items()
-        }
-    reliability = {"before": (before or {}).get("reliability"), "after": after.reliability}
-    ood = (
-        None if after.ood is None else {"name": after.ood_name, "before": (before or {}).get("ood"), "after": after.ood}
-    )
-    return {
-        "layers": layer_rows(result.posterior, result.plan),
-        "reliability": reliability if after.reliability else None,
-        "input_map": after.input_map,
-        "input_inclusion": input_inclusion(result.model, result.posterior),
-        "shift": shift,
-        "ood": ood,
-    }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,26 +15,28 @@ from torch.utils import _pytree as pytree
 from ockham.choose.prices import Structures, unit_costs
 from ockham.choose.score import score
 from ockham.choose.units import Ledger, StructureEvidence, choose_units
-from ockham.core.batch import Loader, to_device
-from ockham.core.modes import seeded
+from ockham.core.batch import Loader, read_batch
+from ockham.core.modes import device_of, seeded
 from ockham.core.names import Ignore
+from ockham.core.objective import Objective
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError, OckhamWarning
 from ockham.fit.optimizer import VariationalOptimizer
+from ockham.run.trainer import StructureInfo
 from ockham.surgery.cost import cost
 from ockham.surgery.folding import Constant, constants, fold
-from ockham.surgery.grouping import Groups
-from ockham.surgery.planning import Plan, plan_masks
-from ockham.surgery.shrinking import mask, shrink, slice_tensor
+from ockham.surgery.groups import Groups, Plan, plan_masks
+from ockham.surgery.shrinking import mask, shrink, slice_tensor, verify
 from ockham.surgery.tracing import trace
-from ockham.surgery.verifying import verify
 
 __all__ = [
     "Origin",
-    "Shrinker",
+    "Shrinking",
+    "Shrunk",
     "StructureInfo",
     "example_of",
     "fold_constants",
+    "traced_again",
 ]
 
 
@@ -110,7 +112,7 @@ def fold_constants(
     Raises:
         MismatchError: the folded network computes something else.
     """
-    groups = trace(model, example_inputs, ignore=ignore)
+    groups = traced_again(model, example_inputs, ignore)
     alive = {name: g.keep.reshape(-1) for name, g in posterior.items()}
     made = {}
     for group in groups:
@@ -182,110 +184,120 @@ def _variance(g: Gaussian) -> Tensor:
     return g.inclusion * (g.std.square() + (1 - g.inclusion) * g.mean.square())
 
 
-ROWS = 2
+ROWS = 2  # of an example for tracing and proof: enough to tell a batch from a constant
 
 
-@dataclass(frozen=True, slots=True)
-class StructureInfo:
-    """What one round removed as a whole.
+@dataclass(frozen=True, slots=True, eq=False)
+class Shrunk:
+    """What is known of the structures of a run so far.
 
     Attributes:
-        epoch: after which epoch.
-        removed: units that went.
-        free: of these, units that nobody read any more.
-        nats: E_g of the units that went, summed: what the evidence loses by them.
-        widths: group id (of the network before the run) to the units it has now.
-        parameters: learnable values that the network has now.
-        macs: multiply-accumulates of one example now.
+        origin: map from the units of the network now to those of the network before.
+        now: groups of the network as it is; None where it has to be traced anew.
+        ledger: delta_f of the single weights that went.
+        history: account of every round that took structures.
+        steps: plans done, as JSON.
     """
 
-    epoch: int
-    removed: int
-    free: int
-    nats: float
-    widths: Mapping[str, int]
-    parameters: int
-    macs: int
+    origin: Origin
+    now: Groups | None
+    ledger: Ledger = field(default_factory=Ledger)
+    history: tuple[StructureInfo, ...] = ()
+    steps: tuple[str, ...] = ()
+
+    def saved(self) -> dict[str, Any]:
+        """Plain values and tensors."""
+        history = [asdict(info) for info in self.history]
+        ledger = dict(self.ledger.delta_f)
+        return {"steps": list(self.steps), "history": history, "ledger": ledger, "nats": self.origin.state()}
+
+    def followed(self, plan: Plan) -> Shrunk:
+        """The knowledge after a plan was carried out."""
+        origin = copy.deepcopy(self.origin)
+        origin.follow(self.now if plan.nats else None, plan)
+        ledger = self.ledger.cut(lambda name, values: slice_tensor(plan, name, values))
+        return replace(self, origin=origin, now=None, ledger=ledger, steps=(*self.steps, plan.to_json()))
 
 
-class Shrinker:
+@dataclass(frozen=True, slots=True, eq=False)
+class Shrinking:
     """Scores the structures of a network in training and takes out what is not worth its price.
 
-    Args:
-        network: as the run starts.
-        rule: evidence, price, widths.
-        example_inputs: a small batch of inputs, for tracing and proof.
-        ignore: what stays whole.
-
-    Raises:
-        TraceError: the network cannot be traced; train it with masks only (``structure=None``).
+    Attributes:
+        rule: evidence, price and widths.
+        inputs: small batch of inputs, for tracing and proof.
+        ignore: parameters that stay whole.
     """
 
-    def __init__(self, network: nn.Module, rule: Structures, example_inputs: Any, ignore: Ignore) -> None:
-        self.rule, self._inputs, self._ignore = rule, example_inputs, ignore
+    rule: Structures
+    inputs: Any
+    ignore: tuple[Any, ...] = ()
+
+    def start(self, network: nn.Module) -> Shrunk:
+        """Before the run.
+
+        Raises:
+            TraceError: the network cannot be traced; train it with masks only (``structure=None``).
+        """
         with seeded(0, 0, torch.device("cpu")):
-            groups = trace(network, _as_given(example_inputs), ignore=tuple(ignore))
-        self.origin = Origin(groups)
-        self._now: Groups | None = groups
-        self.ledger = Ledger()
-        self.history: list[StructureInfo] = []
-        self._steps: list[str] = []
+            groups = trace(network, self.inputs, ignore=self.ignore).separate
+        return Shrunk(Origin(groups), groups)
 
     def shrink(
-        self, network: nn.Module, optimizer: VariationalOptimizer, epoch: int
-    ) -> tuple[nn.Module, VariationalOptimizer] | None:
-        """Take out the structures that have gone; None where all stay.
+        self, known: Shrunk, network: nn.Module, optimizer: VariationalOptimizer, epoch: int
+    ) -> tuple[Shrunk, nn.Module, VariationalOptimizer]:
+        """Take out the structures that have gone; everything as it was where all stay.
 
         Raises:
             MismatchError: the smaller network computes something else than the masked one.
         """
-        with seeded(0, 0, _device(network)):
-            if self._now is None:
-                self._now = trace(network, _as_given(self._inputs), ignore=tuple(self._ignore))
-            evidence = self._score(optimizer)
-            plan = self._choose(network, evidence)
+        with seeded(0, 0, device_of(network)):
+            groups = known.now or traced_again(network, self.inputs, self.ignore)
+            known = replace(known, now=groups)
+            before = {g.id: g.size for g in known.origin.groups}
+            options = {
+                "cut": self.rule.cut,
+                "inside": self.rule.inside,
+                "ledger": known.ledger,
+                "gone": {g.id: before[g.id] - g.size for g in groups if g.id in before},
+            }
+            evidence = score(optimizer.posterior()).by_group(groups, **options)
+            plan = self._choose(network, groups, evidence)
             if not plan.removed:
-                return None
-            small = self._apply(network, optimizer, plan)
-        self._note(small[0], evidence, plan, epoch)
-        return small
+                return known, network, optimizer
+            small, carried = shrink(network, plan, optimizer=optimizer)
+            verify(mask(network, plan), small, self.inputs, draws=1)
+            known = known.followed(plan)
+            now = cost(small, self.inputs)
+        gone = {key: torch.tensor(units) for key, units in plan.removed.items()}
+        nats = sum(float(evidence[key][units].sum()) for key, units in gone.items())
+        free = sum(int((evidence.held[key][units] == 0).sum()) for key, units in gone.items())
+        removed, macs = sum(len(units) for units in gone.values()), now.macs // _rows(self.inputs)
+        info = StructureInfo(epoch, removed, free, nats, known.origin.widths(), now.parameters, macs)
+        return replace(known, history=(*known.history, info)), small, carried
 
-    def finished(self, network: nn.Module, posterior: Posterior) -> tuple[nn.Module, Posterior, Plan]:
+    def finished(self, known: Shrunk, network: nn.Module, posterior: Posterior) -> tuple[nn.Module, Posterior, Plan]:
         """Network and posterior with constants folded, and all that went as one plan for the first network."""
-        with seeded(0, 0, _device(network)):
-            options: dict[str, Any] = {"example_inputs": _as_given(self._inputs), "ignore": tuple(self._ignore)}
-            return fold_constants(network, posterior, self.origin, round_to=self.rule.round_to, **options)
+        with seeded(0, 0, device_of(network)):
+            options: dict[str, Any] = {"example_inputs": self.inputs, "ignore": self.ignore}
+            return fold_constants(network, posterior, known.origin, round_to=self.rule.round_to, **options)
 
-    def state(self) -> dict[str, Any]:
-        """Plain values and tensors."""
-        history = [asdict(info) for info in self.history]
-        ledger = dict(self.ledger.delta_f)
-        return {"steps": list(self._steps), "history": history, "ledger": ledger, "nats": self.origin.state()}
-
-    def load(
-        self, state: Mapping[str, Any], network: nn.Module, optimizer: VariationalOptimizer
-    ) -> tuple[nn.Module, VariationalOptimizer]:
-        """Replay the plans on a fresh network and its optimizer."""
-        for text in state["steps"]:
+    def resumed(
+        self, known: Shrunk, saved: Mapping[str, Any], network: nn.Module, optimizer: VariationalOptimizer
+    ) -> tuple[Shrunk, nn.Module, VariationalOptimizer]:
+        """Replay the plans of `Shrunk.saved` on a fresh network and its optimizer."""
+        for text in saved["steps"]:
             plan = Plan.from_json(text)
             network, optimizer = shrink(network, plan, optimizer=optimizer)
-            self._follow(plan, text)
-        self.origin.load(state["nats"])
-        self.history = [StructureInfo(**info) for info in state["history"]]
-        self.ledger = Ledger(dict(state["ledger"]))
-        return network, optimizer
+            known = known.followed(plan)
+        origin = copy.deepcopy(known.origin)
+        origin.load(saved["nats"])
+        history = tuple(StructureInfo(**info) for info in saved["history"])
+        ledger = Ledger(dict(saved["ledger"]))
+        return replace(known, origin=origin, ledger=ledger, history=history), network, optimizer
 
-    # ------------------------------------------------------------------ inside
-    def _score(self, optimizer: VariationalOptimizer) -> StructureEvidence:
-        assert self._now is not None
-        before = {g.id: g.size for g in self.origin.groups}
-        gone = {g.id: before[g.id] - g.size for g in self._now if g.id in before}
-        options = {"cut": self.rule.cut, "inside": self.rule.inside, "ledger": self.ledger, "gone": gone}
-        return score(optimizer.posterior()).by_group(self._now, **options)
-
-    def _choose(self, network: nn.Module, evidence: StructureEvidence) -> Plan:
-        assert self._now is not None
-        costs = unit_costs(network, self._now, _as_given(self._inputs), measured=self.rule.price.measured)
+    def _choose(self, network: nn.Module, groups: Groups, evidence: StructureEvidence) -> Plan:
+        costs = unit_costs(network, groups, self.inputs, measured=self.rule.price.measured)
         options: dict[str, Any] = {"round_to": self.rule.round_to, "cap": self.rule.cap}
         choice = choose_units(evidence, self.rule.price.nats(evidence, costs), **options)
         if choice.forced:
@@ -295,45 +307,22 @@ class Shrinker:
                 OckhamWarning,
                 stacklevel=5,
             )
-        return plan_masks(self._now, choice.keep, nats=evidence)
-
-    def _apply(
-        self, network: nn.Module, optimizer: VariationalOptimizer, plan: Plan
-    ) -> tuple[nn.Module, VariationalOptimizer]:
-        small, carried = shrink(network, plan, optimizer=optimizer)
-        verify(mask(network, plan), small, _as_given(self._inputs), draws=1)
-        self.ledger = self.ledger.cut(lambda name, values: slice_tensor(plan, name, values))
-        self._follow(plan, plan.to_json())
-        return small, carried
-
-    def _follow(self, plan: Plan, text: str) -> None:
-        self._steps.append(text)
-        self.origin.follow(self._now if plan.nats else None, plan)
-        self._now = None
-
-    def _note(self, small: nn.Module, evidence: StructureEvidence, plan: Plan, epoch: int) -> None:
-        gone = {key: torch.tensor(units) for key, units in plan.removed.items()}
-        nats = sum(float(evidence[key][units].sum()) for key, units in gone.items())
-        free = sum(int((evidence.held[key][units] == 0).sum()) for key, units in gone.items())
-        now = cost(small, _as_given(self._inputs))
-        removed = sum(len(units) for units in gone.values())
-        rows = _rows(self._inputs)
-        self.history.append(
-            StructureInfo(epoch, removed, free, nats, self.origin.widths(), now.parameters, now.macs // rows)
-        )
+        return plan_masks(groups, choice.keep, nats=evidence)
 
 
-def example_of(loader: Loader, device: torch.device) -> Any:
-    """The first rows of the loader's first inputs."""
+def traced_again(network: nn.Module, inputs: Any, ignore: Ignore) -> Groups:
+    """The groups of a network that has shrunk; where nothing is left to go, that is no news."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="nothing of this network can be removed")
+        return trace(network, inputs, ignore=ignore).separate
+
+
+def example_of(loader: Loader, objective: Objective, device: torch.device) -> Any:
+    """The first rows of the loader's first inputs, as surgery takes them."""
     with seeded(0, 0, torch.device("cpu")):
-        inputs = next(iter(loader))[0]
-    few = pytree.tree_map_only(Tensor, lambda t: t[:ROWS] if t.ndim else t, inputs)
-    return to_device(few, device)
-
-
-def _as_given(inputs: Any) -> Any:
-    """Inputs as surgery takes them: a list of positional ones is a tuple."""
-    return tuple(inputs) if isinstance(inputs, list) else inputs
+        first = read_batch(next(iter(loader)), objective.batch)
+    few = first.part(slice(0, ROWS)).to(device)
+    return dict(few.kwargs) if few.kwargs else few.args
 
 
 def _rows(inputs: Any) -> int:
@@ -341,7 +330,3 @@ def _rows(inputs: Any) -> int:
     if first is None:
         raise OckhamError("the loader's inputs hold no tensor with a batch dimension")
     return int(first.shape[0])
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))

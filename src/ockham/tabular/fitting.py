@@ -1,220 +1,223 @@
-"""Fitting a sparse network to a table: restarts, removal, refitting, evidence; its noise; draws that predict."""
+"""Fitting sparse networks to a table: restarts, growth and removal by evidence, noise, inputs, draws that predict."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ockham.core.posterior import Posterior
-from ockham.tabular.draws import Draws, factorised
-from ockham.tabular.inference import Inference
-from ockham.tabular.joint import ClassJoint, Joint, NoiseJoint
-from ockham.tabular.likelihoods import Classes, EqualNoise, Likelihood
-from ockham.tabular.noise import Noise, fit_noise
-from ockham.tabular.running import OnStep, Plan, Run, Table, initial
-from ockham.tabular.trimming import input_evidence, median_keep, reduced, without_input
+from ockham.tabular.hamiltonian import hamiltonian
+from ockham.tabular.inclusion import believed
+from ockham.tabular.likelihoods import Gaussian, Likelihood, Student
+from ockham.tabular.model import Model, Table
+from ockham.tabular.network import Net
+from ockham.tabular.search import Effort, State, prune, search, settle
 
-__all__ = ["Fitted", "Predictive", "fit", "predictive"]
+__all__ = ["Fitted", "OnStep", "Plan", "drawn", "fit"]
 
-_FIRST_VARIANCE = 0.25
-_MOST_WORK = 4_000_000  # rows times (overhead + living weights): a minute or so of chain
-_OVERHEAD = 50
-_RESIDUAL_DRAWS = 64
-_MOST_WEIGHTS = 1500
+_FIRST_ROWS, _NOISE_ROWS = 1500, 6000
+_WORK = 6e10  # rows times weights times (weights + overhead) of all steps on a large table
+_OVERHEAD = 60
+_NOISE_UNITS = 16
+_SETTLE = 20
+_CHAINS, _WARMUP, _LEAPS = 8, 12, (6, 14)
+_MOST_DRAWN = 1.5e6  # rows times weights from where draws are Gaussian about the mode
+_STIFFEN = 0.1
+
+OnStep = Callable[[int, int, float], None]
+"""(step, of at most, evidence in nats)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Settings of a fit.
+
+    Attributes:
+        hidden: units of each hidden layer at most.
+        outputs: numbers that the network of the location or of the classes gives.
+        restarts: searches side by side; the one with most evidence goes on.
+        steps: second-order steps at most.
+        slab_variance: prior variance of living weights, centre of its hyper-prior.
+        left_out: inputs that did not enter; they count as excluded.
+        patience: attempts to grow without a rise of the evidence after which a search ends.
+        seed: seed of random units, of rows that a search begins with and of draws.
+    """
+
+    hidden: tuple[int, ...]
+    outputs: int
+    restarts: int
+    steps: int
+    slab_variance: float
+    left_out: int
+    patience: int
+    seed: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Fitted:
-    """A network that lives on: posterior over one network of its layout, noise, and how it went.
+    """What a fit found.
 
     Attributes:
-        posterior: with inclusion; removed weights are gone.
-        before: the posterior before anything was removed; what inclusion is read from.
-        settled: the posterior of what stayed, refitted; its median model is the network that lives on.
-        whole: the inference before anything was removed; where a warm start begins.
-        noise_variance: of the standardised target, as if it were the same everywhere; of no meaning for classes.
-        log_odds: prior log-odds of inclusion by tensor name, as learned.
-        by_input: input to the full-covariance evidence of its weights, nats; of those that it sent away, too.
-        evidence: ELBO in nats at the checks, of the network that lived on.
-        restarts: ELBO of each restart when one was chosen.
-        steps: taken in all.
+        state: the model at its mode.
+        inclusion: probability that each input is used, per network, [p] each.
+        curve: evidence of the model that was best so far, nats.
+        restarts: evidence of each restart when one was chosen, nats.
     """
 
-    posterior: Posterior
-    before: Posterior
-    settled: Posterior
-    whole: Inference
-    noise_variance: float
-    log_odds: dict[str, float]
-    by_input: dict[int, float]
-    evidence: tuple[float, ...]
+    state: State
+    inclusion: tuple[Tensor, ...]
+    curve: tuple[float, ...]
     restarts: tuple[float, ...]
-    steps: int
 
 
-def fit(table: Table, plan: Plan, *, start: Fitted | None = None, on_step: OnStep | None = None) -> Fitted:
-    """Fit, choose, remove, refit.
-
-    The KL warms up over the first 40 % of the steps with all restarts side by side; the best two by evidence go on
-    alone, at a falling learning rate; at 80 % everything below one half goes and the rest settles. The better of the
-    two reduced networks, again by evidence, is the result: before the removal it does not tell them apart well.
+def fit(
+    table: Table, likelihood: Likelihood, plan: Plan, *, start: Fitted | None = None, on_step: OnStep | None = None
+) -> Fitted:
+    """Search on few rows from several starts, go on from the best with all rows, then the noise and the inputs.
 
     Args:
         table: the data.
+        likelihood: of the targets; one with a scale begins with equal noise.
         plan: settings.
-        start: go on from here with one network and no warm-up.
-        on_step: called every 50 steps.
+        start: fit to go on from, instead of restarts.
+        on_step: called now and then.
 
     Raises:
-        NonFiniteLossError: the loss became NaN or infinite.
-    """
-    if start is not None:
-        variance = torch.tensor([start.noise_variance])
-        return _finished(Run(table, plan, start.whole.only(0), _likelihood(plan, variance)), start.restarts, on_step)
-    first = _likelihood(plan, torch.full((plan.restarts,), _FIRST_VARIANCE))
-    crowd = Run(table, plan, initial(table, plan), first)
-    final = [_finished(alone, crowd.scores, on_step) for alone in crowd.finalists(on_step)]
-    return max(final, key=lambda fitted: fitted.evidence[-1])
-
-
-def _finished(alone: Run, restarts: tuple[float, ...], on_step: OnStep | None) -> Fitted:
-    """One network on its own: the rest of its training, removal, refitting, evidence."""
-    alone.go(0.5, 0.8, warm=False, on_step=on_step)
-    whole = alone.inference.only(0)
-    before, settled = reduced(alone, on_step)
-    history = tuple(alone.history)
-    alone, by_input = _trimmed(alone, on_step)
-    evidence = (*history, float(alone.elbo()[0]))
-    return Fitted(
-        posterior=alone.inference.posterior(),
-        before=before,
-        settled=settled,
-        whole=whole,
-        noise_variance=_variance(alone) or _FIRST_VARIANCE,
-        log_odds=alone.inference.log_odds(),
-        by_input=by_input,
-        evidence=evidence,
-        restarts=restarts,
-        steps=alone.inference.steps,
-    )
-
-
-def _likelihood(plan: Plan, variance: Tensor) -> Likelihood:
-    return Classes() if plan.classify else EqualNoise(variance)
-
-
-def _variance(run: Run) -> float | None:
-    return float(run.likelihood.variance[0]) if isinstance(run.likelihood, EqualNoise) else None
-
-
-def _trimmed(full: Run, on_step: OnStep | None) -> tuple[Run, dict[int, float]]:
-    """The run without the inputs that the full covariance sends away, unless its evidence is the worse for it."""
-    trial, before = full.alone(0), float(full.elbo()[0])
-    by_input = _without(trial)
-    if not by_input or min(by_input.values()) >= 0:
-        return full, by_input
-    trial.go(0.9, 1.0, warm=False, on_step=on_step)
-    trial.remove(median_keep(trial.inference.posterior()))
-    if float(trial.elbo()[0]) < before:
-        return full, {j: abs(nats) for j, nats in by_input.items()}
-    return trial, by_input
-
-
-def _without(run: Run) -> dict[int, float]:
-    """Take out inputs whose weights together have no evidence, one by one.
-
-    Returns:
-        Evidence of every input that was there, nats; of those sent away, when they went.
-    """
-    gone: dict[int, float] = {}
-    table, variance = run.table, _variance(run)
-    precision = None if variance is None else torch.full_like(table.weight, 1 / variance)
-    while True:
-        posterior = run.inference.posterior()
-        found = input_evidence(posterior, table.x, table.weight, run.inference.log_odds(), precision)
-        if not found or min(found.values()) >= 0:
-            return {**found, **gone}
-        worst = min(found, key=found.__getitem__)
-        gone[worst] = found[worst]
-        keep = {n: g.keep.clone() for n, g in posterior.items()}
-        for name in run.inference.layout.readers:
-            keep[name][..., worst] = False
-        run.remove(keep)
-        run.remove(median_keep(run.inference.posterior()))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Predictive:
-    """What predicts.
-
-    Attributes:
-        posterior: over the network of the mean, after the last word on its inputs.
-        by_input: input to its evidence as far as any is known, nats; of those sent away, too.
-        noise: of a regression.
-        draws: networks, and noise with them.
-    """
-
-    posterior: Posterior
-    by_input: dict[int, float]
-    noise: Noise | None
-    draws: Draws
-
-
-def predictive(fitted: Fitted, table: Table, plan: Plan, draws: int) -> Predictive:
-    """Draw all that lives, jointly; of a regression fit the noise to the residuals first.
-
-    With a noise that is not the same everywhere some inputs of the mean may turn out to have explained noise: those
-    whose weights together have no evidence under it go, the worst first, the rest settles in between. Where rows times
-    (50 + weights) exceed four million the posterior is narrow and the work large: weights are then drawn independently.
-
-    Args:
-        fitted: the network.
-        table: the data it was fitted to.
-        plan: its settings.
-        draws: networks that a prediction averages.
+        NonFiniteLossError: the energy became NaN or infinite.
     """
     generator = torch.Generator().manual_seed(plan.seed)
-    posterior, by_input, noise = fitted.posterior, dict(fitted.by_input), None
-    if not plan.classify:
-        before = factorised(posterior, None, _RESIDUAL_DRAWS, generator)
-        outputs = torch.cat(list(before.outputs(table.x.double())), 1)[..., 0]
-        noise = fit_noise(table, plan, outputs, fitted.noise_variance)
-    living = posterior.kept() + (0 if noise is None else noise.posterior.kept())
-    if not 0 < living <= _MOST_WEIGHTS:
-        return Predictive(posterior, by_input, noise, factorised(posterior, noise, draws, generator))
-    if noise is None:
-        joint: Joint = ClassJoint(posterior, table)
+    curve: list[float] = []
+
+    def on_state(state: State) -> None:
+        curve.append(state.evidence)
+        if on_step is not None:
+            on_step(state.steps, plan.steps, state.evidence)
+
+    def effort(state_steps: int, patience: int, smooth: float, share: float = 1.0) -> Effort:
+        steps = min(plan.steps, state_steps + int(share * plan.steps))
+        return Effort(patience, steps, generator, smooth, on_state)
+
+    most = plan.hidden[-1] if plan.hidden else 0
+    order = torch.randperm(len(table.x), generator=generator)
+    scores: tuple[float, ...] = () if start is None else start.restarts
+    if start is None:
+        few = _first(table, order, _FIRST_ROWS)
+        begin = _linear(few, likelihood, plan)
+        tried, steps = [], 0
+        for r in range(plan.restarts):
+            begin = replace(begin, steps=steps)
+            share = plan.steps * (r + 1) // plan.restarts
+            tried.append(search(begin, 0, most, replace(effort(0, plan.patience, _smooth(r)), steps=share)))
+            steps = tried[-1].steps
+        scores = tuple(s.evidence for s in tried)
+        state = replace(max(tried, key=lambda s: s.evidence), steps=steps)
     else:
-        posterior, found, joint = _last_word(fitted, noise, table)
-        by_input |= found
-    if len(table.x) * (_OVERHEAD + living) > _MOST_WORK:
-        return Predictive(posterior, by_input, noise, factorised(posterior, noise, draws, generator))
-    return Predictive(posterior, by_input, noise, joint.sample(draws, generator))
+        few = _first(table, order, _NOISE_ROWS)
+        old = start.state
+        state = settle(replace(old.model, table=few), old.vector, _SETTLE, 0)
+    some = _first(table, order, _NOISE_ROWS)
+    if len(some.x) > len(few.x) or start is not None:
+        state = _on(some, state)
+        state = search(
+            state, 0, most, replace(effort(0, max(1, plan.patience - 1), 0.5), steps=_affordable(state, plan))
+        )
+    if len(state.model.nets) == 2:
+        state = _noisy(state, effort(0, max(1, plan.patience - 1), 0.5), fresh=start is None)
+        state = search(state, 0, most, replace(effort(0, 1, 0.5), steps=_affordable(state, plan)))
+    if len(table.x) > len(some.x):
+        state = _on(table, state)
+        state = search(state, 0, most, replace(effort(0, 1, 0.5), steps=_affordable(state, plan)))
+    state = prune(state, tuple(range(len(state.model.nets))))
+    inside = []
+    for t in range(len(state.model.nets)):
+        state, found = believed(state, t, generator)
+        inside.append(found)
+    on_state(state)
+    before = 0 if start is None else start.state.steps
+    return Fitted(replace(state, steps=state.steps + before), tuple(inside), tuple(curve), scores)
 
 
-def _last_word(fitted: Fitted, noise: Noise, table: Table) -> tuple[Posterior, dict[int, float], Joint]:
-    """The posterior without inputs that have no evidence under the noise, evidence of all, the joint of what stays."""
-    by_input: dict[int, float] = {}
-    posterior, joint = fitted.posterior, NoiseJoint(fitted.posterior, noise, table)
-    mode = joint.mode()
-    while True:
-        moved, precision = joint.moved(posterior, mode), joint.precision(mode)
-        found = input_evidence(moved, table.x, table.weight, fitted.log_odds, precision)
-        by_input |= found
-        if not found or min(found.values()) >= 0:
-            return posterior, by_input, joint
-        worst = min(found, key=found.__getitem__)
-        smaller = without_input(posterior, worst)
-        trial = NoiseJoint(smaller, noise, table)
-        there = trial.mode()
-        before = joint.evidence(mode) + _belief(posterior, fitted.log_odds)
-        if trial.evidence(there) + _belief(smaller, fitted.log_odds) < before:
-            return posterior, by_input | {j: abs(nats) for j, nats in found.items()}, joint
-        posterior, joint, mode = smaller, trial, there
+def _smooth(restart: int) -> float:
+    """Share of hyperbolic tangents among the units of a restart."""
+    return 0.5 if restart % 2 else 1.0
 
 
-def _belief(posterior: Posterior, log_odds: dict[str, float]) -> float:
-    """Ln of the prior probability of what lives, nats, up to a constant."""
-    return sum(log_odds[name] * int(g.keep.sum()) for name, g in posterior.items())
+def _first(table: Table, order: Tensor, rows: int) -> Table:
+    return table if len(order) <= rows else table.rows(order[:rows])
+
+
+def _on(table: Table, state: State) -> State:
+    """The same structure at its mode on other rows."""
+    return settle(replace(state.model, table=table), state.vector, _SETTLE, state.steps)
+
+
+def _affordable(state: State, plan: Plan) -> int:
+    """Steps until which a search may go on."""
+    size = len(state.vector)
+    return min(plan.steps, state.steps + int(_WORK / (len(state.model.table.x) * size * (size + _OVERHEAD))))
+
+
+def _linear(table: Table, likelihood: Likelihood, plan: Plan) -> State:
+    """The linear model of all inputs, at its mode."""
+    p = table.x.shape[1]
+    nets = [Net.linear(p, plan.outputs, len(plan.hidden))]
+    centre = 0.0
+    if isinstance(likelihood, (Gaussian, Student)):
+        nets.append(Net.linear(p, 1, 1, reads=False))
+        share = table.weight / table.weight.sum()
+        variance = share @ (table.y - share @ table.y).square()
+        if isinstance(likelihood, Gaussian):  # heavy tails are there for targets that say nothing about the scale
+            centre = 0.5 * math.log(max(float(variance), 1e-12))
+    vector = torch.zeros(sum(len(net) for net in nets) + likelihood.extras, dtype=torch.float64)
+    if len(nets) == 2:
+        vector[len(nets[0])] = centre
+        vector[len(nets[0]) + 1 :] = 2.0
+    precision = tuple(dict.fromkeys(net.keep, 1 / plan.slab_variance) for net in nets)
+    model = Model(tuple(nets), likelihood, table, plan.slab_variance, precision, centre, plan.left_out)
+    return settle(model, vector, _SETTLE)
+
+
+def _noisy(state: State, effort: Effort, *, fresh: bool) -> State:
+    """Student's t, its scale moved by what the data support: nothing, a linear model, or units as well."""
+    model, vector = state.model, state.vector
+    if isinstance(model.likelihood, Gaussian):
+        model = replace(model, likelihood=Student(model.likelihood.floor))
+        vector = torch.cat([vector, vector.new_full((1,), 2.0)])
+        state = settle(model, vector, _SETTLE, state.steps)
+    if fresh:
+        begin, old = model.starts[1], model.nets[1]
+        net = Net.linear(old.inputs, 1, 1)
+        weights = vector.new_zeros(len(net))
+        weights[net.spans["out.bias"]] = state.vector[begin : begin + len(old)][old.spans["out.bias"]]
+        linear = torch.cat([state.vector[:begin], weights, state.vector[begin + len(old) :]])
+        moved = prune(settle(state.model.with_net(1, net), linear, _SETTLE, state.steps), (1,))
+        state = moved if moved.evidence > state.evidence else replace(state, steps=moved.steps)
+    return search(state, 1, _NOISE_UNITS, effort)
+
+
+def drawn(state: State, draws: int, generator: torch.Generator) -> tuple[Tensor, float | None]:
+    """Vectors [draws, d] from the posterior of a model's weights about its mode, and the acceptance of the chains.
+
+    Hamiltonian Monte Carlo; on tables so large that chains would take minutes a Gaussian about the mode, and None.
+    Both take the metric plus a tenth of its diagonal: of directions that the data leave open, in which gains of units
+    make up for each other, a straight line is a tangent only.
+    """
+    metric = state.metric + _STIFFEN * state.metric.diagonal().diag()
+    if len(state.model.table.x) * len(state.vector) > _MOST_DRAWN:
+        root = torch.linalg.cholesky(metric)
+        noise = torch.randn(len(state.vector), draws, generator=generator, dtype=torch.float64)
+        return state.vector + torch.linalg.solve_triangular(root.T, noise, upper=True).T, None
+    chains = min(_CHAINS, draws)
+    found = hamiltonian(
+        state.model.slopes,
+        state.vector.expand(chains, -1),
+        metric,
+        rounds=math.ceil(draws / chains),
+        warmup=_WARMUP,
+        leaps=_LEAPS,
+        generator=generator,
+    )
+    return found.draws.flatten(0, 1)[:draws], found.acceptance

@@ -11,13 +11,10 @@ from torch import Tensor
 
 from ockham.errors import OckhamError
 
-__all__ = [
-    "Chain",
-    "hamiltonian",
-]
+__all__ = ["Chains", "hamiltonian"]
 
-Energy = Callable[[Tensor], Tensor]
-"""-ln p(vector | data) up to a constant, nats, of a vector [d]; differentiable."""
+Slopes = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Vectors [C, d] to -ln p(vector | data) up to a constant, nats, [C], and its gradient [C, d]."""
 
 _ACCEPTANCE = 0.8
 _FIRST_STEP = 0.05
@@ -27,11 +24,11 @@ _SHRINKAGE, _OFFSET, _FORGETTING = 0.05, 10.0, 0.75  # gamma, t0, kappa of Hoffm
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Chain:
-    """What one chain visited after its warm-up.
+class Chains:
+    """What chains visited after their warm-up.
 
     Attributes:
-        draws: [draws, d].
+        draws: [rounds, C, d].
         acceptance: mean probability of acceptance; 0.8 is aimed at.
         step_size: of a leap, in units of the metric's standard deviations.
     """
@@ -42,70 +39,81 @@ class Chain:
 
 
 def hamiltonian(
-    energy: Energy,
+    slopes: Slopes,
     start: Tensor,
     metric: Tensor,
     *,
-    draws: int,
+    rounds: int,
     warmup: int,
-    thin: int = 1,
     leaps: tuple[int, int] = (8, 24),
     generator: torch.Generator,
-) -> Chain:
-    r"""Draws from exp(-energy) by Hamiltonian Monte Carlo.
+) -> Chains:
+    r"""Draws from exp(-energy) by Hamiltonian Monte Carlo, C chains side by side.
 
         H(q, p) = energy(q) + 1/2 p' metric^-1 p,    p ~ N(0, metric)
 
-    with a step size that dual averaging brings to a mean acceptance of 0.8 during the warm-up. Number and size of the
-    leaps are random: no period is hit, and where the target is stiffer than usual the chain gets out. The nearer the
-    metric is to the precision of the target, the better it mixes; any positive definite one leaves the target as it
-    is.
+    with a step size, of all chains, that dual averaging brings to a mean acceptance of 0.8 during the warm-up. Number
+    and size of the leaps are random: no period is hit, and where the target is stiffer than usual a chain gets out. The
+    nearer the metric is to the precision of the target, the better it mixes; any positive definite one leaves the
+    target as it is.
 
     Args:
-        energy: negative log density up to a constant, nats. Where it is not finite, proposals are rejected.
-        start: [d], where its energy is finite.
-        metric: [d, d], positive definite, in the role of a precision.
-        draws: to return.
-        warmup: trajectories before the first of them.
-        thin: trajectories per draw.
-        leaps: of a trajectory, from and to.
-        generator: of momenta, lengths and acceptance.
+        slopes: energy (negative log density up to a constant, nats) and gradient. Where the energy is not finite,
+            proposals are rejected.
+        start: places [C, d] where the energy is finite.
+        metric: matrix [d, d], positive definite, in the role of a precision.
+        rounds: trajectories of each chain after the warm-up, of which each gives a draw.
+        warmup: trajectories before.
+        leaps: least and greatest number of leaps of a trajectory.
+        generator: source of momenta, lengths and acceptance.
 
     Returns:
-        `Chain`.
+        `Chains`.
 
     Raises:
-        OckhamError: shapes do not fit, the metric is not positive definite, or the start has no finite energy.
+        OckhamError: shapes do not fit, the metric is not positive definite, or a start has no finite energy.
 
     References:
         Neal (2011), *MCMC using Hamiltonian dynamics*, eq. 5.2-5.10; Hoffman & Gelman (2014), *The No-U-Turn
         sampler*, eq. 6.
     """
-    root = _root(start, metric)
-    value, slope = _with_gradient(energy, start)
-    if not math.isfinite(value):
-        raise OckhamError(f"hamiltonian: the energy of the start is {value}; begin where the target has density")
-    place, pace = start.detach().clone(), _Pace()
-    visited, accepted = [], 0.0
-    for k in range(warmup + draws * thin):
-        momentum = root @ _normal(start, generator)
-        before = value + _kinetic(root, momentum)
-        count = int(torch.randint(leaps[0], leaps[1] + 1, (), generator=generator))
-        step = (pace.step if k < warmup else pace.settled) * (1 - _JITTER * _uniform(generator))
-        there, there_momentum, there_value, there_slope = _leap(
-            energy, place, momentum, slope, root, step=step, leaps=count
+    if start.ndim != 2 or metric.shape != (start.shape[1], start.shape[1]):
+        raise OckhamError(
+            f"hamiltonian: starts [C, d] and a metric [d, d]; got {tuple(start.shape)} and {tuple(metric.shape)}"
         )
-        rise = there_value + _kinetic(root, there_momentum) - before
-        chance = math.exp(min(0.0, -rise)) if math.isfinite(rise) else 0.0
-        if _uniform(generator) < chance:
-            place, value, slope = there, there_value, there_slope
+    root, info = torch.linalg.cholesky_ex(metric)
+    if int(info) != 0:
+        raise OckhamError("hamiltonian: the metric must be positive definite; add a prior precision to its diagonal")
+    inverse = torch.cholesky_inverse(root)
+    place = start.clone()
+    value, slope = slopes(place)
+    if not bool(value.isfinite().all()):
+        raise OckhamError(f"hamiltonian: the energy of a start is {value.tolist()}; begin where the target has density")
+    pace, visited, accepted = _Pace(), [], 0.0
+    for k in range(warmup + rounds):
+        momentum = _normal(start, generator) @ root.T
+        before = value + 0.5 * (momentum @ inverse * momentum).sum(1)
+        count = int(torch.randint(leaps[0], leaps[1] + 1, (), generator=generator))
+        shrink = 1 - _JITTER * torch.rand(len(start), 1, generator=generator, dtype=start.dtype)
+        step = (pace.step if k < warmup else pace.settled) * shrink
+        there, there_value, there_slope = place, value, slope
+        for _ in range(count):
+            momentum = momentum - 0.5 * step * there_slope
+            there = there + step * (momentum @ inverse)
+            there_value, there_slope = slopes(there)
+            momentum = momentum - 0.5 * step * there_slope
+        rise = there_value + 0.5 * (momentum @ inverse * momentum).sum(1) - before
+        chance = torch.where(rise.isfinite(), (-rise).clamp(max=0.0).exp(), 0.0)
+        yes = torch.rand(len(start), generator=generator, dtype=start.dtype) < chance
+        place, slope = (torch.where(yes.unsqueeze(1), a, b) for a, b in ((there, place), (there_slope, slope)))
+        value = torch.where(yes, there_value, value)
         if k < warmup:
-            pace.learn_(chance)
+            pace.learn_(float(chance.mean()))
         else:
-            accepted += chance / (draws * thin)
-            if (k - warmup) % thin == thin - 1:
-                visited.append(place)
-    return Chain(torch.stack(visited) if visited else start.new_zeros(0, len(start)), accepted, pace.settled)
+            accepted += float(chance.mean()) / rounds
+            visited.append(place)
+    draws = torch.stack(visited) if visited else start.new_zeros(0, *start.shape)
+    return Chains(draws, accepted, pace.settled)
 
 
 class _Pace:
@@ -126,47 +134,5 @@ class _Pace:
         self.settled = min(_LONGEST_STEP, math.exp(self._log_settled))
 
 
-def _leap(
-    energy: Energy, place: Tensor, momentum: Tensor, slope: Tensor, root: Tensor, *, step: float, leaps: int
-) -> tuple[Tensor, Tensor, float, Tensor]:
-    value = math.nan
-    for _ in range(leaps):
-        momentum = momentum - 0.5 * step * slope
-        place = place + step * torch.cholesky_solve(momentum.unsqueeze(1), root)[:, 0]
-        value, slope = _with_gradient(energy, place)
-        if not math.isfinite(value):
-            break
-        momentum = momentum - 0.5 * step * slope
-    return place, momentum, value, slope
-
-
-def _with_gradient(energy: Energy, place: Tensor) -> tuple[float, Tensor]:
-    with torch.enable_grad():
-        place = place.detach().requires_grad_()
-        value = energy(place)
-        (slope,) = torch.autograd.grad(value, place)
-    return float(value.detach()), slope
-
-
-def _kinetic(root: Tensor, momentum: Tensor) -> float:
-    return 0.5 * float(torch.linalg.solve_triangular(root, momentum.unsqueeze(1), upper=False).square().sum())
-
-
-def _uniform(generator: torch.Generator) -> float:
-    return float(torch.rand((), generator=generator, dtype=torch.float64))
-
-
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
-
-
-def _root(start: Tensor, metric: Tensor) -> Tensor:
-    if start.ndim != 1 or metric.shape != (len(start), len(start)):
-        raise OckhamError(
-            f"hamiltonian: a start [d] and a metric [d, d]; got {tuple(start.shape)} and {tuple(metric.shape)}"
-        )
-    root, info = torch.linalg.cholesky_ex(metric)
-    if int(info) != 0:
-        raise OckhamError("hamiltonian: the metric must be positive definite; add a prior precision to its diagonal")
-    result: Tensor = root
-    return result

@@ -1,4 +1,8 @@
-"""Likelihoods that a fit may have, with what they learn beside the weights; stacked over networks."""
+"""Likelihoods of a target given the outputs of networks: density, derivatives and Fisher information in closed form.
+
+A likelihood reads one network (classes, counts) or two: one for the location of the target, one for the logarithm of
+its scale. Outputs of the two lie behind each other, [C, n, K] with K = 2.
+"""
 
 from __future__ import annotations
 
@@ -7,147 +11,170 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 
 __all__ = [
-    "BASE_PRECISION",
     "FREEDOM",
     "Classes",
-    "EqualNoise",
+    "Counts",
+    "Gaussian",
     "Likelihood",
-    "Scales",
-    "base_nll",
-    "freedom_nll",
+    "Student",
     "log_scale",
     "resolution",
     "student_nll",
 ]
 
-_VARIANCE_RATE = 0.03
-_SMALLEST = 1e-6
-BASE_PRECISION = 0.25
 FREEDOM = 2.0  # prior mean of ln(freedom - 2), of standard deviation 1: some 9 degrees of freedom
-_BASE_RATE, _FREEDOM_RATE = 0.05, 0.2
+_SMALLEST = 1e-6
 _HALF_LOG_12 = 0.5 * math.log(12)
+_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
 class Likelihood(ABC):
-    """p(target | outputs), for R networks at once."""
+    """p(target | outputs), of C networks at once.
+
+    Attributes:
+        extras: parameters beside the networks' weights; each has a standard normal prior about `extra_start`.
+    """
+
+    extras: int = 0
 
     @abstractmethod
-    def nll(self, output: Tensor, y: Tensor) -> Tensor:
-        """[R, B] nats, of outputs [R, B, k] and targets [B, ...]."""
+    def nll(self, output: Tensor, extra: Tensor, y: Tensor) -> Tensor:
+        """Negative log-likelihood [C, n], nats, of outputs [C, n, K], extras [C, e] and targets [n]."""
 
     @abstractmethod
-    def learn_(self, output: Tensor, y: Tensor, weight: Tensor) -> None:
-        """Move its own parameters after a step; weights [B] of mean one."""
+    def slopes(self, output: Tensor, extra: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Derivatives of the negative log-likelihood in outputs, [C, n, K], and in extras, [C, n, e]."""
 
     @abstractmethod
-    def only(self, index: int) -> Likelihood:
-        """A copy for one of the networks."""
+    def information(self, output: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
+        """Fisher information of one network's outputs [n, K], per row [n, K, K], and of extras [n, e, e]."""
 
 
 class Classes(Likelihood):
     """Class probabilities by softmax; by the logistic function where there is one output for two classes."""
 
-    def nll(self, output: Tensor, y: Tensor) -> Tensor:
+    def nll(self, output: Tensor, extra: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy."""
         if output.shape[2] == 1:
-            sign = 1 - 2 * y.to(output.dtype)
-            return nn.functional.softplus(output[..., 0] * sign)
+            return F.softplus(output[..., 0] * (1 - 2 * y.to(output.dtype)))
         chosen = y.expand(len(output), -1).unsqueeze(2)
         return -output.log_softmax(2).gather(2, chosen)[..., 0]
 
-    def learn_(self, output: Tensor, y: Tensor, weight: Tensor) -> None:
-        """Nothing to learn."""
+    def slopes(self, output: Tensor, extra: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities less the truth."""
+        none = output.new_zeros(len(output), len(y), 0)
+        if output.shape[2] == 1:
+            return torch.sigmoid(output) - y.to(output.dtype).unsqueeze(1), none
+        return output.softmax(2) - F.one_hot(y, output.shape[2]), none
 
-    def only(self, index: int) -> Classes:
-        """Itself: it has no state."""
-        return self
-
-
-@dataclass(slots=True, eq=False)
-class EqualNoise(Likelihood):
-    """Gaussian noise, the same everywhere.
-
-    Attributes:
-        variance: [R], learned as a running mean of squared residuals.
-    """
-
-    variance: Tensor
-
-    def nll(self, output: Tensor, y: Tensor) -> Tensor:
-        """-ln N(y; output, variance)."""
-        variance = self.variance.unsqueeze(1)
-        return 0.5 * (y - output[..., 0]).square() / variance + 0.5 * (2 * math.pi * variance).log()
-
-    def learn_(self, output: Tensor, y: Tensor, weight: Tensor) -> None:
-        """Towards the squared residuals of the batch."""
-        residual = ((y - output[..., 0]).square() * weight).mean(1)
-        self.variance.lerp_(residual, _VARIANCE_RATE).clamp_min_(_SMALLEST)
-
-    def only(self, index: int) -> EqualNoise:
-        """A copy for one of the networks."""
-        return EqualNoise(self.variance[index : index + 1].clone())
+    def information(self, output: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
+        """Covariance of the class indicators."""
+        none = output.new_zeros(len(output), 0, 0)
+        if output.shape[1] == 1:
+            p = torch.sigmoid(output)
+            return (p * (1 - p)).unsqueeze(2), none
+        p = output.softmax(1)
+        return torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1), none
 
 
-@dataclass(slots=True, eq=False)
-class Scales(Likelihood):
-    r"""Noise of Student's t with a scale that the network's output moves; targets are residuals with their variance.
+class Counts(Likelihood):
+    """Poisson counts; the output is ln of the rate."""
 
-        e ~ t_f(0, s),   ln s = floor + softplus(base + output - floor),   f = 2 + exp(log_freedom)
+    def nll(self, output: Tensor, extra: Tensor, y: Tensor) -> Tensor:
+        """Rate less y ln rate, plus ln y!."""
+        return output[..., 0].clamp(max=30).exp() - y * output[..., 0] + torch.lgamma(y + 1)
 
-    A residual is known up to what is not known of its mean: targets [B, 2] hold its mean and variance, and each use
-    draws. The base has a prior N(centre, 4), ``log_freedom`` N(2, 1).
+    def slopes(self, output: Tensor, extra: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Rate less y."""
+        return output.clamp(max=30).exp() - y.unsqueeze(1), output.new_zeros(len(output), len(y), 0)
+
+    def information(self, output: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
+        """The rate."""
+        return output.clamp(max=30).exp().unsqueeze(2), output.new_zeros(len(output), 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Gaussian(Likelihood):
+    r"""y ~ N(mean, s^2),   ln s = floor + softplus(scale output - floor).
 
     Attributes:
-        base: ln scale where the output is 0, [R, 1].
-        log_freedom: ln(f - 2), [R, 1].
-        centre: of the prior of the base.
         floor: ln of the least scale.
-        terms: log-likelihood terms, for the weight of the prior.
-        generator: of the draws.
     """
 
-    base: Tensor
-    log_freedom: Tensor
-    centre: float
     floor: float
-    terms: float
-    generator: torch.Generator
 
-    def nll(self, output: Tensor, y: Tensor) -> Tensor:
+    def nll(self, output: Tensor, extra: Tensor, y: Tensor) -> Tensor:
+        """-ln N(y; mean, s^2)."""
+        log = log_scale(output[..., 1], self.floor)
+        return 0.5 * (y - output[..., 0]).square() * (-2 * log).exp() + log + _HALF_LOG_2PI
+
+    def slopes(self, output: Tensor, extra: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """In location and scale output."""
+        residual, precision, moved = _parts(output, y, self.floor)
+        found = torch.stack([-residual * precision, (1 - residual.square() * precision) * moved], 2)
+        return found, output.new_zeros(len(output), len(y), 0)
+
+    def information(self, output: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
+        """1 / s^2 and 2."""
+        precision = (-2 * log_scale(output[:, 1], self.floor)).exp()
+        scale = 2 * torch.sigmoid(output[:, 1] - self.floor).square()
+        return torch.diag_embed(torch.stack([precision, scale], 1)), output.new_zeros(len(output), 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Student(Likelihood):
+    r"""y ~ t_f(mean, s),   ln s = floor + softplus(scale output - floor),   f = 2 + exp(extra).
+
+    Attributes:
+        floor: ln of the least scale.
+
+    References:
+        Lange, Little & Taylor (1989), *Robust statistical modeling using the t distribution*, appendix B.
+    """
+
+    floor: float
+    extras = 1
+
+    def nll(self, output: Tensor, extra: Tensor, y: Tensor) -> Tensor:
         """-ln t."""
-        return self._of(self._drawn(y), output[..., 0], self.base, self.log_freedom)
+        return student_nll(y - output[..., 0], log_scale(output[..., 1], self.floor), 2 + extra.exp())
 
-    def learn_(self, output: Tensor, y: Tensor, weight: Tensor) -> None:
-        """One gradient step on base and freedom."""
-        with torch.enable_grad():
-            base, freedom = self.base.clone().requires_grad_(), self.log_freedom.clone().requires_grad_()
-            each = self._of(self._drawn(y), output[..., 0], base, freedom)
-            believed = base_nll(base, self.centre).sum() + freedom_nll(freedom).sum()
-            value = (each * weight).mean(1).sum() + believed / self.terms
-            of_base, of_freedom = torch.autograd.grad(value, (base, freedom))
-        self.base -= _BASE_RATE * of_base.clamp(-2, 2)
-        self.log_freedom -= _FREEDOM_RATE * of_freedom.clamp(-1, 1)
+    def slopes(self, output: Tensor, extra: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """In location, scale output and ln(f - 2)."""
+        residual, precision, moved = _parts(output, y, self.floor)
+        f = 2 + extra.exp()
+        square = residual.square() * precision / f
+        share = square / (1 + square)
+        location = -(f + 1) / f * residual * precision / (1 + square)
+        of_scale = (1 - (f + 1) * share) * moved
+        constant = torch.digamma(f / 2) - torch.digamma((f + 1) / 2) + 1 / f
+        of_freedom = 0.5 * (constant + torch.log1p(square) - (f + 1) / f * share) * (f - 2)
+        return torch.stack([location, of_scale], 2), of_freedom.unsqueeze(2)
 
-    def only(self, index: int) -> Scales:
-        """A copy for one of the networks."""
-        row = slice(index, index + 1)
-        base, log_freedom = self.base[row].clone(), self.log_freedom[row].clone()
-        return Scales(base, log_freedom, self.centre, self.floor, self.terms, self.generator.clone_state())
+    def information(self, output: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
+        """Of location, scale output and ln(f - 2)."""
+        f = 2 + extra.exp()
+        precision = (-2 * log_scale(output[:, 1], self.floor)).exp()
+        scale = 2 * f / (f + 3) * torch.sigmoid(output[:, 1] - self.floor).square()
+        trigamma = torch.polygamma(1, f / 2) - torch.polygamma(1, (f + 1) / 2)
+        freedom = 0.25 * trigamma - 0.5 * (f + 5) / (f * (f + 1) * (f + 3))
+        own = (freedom.clamp_min(0) * (f - 2).square()).expand(len(output), 1)
+        return torch.diag_embed(torch.stack([(f + 1) / (f + 3) * precision, scale], 1)), own.unsqueeze(2)
 
-    def _drawn(self, y: Tensor) -> Tensor:
-        noise = torch.randn(len(y), generator=self.generator, dtype=y.dtype)
-        return y[:, 0] + y[:, 1].sqrt() * noise
 
-    def _of(self, residual: Tensor, output: Tensor, base: Tensor, log_freedom: Tensor) -> Tensor:
-        return student_nll(residual, log_scale(base + output, self.floor), 2 + log_freedom.exp())
+def _parts(output: Tensor, y: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Residual, 1 / s^2 and d ln s / d scale output, [C, n] each."""
+    moved = torch.sigmoid(output[..., 1] - floor)
+    return y - output[..., 0], (-2 * log_scale(output[..., 1], floor)).exp(), moved
 
 
 def log_scale(value: Tensor, floor: float) -> Tensor:
     """Softly no less than the floor: floor + softplus(value - floor)."""
-    return nn.functional.softplus(value - floor) + floor
+    return F.softplus(value - floor) + floor
 
 
 def student_nll(residual: Tensor, log_scale: Tensor, freedom: Tensor) -> Tensor:
@@ -163,16 +190,6 @@ def student_nll(residual: Tensor, log_scale: Tensor, freedom: Tensor) -> Tensor:
     square = residual.square() * (-2 * log_scale).exp() / freedom
     constant = torch.lgamma(freedom / 2) - torch.lgamma((freedom + 1) / 2) + 0.5 * (freedom * math.pi).log()
     return constant + log_scale + 0.5 * (freedom + 1) * torch.log1p(square)
-
-
-def base_nll(base: Tensor, centre: float) -> Tensor:
-    """-ln of the prior N(centre, 4) of the base, up to a constant: on the floor the data no longer say where it is."""
-    return 0.5 * BASE_PRECISION * (base - centre).square()
-
-
-def freedom_nll(log_freedom: Tensor) -> Tensor:
-    """-ln of the prior of ln(f - 2), up to a constant."""
-    return 0.5 * (log_freedom - FREEDOM).square()
 
 
 def resolution(values: Tensor) -> float:

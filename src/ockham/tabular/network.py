@@ -1,119 +1,268 @@
-"""Several small networks side by side as one flat vector each, and the moments of their outputs.
+"""Sparse networks as values: which weights live, and in closed form their outputs, gradients and Jacobians.
 
-Hidden layers of rectifiers, and a linear map from the inputs straight to the outputs. With weights of mean E and
-variance V a layer's pre-activation has mean F(x, E) and variance F(x^2, V); noise enters there, per example.
+Hidden layers of units that are either rectifiers or hyperbolic tangents, and a linear map from the inputs straight to
+the outputs. Only living weights are numbers, one vector of them is one network.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-__all__ = ["Layout", "affine", "mean_output"]
-
-_SMALLEST = 1e-12
-_NEXT_TO_NOTHING = 0.1
+__all__ = ["Net", "Pass"]
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Where the tensors of a network lie in its flat vector.
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """What a forward pass leaves for the passes back.
 
     Attributes:
-        shapes: tensor name to shape, in order: hidden.0.weight, hidden.0.bias, ..., out.weight, out.bias, skip.weight.
+        output: outputs [C, n, K] of C networks.
+        tensors: dense weights [C, ...] by name.
+        read: what each hidden layer and the output layer reads, [n, p] or [C, n, units].
+        slopes: derivative of each hidden layer's activation, [C, n, units].
     """
 
-    shapes: Mapping[str, tuple[int, ...]]
+    output: Tensor
+    tensors: Mapping[str, Tensor]
+    read: tuple[Tensor, ...]
+    slopes: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Net:
+    """Structure of a sparse network.
+
+    Attributes:
+        keep: masks of living weights by tensor name: hidden.i.weight [units, before], hidden.i.bias [units], out.weight
+            [K, units], out.bias [K], skip.weight [K, p].
+        smooth: per hidden layer which units are hyperbolic tangents, [units]; the others are rectifiers.
+    """
+
+    keep: Mapping[str, Tensor]
+    smooth: tuple[Tensor, ...]
 
     @staticmethod
-    def of(inputs: int, hidden: Sequence[int], outputs: int) -> Layout:
-        """Of a network with these sizes; without hidden layers there is no map past them."""
-        shapes: dict[str, tuple[int, ...]] = {}
+    def linear(inputs: int, outputs: int, depth: int, *, reads: bool = True) -> Net:
+        """Structure without hidden units, which reads every input directly (or none)."""
+        keep: dict[str, Tensor] = {}
         before = inputs
-        for i, units in enumerate(hidden):
-            shapes |= {f"hidden.{i}.weight": (units, before), f"hidden.{i}.bias": (units,)}
-            before = units
-        shapes |= {"out.weight": (outputs, before), "out.bias": (outputs,)}
-        return Layout(shapes | ({"skip.weight": (outputs, inputs)} if hidden else {}))
+        for i in range(depth):
+            keep |= {f"hidden.{i}.weight": torch.zeros(0, before), f"hidden.{i}.bias": torch.zeros(0)}
+            before = 0
+        keep |= {"out.weight": torch.zeros(outputs, before if depth else 0), "out.bias": torch.ones(outputs)}
+        keep["skip.weight"] = torch.full((outputs, inputs), float(reads))
+        return Net({n: k.bool() for n, k in keep.items()}, (torch.zeros(0, dtype=torch.bool),) * depth)
 
-    @property
+    @cached_property
+    def cells(self) -> dict[str, Tensor]:
+        """Indices of living weights in each flattened tensor, in the order of the vector."""
+        return {n: k.flatten().nonzero()[:, 0] for n, k in self.keep.items()}
+
+    @cached_property
+    def spans(self) -> dict[str, slice]:
+        """Where each tensor's living weights lie in the vector."""
+        found, begin = {}, 0
+        for name, cells in self.cells.items():
+            found[name] = slice(begin, begin + len(cells))
+            begin += len(cells)
+        return found
+
+    @cached_property
+    def places(self) -> Tensor:
+        """Indices of living weights in all flattened tensors behind each other, [d]."""
+        sizes = [k.numel() for k in self.keep.values()]
+        offsets = [sum(sizes[:i]) for i in range(len(sizes))]
+        return torch.cat([c + o for c, o in zip(self.cells.values(), offsets, strict=True)])
+
+    @cached_property
     def size(self) -> int:
-        """Weights of one network."""
-        return sum(math.prod(s) for s in self.shapes.values())
+        """Living weights."""
+        return len(self.places)
 
-    @property
-    def depth(self) -> int:
-        """Hidden layers."""
-        return sum(n.startswith("hidden") for n in self.shapes) // 2
+    @cached_property
+    def alike(self) -> tuple[bool | None, ...]:
+        """Per hidden layer whether all units are hyperbolic tangents, none (False), or some (None)."""
+        return tuple(bool(s.all()) or (None if bool(s.any()) else False) for s in self.smooth)
+
+    @cached_property
+    def reads(self) -> Tensor:
+        """Input that each living weight reads, -1 where it reads none; [d]."""
+        found = torch.full((len(self),), -1)
+        for name in self.readers:
+            found[self.spans[name]] = self.cells[name] % self.keep[name].shape[1]
+        return found
 
     @property
     def readers(self) -> tuple[str, ...]:
-        """Weights that read the inputs."""
-        return ("hidden.0.weight", "skip.weight") if self.depth else ("out.weight",)
+        """Tensors that read the inputs."""
+        return ("hidden.0.weight", "skip.weight") if self.smooth else ("skip.weight",)
 
-    def split(self, flat: Tensor) -> dict[str, Tensor]:
-        """Views of [R, size] as [R, *shape] by name."""
-        parts = flat.split([math.prod(s) for s in self.shapes.values()], 1)
-        return {n: part.view(-1, *s) for (n, s), part in zip(self.shapes.items(), parts, strict=True)}
+    @property
+    def inputs(self) -> int:
+        """Columns of the table."""
+        return self.keep["skip.weight"].shape[1]
 
-    def spread(self, values: Mapping[str, float]) -> Tensor:
-        """One number per tensor to one per weight, [size]."""
-        return torch.cat([torch.full((math.prod(s),), float(values[n])) for n, s in self.shapes.items()])
+    @property
+    def units(self) -> tuple[int, ...]:
+        """Living units of each hidden layer."""
+        return tuple(len(s) for s in self.smooth)
 
-    def start(self, stacks: int, generator: torch.Generator) -> Tensor:
-        """Initial weights [R, size]: He's for weights, small biases, nothing past the hidden layers.
+    def __len__(self) -> int:
+        """Living weights."""
+        return self.size
 
-        The last of several networks starts next to linear: its hidden layers matter only if the data make them.
+    def used(self) -> Tensor:
+        """Living weights that read each input, [p]."""
+        return sum((self.keep[n].sum(0) for n in self.readers), torch.zeros(self.inputs, dtype=torch.long))
+
+    def tensors(self, vectors: Tensor) -> dict[str, Tensor]:
+        """Dense tensors [C, ...] of the networks with these weights [C, d]."""
+        sizes = [k.numel() for k in self.keep.values()]
+        flat = vectors.new_zeros(len(vectors), sum(sizes)).index_copy_(1, self.places, vectors)
+        parts = zip(self.keep.items(), flat.split(sizes, 1), strict=True)
+        return {name: part.view(len(vectors), *mask.shape) for (name, mask), part in parts}
+
+    def run(self, vectors: Tensor, x: Tensor) -> Pass:
+        """Forward pass of C networks [C, d] over a table [n, p]."""
+        if self.size == len(self.keep["out.bias"]):  # nothing but biases
+            return Pass(vectors[:, None, :].expand(-1, len(x), -1), {}, (), ())
+        w = self.tensors(vectors)
+        h, read, slopes = x, [], []
+        for i in range(len(self.smooth)):
+            if not self.units[i]:
+                break
+            read.append(h)
+            h, slope = self._activate(i, affine(h, w[f"hidden.{i}.weight"], w[f"hidden.{i}.bias"]))
+            slopes.append(slope)
+        read.append(h)
+        output = affine(x, w["skip.weight"], w["out.bias"])
+        if self.smooth and self.units[-1]:
+            output = output + h @ w["out.weight"].transpose(1, 2)
+        return Pass(output, w, tuple(read), tuple(slopes))
+
+    def _activate(self, layer: int, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Activation and its derivative."""
+        if self.alike[layer]:
+            h = torch.tanh(z)
+            return h, 1 - h.square()
+        on = (z > 0).to(z.dtype)
+        if self.alike[layer] is False:
+            return z * on, on
+        smooth, h = self.smooth[layer], torch.tanh(z)
+        return torch.where(smooth, h, z * on), torch.where(smooth, 1 - h.square(), on)
+
+    def pullback(self, done: Pass, slope: Tensor, x: Tensor) -> Tensor:
+        """Gradient [C, d] of a number whose derivative in the outputs is ``slope`` [C, n, K]."""
+        if not done.tensors:
+            return slope.sum(1)
+        found = {"out.bias": slope.sum(1), "skip.weight": slope.transpose(1, 2) @ x}
+        if self.smooth and not self.units[-1]:
+            found |= {n: slope.new_zeros(len(slope), k.numel()) for n, k in self.keep.items() if n not in found}
+        elif self.smooth:
+            found["out.weight"] = slope.transpose(1, 2) @ done.read[-1]
+            back = slope @ done.tensors["out.weight"]
+            for i in reversed(range(len(self.smooth))):
+                back = back * done.slopes[i]
+                found[f"hidden.{i}.bias"] = back.sum(1)
+                found[f"hidden.{i}.weight"] = back.transpose(1, 2) @ done.read[i]
+                if i:
+                    back = back @ done.tensors[f"hidden.{i}.weight"]
+        names = [n for n in self.keep if n in found]
+        return torch.cat([found[n].flatten(1) for n in names], 1)[:, self.places]
+
+    def jacobian(self, done: Pass, x: Tensor) -> Tensor:
+        """Derivatives [n, K, d] of the outputs of the first network in its living weights."""
+        n, outputs = done.output.shape[1:]
+        if not done.tensors:
+            return torch.eye(outputs, dtype=x.dtype).expand(n, -1, -1)
+        cells, parts = self.cells, []
+        for k in range(outputs):
+            found: dict[str, Tensor] = {}
+            if self.smooth and self.units[-1]:
+                last = done.read[-1][0]
+                found["out.weight"] = _of_output(last, cells["out.weight"], k, outputs)
+                back = done.tensors["out.weight"][0, k] * done.slopes[-1][0]
+                for i in reversed(range(len(self.smooth))):
+                    read, here = x if i == 0 else done.read[i][0], cells[f"hidden.{i}.weight"]
+                    columns = read[:, here % read.shape[1]]
+                    found[f"hidden.{i}.weight"] = columns * back[:, here // read.shape[1]]
+                    found[f"hidden.{i}.bias"] = back[:, cells[f"hidden.{i}.bias"]]
+                    if i:
+                        back = back @ done.tensors[f"hidden.{i}.weight"][0] * done.slopes[i - 1][0]
+            found["out.bias"] = x.new_zeros(n, outputs)
+            found["out.bias"][:, k] = 1.0
+            found["skip.weight"] = _of_output(x, cells["skip.weight"], k, outputs)
+            parts.append(torch.cat([found[name] for name in self.keep if name in found], 1))
+        return torch.stack(parts, 1) if outputs > 1 else parts[0].unsqueeze(1)
+
+    def without(self, gone: Tensor) -> tuple[Net, Tensor]:
+        """Structure without some living weights (mask [d]) and without what is then on no path; positions that stay.
+
+        A unit that reads nothing is a constant, one that nobody reads is nothing: both go with all their weights.
         """
-        flat = torch.zeros(stacks, self.size)
-        for name, part in self.split(flat).items():
-            if name.endswith("bias"):
-                part.uniform_(-0.5, 0.5, generator=generator)
-            elif name != "skip.weight":
-                part.normal_(0.0, math.sqrt(2.0 / part.shape[2]), generator=generator)
-        if stacks > 1:
-            self.split(flat)["out.weight"][-1] *= _NEXT_TO_NOTHING
-        return flat
+        keep = {n: k.clone() for n, k in self.keep.items()}
+        for name, span in self.spans.items():
+            keep[name].view(-1)[self.cells[name][gone[span]]] = False
+        layers = [f"hidden.{i}" for i in range(len(self.smooth))]
+        alive = [torch.ones_like(s) for s in self.smooth]
+        for _ in layers:
+            for i, layer in enumerate(layers):
+                after = "out.weight" if i + 1 == len(layers) else f"{layers[i + 1]}.weight"
+                alive[i] = keep[f"{layer}.weight"].any(1) & keep[after].any(0)
+                keep[f"{layer}.weight"][~alive[i]] = False
+                keep[f"{layer}.bias"][~alive[i]] = False
+                keep[after][:, ~alive[i]] = False
+        stays = torch.cat([keep[n].view(-1)[c] for n, c in self.cells.items()]).nonzero()[:, 0]
+        for i, layer in enumerate(layers):
+            after = "out.weight" if i + 1 == len(layers) else f"{layers[i + 1]}.weight"
+            keep[f"{layer}.weight"], keep[f"{layer}.bias"] = (
+                keep[f"{layer}.weight"][alive[i]],
+                keep[f"{layer}.bias"][alive[i]],
+            )
+            keep[after] = keep[after][:, alive[i]]
+        return Net(keep, tuple(s[a] for s, a in zip(self.smooth, alive, strict=True))), stays
 
-    def noisy_output(self, mean: Tensor, variance: Tensor, x: Tensor, generator: torch.Generator) -> Tensor:
-        """Outputs [R, B, outputs] with the noise that weights of these moments [R, size] give."""
-        e, v = self.split(mean), self.split(variance)
-        h = x
-        for i in range(self.depth):
-            weight, bias = f"hidden.{i}.weight", f"hidden.{i}.bias"
-            h = torch.relu(_noisy(affine(h, e[weight], e[bias]), affine(h.square(), v[weight], v[bias]), generator))
-        centre, spread = (affine(h, e["out.weight"], e["out.bias"]), affine(h.square(), v["out.weight"], v["out.bias"]))
-        if "skip.weight" in e:
-            centre = centre + affine(x, e["skip.weight"], None)
-            spread = spread + affine(x.square(), v["skip.weight"], None)
-        return _noisy(centre, spread, generator)
+    def grown(self, vector: Tensor, fresh: Sequence[Mapping[str, Tensor]]) -> tuple[Net, Tensor]:
+        """Structure and weights with more units in each hidden layer.
+
+        Args:
+            vector: weights [d].
+            fresh: per hidden layer "weight" [m, before + new before], "bias" [m], "smooth" [m], and in the last layer
+                "out" [K, m]; zeros of a weight are no weights.
+        """
+        dense = {n: t[0] for n, t in self.tensors(vector.unsqueeze(0)).items()}
+        keep, wider = dict(self.keep), 0
+        smooth = []
+        for i, (new, old) in enumerate(zip(fresh, self.smooth, strict=True)):
+            name, bias = f"hidden.{i}.weight", f"hidden.{i}.bias"
+            for found, more in ((dense, new["weight"]), (keep, new["weight"] != 0)):
+                padded = torch.cat([found[name], found[name].new_zeros(len(old), wider)], 1)
+                found[name] = torch.cat([padded, more.to(padded.dtype)])
+            dense[bias] = torch.cat([dense[bias], new["bias"]])
+            keep[bias] = torch.cat([keep[bias], torch.ones_like(new["bias"], dtype=torch.bool)])
+            smooth.append(torch.cat([old, new["smooth"]]))
+            wider = len(new["bias"])
+        dense["out.weight"] = torch.cat([dense["out.weight"], fresh[-1]["out"]], 1)
+        keep["out.weight"] = torch.cat([keep["out.weight"], torch.ones_like(fresh[-1]["out"], dtype=torch.bool)], 1)
+        net = Net(keep, tuple(smooth))
+        return net, torch.cat([dense[n].flatten()[c] for n, c in net.cells.items()])
 
 
-def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """R affine maps: [B, in] or [R, B, in] to [R, B, out]; a shared input is multiplied once."""
-    stacks, outputs, _ = weight.shape
+def affine(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """C affine maps: [n, in] or [C, n, in] to [C, n, out]; an input they share is multiplied once."""
+    networks, outputs, _ = weight.shape
     if x.ndim == 2:
-        flat = F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
-        return flat.view(len(x), stacks, outputs).transpose(0, 1)
-    if bias is None:
-        return torch.bmm(x, weight.transpose(1, 2))
+        flat = torch.nn.functional.linear(x, weight.flatten(0, 1), bias.flatten())
+        return flat.view(len(x), networks, outputs).transpose(0, 1)
     return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
 
 
-def mean_output(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """Outputs [R, B, outputs] of networks with these weights [R, ...], without noise."""
-    h = x
-    for i in range(sum(n.startswith("hidden") for n in tensors) // 2):
-        h = torch.relu(affine(h, tensors[f"hidden.{i}.weight"], tensors[f"hidden.{i}.bias"]))
-    out = affine(h, tensors["out.weight"], tensors["out.bias"])
-    return out + affine(x, tensors["skip.weight"], None) if "skip.weight" in tensors else out
-
-
-def _noisy(mean: Tensor, variance: Tensor, generator: torch.Generator) -> Tensor:
-    noise = torch.randn(mean.shape, generator=generator, dtype=mean.dtype)
-    return torch.addcmul(mean, variance.clamp_min(_SMALLEST).sqrt(), noise)
+def _of_output(read: Tensor, cells: Tensor, k: int, outputs: int) -> Tensor:
+    """Derivatives [n, cells] of output k in living weights of a last layer that reads [n, units]."""
+    columns = read[:, cells % read.shape[1]]
+    return columns if outputs == 1 else columns * (cells // read.shape[1] == k)

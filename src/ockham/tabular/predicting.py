@@ -1,31 +1,56 @@
-"""What a fitted network says: which inputs it rests on, and its predictive distribution over draws."""
+"""What a fitted network says: its predictive distribution over draws from the posterior."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from scipy.special import stdtr, stdtrit
 from torch import Tensor
 
-from ockham.choose.paths import NodeRule, by_path, node_inclusion
-from ockham.core.posterior import Posterior
-from ockham.tabular.columns import Floats
-from ockham.tabular.draws import Draws
-from ockham.tabular.likelihoods import student_nll
+from ockham.tabular.likelihoods import Gaussian, Student, log_scale, student_nll
+from ockham.tabular.model import Model
 
-__all__ = [
-    "claimed_inclusion",
-    "input_inclusion",
-    "interval",
-    "log_density",
-    "moments",
-    "noise_std",
-    "weights_by_input",
-]
+__all__ = ["Draws", "interval", "log_density", "moments", "noise_std"]
+
+Floats = npt.NDArray[np.float64]
 
 _HALVINGS = 25
+_ROWS = 2048
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Draws:
+    """Networks drawn from the posterior.
+
+    Attributes:
+        model: their structure and likelihood; its table may be empty.
+        vectors: weights and extras, [D, d].
+        acceptance: mean acceptance of the chains; None where the draws are Gaussian about the mode.
+    """
+
+    model: Model
+    vectors: Tensor
+    acceptance: float | None
+
+    def outputs(self, x: Tensor) -> Iterator[Tensor]:
+        """Outputs [D, rows, K] for parts of a table [n, p], float64; single precision inside."""
+        vectors = self.vectors.float()
+        for part in x.float().split(_ROWS):
+            yield self.model.outputs(vectors, part).double()
+
+    def with_scales(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Location, scale [D, rows] and degrees of freedom [D, 1] of a regression, for parts of a table [n, p]."""
+        likelihood = self.model.likelihood
+        assert isinstance(likelihood, (Gaussian, Student))
+        _, extra = self.model.split(self.vectors)
+        freedom = 2 + extra.exp() if likelihood.extras else torch.full((len(self.vectors), 1), 1e6).double()
+        for output in self.outputs(x):
+            yield output[..., 0], log_scale(output[..., 1], likelihood.floor).exp(), freedom
 
 
 def moments(draws: Draws, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -56,49 +81,21 @@ def log_density(draws: Draws, x: Tensor, y: Tensor) -> Tensor:
 
 
 def interval(draws: Draws, x: Tensor, coverage: float) -> tuple[Floats, Floats]:
-    """Quantiles (1 - coverage) / 2 and (1 + coverage) / 2 of the predictive mixture, [n] each."""
-    tail = 0.5 * (1 - coverage)
+    """Quantiles (1 - coverage) / 2 and (1 + coverage) / 2 of the predictive mixture, [n] each.
+
+    By bisection: a quantile of a mixture lies between the least and the greatest of its components'.
+    """
+    tail, ends = 0.5 * (1 - coverage), []
     parts = [tuple(t.numpy() for t in part) for part in draws.with_scales(x)]
-    lower, upper = (np.concatenate([_quantile(q, *part) for part in parts]) for q in (tail, 1 - tail))
-    return lower, upper
-
-
-def _quantile(q: float, location: Floats, scale: Floats, freedom: Floats) -> Floats:
-    """Of a mixture of t, by bisection: it lies between the least and the greatest of its components'."""
-    each = location + scale * stdtrit(freedom, q)
-    low, high = each.min(0), each.max(0)
-    for _ in range(_HALVINGS):
-        middle = 0.5 * (low + high)
-        below = stdtr(freedom, (middle - location) / scale).mean(0) < q
-        low, high = np.where(below, middle, low), np.where(below, high, middle)
-    result: Floats = 0.5 * (low + high)
-    return result
-
-
-def input_inclusion(posterior: Posterior, rule: NodeRule = by_path) -> Tensor:
-    """Inclusion of the inputs of a network by a path rule, the direct weights included; float64."""
-    chain = {n: g.inclusion[0] for n, g in posterior.items() if _in_chain(n) and g.inclusion is not None}
-    through = node_inclusion(chain, rule=rule).inputs.double()
-    if "skip.weight" not in posterior:
-        return through
-    direct = posterior["skip.weight"].inclusion
-    assert direct is not None
-    return 1 - (1 - through) * (1 - direct[0].double()).prod(0)
-
-
-def claimed_inclusion(before: Posterior, settled: Posterior, reduced: Posterior) -> Tensor:
-    """Inclusion of the inputs before anything was removed; of those that went later no more than was said then."""
-    found, after = input_inclusion(before), input_inclusion(settled)
-    read = weights_by_input(reduced) > 0
-    return torch.where(read, found, torch.minimum(found, after).clamp(max=0.5))
-
-
-def weights_by_input(posterior: Posterior) -> Tensor:
-    """How many living weights read each input of a reduced network."""
-    first = next(n for n in posterior if _in_chain(n))
-    count = posterior[first].keep[0].sum(0)
-    return count + posterior["skip.weight"].keep[0].sum(0) if "skip.weight" in posterior else count
-
-
-def _in_chain(name: str) -> bool:
-    return name.endswith(".weight") and name != "skip.weight"
+    for q in (tail, 1 - tail):
+        found = []
+        for location, scale, freedom in parts:
+            each = location + scale * stdtrit(freedom, q)
+            low, high = each.min(0), each.max(0)
+            for _ in range(_HALVINGS):
+                middle = 0.5 * (low + high)
+                below = stdtr(freedom, (middle - location) / scale).mean(0) < q
+                low, high = np.where(below, middle, low), np.where(below, high, middle)
+            found.append(0.5 * (low + high))
+        ends.append(np.concatenate(found))
+    return ends[0], ends[1]

@@ -258,7 +258,7 @@ def _with_targets(likelihood: Likelihood, output: Callable[[Any], Tensor]) -> Ob
 
     def nll(answer: Tensor, case: Case) -> tuple[Tensor, int]:
         f, y = pair(answer, case)
-        terms = likelihood.terms(y)
+        terms = int(likelihood.terms(y))
         return likelihood.nll(f, y) * terms, terms
 
     def curvature(answer: Tensor, case: Case, generator: torch.Generator) -> Tensor:
@@ -272,4 +272,4 @@ def _with_targets(likelihood: Likelihood, output: Callable[[Any], Tensor]) -> Ob
         return likelihood.nll(f, y) * likelihood.terms(y)
 
     name = type(likelihood).__name__.lower()
-    return Objective(name, nll, curvature, lambda f, c: likelihood.terms(pair(f, c)[1]), output)
+    return Objective(name, nll, curvature, lambda f, c: int(likelihood.terms(pair(f, c)[1])), output)

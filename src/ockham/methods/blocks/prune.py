@@ -135,7 +135,7 @@ class Pruned:
         return path
 
 
-def prune(  # noqa: PLR0913  the arguments are what people choose between
+def prune(
     model: nn.Module,
     calibration: Iterable[Any],
     *,

@@ -31,8 +31,7 @@ from ockham.methods.blocks.solve import damped, loss_increase, quadratic
 from ockham.methods.blocks.stream import Stream
 from ockham.surgery.cloning import clone
 from ockham.surgery.configs import described
-from ockham.surgery.grouping import Groups
-from ockham.surgery.planning import Plan, plan_masks
+from ockham.surgery.groups import Groups, Plan, plan_masks
 from ockham.surgery.shrinking import shrink
 
 __all__ = [

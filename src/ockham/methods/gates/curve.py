@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ __all__ = [
     "Curve",
     "CurvePoint",
     "compression_curve",
+    "curves_as_plain",
     "parameters_left",
     "without",
 ]
@@ -118,3 +120,8 @@ def parameters_left(gates: Gates, keep: Mapping[str, Tensor]) -> int:
     small = plan(gates.groups, dict(keep))
     names = [name for name, _ in gates.model.named_parameters() if name in small.shapes]
     return sum(math.prod(small.shape(name)) for name in names)
+
+
+def curves_as_plain(curves: Mapping[str, Curve]) -> dict[str, Any]:
+    """JSON-able values of `compression_curve`."""
+    return {name: asdict(curve) for name, curve in curves.items()}

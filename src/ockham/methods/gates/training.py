@@ -1,34 +1,40 @@
-"""Settings of training with gates: how the KL is weighted, what decides, when structures go."""
+"""Training with gates: how the KL is weighted, what decides, when structures go, and the rounds themselves."""
 
 from __future__ import annotations
 
 import copy
+import json
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, fields, replace
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ockham.choose.planning import plan
-from ockham.core.batch import Loader, count_terms, forward, to_device
-from ockham.core.likelihood import Likelihood, likelihood_from
-from ockham.core.modes import seeded
+from ockham.core.batch import Loader, ReadBatch, ReadOutput
+from ockham.core.likelihood import Likelihood, Regression
+from ockham.core.modes import device_of, evaluating, seeded
+from ockham.core.objective import Objective, fit_noise, objective_of
+from ockham.core.posterior import Posterior
 from ockham.errors import OckhamError
 from ockham.fit.predict import refresh_batchnorm
 from ockham.methods.gates import lognormal
-from ockham.methods.gates.attach import NAME, Gates, attach_gates
+from ockham.methods.gates.attach import GATE_RULES, NAME, Gates, attach_gates
 from ockham.methods.gates.curve import parameters_left
 from ockham.methods.gates.noise import GateDraw, per_example
 from ockham.methods.gates.rules import GateEvidence, GateRule, bmrs_n, by_taylor
-from ockham.surgery import Plan, shrink
+from ockham.run.engine import Compressed, Engine, Method, Task
+from ockham.run.trainer import EpochInfo, RunState, rates_of
+from ockham.surgery import Groups, Plan, shrink
 
 __all__ = [
     "Decision",
     "GateCompression",
     "GateProgress",
+    "GateRounds",
     "GateTraining",
     "KLWeight",
     "ParameterBudget",
@@ -156,29 +162,188 @@ class GateTraining:
             raise OckhamError(f"GateTraining: hold, kl_warmup and start are shares in [0, 1]; got {self}")
 
 
-@dataclass(frozen=True, slots=True)
-class GateProgress:
-    """One epoch.
+GateProgress = EpochInfo
+"""One epoch with gates; its ``widths``, ``kl``, ``removed`` and ``parameters`` are filled in."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Run:
+    """State of a run with gates."""
+
+    task: Task
+    gates: Gates | None  # None once they are folded in
+    first: Mapping[str, Tensor]  # group id to the places of its gates in the network before
+    groups: Groups  # of the network before
+    keys: Tensor  # of the living gates, as they were numbered at first
+    plans: tuple[Plan, ...] = ()
+    removals: int = 0
+    layers: tuple[dict[str, Any], ...] = ()
+    curves: Mapping[str, Any] = field(default_factory=dict)
+
+    def living(self) -> Tensor:
+        """Keys of the gates that are alive."""
+        return self.keys if self.gates is None else self.gates.noise.key[self.gates.noise.keep]
+
+    def widths(self) -> dict[str, int]:
+        """Structures left by group."""
+        living = self.living().cpu()
+        return {k: int(torch.isin(places.cpu(), living).sum()) for k, places in self.first.items()}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class GateRounds(Method):
+    """Train with gates, remove by a rule, shrink on the way, fold E[theta] in, fine-tune.
 
     Attributes:
-        epoch: number, from 1.
-        loss: mean NLL of the epoch under the drawn gates, nats.
-        kl: of the living gates at its end, nats; 0 without gates.
-        accuracy: training accuracy, nan without classes.
-        parameters: learnable values of the network as it is, without those of the gates.
-        widths: group id to the number of structures that are left.
-        removed: structures removed after this epoch.
-        seconds: wall time of the training of this epoch.
+        training: settings.
+        inputs: batch of inputs, for tracing.
+        rule: scores the structures.
+        decide: turns scores into masks: `by_threshold`, or a `ParameterBudget`.
+        ignore: parameters that stay whole, as for `ockham.attach_gates`.
+        inspect: function of the trained gates before the last decision, whose plain answer the result keeps.
     """
 
-    epoch: int
-    loss: float
-    kl: float
-    accuracy: float
-    parameters: int
-    widths: Mapping[str, int]
-    removed: int
-    seconds: float
+    training: GateTraining
+    inputs: Any
+    rule: GateRule = bmrs_n
+    decide: Decision = by_threshold
+    ignore: Any = ()
+    inspect: Callable[[Gates, RunState], Mapping[str, Any]] | None = None
+    stage = "gates"
+
+    def start(self, network: nn.Module, task: Task) -> RunState:
+        """Gates on every structure that can have one, and Adam over both."""
+        gates = attach_gates(network, self.inputs, ignore=self.ignore, noise=self.training.noise)
+        own = _Run(task, gates, dict(gates.places), gates.groups, gates.noise.key.clone())
+        return RunState.start(network, task.objective, self._adam(network, gates), own)
+
+    def term(self, state: RunState, at: float) -> Tensor | None:
+        """The KL of the gates per example, warmed up."""
+        t, own = self.training, state.own
+        if own.gates is None:
+            return None
+        return min(1.0, at / max(1e-9, t.kl_warmup * t.epochs)) * t.kl_weight(own.gates, own.task.n_data)
+
+    def after_epoch(self, state: RunState, info: EpochInfo) -> tuple[RunState, EpochInfo]:
+        """Remove, shrink and fold when it is time."""
+        t, gates, removed, last = self.training, state.own.gates, 0, info.epoch == self.training.epochs
+        if gates is not None:
+            if last and self.inspect is not None:
+                state = replace(state, own=replace(state.own, curves=self.inspect(gates, state)))
+            if (last and not t.every) or (t.every and info.epoch % t.every == 0 and info.epoch >= t.start * t.epochs):
+                sensitivity = None
+                if self.rule is by_taylor:  # it costs a pass over a part of the data
+                    sensitivity = gate_sensitivity(gates, state.own.task.loader, state.objective, seed=t.seed)
+                evidence = gates.evidence(self.rule, sensitivity=sensitivity)
+                keep = self.decide(gates, evidence, min(1.0, info.epoch / t.epochs))
+                layers = tuple(layer_facts(gates, evidence, keep))
+                removed, count = gates.remove(keep), state.own.removals + 1
+                state = replace(state, own=replace(state.own, layers=layers, removals=count))
+                if t.shrink_every and count % t.shrink_every == 0:
+                    state = self._shrunk(state)
+            if last and t.fine_tune:
+                state = self._folded(self._shrunk(state))
+        own = state.own
+        bare = sum(p.numel() for n, p in state.network.named_parameters() if not n.startswith(f"{NAME}."))
+        kl = 0.0 if own.gates is None else float(own.gates.kl().detach())
+        done: dict[str, Any] = {"kl": kl, "widths": own.widths(), "removed": removed, "parameters": bare}
+        return state, replace(info, kept_share=bare / own.task.parameters, **done)
+
+    def settings(self) -> dict[str, Any]:
+        """Settings of the training, rule and decision."""
+        t = self.training
+        plain = {f.name: getattr(t, f.name) for f in fields(t)}
+        named = {k: getattr(v, "__name__", str(v)) if callable(v) else v for k, v in plain.items()}
+        decide = getattr(self.decide, "__name__", str(self.decide))
+        return {**named, "rule": self.rule_name(), "decide": decide, "ignore": repr(self.ignore)}
+
+    def rule_name(self) -> str:
+        """The rule's name in the command, or that of the function."""
+        return next((k for k, v in GATE_RULES.items() if v is self.rule), getattr(self.rule, "__name__", "rule"))
+
+    @property
+    def name(self) -> str:
+        """BMRS, whatever the rule."""
+        return "bmrs"
+
+    def record(self, state: RunState) -> dict[str, Any]:
+        """Widths over the epochs, the gates before the last decision, curves."""
+        start = {k: len(places) for k, places in state.own.first.items()}
+        epochs = [{"start": start, "epoch": h.epoch, "widths": dict(h.widths)} for h in state.history]
+        weight, own = self.settings()["kl_weight"], state.own
+        values = {"rule": self.rule_name(), "kl_weight": weight, "epochs": epochs}
+        return {**values, "layers": list(own.layers), "curves": dict(own.curves)}
+
+    def saved(self, state: RunState) -> dict[str, Any]:
+        """Plans, keys of the living and what the report shows."""
+        own = state.own
+        return {
+            "removals": own.removals,
+            "gated": own.gates is not None,
+            "keys": own.living(),
+            "plans": [p.to_json() for p in own.plans],
+            "layers": json.dumps(own.layers),
+            "curves": json.dumps(own.curves),
+        }
+
+    def resumed(self, state: RunState, saved: Mapping[str, Any]) -> RunState:
+        """Replay the plans, and fold if that was done."""
+        for text in saved["plans"]:
+            state = self._cut(state, Plan.from_json(text))
+        if not saved["gated"]:
+            state = self._folded(state)
+        keys = torch.as_tensor(saved["keys"], device=state.own.keys.device)
+        layers, curves = tuple(json.loads(saved["layers"])), json.loads(saved["curves"])
+        own = replace(state.own, keys=keys, removals=int(saved["removals"]), layers=layers, curves=curves)
+        return replace(state, own=own)
+
+    def result(self, state: RunState) -> Compressed:
+        """A plain network: removed structures gone, E[theta] folded in, BatchNorm refreshed."""
+        model, own = copy.deepcopy(state.network), state.own
+        if own.gates is not None:
+            gates = Gates.of(model, self.inputs, ignore=self.ignore)
+            model = shrink(gates.model, gates.plan)
+            Gates.of(model, self.inputs, ignore=self.ignore).fold()
+        refresh_batchnorm(model, own.task.loader, batch=own.task.objective.batch)
+        objective = own.task.objective
+        if isinstance(objective.likelihood, Regression):  # the noise that was trained also saw that of the gates
+            objective = copy.deepcopy(objective)
+            fit_noise(model, own.task.loader, objective)
+        model, none = objective.finished(model, Posterior({}, own.task.n_data))
+        noise = none.noise_variance
+        whole: dict[str, Any] = {"plan": self.plan(state), "parameters": own.task.parameters}
+        return Compressed(model.eval(), none, (), state.history, None, noise, **whole)
+
+    def plan(self, state: RunState) -> Plan:
+        """All that went so far, as one plan for a fresh network without gates."""
+        living = state.own.living().cpu()
+        return plan(state.own.groups, {k: torch.isin(places.cpu(), living) for k, places in state.own.first.items()})
+
+    def _shrunk(self, state: RunState) -> RunState:
+        gates = state.own.gates
+        return state if bool(gates.noise.keep.all()) else self._cut(state, gates.plan)
+
+    def _cut(self, state: RunState, surgery: Plan) -> RunState:
+        network, optimizer = shrink(state.network, surgery, optimizer=state.optimizer)
+        gates = Gates.of(network, self.inputs, ignore=self.ignore)
+        return replace(
+            state.swapped(network, optimizer), own=replace(state.own, gates=gates, plans=(*state.own.plans, surgery))
+        )
+
+    def _folded(self, state: RunState) -> RunState:
+        """The plain network, and an optimizer without memory of the gates."""
+        own = replace(state.own, keys=state.own.living(), gates=None)
+        state.own.gates.fold()
+        optimizer = self._adam(state.network, None)
+        return replace(state, optimizer=optimizer, rates=rates_of(optimizer), own=own)
+
+    def _adam(self, network: nn.Module, gates: Gates | None) -> torch.optim.Optimizer:
+        held = set() if gates is None else set(gates.parameters())
+        rate, device = self.training.learning_rate, device_of(network)
+        groups = [{"params": [p for p in network.parameters() if p not in held and p.requires_grad], "lr": rate}]
+        if gates is not None:
+            groups.append({"params": gates.parameters(), "lr": rate * self.training.gate_rate})
+        return torch.optim.Adam(groups, lr=rate, fused=device.type in ("cpu", "cuda"))
 
 
 class GateCompression:
@@ -186,16 +351,17 @@ class GateCompression:
 
     Args:
         model: your network; a copy is trained.
-        example_inputs: one batch of inputs, for tracing.
+        example_inputs: batch of inputs, for tracing.
         loader: batches of (inputs, targets) with a length.
         likelihood: "classification", "regression", or a `Likelihood`.
         training: settings.
         rule: scores the structures.
-        decide: `by_threshold`, or a `Budget`.
-        ignore: as for `ockham.attach_gates`.
+        decide: turns scores into masks: `by_threshold`, or a `ParameterBudget`.
+        ignore: parameters that stay whole, as for `ockham.attach_gates`.
         n_data: number of summed log-likelihood terms; counted in one pass where not given.
 
     Raises:
+        DataError: the loader is empty, labels out of range, n_data impossible.
         OckhamError: settings out of range, or nothing can have a gate.
 
     >>> job = GateCompression(net, x, loader, rule=bmrs_u(4))                           # doctest: +SKIP
@@ -215,27 +381,59 @@ class GateCompression:
         decide: Decision = by_threshold,
         ignore: Any = (),
         n_data: float | None = None,
+        batch: ReadBatch | None = None,
+        output: ReadOutput | None = None,
+        steps_per_epoch: int | None = None,
     ) -> None:
-        self.training = training or GateTraining()
-        self.rule, self.decide, self.loader = rule, decide, loader
-        self.likelihood = likelihood_from(likelihood)
-        self.model = copy.deepcopy(model)
-        self.device = next(self.model.parameters()).device
-        self.n_data = float(n_data) if n_data is not None else float(count_terms(loader, self.likelihood))
-        self._inputs, self._ignore = example_inputs, ignore
-        self.gates: Gates | None = attach_gates(self.model, example_inputs, ignore=ignore, noise=self.training.noise)
-        self.first = dict(self.gates.places)
-        self._groups, self._keys = self.gates.groups, self.gates.noise.key.clone()
-        self.optimizer = self._adam()
-        self.plans: list[Plan] = []
-        self.done = 0
-        self.history: list[GateProgress] = []
-        self.layers: list[dict[str, Any]] = []
+        self.training = t = training or GateTraining()
         self.on_trained: Callable[[Gates], None] | None = None
-        self._removals = 0
-        self._folded: dict[str, int] = {}
+        network = copy.deepcopy(model)
+        reading: dict[str, Any] = {"batch": batch, "output": output, "steps_per_epoch": steps_per_epoch}
+        task = Task.of(network, loader, likelihood, epochs=t.epochs + t.fine_tune, n_data=n_data, **reading)
+        self.method = GateRounds(t, example_inputs, rule, decide, ignore, self._look)
+        self.engine = Engine(self.method, network, task, hold=t.hold, seed=t.seed)
 
-    # ------------------------------------------------------------------ the run
+    def _look(self, gates: Gates, state: RunState) -> Mapping[str, Any]:
+        if self.on_trained is not None:
+            self.on_trained(gates)
+        return {}
+
+    @property
+    def model(self) -> nn.Module:
+        """The network in training, as it is now."""
+        return self.engine.state.network
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Its optimizer."""
+        return self.engine.state.optimizer
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """What is fitted; it knows the noise of a regression."""
+        return self.engine.state.likelihood
+
+    @property
+    def gates(self) -> Gates | None:
+        """The gates as they are now; None once they are folded in."""
+        found: Gates | None = self.engine.state.own.gates
+        return found
+
+    @property
+    def history(self) -> list[EpochInfo]:
+        """Records of the epochs."""
+        return list(self.engine.state.history)
+
+    @property
+    def layers(self) -> list[dict[str, Any]]:
+        """Plain values of the gates before the last decision, see `layer_facts`."""
+        return list(self.engine.state.own.layers)
+
+    @property
+    def plans(self) -> list[Plan]:
+        """What surgery did, in order, as plans for the gated network."""
+        return list(self.engine.state.own.plans)
+
     @property
     def plain_plans(self) -> list[Plan]:
         """What surgery did, in order, as plans for a fresh network without gates."""
@@ -244,208 +442,59 @@ class GateCompression:
     @property
     def plan(self) -> Plan:
         """All that went so far, as one plan for a fresh network without gates."""
-        keys = self._living().cpu()
-        return plan(self._groups, {group: torch.isin(places.cpu(), keys) for group, places in self.first.items()})
+        return self.method.plan(self.engine.state)
 
     @property
     def total(self) -> int:
         """Epochs in all."""
-        return self.training.epochs + self.training.fine_tune
+        return self.engine.task.epochs
 
-    def __iter__(self) -> Iterator[GateProgress]:
+    def __iter__(self) -> Iterator[EpochInfo]:
         """Epoch by epoch; iterating again goes on where the last loop stopped."""
-        while self.done < self.total:
-            loss, accuracy, seconds = self._epoch()
-            self.done += 1
-            removed = self._after_epoch()
-            info = GateProgress(
-                self.done, loss, self._kl(), accuracy, _size(self.model), self._widths(), removed, seconds
-            )
-            self.history.append(info)
-            yield info
+        return iter(self.engine)
 
     def result(self) -> nn.Module:
         """The plain network as it is now: removed structures gone, E[theta] folded in, BatchNorm refreshed."""
-        model = copy.deepcopy(self.model)
-        if self.gates is not None:
-            gates = Gates.of(model, self._inputs, ignore=self._ignore)
-            model = shrink(gates.model, gates.plan)
-            Gates.of(model, self._inputs, ignore=self._ignore).fold()
-        refresh_batchnorm(model, self.loader)
-        return model.eval()
+        return self.engine.result().model
 
-    def _epoch(self) -> tuple[float, float, float]:
-        start, t = time.perf_counter(), self.training
-        self.model.train()
-        losses, right = [], []
-        with seeded(t.seed, self.done, self.device):
-            for i, batch in enumerate(self.loader):
-                x, y = to_device(batch[0], self.device), to_device(batch[1], self.device)
-                self._schedule(self.done + i / len(self.loader))
-                loss, correct = self._step(x, y, self.done + i / len(self.loader))
-                losses.append(loss)
-                right.append(correct)
-        mean = float(torch.stack(losses).double().mean())
-        if not math.isfinite(mean):
-            raise OckhamError(f"the loss became {mean} in epoch {self.done + 1}; lower the learning rate")
-        return mean, float(torch.stack(right).mean()), time.perf_counter() - start
-
-    def _step(self, x: Any, y: Tensor, epoch: float) -> tuple[Tensor, Tensor]:
-        self.optimizer.zero_grad()
-        output = forward(self.model, x)
-        nll = self.likelihood.nll(output, y)
-        loss = nll
-        if self.gates is not None:
-            t = self.training
-            warm = min(1.0, epoch / max(1e-9, t.kl_warmup * t.epochs))
-            loss = nll + warm * t.kl_weight(self.gates, self.n_data)
-        loss.backward()
-        self.optimizer.step()
-        classes = isinstance(output, Tensor) and output.ndim == y.ndim + 1 and not y.is_floating_point()
-        return nll.detach(), (output.detach().argmax(1) == y).float().mean() if classes else torch.tensor(math.nan)
-
-    def _schedule(self, epoch: float) -> None:
-        t = self.training
-        progress = epoch / self.total
-        factor = 1.0 if progress < t.hold else (1 - progress) / (1 - t.hold)
-        for group in self.optimizer.param_groups:
-            group["lr"] = t.learning_rate * group["scale"] * factor
-
-    def _after_epoch(self) -> int:
-        t, gates = self.training, self.gates
-        if gates is None:
-            return 0
-        removed = 0
-        last = self.done == t.epochs
-        if last and self.on_trained is not None:
-            self.on_trained(gates)
-        if (last and not t.every) or (t.every and self.done % t.every == 0 and self.done >= t.start * t.epochs):
-            removed = gates.remove(self._decided(gates))
-            self._removals += 1
-            if t.shrink_every and self._removals % t.shrink_every == 0 and not bool(gates.noise.keep.all()):
-                self._shrink(gates)
-        if last and t.fine_tune:
-            self._fold()
-        return removed
-
-    def _decided(self, gates: Gates) -> Mapping[str, Tensor]:
-        evidence = gates.evidence(self.rule, sensitivity=self._sensitivity(gates))
-        keep = self.decide(gates, evidence, min(1.0, self.done / self.training.epochs))
-        self.layers = layer_facts(gates, evidence, keep)
-        return keep
-
-    def _sensitivity(self, gates: Gates) -> Tensor | None:
-        """Only where the rule asks for it: it costs a pass over a part of the data."""
-        if self.rule is not by_taylor:
-            return None
-        return gate_sensitivity(gates, self.loader, self.likelihood, seed=self.training.seed)
-
-    def _shrink(self, gates: Gates) -> None:
-        surgery = gates.plan
-        self.model, self.optimizer = shrink(self.model, surgery, optimizer=self.optimizer)
-        self.plans.append(surgery)
-        self.gates = Gates.of(self.model, self._inputs, ignore=self._ignore)
-
-    def _fold(self) -> None:
-        assert self.gates is not None
-        self._folded, self._keys = self._widths(), self._living()
-        if not bool(self.gates.noise.keep.all()):
-            self._shrink(self.gates)
-        self.gates.fold()
-        self.gates = None
-        self.optimizer = self._adam()
-
-    def _adam(self) -> torch.optim.Optimizer:
-        own = set() if self.gates is None else set(self.gates.parameters())
-        weights = [p for p in self.model.parameters() if p not in own and p.requires_grad]
-        rate = self.training.learning_rate
-        groups = [{"params": weights, "scale": 1.0}]
-        if self.gates is not None:
-            groups.append({"params": self.gates.parameters(), "scale": self.training.gate_rate})
-        return torch.optim.Adam(groups, lr=rate, fused=self.device.type in ("cpu", "cuda"))
-
-    def _living(self) -> Tensor:
-        """Keys of the gates that are alive, as they were numbered at first."""
-        return self._keys if self.gates is None else self.gates.noise.key[self.gates.noise.keep]
-
-    def _kl(self) -> float:
-        return 0.0 if self.gates is None else float(self.gates.kl().detach())
-
-    def _widths(self) -> dict[str, int]:
-        if self.gates is None:
-            return self._folded or dict(self.history[-1].widths)
-        return {k: int(v.sum()) for k, v in self.gates.keep.items()}
-
-    # ------------------------------------------------------------------ state
     def state(self) -> dict[str, Any]:
         """Plain values and tensors from which `load` continues to the same bits."""
-        history = [{**asdict(h), "accuracy": None if math.isnan(h.accuracy) else h.accuracy} for h in self.history]
-        return {
-            "done": self.done,
-            "removals": self._removals,
-            "gated": self.gates is not None,
-            "keys": self._living(),
-            "plans": [p.to_json() for p in self.plans],
-            "model": dict(self.model.state_dict()),
-            "optimizer": self.optimizer.state_dict()["state"],
-            "history": history,
-            "layers": self.layers,
-        }
+        saved = self.engine.saved()
+        return {**saved["run"], **saved["method"]}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Continue from `state` of a job built with the same arguments."""
-        for text in state["plans"]:
-            assert self.gates is not None
-            self.model, self.optimizer = shrink(self.model, Plan.from_json(text), optimizer=self.optimizer)
-            self.plans.append(Plan.from_json(text))
-            self.gates = Gates.of(self.model, self._inputs, ignore=self._ignore)
-        if not state["gated"] and self.gates is not None:
-            self.gates.fold()
-            self.gates = None
-            self.optimizer = self._adam()
-        self._keys = torch.as_tensor(state["keys"], device=self.device)
-        self.model.load_state_dict(dict(state["model"]))
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": dict(state["optimizer"]), "param_groups": groups})
-        self.done, self._removals, self.layers = int(state["done"]), int(state["removals"]), list(state["layers"])
-        self.history = [
-            GateProgress(**{**h, "accuracy": math.nan if h["accuracy"] is None else h["accuracy"]})
-            for h in state["history"]
-        ]
+        self.engine.load({"run": state, "method": state})
 
 
 def gate_sensitivity(
-    gates: Gates, loader: Loader, likelihood: Likelihood, *, batches: int = 50, seed: int = 0
+    gates: Gates, loader: Loader, objective: Objective | Likelihood, *, batches: int = 50, seed: int = 0
 ) -> Tensor:
     """Mean square over batches of dL/d ln theta, for the Taylor rule; E[theta] in place of the noise.
 
     Args:
         gates: of the network.
-        loader: batches of (inputs, targets).
-        likelihood: gives L, the mean NLL of a batch.
+        loader: batches of the training data.
+        objective: gives L, the mean NLL of a batch; a likelihood will do.
         batches: how many at most.
         seed: of shuffling.
 
     Returns:
         [gates], float64. Gradients of the parameters are cleared.
     """
-    model, device = gates.model, next(gates.model.parameters()).device
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
+    model = gates.model
+    if isinstance(objective, Likelihood):
+        objective = objective_of(model, objective)
     total, count = torch.zeros_like(gates.noise.mean, dtype=torch.float64), 0
-    try:
-        with seeded(seed, 0, device):
-            for batch in loader:
+    with evaluating(model) as device, seeded(seed, 0, device):
+        try:
+            for batch in islice(objective.batches(loader, device), batches):
                 model.zero_grad()
-                likelihood.nll(forward(model, to_device(batch[0], device)), to_device(batch[1], device)).backward()
+                objective.loss(model, batch)[0].backward()
                 total += gates.log_gradients().square()
                 count += 1
-                if count == batches:
-                    break
-    finally:
-        model.zero_grad()
-        for module, mode in modes.items():
-            module.training = mode
+        finally:
+            model.zero_grad()
     return total / max(1, count)
 
 
@@ -472,9 +521,3 @@ def layer_facts(gates: Gates, evidence: GateEvidence, keep: Mapping[str, Tensor]
         }
         found.append({"id": group, **{k: v.detach().cpu()[alive].tolist() for k, v in columns.items()}})
     return found
-
-
-def _size(model: nn.Module) -> int:
-    gates = getattr(model, "ockham_gates", None)
-    own = set(gates.parameters()) if gates is not None else set()
-    return sum(p.numel() for p in model.parameters() if p not in own)

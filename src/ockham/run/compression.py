@@ -1,0 +1,408 @@
+"""The main job on the user's own objects: `compress`, the loop beneath it, `Compression`, and its rounds of removal."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ockham.choose.prices import Structures
+from ockham.choose.rules import BudgetRule, EvidenceRule, RoundInfo, Rounds, Rule, counted, evidence_falls
+from ockham.choose.score import Diagnosis, Evidence, diagnose, score
+from ockham.core.batch import Loader, ReadBatch, ReadOutput
+from ockham.core.likelihood import Likelihood
+from ockham.core.modes import device_of
+from ockham.core.names import Ignore, ignored
+from ockham.core.objective import Objective
+from ockham.core.posterior import Posterior
+from ockham.errors import OckhamError, OckhamWarning
+from ockham.fit.optimizer import VariationalOptimizer
+from ockham.fit.predict import refresh_batchnorm
+from ockham.run.engine import Compressed, Engine, Method, Task
+from ockham.run.estimators import Estimator, Training, as_plain, mean_field
+from ockham.run.structures import Shrinking, Shrunk, example_of
+from ockham.run.trainer import EpochInfo, OnStep, RunState
+
+__all__ = ["Compression", "Progress", "WeightRounds", "compress", "structures_from_name"]
+
+Progress = EpochInfo
+"""One epoch of the main job, for those who look in."""
+
+
+class Seeing(Protocol):
+    """Another look at a posterior before a round scores it, such as `ockham.Correlated`."""
+
+    def seen(self, posterior: Posterior, model: nn.Module, loader: Loader, objective: Objective) -> Posterior:
+        """The posterior that the round scores."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Removed:
+    """What rounds of removal need to know of those before.
+
+    Attributes:
+        history: account of every round.
+        diagnosis: verdict on the posterior before the first.
+        histograms: delta_f before every round.
+        total: number of scored weights before the first round.
+        shrunk: knowledge of the structures that went; None where only single weights go.
+    """
+
+    history: tuple[RoundInfo, ...] = ()
+    diagnosis: Diagnosis | None = None
+    histograms: tuple[dict[str, Any], ...] = ()
+    total: int = 0
+    shrunk: Shrunk | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class WeightRounds(Method):
+    """Fit a posterior; after the epochs that `Rounds` names score, decide, remove, and take idle structures out.
+
+    Attributes:
+        training: settings of the run.
+        rule: decides what goes.
+        rounds: when.
+        ignore: parameters to protect.
+        estimator: makes the optimizer.
+        structures: how whole units go; None: single weights only.
+        correlated: another look at the posterior of a round; None: as the optimizer has it.
+    """
+
+    training: Training = field(default_factory=Training)
+    rule: Rule = field(default_factory=EvidenceRule)
+    rounds: Rounds = field(default_factory=Rounds)
+    ignore: Ignore = ()
+    estimator: Estimator = mean_field
+    structures: Structures | None = None
+    correlated: Seeing | None = None
+
+    def start(self, network: nn.Module, task: Task) -> RunState:
+        """The posterior before the first step."""
+        optimizer = self.estimator(network, self.training, n_data=task.n_data, steps=task.steps)
+        protected = ignored(network, self.ignore)
+        shrinking, shrunk, rule = None, None, self.rule
+        if self.structures is not None:
+            inputs = example_of(task.loader, task.objective, device_of(network))
+            shrinking = Shrinking(self.structures, inputs, tuple(sorted(protected)))
+            shrunk, rule = shrinking.start(network), counted(rule, task.trainable)
+        own = _Run(task, rule, self.rounds.epochs(task.epochs), protected, shrinking, Removed(shrunk=shrunk))
+        return RunState.start(network, task.objective, optimizer, own)
+
+    def after_epoch(self, state: RunState, info: EpochInfo) -> tuple[RunState, EpochInfo]:
+        """The round, and the surgery after it, where one is due."""
+        own, done = state.own, None
+        ended = isinstance(own.rule, EvidenceRule) and evidence_falls(list(own.removed.history), self.rounds.patience)
+        if info.epoch in own.due and not ended:
+            own, done = self._round(state, info)
+            state = replace(state, own=own)
+            if own.shrinking is not None and len(own.removed.history) > own.shrinking.rule.wait:
+                before, pair = own.removed.shrunk, (state.network, _posterior_of(state))
+                assert before is not None
+                known, network, small = own.shrinking.shrink(before, *pair, info.epoch)
+                own = replace(own, removed=replace(own.removed, shrunk=known))
+                state = replace(state.swapped(network, small), own=own)
+                if len(known.history) > len(before.history):
+                    info = replace(info, structures=known.history[-1])
+        kept = sum(int(k.sum()) for k in _posterior_of(state).keep().values())
+        return state, replace(info, round=done, kept_share=kept / max(1, own.task.trainable))
+
+    def _round(self, state: RunState, info: EpochInfo) -> tuple[_Run, RoundInfo]:
+        optimizer, own = _posterior_of(state), state.own
+        posterior = optimizer.posterior()
+        if self.correlated is not None:
+            posterior = self.correlated.seen(posterior, state.network, own.task.loader, state.objective)
+        evidence, removed = score(posterior), own.removed
+        if removed.diagnosis is None:
+            removed = replace(removed, diagnosis=diagnose(posterior, info.loss))
+            for text in removed.diagnosis.warnings:
+                warnings.warn(text, OckhamWarning, stacklevel=4)
+        total = removed.total or posterior.size()
+        keep = _decided(own.rule, evidence, own.protected, (own.due.index(info.epoch) + 1) / len(own.due))
+        if removed.shrunk is not None:
+            shrunk = replace(removed.shrunk, ledger=removed.shrunk.ledger.entered(evidence, keep))
+            removed = replace(removed, shrunk=shrunk)
+        energy = -(posterior.n_data * info.loss + posterior.temperature * optimizer.kl())
+        gain, cost = evidence.gain(keep), evidence.nll_cost(keep)
+        gone = optimizer.remove(keep)
+        for name, mask in keep.items():
+            if mask.ndim >= 2 and not bool(mask.any()):
+                warnings.warn(
+                    f"every weight of {name!r} was removed: what passes through it is now a constant. If that is not "
+                    f"wanted, protect it with ignore=[{name!r}] or use a wider prior",
+                    OckhamWarning,
+                    stacklevel=5,
+                )
+        did = RoundInfo(info.epoch, gone, (posterior.kept() - gone) / total, gain, cost, energy)
+        pictures = (*removed.histograms, {"epoch": info.epoch, "delta_f": _histogram(evidence)})
+        removed = replace(removed, history=(*removed.history, did), histograms=pictures, total=total)
+        return replace(own, removed=removed), did
+
+    @property
+    def name(self) -> str:
+        """The posterior, as the command calls it."""
+        spelt = {"mean_field": "mean-field", "ivon": "ivon", "point_estimate": "map", "spike_slab": "spike-slab"}
+        made = self.estimator.__name__
+        return spelt.get(made, made)
+
+    def settings(self) -> dict[str, Any]:
+        """Settings of the run, the rule and the rounds, the structures."""
+        made = {"rule": rule_name(self.rule), "structures": structures_name(self.structures)}
+        names = {"posterior": self.name, "ignore": repr(self.ignore)}
+        return as_plain(self.training) | made | names | asdict(self.rounds)
+
+    def saved(self, state: RunState) -> dict[str, Any]:
+        """History, diagnosis and structures, plain values and tensors."""
+        r = state.own.removed
+        return {
+            "history": [asdict(info) for info in r.history],
+            "diagnosis": asdict(r.diagnosis) if r.diagnosis else None,
+            "histograms": list(r.histograms),
+            "total": r.total,
+            "structures": {} if r.shrunk is None else r.shrunk.saved(),
+        }
+
+    def resumed(self, state: RunState, saved: Mapping[str, Any]) -> RunState:
+        """Continue from `saved`."""
+        own, found, shrunk = state.own, saved["diagnosis"], state.own.removed.shrunk
+        if own.shrinking is not None:
+            pair = (state.network, state.optimizer)
+            shrunk, network, optimizer = own.shrinking.resumed(shrunk, saved["structures"], *pair)
+            state = state.swapped(network, optimizer)
+        diagnosis = Diagnosis(**{**found, "warnings": tuple(found["warnings"])}) if found else None
+        history = tuple(RoundInfo(**r) for r in saved["history"])
+        removed = Removed(history, diagnosis, tuple(saved["histograms"]), saved["total"], shrunk)
+        return replace(state, own=replace(own, removed=removed))
+
+    def result(self, state: RunState) -> Compressed:
+        """A copy of the mean network with statistics of BatchNorm refreshed, and its posterior."""
+        own, optimizer = state.own, _posterior_of(state)
+        model, posterior, plan = optimizer.plain(copy.deepcopy(state.network)), optimizer.posterior(), None
+        refresh_batchnorm(model, own.task.loader, batch=own.task.objective.batch)
+        shrunk = own.removed.shrunk
+        if own.shrinking is not None:
+            model, posterior, plan = own.shrinking.finished(shrunk, model.eval(), posterior)
+        model, posterior = own.task.objective.finished(model, posterior)
+        return Compressed(
+            model.eval(),
+            posterior,
+            own.removed.history,
+            state.history,
+            own.removed.diagnosis,
+            posterior.noise_variance,
+            own.removed.histograms,
+            plan,
+            () if shrunk is None else shrunk.history,
+            own.task.parameters,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Run:
+    """What rounds need to know of the run that they are part of."""
+
+    task: Task
+    rule: Rule
+    due: list[int]  # epochs after which there is a round
+    protected: frozenset[str]
+    shrinking: Shrinking | None
+    removed: Removed
+
+
+class Compression:
+    """The main job as a loop: iterate over its epochs, look in, stop when you like, then take `result`.
+
+    Args:
+        model: your network; a copy is trained.
+        loader: batches of (inputs, targets) with a length.
+        likelihood: "classification", "regression", or a `Likelihood` such as `ockham.Loss(function, reduction="mean")`.
+        training: settings of the run.
+        rounds: schedule of the removals.
+        rule: decides what goes; default the evidence.
+        ignore: parameters to protect: names, "re:" patterns, module names or types.
+        n_data: number of summed log-likelihood terms; counted in one pass where not given.
+        estimator: makes the optimizer; default `mean_field`, for baselines `point_estimate`.
+        structures: how whole channels, neurons and heads go, too: after each round network and optimizer become
+            physically smaller and training goes on at the lower cost. None: single weights only.
+        correlated: score of the last thousands of weights by their marginals under the full covariance of all of them.
+            None: one by one.
+
+    Raises:
+        DataError: the loader is empty, labels out of range, n_data impossible.
+        OckhamError: settings or parameters out of range.
+        TraceError: structures are asked for and the network cannot be traced.
+
+    >>> job = Compression(net, loader)                                                  # doctest: +SKIP
+    >>> for progress in job: print(progress.epoch, progress.kept_share)                 # doctest: +SKIP
+    >>> small = job.result()                                                            # doctest: +SKIP
+    """
+
+    def __init__(  # noqa: PLR0913 - the settings of a run, all keywords
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        *,
+        likelihood: str | Likelihood = "classification",
+        training: Training | None = None,
+        rounds: Rounds | None = None,
+        rule: Rule | None = None,
+        ignore: Ignore = (),
+        n_data: float | None = None,
+        estimator: Estimator | None = None,
+        structures: Structures | None = None,
+        correlated: Seeing | None = None,
+        batch: ReadBatch | None = None,
+        output: ReadOutput | None = None,
+        steps_per_epoch: int | None = None,
+    ) -> None:
+        self.training = t = training or Training()
+        names = tuple(sorted(ignored(model, ignore)))
+        method = WeightRounds(
+            t, rule or EvidenceRule(), rounds or Rounds(), names, estimator or mean_field, structures, correlated
+        )
+        network = copy.deepcopy(model)
+        reading: dict[str, Any] = {"batch": batch, "output": output, "steps_per_epoch": steps_per_epoch}
+        task = Task.of(network, loader, likelihood, epochs=t.epochs, n_data=n_data, **reading)
+        self.engine = Engine(method, network, task, hold=t.hold, seed=t.seed)
+
+    @property
+    def network(self) -> nn.Module:
+        """The network in training, as it is now."""
+        return self.engine.state.network
+
+    @property
+    def on_step(self) -> OnStep | None:
+        """Called within epochs."""
+        return self.engine.on_step
+
+    @on_step.setter
+    def on_step(self, call: OnStep | None) -> None:
+        self.engine.on_step = call
+
+    def __iter__(self) -> Iterator[EpochInfo]:
+        """Train and reduce, one epoch per item; iterating again goes on where the last loop stopped."""
+        return iter(self.engine)
+
+    def result(self) -> Compressed:
+        """What there is now: a copy of the mean network with statistics of BatchNorm refreshed, and its posterior."""
+        return self.engine.result()
+
+    def state(self) -> dict[str, Any]:
+        """Plain values and tensors from which `load` continues to the same bits."""
+        return self.engine.saved()
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from `state` of a `Compression` built with the same arguments."""
+        self.engine.load(state)
+
+
+def compress(
+    model: nn.Module,
+    loader: Loader,
+    *,
+    keep_share: float | None = None,
+    keep: float | None = None,
+    structure: str | Structures | None = None,
+    on_progress: Callable[[EpochInfo], None] | None = None,
+    **settings: Any,
+) -> Compressed:
+    """Make a network smaller: a network and data in, a smaller network with its posterior out.
+
+    Fits a posterior, removes the weights whose evidence favours removal, refits, and again (`Rounds`).
+
+    Args:
+        model: your network; it is not changed.
+        loader: batches of (inputs, targets) with a length.
+        keep_share: budget instead of the evidence: share of the weights that stays (or their number, an int > 1).
+        keep: alias of ``keep_share``.
+        structure: "auto" or `Structures`: whole channels, neurons and heads go, too, and the result is physically
+            smaller, with the plan that made it so. Default: single weights only.
+        on_progress: function called after every epoch with its `Progress`.
+        **settings: keywords of `Compression`: ``likelihood``, ``training``, ``rounds``, ``rule``, ``ignore``,
+            ``n_data``, ``estimator``, ``correlated``.
+
+    Returns:
+        `Compressed`.
+
+    Raises:
+        OckhamError: see `Compression`; also when both a rule and a budget are given.
+    """
+    if keep is not None and keep_share is not None:
+        raise OckhamError(f"keep is an alias of keep_share: give one of them; got keep={keep}, keep_share={keep_share}")
+    budget = keep_share if keep_share is not None else keep
+    if budget is not None:
+        if settings.get("rule") is not None:
+            raise OckhamError(
+                "give either a rule or a budget (keep_share), not both; BudgetRule is a rule with a budget"
+            )
+        settings["rule"] = BudgetRule(budget)
+    job = Compression(model, loader, structures=structures_from_name(structure), **settings)
+    for progress in job:
+        if on_progress is not None:
+            on_progress(progress)
+    return job.result()
+
+
+def structures_from_name(structure: str | Structures | None) -> Structures | None:
+    """The façade's choice by name.
+
+    Raises:
+        OckhamError: an unknown name.
+    """
+    if structure is None or isinstance(structure, Structures):
+        return structure
+    if structure == "auto":
+        return Structures()
+    raise OckhamError(f"structure must be 'auto', a Structures or None; got {structure!r}")
+
+
+def _posterior_of(state: RunState) -> VariationalOptimizer:
+    assert isinstance(state.optimizer, VariationalOptimizer)
+    return state.optimizer
+
+
+def _decided(rule: Rule, evidence: Evidence, protected: frozenset[str], progress: float) -> dict[str, Tensor]:
+    """The rule's keep masks; a budget in weights that structures have met already removes none."""
+    limit = rule.keep if isinstance(rule, BudgetRule) else 0
+    if limit > 1 and limit >= evidence.posterior.kept():
+        return {name: g.keep.clone() for name, g in evidence.posterior.items()}
+    keep = rule.decide(evidence, protected, progress)
+    for name, mask in keep.items():
+        expected = tuple(evidence.posterior[name].mean.shape) if name in evidence.posterior else None
+        if not isinstance(mask, Tensor) or mask.dtype is not torch.bool or tuple(mask.shape) != expected:
+            got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            wanted = "no such parameter" if expected is None else f"booleans (True = stays) of the shape {expected}"
+            raise OckhamError(f"the rule {type(rule).__name__} must give {name!r} {wanted}; got {got}")
+    return keep
+
+
+def _histogram(evidence: Evidence) -> list[int]:
+    """Counts of delta_f in 60 bins over [-25, 5] nats, outliers in the end bins."""
+    counts = None
+    for delta in evidence.values():
+        part = delta.float().clamp(-24.999, 4.999).histc(60, -25, 5)
+        counts = part if counts is None else counts + part
+    return [] if counts is None else [int(c) for c in counts]
+
+
+def structures_name(structures: Structures | None) -> str:
+    """How structures go, with its numbers, for the record and for telling jobs apart."""
+    if structures is None:
+        return "none"
+    shown = f"{structures.price!r}, {structures.cut.__name__} cut, widths in steps of {structures.round_to}"
+    inside = structures.inside.__qualname__.partition(".")[0]
+    return f"{shown}, {inside}, cap {structures.cap:g}, after {structures.wait} round(s)"
+
+
+def rule_name(rule: Rule | None) -> str:
+    """A rule with its numbers and its order, for the record and for telling jobs apart."""
+    if rule is None:
+        return "EvidenceRule()"
+    found: dict[str, Any] = {f.name: getattr(rule, f.name) for f in fields(rule)} if is_dataclass(rule) else {}
+    shown = {k: getattr(v, "__qualname__", v) for k, v in found.items()}
+    return f"{type(rule).__name__}({', '.join(f'{k}={v}' for k, v in shown.items())})"
