@@ -149,7 +149,7 @@ def test_tensorboard_scalars(ockham, tmp_path: Path) -> None:
         (("--device", "cuda:7"), "not on this machine"),
         (("--device", "toaster"), "--device toaster"),
         (("--ignore", "nope"), "ignore entry 'nope' matches no parameter"),
-        (("--weights", "missing.safetensors"), "--weights missing.safetensors: not readable"),
+        (("--weights", "missing.safetensors"), "missing.safetensors: missing, no such file"),
         (("--config", "missing.toml"), "--config missing.toml: not readable"),
         (("--learning-rate", "-1"), "--learning-rate must be positive"),
         (("--log-odds", "1", "--keep-share", "0.1"), "--log-odds and --cap need --rule evidence"),

@@ -219,6 +219,7 @@ def test_three_lines_load_the_network(tmp_path):
         assert ("from pack.age import make" in text) is (builder == "pack.age:make") and "import os" not in text
 
 
+@pytest.mark.filterwarnings("ignore:.*this result has no manifest")
 def test_the_three_lines_really_load_a_network(tmp_path):
     from ockham.run.result import NETWORK, save_network
     from ockham.zoo.networks import NETWORKS

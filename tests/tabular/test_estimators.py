@@ -97,8 +97,8 @@ def test_more_features_than_rows_and_few_rows():
         SparseBNNRegressor(**FAST).fit(x[:10], y[:10])
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_nan_and_infinity_are_named(table, bad):
+@pytest.mark.parametrize("bad", [np.inf])
+def test_infinity_is_named(table, bad):
     x, y = table[0].copy(), table[1]
     x[3, 2] = bad
     with pytest.raises(ValueError, match=r"NaN|infinity"):

@@ -127,7 +127,7 @@ def read_seal(path: Path) -> Seal:
         return Seal(content["run"], content["made"], files, content["job"], tuple(content["replaces"]))
     except ResultError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ResultError(
             f"{printable(path)}: the manifest is damaged, foreign or changed ({printable(error)}); the folder cannot "
             "be checked. Copy it again from where it is whole, or run its command again"

@@ -229,10 +229,10 @@ class Trainer:
                 if each is not None:
                     each.step()
         except OckhamError as error:
-            if bool(torch.isfinite(nll)):
+            if bool(torch.isfinite(nll.detach())):
                 raise
             raise NonFiniteLossError(
-                _not_finite(float(nll), state.done, round((at - state.done) * len(self.loader)))
+                _not_finite(float(nll.detach()), state.done, round((at - state.done) * len(self.loader)))
             ) from error
         return nll.detach(), state.objective.right(output, batch)
 

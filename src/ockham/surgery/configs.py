@@ -45,13 +45,14 @@ def settle_config(model: nn.Module, small: nn.Module, plan: Plan) -> bool:
     if config is None or not callable(getattr(config, "to_dict", None)) or not plan.removed:
         return False
     wanted = _shapes(small)
-    if sum(t.numel() for t in named_tensors(small).values()) > LARGEST or any(p.is_meta for p in small.parameters()):
+    if sum(t.numel() for t in named_tensors(small).values()) > LARGEST:
         return False
+    hollow = any(p.is_meta for p in small.parameters())  # shapes alone: nothing can be computed
     for fields in _candidates(config, plan):
         trial = copy.deepcopy(config)
         for name, value in fields.items():
             setattr(trial, name, value)
-        if _built(type(model), trial) == wanted and _same(type(model), trial, small, fields):
+        if _built(type(model), trial) == wanted and (hollow or _same(type(model), trial, small, fields)):
             for name, value in fields.items():
                 setattr(config, name, value)
             return True

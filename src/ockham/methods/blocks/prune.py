@@ -185,6 +185,7 @@ def prune(
         DataError: calibration data that are empty or do not fit the network.
         OckhamError: arguments that contradict each other or lie outside of their range; a budget that cannot be met.
 
+    >>> import torch
     >>> net = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2)], nn.Linear(8, 3))
     >>> data = [(torch.randn(64, 8), torch.randint(0, 3, (64,)))]
     >>> small = prune(net, data, keep_share=0.5).model
