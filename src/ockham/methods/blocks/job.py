@@ -21,10 +21,11 @@ from ockham.core.likelihood import Likelihood
 from ockham.core.modes import device_of
 from ockham.core.names import Ignore, protected_names
 from ockham.errors import DataError, OckhamError, OckhamWarning
+from ockham.fit.predict import refresh_batchnorm
 from ockham.methods.blocks.allocation import shares_for
 from ockham.methods.blocks.cases import Case, Objective, cases_from, objective_for
 from ockham.methods.blocks.damping import Trial, kind_of
-from ockham.methods.blocks.reduction import MatrixEvidence, Orders, reduce_blocks_, renew_statistics_
+from ockham.methods.blocks.reduction import MatrixEvidence, Orders, reduce_blocks_
 from ockham.methods.blocks.solve import Damping, NofM
 from ockham.methods.blocks.stop import TERMS_PER_WEIGHT, Shot, best_shot, shot_from, shots
 from ockham.methods.blocks.stream import prepared
@@ -335,8 +336,8 @@ class Job:
     def _refreshed(self, model: nn.Module) -> nn.Module:
         """Statistics of BatchNorm under the weights that are left."""
         cases, _ = self._data(model)
-        with prepared(model):
-            renew_statistics_(model, [(c.args, dict(c.kwargs)) for c in cases])
+        loader: Any = [Batch(tuple(c.args), dict(c.kwargs)) for c in cases]
+        refresh_batchnorm(model, loader, batches=len(loader), batch=lambda case: case)
         return model
 
     def _spared(self, model: nn.Module, key: str) -> bool:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ockham.methods.blocks.cases import Case
 from ockham.methods.blocks.curvature import BlockMap, FactorStore, rows_of, weights_of
@@ -17,7 +16,7 @@ from ockham.methods.blocks.matrices import Use, Using, add_gram_, symmetric
 from ockham.methods.blocks.solve import Damping, NofM, loss_increase, quadratic, sparse_matrix
 from ockham.methods.blocks.stream import BlockCall, Stream
 
-__all__ = ["Dense", "MatrixEvidence", "Orders", "freed", "inputs_of_stage", "reduce_blocks_", "renew_statistics_"]
+__all__ = ["Dense", "MatrixEvidence", "Orders", "freed", "inputs_of_stage", "reduce_blocks_"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,33 +134,10 @@ def reduce_blocks_(
                 found = _reduced(key, block_map, parameters, sums, (dense, orders))
                 if found is not None:
                     evidence[key] = found
-        if j >= done:
-            renew_statistics_(dense.blocks[j], calls)
         stream.advance(calls)
         if on_block is not None:
             on_block(j + 1, evidence)
     return evidence
-
-
-@torch.no_grad()
-def renew_statistics_(block: nn.Module, calls: Sequence[BlockCall]) -> None:
-    """Running statistics of a block's BatchNorm under the weights it now has, so that later blocks see what they will.
-
-    Args:
-        block: in evaluation mode; without BatchNorm nothing happens.
-        calls: what it is called with.
-    """
-    norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    momenta = [m.momentum for m in norms]
-    for m in norms:
-        m.reset_running_stats()
-        m.train()
-        m.momentum = None  # the average over all calls
-    for args, kwargs in calls if norms else ():
-        block(*args, **kwargs)
-    for m, momentum in zip(norms, momenta, strict=True):
-        m.eval()
-        m.momentum = momentum
 
 
 class _Enough(BaseException):
