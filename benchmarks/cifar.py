@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ockham.zoo.files import sheet_folder
+from ockham.zoo.images import sheet_folder
 from ockham.zoo.networks import NETWORKS
 
 MEAN, STD = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))
@@ -17,9 +17,10 @@ Part = tuple[Tensor, Tensor]
 
 def parts(data: Path, train: int | None = None, test: int | None = None) -> tuple[Part, Part]:
     """The first images and labels of the training and of the test part."""
-    found = sheet_folder(data / "cifar10")
+    found = sheet_folder(data / "cifar10", None)
     assert found is not None
-    return _images(found[0], train), _images(found[1], test)
+    assert found.test is not None
+    return _images(found.train, train), _images(found.test, test)
 
 
 def _images(part: object, n: int | None) -> Part:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from ockham.core.batch import Batch
 from ockham.core.likelihood import Loss
 from ockham.errors import DataError, OckhamError
 from ockham.methods.blocks.allocation import cost_sample, predicted, shares_for
@@ -248,6 +249,15 @@ def test_batches_and_outputs_as_people_have_them() -> None:
         likelihood=Loss(error, reduction="sum"),
     )
     assert set(done.evidence) == {"layers.0.0.weight", "layers.1.0.weight"} and done.before is not None
+    again = prune(
+        net,
+        items,
+        keep_share=0.5,
+        batch=lambda item: Batch((), {"features": item["x"]}, item["y"]),
+        output=lambda out: out["scores"],
+        likelihood=Loss(error, reduction="sum"),
+    )
+    assert all(torch.equal(t, again.model.state_dict()[n]) for n, t in done.model.state_dict().items())
 
 
 def test_the_rise_is_that_of_the_pooled_mean_with_its_paired_error() -> None:

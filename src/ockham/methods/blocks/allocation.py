@@ -21,7 +21,7 @@ from torch import Tensor
 __all__ = ["CostSample", "cost_sample", "predicted", "shares_for", "shares_under"]
 
 _SAMPLE = 1 << 15
-_MOST_GONE = 0.95
+_LEAST_KEPT = 1 / 3  # of what would stay of a matrix at equal shares: costs of single weights say little beyond it
 _STEPS = 60
 
 
@@ -51,22 +51,26 @@ def cost_sample(weight: Tensor, costs: Tensor) -> CostSample:
     return CostSample(s[order], determined[order], costs.numel())
 
 
-def shares_under(samples: Mapping[str, CostSample], threshold: float) -> dict[str, float]:
-    """Share of each matrix that costs less than a threshold, at most 95 %."""
+def shares_under(samples: Mapping[str, CostSample], threshold: float, most: float = 1.0) -> dict[str, float]:
+    """Share of each matrix that costs less than a threshold, and not more than ``most``."""
     at = torch.tensor(threshold, dtype=torch.float64)
-    return {k: min(_MOST_GONE, int(torch.searchsorted(c.costs, at)) / len(c.costs)) for k, c in samples.items()}
+    return {k: min(most, int(torch.searchsorted(c.costs, at)) / len(c.costs)) for k, c in samples.items()}
 
 
 def shares_for(samples: Mapping[str, CostSample], keep_share: float) -> dict[str, float]:
-    """Shares that stay, matrix by matrix, under the one threshold that leaves ``keep_share`` of all weights."""
+    """Shares that stay, matrix by matrix, under the one threshold that leaves ``keep_share`` of all weights.
+
+    No matrix is left with less than a third of ``keep_share``.
+    """
+    most = 1 - _LEAST_KEPT * keep_share
     total = sum(c.size for c in samples.values())
     low, high = -60.0, 20.0
     for _ in range(_STEPS):
         middle = (low + high) / 2
-        gone = shares_under(samples, 10**middle)
+        gone = shares_under(samples, 10**middle, most)
         few = sum(gone[k] * c.size for k, c in samples.items()) < (1 - keep_share) * total
         low, high = (middle, high) if few else (low, middle)
-    gone = shares_under(samples, 10**high)
+    gone = shares_under(samples, 10**high, most)
     left = sum((1 - gone[k]) * c.size for k, c in samples.items())
     # what the grain of the samples leaves over, or the most that may go of a matrix, is shared by all
     return {k: min(1.0, (1 - gone[k]) * keep_share * total / left) for k in samples}

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from ockham.core.batch import to_device
+from ockham.core.batch import Batch, to_device
 from ockham.core.likelihood import Classification, Likelihood, Regression, likelihood_from
 from ockham.errors import DataError, OckhamError
 
-__all__ = ["Case", "Objective", "cases_from", "objective_for", "tensor_of"]
+__all__ = ["Case", "Objective", "answer_tensor", "cases_from", "objective_for"]
 
 _POSITIONS = 1024
 _IGNORED = -100
@@ -85,7 +85,7 @@ def cases_from(
 
     Args:
         calibration: batches; a bare tensor is one of token windows ``[windows, positions]`` or inputs.
-        batch: function from an item to inputs or (inputs, targets); None takes the item as it is.
+        batch: function from an item to inputs, (inputs, targets) or a `Batch`; None takes the item as it is.
         model: the network, whose ``config`` says whether it needs labels as inputs.
         device: where the cases shall lie.
 
@@ -95,7 +95,7 @@ def cases_from(
     items = [calibration] if isinstance(calibration, (Tensor, Mapping)) else calibration
     found: list[Case] = []
     for item in items:
-        found += _pieces(_case(to_device(item if batch is None else batch(item), device), model))
+        found += _pieces(_case(_moved(item if batch is None else batch(item), device), model))
     if not found:
         raise DataError("the calibration data are empty: pass at least one batch; some thousand tokens are enough")
     return found
@@ -109,7 +109,7 @@ def objective_for(
     Raises:
         OckhamError: an unknown name, or a likelihood that the data do not fit.
     """
-    chosen = tensor_of if output is None else output
+    chosen = answer_tensor if output is None else output
     with torch.no_grad():
         answer = case.answer(model, chosen)
     if likelihood == "auto":
@@ -128,8 +128,14 @@ def objective_for(
     return _with_targets(known, chosen)
 
 
+def _moved(item: Any, device: torch.device) -> Any:
+    return item.to(device) if isinstance(item, Batch) else to_device(item, device)
+
+
 def _case(item: Any, model: nn.Module) -> Case:
     target: Any = None
+    if isinstance(item, Batch):
+        return Case(tuple(item.args), dict(item.kwargs), item.target)
     if isinstance(item, (tuple, list)) and len(item) == 2:
         item, target = item
     if isinstance(item, Mapping):
@@ -164,7 +170,7 @@ def _pieces(case: Case) -> list[Case]:
     return [Case(*pytree.tree_unflatten(values, spec)) for values in cut]
 
 
-def tensor_of(found: Any) -> Tensor:
+def answer_tensor(found: Any) -> Tensor:
     """The tensor that matters in what a network returns: logits, or else the first floating one.
 
     Raises:

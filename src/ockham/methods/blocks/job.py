@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ockham.choose.budgets import Subject, budget_from
-from ockham.core.batch import Batch
 from ockham.core.files import read_json, write_json
 from ockham.core.likelihood import Likelihood
 from ockham.core.modes import device_of
@@ -25,7 +24,6 @@ from ockham.errors import DataError, OckhamError, OckhamWarning
 from ockham.fit.predict import refresh_batchnorm
 from ockham.methods.blocks.allocation import shares_for
 from ockham.methods.blocks.cases import Case, Objective, cases_from, objective_for
-from ockham.methods.blocks.curvature import weights_of
 from ockham.methods.blocks.damping import Trial, kind_of
 from ockham.methods.blocks.reduction import MatrixEvidence, Orders, reduce_blocks_
 from ockham.methods.blocks.solve import Damping, NofM
@@ -277,9 +275,9 @@ class Job:
         dense, done = found.dense, 0
         before: dict[str, MatrixEvidence] = {}
         while done < len(dense.blocks) and (folder / f"{done}.json").exists():
-            parameters = weights_of(dense.blocks[done], dense.maps[done].name)
+            state = dense.blocks[done].state_dict()
             for name, value in load_file(folder / f"{done}.safetensors").items():
-                parameters[name].detach().copy_(value)
+                state[name].copy_(value)
             before |= {k: MatrixEvidence(**v) for k, v in read_json(folder / f"{done}.json").items()}
             done += 1
         tell = self._teller("reduction")
@@ -287,10 +285,8 @@ class Job:
         def on_block(count: int, evidence: Mapping[str, MatrixEvidence]) -> None:
             j = count - 1
             if j >= done and self._settings.folder is not None:
-                values = {
-                    n: p.detach().contiguous() for n, p in weights_of(dense.blocks[j], dense.maps[j].name).items()
-                }
-                save_file(values, folder / f"{j}.safetensors")
+                state = dense.blocks[j].state_dict()
+                save_file({n: t.clone().contiguous() for n, t in state.items()}, folder / f"{j}.safetensors")
                 own = {k: asdict(evidence[k]) for k in dense.maps[j].matrices if k in evidence}
                 write_json(folder / f"{j}.json", own)
             tell(count, len(dense.blocks))
@@ -311,12 +307,12 @@ class Job:
                 f"there are {len(every)}. Pass more batches, or keep_share"
             )
         dense_loss = loss_of(model, judges, self._objective)
-        original = {n: p.detach().clone() for n, p in model.named_parameters()}
+        original = {n: t.detach().clone() for n, t in model.state_dict().items()}
         kept: dict[float, tuple[dict[str, Tensor], dict[str, MatrixEvidence]]] = {}
 
         def restore(values: Mapping[str, Tensor]) -> None:
-            for n, p in model.named_parameters():
-                p.detach().copy_(values[n])
+            for n, t in model.state_dict().items():
+                t.copy_(values[n])
 
         def fire(share: float) -> Shot:
             restore(original)
@@ -329,7 +325,7 @@ class Job:
             shot = shot_from(share, dense_loss, loss_of(model, judges, self._objective), volume, orders.n_data)
             if shot.nats >= 0 and share < min(kept, default=1.0):
                 kept.clear()
-                kept[share] = {n: p.detach().clone() for n, p in model.named_parameters()}, done
+                kept[share] = {n: t.detach().clone() for n, t in model.state_dict().items()}, done
             return shot
 
         fired = shots(found.samples, orders.n_data, fire)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ockham.core.files import write_json
 from ockham.errors import DataError, OckhamError
-from ockham.methods.blocks.cases import cases_from, tensor_of
+from ockham.methods.blocks.cases import answer_tensor, cases_from
 from ockham.methods.blocks.job import PruneProgress, PruneSettings
 from ockham.methods.blocks.prune import Pruned, prune
 from ockham.methods.blocks.stream import prepared
@@ -81,7 +81,7 @@ def token_measures(model: nn.Module, windows: Tensor) -> dict[str, float]:
     nll, chance, hit = [], [], []
     with prepared(model) as device:
         for case in cases_from(windows, None, model, device):
-            logits = case.answer(model, tensor_of)[:, :-1].flatten(0, 1).float()
+            logits = case.answer(model, answer_tensor)[:, :-1].flatten(0, 1).float()
             target = case.args[0][:, 1:].flatten()
             log_p = logits.log_softmax(-1)
             best = log_p.max(-1)
