@@ -144,7 +144,8 @@ _RENAMED: dict[str, dict[str, str]] = {
     "workflow.gate_settings": {"Budget": "ParameterBudget"},
     "workflow.result": {"layers": "layer_rows"},
 }
-_ROOMS = frozenset({"files", "posterior", "reduction", "workflow"})  # packages that are no more
+_ROOMS = {"files": "core", "posterior": "fit", "reduction": "choose", "workflow": "run"}
+"""Packages that are no more, and those that have most of their contents now."""
 
 
 class _MovedModule(ModuleType):
@@ -178,6 +179,8 @@ class _Finder(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         old = module.__name__.removeprefix("ockham.")
+        if old in _ROOMS:
+            module.__file__ = importlib.import_module(f"ockham.{_ROOMS[old]}").__file__
         if old in MOVED:
             places = MOVED[old].split()
             every = [n for p in places for n in getattr(importlib.import_module(f"ockham.{p}"), "__all__", ())]

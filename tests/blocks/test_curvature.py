@@ -177,3 +177,33 @@ def test_preparation_is_undone() -> None:
     assert (model.config.use_cache, model.config._experts_implementation) == before
     assert model.training and not model.model.layers[0].training
     assert not model.lm_head.weight.requires_grad and model.model.embed_tokens.weight.requires_grad
+
+
+def test_a_matrix_that_others_use_too_is_left_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)]
+    blocks[2][0].weight = blocks[0][0].weight
+    model = nn.Sequential(nn.Sequential(*blocks), nn.Linear(6, 3))
+    data = [(torch.randn(30, 6), torch.arange(30) % 3)]
+    found, _, _ = studied(model, data, tmp_path)
+    assert [list(b.matrices) for b in found.dense.maps] == [[], ["0.1.0.weight"], []]
+
+
+def test_experts_that_the_first_batch_never_chose_are_known(tmp_path: Path) -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = nn.Parameter(torch.randn(3, 4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for i in x[:, 0].gt(0).long().unique().tolist():
+                x = x + torch.tanh(F.linear(x, self.weights[i]))
+            return x
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Experts(), Experts())
+    x = torch.randn(20, 4)
+    x[:, 0] = x[:, 0].abs() + 5
+    found, _, _ = studied(model, [(x, torch.arange(20) % 4), (-x, torch.arange(20) % 4)], tmp_path)
+    assert set(found.samples) == {"0.weights[0]", "0.weights[1]", "1.weights[0]", "1.weights[1]"}
+    assert len(found.dense.maps[0].matrices) == 3  # the third is there, and no data reach it

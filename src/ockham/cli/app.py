@@ -144,7 +144,12 @@ def _build(folder: Path, data: str | None, model: str | None) -> tuple[Any, Any]
     known = read_result(folder).provenance.dataset
     if data is None and (known is None or known.name != "digits"):
         raise OckhamError(f"{folder} is not a result on the digits: say which data with --data")
-    found = load_data(data)
+    found, builder = load_data(data), read_result(folder).provenance.network
+    if model is None and builder is not None and not str(builder.builder).startswith("zoo:"):
+        raise OckhamError(
+            f"the network of {folder} was built by {builder.builder!r}, which is your code and is not run from a file; "
+            f"say it with --model package.module:function"
+        )
     return found, load_model(model, found)[1]() if model else None
 
 
@@ -183,7 +188,7 @@ def inspect(folder: _Folder) -> None:
 @app.command()
 def report(folder: _Folder) -> None:
     """Write report.html again from the numbers in a result folder."""
-    sealed(folder)
+    sealed(folder, rewriting="report.html")
     typer.echo(f"Report: {write_report(folder, gate_sections)}")
 
 

@@ -272,7 +272,7 @@ def load_model(source: str | None, data: Dataset) -> tuple[str, Callable[[], nn.
     Raises:
         OckhamError: unknown name, or a constructor that returns no module.
     """
-    if source is None or ":" not in source:
+    if source is None or ":" not in source or source.startswith("zoo:"):
         name = suggest(data) if source is None else source.removeprefix("zoo:")
         return f"zoo:{name}", _pick("--model", name, NETWORKS)
     if source.startswith("hf:"):

@@ -203,7 +203,9 @@ def read_config(path: Path) -> dict[str, Any]:
     table = {key.replace("-", "_"): value for key, value in table.items()}
     unknown = [key for key in table if key not in known and key != "method"]
     if unknown:
-        raise OckhamError(f"--config {path}: unknown keys {', '.join(unknown)}; known are {', '.join(known)}")
+        near = [n for key in unknown for n in difflib.get_close_matches(key, known, 1)]
+        meant = f" (did you mean {', '.join(near)}?)" if near else ""
+        raise OckhamError(f"--config {path}: unknown keys {', '.join(unknown)}{meant}; known are {', '.join(known)}")
     for key, value in table.items():
         if isinstance(value, list):
             table[key] = tuple(value)

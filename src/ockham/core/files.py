@@ -195,7 +195,7 @@ def read_text(path: Path) -> str:
         ResultError: missing, no regular file, too long, or not UTF-8.
     """
     with open_regular(path) as file:
-        content = file.read(TEXT_LIMIT + 1)
+        content = file.read(min(TEXT_LIMIT, os.fstat(file.fileno()).st_size) + 1)  # asks for no more than there is
     if len(content) > TEXT_LIMIT:
         raise ResultError(f"{printable(path)}: longer than {TEXT_LIMIT >> 20} MiB, which no text of Ockham is")
     try:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -33,7 +34,7 @@ from ockham.core.posterior import Posterior
 from ockham.core.scaling import Head, TargetStatistics, find_head, rescale_, rescaled
 from ockham.errors import DataError, NonFiniteLossError, OckhamError, OckhamWarning
 
-__all__ = ["Objective", "blame", "objective_of"]
+__all__ = ["Objective", "blame", "fit_noise", "objective_of"]
 
 _LOOKED_AT = 256
 """Examples on which it is found out whether a network already predicts its targets in their own unit."""
@@ -386,3 +387,34 @@ def _keeping_buffers(model: nn.Module) -> Iterator[None]:
             for name, b in model.named_buffers():
                 if name in saved and saved[name].shape == b.shape:
                     b.copy_(saved[name])
+
+
+@torch.no_grad()
+def fit_noise(model: nn.Module, loader: Iterable[Any], objective: Objective, *, sharded: bool = False) -> None:
+    """Set the noise of a regression likelihood to the mean squared residual of every output, in one pass.
+
+    Args:
+        model: read in evaluation mode.
+        loader: batches of the data.
+        objective: its likelihood gets the noise.
+        sharded: whether every process reads its own part of the data; the squares are added up then.
+
+    Raises:
+        DataError: the loader is empty.
+        OckhamError: a residual is zero.
+    """
+    likelihood = objective.likelihood
+    assert isinstance(likelihood, Regression)
+    statistics = TargetStatistics(likelihood.axis)
+    with evaluating(model):
+        for one in objective.checked(loader, model):
+            found = aligned(objective.answer(model, one), one.target, "regression").double()
+            weights = likelihood.term_weights(one.target, one.weight)
+            residual = likelihood.standard(one.target) - found.to(likelihood.location.dtype)
+            statistics.add(residual * likelihood.scale, torch.ones_like(residual[:1]) if weights is None else weights)
+    if not statistics.filled:
+        raise DataError("the loader is empty: it yields no targets")
+    sums = torch.stack([statistics.weight * statistics.mean_square(), statistics.weight]).to(device_of(model))
+    if sharded and dist.is_available() and dist.is_initialized():
+        dist.all_reduce(sums)
+    likelihood.set_noise(statistics.shaped(sums[0] / sums[1]))

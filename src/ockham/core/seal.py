@@ -118,6 +118,12 @@ def read_seal(path: Path) -> Seal:
         if told != hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest():
             raise ValueError("its SHA-256 is another")
         files = {name: FileFacts(**facts) for name, facts in content["files"].items()}
+        texts = [content["run"], content["made"], content["job"], *files, *content["replaces"]]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("a name is no text")
+        strange = [n for n in (*files, *content["replaces"]) if not n or Path(n).name != n or "\0" in n]
+        if strange:
+            raise ValueError(f"{strange[0][:60]!r} is no plain file name")
         return Seal(content["run"], content["made"], files, content["job"], tuple(content["replaces"]))
     except ResultError:
         raise
@@ -144,11 +150,11 @@ def settle(folder: Path) -> None:
         if (new / MANIFEST).exists():
             seal = read_seal(new / MANIFEST)
             for name in seal.replaces:
-                if name not in seal.files and Path(name).name == name:
+                if name not in seal.files:
                     (folder / name).unlink(missing_ok=True)
             for name in (*seal.files, MANIFEST):
                 with suppress(FileNotFoundError):
-                    os.replace(new / Path(name).name, folder / Path(name).name)
+                    os.replace(new / name, folder / name)
         with suppress(FileNotFoundError):
             new.rmdir()
         sync_folder(folder)
@@ -159,7 +165,7 @@ def settle(folder: Path) -> None:
         ) from error
 
 
-def sealed(folder: str | Path, *names: str, verify: bool = True) -> Seal | None:
+def sealed(folder: str | Path, *names: str, verify: bool = True, rewriting: str = "") -> Seal | None:
     """Check that a result folder is whole and as its run sealed it.
 
     All files of the manifest must be there in their size, no file of another run may lie among them, and SHA-256 must
@@ -169,6 +175,7 @@ def sealed(folder: str | Path, *names: str, verify: bool = True) -> Seal | None:
         folder: a result folder.
         names: files whose content is compared; none: all.
         verify: whether content is compared at all; without, presence and sizes are.
+        rewriting: name of a file that is about to be written anew and may be missing.
 
     Returns:
         The seal; None for a folder without one, as earlier versions wrote them, with a warning if it has several files.
@@ -194,7 +201,7 @@ def sealed(folder: str | Path, *names: str, verify: bool = True) -> Seal | None:
         return None
     while True:
         seal = read_seal(home / MANIFEST)
-        problem = _difference(home, seal, names or tuple(seal.files), verify=verify)
+        problem = _difference(home, seal, names or tuple(seal.files), verify=verify, rewriting=rewriting)
         if not problem:
             return seal
         settle(home)
@@ -202,14 +209,16 @@ def sealed(folder: str | Path, *names: str, verify: bool = True) -> Seal | None:
             raise ResultError(problem)
 
 
-def _difference(home: Path, seal: Seal, names: tuple[str, ...], *, verify: bool) -> str:
+def _difference(home: Path, seal: Seal, names: tuple[str, ...], *, verify: bool, rewriting: str) -> str:
     """What in a folder is not as the seal says, with the way out; empty if nothing is."""
     for name in RESULT_FILES:
         if name not in seal.files and os.path.lexists(home / name):
             return f"{printable(home / name)}: is no part of the result in this folder (run {seal.run}); take it away"
     for name, facts in seal.files.items():
-        path = inside(home, Path(name).name)
-        size = path.stat().st_size if path.is_file() else None
+        path = inside(home, name)
+        if name == rewriting and not path.exists():
+            continue
+        size = path.stat().st_size if os.path.isfile(path) else None
         compare = verify and size == facts.size and name in names
         if size != facts.size or (compare and file_facts(path).sha256 != facts.sha256):
             state = "missing" if size is None else f"of {size} bytes" if size != facts.size else "of another SHA-256"

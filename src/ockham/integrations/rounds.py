@@ -86,7 +86,9 @@ class StepRounds:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`."""
-        plain = [{k: math.nan if v is None else v for k, v in r.items()} for r in state["history"]]
+        plain: list[dict[str, Any]] = [
+            {k: math.nan if v is None else v for k, v in r.items()} for r in state["history"]
+        ]
         self.history = [RoundInfo(**r) for r in plain]
 
 

@@ -20,7 +20,7 @@ __all__ = ["EvidenceCallback"]
 FILE = "posterior.safetensors"
 
 
-class EvidenceCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+class EvidenceCallback(TrainerCallback, ExportableState):
     """Lets `transformers.Trainer` train under a posterior, and removes weights in rounds as their evidence says.
 
     Every optimizer step draws one network (for all its accumulated microbatches) and puts the mean back before the
@@ -55,7 +55,8 @@ class EvidenceCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     ) -> None:
         given = {"rounds": rounds, "rule": rule}
         self._steps = StepRounds(ignore=ignore, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
-        self._likelihood, self._block = likelihood, None
+        self._likelihood = likelihood
+        self._block: Any = None
         self.posterior: Posterior | None = None
 
     @property

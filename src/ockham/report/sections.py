@@ -105,6 +105,8 @@ def structures(result: Result) -> str:
     if found is None or not found.groups:
         return ""
     gone = story.units_gone(result)
+    if not gone and result.gates is not None:
+        return ""
     if not gone:
         words = "No channel, neuron or head went as a whole: each was worth its price, or cannot be removed."
         return page.section("structures", title, page.paragraph(words))

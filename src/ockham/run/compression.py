@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ockham.choose.prices import Structures
@@ -146,12 +147,13 @@ class WeightRounds(Method):
     def name(self) -> str:
         """The posterior, as the command calls it."""
         spelt = {"mean_field": "mean-field", "ivon": "ivon", "point_estimate": "map", "spike_slab": "spike-slab"}
-        return spelt.get(self.estimator.__name__, "evidence")
+        made = self.estimator.__name__
+        return spelt.get(made, made)
 
     def settings(self) -> dict[str, Any]:
         """Settings of the run, the rule and the rounds, the structures."""
         made = {"rule": rule_name(self.rule), "structures": structures_name(self.structures)}
-        names = {"estimator": self.estimator.__name__, "ignore": repr(self.ignore)}
+        names = {"posterior": self.name, "ignore": repr(self.ignore)}
         return as_plain(self.training) | made | names | asdict(self.rounds)
 
     def saved(self, state: RunState) -> dict[str, Any]:
@@ -369,7 +371,14 @@ def _decided(rule: Rule, evidence: Evidence, protected: frozenset[str], progress
     limit = rule.keep if isinstance(rule, BudgetRule) else 0
     if limit > 1 and limit >= evidence.posterior.kept():
         return {name: g.keep.clone() for name, g in evidence.posterior.items()}
-    return rule.decide(evidence, protected, progress)
+    keep = rule.decide(evidence, protected, progress)
+    for name, mask in keep.items():
+        expected = tuple(evidence.posterior[name].mean.shape) if name in evidence.posterior else None
+        if not isinstance(mask, Tensor) or mask.dtype is not torch.bool or tuple(mask.shape) != expected:
+            got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            wanted = "no such parameter" if expected is None else f"booleans (True = stays) of the shape {expected}"
+            raise OckhamError(f"the rule {type(rule).__name__} must give {name!r} {wanted}; got {got}")
+    return keep
 
 
 def _histogram(evidence: Evidence) -> list[int]:

@@ -187,7 +187,6 @@ def history(result: Compressed) -> History:
             parameters=e.parameters or None,
             widths=dict(e.widths) or None,
             removed=e.removed if e.widths else None,
-            seconds=e.seconds or None,
         )
         for e in result.epochs
     )

@@ -6,29 +6,31 @@ import copy
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ockham.core.likelihood import Likelihood
+from ockham.core.likelihood import Likelihood, Regression
+from ockham.core.objective import fit_noise
 from ockham.core.plain import from_plain, to_plain
 from ockham.core.posterior import Posterior
-from ockham.errors import OckhamError
+from ockham.errors import DataError, OckhamError
 from ockham.run.engine import Compressed, Engine, Method, Task
 from ockham.run.facts import NetworkFacts, analysis, compressed_facts, history, network_facts, provenance, structure
 from ockham.run.folder import ResultFolder
 from ockham.run.measure import mean_predictor, measures
 from ockham.run.result import NETWORK, PLAN, POSTERIOR, save_network, save_plan
-from ockham.run.schema import GateFacts, Metrics, Result, write_result
+from ockham.run.schema import GateFacts, Metrics, Result, load_lines, write_result
 from ockham.run.trainer import EpochInfo, OnStep, RunState
 from ockham.run.weights import fitted, weights_fingerprint
 from ockham.zoo.data import Batches, Dataset, data_fingerprint
 
 __all__ = ["SEARCH_RATES", "Job", "PlainTraining", "Recipe"]
 
+_FEWEST = 2
 SEARCH_RATES = (3e-4, 1e-3, 3e-3)
 """Learning rates tried for the Adam network, on a tenth of the training data held out."""
 
@@ -73,7 +75,11 @@ class Recipe:
         if not share:
             return (x, y), (x[:0], y[:0])
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed))
-        cut = len(x) - int(share * len(x))
+        if len(x) < _FEWEST:
+            raise DataError(
+                f"there are {len(x)} training examples (rows); at least {_FEWEST} are needed to hold some out"
+            )
+        cut = len(x) - max(1, int(share * len(x)))
         return (x[order[:cut]], y[order[:cut]]), (x[order[cut:]], y[order[cut:]])
 
     def engine(
@@ -109,7 +115,11 @@ class PlainTraining(Method):
     def result(self, state: RunState) -> Compressed:
         """The network as it is."""
         none, parameters = Posterior({}, state.own.n_data), state.own.parameters
-        model, none = state.objective.finished(copy.deepcopy(state.network), none)
+        model, objective = copy.deepcopy(state.network), state.objective
+        if isinstance(objective.likelihood, Regression):
+            objective = copy.deepcopy(objective)
+            fit_noise(model, state.own.loader, objective)
+        model, none = objective.finished(model, none)
         return Compressed(model, none, (), state.history, None, none.noise_variance, parameters=parameters)
 
     def settings(self) -> dict[str, Any]:
@@ -153,6 +163,7 @@ class Job:
     _facts: dict[str, Any] = field(default_factory=dict)
     _spent: float = 0.0
     _started: float = 0.0
+    _told: str = ""
     _folder: ResultFolder = field(init=False)
 
     def __post_init__(self) -> None:
@@ -252,14 +263,17 @@ class Job:
             )
 
     def _fingerprint(self) -> str:
+        if self._told:
+            return self._told
         data = self.recipe.data
         names = {"data": data.name, "data content": data_fingerprint(data), "network": self.builder}
         names |= {"weights": weights_fingerprint(self.weights)}
-        return json.dumps(self._settings() | names | {"baseline": self.baseline}, sort_keys=True)
+        self._told = json.dumps(self._settings() | names | {"baseline": self.baseline}, sort_keys=True)
+        return self._told
 
     def _settings(self) -> dict[str, Any]:
         r = self.recipe
-        return {"method": r.method.stage, **r.method.settings(), "batch_size": r.batch_size, "seed": r.seed}
+        return {"method": r.method.name, **r.method.settings(), "batch_size": r.batch_size, "seed": r.seed}
 
     def _clock(self) -> float:
         return self._spent + time.monotonic() - self._started
@@ -296,7 +310,7 @@ class Job:
             self.builder,
             before_source=old["source"] if old else "none",
             before_rate=old.get("rate") if old else None,
-            draws=self.draws if result.posterior else 1,
+            draws=1 if not result.posterior or result.posterior.is_point else self.draws,
         )
         made = provenance(
             r.data,
@@ -308,6 +322,7 @@ class Job:
             seconds=seconds,
             device=r.device,
         )
+        made = replace(made, load=load_lines(self.out, self.builder))
         changed = structure(r.network(), result, r.data.test_x[:1].to(r.device))
         gates = r.method.record(engine.state)
         said = None if gates is None else from_plain(GateFacts, gates)

@@ -17,6 +17,7 @@ from ockham.choose.score import score
 from ockham.choose.units import Ledger, StructureEvidence, choose_units
 from ockham.core.batch import Loader, read_batch
 from ockham.core.modes import device_of, seeded
+from ockham.core.names import Ignore
 from ockham.core.objective import Objective
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError, OckhamWarning
@@ -35,6 +36,7 @@ __all__ = [
     "StructureInfo",
     "example_of",
     "fold_constants",
+    "traced_again",
 ]
 
 
@@ -110,7 +112,7 @@ def fold_constants(
     Raises:
         MismatchError: the folded network computes something else.
     """
-    groups = trace(model, example_inputs, ignore=ignore)
+    groups = traced_again(model, example_inputs, ignore)
     alive = {name: g.keep.reshape(-1) for name, g in posterior.items()}
     made = {}
     for group in groups:
@@ -238,7 +240,7 @@ class Shrinking:
             TraceError: the network cannot be traced; train it with masks only (``structure=None``).
         """
         with seeded(0, 0, torch.device("cpu")):
-            groups = trace(network, self.inputs, ignore=self.ignore)
+            groups = trace(network, self.inputs, ignore=self.ignore).separate
         return Shrunk(Origin(groups), groups)
 
     def shrink(
@@ -250,7 +252,7 @@ class Shrinking:
             MismatchError: the smaller network computes something else than the masked one.
         """
         with seeded(0, 0, device_of(network)):
-            groups = known.now or trace(network, self.inputs, ignore=self.ignore)
+            groups = known.now or traced_again(network, self.inputs, self.ignore)
             known = replace(known, now=groups)
             before = {g.id: g.size for g in known.origin.groups}
             options = {
@@ -306,6 +308,13 @@ class Shrinking:
                 stacklevel=5,
             )
         return plan_masks(groups, choice.keep, nats=evidence)
+
+
+def traced_again(network: nn.Module, inputs: Any, ignore: Ignore) -> Groups:
+    """The groups of a network that has shrunk; where nothing is left to go, that is no news."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="nothing of this network can be removed")
+        return trace(network, inputs, ignore=ignore).separate
 
 
 def example_of(loader: Loader, objective: Objective, device: torch.device) -> Any:

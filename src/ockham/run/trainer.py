@@ -17,7 +17,7 @@ from ockham.core.batch import Batch, Loader
 from ockham.core.likelihood import Likelihood
 from ockham.core.modes import device_of, seeded, train_
 from ockham.core.objective import Objective
-from ockham.errors import DataError, NonFiniteLossError
+from ockham.errors import DataError, NonFiniteLossError, OckhamError
 from ockham.fit.optimizer import VariationalOptimizer
 
 __all__ = ["EpochInfo", "OnStep", "RunState", "StructureInfo", "Trainer", "rates_of"]
@@ -143,11 +143,13 @@ class RunState:
 
     def saved(self) -> dict[str, Any]:
         """Plain values and tensors, without the method's own."""
+        groups = self.optimizer.param_groups
         return {
             "done": self.done,
             "network": dict(self.network.state_dict()),
             "likelihood": dict(self.likelihood.state_dict()),
             "optimizer": {k: v for k, v in self.optimizer.state_dict().items() if k != "param_groups"},
+            "groups": [{k: v for k, v in g.items() if isinstance(v, (int, float))} for g in groups],
             "noise": {} if self.noise is None else self.noise.state_dict()["state"],
             "history": [info.plain() for info in self.history],
         }
@@ -159,6 +161,8 @@ class RunState:
         for optimizer, state in ((self.optimizer, saved["optimizer"]), (self.noise, {"state": saved["noise"]})):
             if optimizer is not None:
                 optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
+        for group, kept in zip(self.optimizer.param_groups, saved["groups"], strict=True):
+            group.update(kept)  # what an optimizer keeps in its groups: a peak learning rate, a scale
         return replace(self, done=int(saved["done"]), history=tuple(EpochInfo.of(h) for h in saved["history"]))
 
 
@@ -220,9 +224,16 @@ class Trainer:
             nll, output = state.objective.loss(state.network, batch)
             term = self.term(state, at)
             (nll if term is None else nll + term).backward()
-        for each in (optimizer, state.noise):
-            if each is not None:
-                each.step()
+        try:
+            for each in (optimizer, state.noise):
+                if each is not None:
+                    each.step()
+        except OckhamError as error:
+            if bool(torch.isfinite(nll)):
+                raise
+            raise NonFiniteLossError(
+                _not_finite(float(nll), state.done, round((at - state.done) * len(self.loader)))
+            ) from error
         return nll.detach(), state.objective.right(output, batch)
 
     def _set_rates(self, state: RunState, progress: float) -> None:
@@ -261,11 +272,15 @@ class _Tally:
         values = torch.stack(self._losses).double().cpu()
         bad = (~torch.isfinite(values)).nonzero()
         if len(bad):
-            at = self._first + int(bad[0])
-            raise NonFiniteLossError(
-                f"the loss became {float(values[bad[0]])} at step {at + 1} of epoch {self._epoch + 1}. Lower the "
-                "learning rate, check the inputs for NaN; the last checkpoint is untouched"
-            )
+            step = self._first + int(bad[0])
+            raise NonFiniteLossError(_not_finite(float(values[bad[0]]), self._epoch, step))
         self._sum, self._count = self._sum + float(values.sum()), self._count + len(values)
         self._first += len(values)
         self._losses.clear()
+
+
+def _not_finite(loss: float, epoch: int, step: int) -> str:
+    return (
+        f"the loss became {loss} at step {step + 1} of epoch {epoch + 1}. Lower the learning rate, check the inputs "
+        "for NaN; the last checkpoint is untouched"
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import io
+import itertools
 import os
 import zipfile
 from collections.abc import Mapping
@@ -92,7 +94,10 @@ def _torch_weights(file: Path) -> dict[str, Tensor]:
             with zipfile.ZipFile(file) as archive:
                 if any(i.compress_type != zipfile.ZIP_STORED for i in archive.infolist()):
                     raise ResultError(f"{printable(file)}: has compressed parts, which torch.save never writes")
-        found = torch.load(file, map_location="cpu", weights_only=True)
+            found = torch.load(file, map_location="cpu", weights_only=True)
+        else:  # of torch before 1.6: its unpickler asks a file for any length, the bytes in memory for what is there
+            with open_regular(file) as stream:
+                found = torch.load(io.BytesIO(stream.read()), map_location="cpu", weights_only=True)
     except ResultError:
         raise
     except Exception as error:  # the unpickler passes on what damaged files make of it
@@ -127,10 +132,12 @@ def _huggingface_weights(folder: Path, max_bytes: float | None) -> dict[str, Ten
         raise ResultError(f"{printable(index)}: damaged; weight_map must name the file of each tensor")
     state: dict[str, Tensor] = {}
     for shard in sorted(set(shards.values())):
+        if not os.path.exists(folder / shard):
+            raise ResultError(f"{printable(index)}: names {printable(shard)}, which is not there")
         state |= _safetensors_weights(inside(folder, shard))
     lack = [name for name in shards if name not in state]
     if lack:
-        raise ResultError(f"{printable(folder)}: {printable(lack[0])} is in no shard, though the index names it")
+        raise ResultError(f"{printable(index)}: names {printable(lack[0])}, which is in no shard")
     return state
 
 
@@ -152,18 +159,19 @@ def fitted(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Ten
         OckhamError: they do not fit; names, shapes and dtypes are listed. Or they are not finite.
     """
     own, found, notes = model.state_dict(), dict(state), list[str]()
-    for prefix in PREFIXES * len(PREFIXES):
-        bare = {n.removeprefix(prefix): t for n, t in found.items() if n.startswith(prefix)}
-        worn = {prefix + n: t for n, t in found.items()}
-        here, off, on = (len(own.keys() & names.keys()) for names in (found, bare, worn))
-        if off > here:
-            lost = [n for n in found if not n.startswith(prefix)]
-            said = f"; left out, as they lack it: {printable(', '.join(lost[:6]))}" if lost else ""
-            notes.append(f"the prefix {prefix!r} was taken off {len(bare)} names{said}")
-            found = bare
-        elif on > here:
-            notes.append(f"the prefix {prefix!r} was put before {len(worn)} names")
-            found = worn
+    chains = ["".join(parts) for depth in range(1, 4) for parts in itertools.product(PREFIXES, repeat=depth)]
+    bare = {c: {n.removeprefix(c): t for n, t in state.items() if n.startswith(c)} for c in chains}
+    worn = {c: {c + n: t for n, t in state.items()} for c in chains}
+    off, on = (max(chains, key=lambda c: len(own.keys() & named[c].keys())) for named in (bare, worn))
+    here, without, under = (len(own.keys() & names.keys()) for names in (found, bare[off], worn[on]))
+    if without > max(here, under):
+        lost = [n for n in state if not n.startswith(off)]
+        said = f"; left out, as they lack it: {printable(', '.join(lost[:6]))}" if lost else ""
+        notes.append(f"the prefix {off!r} was taken off {len(bare[off])} names{said}")
+        found = bare[off]
+    elif under > here:
+        notes.append(f"the prefix {on!r} was put before {len(state)} names")
+        found = worn[on]
     counts = [n for n in own if n not in found and n.endswith("num_batches_tracked")]
     if counts:
         found |= {n: torch.zeros_like(own[n]) for n in counts}

@@ -91,9 +91,10 @@ DROPOUTS = frozenset(
 FILLED = frozenset(
     {
         torch.rand, torch.randn, torch.rand_like, torch.randn_like, torch.Tensor.normal_, torch.Tensor.uniform_,
-        torch.Tensor.exponential_, torch.Tensor.log_normal_, torch.Tensor.cauchy_, F.rrelu,
+        torch.Tensor.exponential_, torch.Tensor.log_normal_, torch.Tensor.cauchy_,
     }
 )  # fmt: skip
+COINS = frozenset({torch.bernoulli, torch.Tensor.bernoulli, torch.Tensor.bernoulli_})
 
 
 class Still(TorchFunctionMode):
@@ -111,13 +112,10 @@ class Still(TorchFunctionMode):
         if func is F.rrelu:
             return F.leaky_relu(args[0] if args else kwargs["input"], 0.25)
         out = func(*args, **kwargs)
-        if func in FILLED:
-            return out.fill_(0.5)
-        if func in (torch.bernoulli, torch.Tensor.bernoulli, torch.Tensor.bernoulli_):
-            return out.fill_(1)
+        fixed = 0.5 if func in FILLED else 1.0 if func in COINS else None
         if func is torch.normal:
             return self._normal(out, *args)
-        return out
+        return out if fixed is None else out.fill_(fixed)
 
     @staticmethod
     def _normal(out: Tensor, mean: Any = 0.0, std: Any = 1.0, *_: Any) -> Tensor:

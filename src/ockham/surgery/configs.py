@@ -33,7 +33,7 @@ def settle_config(model: nn.Module, small: nn.Module, plan: Plan) -> bool:
     """Make ``small.config`` describe the shapes of `small`, so that its own constructor builds it again.
 
     A configuration has one number for all layers: it can describe a plan that leaves them all alike. Only fields whose
-    role it is to hold a number of heads or an inner width are changed, as few as suffice. The change is kept only if the
+    role it is to hold a number of heads or an inner width are changed, as few as suffice. It is kept only if the
     constructor then yields exactly the shapes of `small`, and the network it builds computes the same on random inputs
     with random weights. Otherwise the configuration stays that of `model`, which together with the plan rebuilds the
     network (`shrink` on a fresh instance).

@@ -95,6 +95,10 @@ def _one(cuts: Cut, unit: int) -> Cut:
     return [(name, torch.tensor(sorted(set(torch.cat(parts).tolist())))) for name, parts in found.items()]
 
 
+STATISTICS = frozenset({"mean", "var", "layer_norm", "rms_norm", "group_norm", "grouped"})
+"""Ops of sites that put all units together into a mean or a scale."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Groups:
     """All structures of a model that can be removed, and why the others cannot.
@@ -107,7 +111,7 @@ class Groups:
         sites: places of the model's code whose constants change with a plan.
         heads: all places that split or join dimensions, for attributes such as `num_heads`.
         spared: tensors which `mask` leaves alone, because zeros in them are no zeros (directions of a weight norm).
-        caches: module path to its attributes with tensors from earlier forwards, which the small network starts without.
+        caches: module path to its attributes with tensors from earlier forwards; the small network starts without.
     """
 
     groups: Mapping[str, Group]
@@ -127,6 +131,28 @@ class Groups:
 
     def __getitem__(self, key: str) -> Group:
         return self.groups[key]
+
+    @property
+    def sharing(self) -> frozenset[str]:
+        """Ids of the groups whose units share statistics: a norm, mean or variance runs over them.
+
+        There a unit matters to the others even where no weight reads it, so that evidence of the weights that read it
+        does not tell what its removal changes. A plan may take such units out exactly; gates and evidence leave them.
+        """
+        summed = [site for site in self.sites if site.op in STATISTICS]
+        found = [torch.cat([part.reshape(-1) for part in site.before.values()]) for site in summed if site.before]
+        return frozenset(k for k, units in self.units.items() if any(bool(torch.isin(units, c).any()) for c in found))
+
+    @property
+    def separate(self) -> Groups:
+        """The groups whose units do not share statistics; the others stay, with that as their reason."""
+        shared, why = (
+            self.sharing,
+            "its units share the statistics of a norm: evidence leaves them, a plan may take them",
+        )
+        held = {(m.name, m.dim): why for k in shared for m in self.groups[k].members}
+        left = {k: g for k, g in self.groups.items() if k not in shared}
+        return replace(self, groups=left, frozen={**self.frozen, **held}) if shared else self
 
     def __str__(self) -> str:
         lines = [f"{g.id}: {g.size} {g.kind}s in {len(g.members)} dimensions" for g in self]
@@ -280,7 +306,7 @@ class Plan:
         counts: module path to {size before: size after} of its heads and their widths, for attributes like `num_heads`.
         spared: tensors which `mask` does not zero (see `Groups`).
         nats: group id to the evidence of its removed units, if it was given (same order as `removed`).
-        caches: module path to its attributes with tensors from earlier forwards, which the small network starts without.
+        caches: module path to its attributes with tensors from earlier forwards; the small network starts without.
     """
 
     removed: Mapping[str, tuple[int, ...]]
@@ -322,8 +348,8 @@ class Plan:
         if between != dict(other.shapes):
             wrong = [n for n in dict.fromkeys([*between, *other.shapes]) if between.get(n) != other.shapes.get(n)]
             raise PlanError(
-                f"the second plan is for another network: {wrong[0]} has shape {between.get(wrong[0], 'none')} after the "
-                f"first plan, the second one expects {other.shapes.get(wrong[0], 'none')}. Trace the shrunk network"
+                f"the second plan is for another network: {wrong[0]} has shape {between.get(wrong[0], 'none')} after "
+                f"the first plan, the second one expects {other.shapes.get(wrong[0], 'none')}. Trace the shrunk network"
             )
         cuts = {
             name: {
@@ -355,23 +381,22 @@ class Plan:
         )
 
     def to_json(self) -> str:
-        """Return the plan as JSON text."""
-        return json.dumps(
-            {
-                "schema": SCHEMA,
-                "kind": "ockham-plan",
-                "fingerprint": self.fingerprint,
-                "removed": {k: list(v) for k, v in self.removed.items()},
-                "widths": dict(self.widths),
-                "cuts": {n: {str(d): list(i) for d, i in c.items()} for n, c in self.cuts.items()},
-                "shapes": {n: list(s) for n, s in self.shapes.items()},
-                "edits": [e.to_data() for e in self.edits],
-                "counts": {m: {str(a): b for a, b in c.items()} for m, c in self.counts.items()},
-                "spared": list(self.spared),
-                "nats": {k: list(v) for k, v in self.nats.items()},
-                "caches": {k: list(v) for k, v in self.caches.items()},
-            }
-        )
+        """Return the plan as JSON text, with the SHA-256 of its content."""
+        content = {
+            "schema": SCHEMA,
+            "kind": "ockham-plan",
+            "fingerprint": self.fingerprint,
+            "removed": {k: list(v) for k, v in self.removed.items()},
+            "widths": dict(self.widths),
+            "cuts": {n: {str(d): list(i) for d, i in c.items()} for n, c in self.cuts.items()},
+            "shapes": {n: list(s) for n, s in self.shapes.items()},
+            "edits": [e.to_data() for e in self.edits],
+            "counts": {m: {str(a): b for a, b in c.items()} for m, c in self.counts.items()},
+            "spared": list(self.spared),
+            "nats": {k: list(v) for k, v in self.nats.items()},
+            "caches": {k: list(v) for k, v in self.caches.items()},
+        }
+        return json.dumps(content | {"sha256": _digest(content)})
 
     @staticmethod
     def from_json(text: str) -> Plan:
@@ -423,11 +448,21 @@ def fingerprint(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def _read(text: str) -> Plan:
     try:
         data: dict[str, Any] = json.loads(text)
+        told = data.pop("sha256", None)  # plans of earlier versions, and those written by hand, have none
         if data.get("kind") != "ockham-plan":
             raise PlanError("this is not an Ockham plan")
+        if told is not None and told != _digest(data):
+            raise PlanError(
+                "the plan is damaged or was changed: its SHA-256 is another. After a change by hand, take that "
+                "field out"
+            )
         if int(data["schema"]) > SCHEMA:
             raise PlanError(f"the plan has schema {data['schema']}, this version reads up to {SCHEMA}: upgrade Ockham")
         plan = Plan(
@@ -442,15 +477,9 @@ def _read(text: str) -> Plan:
             caches={k: tuple(v) for k, v in data.get("caches", {}).items()},
         )
         _check_bounds(plan)
-    except (
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        ArithmeticError,
-        RecursionError,
-        json.JSONDecodeError,
-    ) as error:
+    except PlanError:
+        raise
+    except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError, ValueError) as error:
         raise PlanError(f"the plan is damaged: {type(error).__name__}: {error}") from error
     if plan.fingerprint != data["fingerprint"]:
         raise PlanError("the plan is damaged: its shapes do not match its fingerprint")

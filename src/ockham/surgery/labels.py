@@ -5,9 +5,9 @@ integer tensors of the rank of the value, size 1 along the dimensions on which t
 element whose atom is removed is removed with it; atom ``FIXED`` marks elements which always stay. Ops add edges between
 atoms (they live and die together) or freeze them (with a reason); nothing else is ever decided while walking the graph.
 
-After a removal ``x.view(-1, 800)`` or ``x[:, 32:]`` in the model's own code must say other numbers, and the mean over 24
-of 32 channels must still divide by 32. Tracing notes every such op (`Note`); settled notes are a `Site`; a plan turns
-them into numbers (`Edit`), and `resizing.py` applies the numbers while the forward runs.
+After a removal ``x.view(-1, 800)`` or ``x[:, 32:]`` in the model's own code must say other numbers, and the mean over
+24 of 32 channels must still divide by 32. Tracing notes every such op (`Note`); settled notes are a `Site`; a plan
+turns them into numbers (`Edit`), and `resizing.py` applies the numbers while the forward runs.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch import Tensor, fx
 FIXED = -1
 VIEWS = frozenset(
     {
-        "view", "slice", "select", "narrow", "split", "chunk", "unbind", "transpose", "permute", "t", "expand", "detach",
-        "squeeze", "unsqueeze", "reshape", "flatten", "unflatten", "diagonal", "alias", "movedim", "swapaxes",
+        "view", "slice", "select", "narrow", "split", "chunk", "unbind", "transpose", "permute", "t", "expand",
+        "detach", "squeeze", "unsqueeze", "reshape", "flatten", "unflatten", "diagonal", "alias", "movedim", "swapaxes",
         "split_with_sizes", "tensor_split", "unfold",
     }
 )  # fmt: skip
@@ -305,7 +305,8 @@ KINDS: dict[str, str] = {
     "view": "view", "reshape": "view", "_unsafe_view": "view", "unflatten": "unflatten", "expand": "expand",
     "pad": "pad", "constant_pad_nd": "pad", "slice": "slice", "narrow": "slice", **SPLITS,
     "batch_norm": "norm", "instance_norm": "norm", "mean": "mean", "var": "var", "std": "var",
-    "_grouped_mm": "grouped", "grouped_mm": "grouped", "grouped_mm_fallback": "grouped", "layer_norm": "layer_norm", "rms_norm": "rms_norm", "group_norm": "group_norm",
+    "_grouped_mm": "grouped", "grouped_mm": "grouped", "grouped_mm_fallback": "grouped",
+    "layer_norm": "layer_norm", "rms_norm": "rms_norm", "group_norm": "group_norm",
 }  # fmt: skip
 """Name of an op in the exported graph to the kind of place it is; other ops hold no sizes."""
 
@@ -340,7 +341,7 @@ class Site:
         op: a value of `KINDS`; "norm" changes no number, only the attribute `num_features`.
         shape: input shape.
         before: input dimension to the components along it, shape ``(size,)``.
-        old: the numbers in the code: sizes of the result, (start, stop), sizes of the parts, channels of each norm group.
+        old: the numbers in the code: sizes of the result, (start, stop), sizes of the parts, of norm groups.
         after: index into `old` to the components along that result dimension (views only).
         fixed: indices into `old` which are known not to change (views only).
         dim: the dimension cut (slices and splits), else -1.
@@ -423,8 +424,9 @@ def argument(node: fx.Node, name: str, *otherwise: Any) -> Any:
 def settled(notes: list[Note], root: Tensor) -> list[Site]:
     """Return the notes with components instead of atoms, in the order of the graph."""
     makers = {
-        "norm": _whole, "grouped": _whole, "mean": _whole, "var": _whole, "layer_norm": _whole, "rms_norm": _whole, "view": _view,
-        "expand": _view, "unflatten": _unflatten, "split": _split, "pad": _pad, "slice": _slice, "group_norm": _grouped,
+        "norm": _whole, "grouped": _whole, "mean": _whole, "var": _whole, "layer_norm": _whole, "rms_norm": _whole,
+        "view": _view, "expand": _view, "unflatten": _unflatten, "split": _split, "pad": _pad, "slice": _slice,
+        "group_norm": _grouped,
     }  # fmt: skip
     sites = (makers[KINDS[n.name]](n, _dims(n.before, root), root) for n in notes if n.name in KINDS)
     return [site for site in sites if site is not None]
@@ -547,7 +549,8 @@ def _rival(site: Site, edits: list[Edit]) -> Edit | None:
     shape = site.shape
     alike = [
         e for e in edits
-        if e.op == site.op and e.rank == len(shape) and e.dim in (site.dim, -1) and all(shape[d] == n for d, _, n in e.sizes)
+        if (e.op, e.rank) == (site.op, len(shape)) and e.dim in (site.dim, -1)
+        and all(shape[d] == n for d, _, n in e.sizes)
     ]  # fmt: skip
     if not alike:
         return None

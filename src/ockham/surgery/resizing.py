@@ -2,8 +2,8 @@
 
 A module that needs it gets a subclass of its own class whose forward runs under a `TorchFunctionMode`. The mode
 recognises an op by the sizes of its input and the numbers it is asked for, and replaces those; where two places of one
-forward look alike, their order tells them apart, and where even that does not, it raises. Norms and means go on counting
-the elements of the network before, of which the removed ones are zero.
+forward look alike, their order tells them apart, and where even that does not, it raises. Norms and means go on
+counting the elements of the network before, of which the removed ones are zero.
 """
 
 from __future__ import annotations
@@ -263,8 +263,8 @@ def _variance(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str
     if absent == 0:
         return func(*args, **kwargs)
     total = math.prod(x.shape[d] for d in dims) + absent
-    correction = given.get("correction", 1)
-    correction = (1 if given.get("unbiased", True) else 0) if correction is None else correction
+    correction = given["correction"] if "correction" in given else int(given.get("unbiased", True))
+    correction = 1 if correction is None else correction
     _, square = _moments(x, dims, absent)
     out = square * (total / max(total - correction, 0))
     out = out if given.get("keepdim", False) else out.squeeze(tuple(dims))
@@ -387,17 +387,19 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
 
 @functools.cache
 def resized_class(base: Any) -> type[nn.Module]:
-    """Return the subclass of `base` (same name, can be pickled where `base` can) whose forward runs under `Resizing`."""
+    """Return the subclass of `base` whose forward runs under `Resizing`; it can be pickled where `base` can."""
     made = {"forward": functools.wraps(base.forward)(_forward), "__reduce_ex__": _reduce, "__module__": base.__module__}
     own = {**made, "__doc__": base.__doc__, "__qualname__": base.__qualname__}
     kind: type[nn.Module] = type(base.__name__, (base,), own)
     return kind
 
 
-def _empty(base: type[nn.Module]) -> nn.Module:
+def _empty(base: Any) -> nn.Module:
     """Return an instance without state, for `pickle` and `copy.deepcopy` to fill."""
-    kind: Any = resized_class(base)  # type: ignore[arg-type]
-    return kind.__new__(kind)
+    key: Any = base
+    kind: Any = resized_class(key)
+    made: nn.Module = kind.__new__(kind)
+    return made
 
 
 def attach(module: nn.Module, edits: Sequence[Edit]) -> None:
@@ -407,7 +409,7 @@ def attach(module: nn.Module, edits: Sequence[Edit]) -> None:
     """
     base, earlier = module.__dict__.get("_resized", (type(module), ()))
     module.__dict__["_resized"] = (base, compose(earlier, edits))
-    module.__class__ = resized_class(base)  # type: ignore[arg-type]
+    module.__class__ = resized_class(base)
 
 
 def compose(earlier: Sequence[Edit], later: Sequence[Edit]) -> tuple[Edit, ...]:

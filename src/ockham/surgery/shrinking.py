@@ -108,8 +108,7 @@ def shrink(
         scheduler: learning-rate scheduler of `optimizer`; a copy that schedules the copy of the optimizer is returned.
 
     Returns:
-        The small model; with `optimizer`, `posterior` or `scheduler` a tuple ``(small, optimizer, posterior, scheduler)``
-        of what was given.
+        The small model; with `optimizer`, `posterior` or `scheduler` a tuple of it and what was given, in this order.
 
     Raises:
         PlanError: when the plan is for another model, or a scheduler comes without its optimizer.
@@ -248,8 +247,8 @@ def _run(model: nn.Module, arguments: Arguments, which: str, *, optional: bool =
             return None
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise MismatchError(
-            f"the {which} network does not run on these inputs: {type(error).__name__}: {said}. Give inputs it takes; if "
-            "only the shrunk one fails, name the layer in ignore when you trace, and please report the model."
+            f"the {which} network does not run on these inputs: {type(error).__name__}: {said}. Give inputs it takes; "
+            "if only the shrunk one fails, name the layer in ignore when you trace, and please report the model."
         ) from error
 
 
@@ -266,9 +265,9 @@ def _without_noise(pair: tuple[nn.Module, nn.Module], arguments: Arguments, gap:
             return gap
     where = first_different(masked, small, arguments, tolerance)
     layer = (
-        f"the first layer that differs is {where[0]!r} (by {where[1]:.2e}). Add it to ignore, and please report the model."
+        f"the first layer that differs is {where[0]!r} (by {where[1]:.2e}). Add it to ignore, and report it."
         if where is not None
-        else "no single module differs in a comparable output, so the forward of the root does. Are both from the same plan?"
+        else "no single module differs in a comparable output: the forward of the root does. Are both from one plan?"
     )
     noise = " The forward is random (two runs of the masked network differ): switch sampling off." if random else ""
     raise MismatchError(f"masked and shrunk outputs differ by {gap:.2e} (tolerance {tolerance:.0e}); {layer}{noise}")

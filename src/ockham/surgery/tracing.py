@@ -29,9 +29,9 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Ignore = ()) -> Grou
     """Find the structures of `model` that can be removed, and say why the others cannot.
 
     The model is exported with fake tensors in evaluation mode (and in training mode where parts of it run only there);
-    every dimension of every parameter is followed through the graph by rules for known ops. An op without a rule freezes
-    the dimensions that touch it. Then copies with random weights lose some units of every group, and what would not
-    compute the masked network is frozen, too. `model` is left as it is.
+    every dimension of every parameter is followed through the graph by rules for known ops. An op without a rule
+    freezes the dimensions that touch it. Then copies with random weights lose some units of every group, and what
+    would not compute the masked network is frozen, too. `model` is left as it is.
 
     Args:
         model: any module `torch.export` can trace.
@@ -96,8 +96,8 @@ def _walk(
         results = Walker(RULES, ALWAYS, ledger, notes).walk(program.graph, known)
     except torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode as error:
         raise TraceError(
-            "the network makes tensors whose size depends on the data, and does something with that size that cannot be "
-            "followed. Way out: trace the part before it on its own, or use masks only."
+            "the network makes tensors whose size depends on the data, and does something with that size that cannot "
+            "be followed. Way out: trace the part before it on its own, or use masks only."
         ) from error
     for result in results:
         for value in result if isinstance(result, list) else [result]:

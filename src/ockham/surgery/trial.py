@@ -1,9 +1,9 @@
 """A trial before anything is promised: does the smaller network run, and does it compute the masked one?
 
 A copy with random weights (in float64, biases, scales and statistics of norms random too) loses some units of every
-group, unevenly; masked and shrunk copies are compared in evaluation and in training mode. What goes wrong only *because*
-something was removed is frozen, group by group; a network that cannot be tried as it is (on the ``meta`` device, or too
-large to be copied) is tried by its shapes alone.
+group, unevenly; masked and shrunk copies are compared in evaluation and in training mode. What goes wrong only
+*because* something was removed is frozen, group by group; a network that cannot be tried as it is (on the ``meta``
+device, or too large to be copied) is tried by its shapes alone.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def _trains(twin: nn.Module, arguments: Arguments) -> bool:
 
 
 def _twins(model: nn.Module, groups: Groups, arguments: Arguments) -> Iterator[tuple[nn.Module, Arguments, float]]:
-    """Yield copies to try, the most telling ones first: random weights before the model's own, float64 before its own."""
+    """Yield copies to try, the most telling ones first: random weights before its own, float64 before its own dtype."""
     generator = torch.Generator().manual_seed(0)
     for values in (_random, _perturbed):
         for double in (True, False):

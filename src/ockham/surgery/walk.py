@@ -122,7 +122,7 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 def _size(number: Any) -> int:
-    """Return a size; one that depends on the data gets a number of its own, which no other dimension is likely to have."""
+    """Return a size; one that depends on the data gets a number of its own, which no other dimension should have."""
     expression = getattr(getattr(number, "node", None), "expr", None)
     unknown = sorted(getattr(expression, "free_symbols", ()), key=str)
     if not unknown:

@@ -9,15 +9,15 @@ from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from sklearn.base import BaseEstimator
+from sklearn.utils import check_X_y
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, check_random_state, validate_data
 from torch import Tensor
 
 from ockham.errors import OckhamError, OckhamWarning
-from ockham.tabular.data import Floats, Scaling, canonical, duplicates
+from ockham.tabular.data import Encoding, Floats, Scaling, canonical, columns_of, counts_for, dense, duplicates
 from ockham.tabular.fitting import Fitted, Plan, drawn, fit
 from ockham.tabular.likelihoods import Likelihood
 from ockham.tabular.model import Table
@@ -45,6 +45,7 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
         "max_inputs": [Interval(Integral, 1, None, closed="left")],
         "early_stopping": ["boolean"],
         "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
+        "n_effective": [Interval(Real, 0, None, closed="neither"), None],
         "n_draws": [Interval(Integral, 1, None, closed="left")],
         "warm_start": ["boolean"],
         "verbose": ["verbose"],
@@ -66,8 +67,9 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
         slab_variance: float = 1.0,
         max_inputs: int = 24,
         early_stopping: bool = True,
-        n_iter_no_change: int = 3,
+        n_iter_no_change: int = 2,
         n_draws: int = 64,
+        n_effective: float | None = None,
         warm_start: bool = False,
         verbose: bool = False,
         random_state: Any = None,
@@ -82,6 +84,7 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
         self.early_stopping = early_stopping
         self.n_iter_no_change = n_iter_no_change
         self.n_draws = n_draws
+        self.n_effective = n_effective
         self.warm_start = warm_start
         self.verbose = verbose
         self.random_state = random_state
@@ -90,6 +93,10 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
     @abstractmethod
     def _targets(self, y: Any, classes: Any, first: bool) -> Floats:
         """Targets as numbers: themselves, or the index of the class."""
+
+    @abstractmethod
+    def _coded_target(self, target: Floats, weight: Floats) -> Floats:
+        """Centred columns [n, k] whose means order the levels of a category."""
 
     @abstractmethod
     def _scaled_target(self, y: Floats, weight: Floats, first: bool) -> Tensor:
@@ -113,18 +120,25 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
 
     # ------------------------------------------------------------------ fitting
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:  # noqa: N803
-        """Fit to a table.
+        """Fit to a table as it comes.
+
+        A data frame may hold numbers, truth values, times and categories, and entries may be missing. Categories get a
+        column a level, or with more than ten levels columns of their levels' target means; `inclusion_` is one number
+        per column of the table, the largest of its columns of numbers.
 
         Args:
-            X: features [n, p]: numbers, array or data frame.
+            X: features [n, p]: array, data frame or sparse matrix.
             y: targets [n].
-            sample_weight: of the rows, not negative; a weight of two equals the row twice.
+            sample_weight: weights of the rows, not negative. Whole numbers of mean ten at most are repetitions, as are
+                weights whose mean is between one half and two; others are relative and count for Kish's number of rows
+                in all, or for ``n_effective``.
 
         Raises:
-            ValueError: NaN, infinity, wrong shapes, a single class, settings out of range.
+            ValueError: infinity, wrong shapes, a single class, settings out of range.
 
         Warns:
-            OckhamWarning: fewer than 20 rows; columns that duplicate each other.
+            OckhamWarning: fewer than 20 rows; columns that duplicate each other; weights that are taken as relative;
+                targets that look corrupt, with their rows.
         """
         first = not (self.warm_start and hasattr(self, "_fitted"))
         self.__dict__.pop("_kept_rows", None)  # of partial_fit; this is another table
@@ -157,12 +171,21 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
         first: bool,
     ) -> tuple[Floats, Floats, Floats]:
         self._validate_params()
-        numeric = not self._classify
-        x, y = validate_data(self, X, y, dtype=np.float64, y_numeric=numeric, ensure_min_samples=2, reset=first)
+        parts = self._parts(X, reset=first)
+        x, y = check_X_y(
+            np.zeros((len(parts[0]), 1)), y, dtype=np.float64, y_numeric=not self._classify, ensure_min_samples=2
+        )
         weight = _check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True)
         if not weight.sum() > 0:
             raise OckhamError("sample_weight is zero for every row: nothing to fit")
         target = self._targets(y, classes, first)
+        weight = self._counted(weight)
+        factors = weight * self._class_weights(y)
+        weight = factors * (weight.sum() / factors.sum())
+        if first:
+            self._encoding, x = Encoding.of(parts, self._names(), self._coded_target(target, weight), weight)
+        else:
+            x = self._encoding.apply(parts, self._names())
         if len(x) < _FEW:
             warnings.warn(
                 f"{len(x)} rows are few: inclusion probabilities will be close to what was believed before the data",
@@ -171,7 +194,38 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
             )
         return x, target, weight
 
+    def _parts(self, X: Any, *, reset: bool) -> list[Any]:  # noqa: N803
+        """Columns of a table as it comes, checked."""
+        parts = columns_of(X)
+        if parts:
+            validate_data(self, X, skip_check_array=True, reset=reset)
+            infinite = [j for j, part in enumerate(parts) if part.dtype != object and np.isinf(part).any()]
+            if infinite:
+                raise OckhamError(f"Input X contains infinity in column {self._names()[infinite[0]]!r}")
+            return parts
+        plain = validate_data(
+            self, dense(X), dtype=np.float64, ensure_all_finite="allow-nan", accept_sparse=False, reset=reset
+        )
+        return list(plain.T)
+
+    def _counted(self, weight: Floats) -> Floats:
+        """Weights that count observations; a warning where they are not those that came."""
+        counted, effective = counts_for(weight, self.n_effective)
+        if effective is not None and self.n_effective is None:
+            warnings.warn(
+                f"sample_weight sums to {weight.sum():.6g} over {int((weight > 0).sum())} rows: weights are taken as "
+                f"relative and count for {effective:.6g} rows in all; say n_effective= for another number",
+                OckhamWarning,
+                stacklevel=5,
+            )
+        return counted
+
+    def _class_weights(self, y: Any) -> Any:
+        """Factors of the rows' weights."""
+        return 1.0
+
     def _fit(self, x: Floats, target: Floats, weight: Floats, *, first: bool) -> Self:
+        rows = x, target
         x, target, weight = canonical(x, target, weight)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         if first:
@@ -192,7 +246,11 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
         self._fitted = replace(self._fitted, state=replace(state, model=empty))
         self._take_stock()
         self._more_stock(table)
+        self._look_at(*rows)
         return self
+
+    def _look_at(self, x: Floats, target: Floats) -> None:
+        """Say which rows of the fit look wrong."""
 
     def _choose_inputs(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
         """Columns that enter: no constants, no duplicates, not more than screening lets through."""
@@ -200,7 +258,7 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
         own = (self._same_as == np.arange(x.shape[1])) & ~self._scaling.constant
         same = [j for j in range(x.shape[1]) if self._same_as[j] != j and not self._scaling.constant[j]]
         if same:
-            names = self._names()
+            names = self._encoding.names
             pairs = ", ".join(f"{names[j]} = {names[self._same_as[j]]}" for j in same[:4])
             warnings.warn(
                 f"{len(same)} columns say the same as others ({pairs}): one of each stays, they share its inclusion",
@@ -248,10 +306,12 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
         self._remarks: list[str] = []
 
     def _by_feature(self, inside: Floats, outside: Floats) -> Floats:
-        """One number per feature, from those that entered and those that did not; constants 0, duplicates alike."""
+        """One number per feature: of its numbers that entered and those that did not, the largest; constants 0."""
         found = outside.copy()
         found[self._active.numpy()] = inside
-        result: Floats = np.where(self._scaling.constant, 0.0, found[self._same_as])
+        found = np.where(self._scaling.constant, 0.0, found[self._same_as])
+        result = np.zeros(self.n_features_in_)
+        np.maximum.at(result, self._encoding.origin, found)
         return result
 
     # ------------------------------------------------------------------ afterwards
@@ -265,7 +325,7 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
         """Features by inclusion, as a table; all that are used and the ``top`` likeliest of those that are not."""
         check_is_fitted(self)
         weights = np.zeros(len(self.inclusion_))
-        weights[self._active.numpy()] = self._fitted.state.model.nets[0].used().numpy()
+        np.add.at(weights, self._encoding.origin[self._active.numpy()], self._fitted.state.model.nets[0].used().numpy())
         table = table_of(self._names(), self.inclusion_, weights, top)
         return "\n".join([table, f"{self.n_weights_} weights, evidence {self.evidence_:.1f} nats", *self._remarks])
 
@@ -280,8 +340,16 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
 
     def _inputs(self, X: Any) -> Tensor:  # noqa: N803
         check_is_fitted(self)
-        x: npt.NDArray[np.float64] = validate_data(self, X, dtype=np.float64, reset=False)
+        x = self._encoding.apply(self._parts(X, reset=False), self._names())
         return self._scaling.apply(x)[:, self._active].double()
+
+    def __sklearn_tags__(self) -> Any:
+        """Missing entries, categories and sparse matrices are taken as they come."""
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = True
+        tags.input_tags.sparse = True
+        tags.input_tags.categorical = True
+        return tags
 
     def __sklearn_is_fitted__(self) -> bool:
         return hasattr(self, "_fitted")

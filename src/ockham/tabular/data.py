@@ -1,19 +1,228 @@
-"""From a table as it comes to one a network can be fitted on: scaled, columns that say something, canonical rows."""
+"""From a table as it comes to one a network can be fitted on: numbers, scaled, columns that say something, rows."""
 
 from __future__ import annotations
 
+import math
+import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["Scaling", "canonical", "duplicates"]
+from ockham.errors import OckhamError, OckhamWarning
+
+__all__ = [
+    "Encoding",
+    "Floats",
+    "Scaling",
+    "canonical",
+    "columns_of",
+    "counts_for",
+    "dense",
+    "duplicates",
+    "outlying",
+]
 
 Floats = npt.NDArray[np.float64]
 
 _CANONICAL_SIZE = 2_000_000
+_LEVELS = 10  # of a category that become columns of their own
+_FOLDS = 5
+_SHRINKAGE = 10.0  # rows that the mean of a level is worth before its own
+_DENSE = 400_000_000  # numbers of a sparse matrix that are written out
+_MOST_COUNT = 10.0  # mean weight up to which whole weights are repetitions
+_FAR = 8.0  # robust standard deviations
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Column:
+    """How one column becomes numbers.
+
+    Attributes:
+        levels: of a category; None for numbers, truth values and times.
+        means: target means of each level, [levels, k], where there are more levels than columns for them.
+        fill: number in the place of missing ones.
+        missing: whether missing entries get a column of their own.
+    """
+
+    levels: tuple[Any, ...] | None
+    means: Floats | None
+    fill: float
+    missing: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoding:
+    """How the columns of a table become numbers.
+
+    Numbers stay; truth values are 0 and 1; times are days; a category has a column for each level but the most frequent
+    one, or with more than ten levels one column of its levels' shrunken target means (of the other folds for the rows
+    of the fit). Missing numbers are the mean and have an indicator; a missing category is a level.
+
+    Attributes:
+        columns: one per column of the table.
+        origin: column of the table that each column of numbers comes from, [q].
+        names: of the columns of numbers.
+    """
+
+    columns: tuple[_Column, ...]
+    origin: npt.NDArray[np.intp]
+    names: tuple[str, ...]
+
+    @staticmethod
+    def of(parts: list[Any], names: list[str], target: Floats, weight: Floats) -> tuple[Encoding, Floats]:
+        """From columns (`columns_of`) and centred targets [n, k]; also the numbers [n, q] for the rows of the fit."""
+        columns, numbers, origin, found = [], [], [], []
+        for j, (part, name) in enumerate(zip(parts, names, strict=True)):
+            column, values, labels = _fitted(part, target, weight)
+            columns.append(column)
+            numbers.append(values)
+            origin += [j] * values.shape[1]
+            found += [name if label is None else f"{name}={label}" for label in labels]
+        return Encoding(tuple(columns), np.array(origin, dtype=np.intp), tuple(found)), np.concatenate(numbers, 1)
+
+    def apply(self, parts: list[Any], names: list[str]) -> Floats:
+        """Numbers [n, q] of another table with the same columns; levels not seen are named in a warning."""
+        pairs = zip(parts, self.columns, names, strict=True)
+        return np.concatenate([_applied(part, column, name) for part, column, name in pairs], 1)
+
+
+def columns_of(x: Any) -> list[Any] | None:
+    """Columns of a data frame or an array of objects, numbers as float64, levels as objects; None for plain arrays."""
+    if hasattr(x, "dtypes") and hasattr(x, "columns"):
+        return [_column(x[name], str(x[name].dtype)) for name in x.columns]
+    if isinstance(x, np.ndarray) and x.dtype.kind == "O" and x.ndim == 2:
+        return [_column(x[:, j], "object") for j in range(x.shape[1])]
+    return None
+
+
+def _column(values: Any, kind: str) -> Any:
+    if kind.startswith(("datetime", "timedelta")):
+        plain = values.dt.tz_convert(None) if "," in kind else values
+        time = np.asarray(plain, dtype="datetime64[ns]" if kind.startswith("datetime") else "timedelta64[ns]")
+        return np.where(np.isnat(time), np.nan, time.astype(np.int64) / 86_400e9)
+    if kind in ("object", "category", "str") or kind.startswith("string"):
+        raw = np.asarray(values, dtype=object)
+        gone = np.array([_is_missing(v) for v in raw.tolist()])
+        try:
+            numbers = np.array([np.nan if g else float(v) for v, g in zip(raw.tolist(), gone, strict=True)])
+            if kind != "category" and not any(isinstance(v, (str, bool)) for v in raw.tolist()):
+                return numbers
+        except ValueError:
+            pass
+        return np.array([None if g else str(v) for v, g in zip(raw.tolist(), gone, strict=True)], dtype=object)
+    if hasattr(values, "to_numpy"):
+        return values.to_numpy(dtype=np.float64, na_value=np.nan)
+    return np.asarray(values, dtype=np.float64)
+
+
+def _fitted(part: Any, target: Floats, weight: Floats) -> tuple[_Column, Floats, list[str | None]]:
+    if part.dtype != object:
+        gone = np.isnan(part)
+        there = weight * ~gone
+        mean = float(np.where(gone, 0.0, part) @ there / there.sum()) if there.sum() > 0 else 0.0
+        column = _Column(None, None, mean, bool(gone.any()))
+        return column, _applied(part, column, ""), [None, "missing"][: 1 + column.missing]
+    filled = np.array(["(missing)" if v is None else v for v in part], dtype=object)
+    levels, index = np.unique(filled.astype(str), return_inverse=True)
+    size = np.bincount(index, weights=weight, minlength=len(levels))
+    order = np.argsort(-size, kind="stable")
+    if len(levels) <= _LEVELS + 1:
+        column = _Column(tuple(levels[order].tolist()), None, 0.0, False)
+        return column, _applied(part, column, ""), [str(v) for v in levels[order][1:]]
+    member = (index[:, None] == np.arange(len(levels))) * weight[:, None]
+    total, fold = member.T @ target, np.random.default_rng(len(part)).integers(_FOLDS, size=len(part))
+    values = np.zeros_like(target)
+    for k in range(_FOLDS):  # a row's own target must not be in its number
+        mine = fold == k
+        rest = (total - member[mine].T @ target[mine]) / (size - member[mine].sum(0) + _SHRINKAGE)[:, None]
+        values[mine] = rest[index[mine]]
+    column = _Column(tuple(levels.tolist()), total / (size + _SHRINKAGE)[:, None], 0.0, False)
+    return column, values, [None] * target.shape[1]
+
+
+def _applied(part: Any, column: _Column, name: str) -> Floats:
+    if column.levels is None:
+        if part.dtype == object:
+            strange = next(v for v in part if v is not None)
+            raise OckhamError(f"column {name!r} had numbers when the model was fitted; got {strange!r}")
+        gone = np.isnan(part)
+        filled = np.where(gone, column.fill, part)
+        if gone.any() and not column.missing and name:
+            warnings.warn(
+                f"column {name!r} has {int(gone.sum())} missing entries and had none when the model was fitted: "
+                f"they count as the mean, {column.fill:.6g}",
+                OckhamWarning,
+                stacklevel=5,
+            )
+        return np.column_stack([filled, gone]) if column.missing else filled[:, None]
+    text = np.array(["(missing)" if v is None else str(v) for v in part.tolist()])
+    place = {level: i for i, level in enumerate(column.levels)}
+    index = np.array([place.get(t, -1) for t in text.tolist()])
+    if (index < 0).any() and name:
+        strange = sorted(set(text[index < 0].tolist()))
+        most = f"as {column.levels[0]!r}" if column.means is None else "as the mean of all"
+        warnings.warn(
+            f"column {name!r} has levels that were not there when the model was fitted ({', '.join(strange[:4])}): "
+            f"they count {most}",
+            OckhamWarning,
+            stacklevel=5,
+        )
+    if column.means is not None:
+        coded: Floats = np.where(index[:, None] < 0, 0.0, column.means[index])
+        return coded
+    shown: Floats = (index[:, None] == np.arange(1, len(column.levels))).astype(np.float64)
+    return shown
+
+
+def _is_missing(value: Any) -> bool:
+    """None, NaN, NaT or pandas' NA."""
+    return (
+        value is None
+        or (type(value).__name__ in ("NAType", "NaTType"))
+        or (isinstance(value, float) and math.isnan(value))
+    )
+
+
+def dense(x: Any) -> Any:
+    """A sparse matrix written out; anything else as it is."""
+    if not hasattr(x, "toarray"):
+        return x
+    if x.shape[0] * x.shape[1] > _DENSE:
+        raise OckhamError(
+            f"a sparse matrix of {x.shape[0]} x {x.shape[1]} would take {8e-9 * x.shape[0] * x.shape[1]:.0f} GB when "
+            "written out, which screening needs; select columns first (sklearn.feature_selection)"
+        )
+    return x.toarray()
+
+
+def counts_for(weight: Floats, n_effective: float | None) -> tuple[Floats, float | None]:
+    """Weights that count observations, and the number they were scaled to (None: they are as they came).
+
+    Whole numbers of mean ten at most are repetitions, and so are weights whose mean is between one half and two.
+    Anything else is relative: it counts for Kish's number of rows, (sum w)^2 / sum w^2, or for ``n_effective``.
+    """
+    total, rows = weight.sum(), int((weight > 0).sum())
+    if n_effective is None:
+        mean = total / rows
+        whole = bool((weight == np.round(weight)).all())
+        if 0.5 <= mean <= 2.0 or (whole and mean <= _MOST_COUNT):
+            return weight, None
+        n_effective = float(total**2 / (weight**2).sum())
+    return weight * (n_effective / total), n_effective
+
+
+def outlying(y: Floats, weight: Floats) -> npt.NDArray[np.bool_]:
+    """Targets more than eight robust standard deviations from the median, where they are a twentieth at most; [n]."""
+    order = np.argsort(y)
+    share = np.cumsum(weight[order]) / weight.sum()
+    low, middle, high = (y[order][np.searchsorted(share, q).clip(0, len(y) - 1)] for q in (0.25, 0.5, 0.75))
+    far: npt.NDArray[np.bool_] = np.abs(y - middle) > _FAR * max((high - low) / 1.349, 0.0)
+    few = high > low and weight[far].sum() <= 0.05 * weight.sum()
+    return far if few else np.zeros(len(y), dtype=np.bool_)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,9 +230,9 @@ class Scaling:
     """Weighted mean and standard deviation of columns (or of the target).
 
     Attributes:
-        mean: [p].
-        std: [p]; 1 where the column is constant.
-        constant: [p].
+        mean: mean of each column, [p].
+        std: standard deviation of each column, 1 where it is constant, [p].
+        constant: mask of constant columns, [p].
     """
 
     mean: Floats

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from sklearn.base import ClassifierMixin, RegressorMixin
+from sklearn.base import ClassifierMixin, RegressorMixin, clone
+from sklearn.utils._param_validation import StrOptions
+from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_array, check_consistent_length, check_is_fitted
 
-from ockham.errors import OckhamError
+from ockham.errors import OckhamError, OckhamWarning
 from ockham.tabular.base import SparseBNN
-from ockham.tabular.data import Floats, Scaling
-from ockham.tabular.likelihoods import Classes, Gaussian, Likelihood, resolution
+from ockham.tabular.data import Floats, Scaling, outlying
+from ockham.tabular.likelihoods import Classes, Gaussian, Likelihood, Student, resolution
 from ockham.tabular.model import Table
 from ockham.tabular.predicting import interval, log_density, moments, noise_std
 
 __all__ = ["SparseBNNClassifier", "SparseBNNRegressor"]
 
 _HEAVY = 3.0  # degrees of freedom
+_CLIP = 5.0  # standard deviations of targets that inputs are screened against, where there are outliers
+_CORRUPT = 15.0
 
 
 class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
@@ -54,6 +60,29 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
 
     _classify = False
 
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:  # noqa: N803
+        """As `SparseBNN.fit`; with targets [n, k] a network is fitted to each, and predictions have k columns."""
+        self.__dict__.pop("estimators_", None)
+        if getattr(y, "ndim", 1) != 2 or np.shape(y)[1] < 2:
+            return super().fit(X, y, sample_weight)
+        targets = np.asarray(y)
+        self.estimators_ = [clone(self).fit(X, targets[:, k], sample_weight) for k in range(targets.shape[1])]
+        parts = self.estimators_
+        self.inclusion_by_target_ = np.stack([part.inclusion_ for part in parts])
+        self.inclusion_ = self.inclusion_by_target_.max(0)
+        self.n_weights_, self.evidence_ = sum(p.n_weights_ for p in parts), sum(p.evidence_ for p in parts)
+        self.n_iter_, self.n_features_in_ = max(p.n_iter_ for p in parts), parts[0].n_features_in_
+        if hasattr(parts[0], "feature_names_in_"):
+            self.feature_names_in_ = parts[0].feature_names_in_
+        return self
+
+    def _stacked(self, ask: Callable[[SparseBNNRegressor], Any]) -> Any:
+        """Answers of the networks of several targets side by side, [n, k]."""
+        answers = [ask(part) for part in self.estimators_]
+        if isinstance(answers[0], tuple):
+            return tuple(np.stack(each, 1) for each in zip(*answers, strict=True))
+        return np.stack(answers, 1)
+
     def predict(self, X: Any, return_std: bool = False) -> Any:  # noqa: N803
         """Posterior predictive mean, in units of the target.
 
@@ -61,6 +90,8 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
             X: features [n, p].
             return_std: also return the predictive standard deviation: disagreement of networks and noise together.
         """
+        if hasattr(self, "estimators_"):
+            return self._stacked(lambda part: part.predict(X, return_std))
         inputs = self._inputs(X)
         mean, variance = moments(self._draws, inputs)
         centre, std = self._units()
@@ -79,6 +110,8 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
         """
         if not 0 < coverage < 1:
             raise OckhamError(f"predict_interval: coverage is a probability in (0, 1), such as 0.95; got {coverage}")
+        if hasattr(self, "estimators_"):
+            return self._stacked(lambda part: part.predict_interval(X, coverage))  # type: ignore[no-any-return]
         inputs = self._inputs(X)
         lower, upper = interval(self._draws, inputs, coverage)
         centre, std = self._units()
@@ -96,10 +129,16 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
             y: targets [n].
         """
         check_is_fitted(self)
-        _, target = validate_data(self, X, y, dtype=np.float64, y_numeric=True, reset=False)
+        if hasattr(self, "estimators_"):  # given the inputs the networks take the targets as independent
+            each = [part.log_density(X, column) for part, column in zip(self.estimators_, np.asarray(y).T, strict=True)]
+            return np.sum(each, 0)  # type: ignore[no-any-return]
+        inputs = self._inputs(X)
+        target = check_array(y, ensure_2d=False, dtype=np.float64)
+        check_consistent_length(inputs, target)
         centre, std = self._units()
-        scaled = torch.from_numpy((np.asarray(target, dtype=np.float64) - centre) / std)
-        found: Floats = log_density(self._draws, self._inputs(X), scaled).numpy() - math.log(std)
+        found: Floats = log_density(self._draws, inputs, torch.from_numpy((target - centre) / std)).numpy() - math.log(
+            std
+        )
         return found
 
     @property
@@ -119,22 +158,44 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
         """
         return self._partial_fit(X, y, sample_weight, None)
 
+    def summary(self, top: int = 10) -> str:
+        """As `SparseBNN.summary`; one table for each target."""
+        if not hasattr(self, "estimators_"):
+            return super().summary(top)
+        return "\n\n".join(f"target {k}\n{part.summary(top)}" for k, part in enumerate(self.estimators_))
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "estimators_") or super().__sklearn_is_fitted__()
+
+    def __sklearn_tags__(self) -> Any:
+        """Several targets are allowed."""
+        tags = super().__sklearn_tags__()
+        tags.target_tags.multi_output = True
+        return tags
+
     def _targets(self, y: Any, classes: Any, first: bool) -> Floats:
         return np.asarray(y, dtype=np.float64)
 
+    def _coded_target(self, target: Floats, weight: Floats) -> Floats:
+        centred = target - weight @ target / weight.sum()
+        result: Floats = centred[:, None]
+        return result
+
     def _scaled_target(self, y: Floats, weight: Floats, first: bool) -> torch.Tensor:
         if first:
-            self._target_scaling = Scaling.of(y[:, None], weight)
+            far = outlying(y, weight)
+            self._heavy = bool(far.any())
+            self._target_scaling = Scaling.of(y[~far, None], weight[~far])
         return self._target_scaling.apply(y[:, None])[:, 0].double()
 
     def _likelihood(self, y: torch.Tensor) -> Likelihood:
-        return Gaussian(resolution(y))
+        return Student(resolution(y)) if self._heavy else Gaussian(resolution(y))
 
     def _outputs(self) -> int:
         return 1
 
     def _more_stock(self, table: Table) -> None:
-        self.noise_inclusion_ = self._by_feature(self._fitted.inclusion[1].numpy(), np.zeros(len(self.inclusion_)))
+        self.noise_inclusion_ = self._by_feature(self._fitted.inclusion[1].numpy(), np.zeros(len(self._outside)))
         self.noise_freedom_ = float((2 + self._draws.vectors[:, -1].exp()).mean())
         self.n_noise_weights_ = len(self._fitted.state.model.nets[1]) - 1
         self._noise_std = noise_std(self._draws, table.x, table.weight)
@@ -148,7 +209,29 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
             self._remarks.append("tails are very heavy: look at rows of low log_density; the mean may give them up")
 
     def _screened_target(self, y: torch.Tensor) -> torch.Tensor:
-        return y.unsqueeze(1)
+        return (y.clamp(-_CLIP, _CLIP) if self._heavy else y).unsqueeze(1)
+
+    def _look_at(self, x: Floats, target: Floats) -> None:
+        far = outlying(target, np.ones(len(target))).nonzero()[0]
+        if not self._heavy or not len(far):
+            return
+        inputs = self._scaling.apply(x[far])[:, self._active].double()
+        centre, std = self._units()
+        places, scales = [], []
+        for location, scale, _ in self._draws.with_scales(inputs):
+            places.append(location.mean(0))
+            scales.append(scale.mean(0))
+        away = np.abs((target[far] - centre) / std - torch.cat(places).numpy()) / torch.cat(scales).numpy()
+        worst = far[away > _CORRUPT][np.argsort(-away[away > _CORRUPT])]
+        if len(worst):
+            rows = ", ".join(f"row {i} (target {target[i]:.6g})" for i in worst[:4])
+            more = f" and {len(worst) - 4} more" if len(worst) > 4 else ""
+            warnings.warn(
+                f"targets that are more than {_CORRUPT:.0f} scales of the noise from what inputs say: {rows}{more}; "
+                "heavy tails answer for them, but look whether they are right",
+                OckhamWarning,
+                stacklevel=4,
+            )
 
 
 class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
@@ -165,7 +248,51 @@ class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
         n_iter_: steps taken.
     """
 
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **SparseBNN._parameter_constraints,
+        "class_weight": [dict, StrOptions({"balanced"}), None],
+    }
     _classify = True
+
+    def __init__(  # noqa: PLR0913 - scikit-learn: every setting is a keyword of the constructor
+        self,
+        hidden_layer_sizes: Any = (64,),
+        *,
+        n_restarts: int = 2,
+        max_iter: int = 3000,
+        batch_size: Any = "deprecated",
+        learning_rate: Any = "deprecated",
+        slab_variance: float = 1.0,
+        max_inputs: int = 24,
+        early_stopping: bool = True,
+        n_iter_no_change: int = 2,
+        n_draws: int = 64,
+        n_effective: float | None = None,
+        class_weight: Any = None,
+        warm_start: bool = False,
+        verbose: bool = False,
+        random_state: Any = None,
+    ) -> None:
+        super().__init__(
+            hidden_layer_sizes,
+            n_restarts=n_restarts,
+            max_iter=max_iter,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            slab_variance=slab_variance,
+            max_inputs=max_inputs,
+            early_stopping=early_stopping,
+            n_iter_no_change=n_iter_no_change,
+            n_draws=n_draws,
+            n_effective=n_effective,
+            warm_start=warm_start,
+            verbose=verbose,
+            random_state=random_state,
+        )
+        self.class_weight = class_weight
+
+    def _class_weights(self, y: Any) -> Any:
+        return compute_sample_weight(self.class_weight, y)
 
     def predict_proba(self, X: Any) -> npt.NDArray[np.float64]:  # noqa: N803
         """Posterior predictive probabilities [n, classes], averaged over networks."""
@@ -204,6 +331,11 @@ class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
         result: Floats = index.astype(np.float64)
         return result
 
+    def _coded_target(self, target: Floats, weight: Floats) -> Floats:
+        member = (target[:, None] == np.arange(1, len(self.classes_))).astype(np.float64)
+        result: Floats = member - weight @ member / weight.sum()
+        return result
+
     def _scaled_target(self, y: Floats, weight: Floats, first: bool) -> torch.Tensor:
         return torch.from_numpy(y).long()
 
@@ -222,19 +354,25 @@ class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
 
 
 _PARAMETERS = """Args:
-        hidden_layer_sizes: units of each hidden layer, most of which will go; a straight path is always there.
-        n_restarts: networks fitted side by side, of which the best by evidence goes on.
-        max_iter: steps at most.
-        batch_size: rows a step.
-        learning_rate: of the weights.
-        slab_variance: prior variance of an included weight (learned from there).
-        max_inputs: tables with more columns are screened first; at most so many enter by evidence.
-        early_stopping: stop a phase when the evidence has not risen.
-        n_iter_no_change: checks (every 50 steps) that this takes.
+        hidden_layer_sizes: most units of each hidden layer; the evidence decides how many come, and a straight path is
+            always there.
+        n_restarts: searches from different random units, of which the one with most evidence goes on.
+        max_iter: second-order steps at most.
+        batch_size: without effect since second-order steps take all rows; deprecated.
+        learning_rate: without effect likewise; deprecated.
+        slab_variance: prior variance of a weight that is there (learned from there).
+        max_inputs: columns that may enter by evidence; wider tables are screened first.
+        early_stopping: whether a search ends when more units bring no evidence.
+        n_iter_no_change: attempts with more units, without success, that this takes.
         n_draws: networks that are drawn and that a prediction averages.
-        warm_start: `fit` goes on from the last one instead of starting again.
-        verbose: show a progress bar.
-        random_state: of initial weights, batches and noise.
+        n_effective: number of independent observations that the weights of all rows stand for; None: see `fit`.
+CLASS        warm_start: `fit` goes on from the last one instead of starting again.
+        verbose: whether to show a progress bar.
+        random_state: seed of random units, rows and draws.
+"""
+_CLASS = """        class_weight: factors of the classes, "balanced" for equal shares, or None; the sum of all weights
+            stays, and probabilities are those of the reweighted table.
 """
 for _estimator in (SparseBNNRegressor, SparseBNNClassifier):
-    _estimator.__doc__ = (_estimator.__doc__ or "").replace("PARAMETERS\n", _PARAMETERS)
+    _own = _CLASS if _estimator is SparseBNNClassifier else ""
+    _estimator.__doc__ = (_estimator.__doc__ or "").replace("PARAMETERS\n", _PARAMETERS.replace("CLASS", _own))

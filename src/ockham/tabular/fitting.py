@@ -169,7 +169,8 @@ def _linear(table: Table, likelihood: Likelihood, plan: Plan) -> State:
         nets.append(Net.linear(p, 1, 1, reads=False))
         share = table.weight / table.weight.sum()
         variance = share @ (table.y - share @ table.y).square()
-        centre = 0.5 * math.log(max(float(variance), 1e-12))
+        if isinstance(likelihood, Gaussian):  # heavy tails are there for targets that say nothing about the scale
+            centre = 0.5 * math.log(max(float(variance), 1e-12))
     vector = torch.zeros(sum(len(net) for net in nets) + likelihood.extras, dtype=torch.float64)
     if len(nets) == 2:
         vector[len(nets[0])] = centre

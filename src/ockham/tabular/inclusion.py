@@ -111,36 +111,53 @@ def _additions(state: State, t: int, generator: torch.Generator) -> Tensor:
 
         ln BF = 1/2 a^2 / (g + p) - 1/2 ln(1 + g / p),    a = sum_i wanted_i f(x_i),    g = sum_i weight_i f(x_i)^2
 
-    of a form f, the input itself or a unit that reads it alone, made orthogonal to all that the living weights can do,
-    with the prior precision p of a direct weight.
+    of a form f in the best output, the input itself or a unit that reads it alone, less what the living weights can do
+    in its place, with the prior precision p of a direct weight.
     """
     model, net = state.model, state.model.nets[t]
     begin, end = model.starts[t], model.starts[t] + len(net)
     used = net.used() > 0
     free, x = (~used).nonzero()[:, 0], model.table.x
-    at = x[torch.randint(len(x), (_FORMS,), generator=generator)][:, free]
+    if not len(free):
+        return torch.zeros(net.inputs, dtype=torch.float64)
+    bends = _FORMS if net.smooth else 0
+    at = x[torch.randint(len(x), (bends,), generator=generator)][:, free]
     root = torch.linalg.cholesky(state.metric[begin:end, begin:end])
     prior = model.precision[t]["skip.weight"]
     outputs = len(net.keep["out.bias"])
-    across = torch.zeros(outputs, end - begin, (_FORMS + 1) * len(free), dtype=x.dtype)
-    size, along = across.new_zeros(across.shape[2]), across.new_zeros(outputs, across.shape[2])
+    across = torch.zeros(outputs, end - begin, (bends + 1) * len(free), dtype=x.dtype)
+    size, along = across.new_zeros(outputs, across.shape[2]), across.new_zeros(outputs, across.shape[2])
     for table in model.chunks:
-        weight, wanted = model.pseudo_residuals(state.vector, table, t)
+        information, wanted = model.pseudo_residuals(state.vector, table, t)
         moves = net.jacobian(net.run(state.vector[None, begin:end], table.x), table.x)
         f = table.x[:, free]
-        bent = [torch.tanh(f - a) if i % 2 else (f - a).clamp_min(0.0) for i, a in enumerate(at)]
-        forms = torch.cat([f, *bent], 1)
-        across += (moves * weight[:, None, None]).permute(1, 2, 0) @ forms
-        size += weight @ forms.square()
+        forms = torch.cat([f, *(_bent(f, i, a) for i, a in enumerate(at))], 1)
+        across += (information @ moves).permute(1, 2, 0) @ forms
+        size += information.diagonal(dim1=1, dim2=2).T @ forms.square()
         along += wanted.T @ forms
     log_factors = []
+    spread = torch.cat([_spread(x[:, free])] + [_spread(_bent(x[:, free], i, a)) for i, a in enumerate(at)])
+    across, along, size = across / spread, along / spread, size / spread.square()
     for k in range(outputs):
-        left = (size - torch.linalg.solve_triangular(root, across[k], upper=False).square().sum(0)).clamp_min(0.0)
+        left = (size[k] - torch.linalg.solve_triangular(root, across[k], upper=False).square().sum(0)).clamp_min(0.0)
         log_factors.append(0.5 * along[k].square() / (left + prior) - 0.5 * (1 + left / prior).log())
-    factors = torch.stack(log_factors).amax(0).view(_FORMS + 1, len(free))
-    linear, bent = factors[0], factors[1:].logsumexp(0) - math.log(_FORMS)
+    factors = torch.stack(log_factors).amax(0).view(bends + 1, len(free))
     slots = net.inputs + model.left_out - int(used.sum())
     odds = math.log((int(used.sum()) + 1) / max(1, slots))
     found = torch.zeros(net.inputs, dtype=torch.float64)
-    found[free] = torch.logaddexp(linear, bent) - math.log(2) + odds
+    linear = factors[0]
+    if bends:  # a priori an input that bends something is a quarter of those that do anything
+        bent = factors[1:].logsumexp(0) - math.log(bends)
+        linear = torch.logaddexp(linear + math.log(0.75), bent + math.log(0.25))
+    found[free] = linear + odds
     return found
+
+
+def _bent(columns: Tensor, kind: int, at: Tensor) -> Tensor:
+    """Units that read one column each: hyperbolic tangents (odd kinds) and rectifiers about a row."""
+    return torch.tanh(columns - at) if kind % 2 else (columns - at).clamp_min(0.0)
+
+
+def _spread(columns: Tensor) -> Tensor:
+    """Standard deviation of each column, so that the prior of a weight means the same for all."""
+    return columns.std(0, correction=0).clamp_min(1e-6)

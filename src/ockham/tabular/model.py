@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ockham.tabular.likelihoods import Likelihood
+from ockham.tabular.likelihoods import FREEDOM, Likelihood
 from ockham.tabular.network import Net, Pass
 
 __all__ = ["Model", "Table"]
@@ -30,7 +30,7 @@ class Table:
     y: Tensor
     weight: Tensor
 
-    def rows(self, index: Tensor) -> Table:
+    def rows(self, index: Tensor | slice) -> Table:
         """Some of the rows."""
         return Table(self.x[index], self.y[index], self.weight[index])
 
@@ -78,14 +78,13 @@ class Model:
         """Mean and precision of the Gaussian prior of the vector, [d] each."""
         means, precisions = [], []
         for t, net in enumerate(self.nets):
-            for name, span in net.spans.items():
-                size = span.stop - span.start
+            for name, cells in net.cells.items():
                 bias = name == "out.bias"
-                means.append(torch.full((size,), self.centre if bias and t else 0.0))
-                precisions.append(torch.full((size,), _BIAS_PRECISION[t] if bias else self.precision[t][name]))
-        means.append(torch.full((self.likelihood.extras,), 2.0))
-        precisions.append(torch.ones(self.likelihood.extras))
-        return torch.cat(means).double(), torch.cat(precisions).double()
+                means += [self.centre if bias and t else 0.0] * len(cells)
+                precisions += [_BIAS_PRECISION[t] if bias else self.precision[t][name]] * len(cells)
+        means += [FREEDOM] * self.likelihood.extras
+        precisions += [1.0] * self.likelihood.extras
+        return torch.tensor(means, dtype=torch.float64), torch.tensor(precisions, dtype=torch.float64)
 
     def split(self, vectors: Tensor) -> tuple[list[Tensor], Tensor]:
         """Weights of each network [C, d_t], and extras [C, e]."""
@@ -158,14 +157,14 @@ class Model:
         return replace(self, nets=(*self.nets[:t], net, *self.nets[t + 1 :]))
 
     def pseudo_residuals(self, vector: Tensor, table: Table, t: int) -> tuple[Tensor, Tensor]:
-        """What rows want of a network: information [n] and derivative of the log-likelihood in its outputs [n, K]."""
+        """What rows want of a network: information [n, K, K] and derivative of the log-likelihood in its outputs."""
         extra = self.split(vector.unsqueeze(0))[1]
         output = self.outputs(vector.unsqueeze(0), table.x)
         widths = [len(net.keep["out.bias"]) for net in self.nets]
         here = slice(sum(widths[:t]), sum(widths[: t + 1]))
         slope = self.likelihood.slopes(output, extra, table.y)[0][0, :, here]
-        information = self.likelihood.information(output[0], extra[0])[0].diagonal(dim1=1, dim2=2)[:, here]
-        return table.weight * information.mean(1), -slope * table.weight.unsqueeze(1)
+        information = self.likelihood.information(output[0], extra[0])[0][:, here, here]
+        return information * table.weight[:, None, None], -slope * table.weight.unsqueeze(1)
 
     def _pull(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
         """Energy of the prior [C], and its gradient [C, d]."""
@@ -179,7 +178,7 @@ class Model:
         n = len(self.table.x)
         if n <= _CHUNK:
             return [self.table]
-        return [self.table.rows(slice(i, i + _CHUNK)) for i in range(0, n, _CHUNK)]  # type: ignore[arg-type]
+        return [self.table.rows(slice(i, i + _CHUNK)) for i in range(0, n, _CHUNK)]
 
     # ------------------------------------------------------------------ evidence
     def evidence(self, value: float, metric: Tensor) -> float:
@@ -216,7 +215,7 @@ class Model:
         return found
 
     def _slab_belief(self, t: int, name: str, living: int) -> float:
-        """Ln of the hyper-prior of a slab variance, times the width of its posterior in ln v; about 0 where none live."""
+        """Ln of the hyper-prior of a slab variance by the width of its posterior in ln v; about 0 where none live."""
         rate, precision = _SHAPE * self._slab(t), self.precision[t][name]
         at = _SHAPE * math.log(rate * precision) - math.lgamma(_SHAPE) - rate * precision
         return at + 0.5 * math.log(2 * math.pi / (_SHAPE + 0.5 * living))

@@ -49,7 +49,8 @@ class Net:
     @staticmethod
     def linear(inputs: int, outputs: int, depth: int, *, reads: bool = True) -> Net:
         """Structure without hidden units, which reads every input directly (or none)."""
-        keep, before = {}, inputs
+        keep: dict[str, Tensor] = {}
+        before = inputs
         for i in range(depth):
             keep |= {f"hidden.{i}.weight": torch.zeros(0, before), f"hidden.{i}.bias": torch.zeros(0)}
             before = 0
@@ -128,6 +129,8 @@ class Net:
 
     def run(self, vectors: Tensor, x: Tensor) -> Pass:
         """Forward pass of C networks [C, d] over a table [n, p]."""
+        if self.size == len(self.keep["out.bias"]):  # nothing but biases
+            return Pass(vectors[:, None, :].expand(-1, len(x), -1), {}, (), ())
         w = self.tensors(vectors)
         h, read, slopes = x, [], []
         for i in range(len(self.smooth)):
@@ -155,6 +158,8 @@ class Net:
 
     def pullback(self, done: Pass, slope: Tensor, x: Tensor) -> Tensor:
         """Gradient [C, d] of a number whose derivative in the outputs is ``slope`` [C, n, K]."""
+        if not done.tensors:
+            return slope.sum(1)
         found = {"out.bias": slope.sum(1), "skip.weight": slope.transpose(1, 2) @ x}
         if self.smooth and not self.units[-1]:
             found |= {n: slope.new_zeros(len(slope), k.numel()) for n, k in self.keep.items() if n not in found}
@@ -173,7 +178,9 @@ class Net:
     def jacobian(self, done: Pass, x: Tensor) -> Tensor:
         """Derivatives [n, K, d] of the outputs of the first network in its living weights."""
         n, outputs = done.output.shape[1:]
-        cells, width, parts = self.cells, self.inputs, []
+        if not done.tensors:
+            return torch.eye(outputs, dtype=x.dtype).expand(n, -1, -1)
+        cells, parts = self.cells, []
         for k in range(outputs):
             found: dict[str, Tensor] = {}
             if self.smooth and self.units[-1]:

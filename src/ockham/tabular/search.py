@@ -287,9 +287,10 @@ def grow(state: State, t: int, units: int, generator: torch.Generator, kinds: fl
     table, rows = model.table, len(model.table.x)
     if rows > _ROWS:
         table = table.rows(torch.randperm(rows, generator=generator)[:_ROWS])
-    weight, wanted = model.pseudo_residuals(state.vector, table, t)
+    information, wanted = model.pseudo_residuals(state.vector, table, t)
+    weight = information.diagonal(dim1=1, dim2=2).mean(1)
     done = net.run(state.vector[None, begin:end], table.x)
-    below, fresh = table.x, []
+    below, wider, fresh = table.x, table.x[:, :0], []
     for i in range(len(net.smooth)):
         last = i + 1 == len(net.smooth)
         if i:

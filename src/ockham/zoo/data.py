@@ -319,7 +319,10 @@ def _classes(train: Part, test: Part, names: tuple[str, ...] | None) -> tuple[st
     names = names or tuple(str(label) for label in known)
     for part in (train, test):
         if part.y.min() < 0 or part.y.max() >= len(names):
-            part.fail(f"labels out of range: got {part.y.min()}..{part.y.max()}, expected 0..{len(names) - 1}")
+            part.fail(
+                f"labels out of range: got {part.y.min()}..{part.y.max()}, expected 0..{len(names) - 1} by the "
+                f"{len(names)} names of classes (classes.txt)"
+            )
     return names
 
 

@@ -299,7 +299,7 @@ def class_names(folder: Path) -> tuple[str, ...] | None:
     if file is None:
         return None
     with open_regular(file, error=DataError) as stream:
-        content = stream.read(PIECE + 1)
+        content = stream.read(min(PIECE, os.fstat(stream.fileno()).st_size) + 1)
     try:
         if len(content) > PIECE:
             raise ValueError("longer than a mebibyte")

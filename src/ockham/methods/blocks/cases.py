@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from ockham.core.batch import to_device
 from ockham.core.likelihood import Classification, Likelihood, Regression, likelihood_from
 from ockham.errors import DataError, OckhamError
-from ockham.run.trainer import to_device
 
 __all__ = ["Case", "Objective", "cases_from", "objective_for", "tensor_of"]
 
@@ -212,7 +212,7 @@ def _causal(model: nn.Module, case: Case, tokens: Tensor, output: Callable[[Any]
     for ids in (some, other):
         one = Case((ids,), {}) if case.args else Case((), {"input_ids": ids})
         answers.append(one.answer(model, output)[:, :-1])
-    return answers[0].shape[-1] > int(tokens.max()) and torch.allclose(*answers, rtol=1e-4, atol=1e-5)
+    return answers[0].shape[-1] > int(tokens.max()) and torch.allclose(answers[0], answers[1], rtol=1e-4, atol=1e-5)
 
 
 def _next_targets(case: Case) -> Tensor:
@@ -258,7 +258,7 @@ def _with_targets(likelihood: Likelihood, output: Callable[[Any], Tensor]) -> Ob
 
     def nll(answer: Tensor, case: Case) -> tuple[Tensor, int]:
         f, y = pair(answer, case)
-        terms = likelihood.terms(y)
+        terms = int(likelihood.terms(y))
         return likelihood.nll(f, y) * terms, terms
 
     def curvature(answer: Tensor, case: Case, generator: torch.Generator) -> Tensor:
@@ -272,4 +272,4 @@ def _with_targets(likelihood: Likelihood, output: Callable[[Any], Tensor]) -> Ob
         return likelihood.nll(f, y) * likelihood.terms(y)
 
     name = type(likelihood).__name__.lower()
-    return Objective(name, nll, curvature, lambda f, c: likelihood.terms(pair(f, c)[1]), output)
+    return Objective(name, nll, curvature, lambda f, c: int(likelihood.terms(pair(f, c)[1])), output)

@@ -8,8 +8,8 @@ mapped while they are added to: a network's factors need not fit into memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,14 @@ class BlockMap:
     stages: tuple[tuple[str, ...], ...]
     source: Mapping[str, str]
     calls: Mapping[str, int]
+
+    def without(self, names: Collection[str]) -> BlockMap:
+        """The map less the matrices of some parameters."""
+        left = {k: m for k, m in self.matrices.items() if m.weight.name not in names}
+        leader: dict[str, str] = {}
+        source = {k: leader.setdefault(self.source[k], k) for k in left}
+        stages = [tuple(k for k in stage if k in left) for stage in self.stages]
+        return replace(self, matrices=left, stages=tuple(s for s in stages if s), source=source)
 
 
 class FactorStore:
@@ -142,28 +150,25 @@ def map_of(name: str, block: nn.Module, call: BlockCall) -> BlockMap:
         uses.append((use.matrix, id(use.source)))
 
     args, kwargs = call
-    with Using(weights_of(block, name), note):
+    parameters = weights_of(block, name)
+    with Using(parameters, note):
         block(*args, **kwargs)
     matrices: dict[str, BlockMatrix] = {}
     calls: dict[str, int] = {}
     bad: set[str] = set()
     for matrix, _ in uses:
-        calls[matrix.key] = calls.get(matrix.key, 0) + 1
-        if matrices.setdefault(matrix.key, matrix) != matrix:
-            bad.add(matrix.weight.name)
+        for m in matrix.siblings(parameters[matrix.weight.name]):
+            calls[m.key] = calls.get(m.key, 0) + (m.key == matrix.key)
+            if matrices.setdefault(m.key, m) != m:
+                bad.add(m.weight.name)
     whole = {m.weight.name for k, m in matrices.items() if k == m.weight.name}
     bad |= {m.weight.name for k, m in matrices.items() if k != m.weight.name and m.weight.name in whole}
-    sources = {m.key: s for m, s in reversed(uses)}
-    leader: dict[int, str] = {}
-    source = {k: leader.setdefault(sources[k], k) for k in matrices if calls[k] == 1}
-    source = {k: source.get(k, k) for k in matrices}
+    read = {m.key: s for m, s in uses}
+    source = {k: str(read[k]) if calls[k] == 1 and k == m.weight.name else k for k, m in matrices.items()}
     stages: dict[str, list[str]] = {}
     for key, m in matrices.items():
-        if m.weight.name not in bad:
-            part = source[key] if key == m.weight.name else m.weight.name
-            stages.setdefault(part, []).append(key)
-    good = {k: m for k, m in matrices.items() if m.weight.name not in bad}
-    return BlockMap(name, good, tuple(tuple(s) for s in stages.values()), source, calls)
+        stages.setdefault(source[key] if key == m.weight.name else m.weight.name, []).append(key)
+    return BlockMap(name, matrices, tuple(tuple(s) for s in stages.values()), source, calls).without(bad)
 
 
 def rows_of(use: Use, mask: Tensor | None) -> Tensor:
@@ -221,7 +226,7 @@ def add_curvature_(
             answer = case.answer(model, objective.output)
         loss = objective.curvature(answer, case, generator)
         if loss.requires_grad:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
     return objective.terms(answer.detach(), case)
 
 

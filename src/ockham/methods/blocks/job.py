@@ -144,7 +144,9 @@ class Job:
             nll, terms = loss_of(model, [cases[i] for i in some], objective)
         return float(nll.sum() / terms.sum().clamp_min(1))
 
-    def without_units(self, model: nn.Module, budget: Mapping[str, Any], *, uniform: bool) -> tuple[nn.Module, Plan]:
+    def without_units(
+        self, model: nn.Module, budget: Mapping[str, Any], *, uniform: bool
+    ) -> tuple[nn.Module, Plan, dict[str, MatrixEvidence]]:
         """A network in which the units are gone that a budget does not allow; ``model`` itself is left half done."""
         limit = budget_from(budget)
         with self._studied(model, "units") as (cases, found, _):
@@ -166,16 +168,17 @@ class Job:
                 curves.append(unit_curve(reader, found.dense, _CURVE_DAMPING))
                 tell(i + 1, len(readers))
             plan, keep = chosen_units(curves, groups, Subject(model, example), limit, uniform=uniform)
-            refit_units_(
+            evidence = refit_units_(
                 model,
                 cases,
                 found.dense,
                 readers,
                 keep,
                 damping=self._settings.unit_damping,
+                n_data=self._settings.n_data or TERMS_PER_WEIGHT * found.weights,
                 on_block=self._teller("reduction"),
             )
-        return self._refreshed(shrink(model, plan)), plan
+        return self._refreshed(shrink(model, plan)), plan, evidence
 
     def without_weights(self, model: nn.Module, keep: float | NofM | None) -> Removal:
         """Take weights out of a network in place: a share or pattern stays, or (None) what the evidence says."""
@@ -270,7 +273,8 @@ class Job:
     ) -> dict[str, MatrixEvidence]:
         """Reduce block after block, keeping each in a file; blocks that lie there already are read."""
         folder.mkdir(parents=True, exist_ok=True)
-        dense, before, done = found.dense, {}, 0
+        dense, done = found.dense, 0
+        before: dict[str, MatrixEvidence] = {}
         while done < len(dense.blocks) and (folder / f"{done}.json").exists():
             parameters = weights_of(dense.blocks[done], dense.maps[done].name)
             for name, value in load_file(folder / f"{done}.safetensors").items():

@@ -17,7 +17,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -88,6 +88,15 @@ class BlockMatrix:
         if self.bias is not None:
             bias = self.bias.of(parameters)
             bias.copy_(value[..., -1].reshape(bias.shape))
+
+    def siblings(self, parameter: Tensor) -> list[BlockMatrix]:
+        """The matrix with all others of the same kind in its parameter: every expert, where one slice was used."""
+        w = self.weight
+        if parameter.ndim != len(w.size) + 1 or w.size != tuple(parameter.shape[1:]) or self.bias is not None:
+            return [self]
+        step = parameter.stride(0)
+        regions = [replace(w, offset=i * step) for i in range(len(parameter))]
+        return [replace(self, key=f"{w.name}[{i}]", weight=r) for i, r in enumerate(regions)]
 
     @property
     def weights(self) -> int:
@@ -185,12 +194,12 @@ class Using(TorchFunctionMode):
 @contextmanager
 def _as_written() -> Iterator[None]:
     """The body of `F.multi_head_attention_forward` runs here instead of being handed over once more."""
-    held = F.has_torch_function
-    F.has_torch_function = lambda *_: False  # type: ignore[assignment]
+    held = vars(F)["has_torch_function"]
+    vars(F)["has_torch_function"] = lambda *_: False
     try:
         yield
     finally:
-        F.has_torch_function = held
+        vars(F)["has_torch_function"] = held
 
 
 def _reach(p: Tensor) -> int:
@@ -249,7 +258,8 @@ def _convolution(mode: Using, args: Any, kwargs: Any) -> Use | None:
 
     def gradients(g: Tensor) -> Tensor:
         g = g if g.ndim == d + 2 else g.unsqueeze(0)
-        return g.unflatten(1, (groups, -1)).flatten(3).permute(1, 0, 3, 2).flatten(1, 2)
+        per_group: Tensor = g.unflatten(1, (groups, -1)).flatten(3).permute(1, 0, 3, 2)
+        return per_group.flatten(1, 2)
 
     return Use(matrix, x, rows, gradients)
 

@@ -64,7 +64,8 @@ class Pruned:
         model: the new network, of the original's class.
         plan: units that were taken out for good; empty where only weights went.
         evidence: change of the log evidence, nats, by matrix and by block.
-        keep_share: share of the blocks' weights that is left.
+        keep_share: share that is left of the weights in the matrices that lost any (after units went: of what was then
+            left of them, where single weights went as well).
         shares: key of a matrix to the share of its weights that is left.
         likelihood: name of what the loss was.
         damping: kind of matrix to how far its factors were trusted.
@@ -192,15 +193,14 @@ def prune(
     began = time.perf_counter()
     settings = settings or PruneSettings()
     job = Job(calibration, likelihood, batch, output, progress, settings)
-    small, plan = copy.deepcopy(model), None
+    small, plan = copy.deepcopy(model), Plan({}, {}, {}, {n: tuple(t.shape) for n, t in named_tensors(model).items()})
+    units: dict[str, MatrixEvidence] = {}
     if structure is not None and budget is not None:
-        small, plan = job.without_units(small, budget, uniform=_evenly(structure, model))
+        small, plan, units = job.without_units(small, budget, uniform=_evenly(structure, model))
     if keep_share is not None or pattern is not None or structure is None:
         done = job.without_weights(small, NofM.parse(pattern) if pattern is not None else keep_share)
     else:
-        done = Removal({}, {}, {}, (), (), ())
-    plan = plan or Plan({}, {}, {}, {n: tuple(t.shape) for n, t in named_tensors(small).items()})
-    losses = [job.mean_loss(m) for m in (model, small)]
+        done = Removal(units, {}, {}, (), (), ())
     size = sum(e.size for e in done.evidence.values())
     return Pruned(
         small,
@@ -212,7 +212,8 @@ def prune(
         done.damping,
         done.trials,
         done.shots,
-        *losses,
+        job.mean_loss(model),
+        job.mean_loss(small),
         time.perf_counter() - began,
         done.untouched,
     )

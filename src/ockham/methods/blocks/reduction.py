@@ -16,7 +16,7 @@ from ockham.methods.blocks.matrices import Use, Using, add_gram_, symmetric
 from ockham.methods.blocks.solve import Damping, NofM, loss_increase, quadratic, sparse_matrix
 from ockham.methods.blocks.stream import BlockCall, Stream
 
-__all__ = ["Dense", "MatrixEvidence", "Orders", "inputs_of_stage", "reduce_blocks_"]
+__all__ = ["Dense", "MatrixEvidence", "Orders", "freed", "inputs_of_stage", "reduce_blocks_"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,7 +154,8 @@ def inputs_of_stage(
         Key of the matrix that the sum is kept under (`BlockMap.source`) to A, ``[groups, inputs, inputs]``.
     """
     sources = {block_map.source[k] for k in wanted}
-    expected = math.inf if any("[" in k for k in sources) else sum(block_map.calls[s] for s in sources)
+    # a product that may happen more than once, or not at all (experts), is waited for until the block ends
+    expected = len(sources) if all(block_map.calls[s] == 1 and "[" not in s for s in sources) else math.inf
     sums: dict[str, Tensor] = {}
     if not sources:
         return sums
@@ -203,10 +204,27 @@ def _reduced(
     bias = matrix.bias is not None
     small = sparse_matrix(target, curvature, worth, keep=keep, bias=bias, rounds=orders.rounds, steps=orders.steps)
     matrix.write(parameters, small)
-    cost = loss_increase(matrix.read(parameters) - target, inputs, outputs, scale)
-    free = target.shape[-1] - bias
-    gone = small[..., :free] == 0
-    unit = inputs.diagonal(dim1=-2, dim2=-1).mean(-1) * outputs.diagonal(dim1=-2, dim2=-1).mean(-1) / scale
-    determined = worth[..., :free] * unit[:, None, None] * target[..., :free].square().mean()
-    volume = 0.5 * float((orders.n_data * determined).log1p().expand_as(gone)[gone].sum(dtype=torch.float64))
+    change = matrix.read(parameters) - target
+    gone = (small == 0)[..., : target.shape[-1] - bias]
+    volume = freed(target, worth, (inputs, outputs), scale, gone=gone, n_data=orders.n_data)
+    cost = loss_increase(change, inputs, outputs, scale)
     return MatrixEvidence(block_map.name, gone.numel(), 1 - float(gone.float().mean()), cost, volume, orders.n_data)
+
+
+def freed(
+    weight: Tensor, worth: Tensor, factors: tuple[Tensor, Tensor], scale: float, *, gone: Tensor, n_data: float
+) -> float:
+    """1/2 sum over removed weights of ln(1 + n_data h / P0), nats: what their freedom had cost.
+
+    Args:
+        weight: trained matrix, ``[groups, outputs, inputs]``, perhaps with a bias as last column.
+        worth: of `Quadratic.conditional`: h in units of the mean diagonal of the curvature.
+        factors: A and G, summed.
+        scale: rows x terms.
+        gone: True where a weight went, without the bias.
+        n_data: terms behind the trained weights; P0 is 1 / mean square of the weights.
+    """
+    free = gone.shape[-1]
+    unit = factors[0].diagonal(dim1=-2, dim2=-1).mean(-1) * factors[1].diagonal(dim1=-2, dim2=-1).mean(-1) / scale
+    determined = worth[..., :free] * unit[:, None, None] * weight[..., :free].square().mean()
+    return 0.5 * float((n_data * determined).log1p().expand_as(gone)[gone].sum(dtype=torch.float64))

@@ -95,7 +95,7 @@ def answering(blocks: Sequence[nn.Module], answers: Sequence[Callable[..., Any]]
     with ExitStack() as stack:
         for block, answer in zip(blocks, answers, strict=True):
             own = block.__dict__.get("forward")
-            block.forward = answer  # type: ignore[method-assign]
+            block.forward = answer
             stack.callback(
                 block.__dict__.pop if own is None else block.__dict__.__setitem__, "forward", *([own] if own else [])
             )

@@ -152,7 +152,7 @@ def _problem(found: Study, j: int, key: str) -> Problem | None:
 
 
 def _maps(model: nn.Module, named: Sequence[tuple[str, nn.Module]], case: Case) -> list[BlockMap]:
-    """The matrices of each block; a parameter that several blocks use belongs to none."""
+    """The matrices of each block; a parameter that something outside of it uses as well belongs to none."""
     if named[0][1] is model:
         return [map_of("", model, (case.args, dict(case.kwargs)))]
     calls: dict[int, BlockCall] = {}
@@ -168,7 +168,11 @@ def _maps(model: nn.Module, named: Sequence[tuple[str, nn.Module]], case: Case) 
     finally:
         for h in handles:
             h.remove()
-    return [map_of(name, b, calls[id(b)]) for name, b in named]
+    homes: dict[int, set[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        homes.setdefault(id(p), set()).add(next((b for b, _ in named if name.startswith(f"{b}.")), ""))
+    shared = {n for n, p in model.named_parameters(remove_duplicate=False) if len(homes[id(p)]) > 1}
+    return [map_of(name, b, calls[id(b)]).without(shared) for name, b in named]
 
 
 def _samples(dense: Dense, spared: Collection[str], path: Path) -> dict[str, CostSample]:

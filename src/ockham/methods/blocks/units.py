@@ -24,10 +24,10 @@ from ockham.choose.budgets import Budget, Subject, most_allowed
 from ockham.errors import OckhamError
 from ockham.methods.blocks.cases import Case
 from ockham.methods.blocks.curvature import BlockMap, weights_of
-from ockham.methods.blocks.damping import kind_of
+from ockham.methods.blocks.damping import DEFAULT_DAMPING, kind_of
 from ockham.methods.blocks.matrices import BlockMatrix
-from ockham.methods.blocks.reduction import Dense, inputs_of_stage
-from ockham.methods.blocks.solve import damped
+from ockham.methods.blocks.reduction import Dense, MatrixEvidence, freed, inputs_of_stage
+from ockham.methods.blocks.solve import damped, loss_increase, quadratic
 from ockham.methods.blocks.stream import Stream
 from ockham.surgery.cloning import clone
 from ockham.surgery.configs import described
@@ -264,8 +264,9 @@ def refit_units_(
     keep: Mapping[str, Tensor],
     *,
     damping: float,
+    n_data: float,
     on_block: Callable[[int, int], None],
-) -> None:
+) -> dict[str, MatrixEvidence]:
     """Zero the columns that read units which go, and refit the others, block by block in place.
 
     Args:
@@ -275,8 +276,13 @@ def refit_units_(
         readers: of the units.
         keep: group id to the mask of the units that stay.
         damping: l of the refit.
+        n_data: terms behind the trained weights, for the evidence.
         on_block: called with (blocks done, blocks).
+
+    Returns:
+        Evidence of each matrix that reads fewer units now.
     """
+    found: dict[str, MatrixEvidence] = {}
     stream = Stream(model, cases, dense.blocks)
     for j, block_map in enumerate(dense.maps):
         calls, block = stream.calls(), dense.blocks[j]
@@ -286,10 +292,19 @@ def refit_units_(
             wanted = [k for k in stage if k in mine]
             sums = inputs_of_stage(block, block_map, wanted, calls, cases)
             for key in wanted:
-                matrix, inputs = block_map.matrices[key], sums[block_map.source[key]][0]
-                stays = torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
+                matrix, inputs = block_map.matrices[key], sums[block_map.source[key]]
+                stays = torch.ones(inputs.shape[-1], dtype=torch.bool, device=inputs.device)
                 stays[mine[key].columns[~keep[mine[key].group]].flatten().to(inputs.device)] = False
-                weight = matrix.read(parameters)[0]
-                matrix.write(parameters, refitted(weight, inputs, stays, damping)[None])
+                weight = matrix.read(parameters)
+                small = refitted(weight[0], inputs[0], stays, damping)[None]
+                matrix.write(parameters, small)
+                outputs, scale = dense.outputs(key), dense.scale(block_map, key)
+                worth = quadratic(inputs, outputs, DEFAULT_DAMPING).conditional()
+                gone = (~stays).expand_as(weight)[..., : weight.shape[-1] - (matrix.bias is not None)]
+                volume = freed(weight, worth, (inputs, outputs), scale, gone=gone, n_data=n_data)
+                cost = loss_increase(small - weight, inputs, outputs, scale)
+                kept = 1 - float(gone.float().mean())
+                found[key] = MatrixEvidence(block_map.name, gone.numel(), kept, cost, volume, n_data)
         stream.advance(calls)
         on_block(j + 1, len(dense.maps))
+    return found

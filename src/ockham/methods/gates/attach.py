@@ -28,7 +28,8 @@ from ockham.methods.gates.rules import (
     in_random_order,
     snr_below,
 )
-from ockham.surgery import Group, Groups, Plan, trace
+from ockham.run.structures import traced_again
+from ockham.surgery import Group, Groups, Plan
 from ockham.surgery.cloning import canonical_names, clone
 from ockham.surgery.comparing import as_arguments
 from ockham.surgery.groups import Member
@@ -362,7 +363,7 @@ class Gates:
         noise = getattr(model, NAME, None)
         if not isinstance(noise, GateNoise):
             raise OckhamError(f"{type(model).__name__} has no gates; attach_gates(model, example_inputs) puts them on")
-        groups = trace(plain(model), example_inputs, ignore=ignore)
+        groups = traced_again(plain(model), example_inputs, ignore)
         places = {}
         for group in groups:
             keys = keys_of(model, noise, group)
@@ -419,7 +420,7 @@ def attach_gates(
     """
     if hasattr(model, NAME):
         raise OckhamError("this model has gates already; Gates.of(model, example_inputs) finds them")
-    groups = trace(model, example_inputs, ignore=ignore)
+    groups = traced_again(model, example_inputs, ignore)
     wanted = chosen(groups, layers)
     wiring = wire(model, groups, wanted, example_inputs)
     if not wiring.count:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ockham.choose.planning import plan
 from ockham.core.batch import Loader, ReadBatch, ReadOutput
-from ockham.core.likelihood import Likelihood
+from ockham.core.likelihood import Likelihood, Regression
 from ockham.core.modes import device_of, evaluating, seeded
-from ockham.core.objective import Objective
+from ockham.core.objective import Objective, fit_noise, objective_of
 from ockham.core.posterior import Posterior
 from ockham.errors import OckhamError
 from ockham.fit.predict import refresh_batchnorm
@@ -305,7 +305,11 @@ class GateRounds(Method):
             model = shrink(gates.model, gates.plan)
             Gates.of(model, self.inputs, ignore=self.ignore).fold()
         refresh_batchnorm(model, own.task.loader, batch=own.task.objective.batch)
-        model, none = own.task.objective.finished(model, Posterior({}, own.task.n_data))
+        objective = own.task.objective
+        if isinstance(objective.likelihood, Regression):  # the noise that was trained also saw that of the gates
+            objective = copy.deepcopy(objective)
+            fit_noise(model, own.task.loader, objective)
+        model, none = objective.finished(model, Posterior({}, own.task.n_data))
         noise = none.noise_variance
         whole: dict[str, Any] = {"plan": self.plan(state), "parameters": own.task.parameters}
         return Compressed(model.eval(), none, (), state.history, None, noise, **whole)
@@ -463,13 +467,15 @@ class GateCompression:
         self.engine.load({"run": state, "method": state})
 
 
-def gate_sensitivity(gates: Gates, loader: Loader, objective: Objective, *, batches: int = 50, seed: int = 0) -> Tensor:
+def gate_sensitivity(
+    gates: Gates, loader: Loader, objective: Objective | Likelihood, *, batches: int = 50, seed: int = 0
+) -> Tensor:
     """Mean square over batches of dL/d ln theta, for the Taylor rule; E[theta] in place of the noise.
 
     Args:
         gates: of the network.
         loader: batches of the training data.
-        objective: gives L, the mean NLL of a batch.
+        objective: gives L, the mean NLL of a batch; a likelihood will do.
         batches: how many at most.
         seed: of shuffling.
 
@@ -477,6 +483,8 @@ def gate_sensitivity(gates: Gates, loader: Loader, objective: Objective, *, batc
         [gates], float64. Gradients of the parameters are cleared.
     """
     model = gates.model
+    if isinstance(objective, Likelihood):
+        objective = objective_of(model, objective)
     total, count = torch.zeros_like(gates.noise.mean, dtype=torch.float64), 0
     with evaluating(model) as device, seeded(seed, 0, device):
         try:

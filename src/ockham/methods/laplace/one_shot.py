@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from ockham.choose.correlated import narrowed, removed_in_rounds
 from ockham.choose.score import diagnose
 from ockham.core.batch import ReadBatch, ReadOutput
-from ockham.core.likelihood import Likelihood, Regression, aligned
-from ockham.core.modes import device_of, evaluating
+from ockham.core.likelihood import Likelihood, Regression
+from ockham.core.modes import evaluating
 from ockham.core.names import Ignore, ignored
-from ockham.core.objective import Objective, objective_of
+from ockham.core.objective import Objective, fit_noise, objective_of
 from ockham.core.posterior import Posterior
-from ockham.core.scaling import TargetStatistics
-from ockham.errors import DataError, OckhamError, OckhamWarning
+from ockham.errors import OckhamError, OckhamWarning
 from ockham.methods.laplace.curvature import Score
 from ockham.methods.laplace.posterior import (
     Curvature,
@@ -38,7 +37,6 @@ from ockham.surgery.groups import Groups, Plan, check_model
 __all__ = [
     "compensate",
     "compensated",
-    "fit_noise",
     "laplace",
     "laplace_of",
     "reduce",
@@ -158,31 +156,6 @@ def laplace_of(
     source = f"Laplace ({structure}, {fisher})"
     found = laplace_posterior(model, curvature, n_data=terms, prior=fit, source=source)
     return replace(found, likelihood=objective.likelihood.kind, noise_variance=objective.likelihood.noise_variance)
-
-
-@torch.no_grad()
-def fit_noise(model: nn.Module, loader: Iterable[Any], objective: Objective, *, sharded: bool = False) -> None:
-    """Set the noise of a regression likelihood to the mean squared residual of every output, in one pass.
-
-    Raises:
-        DataError: the loader is empty.
-        OckhamError: a residual is zero.
-    """
-    likelihood = objective.likelihood
-    assert isinstance(likelihood, Regression)
-    statistics = TargetStatistics(likelihood.axis)
-    with evaluating(model):
-        for one in objective.checked(loader, model):
-            found = aligned(objective.answer(model, one), one.target, "regression").double()
-            weights = likelihood.term_weights(one.target, one.weight)
-            residual = likelihood.standard(one.target) - found.to(likelihood.location.dtype)
-            statistics.add(residual * likelihood.scale, torch.ones_like(residual[:1]) if weights is None else weights)
-    if not statistics.filled:
-        raise DataError("the loader is empty: it yields no targets; a Laplace posterior needs a pass over the data")
-    sums = torch.stack([statistics.weight * statistics.mean_square(), statistics.weight]).to(device_of(model))
-    if sharded and dist.is_initialized():
-        dist.all_reduce(sums)
-    likelihood.set_noise(statistics.shaped(sums[0] / sums[1]))
 
 
 def reduce(

@@ -17,11 +17,12 @@ from ockham.choose.score import Diagnosis, diagnose
 from ockham.core.likelihood import Regression
 from ockham.core.modes import device_of, evaluating, seeded
 from ockham.core.names import Ignore, ignored
+from ockham.core.objective import fit_noise
 from ockham.core.posterior import POINT, Gaussian, Posterior
 from ockham.errors import OckhamWarning
 from ockham.fit.point import PointEstimate
 from ockham.fit.predict import refresh_batchnorm
-from ockham.methods.laplace.one_shot import compensated, fit_noise, laplace_of, unscored, with_means
+from ockham.methods.laplace.one_shot import compensated, laplace_of, unscored, with_means
 from ockham.run.compression import structures_name
 from ockham.run.engine import Compressed, Method, Task
 from ockham.run.structures import example_of
@@ -79,6 +80,7 @@ class OneShotReduction(Method):
 
     shot: OneShot
     ignore: Ignore = ()
+    stage = "prune"
 
     @property
     def name(self) -> str:
@@ -128,6 +130,7 @@ class OneShotReduction(Method):
         """Plain values, for the record."""
         s = self.shot
         own = asdict(replace(s, structures=None)) | {"structures": structures_name(s.structures)}
+        own |= {"keep_share": own.pop("keep")}
         return {"one_shot": own.pop("structure"), "ignore": repr(self.ignore), **own}
 
     def result(self, state: RunState) -> Compressed:

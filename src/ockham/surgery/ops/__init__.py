@@ -19,11 +19,11 @@ POOLING = {
     "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_bicubic2d",
     "upsample_linear1d", "upsample_trilinear3d", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
     "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "reflection_pad1d", "reflection_pad2d", "replication_pad1d",
-    "replication_pad2d", "replication_pad3d", "grid_sampler", "grid_sampler_2d", "lp_pool2d",
+    "replication_pad2d", "replication_pad3d", "grid_sampler", "grid_sampler_2d",
 }  # fmt: skip
 MIXING = {
-    "softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "sort", "argsort", "topk",
-    "cummax", "cummin", "tril", "triu", "kthvalue", "median",
+    "softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "cumprod", "logcumsumexp", "sort", "argsort",
+    "topk", "cummax", "cummin", "tril", "triu", "kthvalue", "median",
 }  # fmt: skip
 REDUCTIONS = {
     "sum", "mean", "amax", "amin", "var", "std", "norm", "linalg_vector_norm", "logsumexp", "prod", "argmax", "argmin",

@@ -15,13 +15,13 @@ __all__ = []
 
 KEEPS_ZERO = frozenset(
     {
-        "abs", "alias", "alpha_dropout", "asin", "asinh", "atan", "atanh", "celu", "clamp_min", "clone", "contiguous", "detach",
-        "detach_", "dropout", "elu", "erf", "erfinv", "expm1", "feature_alpha_dropout", "feature_dropout", "fix", "floor",
-        "frac", "gelu", "hardshrink", "hardswish", "hardtanh", "leaky_relu", "lift_fresh", "lift_fresh_copy", "log1p",
-        "mish", "native_dropout", "neg", "nan_to_num", "positive", "relu", "relu6", "round", "rrelu", "selu", "sgn",
-        "sign", "silu", "sin", "sinh", "softshrink", "softsign", "sqrt", "square", "tan", "tanh", "tanhshrink", "to",
-        "_to_copy", "type_as", "trunc", "float", "half", "double", "_to_dtype", "zero", "zeros_like", "ceil", "deg2rad",
-        "rad2deg", "relu_", "cpu", "cuda", "bfloat16",
+        "abs", "alias", "alpha_dropout", "asin", "asinh", "atan", "atanh", "celu", "clamp_min", "clone", "contiguous",
+        "detach", "detach_", "dropout", "elu", "erf", "erfinv", "expm1", "feature_alpha_dropout", "feature_dropout",
+        "fix", "floor", "frac", "gelu", "hardshrink", "hardswish", "hardtanh", "leaky_relu", "lift_fresh",
+        "lift_fresh_copy", "log1p", "mish", "native_dropout", "neg", "nan_to_num", "positive", "relu", "relu6",
+        "round", "rrelu", "selu", "sgn", "sign", "silu", "sin", "sinh", "softshrink", "sqrt", "square",
+        "tan", "tanh", "to", "_to_copy", "type_as", "trunc", "float", "half", "double", "_to_dtype",
+        "zero", "zeros_like", "ceil", "deg2rad", "rad2deg", "relu_", "cpu", "cuda",
     }
 )  # fmt: skip
 """Unary ops with f(0) = 0 (``clamp_min`` is checked)."""
@@ -37,8 +37,9 @@ BINARY = frozenset(
     {
         "add", "sub", "mul", "div", "pow", "remainder", "fmod", "maximum", "minimum", "atan2", "eq", "ne", "lt", "le",
         "gt", "ge", "logical_and", "logical_or", "logical_xor", "bitwise_and", "bitwise_or", "bitwise_xor",
-        "true_divide", "floor_divide", "divide", "multiply", "subtract", "rsub", "lerp", "xlogy", "where", "masked_fill",
-        "addcmul", "addcdiv", "copysign", "__and__", "__or__", "copy", "hypot", "normal", "logaddexp", "fmax", "fmin",
+        "true_divide", "floor_divide", "divide", "multiply", "subtract", "rsub", "lerp", "xlogy", "where",
+        "masked_fill", "addcmul", "addcdiv", "copysign", "__and__", "__or__", "copy", "hypot", "normal", "logaddexp",
+        "fmax", "fmin",
     }
 )  # fmt: skip
 
@@ -75,7 +76,7 @@ def binary(call: Call) -> Result:
     for other in tensors[1:]:
         factors, shape = match(out, other, call.ledger, reason=call.reason("meets a tensor of fixed size"))
         out = tidy(shape, factors, False, call.ledger, call.reason("two structures meet in one dimension"))
-    return Value(out.shape, out.factors, _zero(call, tensors))
+    return Value(out.shape, out.factors, _zero(call, tensors, out))
 
 
 def _divisor_vanishes(call: Call) -> bool:
@@ -83,31 +84,31 @@ def _divisor_vanishes(call: Call) -> bool:
     return below is not None and below.zero and bool(below.factors)
 
 
-def _zero(call: Call, tensors: list[Value]) -> bool:
+def _zero(call: Call, tensors: list[Value], out: Value) -> bool:
     """Is the result zero wherever a unit is removed? Only if no operand without its labels adds something."""
     first, name = tensors[0], call.name.rstrip("_")
     if name in ("mul", "multiply"):
-        return any(t.zero and covers(t, tensors) for t in tensors)
+        return any(t.zero and covers(t, out) for t in tensors)
     if name in ("div", "divide", "true_divide"):
-        return first.zero and covers(first, tensors) and isinstance(call.get("self"), fx.Node)
+        return first.zero and covers(first, out) and isinstance(call.get("self"), fx.Node)
     if name == "pow":
         power = call.get("exponent", None)
         return first.zero and isinstance(power, (int, float)) and power > 0
     if name == "copy":
-        return tensors[-1].zero and covers(tensors[-1], tensors)
+        return tensors[-1].zero and covers(tensors[-1], out)
     if name in ("add", "sub", "subtract"):
         given = [call.get("self"), call.get("other")]
-        return all(isinstance(g, fx.Node) for g in given) and all(t.zero and covers(t, tensors) for t in tensors)
+        return all(isinstance(g, fx.Node) for g in given) and all(t.zero and covers(t, out) for t in tensors)
     return False
 
 
-def covers(one: Value, all_: list[Value]) -> bool:
-    """Does `one` carry the labels of every factor any operand has (aligned from the right)?"""
+def covers(one: Value, out: Value) -> bool:
+    """Does `one` carry the labels of every factor of a result (aligned from the right)?"""
 
     def dims(v: Value) -> set[int]:
         return {d - len(v.shape) for f in v.factors for d in range(len(v.shape)) if f.shape[d] > 1}
 
-    return all(dims(v) <= dims(one) for v in all_)
+    return dims(out) <= dims(one)
 
 
 def mixing(call: Call) -> Result:
@@ -310,7 +311,7 @@ def bilinear(call: Call) -> Value:
 
 
 def grouped_product(call: Call) -> Value:
-    """Rows of x ``(tokens, k)`` times the matrix of their expert, weight ``(experts, k, n)``: experts stay, widths go."""
+    """Rows of x ``(tokens, k)`` times the matrix ``(k, n)`` of their expert: experts stay, widths go."""
     x, weight = call.tensors()[:2]
     reason = call.reason("gives every token to an expert by its number")
     inner = Value(weight.shape, tuple(f for f in weight.factors if f.shape[0] == 1), weight.zero, weight.learned)

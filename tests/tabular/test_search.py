@@ -1,0 +1,199 @@
+"""Modes, removals, growth and inclusion against least squares, enumeration and known truth."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ockham.errors import NonFiniteLossError
+from ockham.tabular.fitting import Plan, drawn, fit
+from ockham.tabular.inclusion import believed, inclusion
+from ockham.tabular.likelihoods import Classes, Gaussian
+from ockham.tabular.model import Model, Table
+from ockham.tabular.network import Net
+from ockham.tabular.search import Effort, grow, input_removals, prune, search, settle, without
+
+PLAN = Plan(hidden=(8,), outputs=1, restarts=1, steps=400, slab_variance=1.0, left_out=0, patience=1, seed=0)
+
+
+def linear(x, y, sigma=0.3, mask=None):
+    """Linear model of known noise with some inputs, as a state at its mode."""
+    net = Net.linear(x.shape[1], 1, 0)
+    if mask is not None:
+        net = Net(net.keep | {"skip.weight": torch.tensor([mask])}, ())
+    scale = Net.linear(x.shape[1], 1, 0, reads=False)
+    precision = tuple(dict.fromkeys(n.keep, 1.0) for n in (net, scale))
+    table = Table(x, y, torch.ones(len(x), dtype=torch.float64))
+    model = Model((net, scale), Gaussian(-20.0), table, 1.0, precision, math.log(sigma), 0)
+    vector = torch.zeros(len(net) + 1, dtype=torch.float64)
+    vector[-1] = math.log(sigma)
+    return settle(model, vector, 30, learn=0, tolerance=1e-9)
+
+
+def columns(seed, rows, count, correlation=0.0):
+    g = torch.Generator().manual_seed(seed)
+    shared = torch.randn(rows, 1, generator=g, dtype=torch.float64)
+    own = torch.randn(rows, count, generator=g, dtype=torch.float64)
+    return math.sqrt(correlation) * shared + math.sqrt(1 - correlation) * own, g
+
+
+def test_a_mode_is_where_the_gradient_ends():
+    x, g = columns(0, 200, 3)
+    y = x[:, 0].tanh() - x[:, 1] + 0.2 * torch.randn(200, generator=g, dtype=torch.float64)
+    state = linear(x, y)
+    slope, metric = state.model.expand(state.model.passed(state.vector))
+    assert float((slope / metric.diagonal().sqrt()).abs().max()) < 1e-3
+    design = torch.cat([torch.ones(200, 1, dtype=torch.float64), x], 1)
+    noise = math.exp(2 * float(state.vector[-1]))
+    ridge = torch.linalg.solve(design.T @ design + noise * torch.eye(4, dtype=torch.float64), design.T @ y)
+    torch.testing.assert_close(state.vector[:4], ridge, rtol=1e-4, atol=1e-5)
+    with pytest.raises(NonFiniteLossError, match="huge targets"):
+        settle(replace(state.model, table=replace(state.model.table, y=y * 1e300)), state.vector, 3)
+
+
+def test_removing_one_of_two_dependent_columns_changes_nothing():
+    """Together the two say what one says: after either went, the other makes up for it, and only one may go."""
+    x, g = columns(1, 150, 3)
+    x[:, 2] = x[:, 0]
+    y = x[:, 0] + 0.3 * torch.randn(150, generator=g, dtype=torch.float64)
+    state = linear(x, y)
+    removals = input_removals(state, 0)
+    assert removals[0].score > 0 and removals[2].score > 0
+    once = without(state, 0, [removals[0]])
+    assert once.evidence - once.model.belief() > state.evidence - state.model.belief()
+    twice = input_removals(once, 0)[-1]
+    assert twice.score < -100  # the other one is now indispensable
+    torch.testing.assert_close(
+        once.model.outputs(once.vector[None], x)[..., 0],
+        state.model.outputs(state.vector[None], x)[..., 0],
+        atol=0.02,
+        rtol=0,
+    )
+    assert prune(state, (0,)).model.nets[0].used()[[0, 2]].sum() >= 1
+
+
+def test_a_removal_is_the_difference_of_exact_evidences():
+    """Linear, noise held: Savage-Dickey, the whole evidence, and the marginal likelihood of the data agree."""
+    x, g = columns(2, 80, 3, 0.5)
+    y = 0.4 * x[:, 0] + 0.15 * x[:, 1] + 0.3 * torch.randn(80, generator=g, dtype=torch.float64)
+
+    def exact(mask, sigma):
+        design = torch.cat([torch.ones(80, 1, dtype=torch.float64), x[:, mask]], 1)
+        covariance = sigma**2 * torch.eye(80, dtype=torch.float64) + design @ design.T
+        return float(torch.distributions.MultivariateNormal(torch.zeros(80).double(), covariance).log_prob(y))
+
+    state = linear(x, y)
+    sigma = math.exp(float(state.vector[-1]))
+    for j, removal in enumerate(input_removals(state, 0)):
+        mask = torch.ones(3, dtype=torch.bool)
+        mask[j] = False
+        expected = exact(mask, sigma) - exact(torch.ones(3, dtype=torch.bool), sigma)
+        assert removal.score == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.9])
+def test_inclusion_against_enumeration(correlation):
+    """Four columns, linear truth: all sixteen models weighed exactly, and the neighbours of the best alone."""
+    x, g = columns(3, 60, 4, correlation)
+    y = 0.5 * x[:, 0] + 0.12 * x[:, 1] + 0.3 * torch.randn(60, generator=g, dtype=torch.float64)
+    states = {m: linear(x, y, mask=list(m)) for m in itertools.product([False, True], repeat=4)}
+    evidence = torch.tensor([s.evidence for s in states.values()], dtype=torch.float64)
+    weight = evidence.softmax(0)
+    exact = torch.stack([sum(w for w, m in zip(weight, states, strict=True) if m[j]) for j in range(4)])
+    best = max(states.values(), key=lambda s: s.evidence)
+    _, found = believed(best, 0, torch.Generator().manual_seed(0))
+    assert float((found - exact).abs().max()) < 0.25
+    assert float((found - exact).abs().mean()) < 0.1
+
+
+def test_inclusion_of_neighbours_by_hand():
+    used = torch.tensor([True, True, False, False])
+    found = inclusion(0.0, {0: -1.0}, {(0, 2): -0.5}, used, torch.full((4,), -3.0))
+    out = math.exp(-1.0) + math.exp(-0.5)
+    assert float(found[0]) == pytest.approx(1 / (1 + out))
+    assert float(found[1]) == 1.0  # not asked: out of the question
+    into = math.exp(-3.0) + math.exp(-0.5)
+    assert float(found[2]) == pytest.approx(into / (1 + into))
+    assert float(found[3]) == pytest.approx(math.exp(-3) / (1 + math.exp(-3)))
+
+
+def test_the_better_stand_in_takes_the_place():
+    x, g = columns(4, 120, 2)
+    x[:, 1] = x[:, 0] + 0.3 * x[:, 1]
+    y = x[:, 0] + 0.2 * torch.randn(120, generator=g, dtype=torch.float64)
+    wrong = linear(x, y, mask=[False, True])
+    state, found = believed(wrong, 0, torch.Generator().manual_seed(0))
+    assert state.evidence > wrong.evidence and (found > 0.5).tolist() == [True, False]
+
+
+def test_units_come_where_the_data_bend_and_go_where_they_do_not():
+    x, g = columns(5, 300, 4)
+    noise = 0.1 * torch.randn(300, generator=g, dtype=torch.float64)
+    on = []
+    effort = Effort(1, 300, g, 1.0, on.append)
+    bent = search(linear_start(x, (3 * x[:, 0]).tanh() + noise), 0, 8, effort)
+    assert bent.model.nets[0].units[0] >= 1
+    assert (bent.model.nets[0].used() > 0).tolist() == [True, False, False, False]
+    residual = (bent.model.table.y - bent.model.outputs(bent.vector[None], x)[0, :, 0]).std()
+    assert float(residual) < 0.13
+    assert [s.evidence for s in on] == sorted(s.evidence for s in on)  # a search never goes down
+    straight = search(linear_start(x, 0.5 * x[:, 1] + noise), 0, 8, effort)
+    assert straight.model.nets[0].units == (0,)
+    assert (straight.model.nets[0].used() > 0).tolist() == [False, True, False, False]
+
+
+def linear_start(x, y):
+    plan = replace(PLAN, steps=0, restarts=1)
+    table = Table(x, y, torch.ones(len(x), dtype=torch.float64))
+    net, scale = Net.linear(4, 1, 1), Net.linear(4, 1, 1, reads=False)
+    precision = tuple(dict.fromkeys(n.keep, 1.0) for n in (net, scale))
+    model = Model((net, scale), Gaussian(-20.0), table, plan.slab_variance, precision, 0.0, 0)
+    return settle(model, torch.zeros(len(net) + 1, dtype=torch.float64), 20)
+
+
+def test_growth_never_raises_the_energy_before_anything_moves():
+    x, g = columns(6, 200, 4)
+    state = linear_start(x, x[:, 0] * x[:, 1])
+    grown = grow(state, 0, 3, g, 0.5)
+    assert grown.model.nets[0].units == (3,)
+    assert grown.model.passed(grown.vector).energy < state.model.passed(state.vector).energy
+
+
+@pytest.mark.parametrize("hidden", [(), (4,), (4, 3)])
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_classifiers_of_any_depth(hidden, outputs):
+    x, g = columns(7, 200, 3)
+    y = (x[:, 0] + 0.3 * torch.randn(200, generator=g, dtype=torch.float64) > 0).long() + (outputs > 1) * (x[:, 0] > 1)
+    table = Table(x, y, torch.ones(200, dtype=torch.float64))
+    found = fit(table, Classes(), replace(PLAN, hidden=hidden, outputs=outputs, steps=80))
+    used = found.state.model.nets[0].used() > 0
+    assert bool(used[0]) and float(found.inclusion[0][0]) > 0.99 and float(found.inclusion[0][2]) < 0.5
+    assert len(found.state.model.nets) == len(found.inclusion) == 1
+    again = fit(table, Classes(), replace(PLAN, hidden=hidden, outputs=outputs, steps=80), start=found)
+    assert again.state.steps > found.state.steps
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_draws_have_the_moments_of_a_conjugate_posterior(many, monkeypatch):
+    """Next to Gaussian noise of known size; by chains, and by the Gaussian that large tables get (narrower by 1.1)."""
+    x, g = columns(8, 400, 3)
+    x[:, 2] = x[:, 1] + 0.5 * x[:, 2]
+    y = x @ torch.tensor([1.0, 0.5, -0.3], dtype=torch.float64) + 0.3 * torch.randn(
+        400, generator=g, dtype=torch.float64
+    )
+    state = linear(x, y)
+    if many:
+        monkeypatch.setattr("ockham.tabular.fitting._MOST_DRAWN", 1)
+    vectors, acceptance = drawn(state, 1600, g)
+    assert vectors.shape == (1600, 5) and (acceptance is None) == many
+    design = torch.cat([torch.ones(400, 1, dtype=torch.float64), x], 1)
+    precision = design.T @ design * math.exp(-2 * float(state.vector[-1])) + torch.eye(4, dtype=torch.float64)
+    scale = torch.linalg.inv(precision).diagonal().sqrt()
+    assert float(((vectors[:, :4].mean(0) - state.vector[:4]) / scale).abs().max()) < 0.2
+    ratio = vectors[:, :4].std(0) / scale
+    assert float(ratio.min()) > 0.5 and float(ratio.max()) < 1.25
+    assert drawn(state, 3, g)[0].shape == (3, 5)
