@@ -36,7 +36,8 @@ def main() -> None:
         )  # fmt: skip
         # --8<-- [start:trainer]
         optimizer = ockham.MeanField(model.named_parameters(), n_data=len(train), lr=2e-3, kl_warmup=100)
-        evidence = EvidenceCallback(ignore="re:embeddings|classifier")
+        half = ockham.BudgetRule(0.5)  # or no rule: then the evidence decides, which wants a longer training
+        evidence = EvidenceCallback(rule=half, ignore="re:embeddings|classifier")
         trainer = Trainer(model, arguments, train_dataset=train, optimizers=(optimizer, None), callbacks=[evidence])
         trainer.train()
 
