@@ -100,6 +100,29 @@ def train(accelerator, loader):
     return inner.posterior()
 
 
+def apart(rank, folder):
+    from ockham.integrations.rounds import StepRounds
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    net = network(2).float()
+    optimizer = ockham.MeanField(net.named_parameters(), n_data=64, seed=rank)  # a fault: two seeds
+    rounds = StepRounds(ockham.Rounds(start=0.0, end=1.0, count=1))
+    rounds.plan(net, 1)
+    with optimizer.sampled():
+        nn.functional.cross_entropy(net(X.float()), (Y[:, 0] > 0).long()).backward()
+    optimizer.step()
+    with pytest.raises(ockham.OckhamError, match="process 1 differ from those of process 0"):
+        rounds.after_step(optimizer, 1, 0.0)
+    dist.destroy_process_group()
+
+
+def test_processes_that_drift_apart_are_found_out_at_the_round():
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(apart, (folder,), nprocs=2)
+
+
 def save(posterior, folder, rank):
     posterior.save(Path(folder) / f"posterior.{rank}.safetensors")
 

@@ -393,7 +393,11 @@ def _keeping_buffers(model: nn.Module) -> Iterator[None]:
 def fit_noise(model: nn.Module, loader: Iterable[Any], objective: Objective, *, sharded: bool = False) -> None:
     """Set the noise of a regression likelihood to the mean squared residual of every output, in one pass.
 
-    With ``sharded`` every process passes over its own part of the data, and the sums are joined.
+    Args:
+        model: read in evaluation mode.
+        loader: batches of the data.
+        objective: its likelihood gets the noise.
+        sharded: whether every process reads its own part of the data; the squares are added up then.
 
     Raises:
         DataError: the loader is empty.
@@ -411,6 +415,6 @@ def fit_noise(model: nn.Module, loader: Iterable[Any], objective: Objective, *, 
     if not statistics.filled:
         raise DataError("the loader is empty: it yields no targets")
     sums = torch.stack([statistics.weight * statistics.mean_square(), statistics.weight]).to(device_of(model))
-    if sharded and dist.is_initialized():
+    if sharded and dist.is_available() and dist.is_initialized():
         dist.all_reduce(sums)
     likelihood.set_noise(statistics.shaped(sums[0] / sums[1]))

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ockham.choose.rules import EvidenceRule, RoundInfo, Rounds, Rule, evidence_falls
@@ -63,9 +64,15 @@ class StepRounds:
 
         Returns:
             What the round did, or None.
+
+        Raises:
+            OckhamError: there are several processes and they hold different weights; nothing is removed then.
         """
+        if step not in self.due:
+            return None
+        loss = _agreed(optimizer, loss)
         ended = isinstance(self.rule, EvidenceRule) and evidence_falls(self.history, self.rounds.patience)
-        if step not in self.due or ended or any(r.epoch >= step for r in self.history):
+        if ended or any(r.epoch >= step for r in self.history):
             return None
         evidence = score(optimizer.posterior())
         posterior = evidence.posterior
@@ -86,10 +93,28 @@ class StepRounds:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`."""
-        plain: list[dict[str, Any]] = [
-            {k: math.nan if v is None else v for k, v in r.items()} for r in state["history"]
-        ]
-        self.history = [RoundInfo(**r) for r in plain]
+        self.history = []
+        for saved in state["history"]:
+            plain: dict[str, Any] = {k: math.nan if v is None else v for k, v in saved.items()}
+            self.history.append(RoundInfo(**plain))
+
+
+def _agreed(optimizer: VariationalOptimizer, loss: float) -> float:
+    """The loss averaged over all processes, so that they decide alike; they must hold the same weights."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return loss
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    sums = torch.stack([w.detach().double().mul(i % 97 + 1).sum() for i, w in enumerate(weights)])
+    mine = torch.stack([sums.sum(), sums.new_tensor(loss)])
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, mine)
+    apart = [rank for rank, other in enumerate(every) if not torch.equal(other[0], every[0][0])]
+    if apart:
+        raise OckhamError(
+            f"the weights of process {apart[0]} differ from those of process 0: give all the same starting weights and "
+            "the same seed= of the optimizer, and let DistributedDataParallel average the gradients"
+        )
+    return float(torch.stack(every)[:, 1].mean())
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
