@@ -178,11 +178,11 @@ def finite_error(state: Mapping[str, Tensor], parameters: Collection[str]) -> st
     """
     wrong = []
     for name, tensor in state.items():
-        if tensor.is_floating_point() or tensor.is_complex():
-            if not bool(tensor.sum().isfinite()):  # one pass without a second tensor; exactly only where it is needed
-                bad = ~tensor.isfinite() if name in parameters else tensor.isnan()
-                if bool(bad.any()):
-                    wrong.append(f"{printable(name)} ({int(bad.sum())} of {tensor.numel()})")
+        if not (tensor.is_floating_point() or tensor.is_complex()) or bool(tensor.sum().isfinite()):
+            continue  # one pass without a second tensor; exactly only where it is needed
+        bad = ~tensor.isfinite() if name in parameters else tensor.isnan()
+        if bool(bad.any()):
+            wrong.append(f"{printable(name)} ({int(bad.sum())} of {tensor.numel()})")
     return f"NaN or infinite numbers in {', '.join(wrong[:6])}: a finite network was expected" if wrong else ""
 
 
