@@ -6,11 +6,14 @@ import warnings
 from abc import abstractmethod
 from dataclasses import replace
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from sklearn.base import BaseEstimator
+from sklearn.feature_selection import SelectorMixin
 from sklearn.utils import check_X_y
 from sklearn.utils._param_validation import Interval, StrOptions
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, check_random_state, validate_data
@@ -18,6 +21,7 @@ from torch import Tensor
 
 from ockham.errors import OckhamError, OckhamWarning
 from ockham.tabular.data import Encoding, Floats, Scaling, canonical, columns_of, counts_for, dense, duplicates
+from ockham.tabular.explaining import Effect, Facts, effect, page_of, paint, strongest_pair
 from ockham.tabular.fitting import Fitted, Plan, drawn, fit
 from ockham.tabular.likelihoods import Likelihood
 from ockham.tabular.model import Table
@@ -29,10 +33,11 @@ __all__ = ["SparseBNN"]
 
 _RESERVOIR = 10_000
 _FEW = 20
+_SAMPLE = 128  # rows that effects are averaged over
 _ANEW = 2.0  # rows so far over those of the last fit from scratch, from where going on is worse than starting again
 
 
-class SparseBNN(BaseEstimator):  # type: ignore[misc]
+class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
     """Base of `SparseBNNRegressor` and `SparseBNNClassifier`."""
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
@@ -226,6 +231,8 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
 
     def _fit(self, x: Floats, target: Floats, weight: Floats, *, first: bool) -> Self:
         rows = x, target
+        if first:
+            self._sample = x[np.random.default_rng(0).permutation(len(x))[:_SAMPLE]]
         x, target, weight = canonical(x, target, weight)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         if first:
@@ -324,15 +331,131 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
     def summary(self, top: int = 10) -> str:
         """Features by inclusion, as a table; all that are used and the ``top`` likeliest of those that are not."""
         check_is_fitted(self)
-        weights = np.zeros(len(self.inclusion_))
-        np.add.at(weights, self._encoding.origin[self._active.numpy()], self._fitted.state.model.nets[0].used().numpy())
-        table = table_of(self._names(), self.inclusion_, weights, top)
+        table = table_of(self._names(), self.inclusion_, self._weights_by_feature(), top)
         return "\n".join([table, f"{self.n_weights_} weights, evidence {self.evidence_:.1f} nats", *self._remarks])
 
     def plot_inclusion(self, *, top: int = 20, ax: Any = None) -> Any:
         """Bars of the ``top`` likeliest features; returns the matplotlib axes."""
         check_is_fitted(self)
         return bars(self._names(), self.inclusion_, top, ax)
+
+    def _get_support_mask(self) -> npt.NDArray[np.bool_]:
+        """Features with inclusion above one half: what `transform`, `get_support` and `get_feature_names_out` give."""
+        check_is_fitted(self)
+        mask: npt.NDArray[np.bool_] = self.inclusion_ > 0.5
+        return mask
+
+    def effect(self, feature: Any) -> Effect:
+        """Mean prediction while one feature takes each value and the others are as they come, with 90 % intervals.
+
+        Args:
+            feature: name or index.
+        """
+        check_is_fitted(self)
+        names = self._names()
+        j = names.index(feature) if feature in names else feature
+        if not isinstance(j, Integral) or not 0 <= int(j) < len(names):
+            raise OckhamError(f"effect: no feature {feature!r}; there are {', '.join(names[:8])}")
+        return effect(self._shown, self._sample, self._encoding, int(j), names[int(j)])
+
+    def plot_effects(self, *, top: int = 6, ax: Any = None) -> Any:
+        """Effect curves of the ``top`` likeliest features that are used, side by side; returns the matplotlib axes."""
+        from matplotlib import pyplot
+
+        chosen = self._used()[:top]
+        if ax is None:
+            count = max(1, len(chosen))
+            ax = pyplot.subplots(1, count, figsize=(3.2 * count, 2.8), sharey=True, layout="constrained")[1]
+        for axes, j in zip(np.atleast_1d(ax), chosen, strict=False):
+            paint(axes, self.effect(j), "#2f5fd0")
+        return ax
+
+    def report(self, path: Any, X: Any = None, y: Any = None) -> Path:  # noqa: N803
+        """Write a page about the model: inputs and how sure, effects, noise, calibration, what was left out and why.
+
+        Args:
+            path: where to write the HTML file.
+            X: rows that the model was not fitted to, for the calibration of its intervals.
+            y: their targets.
+
+        Returns:
+            The path.
+
+        Raises:
+            OckhamError: the folder does not exist.
+        """
+        check_is_fitted(self)
+        used, names = self._used(), self._names()
+        pair, curves = strongest_pair(self._shown, self._sample, self._encoding, used), []
+        if pair is not None:
+            column = int((self._encoding.origin == pair[1]).nonzero()[0][0])
+            for q, word in ((0.1, "low"), (0.5, "middle"), (0.9, "high")):
+                rows = self._sample.copy()
+                rows[:, column] = np.quantile(rows[:, column], q)
+                shown = effect(self._shown, rows, self._encoding, pair[0], names[pair[0]])
+                curves.append((f"{names[pair[1]]} {word}", shown))
+        facts = Facts(
+            title=f"{type(self).__name__}: what it found",
+            names=names,
+            inclusion=self.inclusion_,
+            weights=self._weights_by_feature(),
+            why=self._why(),
+            tiles=[
+                ("inputs used", str(len(used)), f"of {len(names)}"),
+                ("weights", str(self.n_weights_), "of the network that predicts"),
+                ("evidence", f"{self.evidence_:.1f}", "nats"),
+            ],
+            effects=[self.effect(j) for j in used],
+            pair=curves,
+            noise=self._noise_effects(),
+            target=self._shown_as(),
+            coverage=None if X is None else self._coverage(X, y),
+            remarks=self._remarks,
+        )
+        return page_of(facts, path)
+
+    def _used(self) -> list[int]:
+        """Features that are used, the likeliest first."""
+        check_is_fitted(self)
+        weights = self._weights_by_feature()
+        return [int(j) for j in np.argsort(-self.inclusion_, kind="stable") if weights[j] > 0]
+
+    def _weights_by_feature(self) -> Floats:
+        weights = np.zeros(len(self.inclusion_))
+        np.add.at(weights, self._encoding.origin[self._active.numpy()], self._fitted.state.model.nets[0].used().numpy())
+        return weights
+
+    def _why(self) -> list[str]:
+        """Why features are not used."""
+        found, numbers = [], self._encoding.names
+        active = set(self._active.tolist())
+        for j in range(self.n_features_in_):
+            mine = (self._encoding.origin == j).nonzero()[0]
+            if self._scaling.constant[mine].all():
+                found.append("it is constant")
+            elif all(self._same_as[i] != i for i in mine):
+                found.append(f"it says the same as {numbers[self._same_as[mine[0]]]}")
+            elif not any(int(i) in active for i in mine):
+                found.append("screening found no evidence for a term of it")
+            else:
+                found.append("without it the evidence is higher")
+        return found
+
+    def _noise_effects(self) -> list[Effect]:
+        """Effects on the size of the noise, where there is one."""
+        return []
+
+    @abstractmethod
+    def _shown(self, rows: Floats) -> Floats:
+        """What each draw says of rows of numbers [n, q], [D, n]."""
+
+    @abstractmethod
+    def _shown_as(self) -> str:
+        """What that is."""
+
+    @abstractmethod
+    def _coverage(self, X: Any, y: Any) -> tuple[Floats, Floats]:  # noqa: N803
+        """Nominal and observed shares of rows inside what the model says."""
 
     def _names(self) -> list[str]:
         given = getattr(self, "feature_names_in_", None)

@@ -19,6 +19,7 @@ from sklearn.utils.validation import check_array, check_consistent_length, check
 from ockham.errors import OckhamError, OckhamWarning
 from ockham.tabular.base import SparseBNN
 from ockham.tabular.data import Floats, Scaling, outlying
+from ockham.tabular.explaining import Effect, effect
 from ockham.tabular.likelihoods import Classes, Gaussian, Likelihood, Student, resolution
 from ockham.tabular.model import Table
 from ockham.tabular.predicting import interval, log_density, moments, noise_std
@@ -233,6 +234,32 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
                 stacklevel=4,
             )
 
+    def _shown(self, rows: Floats) -> Floats:
+        inputs = self._scaling.apply(rows)[:, self._active].double()
+        centre, std = self._units()
+        said: Floats = torch.cat([o[..., 0] for o in self._draws.outputs(inputs)], 1).numpy() * std + centre
+        return said
+
+    def _shown_as(self) -> str:
+        return "mean of the target"
+
+    def _noise_effects(self) -> list[Effect]:
+        def sizes(rows: Floats) -> Floats:
+            inputs = self._scaling.apply(rows)[:, self._active].double()
+            parts = [s * (f / (f - 2)).sqrt() for _, s, f in self._draws.with_scales(inputs)]
+            spread: Floats = torch.cat(parts, 1).numpy() * self._units()[1]
+            return spread
+
+        moving = (self.noise_inclusion_ > 0.5).nonzero()[0]
+        return [effect(sizes, self._sample, self._encoding, int(j), self._names()[j]) for j in moving]
+
+    def _coverage(self, X: Any, y: Any) -> tuple[Floats, Floats]:  # noqa: N803
+        nominal, inside = np.array([0.5, 0.8, 0.9, 0.95, 0.99]), []
+        for share in nominal:
+            lower, upper = self.predict_interval(X, float(share))
+            inside.append(float(np.mean((lower <= np.asarray(y)) & (np.asarray(y) <= upper))))
+        return nominal, np.array(inside)
+
 
 class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
     """Sparse Bayesian network for classes; everything else as `SparseBNNRegressor`.
@@ -346,7 +373,25 @@ class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
         return 1 if len(self.classes_) == 2 else len(self.classes_)
 
     def _more_stock(self, table: Table) -> None:
-        """Nothing that all have not."""
+        """Classes have no more than all."""
+
+    def _shown(self, rows: Floats) -> Floats:
+        inputs = self._scaling.apply(rows)[:, self._active].double()
+        parts = [
+            torch.sigmoid(o[..., 0]) if o.shape[2] == 1 else o.softmax(2)[..., -1] for o in self._draws.outputs(inputs)
+        ]
+        said: Floats = torch.cat(parts, 1).numpy()
+        return said
+
+    def _shown_as(self) -> str:
+        return f"probability of {self.classes_[-1]}"
+
+    def _coverage(self, X: Any, y: Any) -> tuple[Floats, Floats]:  # noqa: N803
+        """Mean probability of the predicted class in bins of it, and how often it is right."""
+        said, right = self.predict_proba(X).max(1), self.predict(X) == np.asarray(y)
+        place = np.minimum((said * 10).astype(int), 9)
+        bins = [place == k for k in range(10) if (place == k).any()]
+        return np.array([said[b].mean() for b in bins]), np.array([right[b].mean() for b in bins])
 
     def _screened_target(self, y: torch.Tensor) -> torch.Tensor:
         onehot = torch.nn.functional.one_hot(y, len(self.classes_)).float()
