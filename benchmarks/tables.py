@@ -6,10 +6,10 @@
     python benchmarks/tables.py known                            # S1, S2 and Friedman of spike_slab.py
     python benchmarks/tables.py --table
 
-Every run is one JSON in benchmarks/results/tables/ and is skipped when it is there. Defaults everywhere, nothing chosen on
-test rows. Rivals beyond scikit-learn (catboost, ngboost, boruta) are used where they are installed and left out where not.
-Seconds are CPU seconds of one thread, one fit at a time; `reference` is what a fixed piece of work took just before and after
-(.07 s on an idle machine), so that seconds of a busy machine can be read.
+Every run is one JSON in benchmarks/results/tables/ and is skipped when it is there. Defaults everywhere, nothing chosen
+on test rows. Rivals beyond scikit-learn (catboost, ngboost, boruta) are used where they are installed. Seconds are CPU
+seconds of one thread, one fit at a time; `reference` is what a fixed piece of work took just before and after (.07 s on
+an idle machine), so that seconds of a busy machine can be read.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy import stats
-from spike_slab import PROBLEMS, TRUE, uci_split
 
 from ockham.tabular import SparseBNNRegressor
+from spike_slab import PROBLEMS, TRUE, uci_split
 
 RESULTS = Path(__file__).parent / "results" / "tables"
 Array = NDArray[np.float64]
@@ -211,7 +211,7 @@ DENSITIES: dict[str, Callable[[Array, Array, Array, Array, int], dict[str, float
 
 
 def simulated(seed: int, correlation: float, truth: str) -> tuple[Array, Array, NDArray[np.bool_]]:
-    """n = 200, p = 20 equally correlated columns, one to six of which matter, signal variance 1 and noise variance 1/2."""
+    """Twenty equally correlated columns, one to six of which matter, 200 rows, signal variance 1, noise variance 1/2."""
     rng = np.random.default_rng([seed, int(100 * correlation), TRUTHS.index(truth)])
     shared, own = rng.normal(size=(200, 1)), rng.normal(size=(200, 20))
     x = math.sqrt(correlation) * shared + math.sqrt(1 - correlation) * own
@@ -418,7 +418,8 @@ def _inputs_table() -> str:
             false = (chosen & ~truth).sum() / max(1, chosen.sum())
             error = f"{_ece(score, truth):.3f}" if method == "ockham" else ""
             rows.append([str(correlation), method, str(len(mine)), error, f"{false:.3f}",
-                         f"{(chosen & truth).sum() / truth.sum():.3f}", f"{np.mean([r['cpu'] for r in mine]):.1f}"])  # fmt: skip
+                         f"{(chosen & truth).sum() / truth.sum():.3f}",
+                         f"{np.mean([r['cpu'] for r in mine]):.1f}"])  # fmt: skip
     return _lines(["correlation", "method", "tables", "ECE of inclusion", "false discovery", "power", "CPU s"], rows)
 
 
