@@ -211,7 +211,7 @@ DENSITIES: dict[str, Callable[[Array, Array, Array, Array, int], dict[str, float
 
 
 def simulated(seed: int, correlation: float, truth: str) -> tuple[Array, Array, NDArray[np.bool_]]:
-    """Twenty equally correlated columns, one to six of which matter, 200 rows, signal variance 1, noise variance 1/2."""
+    """Twenty equally correlated columns, one to six of which matter, 200 rows, signal variance 1, noise 1/2."""
     rng = np.random.default_rng([seed, int(100 * correlation), TRUTHS.index(truth)])
     shared, own = rng.normal(size=(200, 1)), rng.normal(size=(200, 20))
     x = math.sqrt(correlation) * shared + math.sqrt(1 - correlation) * own
@@ -401,7 +401,8 @@ def _uci_table() -> str:
                 weights = f"{np.mean([r['weights'] for r in mine]):.0f}" if method == "ockham" else ""
                 rows.append([name, method, str(len(mine)), f"{spread['nll'].mean():.3f} ± {spread['nll'].std():.3f}",
                              f"{spread['rmse'].mean():.3f} ± {spread['rmse'].std():.3f}",
-                             f"{spread['coverage_95'].mean():.3f}", weights, f"{spread['cpu'].mean():.1f}"])  # fmt: skip
+                             f"{spread['coverage_95'].mean():.3f}", weights,
+                             f"{spread['cpu'].mean():.1f}"])  # fmt: skip
     return _lines(["set", "method", "splits", "NLL", "RMSE", "95 % coverage", "weights", "CPU s"], rows)
 
 
