@@ -174,7 +174,8 @@ def _applied(part: Any, column: _Column, name: str) -> Floats:
     if column.means is not None:
         coded: Floats = np.where(index[:, None] < 0, 0.0, column.means[index])
         return coded
-    return (index[:, None] == np.arange(1, len(column.levels))).astype(np.float64)
+    numbers: Floats = (index[:, None] == np.arange(1, len(column.levels))).astype(np.float64)
+    return numbers
 
 
 def _is_missing(value: Any) -> bool:

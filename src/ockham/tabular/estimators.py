@@ -34,22 +34,25 @@ _CORRUPT = 15.0
 class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
     """Sparse Bayesian network for a number, with its uncertainty and the inclusion probability of every feature.
 
-    Works without tuning from a hundred to a hundred thousand rows and up to thousands of columns: inputs and target are
-    standardised inside, columns are screened by evidence, several spike-and-slab networks are fitted side by side, the
-    best by evidence goes on, and what is likelier out than in is removed.
+    Works without tuning from a hundred to a hundred thousand rows and up to thousands of columns, and takes tables as
+    they come (`fit`): columns are screened by evidence, units come and weights go as long as the evidence of the whole
+    network rises, and predictions average networks drawn from the posterior of what is left.
 
     PARAMETERS
     Attributes:
-        inclusion_: probability that a feature is used, shape [n_features_in_]: the path rule through the network.
+        inclusion_: probability that a feature is used, shape [n_features_in_]: evidences of the network with and
+            without it, and with its stand-ins.
         feature_importances_: the same, under scikit-learn's name.
-        n_weights_: weights of the network that predicts.
-        evidence_: ELBO of the fit with equal noise, nats; `evidence_curve_` its course.
+        n_weights_: number of weights of the network that predicts, those of its noise included.
+        n_noise_weights_: number of weights that move the size of the noise.
+        evidence_: ln of the evidence of the network and its structure (Laplace), nats; `evidence_curve_` its course.
+        inclusion_by_target_: `inclusion_` of each of several targets, shape [k, n_features_in_].
         noise_std_: standard deviation of the noise (root mean square over rows), in units of the target.
         noise_inclusion_: probability that a feature moves the size of the noise, shape [n_features_in_].
         noise_freedom_: degrees of freedom of the noise (Student's t), mean over draws; large means Gaussian.
-        acceptance_: of the chain that drew the networks; None where weights are drawn independently (none or more than
-            1500 live, or rows times (50 + weights) exceed four million).
-        n_iter_: steps taken.
+        acceptance_: mean acceptance of the chains that drew the networks; None where draws are Gaussian about the mode
+            (rows times weights exceed 400,000).
+        n_iter_: number of second-order steps taken.
 
     >>> import numpy as np
     >>> rng = np.random.default_rng(0)
@@ -267,12 +270,12 @@ class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
     PARAMETERS
     Attributes:
         classes_: labels, sorted.
-        inclusion_: probability that a feature is used, shape [n_features_in_]: the path rule through the network.
+        inclusion_: probability that a feature is used, shape [n_features_in_]; as there.
         feature_importances_: the same, under scikit-learn's name.
         n_weights_: weights of the network that predicts.
-        evidence_: its ELBO, nats; `evidence_curve_` its course.
-        acceptance_: of the chain that drew the networks, as there.
-        n_iter_: steps taken.
+        evidence_: ln of the evidence of the network and its structure, nats; `evidence_curve_` its course.
+        acceptance_: mean acceptance of the chains that drew the networks, as there.
+        n_iter_: number of second-order steps taken.
     """
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {

@@ -77,7 +77,8 @@ def _settings(rows: Floats, encoding: Encoding, feature: int) -> list[tuple[Any,
         return [(kind.levels[i] if kind.levels else i, columns, kind.means[i]) for i in chosen]
     first = rows[:, columns[0]]
     distinct = np.unique(first)
-    values = distinct if len(distinct) <= _GRID else np.linspace(*np.quantile(first, [0.02, 0.98]), _GRID)
+    low, high = (float(np.quantile(first, q)) for q in (0.02, 0.98))
+    values = distinct if len(distinct) <= _GRID else np.linspace(low, high, _GRID)
     found: list[tuple[Any, Any, Floats]] = [(float(v), columns, np.r_[v, np.zeros(len(columns) - 1)]) for v in values]
     if kind.missing:
         found.append((float("nan"), columns, np.array([kind.fill, 1.0])))
