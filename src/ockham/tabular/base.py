@@ -463,7 +463,7 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
 
     def _inputs(self, X: Any) -> Tensor:  # noqa: N803
         check_is_fitted(self)
-        x = self._encoding.apply(self._parts(X, reset=False), self._names())
+        x = self._encoding.apply(self._parts(X, reset=False), self._names(), self._active.numpy())
         return self._scaling.apply(x)[:, self._active].double()
 
     def __sklearn_tags__(self) -> Any:
