@@ -30,7 +30,7 @@ from ockham.methods.laplace.full import Correlated
 from ockham.methods.spike_slab.inclusion import MedianRule
 from ockham.methods.spike_slab.optimizer import spike_slab
 from ockham.methods.spike_slab.priors import FixedSpikeSlab, LearnedSpikeSlab
-from ockham.run.engine import Compression
+from ockham.run.compression import Compression
 from ockham.run.estimators import Training
 from ockham.run.measure import mean_predictor, measures, posterior_predictor
 from ockham.run.result import stored_values

@@ -36,7 +36,8 @@ from ockham.evidence.exact import exact_inclusion as exact
 from ockham.methods.spike_slab.inclusion import MedianRule
 from ockham.methods.spike_slab.optimizer import SpikeSlab, spike_slab
 from ockham.methods.spike_slab.priors import FixedSpikeSlab, LearnedSpikeSlab
-from ockham.run.engine import Compressed, Compression
+from ockham.run.compression import Compression
+from ockham.run.engine import Compressed
 from ockham.run.estimators import Training, mean_field, point_estimate
 from ockham.run.measure import corruption_shift, mean_predictor, measures, posterior_predictor
 from ockham.run.shift import corrupt

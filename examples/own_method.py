@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import ockham
-from ockham.fit.optimizer import Facts, VariationalOptimizer
+from ockham.fit.memory import RunFacts
+from ockham.fit.optimizer import VariationalOptimizer
 
 
 # --8<-- [start:method]
@@ -24,23 +25,22 @@ class NaturalGradient(VariationalOptimizer):
     _vectors = ("log_std",)  # state with one number per living weight: removal compacts it, state_dict saves it
 
     def __init__(self, params, *, n_data, lr=0.02, prior_variance=1.0, initial_std=0.1, temperature=1.0, seed=0):
-        settings = {"n_data": float(n_data), "lr": lr, "temperature": temperature, "prior_mean": 0.0}  # always there
+        settings = {"n_data": n_data, "lr": lr, "temperature": temperature, "prior_mean": 0.0}  # always there
         own = {"prior_variance": prior_variance, "initial_std": initial_std}
         super().__init__(params, settings | own, seed=seed)
 
     def _check_options(self, group: Mapping[str, Any]) -> None:
-        for name in ("n_data", "lr", "prior_variance", "initial_std", "temperature"):
-            if not 0 < group[name] < math.inf:
-                raise ockham.OckhamError(f"NaturalGradient: {name} must be positive and finite; got {group[name]}")
+        if not 0 < group["prior_variance"] < math.inf:
+            raise ockham.OckhamError(f"NaturalGradient: prior_variance must be positive; got {group['prior_variance']}")
 
     def _start(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         log_std = parameter.new_full((parameter.numel(),), math.log(group["initial_std"]), requires_grad=False)
         return {"log_std": log_std, "prior_precision": 1.0 / group["prior_variance"]}
 
-    def _std_(self, out: Tensor, vectors: Mapping[str, Tensor], facts: Facts, group: dict[str, Any]) -> Tensor:
+    def _std_(self, out: Tensor, vectors: Mapping[str, Tensor], facts: RunFacts, group: dict[str, Any]) -> Tensor:
         return torch.exp(vectors["log_std"], out=out)  # into memory that is kept from step to step
 
-    def _update_(self, mean: Tensor, grad: Tensor, vectors: Mapping[str, Tensor], facts: Facts, group: Any) -> None:
+    def _update_(self, mean: Tensor, grad: Tensor, vectors: Mapping[str, Tensor], facts: RunFacts, group: Any) -> None:
         weight, std = group["temperature"] / group["n_data"], vectors["first"]  # "first": what `_std_` wrote
         pull = weight * facts.prior_precision
         std_grad = (grad * vectors["noise"] + pull * std) * std - weight  # noise: the draw these gradients belong to

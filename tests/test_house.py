@@ -1,11 +1,13 @@
-"""The house rules as data: which room may import which, sizes, what `import ockham` costs, what is public."""
+"""The house rules as data: which room may import which, how large things are, what importing costs, what is public."""
 
 from __future__ import annotations
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -15,18 +17,23 @@ import ockham
 SOURCE = Path(ockham.__file__).parent
 BASE = {"errors", "version"}
 ROOMS: dict[str, set[str]] = {
-    "files": set(),
     "evidence": set(),
-    "posterior": {"evidence", "files"},
-    "reduction": {"evidence", "posterior"},
-    "surgery": {"posterior", "reduction"},
-    "zoo": set(),
-    "report": {"files"},
-    "workflow": {"evidence", "files", "posterior", "reduction", "report", "surgery", "zoo"},
-    "tabular": {"evidence", "posterior", "reduction", "workflow"},
-    "cli": {"files", "posterior", "reduction", "report", "surgery", "workflow", "zoo"},
+    "core": {"evidence"},
+    "fit": {"core", "evidence"},
+    "surgery": {"core"},
+    "choose": {"core", "evidence", "surgery"},
+    "zoo": {"core"},
+    "run": {"core", "evidence", "fit", "choose", "surgery", "zoo"},
+    "report": {"core", "run"},
+    "methods": {"core", "evidence", "fit", "choose", "surgery", "run", "report", "zoo"},
+    "integrations": {"core", "evidence", "fit", "choose", "surgery", "run", "methods"},
+    "tabular": {"core", "evidence", "fit", "choose", "run", "methods"},
+    "cli": {"core", "evidence", "fit", "choose", "surgery", "run", "report", "methods", "zoo"},
 }
-FORBIDDEN = {"evidence": {"torch.nn", "torch.optim", "pathlib", "json", "safetensors"}}
+FORBIDDEN = {
+    "evidence": {"torch.nn", "torch.optim", "pathlib", "json", "safetensors"},
+    "surgery": {"ockham.core.posterior"},  # surgery knows graphs and plans, no evidence
+}
 HEAVY = (
     "matplotlib",
     "PIL",
@@ -39,14 +46,22 @@ HEAVY = (
     "tensorboard",
     "onnx",
 )
-LINES = 400
+LINES = 610  # an idea may take some six hundred; a longer file is two
+
+# Ratchets: what was reached. They may fall, not rise.
+ARGUMENTS = 16
+FACADE = 50
+FILES_AT_MOST = 175
+USED_ONCE = 0.21  # share of functions that are private helpers with one use
+DEFINED_TWICE = 36  # public names that two modules define
 
 FILES = sorted(SOURCE.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text()) for path in FILES}
 
 
 def imports(path: Path) -> set[str]:
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(TREES[path]):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -60,16 +75,20 @@ def room_of(path: Path) -> str | None:
     return parts[0] if len(parts) > 1 else None
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
-def test_rooms_import_only_what_they_may(path: Path) -> None:
-    room = room_of(path)
-    if room is None:
-        return
-    for name in imports(path):
-        if name.startswith("ockham."):
-            other = name.split(".")[1]
-            assert other in ROOMS[room] | BASE | {room}, f"{room} may not import {name}"
-        assert name not in FORBIDDEN.get(room, set()), f"{room} may not import {name}"
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_rooms_import_only_what_they_may(room: str) -> None:
+    for path in FILES:
+        if room_of(path) != room:
+            continue
+        for name in imports(path):
+            if name.startswith("ockham."):
+                other = name.split(".")[1]
+                assert other in ROOMS[room] | BASE | {room}, f"{path}: {room} may not import {name}"
+            assert name not in FORBIDDEN.get(room, set()), f"{path}: {room} may not import {name}"
+
+
+def test_every_room_is_in_the_plan() -> None:
+    assert {room_of(path) for path in FILES} - {None} <= set(ROOMS)
 
 
 def test_the_plan_of_rooms_has_no_cycle() -> None:
@@ -80,16 +99,20 @@ def test_the_plan_of_rooms_has_no_cycle() -> None:
         order += free
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
-def test_files_are_of_reading_size_and_named_by_subject(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= LINES
-    assert path.stem not in {"utils", "helpers", "misc", "common", "other"}
+def test_files_are_of_reading_size_and_named_by_subject() -> None:
+    long = {str(p.relative_to(SOURCE)): n for p in FILES if (n := len(p.read_text().splitlines())) > LINES}
+    assert not long
+    assert not {p.stem for p in FILES} & {"utils", "helpers", "misc", "common", "other"}
+    assert len(FILES) <= FILES_AT_MOST
 
 
 def test_nothing_loads_pickles() -> None:
     for path in FILES:
+        for node in ast.walk(TREES[path]):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords), path
         text = path.read_text()
-        for call in ("import pickle", "pickle.load", "torch.load(", "allow_pickle=True", "yaml.load("):
+        for call in ("import pickle", "pickle.load", "allow_pickle=True", "yaml.load("):
             assert call not in text, f"{path}: {call}"
 
 
@@ -109,7 +132,7 @@ def test_importing_ockham_loads_nothing_heavy_and_changes_nothing() -> None:
 def test_the_facade_is_sorted_documented_and_small() -> None:
     public = [n for n in ockham.__all__ if n != "__version__"]
     assert sorted(public) == sorted(set(public))
-    assert len(public) <= 75
+    assert len(public) <= FACADE
     for name in public:
         thing = getattr(ockham, name)
         if inspect.isclass(thing) or inspect.isfunction(thing):
@@ -117,9 +140,47 @@ def test_the_facade_is_sorted_documented_and_small() -> None:
 
 
 def test_everything_public_in_a_module_is_documented() -> None:
-    for path in FILES:
-        tree = ast.parse(path.read_text())
+    for path, tree in TREES.items():
         assert ast.get_docstring(tree), f"{path} has no docstring"
         for node in tree.body:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
                 assert ast.get_docstring(node), f"{path}: {node.name} has no docstring"
+
+
+def test_public_names_are_defined_once() -> None:
+    places: dict[str, set[Path]] = defaultdict(set)
+    for path, tree in TREES.items():
+        for node in tree.body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            names = [t.id for t in targets if isinstance(t, ast.Name)]
+            names += [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
+            for name in names:
+                if not name.startswith("_"):
+                    places[name].add(path)
+    twice = {name: [str(p.relative_to(SOURCE)) for p in where] for name, where in places.items() if len(where) > 1}
+    assert len(twice) <= DEFINED_TWICE, twice
+
+
+def test_functions_take_few_arguments_and_helpers_are_shared() -> None:
+    functions, once = 0, 0
+    for path, tree in TREES.items():
+        text = path.read_text()
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            functions += 1
+            count = len(node.args.args) + len(node.args.kwonlyargs) + len(node.args.posonlyargs)
+            assert count <= ARGUMENTS, f"{path}: {node.name} takes {count}"
+            helper = node.name.startswith("_") and not node.name.startswith("__") and not node.decorator_list
+            once += helper and len(re.findall(rf"(?<!\w){re.escape(node.name)}\b", text)) <= 2
+    assert once / functions <= USED_ONCE, f"{once} of {functions} functions are private helpers used once"
+
+
+def test_old_import_paths_still_answer() -> None:
+    from ockham.moved import MOVED, _MovedModule
+
+    for old in MOVED:
+        module = __import__(f"ockham.{old}", fromlist=["x"])
+        assert isinstance(module, _MovedModule) or (SOURCE / (old.replace(".", "/") + ".py")).exists(), old
+        for name in getattr(module, "__all__", ()):
+            getattr(module, name)

@@ -1,74 +1,60 @@
-"""Ockham: smaller PyTorch networks by model evidence, with no threshold to tune."""
+"""Ockham: smaller PyTorch networks by model evidence, with no threshold to tune.
+
+What a user types is here. Priors, rules, prices and errors for those who extend live in their rooms (docs: API) and
+are also found as attributes of this package.
+"""
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
 from ockham.choose.planning import plan
-from ockham.choose.prices import FlatPrice, LearnedRate, PerMac, PerMillisecond, PerParameter, Structures
-from ockham.choose.rules import BudgetRule, EvidenceRule, LearnedOddsRule, Rounds
-from ockham.choose.score import by_magnitude, by_random, by_snr, diagnose, score
-from ockham.choose.units import units_of
+from ockham.choose.prices import Structures
+from ockham.choose.rules import BudgetRule, EvidenceRule, Rounds
+from ockham.choose.score import diagnose, score
+from ockham.core.batch import Batch
 from ockham.core.likelihood import Classification, Loss, Regression
-from ockham.core.posterior import Gaussian, Posterior, load_posterior
-from ockham.errors import DataError, NonFiniteLossError, OckhamError, OckhamWarning, ResultError, TraceError
+from ockham.core.posterior import Posterior, load_posterior
+from ockham.errors import DataError, OckhamError, OckhamWarning, TraceError
 from ockham.fit.ivon import IVON
 from ockham.fit.mean_field import MeanField
-from ockham.fit.point import PointEstimate
-from ockham.fit.predict import Prediction, RegressionPrediction, predict, predict_regression, refresh_batchnorm
-from ockham.fit.priors import EmpiricalBayes, FixedPrior, GroupHorseshoe, GroupScale, LayerScale
+from ockham.fit.predict import Prediction, predict, predict_regression, refresh_batchnorm
+from ockham.fit.priors import FixedPrior
 from ockham.methods.adapters import from_ivon, from_laplace, from_moments, from_swag
+from ockham.methods.blocks.prune import prune
 from ockham.methods.gates.attach import Gates, attach_gates
-from ockham.methods.horseshoe import horseshoe
-from ockham.methods.laplace.full import Correlated
 from ockham.methods.laplace.one_shot import compensate, laplace, reduce
 from ockham.methods.spike_slab.audit import audit
-from ockham.methods.spike_slab.inclusion import MedianRule, inclusion
+from ockham.methods.spike_slab.inclusion import inclusion
 from ockham.methods.spike_slab.optimizer import SpikeSlab
-from ockham.methods.spike_slab.priors import FixedSpikeSlab, LearnedSpikeSlab
 from ockham.moved import install as _install_moved
 from ockham.run.compression import Compression, compress
 from ockham.run.engine import Compressed
-from ockham.run.estimators import Training, defaults_for, point_estimate
+from ockham.run.estimators import Training
 from ockham.run.result import load, save_pretrained
-from ockham.surgery import Plan, export, mask, random_plan, shrink, trace, verify
+from ockham.surgery import Plan, export, mask, shrink, trace, verify
 from ockham.version import __version__
 
 __all__ = [
     "IVON",
+    "Batch",
     "BudgetRule",
     "Classification",
     "Compressed",
     "Compression",
-    "Correlated",
     "DataError",
-    "EmpiricalBayes",
     "EvidenceRule",
     "FixedPrior",
-    "FixedSpikeSlab",
-    "FlatPrice",
     "Gates",
-    "Gaussian",
-    "GroupHorseshoe",
-    "GroupScale",
-    "LayerScale",
-    "LearnedOddsRule",
-    "LearnedRate",
-    "LearnedSpikeSlab",
     "Loss",
     "MeanField",
-    "MedianRule",
-    "NonFiniteLossError",
     "OckhamError",
     "OckhamWarning",
-    "PerMac",
-    "PerMillisecond",
-    "PerParameter",
     "Plan",
-    "PointEstimate",
     "Posterior",
     "Prediction",
     "Regression",
-    "RegressionPrediction",
-    "ResultError",
     "Rounds",
     "SpikeSlab",
     "Structures",
@@ -77,37 +63,67 @@ __all__ = [
     "__version__",
     "attach_gates",
     "audit",
-    "by_magnitude",
-    "by_random",
-    "by_snr",
     "compensate",
     "compress",
-    "defaults_for",
     "diagnose",
     "export",
     "from_ivon",
     "from_laplace",
     "from_moments",
     "from_swag",
-    "horseshoe",
     "inclusion",
     "laplace",
     "load",
     "load_posterior",
     "mask",
     "plan",
-    "point_estimate",
     "predict",
     "predict_regression",
-    "random_plan",
+    "prune",
     "reduce",
     "refresh_batchnorm",
     "save_pretrained",
     "score",
     "shrink",
     "trace",
-    "units_of",
     "verify",
 ]
+
+_ROOMS = {
+    "FixedSpikeSlab": "methods.spike_slab.priors",
+    "MedianRule": "methods.spike_slab.inclusion",
+    "PerMac": "choose.prices",
+    "random_plan": "surgery",
+    "Gaussian": "core.posterior",
+    "FlatPrice": "choose.prices",
+    "LearnedRate": "choose.prices",
+    "PerMillisecond": "choose.prices",
+    "PerParameter": "choose.prices",
+    "LearnedOddsRule": "choose.rules",
+    "by_magnitude": "choose.score",
+    "by_random": "choose.score",
+    "by_snr": "choose.score",
+    "units_of": "choose.units",
+    "NonFiniteLossError": "errors",
+    "ResultError": "errors",
+    "PointEstimate": "fit.point",
+    "RegressionPrediction": "fit.predict",
+    "EmpiricalBayes": "fit.priors",
+    "GroupHorseshoe": "fit.priors",
+    "GroupScale": "fit.priors",
+    "LayerScale": "fit.priors",
+    "horseshoe": "methods.horseshoe",
+    "Correlated": "methods.laplace.full",
+    "LearnedSpikeSlab": "methods.spike_slab.priors",
+    "defaults_for": "run.estimators",
+    "point_estimate": "run.estimators",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'ockham' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ockham.{_ROOMS[name]}"), name)
+
 
 _install_moved()

@@ -32,7 +32,7 @@ MOVED: dict[str, str] = {
     "posterior.adam": "fit.adam",
     "posterior.adapters": "methods.adapters",
     "posterior.arena": "fit.memory",
-    "posterior.checks": "fit.optimizer",
+    "posterior.checks": "fit.checks",
     "posterior.curvature": "methods.laplace.curvature",
     "posterior.full": "methods.laplace.full",
     "posterior.gates": "methods.gates.noise",
@@ -50,7 +50,7 @@ MOVED: dict[str, str] = {
     "posterior.predict": "fit.predict",
     "posterior.priors": "fit.priors",
     "posterior.propagation": "methods.spike_slab.propagation",
-    "posterior.settings": "fit.optimizer",
+    "posterior.settings": "fit.checks",
     "posterior.slab_priors": "methods.spike_slab.priors",
     "posterior.slab_updates": "methods.spike_slab.optimizer",
     "posterior.slicing": "fit.memory",
@@ -80,6 +80,22 @@ MOVED: dict[str, str] = {
     "report.measure": "run.measure",
     "report.shift": "run.shift",
     "report.words": "report.page",
+    "surgery.attention": "surgery.resizing",
+    "surgery.attributes": "surgery.resizing",
+    "surgery.checking": "surgery.tracing",
+    "surgery.configs": "surgery.shrinking",
+    "surgery.emptied": "surgery.folding",
+    "surgery.execution": "surgery.exporting",
+    "surgery.grouping": "surgery.groups",
+    "surgery.planning": "surgery.groups",
+    "surgery.rules": "surgery.ops",
+    "surgery.rules_layers": "surgery.ops.layers",
+    "surgery.rules_pointwise": "surgery.ops.pointwise",
+    "surgery.rules_product": "surgery.ops.pointwise",
+    "surgery.rules_recurrent": "surgery.ops.layers",
+    "surgery.rules_shape": "surgery.ops.shape",
+    "surgery.sites": "surgery.labels",
+    "surgery.verifying": "surgery.shrinking",
     "surgery.budgets": "choose.budgets",
     "surgery.choosing": "choose.planning",
     "surgery.correlated": "choose.planning",
@@ -128,10 +144,11 @@ _RENAMED: dict[str, dict[str, str]] = {
     "workflow.gate_settings": {"Budget": "ParameterBudget"},
     "workflow.result": {"layers": "layer_rows"},
 }
-_ROOMS = frozenset({"files", "posterior", "reduction", "workflow"})  # packages that are no more
+_ROOMS = {"files": "core", "posterior": "fit", "reduction": "choose", "workflow": "run"}
+"""Packages that are no more, and those that have most of their contents now."""
 
 
-class _Moved(ModuleType):
+class _MovedModule(ModuleType):
     """Answers for a module of an earlier version out of the one that has its contents now."""
 
     def __getattr__(self, name: str) -> Any:
@@ -158,17 +175,22 @@ class _Finder(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self, is_package=old in _ROOMS)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return _Moved(spec.name)
+        return _MovedModule(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
         old = module.__name__.removeprefix("ockham.")
+        if old in _ROOMS:
+            module.__file__ = importlib.import_module(f"ockham.{_ROOMS[old]}").__file__
         if old in MOVED:
             places = MOVED[old].split()
-            every = [n for place in places for n in importlib.import_module(f"ockham.{place}").__all__]
+            every = [n for p in places for n in getattr(importlib.import_module(f"ockham.{p}"), "__all__", ())]
             vars(module).update(__all__=every)
 
 
 def install() -> None:
     """Let old import paths be found; once is enough."""
+    from ockham.choose.planning import plan
+
+    vars(sys.modules["ockham.surgery"])["plan"] = plan  # what was public there, too
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())

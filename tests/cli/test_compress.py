@@ -54,7 +54,7 @@ def test_the_folder_it_leaves(ockham, tmp_path: Path) -> None:
     names = {p.name for p in (tmp_path / "r").iterdir()}
     assert names == {
         "network.safetensors", "posterior.safetensors", "metrics.json", "history.json", "analysis.json",
-        "result.json", "report.html",
+        "result.json", "report.html", "manifest.json",
     }  # fmt: skip
     metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
     for side in ("before", "after", "mean_network"):
@@ -76,7 +76,8 @@ def test_verbs_on_a_result(ockham, tmp_path: Path) -> None:
     evaluated = ockham("evaluate", "r")
     assert f"{metrics['after']['accuracy']:.4f}" in evaluated.stdout, evaluated.stderr
     (tmp_path / "r" / "report.html").unlink()
-    assert ockham("report", "r").returncode == 0
+    done = ockham("report", "r")
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "r" / "report.html").stat().st_size > 10_000
 
 
@@ -148,13 +149,13 @@ def test_tensorboard_scalars(ockham, tmp_path: Path) -> None:
         (("--device", "cuda:7"), "not on this machine"),
         (("--device", "toaster"), "--device toaster"),
         (("--ignore", "nope"), "ignore entry 'nope' matches no parameter"),
-        (("--weights", "missing.safetensors"), "--weights missing.safetensors: not readable"),
+        (("--weights", "missing.safetensors"), "missing.safetensors: missing, no such file"),
         (("--config", "missing.toml"), "--config missing.toml: not readable"),
         (("--learning-rate", "-1"), "--learning-rate must be positive"),
         (("--log-odds", "1", "--keep-share", "0.1"), "--log-odds and --cap need --rule evidence"),
         (("--cap", "0.5", "--rule", "learned-odds"), "--log-odds and --cap need --rule evidence"),
         (("--cap", "1.5"), "cap is a share of the living weights"),
-        (("--method", "bmrs", "--cap", "0.5"), "--method bmrs does not use --cap: drop them"),
+        (("--method", "bmrs", "--cap", "0.5"), "--method bmrs does not use --cap: drop it"),
         (("--method", "spike-slab", "--cap", "0.5"), "--method spike-slab does not use --cap"),
         (("--first-round", "1.5"), "--first-round is a share of the epochs, 0 to 0.9; got 1.5"),
         (("--round-to", "8"), "add --structure"),
@@ -183,7 +184,9 @@ def test_an_unwritable_folder_fails_before_training(ockham, tmp_path: Path) -> N
 def test_unknown_keys_of_a_toml_file_are_listed(ockham, tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text("epoch = 3\n")
     done = ockham("compress", "--config", "c.toml", "--out", "r")
-    assert done.returncode == 2 and "unknown keys epoch; known are" in " ".join(done.stderr.split())
+    assert done.returncode == 2 and "unknown keys epoch (did you mean epochs?); known are" in " ".join(
+        done.stderr.split()
+    )
     (tmp_path / "c.toml").write_text('epochs = "3"\n')
     done = ockham("compress", "--config", "c.toml", "--out", "r")
     assert done.returncode == 2 and "epochs should be" in done.stderr

@@ -13,8 +13,9 @@ from ockham.cli.app import app
 from ockham.cli.build import build_job
 from ockham.cli.options import Options
 from ockham.errors import OckhamError, ResultError
-from ockham.methods.gates.report import write_gate_report
-from ockham.run.job import CHECKPOINT
+from ockham.methods.gates.report import gate_sections
+from ockham.report.html import write_report
+from ockham.run.schema import read_result
 
 FAST = {"method": "bmrs", "epochs": 4, "baseline": False, "quiet": True, "temperature": 300.0, "learning_rate": 2e-2}
 
@@ -33,7 +34,8 @@ def folder(tmp_path_factory):
 
 def test_the_folder_is_complete_and_loads(folder):
     names = {p.name for p in folder.iterdir()}
-    assert names == {"metrics.json", "gates.json", "result.json", "network.safetensors", "plan.json", "report.html"}
+    told = {"metrics.json", "history.json", "analysis.json", "structure.json", "gates.json", "result.json"}
+    assert names == {*told, "network.safetensors", "plan.json", "report.html", "manifest.json"}
     metrics = json.loads((folder / "metrics.json").read_text())
     small = ockham.load(folder)
     assert sum(p.numel() for p in small.parameters()) == metrics["after"]["parameters"]
@@ -52,7 +54,7 @@ def test_the_report_shows_gates_evidence_widths_and_curves(folder):
     ):
         assert part in text
     assert "<script" not in text and "http" not in text.replace("http-equiv", "")
-    assert write_gate_report(folder).read_text() == text
+    assert write_report(folder, gate_sections).read_text() == text
     assert "Tempered" in text
     out = CliRunner().invoke(app, ["report", str(folder)])
     assert out.exit_code == 0 and (folder / "report.html").read_text() == text
@@ -71,11 +73,11 @@ def test_the_folder_is_evaluated_and_inspected(folder):
 
 
 def test_a_damaged_folder_is_refused(folder, tmp_path):
-    for name in ("metrics.json", "gates.json", "result.json"):
+    for name in ("metrics.json", "history.json", "analysis.json", "structure.json", "gates.json", "result.json"):
         (tmp_path / name).write_text((folder / name).read_text())
     (tmp_path / "gates.json").write_text('{"schema": 1, "rule": "n"}')
-    with pytest.raises(ResultError, match="damaged"):
-        write_gate_report(tmp_path)
+    with pytest.raises(ResultError, match=r"gates\.json"):
+        read_result(tmp_path)
 
 
 def test_interrupted_and_resumed_ends_the_same(tmp_path):
@@ -85,11 +87,11 @@ def test_interrupted_and_resumed_ends_the_same(tmp_path):
     for info in job.run():
         if info.epoch == 3:
             break
-    assert (parts / CHECKPOINT).exists()
+    assert (parts / "checkpoint.safetensors").exists()
     run(parts, resume=True)
     one, other = (ockham.load(p).state_dict() for p in (whole, parts))
     assert all(torch.equal(one[k], other[k]) for k in one)
-    job = build_job(Options(out=str(parts), **FAST), "test")
+    job = build_job(Options(out=str(parts), overwrite=True, **FAST), "test")
     next(iter(job.run()))
     with pytest.raises(OckhamError, match="belongs to another job"):
         run(parts, resume=True, rule="u8")

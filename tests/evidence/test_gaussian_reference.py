@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import random
 
+import mpmath
 import numpy as np
 import pytest
 import scipy.integrate
 import torch
 
+from ockham.errors import OckhamError
+from ockham.evidence import gaussian
 from ockham.evidence.gaussian import delta_f, delta_f_dense, delta_f_rows, reduced_posterior, survivors
 
 DTYPES = [(torch.float64, 1e-12), (torch.float32, 1e-4)]
@@ -35,6 +39,79 @@ def test_narrower_prior_against_reference(reference, dtype, tolerance):
     assert got.dtype is dtype
     for case, value in zip(cases, got.tolist(), strict=True):
         assert abs(value - float(case["delta_f"])) <= tolerance * scale(case), case
+
+
+def documented_scale(m, p, p0, p1, m0, m1):
+    """What the rounding error is stated in, with 60 digits (module docstring of `ockham.evidence.gaussian`)."""
+    pt, away, shift = p + p1 - p0, abs(m1 - m), abs(m1 - m0)
+    quadratic = p * abs(p1 - p0) * away**2 + p0 * shift * (p * (away + abs(m0 - m)) + p1 * shift)
+    return abs(mpmath.log(p / p0)) / 2 + abs(mpmath.log(p1 / pt)) / 2 + quadratic / pt / 2 + 1
+
+
+def exact(m, p, p0, p1, m0, m1):
+    pt = p + p1 - p0
+    quadratic = p * (p1 * (m1 - m) ** 2 - p0 * (m0 - m) ** 2) - p0 * p1 * (m1 - m0) ** 2
+    return mpmath.log(p * p1 / (p0 * pt)) / 2 - quadratic / pt / 2
+
+
+def random_case(rng, wider):
+    p0 = 10 ** rng.uniform(-3, 3)
+    p = p0 * 10 ** rng.uniform(-1, 4)
+    p1 = p0 * (1 - 10 ** rng.uniform(-12, 0)) if wider else p0 * 10 ** rng.uniform(0, 6)
+    if wider and rng.random() < 0.4:
+        p = (p0 - p1) * (1 + 10 ** rng.uniform(-12, 0))  # hardly any precision is left
+    means = (rng.gauss(0, 1) * p0**-0.5 * 10 ** rng.uniform(-2, 0.5) if rng.random() < 0.5 else 0.0 for _ in range(2))
+    return (rng.gauss(0, 3) * p**-0.5, p, p0, p1, *means)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("wider", [False, True])
+def test_the_documented_error_holds_against_60_digits(dtype, wider):
+    rng = random.Random(1)
+    rows = torch.tensor([random_case(rng, wider) for _ in range(1500)], dtype=torch.float64).to(dtype)
+    with mpmath.workdps(60):
+        cases = [[mpmath.mpf(v) for v in row] for row in rows.double().tolist()]
+        proper = [c[1] + c[3] - c[2] > 0 and c[3] > 0 for c in cases]
+        cases = [c for c, fits in zip(cases, proper, strict=True) if fits]
+        got = delta_f(*rows[torch.tensor(proper)].T).double().tolist()
+        errors = [abs(g - exact(*c)) / documented_scale(*c) for g, c in zip(got, cases, strict=True)]
+    assert len(errors) > 1000 and float(max(errors)) < 4 * torch.finfo(dtype).eps
+
+
+def test_the_domain_is_decided_by_the_sum_without_loss():
+    p0, p1 = 282.0260620117187500, 0.1158475279808044
+    low, high = torch.tensor([281.910217285156, 281.91], dtype=torch.float64)  # just inside of it, just outside
+    assert math.isfinite(float(delta_f(torch.zeros((), dtype=torch.float64), low, p0, p1)))
+    with pytest.raises(OckhamError, match="improper"):
+        delta_f(torch.zeros((), dtype=torch.float64), high, p0, p1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_pieces_are_the_elementwise_formula(dtype, monkeypatch):
+    """Odd sizes, precisions far below and far above the prior, a spike elsewhere: as each element by itself."""
+    g = torch.Generator().manual_seed(0)
+    m, p = torch.randn(3, 37, generator=g).to(dtype), (10 ** (8 * torch.rand(3, 37, generator=g) - 4)).to(dtype)
+    monkeypatch.setattr(gaussian, "_AT_ONCE", 7)
+    for more in ({}, {"prior_mean": 0.3, "reduced_mean": -0.2}, {"reduced_mean": torch.linspace(0, 1, 37).to(dtype)}):
+        got = delta_f(m, p, 0.7, **more)
+        with mpmath.workdps(40):
+            for at in range(0, 111, 5):
+                values = [mpmath.mpf(float(t.expand(3, 37).reshape(-1)[at])) for t in (m, p)]
+                m0, m1 = (
+                    mpmath.mpf(float(torch.as_tensor(more.get(k, 0.0), dtype=dtype).expand(3, 37).reshape(-1)[at]))
+                    for k in ("prior_mean", "reduced_mean")
+                )
+                p0 = mpmath.mpf(float(torch.tensor(0.7, dtype=dtype)))
+                want = mpmath.log(values[1] / p0) / 2 - values[1] * (values[0] - m1) ** 2 / 2 + p0 * (m1 - m0) ** 2 / 2
+                size = (
+                    1
+                    + abs(mpmath.log(values[1] / p0)) / 2
+                    + values[1] * (values[0] - m1) ** 2 / 2
+                    + p0 * (m1 - m0) ** 2
+                )
+                assert abs(float(got.reshape(-1)[at]) - want) < 4 * torch.finfo(dtype).eps * size
+    with pytest.raises(OckhamError, match="precision must be positive"):
+        delta_f(m, p.index_fill(1, torch.tensor([30]), 0.0), 0.7)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)

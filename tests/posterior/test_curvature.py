@@ -9,11 +9,14 @@ import torch
 from torch import nn
 
 from ockham import laplace
+from ockham.core.batch import Batch
+from ockham.core.likelihood import Classification
+from ockham.core.objective import Objective
 from ockham.errors import DataError, OckhamError, OckhamWarning
 from ockham.evidence.gaussian import delta_f_dense
 from ockham.evidence.kronecker import covariance, delta_f_kronecker_rows
 from ockham.methods.laplace import taps
-from ockham.methods.laplace.curvature import ExampleGradients, monte_carlo_classification
+from ockham.methods.laplace.curvature import ExampleGradients, Score
 
 F64 = torch.float64
 P0, NOISE = 2.0, 0.5
@@ -107,12 +110,12 @@ def test_monte_carlo_ggn_of_a_classifier_is_the_exact_one_on_average():
 
 
 def test_vmap_and_single_examples_agree():
-    net, score = classifier(), monte_carlo_classification()
+    net, score = classifier(), Score(Objective(Classification()))
     x, y = torch.randn(7, 4, dtype=F64), torch.tensor([0, 1, 2, 0, 1, 2, 0])
-    fast = ExampleGradients(net, ["0.weight", "2.bias"], score.nll)
-    slow = ExampleGradients(net, ["0.weight", "2.bias"], score.nll)
+    fast = ExampleGradients(net, ["0.weight", "2.bias"], score)
+    slow = ExampleGradients(net, ["0.weight", "2.bias"], score)
     slow._one_by_one = True
-    for a, b in zip(fast.chunks(x, y), slow.chunks(x, y), strict=True):
+    for a, b in zip(fast.chunks(Batch((x,), {}, y)), slow.chunks(Batch((x,), {}, y)), strict=True):
         assert a.keys() == b.keys()
         for name in a:
             torch.testing.assert_close(a[name], b[name])

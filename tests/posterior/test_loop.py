@@ -140,7 +140,7 @@ def test_schedulers_set_the_learning_rate(toy, snapshot):
     toy.step(net, opt)
     for name, p in net.named_parameters():
         torch.testing.assert_close(p, before[name], rtol=1e-6, atol=1e-9)
-    if toy.method is MeanField:  # the spread of IVON is an average, not a step
+    if toy.contract.spread_is_stepped:  # that of IVON is an average
         torch.testing.assert_close(opt.posterior()["0.bias"].std, std, rtol=1e-6, atol=0)
 
 
@@ -206,6 +206,10 @@ def test_deepcopied_or_compiled_callers_see_ordinary_parameters(toy):
         ("n_data", 0),
         ("n_data", -5),
         ("n_data", math.nan),
+        ("n_data", "many"),
+        ("prior_mean", torch.zeros(2)),
+        ("prior_mean", math.nan),
+        ("prior_variance", -1.0),
         ("lr", 0.0),
         ("eps", -1e-8),
         ("initial_std", 0.0),
@@ -219,18 +223,20 @@ def test_deepcopied_or_compiled_callers_see_ordinary_parameters(toy):
 )
 def test_settings_out_of_range_are_named(toy, option, bad):
     net = toy.net()
-    with pytest.raises(OckhamError, match=rf"MeanField: {option}"):
-        MeanField(net.named_parameters(), **{"n_data": 10, option: bad})
+    if option not in toy.contract.options:
+        pytest.skip("no such option")
+    with pytest.raises(OckhamError, match=rf"{toy.method.__name__}: {option}"):
+        toy.method(net.named_parameters(), **{"n_data": 10, option: bad})
     if option != "n_data":
-        with pytest.raises(OckhamError, match=rf"MeanField: {option}"):
-            MeanField([{"params": list(net.named_parameters()), option: bad}], n_data=10)
+        with pytest.raises(OckhamError, match=rf"{toy.method.__name__}: {option}"):
+            toy.method([{"params": list(net.named_parameters()), option: bad}], n_data=10)
 
 
 def test_a_bad_group_is_not_added(toy):
     net, opt = toy.train(1)
     extra = torch.nn.Parameter(torch.ones(2))
     for group, message in (
-        ({"params": [("extra", extra)], "initial_std": -1.0}, "initial_std"),
+        ({"params": [("extra", extra)], "lr": -1.0}, "lr"),
         ({"params": [("0.weight", extra)]}, "names must differ"),
         ({"params": [("extra", torch.nn.Parameter(torch.ones(2, dtype=torch.half)))]}, "torch.float16"),
     ):
@@ -243,7 +249,7 @@ def test_a_bad_group_is_not_added(toy):
 
 def test_parameters_need_names(toy):
     with pytest.raises(OckhamError, match="named_parameters"):
-        MeanField(toy.net().parameters(), n_data=10)
+        toy.over(toy.net().parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.complex64])
@@ -255,7 +261,7 @@ def test_parameters_too_short_for_noise_are_refused_with_a_way_out(dtype):
 
 def test_sparse_gradients_are_refused_before_anything_moves(toy, snapshot):
     net = torch.nn.ModuleDict({"lin": torch.nn.Linear(3, 1), "emb": torch.nn.Embedding(4, 3, sparse=True)})
-    opt = MeanField(net.named_parameters(), n_data=10)
+    opt = toy.over(net.named_parameters())
     with opt.sampled():
         net["lin"](net["emb"](torch.tensor([1, 2]))).sum().backward()
     before = snapshot(net)
@@ -264,7 +270,7 @@ def test_sparse_gradients_are_refused_before_anything_moves(toy, snapshot):
     assert snapshot.same(net, before) and len(opt.posterior()) == 0  # not half a step
 
 
-def test_embeddings_attention_and_recurrence_train():
+def test_embeddings_attention_and_recurrence_train(toy):
     class Net(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -277,7 +283,7 @@ def test_embeddings_attention_and_recurrence_train():
             return self.recur(self.attend(h, h, h, need_weights=False)[0])[0] @ self.embed.weight.T
 
     net = Net()
-    opt = MeanField(net.named_parameters(), n_data=100, prior=FixedPrior(0.5))
+    opt = toy.over(net.named_parameters(), prior=FixedPrior(0.5))
     for _ in range(2):
         opt.zero_grad()
         with opt.sampled():

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from ockham.errors import OckhamError
-from ockham.fit.mean_field import MeanField
 from ockham.fit.priors import EmpiricalBayes, FixedPrior, LayerScale
 
 KEEP = {"0.weight": torch.arange(30).view(6, 5) % 4 > 0, "2.bias": torch.tensor([True, False])}
@@ -74,10 +73,11 @@ def test_state_survives_float64_and_a_scheduler(toy64, tmp_path):
 
 @pytest.mark.parametrize("prior", [FixedPrior(0.3), LayerScale(0.5, 3.0, 2.0), EmpiricalBayes(0.4, 0.2)])
 def test_priors_are_part_of_the_state(toy, tmp_path, prior):
+    ((option, value),) = toy.contract.translated({"prior": prior}).items()
     net, opt = toy.train(2, prior=prior)
     _, other = restart(toy, net, opt, tmp_path / "state.pt", prior=FixedPrior(7.0))
-    assert other.param_groups[0]["prior"] == prior
-    assert isinstance(opt.param_groups[0]["prior"], type(prior))  # saving changes nothing here
+    assert other.param_groups[0][option] == value
+    assert isinstance(opt.param_groups[0][option], type(value))  # saving changes nothing here
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,8 @@ class Own(FixedPrior):
 
 
 def test_a_users_prior_is_restored_by_an_optimizer_that_has_it_and_refused_by_others(toy, tmp_path):
+    if toy.contract.prior is not None:
+        pytest.skip("takes no such prior")
     net, opt = toy.train(2, prior=Own(0.2))
     _, other = restart(toy, net, opt, tmp_path / "state.pt", prior=Own())
     assert other.param_groups[0]["prior"] == Own(0.2)
@@ -116,21 +118,22 @@ def test_start_from_takes_mean_std_and_removal(toy):
     new, other = toy.make(seed=5)
     other.start_from(posterior)
     for name, p in new.named_parameters():
-        assert torch.equal(p, posterior[name].mean)
+        torch.testing.assert_close(p.detach(), posterior[name].expected, rtol=1e-5, atol=1e-6)
     toy.step(new, other)
     assert all(torch.equal(other.keep()[n], g.keep) for n, g in posterior.items())
-    fresh = MeanField(toy.net(3).named_parameters(), n_data=200, lr=1e-9)
+    net, fresh = toy.make(3, lr=1e-9)
     fresh.start_from(posterior)
-    net3 = {n: p for g in fresh.param_groups for n, p in zip(g["param_names"], g["params"], strict=True)}
     with fresh.sampled():
-        sum(p.sum() for p in net3.values()).backward()
+        (0 * toy.loss(net)).backward()
     fresh.step()
-    for name, g in fresh.posterior().items():
-        torch.testing.assert_close(g.std, posterior[name].std, rtol=1e-5, atol=0)
+    if toy.contract.takes_spread:
+        for name, g in fresh.posterior().items():
+            tolerance = 1e-5 if toy.contract.spread_is_stepped else 2e-2
+            torch.testing.assert_close(g.std, posterior[name].std, rtol=tolerance, atol=0)
 
 
 def test_start_from_refuses_what_does_not_fit(toy):
     _, opt = toy.train(1)
-    other = MeanField([("0.weight", torch.nn.Parameter(torch.ones(2, 2)))], n_data=10)
+    other = toy.over([("0.weight", torch.nn.Parameter(torch.ones(2, 2)))])
     with pytest.raises(OckhamError, match=r"unknown names \['0.bias'.*other shapes \['0.weight'\]"):
         other.start_from(opt.posterior())

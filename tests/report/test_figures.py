@@ -7,8 +7,22 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
+from ockham.methods.gates import report as gates
 from ockham.report import figures
-from ockham.report.figures import draw
+from ockham.report.canvas import drawing
+from ockham.run.records import (
+    EpochRecord,
+    GateCurve,
+    GateLayer,
+    GatePoint,
+    GateWidths,
+    GroupRecord,
+    LayerRecord,
+    Measures,
+    ReliabilityTable,
+    RoundRecord,
+    ShiftCurve,
+)
 
 
 def texts(svg):
@@ -16,19 +30,30 @@ def texts(svg):
 
 
 def row(name="fc.weight", total=1000, kept=10):
-    return {"name": name, "shape": [10, 100], "total": total, "kept": kept}
+    return LayerRecord(name, (10, 100), total, kept)
 
 
 def epoch(i, share, accuracy=0.9):
-    return {"epoch": i, "loss": 0.3, "accuracy": accuracy, "kept_share": share}
+    return EpochRecord(i, 0.3, accuracy, share)
 
 
 def a_round(i, gain=5.0, energy=-100.0):
-    return {"epoch": i, "removed": 5, "kept_share": 0.5, "delta_f": gain, "nll_cost": 0.0, "free_energy": energy}
+    return RoundRecord(i, 5, 0.5, gain, 0.0, energy)
 
 
-BINS = {"edges": [0.0, 0.5, 1.0], "confidence": [None, 0.9], "accuracy": [None, 0.8], "count": [0, 10]}
-CURVES = {"severity": [1, 2], "before": None, "after": [0.9, 0.8], "before_ece": None, "after_ece": [0.1, 0.2]}
+def of(parameters=None, size=None):
+    return Measures(parameters=parameters, bytes=size, accuracy=0.95)
+
+
+BINS = ReliabilityTable((0.0, 0.5, 1.0), (None, 0.9), (None, 0.8), (0, 10))
+CURVE = ShiftCurve((1, 2), None, (0.9, 0.8), None, (0.1, 0.2))
+LAYER = GateLayer("fc1.weight:0", (-1.0, -19.0, None), (0.1, 1.0, 0.2), (0.3, 0.0, None), (-50.0, 2.0, None),
+                  (1.0, 2.0, 3.0), (0.0, 1.0, 2.0), (True, False, True), (False, False, True))  # fmt: skip
+RULES = {
+    f"rule {n}": GateCurve(tuple(GatePoint(i, i / 9, of()) for i in range(9)), GatePoint(n, n / 9, of()))
+    for n in range(9)
+}
+WIDTHS = [GateWidths({"a": 9, "b": 5}, i, {"a": 9 - i, "b": 5}) for i in (1, 2)]
 
 ALL = {
     "layers": lambda: figures.layers([row(), row("b", 3, 0)]),
@@ -38,17 +63,22 @@ ALL = {
     "path": lambda: figures.path([epoch(1, 1.0), epoch(2, 0.01)], 0.95, (0.01, 0.94)),
     "reliability_diagram": lambda: figures.reliability_diagram("r", BINS, colour="#2f5fd0", label="x"),
     "coverage": lambda: figures.coverage([0.4, 0.8, 0.9], [0.5, 0.9, 0.95], [0.5, 0.9, 0.95]),
-    "shift": lambda: figures.shift("s", "noise", CURVES, clean={"after": 0.95}),
-    "sizes": lambda: figures.sizes({"parameters": 1000, "bytes": 4000}, {"parameters": 10, "bytes": 200}),
+    "shift": lambda: figures.shift("s", "noise", CURVE, before=None, after=of()),
+    "sizes": lambda: figures.sizes(of(1000, 4000), of(10, 200)),
+    "speed": lambda: figures.speed([(1, 0.0002, 0.0001), (64, 0.004, 0.001)]),
     "width_bars": lambda: figures.width_bars(
-        [{"id": "c.weight:0", "before": 500, "after": 3}, {"id": "d:0", "before": 20, "after": 20}]
+        [GroupRecord("c.weight:0", 500, 3, 1.0), GroupRecord("d:0", 20, 20, None)]
     ),
-    "input_map": lambda: figures.input_map([[0, 1], [3, 0]]),
+    "pixel_map": lambda: figures.pixel_map([[0, 1], [3, 0]]),
+    "gates_figure": lambda: gates.gates_figure("g", LAYER),
+    "evidence_figure": lambda: gates.evidence_figure("e", LAYER),
+    "widths_figure": lambda: gates.widths_figure(WIDTHS)[0],
+    "curve_figure": lambda: gates.curve_figure(RULES)[0],
 }
 
 
 def test_every_figure_is_tested():
-    assert set(ALL) == set(figures.__all__)
+    assert set(ALL) == set(figures.__all__) | {name for name in gates.__all__ if name.endswith("_figure")}
 
 
 @pytest.mark.parametrize("name", sorted(ALL))
@@ -112,13 +142,13 @@ def test_names_are_shortened_and_not_read_as_mathematics():
         lambda: figures.path([epoch(1, 1.0, None)], None, None),
         lambda: figures.histogram("h", [7] + [0] * 59, line=2.5, label="x"),
         lambda: figures.reliability_diagram(
-            "r", {**BINS, "confidence": [None, None], "count": [0, 0]}, colour="#2f5fd0", label="x"
+            "r", ReliabilityTable((0.0, 0.5, 1.0), (None, None), (None, None), (0, 0)), colour="#2f5fd0", label="x"
         ),
         lambda: figures.coverage(None, [0.0, 0.0, 0.0], [0.5, 0.9, 0.95]),
-        lambda: figures.sizes(None, {"parameters": 0}),
-        lambda: figures.sizes({}, {}),
-        lambda: figures.input_map([[0]]),
-        lambda: figures.input_map([[1] * 200] * 3),
+        lambda: figures.sizes(None, of(0)),
+        lambda: figures.sizes(of(), of()),
+        lambda: figures.pixel_map([[0]]),
+        lambda: figures.pixel_map([[1] * 200] * 3),
     ],
 )
 def test_odd_values_draw_without_warnings(make):
@@ -127,7 +157,30 @@ def test_odd_values_draw_without_warnings(make):
 
 
 def test_ids_carry_the_key_and_labels_are_escaped():
-    svg = draw("one", '"><script>', 2.0, lambda figure: figure.add_subplot().plot([0, 1], "o-") and None)
-    assert "<script" not in svg
-    ids = re.findall(r' id="([^"]+)"', svg)
+    with drawing("one", '"><script>', 2.0) as sheet:
+        sheet.figure.add_subplot().plot([0, 1], "o-")
+    assert "<script" not in sheet.svg
+    ids = re.findall(r' id="([^"]+)"', sheet.svg)
     assert ids and all(i.startswith("one-") for i in ids)
+
+
+def test_one_colour_for_each_curve_and_all_in_the_legend():
+    svg, legend = gates.curve_figure(RULES)
+    assert legend == [(f"c{n}", f"rule {n}") for n in range(9)]
+    assert set(re.findall(r"var\(--(c\d)\)", svg)) == {key for key, _ in legend}
+    many = [GateWidths({f"layer{n}": 9 for n in range(14)}, 1, {f"layer{n}": 9 - n % 9 for n in range(14)})]
+    svg, legend = gates.widths_figure(many)
+    assert len(legend) == 10 and set(re.findall(r"var\(--(c\d)\)", svg)) == {key for key, _ in legend}
+    assert ("layer8: 1 of 9" in [text for _, text in legend]) and not any("layer0:" in text for _, text in legend)
+    long = "a.very.long.name." * 8
+    assert gates.widths_figure([GateWidths({long: 2}, 1, {long: 1})])[1] == [("c0", f"{long}: 1 of 2")]
+
+
+def test_many_gates_are_thinned_out_evenly():
+    n = 5000
+    columns = [tuple(map(float, range(-n, 0)))] * 2 + [tuple(map(float, range(n)))] * 4
+    layer = GateLayer("x", *columns, (True,) * n, (False,) * n)
+    for make in (gates.gates_figure, gates.evidence_figure):
+        svg = make("g", layer)
+        assert len(svg) < 200_000 and "5,000" not in svg
+        assert any("4000" in t for t in texts(svg)), "places are those of all gates"

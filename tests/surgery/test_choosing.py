@@ -95,7 +95,7 @@ def dearest_first(
 
     def left(rate: float) -> float:
         prices = {k: torch.full_like(e, rate * costs[k]) for k, e in evidence.items()}
-        return macs_after(model, ockham.surgery.planning.plan_masks(groups, choose_units(evidence, prices).keep), X)
+        return macs_after(model, ockham.surgery.groups.plan_masks(groups, choose_units(evidence, prices).keep), X)
 
     return left
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import ockham
-from ockham.surgery.emptied import plan_unread
-from ockham.surgery.planning import PlanError
+from ockham.surgery.folding import plan_unread
+from ockham.surgery.groups import PlanError
 
 
 def net():

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from ockham.surgery.cost import cost, latency
-from ockham.surgery.execution import CsrLinear, ExecutionError, as_pruned, keep_two_of_four, sparse_linear
+from ockham.surgery.exporting import CsrLinear, ExecutionError, as_pruned, keep_two_of_four, sparse_linear
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
-from ockham.errors import OckhamError, TraceError
+from ockham.errors import OckhamError, OckhamWarning, TraceError
 from ockham.surgery import MismatchError, mask, random_plan, shrink, trace, verify
 
 from .nets import C, Fn, L
@@ -14,15 +16,22 @@ from .nets import C, Fn, L
 X = torch.linspace(-1, 1, 24).reshape(4, 6)
 
 
+def quiet(model, inputs, **more):
+    """Trace a network of which perhaps nothing can be removed, which is worth a warning otherwise."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", OckhamWarning)
+        return trace(model, inputs, **more)
+
+
 def reason(model, inputs, name, dim):
-    groups = trace(model.eval(), inputs)
+    groups = quiet(model.eval(), inputs)
     assert not any(m.name == name and m.dim == dim for g in groups for m in g.members)
     return groups.frozen[(name, dim)]
 
 
-def test_layer_norm_keeps_its_width():
-    net = nn.Sequential(L(6, 8), nn.LayerNorm(8), L(8, 2))
-    assert "layer_norm in 1 normalises" in reason(net, X, "0.weight", 0)
+def test_layer_norm_of_units_that_are_never_zero_keeps_its_width():
+    net = nn.Sequential(L(6, 8), nn.Sigmoid(), nn.LayerNorm(8), L(8, 2))
+    assert "layer_norm in 2 normalises" in reason(net, X, "0.weight", 0)
 
 
 def test_inputs_and_outputs_keep_theirs():
@@ -39,7 +48,7 @@ def test_inputs_and_outputs_keep_theirs():
         (lambda y: torch.cdist(y, y.flip(0)) @ y, "cdist"),
         (lambda y: y.softmax(1), "softmax"),
         (lambda y: y.cumsum(1), "cumsum"),
-        (lambda y: y - y.mean(1, keepdim=True), "mean"),
+        (lambda y: y - y.sigmoid().mean(1, keepdim=True), "mean"),
         (lambda y: y.roll(1, 1), "roll"),
         (lambda y: y * torch.arange(8.0), "fixed size"),
         (lambda y: y[:, torch.tensor([1, 0, 2, 3, 4, 5, 6, 7])], "index"),
@@ -80,12 +89,9 @@ def test_an_unknown_custom_op_freezes_what_it_touches_and_only_that():
     assert "meaning" in groups.frozen[("b.weight", 0)] and "bessel" in groups.frozen[("b.weight", 0)]
 
 
-def test_a_constant_of_the_channel_count_is_caught_by_verify():
+def test_a_constant_of_the_channel_count_is_caught_by_the_trial():
     net = Fn(lambda self, x: self.b(self.a(x) / self.a(x).shape[1]), a=L(6, 8), b=L(8, 2)).eval()
-    groups = trace(net, X)
-    plan = random_plan(groups, 0.5, generator=torch.Generator().manual_seed(0))
-    with pytest.raises(MismatchError, match="differ"):
-        verify(mask(net, plan), shrink(net, plan), X)
+    assert "computes something else" in reason(net, X, "a.weight", 0)
 
 
 def test_unused_parameters_stay():
@@ -97,12 +103,15 @@ def test_unused_parameters_stay():
 def test_ignore_by_name_pattern_and_type():
     net = nn.Sequential(L(6, 8), nn.ReLU(), L(8, 7), nn.ReLU(), L(7, 2))
     assert [g.id for g in trace(net, X, ignore=["0"])] == ["2.weight:0"]
-    assert [g.id for g in trace(net, X, ignore=["re:^2"])] == []
+    assert [g.id for g in quiet(net, X, ignore=["re:^2"])] == []
     assert [g.id for g in trace(net, X, ignore="0.bias")] == ["2.weight:0"]
-    assert len(trace(net, X, ignore=[nn.Linear])) == 0
+    for one in (net[0], net[0].weight):
+        assert [g.id for g in trace(net, X, ignore=[one])] == ["2.weight:0"]
+    assert len(quiet(net, X, ignore=[nn.Linear])) == 0
     assert "ignore" in trace(net, X, ignore=["0"]).frozen[("0.weight", 0)]
-    with pytest.raises(TraceError, match="nobody"):
-        trace(net, X, ignore=["nobody"])
+    for entry in ("nobody", "re:nobody", nn.Conv2d, L(2, 2), "re:("):
+        with pytest.raises(OckhamError, match=r"nobody|Conv2d|Linear|re:\("):
+            trace(net, X, ignore=[entry])
 
 
 def test_data_dependent_control_flow_says_the_way_out():
@@ -119,7 +128,8 @@ def test_inputs_that_do_not_fit():
 
 
 def test_a_network_with_nothing_to_remove():
-    groups = trace(nn.Linear(6, 2), X)
+    with pytest.warns(OckhamWarning, match="0: is an output of the network"):
+        groups = trace(nn.Linear(6, 2), X)
     plan = random_plan(groups, 0.5)
     assert len(groups) == 0 and not plan.removed
     net = nn.Linear(6, 2)
@@ -128,7 +138,7 @@ def test_a_network_with_nothing_to_remove():
 
 def test_a_single_unit_is_not_a_group():
     net = nn.Sequential(L(6, 1), nn.ReLU(), L(1, 2))
-    assert len(trace(net, X)) == 0
+    assert len(quiet(net, X)) == 0
 
 
 def test_verify_names_the_layer_that_differs():
@@ -141,13 +151,12 @@ def test_verify_names_the_layer_that_differs():
         verify(mask(net, plan), small, X)
 
 
-def test_verify_does_not_accept_nan():
+def test_verify_accepts_nan_at_the_same_places_only():
     net = nn.Sequential(L(6, 8), nn.ReLU(), L(8, 2))
     broken = nn.Sequential(L(6, 8), nn.ReLU(), L(8, 2))
     with torch.no_grad():
         broken[2].bias[0] = float("nan")
-    with pytest.raises(MismatchError):
-        verify(broken, broken, X)
+    assert verify(broken, broken, X) == 0.0
     with pytest.raises(MismatchError):
         verify(net, broken, X)
 
@@ -170,7 +179,7 @@ def test_in_place_writes_are_followed_or_frozen():
         return self.b(y)
 
     net = Fn(forward, a=L(6, 8), b=L(8, 2))
-    groups = trace(net, X)
+    groups = quiet(net, X)
     plan = random_plan(groups, 0.5, generator=torch.Generator().manual_seed(0))
     assert verify(mask(net, plan), shrink(net, plan), X) <= 1e-5
 

@@ -138,7 +138,7 @@ def test_a_posterior_is_sliced_with_the_model():
 
 def test_reduced_attention_agrees_with_torch_in_all_its_arguments():
     """All heads kept, `ReducedAttention` is `nn.MultiheadAttention`: masks, weights, layouts."""
-    from ockham.surgery.attention import ReducedAttention
+    from ockham.surgery.refitting import ReducedAttention
 
     torch.manual_seed(0)
     for first in (True, False):

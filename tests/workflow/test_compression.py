@@ -206,7 +206,7 @@ class Exploding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        return self.inner(x) * (math.nan if self.calls > 6 else 1.0)
+        return self.inner(x) * (math.nan if self.calls > 7 else 1.0)
 
 
 def test_a_loss_that_becomes_nan_says_when() -> None:
@@ -220,11 +220,11 @@ def test_bad_data_is_refused() -> None:
         ockham.compress(mlp(), [(x, y + 3 * (y == 2).long())], training=QUICK)
     with pytest.raises(DataError, match="empty"):
         ockham.compress(mlp(), [], training=QUICK)
-    with pytest.raises(DataError, match="needs a length"):
+    with pytest.raises(DataError, match="read only once"):
         ockham.compress(mlp(), iter([(x, y)]), training=QUICK)
     with pytest.raises(DataError, match="integer labels"):
         ockham.compress(mlp(), [(x, y.float())], training=QUICK)
-    with pytest.raises(DataError, match=r"yield pairs"):
+    with pytest.raises(DataError, match=r"floating weight"):
         ockham.compress(mlp(), [(x, y, y)], training=QUICK)
 
 
@@ -258,7 +258,7 @@ def test_prediction_knows_regression_from_classification(tmp_path: Path) -> None
     result = ockham.compress(nn.Linear(4, 1), loader, likelihood="regression", training=QUICK)
     found = result.predict(x, draws=50)
     assert isinstance(found, ockham.RegressionPrediction)
-    assert found.mean.shape == (60, 1) and found.aleatoric == result.noise_variance
+    assert found.mean.shape == (60, 1) and torch.allclose(found.aleatoric.double(), result.noise_variance)
     spread = result.posterior["weight"].std.square() @ x.T.square() + result.posterior["bias"].std.square()
     assert torch.allclose(found.epistemic[:, 0], spread[0], rtol=0.8)
     with pytest.raises(OckhamError, match="use predict_regression"):
@@ -287,5 +287,5 @@ def test_settings_are_checked_at_once() -> None:
 
 def test_inputs_that_do_not_fit_the_network_are_named() -> None:
     x, y = blobs().dataset.tensors
-    with pytest.raises(DataError, match=r"cannot take the data's inputs \(\(200, 5\)\)"):
+    with pytest.raises(DataError, match=r"cannot take the data's inputs, float32 \(200, 5\)"):
         ockham.compress(mlp(), [(x[:, :5], y)], training=QUICK)

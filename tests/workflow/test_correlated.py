@@ -11,9 +11,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ockham
 from ockham.choose.rules import Rule
+from ockham.core.batch import Batch
 from ockham.core.likelihood import Regression
+from ockham.core.objective import Objective
 from ockham.errors import DataError, OckhamError
-from ockham.methods.laplace.curvature import monte_carlo_regression
+from ockham.methods.laplace.curvature import Score
 from ockham.methods.laplace.full import living_curvature, with_marginals
 
 NOISE = 0.25
@@ -47,12 +49,13 @@ def test_the_marginals_of_a_linear_model_are_those_of_its_exact_posterior(temper
     with torch.no_grad():
         net.weight.mul_(keep)
     posterior = diagonal(net, keep, 600, temperature)  # the pass sees half of the data
-    found, terms = living_curvature(net, posterior, [(x[:100], y[:100]), (x[100:], y[100:])],
-                                    monte_carlo_regression(), torch.Generator().manual_seed(0))  # fmt: skip
+    batches = [Batch((x[:100],), {}, y[:100]), Batch((x[100:],), {}, y[100:])]
+    score = Score(Objective(Regression(NOISE**0.5)))
+    found, terms = living_curvature(net, posterior, batches, score, torch.Generator().manual_seed(0))
     assert terms == 300 and found.shape == (5, 5)
     design = torch.cat([x[:, keep[0]], torch.ones(300, 1)], 1).double()
-    torch.testing.assert_close(found, design.T @ design, rtol=1e-5, atol=1e-3)
-    seen = with_marginals(posterior, found, terms, 1 / NOISE)
+    torch.testing.assert_close(found * NOISE, design.T @ design, rtol=1e-5, atol=1e-3)
+    seen = with_marginals(posterior, found, terms)
     covariance = torch.linalg.inv(2 * design.T @ design / (NOISE * temperature) + 2 * torch.eye(5, dtype=torch.float64))
     want = 1 / covariance.diagonal()
     torch.testing.assert_close(seen["weight"].marginal_precision[keep].double(), want[:4], rtol=1e-4, atol=0)
@@ -60,7 +63,7 @@ def test_the_marginals_of_a_linear_model_are_those_of_its_exact_posterior(temper
     assert bool((seen["weight"].marginal_precision[~keep] == torch.inf).all())
     assert torch.equal(seen["weight"].precision, posterior["weight"].precision)
     with pytest.raises(DataError, match="no batches"):
-        living_curvature(net, posterior, [], monte_carlo_regression(), torch.Generator())
+        living_curvature(net, posterior, [], score, torch.Generator())
 
 
 @dataclass

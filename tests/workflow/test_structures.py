@@ -352,7 +352,7 @@ def test_the_command_writes_plan_widths_and_costs(tmp_path: Path) -> None:
     totals = json.loads((tmp_path / "analysis.json").read_text())["layers"]
     assert {r["name"]: r["total"] for r in totals}["fc1.weight"] == 64 * 256
     # the same folder without structures: nothing of the old result stays
-    job = build_job(Options(out=str(tmp_path), epochs=3, baseline=False, draws=3), "test")
+    job = build_job(Options(out=str(tmp_path), epochs=3, baseline=False, draws=3, overwrite=True), "test")
     assert sum(1 for _ in job.run()) == 3
     assert not (tmp_path / "structure.json").exists() and not (tmp_path / "plan.json").exists()
 

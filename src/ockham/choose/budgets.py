@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ockham.choose.prices import Price, UnitCosts, latency_after, macs_after, parameters_after, unit_costs
 from ockham.choose.units import Choice, StructureEvidence, choose_units
-from ockham.surgery.grouping import Groups
-from ockham.surgery.planning import Plan, PlanError, plan_masks
+from ockham.surgery.groups import Groups, Plan, PlanError, plan_masks
 
 __all__ = [
     "Budget",
@@ -60,13 +60,15 @@ class Budget(ABC):
 
 
 class MacBudget(Budget):
-    """Multiply-accumulates of one forward pass on the example inputs."""
+    """Multiply-accumulates of one example, whatever the number of example inputs."""
 
     unit = "multiply-accumulates"
 
     def measure(self, subject: Subject, plan: Plan) -> float:
-        """Counted on fake tensors."""
-        return macs_after(subject.model, plan, subject.example_inputs)
+        """Counted on fake tensors; the first dimension of the first input counts examples."""
+        tensors = (t for t in pytree.tree_leaves(subject.example_inputs) if isinstance(t, Tensor) and t.ndim)
+        rows = next((t.shape[0] for t in tensors), 1)
+        return macs_after(subject.model, plan, subject.example_inputs) / max(1, rows)
 
     def unit_costs(self, subject: Subject, groups: Groups) -> Mapping[str, float]:
         """Multiply-accumulates."""

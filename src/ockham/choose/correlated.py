@@ -63,7 +63,7 @@ def reduced(
     unknown = [name for name in keep if name not in posterior]
     if unknown:
         raise OckhamError(f"keep names {unknown[:6]}, which this posterior does not have")
-    means = {name: g.mean.masked_fill(~masks[name], 0.0) for name, g in posterior.items()}
+    means = {name: g.mean.masked_fill(g.keep & ~masks[name], 0.0) for name, g in posterior.items()}
     for block in posterior.matrices:
         means |= _moved(block, posterior, masks, damping)
     moments = {name: _survivors(g, means[name], masks[name]) for name, g in posterior.items()}

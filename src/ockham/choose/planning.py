@@ -17,8 +17,7 @@ from ockham.choose.prices import FlatPrice, LearnedRate, Price, UnitCosts
 from ockham.choose.units import Choice, StructureEvidence, choose_units, structures_from
 from ockham.core.posterior import Posterior
 from ockham.errors import OckhamWarning
-from ockham.surgery.grouping import Groups
-from ockham.surgery.planning import Plan, PlanError, plan_masks
+from ockham.surgery.groups import Groups, Plan, PlanError, plan_masks
 
 __all__ = [
     "chosen_in_rounds",
@@ -149,7 +148,7 @@ def plan(
     A posterior with correlations inside weight matrices (`ockham.laplace` with "kronecker") is planned for in rounds:
     after each the survivors are scored as if they had moved to make good for what went. Let them move with
     `ockham.compensate` before shrinking. With a budget the units go that cost the fewest nats of NLL, not those with
-    the least evidence.
+    the least evidence. Groups whose units share the statistics of a norm stay (`Groups.sharing`): masks may take them.
 
     Returns:
         The plan; at least one unit of every group (or ``round_to``) stays, and a warning says where none was wanted.
@@ -161,6 +160,9 @@ def plan(
         if price is not None or budget is not None or round_to != 1:
             raise PlanError("masks say what stays; a price, a budget or round_to need evidence instead of masks")
         return plan_masks(groups, keep, nats=nats)
+    groups = groups.separate
+    if isinstance(keep, StructureEvidence):
+        keep = keep.only(groups.groups)
     limit = budget_from(budget) if isinstance(budget, Mapping) else budget
     subject = None if model is None else Subject(model, example_inputs)
     if limit is not None and subject is None:

@@ -18,13 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from ockham.choose.units import Cut, Inside, StructureEvidence, held_weights, outgoing
 from ockham.errors import OckhamError
 from ockham.evidence.hyper import beta_log_odds
-from ockham.surgery.attributes import refit
 from ockham.surgery.cloning import clone
+from ockham.surgery.comparing import as_arguments
 from ockham.surgery.cost import latency
-from ockham.surgery.grouping import Group, Groups
-from ockham.surgery.planning import Plan, plan_masks
+from ockham.surgery.groups import Group, Groups, Plan, plan_masks
+from ockham.surgery.refitting import refit
 from ockham.surgery.shrinking import shrink
-from ockham.surgery.tracing import as_arguments
 
 __all__ = [
     "FlatPrice",

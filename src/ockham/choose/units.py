@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import singledispatch
-from typing import Any, Protocol
+from typing import Any, Protocol, Self, cast
 
 import torch
 from torch import Tensor
@@ -107,6 +107,10 @@ class Ledger:
             known[name] = torch.where(alive & ~mask, wide, before)
         return Ledger(known)
 
+    def enter(self, evidence: Evidence, keep: Mapping[str, Tensor]) -> None:
+        """Write them down in this ledger; `entered` leaves it as it is."""
+        self.delta_f.update(self.entered(evidence, keep).delta_f)
+
     def cut(self, take: Callable[[str, Tensor], Tensor]) -> Ledger:
         """The ledger of a smaller network; ``take`` gives what stays of a tensor shaped like a parameter."""
         return Ledger({name: take(name, values) for name, values in self.delta_f.items()})
@@ -130,6 +134,12 @@ class StructureEvidence(Mapping[str, Tensor]):
     made: Mapping[str, Tensor]
     gone: Mapping[str, int]
     n_data: float
+
+    def only(self, keys: Collection[str]) -> Self:
+        """The evidence of some groups."""
+        tables = {f.name: getattr(self, f.name) for f in fields(self)}
+        some = {n: {k: t[k] for k in keys if k in t} for n, t in tables.items() if isinstance(t, Mapping)}
+        return replace(self, **cast(Any, some))
 
     def __getitem__(self, key: str) -> Tensor:
         """E_g of the units of one group."""

@@ -19,9 +19,12 @@ from ockham.cli import show
 from ockham.cli.build import build_job, load_data, load_model
 from ockham.cli.options import METHODS, Common, options_of, parse_device, read_config
 from ockham.cli.progress import Bars, tensorboard
-from ockham.core.files import read_json
+from ockham.core.files import printable
+from ockham.core.seal import sealed
 from ockham.errors import OckhamError, OckhamWarning
-from ockham.methods.gates.report import write_any_report
+from ockham.methods.gates.report import gate_sections
+from ockham.report.html import write_report
+from ockham.run.schema import read_result
 from ockham.version import __version__
 
 __all__ = ["app", "main"]
@@ -101,7 +104,9 @@ def _say_new_spelling(name: str, given: dict[str, Any]) -> None:
     if name == "compress" and posterior in ("laplace", "kronecker"):
         new = f"ockham prune --posterior {posterior}"
     if name == "compress" and new is not None:
-        err_console.print(f"note: this is now spelt `{new}`", style="dim", markup=False, highlight=False)
+        err_console.print(
+            f"note: this is now spelt `{new}`", style="dim", markup=False, highlight=False, soft_wrap=True
+        )
 
 
 compress = _verb(
@@ -122,6 +127,8 @@ def _run(options: Common) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     job = build_job(options, "ockham " + shlex.join(sys.argv[1:]))
+    for note in job.notes:
+        err_console.print(f"note: {note}", style="dim", markup=False, highlight=False)
     with Bars(err_console, quiet=options.quiet) as bars, tensorboard(options.log_dir) as log:
         job.on_step = bars.step
         for info in job.run():
@@ -132,10 +139,17 @@ def _run(options: Common) -> None:
 
 
 def _build(folder: Path, data: str | None, model: str | None) -> tuple[Any, Any]:
-    """Data and network that a verb on a result folder was given."""
-    if data is None and read_json(folder / "result.json")["dataset"]["name"] != "digits":
+    """Data and network that a verb on a result folder was given, after a look at the folder's seal."""
+    sealed(folder)
+    known = read_result(folder).provenance.dataset
+    if data is None and (known is None or known.name != "digits"):
         raise OckhamError(f"{folder} is not a result on the digits: say which data with --data")
-    found = load_data(data)
+    found, builder = load_data(data), read_result(folder).provenance.network
+    if model is None and builder is not None and not str(builder.builder).startswith("zoo:"):
+        raise OckhamError(
+            f"the network of {folder} was built by {builder.builder!r}, which is your code and is not run from a file; "
+            f"say it with --model package.module:function"
+        )
     return found, load_model(model, found)[1]() if model else None
 
 
@@ -167,13 +181,15 @@ def audit(
 @app.command()
 def inspect(folder: _Folder) -> None:
     """What is in a result, layer by layer."""
+    sealed(folder)
     show.contents(out_console, folder)
 
 
 @app.command()
 def report(folder: _Folder) -> None:
     """Write report.html again from the numbers in a result folder."""
-    typer.echo(f"Report: {write_any_report(folder)}")
+    sealed(folder, rewriting="report.html")
+    typer.echo(f"Report: {write_report(folder, gate_sections)}")
 
 
 def main() -> None:
@@ -182,10 +198,17 @@ def main() -> None:
     try:
         app()
     except OckhamError as error:
-        err_console.print(f"ockham: {error}", style="red", markup=False, highlight=False)
+        _say(f"ockham: {printable(error)}", "red")
         raise SystemExit(2) from None
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **_: Any) -> None:
     if issubclass(category, OckhamWarning):
-        err_console.print(f"warning: {message}", style="yellow", markup=False, highlight=False)
+        err_console.print(
+            f"warning: {printable(message)}", style="yellow", markup=False, highlight=False, soft_wrap=True
+        )
+
+
+def _say(text: str, style: str) -> None:
+    """One unbroken line on the error stream."""
+    err_console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 import sys
@@ -12,9 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from ockham.choose.prices import FlatPrice, Structures
 from ockham.choose.rules import BudgetRule, EvidenceRule, LearnedOddsRule, Rounds, Rule
@@ -28,13 +27,13 @@ from ockham.cli.options import (
     options_of,
     parse_device,
 )
-from ockham.core.files import header
 from ockham.core.likelihood import likelihood_from
+from ockham.core.posterior import Posterior
 from ockham.errors import DataError, OckhamError
 from ockham.fit.priors import FixedPrior
 from ockham.methods.gates.attach import GATE_RULES, Gates
 from ockham.methods.gates.curve import compression_curve, curves_as_plain
-from ockham.methods.gates.report import write_any_report
+from ockham.methods.gates.report import gate_sections
 from ockham.methods.gates.training import (
     Decision,
     GateRounds,
@@ -49,13 +48,14 @@ from ockham.methods.laplace.stage import OneShot, OneShotReduction
 from ockham.methods.spike_slab.inclusion import MedianRule
 from ockham.methods.spike_slab.optimizer import spike_slab
 from ockham.methods.spike_slab.priors import FixedSpikeSlab
+from ockham.report.html import write_report
 from ockham.run.compression import WeightRounds
 from ockham.run.estimators import SMALL_DATA, Estimator, Training, defaults_for, ivon, mean_field, point_estimate
 from ockham.run.job import Job, Recipe
 from ockham.run.measure import mean_predictor, measures
-from ockham.run.result import load_state
 from ockham.run.trainer import RunState
-from ockham.zoo.data import Dataset, digits, load_folder
+from ockham.run.weights import huggingface_model, read_weights
+from ockham.zoo.data import Dataset, Normalize, digits, load_folder
 from ockham.zoo.networks import NETWORKS, suggest
 
 __all__ = ["build_job", "load_data", "load_model"]
@@ -97,8 +97,9 @@ def build_job(given: Common | Mapping[str, Any], command: str) -> Job:
         raise OckhamError(f"--learning-rate must be positive; got {o.learning_rate}")
     if isinstance(o, OneShotOptions) and o.weights is None:
         raise OckhamError(f"--posterior {o.posterior} needs a trained network: add --weights file.safetensors")
-    weights = None if o.weights is None else _weights(Path(o.weights))
-    data, device = load_data(o.data), parse_device(o.device)
+    weights = None if o.weights is None else read_weights(o.weights, max_bytes=o.max_bytes)
+    reading = {"target": o.target, "normalize": _normalize(o.normalize), "max_bytes": o.max_bytes}
+    data, device = load_data(o.data, **reading), parse_device(o.device)
     builder, build = load_model(o.model, data)
     if o.threads is None and len(data.train_x) < SMALL_DATA:
         torch.set_num_threads(1)  # small steps: threads would wait for each other longer than they work
@@ -127,7 +128,8 @@ def build_job(given: Common | Mapping[str, Any], command: str) -> Job:
         draws=o.draws,
         ood=None if o.ood is None else load_data(o.ood).test_x,
         resume=o.resume,
-        report=write_any_report,
+        overwrite=o.overwrite,
+        report=lambda folder: write_report(folder, gate_sections),
     )
 
 
@@ -156,7 +158,12 @@ def _(o: SpikeSlabOptions, recipe: Recipe) -> Recipe:
         raise OckhamError(f"--log-odds is ln p/(1-p) of the prior inclusion, within 30 nats; got {odds}")
     prior = FixedSpikeSlab(inclusion=1 / (1 + math.exp(-odds)), slab_variance=variance)
     training = replace(_training(recipe), **_changed(prior=prior, temperature=o.temperature))
-    rule: Rule = MedianRule() if o.keep_share is None else BudgetRule(o.keep_share, by_snr)
+    if o.keep_share is not None and o.log_odds is not None:
+        raise OckhamError("--log-odds is the prior of the median model, --keep-share a budget: drop one of them")
+    if o.keep_share is None and o.rule != "evidence":
+        raise OckhamError(f"--method spike-slab keeps the median model or a --keep-share: drop --rule {o.rule}")
+    order = "snr" if o.rule == "evidence" else o.rule
+    rule = MedianRule() if o.keep_share is None else _pick("--rule", order, BUDGET_RULES)(o.keep_share, o.seed)
     rounds = _rounds(o, _SLAB_ROUNDS)
     return replace(recipe, method=WeightRounds(training, rule, rounds, o.ignore, spike_slab, _structures(o)))
 
@@ -211,10 +218,12 @@ def _(o: GateOptions, recipe: Recipe) -> Recipe:
 
     def curves(gates: Gates, state: RunState) -> Mapping[str, Any]:
         """Accuracy against compression on the held-out examples, a curve a rule."""
-        found = gate_sensitivity(gates, state.own.task.loader, state.likelihood, seed=o.seed)
+        found = gate_sensitivity(gates, state.own.task.loader, state.objective, seed=o.seed)
         noise = state.likelihood.noise_variance
 
         def measure(model: nn.Module) -> Mapping[str, float]:
+            if noise is not None:
+                model, _ = state.objective.finished(copy.deepcopy(model), Posterior({}, 1.0))
             return measures(mean_predictor(model, classify=noise is None), *held, noise_variance=noise)
 
         return curves_as_plain(compression_curve(gates, dict(GATE_RULES), measure, sensitivity=found))
@@ -224,8 +233,12 @@ def _(o: GateOptions, recipe: Recipe) -> Recipe:
     return replace(recipe, method=method, epochs=training.epochs + training.fine_tune, hold=training.hold)
 
 
-def load_data(source: str | None) -> Dataset:
-    """The embedded digits, a folder, or what the user's "package.module:function" returns.
+def load_data(source: str | None, **reading: Any) -> Dataset:
+    """The embedded digits, a folder or file, or what the user's "package.module:function" returns.
+
+    Args:
+        source: name of the data; None: the digits.
+        reading: keywords for `load_folder`.
 
     Raises:
         DataError: nothing there, or the function returned something else.
@@ -233,15 +246,24 @@ def load_data(source: str | None) -> Dataset:
     if source is None or source == "digits":
         return digits()
     if Path(source).exists():
-        return load_folder(source)
+        return load_folder(source, **reading)
     if ":" not in source:
-        raise DataError(
-            f"--data {source}: no such folder; give a folder in IDX or npz form, or package.module:function"
-        )
+        raise DataError(f"--data {source}: no such folder or file; give one, or package.module:function")
     data = _imported("--data", source)()
     if not isinstance(data, Dataset):
         raise DataError(f"--data {source} must return an ockham.zoo.data.Dataset; got {type(data).__name__}")
     return data
+
+
+def _normalize(text: str | None) -> Normalize:
+    """Means and stds of an option such as ``0.49,0.48,0.45:0.25,0.24,0.26``."""
+    if text in (None, "none"):
+        return text
+    try:
+        means, stds = ([float(v) for v in half.split(",")] for half in str(text).split(":"))
+    except ValueError as error:
+        raise OckhamError(f"--normalize {text}: expected none, or means:stds such as 0.49,0.48:0.25,0.24") from error
+    return means, stds
 
 
 def load_model(source: str | None, data: Dataset) -> tuple[str, Callable[[], nn.Module]]:
@@ -250,9 +272,11 @@ def load_model(source: str | None, data: Dataset) -> tuple[str, Callable[[], nn.
     Raises:
         OckhamError: unknown name, or a constructor that returns no module.
     """
-    if source is None or ":" not in source:
+    if source is None or ":" not in source or source.startswith("zoo:"):
         name = suggest(data) if source is None else source.removeprefix("zoo:")
         return f"zoo:{name}", _pick("--model", name, NETWORKS)
+    if source.startswith("hf:"):
+        return source, lambda: huggingface_model(source[3:])
     function = _imported("--model", source)
 
     def build() -> nn.Module:
@@ -303,15 +327,6 @@ def _structures(o: EvidenceOptions | SpikeSlabOptions | OneShotOptions) -> Struc
     usual = Structures()
     price = usual.price if o.unit_price is None else FlatPrice(o.unit_price)
     return replace(usual, price=price, round_to=o.round_to)
-
-
-def _weights(path: Path) -> Mapping[str, Tensor]:
-    try:
-        if "ockham" in header(path):
-            return load_state(path)[1]
-        return load_file(str(path))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise OckhamError(f"--weights {path}: not readable as safetensors ({error})") from error
 
 
 def _imported(option: str, source: str) -> Callable[[], Any]:

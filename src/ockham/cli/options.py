@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ockham.errors import OckhamError
+from ockham.core.files import read_toml
+from ockham.errors import OckhamError, ResultError
 
 __all__ = [
     "METHODS",
@@ -40,9 +40,12 @@ class Common:
     """Options of every method. None means: chosen by the data."""
 
     out: str | None = _option(None, "Result folder.", DATA)
-    data: str | None = _option(None, "Folder (IDX, npz, WebP sheets) or package.module:function. [digits]", DATA)
+    data: str | None = _option(None, "Folder, CSV or Parquet file, or package.module:function. [digits]", DATA)
+    target: str | None = _option(None, "Column of a table to predict. [target, label or y]", DATA)
+    normalize: str | None = _option(None, "none, or means:stds, as 0.49,0.48:0.25,0.24. [of the data]", DATA)
+    max_bytes: int | None = _option(None, "Most bytes of one array or file that is read. [what is free]", DATA)
     model: str | None = _option(None, "Zoo name or package.module:function. [by the data]", DATA)
-    weights: str | None = _option(None, "Start from this safetensors file.", DATA)
+    weights: str | None = _option(None, "Start from these: safetensors, npz, torch file or folder.", DATA)
     likelihood: str | None = _option(None, "classification or regression. [by the targets]", DATA)
     ood: str | None = _option(None, "Foreign data for the out-of-distribution measure.", DATA)
     epochs: int | None = _option(None, "Passes over the data. [by the data]", TRAINING)
@@ -56,6 +59,7 @@ class Common:
     threads: int | None = _option(None, "CPU threads. [torch's; small data 1]", RUN)
     seed: int = _option(0, "Of everything random.", RUN)
     resume: bool = _option(False, "Continue an interrupted run.", RUN)
+    overwrite: bool = _option(False, "Replace a finished result in --out.", RUN)
     log_dir: str | None = _option(None, "Write TensorBoard scalars here.", RUN)
     quiet: bool = _option(False, "No progress bars.", RUN)
 
@@ -96,6 +100,8 @@ class EvidenceOptions(_Variational):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpikeSlabOptions(_Variational):
     """Options of `ockham compress --posterior spike-slab`: inclusion probabilities, the median model."""
+
+    rule: str = _option("evidence", "With --keep-share: snr, delta-f, magnitude, random. [the median model]", REMOVAL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,18 +175,18 @@ def options_of(given: Mapping[str, Any], method: str | None = None) -> Common:
     own = {f.name for f in fields(METHODS[method])}
     for name in given:
         if name not in own:
-            raise OckhamError(_refusal(name, method, own))
+            raise OckhamError(_refusal(name, f"--method {spelt}" if spelt else _SPOKEN[method], own))
     return METHODS[method](**given)
 
 
-def _refusal(name: str, method: str, own: set[str]) -> str:
+def _refusal(name: str, owner: str, own: set[str]) -> str:
     spelt = "--" + name.replace("_", "-")
     others = [_SPOKEN[m] for m, kind in METHODS.items() if name in {f.name for f in fields(kind)}]
     near = difflib.get_close_matches(name, own, 1)
-    advice = f"it belongs to `{'`, `'.join(others)}`" if others else "no method has it"
+    advice = f"it belongs to {', '.join(f'`{o}`' for o in others)}" if others else "no method has it"
     if near:
         advice += f"; the nearest here is --{near[0].replace('_', '-')}"
-    return f"`{_SPOKEN[method]}` has no option {spelt}: {advice}. Drop it"
+    return f"{owner} does not use {spelt}: drop it ({advice})"
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -190,14 +196,16 @@ def read_config(path: Path) -> dict[str, Any]:
         OckhamError: the file cannot be read, or has a key or a type that is not an option.
     """
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise OckhamError(f"--config {path}: not readable as TOML ({error})") from error
+        table = read_toml(path)
+    except ResultError as error:
+        raise OckhamError(f"--config {error}") from error
     known: dict[str, Field[Any]] = {f.name: f for kind in METHODS.values() for f in fields(kind)}
     table = {key.replace("-", "_"): value for key, value in table.items()}
     unknown = [key for key in table if key not in known and key != "method"]
     if unknown:
-        raise OckhamError(f"--config {path}: unknown keys {', '.join(unknown)}; known are {', '.join(known)}")
+        near = [n for key in unknown for n in difflib.get_close_matches(key, known, 1)]
+        meant = f" (did you mean {', '.join(near)}?)" if near else ""
+        raise OckhamError(f"--config {path}: unknown keys {', '.join(unknown)}{meant}; known are {', '.join(known)}")
     for key, value in table.items():
         if isinstance(value, list):
             table[key] = tuple(value)

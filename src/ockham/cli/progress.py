@@ -52,7 +52,7 @@ class Bars:
         note = f"loss {info.loss:.4f}"
         if info.accuracy == info.accuracy:
             note += f"  train acc. {info.accuracy:.2%}"
-        if info.stage in ("compress", "gates"):
+        if info.stage in ("compress", "prune", "gates"):
             note += f"  kept {info.kept_share:.2%}"
         self._progress.update(self._tasks[info.stage], completed=info.epoch, note=note)
         self._current = (info.stage, info.epoch)

@@ -6,16 +6,18 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from ockham.core.files import read_json
+from ockham.core.files import printable
+from ockham.core.plain import to_plain
 from ockham.core.posterior import load_posterior
 from ockham.errors import OckhamError
-from ockham.methods.gates.report import GATES
 from ockham.methods.spike_slab.audit import audit
 from ockham.run.measure import mean_predictor, measures, posterior_predictor
 from ockham.run.result import layer_rows, load
+from ockham.run.schema import RESULT, GateFacts, read_result
 from ockham.zoo.data import Dataset
 
 __all__ = ["audited", "contents", "evaluation", "metrics"]
@@ -23,18 +25,17 @@ __all__ = ["audited", "contents", "evaluation", "metrics"]
 
 def metrics(console: Console, folder: Path) -> None:
     """Before, after and mean network, one row a measure."""
-    found = read_json(folder / "metrics.json")
-    columns = {"before": found["before"], "after": found["after"], "mean network": found["mean_network"]}
-    _table(console, {k: v for k, v in columns.items() if v is not None})
-    console.print(
-        f"kept {found['kept']:.2%} of the weights in {found['seconds']:.1f} s, seed {found['seed']}", highlight=False
-    )
+    found = read_result(folder).metrics
+    columns = {"before": found.before, "after": found.after, "mean network": found.mean_network}
+    _table(console, {k: to_plain(v) for k, v in columns.items() if v is not None})
+    line = f"kept {found.kept:.2%} of the weights in {found.seconds or 0:.1f} s, seed {found.seed}"
+    console.print(line, highlight=False)
 
 
 def contents(console: Console, folder: Path) -> None:
     """Per layer: shape, weights, kept, prior, median P/P0, sum of inclusion if any; of gates what became of them."""
-    if (folder / GATES).exists():
-        return _gates(console, folder)
+    if (folder / RESULT).exists() and (gates := read_result(folder).gates) is not None:
+        return _gates(console, gates)
     posterior = load_posterior(folder)
     rows = layer_rows(posterior)
     table = Table("parameter", "shape", "weights", "kept", "share", "prior std", "median P/P0")
@@ -49,22 +50,25 @@ def contents(console: Console, folder: Path) -> None:
         shape = "x".join(map(str, row["shape"]))
         prior = f"{float(g.prior_precision.median()) ** -0.5:.3g}"
         more = [f"{row['expected']:,.1f}"] if said else []
-        table.add_row(row["name"], shape, f"{row['total']:,}", f"{row['kept']:,}", f"{share:.2%}", prior, middle, *more)
+        table.add_row(
+            _plain(row["name"]), shape, f"{row['total']:,}", f"{row['kept']:,}", f"{share:.2%}", prior, middle, *more
+        )
     console.print(table)
-    line = f"{posterior.source}, N = {posterior.n_data:g}, temperature {posterior.temperature:g}, "
+    line = f"{_plain(posterior.source)}, N = {posterior.n_data:g}, temperature {posterior.temperature:g}, "
     console.print(line + f"{posterior.kept():,} of {posterior.size():,} weights kept", highlight=False)
 
 
-def _gates(console: Console, folder: Path) -> None:
-    found = read_json(folder / GATES)
+def _gates(console: Console, found: GateFacts) -> None:
     table = Table("structures", "at first", "left", "before the last decision", "posterior = prior", "KL, nats")
-    widths, layers_ = found["epochs"][-1]["widths"], {layer["id"]: layer for layer in found["layers"]}
-    for name, first in found["epochs"][0]["start"].items():
-        layer = layers_.get(name, {"keep": [], "no_evidence": [], "kl": []})
-        facts = (len(layer["keep"]), sum(layer["no_evidence"]), f"{sum(layer['kl']):.4g}")
-        table.add_row(name, str(first), str(widths.get(name, first)), *map(str, facts))
+    before = {layer.id: layer for layer in found.layers}
+    for name, first in found.epochs[0].start.items() if found.epochs else ():
+        layer, left = before.get(name), found.epochs[-1].widths.get(name, first)
+        facts = ("0", "0", "0")
+        if layer is not None:
+            facts = (str(len(layer.keep)), str(sum(layer.no_evidence)), f"{sum(v or 0 for v in layer.kl):.4g}")
+        table.add_row(_plain(name), str(first), str(left), *facts)
     console.print(table)
-    console.print(f"rule {found['rule']}, KL weighted by {found['kl_weight']}", highlight=False)
+    console.print(_plain(f"rule {found.rule}, KL weighted by {found.kl_weight}"), highlight=False)
 
 
 def evaluation(
@@ -72,7 +76,9 @@ def evaluation(
 ) -> None:
     """Measures on the test part of a data set."""
     network = load(folder, model).to(device)
-    noise = read_json(folder / "metrics.json").get("noise_variance")
+    result = read_result(folder)
+    said = result.metrics.noise_variance
+    noise = None if said is None else torch.as_tensor(said).reshape(-1)
     classify = noise is None
     if classify is data.test_y.is_floating_point():
         wanted = "class labels" if classify else "numbers"
@@ -80,7 +86,7 @@ def evaluation(
             f"{folder} was made for targets that are {wanted}; the data {data.name!r} have the other kind"
         )
     predictors = {"mean network": mean_predictor(network, classify=classify)}
-    if not (folder / GATES).exists():  # gates are folded into the weights: one network is left
+    if result.gates is None:  # gates are folded into the weights: one network is left
         sampled = load_posterior(folder).to(device)
         drawn = posterior_predictor(network, sampled, classify=classify, draws=draws)
         predictors = {"posterior": drawn, **predictors}
@@ -90,17 +96,24 @@ def evaluation(
 def audited(console: Console, folder: Path, data: Dataset, model: nn.Module | None, *, log_odds: float) -> None:
     """Claims about the last layer against enumeration on the training part of a data set."""
     network, posterior = load(folder, model), load_posterior(folder)
-    noise = read_json(folder / "metrics.json").get("noise_variance")
+    result = read_result(folder)
+    said = result.metrics.noise_variance
+    noise = None if said is None else torch.as_tensor(said).reshape(-1)
     found = audit(network, posterior, data.train_x, data.train_y, noise_variance=noise, log_odds=log_odds)
     console.print(str(found), markup=False, highlight=False, soft_wrap=True)
 
 
 def _table(console: Console, columns: dict[str, dict[str, float]]) -> None:
     table = Table("measure", *columns)
-    for name in next(iter(columns.values())):
-        table.add_row(name, *(_number(c[name]) for c in columns.values()))
+    for name in dict.fromkeys(name for column in columns.values() for name in column):
+        table.add_row(_plain(name), *(_number(c.get(name)) for c in columns.values()))
     console.print(table)
 
 
-def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+def _plain(text: object) -> str:
+    """Text from a file for the terminal: neither markup nor control characters."""
+    return escape(printable(text))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

@@ -1,22 +1,104 @@
-"""What a batch and an input may be: the one place where a network meets the batches of a loader."""
+"""What a batch, its inputs and a network's output may be: the one place where a network meets a loader."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
 
-from ockham.core.likelihood import Likelihood
-from ockham.core.modes import device_of, seeded
 from ockham.errors import DataError, OckhamError
 
-__all__ = ["Loader", "batches_on", "checked_batches", "count_terms", "forward", "to_device"]
+__all__ = [
+    "Batch",
+    "Loader",
+    "ReadBatch",
+    "ReadOutput",
+    "Substituted",
+    "batches_of",
+    "call",
+    "count_terms",
+    "described",
+    "forward",
+    "inputs_of",
+    "read_batch",
+    "sized",
+    "tensor_of",
+    "to_device",
+]
+
+PYTHON_ERRORS = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, NotImplementedError)
+"""What a network, a loss or a function of the user's raises when it is given something it cannot take."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Some examples as a network and its likelihood take them: ``model(*args, **kwargs)`` is compared with ``target``.
+
+    Attributes:
+        args: positional inputs.
+        kwargs: keyword inputs.
+        target: what the likelihood compares the output with; None where there is nothing to compare.
+        weight: sample weights [N] (or of the target's shape), not negative; None counts every example once.
+
+    >>> batch = Batch((torch.zeros(4, 3),), target=torch.zeros(4))
+    >>> batch.size
+    4
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    target: Any = None
+    weight: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of examples: the length of the target, or of the first input where there is no target."""
+        for value in (self.target, (self.args, dict(self.kwargs))):
+            for leaf in pytree.tree_leaves(value):
+                if isinstance(leaf, Tensor) and leaf.ndim:
+                    return len(leaf)
+        raise DataError(f"a batch of {described(self)} holds no tensor with a batch axis")
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same examples with all tensors on a device."""
+        at = torch.device(device)
+        args, kwargs = tuple(to_device(v, at) for v in self.args), {k: to_device(v, at) for k, v in self.kwargs.items()}
+        return Batch(args, kwargs, to_device(self.target, at), to_device(self.weight, at))
+
+    def part(self, rows: slice | Tensor) -> Batch:
+        """Some of the examples.
+
+        Raises:
+            DataError: an input cannot be cut along its first axis, such as a PackedSequence.
+        """
+        size = self.size
+
+        def cut(leaf: Any) -> Any:
+            return leaf[rows] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size else leaf
+
+        if any(isinstance(v, PackedSequence) for v in (*self.args, *self.kwargs.values())):
+            raise DataError("single examples are needed here, and a PackedSequence cannot be cut into examples")
+        args, kwargs, target = pytree.tree_map(cut, (self.args, dict(self.kwargs), self.target))
+        return Batch(args, kwargs, target, None if self.weight is None else self.weight[rows])
+
+
+ReadBatch = Callable[[Any], Batch]
+"""Turns what a loader yields into a `Batch`, for loaders that yield something else than the forms listed there."""
+
+ReadOutput = Callable[[Any], Any]
+"""Takes what the likelihood compares out of what the network returns, such as ``lambda found: found[0]``."""
 
 
 class Loader(Protocol):
-    """Batches of (inputs, targets), iterable again and again, of known length."""
+    """Batches, iterable again and again, of known length."""
 
     def __iter__(self) -> Iterator[Any]:
         """One epoch."""
@@ -25,64 +107,278 @@ class Loader(Protocol):
         """Batches an epoch."""
 
 
-def forward(model: nn.Module, x: Any) -> Any:
-    """Call the model with a tensor, a tuple of positional or a mapping of keyword inputs."""
-    if isinstance(x, Mapping):
-        return model(**x)
-    return model(*x) if isinstance(x, (tuple, list)) else model(x)
+class _Steps:
+    """The first ``steps`` batches of every pass over a loader."""
+
+    def __init__(self, loader: Iterable[Any], steps: int) -> None:
+        self._loader, self._steps = loader, steps
+
+    def __len__(self) -> int:
+        return self._steps
+
+    def __iter__(self) -> Iterator[Any]:
+        count = 0
+        for raw in itertools.islice(self._loader, self._steps):
+            count += 1
+            yield raw
+        if count < self._steps:
+            raise DataError(
+                f"steps_per_epoch={self._steps}, but the loader ends after {count} batches: give at most that many"
+            )
 
 
-def to_device(value: Any, device: torch.device) -> Any:
-    """Move tensors in (nested) tuples, lists and mappings."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, Mapping):
-        return {k: to_device(v, device) for k, v in value.items()}
-    return [to_device(v, device) for v in value] if isinstance(value, (tuple, list)) else value
+def sized(loader: Iterable[Any], steps_per_epoch: int | None = None) -> Loader:
+    """The loader itself where it knows its length, else one whose epochs are the first so many batches.
 
-
-def batches_on(loader: Loader, device: torch.device) -> Iterator[tuple[Any, Any]]:
-    """Pairs of inputs and targets on a device."""
-    for batch in loader:
-        yield to_device(batch[0], device), to_device(batch[1], device)
-
-
-def checked_batches(loader: Loader, likelihood: Likelihood, model: nn.Module) -> Iterator[Any]:
-    """Pairs on the model's device, under a seed; the first is checked against the likelihood.
+    Args:
+        loader: any iterable of batches that can be iterated again and again.
+        steps_per_epoch: batches of an epoch, for loaders that do not know their length or are to be cut short.
 
     Raises:
-        DataError: the loader yields something else than pairs, or outputs and targets do not fit.
+        DataError: the loader is empty, has no length and none is given, can be read only once, or is no loader.
     """
-    device = device_of(model)
-    with seeded(0, 0, device):
-        for i, batch in enumerate(loader):
-            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-                raise DataError(f"the loader must yield pairs (inputs, targets); got {type(batch).__name__}")
-            x, y = to_device(batch[0], device), to_device(batch[1], device)
-            if i == 0:
-                with torch.no_grad():
-                    likelihood.check(_outputs(model, x), y)
-            yield x, y
-
-
-def _outputs(model: nn.Module, x: Any) -> Tensor:
+    if not isinstance(loader, Iterable):
+        raise DataError(f"the loader must be an iterable of batches; got {described(loader)}")
+    if isinstance(loader, Iterator) and not hasattr(loader, "__len__"):
+        raise DataError(
+            f"the loader is a {type(loader).__name__} that can be read only once, and every epoch reads it anew: pass "
+            "a DataLoader, or a list of batches"
+        )
+    if steps_per_epoch is not None:
+        if not isinstance(steps_per_epoch, int) or steps_per_epoch < 1:
+            raise OckhamError(f"steps_per_epoch counts batches, at least 1; got {steps_per_epoch!r}")
+        return _Steps(loader, steps_per_epoch)
     try:
-        found = forward(model, x)
-    except RuntimeError as error:
-        raise DataError(f"the network cannot take the data's inputs: {error}") from error
-    if not isinstance(found, Tensor):
-        raise OckhamError(f"a Laplace posterior needs a network with one output tensor; got {type(found).__name__}")
+        length = len(loader)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise DataError(
+            f"the loader ({type(loader).__name__}) needs a length, since schedules are planned from it: pass "
+            "steps_per_epoch= (batches an epoch)"
+        ) from error
+    if length == 0:
+        raise DataError("the training loader is empty: no batches")
+    return loader  # type: ignore[return-value]
+
+
+def read_batch(raw: Any, batch: ReadBatch | None = None) -> Batch:
+    """What a loader yields as a `Batch`.
+
+    ``(x, y)`` and ``(x, y, weight)`` have their inputs in x: a tensor, a tuple or list (positional), a mapping
+    (keywords), a named tuple, a PackedSequence. A mapping has its targets under ``labels``, and all other entries are
+    keyword inputs, as tokenizers and data collators make them.
+
+    Args:
+        raw: as the loader yields it.
+        batch: function of the user's that reads everything else.
+
+    Raises:
+        DataError: something else; says what came and how to read it.
+
+    >>> read_batch({"input_ids": torch.ones(2, 5, dtype=torch.long), "labels": torch.tensor([0, 1])}).kwargs.keys()
+    dict_keys(['input_ids'])
+    """
+    if batch is not None:
+        return _by_user(raw, batch)
+    if isinstance(raw, Batch):
+        return raw
+    if isinstance(raw, Mapping):
+        if "labels" not in raw:
+            raise DataError(f"a batch that is a mapping needs its targets under 'labels'; got {described(raw)}. {_HOW}")
+        return Batch((), {k: v for k, v in raw.items() if k != "labels"}, raw["labels"])
+    if isinstance(raw, PackedSequence) or not isinstance(raw, (tuple, list)) or len(raw) not in (2, 3):
+        raise DataError(
+            "the loader must yield pairs (inputs, targets), triples (inputs, targets, weight) or mappings with "
+            f"'labels'; got {described(raw)}. {_HOW}"
+        )
+    target, weight = raw[1], raw[2] if len(raw) == 3 else None
+    if len(raw) == 3 and not (isinstance(weight, Tensor) and weight.is_floating_point()):
+        raise DataError(
+            f"the third entry of a batch is the floating weight of its examples; got {described(weight)}. For two "
+            "inputs yield ((x, z), y), or pass batch="
+        )
+    if target is None:
+        raise DataError(f"the targets of a batch are None; got {described(raw)}. {_HOW}")
+    return inputs_of(raw[0], target, weight)
+
+
+_HOW = "Pass batch=, a function from what the loader yields to ockham.Batch(args, kwargs, target, weight)"
+
+
+def inputs_of(x: Any, target: Any = None, weight: Tensor | None = None) -> Batch:
+    """A `Batch` with these inputs: a tuple or list is positional, a mapping keywords, everything else one input."""
+    if isinstance(x, Mapping):
+        return Batch((), dict(x), target, weight)
+    whole = isinstance(x, PackedSequence) or _is_named(x) or not isinstance(x, (tuple, list))
+    return Batch((x,) if whole else tuple(x), {}, target, weight)
+
+
+def _by_user(raw: Any, batch: ReadBatch) -> Batch:
+    try:
+        found = batch(raw)
+    except OckhamError:
+        raise
+    except PYTHON_ERRORS as error:
+        raise DataError(
+            f"batch= cannot read what the loader yields, {described(raw)}: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(found, Batch):
+        raise DataError(f"batch= must return ockham.Batch(args, kwargs, target, weight); got {described(found)}")
     return found
 
 
-def count_terms(loader: Loader, likelihood: Likelihood) -> int:
-    """Log-likelihood terms of an epoch: one pass over the targets.
+def batches_of(loader: Iterable[Any], device: torch.device, batch: ReadBatch | None = None) -> Iterator[Batch]:
+    """Every batch of a loader, read and moved to a device."""
+    for raw in loader:
+        yield read_batch(raw, batch).to(device)
+
+
+def call(model: Callable[..., Any], batch: Batch, output: ReadOutput | None = None) -> Any:
+    """What a network answers to a batch, or what ``output`` takes out of it.
+
+    Args:
+        model: called as it stands, in its own mode.
+        batch: on its device.
+        output: function of the user's, for networks whose answer holds more than the likelihood needs.
+
+    Raises:
+        DataError: the network, or ``output``, cannot take what it is given; says what that was.
+    """
+    args, kwargs = _arranged(model, batch)
+    try:
+        found = model(*args, **kwargs)
+    except (OckhamError, torch.OutOfMemoryError):
+        raise
+    except PYTHON_ERRORS as error:
+        raise DataError(
+            f"the network cannot take the data's inputs, {_call_of(args, kwargs)}: {type(error).__name__}: {error}"
+        ) from error
+    if output is None:
+        return found
+    try:
+        return output(found)
+    except OckhamError:
+        raise
+    except PYTHON_ERRORS as error:
+        raise DataError(
+            f"output= cannot read what the network returns, {described(found)}: {type(error).__name__}: {error}"
+        ) from error
+
+
+class Substituted:
+    """A network called with other parameters and buffers, without touching its own.
+
+    Args:
+        model: called in its own mode.
+        tensors: parameters and buffers by name; names left out keep their values, tied ones share theirs.
+    """
+
+    def __init__(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        self._model, self._tensors = model, dict(tensors)
+        self.forward = model.forward  # its signature says how inputs are given
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the network with those tensors."""
+        return functional_call(self._model, self._tensors, args, kwargs, tie_weights=True)
+
+
+def tensor_of(found: Any) -> Tensor:
+    """The output tensor of a network: a tensor itself, or the ``logits`` of an object that has them.
+
+    Raises:
+        DataError: anything else; says what came and which argument reads it.
+    """
+    if isinstance(found, Tensor):
+        return found
+    logits = getattr(found, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    raise DataError(
+        f"the network's output must be a tensor, or an object with .logits; got {described(found)}. Pass output=, such "
+        "as output=lambda found: found[0]"
+    )
+
+
+def forward(model: nn.Module, x: Any) -> Any:
+    """Call a network with inputs alone: a tensor, a tuple of positional or a mapping of keyword inputs."""
+    return call(model, inputs_of(x))
+
+
+def _arranged(model: Any, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the call: named tuples spread or whole, a lone keyword by position, as the network wants them."""
+    args, kwargs = batch.args, dict(batch.kwargs)
+    lone_tuple = len(args) == 1 and _is_named(args[0])
+    lone_keyword = not args and len(kwargs) == 1
+    if not (lone_tuple or lone_keyword):
+        return args, kwargs
+    signature = inspect.signature(model.forward)
+    if lone_keyword:
+        by_position = not _binds(signature, (), kwargs) and _binds(signature, tuple(kwargs.values()), {})
+        return (tuple(kwargs.values()), {}) if by_position else (args, kwargs)
+    known = set(args[0]._fields) <= set(signature.parameters)
+    needed = [p for p in signature.parameters.values() if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
+    spread = _binds(signature, tuple(args[0]), kwargs) and (known or len(needed) != 1)
+    return (tuple(args[0]) if spread else args), kwargs
+
+
+def _binds(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def _is_named(value: Any) -> bool:
+    return isinstance(value, tuple) and hasattr(value, "_fields") and not isinstance(value, PackedSequence)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Move tensors in (nested) tuples, lists, mappings and anything that has ``to``; types stay what they are."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, PackedSequence):
+        return value.to(device)  # type: ignore[arg-type]
+    if isinstance(value, Mapping):
+        return {k: to_device(v, device) for k, v in value.items()}
+    if _is_named(value):
+        return type(value)(*(to_device(v, device) for v in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(to_device(v, device) for v in value)
+    move = getattr(value, "to", None)
+    return move(device) if callable(move) else value
+
+
+def described(value: Any) -> str:
+    """Types, keys and shapes of anything, in one line, for messages."""
+    if isinstance(value, Batch):
+        return f"Batch({_call_of(value.args, value.kwargs)}, target {described(value.target)})"
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if isinstance(value, PackedSequence):
+        return f"PackedSequence({described(value.data)})"
+    if isinstance(value, Mapping):
+        shown = [f"{k}: {described(v)}" for k, v in list(value.items())[:6]]
+        return f"{type(value).__name__} {{{', '.join(shown)}{', ...' if len(value) > 6 else ''}}}"
+    if isinstance(value, (tuple, list)):
+        shown = [described(v) for v in list(value)[:4]]
+        return f"{type(value).__name__} of {len(value)} ({', '.join(shown)}{', ...' if len(value) > 4 else ''})"
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ + (f" {tuple(shape)}" if isinstance(shape, tuple) else "")
+
+
+def _call_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    return ", ".join([*(described(v) for v in args), *(f"{k}={described(v)}" for k, v in kwargs.items())]) or "nothing"
+
+
+def count_terms(loader: Iterable[Any], likelihood: Any) -> float:
+    """Log-likelihood terms of an epoch: one pass over the targets. `ockham.core.objective.Objective.prepare` does more.
 
     Raises:
         DataError: the loader is empty.
     """
-    with seeded(0, 0, torch.device("cpu")):
-        total = sum(likelihood.terms(batch[1]) for batch in loader)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(17)
+        total = sum(float(likelihood.terms(read_batch(raw).target)) for raw in loader)
     if total == 0:
         raise DataError("the training loader is empty: it yields no targets")
     return total

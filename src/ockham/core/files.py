@@ -1,14 +1,22 @@
-"""Nested plain values and tensors in one safetensors file, written atomically and read without executing anything."""
+"""Files that a crash leaves whole: nested plain values and tensors in safetensors files, JSON and TOML, never executed.
+
+What is read may come from anyone: only regular files are opened, sizes are compared with what the machine has before
+memory is asked for, and a tree carries the SHA-256 of its own content.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import secrets
+import stat
+import tomllib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -20,11 +28,20 @@ from ockham.errors import OckhamError, ResultError
 
 __all__ = [
     "SCHEMA",
+    "afford",
+    "checked_shape",
+    "free_memory",
     "header",
+    "inside",
+    "open_regular",
     "pack",
     "pack_mask",
+    "printable",
     "read_json",
+    "read_text",
+    "read_toml",
     "read_tree",
+    "sync_folder",
     "unpack",
     "unpack_mask",
     "write_bytes",
@@ -35,30 +52,48 @@ __all__ = [
 SCHEMA = 1
 """Version of all files that Ockham writes; newer files are refused, older ones read."""
 
+TEXT_LIMIT = 2**28
+"""Bytes of the largest JSON or TOML file that is read."""
+
 
 def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
     """Write a file so that a crash leaves the old one or the new one, never a part.
 
-    ``durable`` waits for the disk, which also guards against loss of power.
+    The content goes to a new file of a random name, which no other process and no link can have, and takes the place of
+    the old one by one rename. ``durable`` waits for the disk, which also guards against loss of power.
 
     Raises:
         OckhamError: the folder cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with open(os.open(temporary, flags | getattr(os, "O_BINARY", 0), 0o666), "wb") as file:
             file.write(content)
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(temporary, path)
+        if durable:
+            sync_folder(path.parent)
     except OSError as error:
+        raise OckhamError(
+            f"cannot write {printable(path)}: {error.strerror or error}. Choose a folder you may write to"
+        ) from error
+    finally:
         with suppress(OSError):
             temporary.unlink()
-        raise OckhamError(
-            f"cannot write {path}: {error.strerror or error}. Choose a folder you may write to"
-        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the system can do that."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -66,16 +101,131 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
+def printable(text: object) -> str:
+    """Text that moves no cursor and sets no title: each control character is written as its escape."""
+    shown = str(text).encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in shown)
+
+
+def open_regular(path: Path, *, error: type[OckhamError] = ResultError) -> BinaryIO:
+    """Open a regular file for reading; a pipe, a device or a folder is refused at once instead of waited for.
+
+    Args:
+        path: the file.
+        error: class of what is raised.
+
+    Raises:
+        OckhamError: of class ``error``: it is something else, or cannot be read.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except FileNotFoundError as cause:
+        raise error(f"{printable(path)}: missing, no such file") from cause
+    except (OSError, ValueError) as cause:
+        raise error(f"{printable(path)}: cannot be read ({printable(cause)})") from cause
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise error(f"{printable(path)}: is no regular file (a pipe, a device or a folder), and is not read")
+    return open(handle, "rb")
+
+
+def inside(folder: Path, name: str, *, error: type[OckhamError] = ResultError) -> Path:
+    """The file of this name in a folder, after a look at where links lead.
+
+    Args:
+        folder: the folder.
+        name: name of the file in it, or a path below it.
+        error: class of what is raised.
+
+    Raises:
+        OckhamError: of class ``error``: a link leads out of the folder, or in a circle.
+    """
+    path = folder / name
+    try:
+        home, target = folder.resolve(), path.resolve()
+    except (OSError, RuntimeError, ValueError) as cause:
+        raise error(f"{printable(path)}: cannot be found ({printable(cause)})") from cause
+    if not target.is_relative_to(home):
+        raise error(
+            f"{printable(path)}: is a link out of its folder, to {printable(target)}; put the file itself there"
+        )
+    return path
+
+
+def free_memory() -> float:
+    """Bytes that this process could still take without swapping; infinite where the system does not say."""
+    found = [math.inf]
+    with suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found += [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    with suppress(OSError, ValueError):
+        most, used = (Path(f"/sys/fs/cgroup/memory.{n}").read_text(encoding="ascii") for n in ("max", "current"))
+        found.append(float(most) - float(used))
+    if len(found) == 1 and hasattr(os, "sysconf"):
+        with suppress(OSError, ValueError):
+            found.append(float(os.sysconf("SC_PHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE"))
+    return min(found)
+
+
+def afford(size: int, what: object, *, max_bytes: float | None = None, error: type[OckhamError] = ResultError) -> None:
+    """Check a size that a file states against what may be taken, before it is.
+
+    Args:
+        size: bytes that would be asked for.
+        what: file and field, for the message.
+        max_bytes: most that are granted; None: the memory that is free now.
+        error: class of what is raised.
+
+    Raises:
+        OckhamError: of class ``error``, naming both numbers.
+    """
+    limit = free_memory() if max_bytes is None else max_bytes
+    if size > limit:
+        source = "free now" if max_bytes is None else "allowed by max_bytes"
+        raise error(
+            f"{printable(what)}: asks for {size / 2**20:,.0f} MiB, {limit / 2**20:,.0f} MiB are {source}; raise "
+            "max_bytes if the file is right"
+        )
+
+
+def read_text(path: Path) -> str:
+    """Text of a regular file of at most 256 MiB.
+
+    Raises:
+        ResultError: missing, no regular file, too long, or not UTF-8.
+    """
+    with open_regular(path) as file:
+        content = file.read(min(TEXT_LIMIT, os.fstat(file.fileno()).st_size) + 1)  # asks for no more than there is
+    if len(content) > TEXT_LIMIT:
+        raise ResultError(f"{printable(path)}: longer than {TEXT_LIMIT >> 20} MiB, which no text of Ockham is")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ResultError(f"{printable(path)}: is not UTF-8 text ({error})") from error
+
+
 def read_json(path: Path) -> Any:
     """Read JSON.
 
     Raises:
-        ResultError: the file is missing or is not JSON.
+        ResultError: the file is missing, is not JSON, or is nested too deep.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ResultError(f"{path}: not readable as JSON ({error})") from error
+        return json.loads(read_text(path))
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise ResultError(f"{printable(path)}: not readable as JSON ({printable(error)})") from error
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read TOML.
+
+    Raises:
+        ResultError: the file is missing, is not TOML, or is nested too deep.
+    """
+    try:
+        return tomllib.loads(read_text(path))
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise ResultError(f"{printable(path)}: not readable as TOML ({printable(error)})") from error
 
 
 def write_tree(path: Path, tree: Mapping[str, Any], *, kind: str, durable: bool = True) -> None:
@@ -91,49 +241,69 @@ def write_tree(path: Path, tree: Mapping[str, Any], *, kind: str, durable: bool 
         OckhamError: an unsupported value, or the folder cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    skeleton = _flatten(tree, "", tensors)
-    header = {"ockham": json.dumps({"schema": SCHEMA, "kind": kind, "tree": skeleton})}
-    write_bytes(path, save(tensors, metadata=header), durable=durable)
+    about = {"schema": SCHEMA, "kind": kind, "tree": _flatten(tree, "", tensors)}
+    about["sha256"] = _digest(about, tensors)
+    write_bytes(path, save(tensors, metadata={"ockham": json.dumps(about)}), durable=durable)
 
 
-def read_tree(path: Path, *, kind: str) -> dict[str, Any]:
+def read_tree(path: Path, *, kind: str, verify: bool = True) -> dict[str, Any]:
     """Read what `write_tree` wrote.
+
+    Args:
+        path: the file.
+        kind: what it must be.
+        verify: compare the content with the SHA-256 in the header (files of earlier versions have none).
 
     Raises:
         ResultError: missing, truncated, tampered with, foreign, of another kind or newer; names the file and why.
     """
+    with open_regular(path) as opened:
+        afford(os.fstat(opened.fileno()).st_size, path)
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = (file.metadata() or {}).get("ockham")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-    except FileNotFoundError as error:
-        raise ResultError(f"{path}: no such file") from error
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise ResultError(f"{path}: truncated or not a safetensors file ({error})") from error
-    return _checked(path, metadata, tensors, kind)
-
-
-def _checked(path: Path, metadata: str | None, tensors: dict[str, Tensor], kind: str) -> dict[str, Any]:
+    except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError, TypeError, OverflowError) as error:
+        raise ResultError(f"{printable(path)}: truncated or not a safetensors file ({printable(error)})") from error
     if metadata is None:
-        raise ResultError(f"{path}: a safetensors file, but not written by Ockham (no 'ockham' header)")
+        raise ResultError(f"{printable(path)}: a safetensors file, but not written by Ockham (no 'ockham' header)")
     try:
-        header = json.loads(metadata)
-        schema, found, skeleton = int(header["schema"]), header["kind"], header["tree"]
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise ResultError(f"{path}: its Ockham header is damaged ({error})") from error
+        about = json.loads(metadata)
+        schema, found, skeleton = int(about["schema"]), about["kind"], about["tree"]
+    except (KeyError, TypeError, ValueError, RecursionError, OverflowError) as error:
+        raise ResultError(f"{printable(path)}: its Ockham header is damaged ({printable(error)})") from error
     if schema > SCHEMA:
         raise ResultError(
-            f"{path}: written by a newer Ockham (schema {schema}, this one reads up to {SCHEMA}); upgrade"
+            f"{printable(path)}: written by a newer Ockham (schema {schema}, this one reads up to {SCHEMA}); upgrade"
         )
     if found != kind:
-        raise ResultError(f"{path}: is a {found!r} file, a {kind!r} file was expected")
+        raise ResultError(f"{printable(path)}: is a {printable(repr(found))} file, a {kind!r} file was expected")
+    told = about.pop("sha256", None)
     try:
         tree = _restore(skeleton, tensors)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ResultError(f"{path}: header and tensors do not fit ({error}); the file was changed") from error
+        intact = not verify or told is None or told == _digest(about, tensors)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ResultError(
+            f"{printable(path)}: header and tensors do not fit ({printable(error)}); the file was changed"
+        ) from error
+    if not intact:
+        raise ResultError(
+            f"{printable(path)}: its content is not what was written (its SHA-256 is another): damaged or changed. "
+            "Copy it again from where it is whole, or make it anew"
+        )
     if not isinstance(tree, dict):
-        raise ResultError(f"{path}: its header is not a tree")
+        raise ResultError(f"{printable(path)}: its header is not a tree")
     return tree
+
+
+def _digest(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of kind, tree and the bytes of all tensors by name."""
+    found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _flatten(value: Any, at: str, tensors: dict[str, Tensor]) -> Any:
@@ -181,6 +351,19 @@ def pack_mask(keep: Tensor) -> Tensor:
     return torch.from_numpy(np.packbits(keep.detach().cpu().contiguous().reshape(-1).numpy()))
 
 
+def checked_shape(sizes: Any) -> tuple[int, ...]:
+    """Sizes from a file as a shape.
+
+    Raises:
+        ResultError: not a list of whole numbers from 0 on, or more elements than 2^62.
+    """
+    if not isinstance(sizes, (list, tuple)) or not all(type(n) is int and n >= 0 for n in sizes):
+        raise ResultError(f"a shape is a list of whole numbers from 0 on; got {printable(str(sizes)[:60])}")
+    if len(sizes) > 64 or math.prod(n or 1 for n in sizes) > 2**62:
+        raise ResultError(f"no tensor can have the shape {printable(str(sizes)[:60])}")
+    return tuple(sizes)
+
+
 def unpack_mask(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The boolean tensor of the given shape.
 
@@ -190,7 +373,7 @@ def unpack_mask(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
     count = math.prod(shape)
     if bits.dtype is not torch.uint8 or bits.numel() != -(-count // 8):
         raise ResultError(f"a mask of shape {shape} needs {-(-count // 8)} bytes; the file has {bits.numel()}")
-    flags = np.unpackbits(bits.numpy(), count=count).astype(bool)
+    flags = np.unpackbits(bits.reshape(-1).numpy(), count=count).view(np.bool_)
     return torch.from_numpy(flags).view(shape)
 
 
@@ -222,10 +405,11 @@ def unpack(node: Mapping[str, Any]) -> Tensor:
         if not isinstance(tensor, Tensor):
             raise ResultError("a dense entry holds no tensor")
         return tensor
-    keep = unpack_mask(node["bits"], tuple(node["shape"]))
-    values: Tensor = node["values"]
+    shape, values = checked_shape(node["shape"]), node["values"]
+    keep = unpack_mask(node["bits"], shape)
     if int(keep.sum()) != values.numel():
         raise ResultError(f"the bitmask marks {int(keep.sum())} values, the file holds {values.numel()}")
-    result = torch.zeros(keep.shape, dtype=values.dtype)
-    result[keep] = values
+    afford(keep.numel() * values.element_size(), "a tensor of the network")
+    result = torch.zeros(shape, dtype=values.dtype)
+    result[keep] = values.reshape(-1)
     return result

@@ -8,12 +8,30 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-__all__ = ["device_of", "evaluating", "keeping_modes", "seeded"]
+__all__ = ["device_of", "evaluating", "frozen_modules", "keeping_modes", "seeded", "train_"]
 
 
 def device_of(model: nn.Module) -> torch.device:
     """The device of the first parameter; the CPU for a network without parameters."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def frozen_modules(model: nn.Module) -> set[nn.Module]:
+    """Modules that have parameters of which none requires a gradient, and all that is inside them."""
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            found.update(module.modules())
+    return found
+
+
+def train_(model: nn.Module) -> nn.Module:
+    """Training mode, in place, but evaluation mode for what is wholly frozen: its dropout and statistics stay out."""
+    model.train()
+    for module in frozen_modules(model):
+        module.training = False
+    return model
 
 
 @contextmanager

@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ockham.core.files import pack_mask, read_tree, unpack_mask, write_tree
+from ockham.core.files import (
+    afford,
+    checked_shape,
+    inside,
+    pack_mask,
+    printable,
+    read_tree,
+    unpack,
+    unpack_mask,
+    write_tree,
+)
+from ockham.core.seal import sealed
 from ockham.errors import OckhamError, ResultError
 from ockham.evidence.kronecker import KroneckerPrecision
 
 __all__ = [
+    "POSTERIOR",
     "Gaussian",
     "Posterior",
     "WeightMatrix",
+    "domain_error",
     "gaussian_kl",
     "load_posterior",
     "save_posterior",
 ]
+
+POSTERIOR = "posterior.safetensors"
+"""Name of a posterior's file in a result folder."""
 
 POINT = "PointEstimate"
 """Source of a posterior whose spread is no statement of the data."""
@@ -32,14 +50,16 @@ class Gaussian:
     """Independent Gaussian posterior and prior of one parameter tensor.
 
     Attributes:
-        mean: posterior mean, shape of the parameter; exactly 0 where removed.
-        precision: posterior (conditional) precision, same shape; ``inf`` where removed.
+        mean: posterior mean, shape of the parameter; exactly 0 where removed, the value itself where the network
+            holds a weight fixed (`ockham.core.fixed`).
+        precision: posterior (conditional) precision, same shape; ``inf`` where removed or fixed.
         prior_precision: precision of the full prior, broadcastable to ``mean``.
         prior_mean: mean of the full prior, broadcastable.
-        keep: boolean, True = stays; same shape.
+        keep: boolean, True = stays, False = removed or fixed; same shape.
         marginal_precision: precision of the marginal where the source knows correlations, else None (= precision).
-        inclusion: probability that the weight is not zero, same shape, 0 where removed; None where the source has no
-            spike. Mean and precision are then those of the slab: of the weight given that it is included.
+        inclusion: probability that the weight is not zero, same shape, 0 where removed, 1 where fixed at something
+            else; None where the source has no spike. Mean and precision are then those of the slab: of the weight
+            given that it is included.
     """
 
     mean: Tensor
@@ -52,12 +72,32 @@ class Gaussian:
 
     def __post_init__(self) -> None:
         shape = self.mean.shape
-        for name in ("precision", "keep"):
+        for name in ("precision", "keep", "marginal_precision", "inclusion"):
+            got = getattr(self, name)
+            if got is not None and got.shape != shape:
+                raise OckhamError(f"Gaussian: {name} has shape {tuple(got.shape)}, mean has {tuple(shape)}")
+        for name in ("prior_precision", "prior_mean"):
             got = getattr(self, name).shape
-            if got != shape:
-                raise OckhamError(f"Gaussian: {name} has shape {tuple(got)}, mean has {tuple(shape)}")
+            if len(got) > len(shape) or any(a not in (1, b) for a, b in zip(got[::-1], shape[::-1], strict=False)):
+                raise OckhamError(f"Gaussian: {name} of shape {tuple(got)} does not broadcast to mean {tuple(shape)}")
         if self.keep.dtype is not torch.bool:
             raise OckhamError(f"Gaussian: keep must be boolean (True = stays); got {self.keep.dtype}")
+        if self.mean.numel() and not self.mean.is_meta:
+            self._check_values()
+
+    def _check_values(self) -> None:
+        """One pass over each tensor, without a copy of it."""
+        tiny, huge = 5e-324, 1.7976931348623157e308  # the smallest number above 0, the largest
+        for name, least, most, what in (
+            ("mean", -huge, huge, "finite"),
+            ("precision", tiny, math.inf, "positive"),
+            ("marginal_precision", tiny, math.inf, "positive"),
+            ("inclusion", 0.0, 1.0, "a probability"),
+        ):
+            if (values := getattr(self, name)) is not None:
+                low, high = (float(v) for v in values.detach().aminmax())  # NaN wherever one is
+                if not (least <= low and high <= most):
+                    raise OckhamError(f"Gaussian: {name} must be {what} everywhere; it lies between {low} and {high}")
 
     def to(self, device: torch.device | str) -> Gaussian:
         """The same moments on a device."""
@@ -75,7 +115,7 @@ class Gaussian:
 
     @property
     def std(self) -> Tensor:
-        """Standard deviation 1/sqrt(precision); 0 where removed."""
+        """Standard deviation 1/sqrt(precision); 0 where removed or fixed."""
         return self.precision.rsqrt()
 
     @property
@@ -104,6 +144,9 @@ class Posterior(Mapping[str, Gaussian]):
         temperature: tempering of the posterior; at values other than 1 evidence from it is *tempered* evidence.
         source: which method made it, for people.
         matrices: weight matrices whose posterior is correlated; empty where all weights are independent.
+        noise_variance: of a regression, one number an output (broadcastable to the outputs), in the targets' unit
+            squared; None for everything else.
+        likelihood: name of the likelihood it was fitted under, such as "classification"; None where that is not known.
     """
 
     moments: Mapping[str, Gaussian]
@@ -111,6 +154,14 @@ class Posterior(Mapping[str, Gaussian]):
     temperature: float = 1.0
     source: str = "unknown"
     matrices: tuple[WeightMatrix, ...] = ()
+    noise_variance: Tensor | None = None
+    likelihood: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("n_data", "temperature"):
+            value = getattr(self, name)
+            if not (isinstance(value, Real) and 0 < float(value) < math.inf):
+                raise OckhamError(f"Posterior: {name} must be a number, positive and finite; got {value!r}")
 
     def __getitem__(self, name: str) -> Gaussian:
         """Moments of the parameter called ``name``."""
@@ -148,7 +199,7 @@ class Posterior(Mapping[str, Gaussian]):
     def to(self, device: torch.device | str) -> Posterior:
         """The same posterior with its tensors on a device."""
         moments, matrices = {n: g.to(device) for n, g in self.items()}, tuple(m.to(device) for m in self.matrices)
-        return Posterior(moments, self.n_data, self.temperature, self.source, matrices)
+        return replace(self, moments=moments, matrices=matrices)
 
     def save(self, path: str | Path) -> None:
         """Write the survivors to one safetensors file (bitmask + values), atomically.
@@ -206,8 +257,11 @@ def save_posterior(posterior: Posterior, path: Path) -> None:
     """Write one safetensors file, atomically.
 
     Raises:
-        OckhamError: the folder cannot be written.
+        OckhamError: a number that is no moment of a Gaussian, or the folder cannot be written.
     """
+    problem = domain_error(posterior)
+    if problem:
+        raise OckhamError(f"{printable(path)}: the posterior is not saved, {problem}")
     tree = {
         "n_data": posterior.n_data,
         "temperature": posterior.temperature,
@@ -215,29 +269,99 @@ def save_posterior(posterior: Posterior, path: Path) -> None:
         "moments": {name: _pack(g) for name, g in posterior.items()},
         "matrices": [_pack_matrix(m) for m in posterior.matrices],
     }
+    optional = {"noise_variance": posterior.noise_variance, "likelihood": posterior.likelihood}
+    tree |= {name: value for name, value in optional.items() if value is not None}
     write_tree(path, tree, kind="posterior")
 
 
-def load_posterior(path: str | Path) -> Posterior:
+def load_posterior(path: str | Path, *, verify: bool = True) -> Posterior:
     """Read a posterior; a result folder may be named instead of the file in it.
 
+    Args:
+        path: result folder, or the file.
+        verify: whether the content is compared with the SHA-256 in the folder's seal, or in the file.
+
     Raises:
-        ResultError: missing, truncated, tampered with, foreign or newer; says which file and why.
+        ResultError: missing, truncated, tampered with, foreign or newer, or numbers that are no posterior; says which
+            file and why.
     """
-    file = Path(path) / "posterior.safetensors" if Path(path).is_dir() else Path(path)
-    tree = read_tree(file, kind="posterior")
+    file, seal = Path(path), None
+    if file.is_dir():
+        seal = sealed(file, POSTERIOR, verify=verify)
+        file = inside(file, POSTERIOR)
+    tree = read_tree(file, kind="posterior", verify=verify and seal is None)
     try:
         moments = {name: _unpack(node) for name, node in tree["moments"].items()}
         matrices = tuple(_unpack_matrix(node) for node in tree.get("matrices", []))
-        return Posterior(moments, float(tree["n_data"]), float(tree["temperature"]), str(tree["source"]), matrices)
-    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError, OckhamError) as error:
-        raise ResultError(f"{file}: its posterior is damaged ({error})") from error
+        facts = float(tree["n_data"]), float(tree["temperature"]), str(tree["source"]), matrices
+        found = Posterior(moments, *facts, tree.get("noise_variance"), tree.get("likelihood"))
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        ValueError,
+        RuntimeError,
+        OverflowError,
+        OckhamError,
+    ) as error:
+        raise ResultError(f"{printable(file)}: its posterior is damaged ({printable(error)})") from error
+    problem = domain_error(found)
+    if problem:
+        raise ResultError(f"{printable(file)}: its posterior is damaged ({problem})")
+    network = file.with_name("network.safetensors")
+    if Path(path).is_dir() and seal is None and network.exists():
+        try:
+            problem = _stranger(found, read_tree(network, kind="network", verify=verify))
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            problem = f"which is damaged: {printable(error)}"
+        if problem:
+            raise ResultError(f"{printable(file)}: is not the posterior of the network beside it ({problem})")
+    return found
+
+
+def _stranger(posterior: Posterior, network: Mapping[str, Any]) -> str:
+    """Why a posterior cannot be that of a saved network: other shapes, or weights where it removed them; else empty."""
+    for name, g in posterior.items():
+        node = network["state"].get(network["tied"].get(name, name))
+        if node is None:
+            return f"it speaks of {printable(name)}, which the network does not have"
+        weight = unpack(node)
+        if weight.shape != g.mean.shape:
+            return f"{printable(name)} is {tuple(weight.shape)} there and {tuple(g.mean.shape)} here"
+        if bool((weight[~g.keep & (g.mean == 0)] != 0).any()):
+            return f"{printable(name)} has weights where the posterior removed them"
+    return ""
+
+
+def domain_error(posterior: Posterior) -> str:
+    """What in a posterior is no moment of a Gaussian: not finite, not positive, out of range; empty if nothing is."""
+    for name in ("n_data", "temperature"):
+        value = getattr(posterior, name)
+        if not 0 < value < math.inf:
+            return f"{name} must be positive and finite; got {value}"
+    for name, g in posterior.items():
+        kept = {"mean": g.mean[g.keep], "prior_mean": g.prior_mean}
+        positive = {"precision": g.precision[g.keep], "prior_precision": g.prior_precision}
+        if g.marginal_precision is not None:
+            positive["marginal_precision"] = g.marginal_precision[g.keep]
+        if g.inclusion is not None and not bool(((g.inclusion >= 0) & (g.inclusion <= 1)).all()):
+            return f"{printable(name)}: an inclusion probability outside of 0 to 1"
+        for what, values in (kept | positive).items():
+            wrong = ~values.isfinite() | (values <= 0) if what in positive else ~values.isfinite()
+            if bool(wrong.any()):
+                kind = "positive and finite" if what in positive else "finite"
+                return f"{printable(name)}: {what} must be {kind}; got {float(values[wrong][0]):g}"
+    return ""
 
 
 def _pack(g: Gaussian) -> dict[str, Any]:
     node: dict[str, Any] = {"shape": list(g.mean.shape), "mean": g.mean[g.keep], "precision": g.precision[g.keep]}
     if not bool(g.keep.all()):
         node["keep"] = pack_mask(g.keep)
+        fixed = g.mean.masked_fill(g.keep, 0.0).reshape(-1)
+        if bool((at := fixed.nonzero().squeeze(1)).numel()):
+            node |= {"fixed_at": at, "fixed": fixed[at]}
     for name in ("prior_precision", "prior_mean"):
         node[name] = _compact(getattr(g, name))
     for name in ("marginal_precision", "inclusion"):
@@ -260,17 +384,28 @@ def _expanded(values: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _unpack(node: Mapping[str, Any]) -> Gaussian:
-    shape = tuple(node["shape"])
+    shape = checked_shape(node["shape"])
+    if "keep" not in node and node["mean"].numel() != math.prod(shape):
+        raise ResultError(f"the file holds {node['mean'].numel()} means for a parameter of shape {shape}")
     keep = unpack_mask(node["keep"], shape) if "keep" in node else torch.ones(shape, dtype=torch.bool)
     marginal, inclusion = node.get("marginal_precision"), node.get("inclusion")
+    mean = _spread(node["mean"], keep, 0.0)
+    inclusion = None if inclusion is None else _spread(inclusion, keep, 0.0)
+    if "fixed_at" in node:
+        at = node["fixed_at"]
+        if not bool(((at >= 0) & (at < mean.numel())).all()) or bool(keep.reshape(-1)[at].any()):
+            raise ResultError("fixed weights lie outside of the parameter, or among those that stay")
+        mean.view(-1)[at] = node["fixed"]
+        if inclusion is not None:
+            inclusion.view(-1)[at] = 1.0
     return Gaussian(
-        _spread(node["mean"], keep, 0.0),
+        mean,
         _spread(node["precision"], keep, torch.inf),
         _expanded(node["prior_precision"], shape),
         _expanded(node["prior_mean"], shape),
         keep,
         None if marginal is None else _spread(marginal, keep, torch.inf),
-        None if inclusion is None else _spread(inclusion, keep, 0.0),
+        inclusion,
     )
 
 
@@ -288,6 +423,7 @@ def _unpack_matrix(node: Mapping[str, Any]) -> WeightMatrix:
 def _spread(values: Tensor, keep: Tensor, fill: float) -> Tensor:
     if values.numel() != int(keep.sum()):
         raise ResultError(f"the mask keeps {int(keep.sum())} weights, the file holds {values.numel()}")
+    afford(keep.numel() * values.element_size(), "a tensor of the posterior")
     result = torch.full(keep.shape, fill, dtype=values.dtype)
     result[keep] = values.reshape(-1)
     return result

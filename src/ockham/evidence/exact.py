@@ -68,7 +68,7 @@ def exact_inclusion(X: Any, y: Any, *, prior_inclusion: Any, slab_variance: Any,
         OckhamError: shapes do not fit, more than 20 columns, values not finite, or a setting out of range.
 
     >>> x = torch.eye(3, dtype=torch.float64) * 10
-    >>> found = inclusion(x, x @ torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64),
+    >>> found = exact_inclusion(x, x @ torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64),
     ...                   prior_inclusion=0.5, slab_variance=1.0, noise_variance=1.0)
     >>> found.probabilities.round(decimals=3)
     tensor([1.0000, 0.0900, 1.0000], dtype=torch.float64)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError
 from ockham.fit.memory import RunFacts
-from ockham.fit.optimizer import VariationalOptimizer, check_settings
+from ockham.fit.optimizer import VariationalOptimizer
 from ockham.fit.priors import FixedPrior, GroupPrior, Prior
 
 __all__ = [
@@ -114,48 +114,18 @@ class IVON(VariationalOptimizer):
         seed: int = 0,
     ) -> None:
         settings = {
-            "n_data": float(n_data),
+            "n_data": n_data,
             "lr": lr,
             "betas": betas,
             "steps": steps,
             "prior": FixedPrior() if prior is None else prior,
-            "prior_mean": float(prior_mean),
+            "prior_mean": prior_mean,
             "initial_std": initial_std,
             "temperature": temperature,
             "kl_warmup": kl_warmup,
             "prior_interval": prior_interval,
         }
-        _check_settings(settings)
         super().__init__(params, settings, seed=seed)
-
-    @torch.no_grad()
-    def start_from(self, posterior: Posterior) -> None:
-        """Take mean, precision and removed weights from any posterior over (some of) the same parameters.
-
-        The warm start of a trained network: `start_from(ockham.laplace(model, loader, structure="diagonal"))`. The
-        curvature is what the posterior knows beyond *its* prior; this optimizer's own prior is put under it. Where the
-        posterior is tempered the curvature is taken as it was at temperature 1.
-
-        Raises:
-            OckhamError: a name or a shape does not fit, or called inside `sampled`.
-        """
-        self._outside("start_from")
-        by_name = {name: p for p, name in self._names.items()}
-        wrong = [n for n in posterior if n not in by_name or posterior[n].mean.shape != by_name[n].shape]
-        if wrong:
-            raise OckhamError(f"the posterior does not fit: {wrong[:6]} are unknown here or have another shape")
-        for group in self.param_groups:
-            named = [p for p in group["params"] if self._names[p] in posterior]
-            for p in named:
-                self._start_one(p, posterior, group)
-            self._arenas.pop(id(group), None)
-            if named:
-                self._rescale(named, group)
-
-    @torch.no_grad()
-    def kl(self) -> float:
-        """KL(q || prior) of the living weights, a sum in nats (float64 accumulation)."""
-        return sum(_kl(self._gaussian(p, g)) for g in self.param_groups for p in self._arena(g).parameters)
 
     def health(self) -> Health:
         """How much of the spread is data, and what noise does to it; best asked right after a step.
@@ -195,7 +165,34 @@ class IVON(VariationalOptimizer):
 
     # ------------------------------------------------------------------ the method
     def _check_options(self, group: Mapping[str, Any]) -> None:
-        _check_settings(group)
+        name = type(self).__name__
+        if group["steps"] is not None and group["steps"] < 1:
+            raise OckhamError(f"{name}: steps counts steps, at least 1; got {group['steps']}")
+        if group["betas"][0] is None:
+            raise OckhamError(f"{name}: betas must lie in [0, 1), the second may be None; got {group['betas']}")
+        if isinstance(group["prior"], GroupPrior):
+            raise OckhamError(
+                f"{name}: prior must be one scale per tensor, such as ockham.FixedPrior(1.0); got {group['prior']!r}"
+            )
+        widest = group["prior"].start_precision ** -0.5
+        if not group["initial_std"] < widest:
+            raise OckhamError(
+                f"{name}: initial_std must be below the prior's standard deviation; got {group['initial_std']} and "
+                f"{widest:g}"
+            )
+
+    def _take_over(self, given: Mapping[Tensor, Gaussian], posterior: Posterior, group: dict[str, Any]) -> None:
+        """The curvature is what the posterior knows beyond *its* prior, as it was at temperature 1.
+
+        This optimizer's own prior is put under it.
+        """
+        for p, g in given.items():
+            prior = torch.broadcast_to(g.prior_precision, g.mean.shape)
+            curvature = (g.precision - prior)[g.keep] * (posterior.temperature / group["n_data"])
+            self.state[p]["hessian"].copy_(curvature.clamp_min(0))
+        states = [self.state[p] for p in given]
+        total = sum(float((s["hessian"].double() + s["decay"]).sum()) for s in states)
+        group["scale"] = total / max(1, sum(s["hessian"].numel() for s in states))
 
     def _start(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         prior = group["prior"].start_precision
@@ -251,27 +248,6 @@ class IVON(VariationalOptimizer):
         state["hessian"].clamp_min_(-0.5 * decay)
         state["decay"] = decay
 
-    def _start_one(self, p: Tensor, posterior: Posterior, group: dict[str, Any]) -> None:
-        source = posterior[self._names[p]]
-        state = self._ensure(p, group)
-        if not bool(source.keep.all()):
-            self._remove_from(p, source.keep)
-        p.copy_(source.mean)
-        prior = torch.broadcast_to(source.prior_precision, source.mean.shape)
-        curvature = (source.precision - prior)[source.keep] * (posterior.temperature / group["n_data"])
-        state["hessian"].copy_(curvature.clamp_min(0))
-
-    def _rescale(self, named: list[Tensor], group: dict[str, Any]) -> None:
-        states = [self.state[p] for p in named]
-        total = sum(float((s["hessian"].double() + s["decay"]).sum()) for s in states)
-        group["scale"] = total / max(1, sum(s["hessian"].numel() for s in states))
-
-
-def _kl(g: Gaussian) -> float:
-    ratio = (g.precision.double() / g.prior_precision.double())[g.keep]
-    away = (g.prior_precision.double() * (g.mean.double() - g.prior_mean.double()).square())[g.keep]
-    return float(0.5 * (1 / ratio + away - 1 + ratio.log()).sum())
-
 
 def _decay(prior_precision: float, group: Mapping[str, Any]) -> float:
     return float(prior_precision * group["temperature"] / group["n_data"])
@@ -306,20 +282,3 @@ def _warnings(left: float, spread: float, negative: float, inflation: float) -> 
             "after start_from(ockham.laplace(...)) b2 = 0.9999 will do."
         )
     return tuple(found)
-
-
-def _check_settings(s: Mapping[str, Any]) -> None:
-    check_settings("IVON", s)
-    if s["steps"] is not None and s["steps"] < 1:
-        raise OckhamError(f"IVON: steps counts steps, at least 1; got {s['steps']}")
-    if s["betas"][0] is None:
-        raise OckhamError(f"IVON: betas must lie in [0, 1), the second may be None; got {s['betas']}")
-    if isinstance(s["prior"], GroupPrior):
-        raise OckhamError(
-            f"IVON: prior must be one scale per tensor, such as ockham.FixedPrior(1.0); got {s['prior']!r}"
-        )
-    if not s["initial_std"] ** -2 > s["prior"].start_precision:
-        raise OckhamError(
-            f"IVON: initial_std must be below the prior's standard deviation; got {s['initial_std']} and "
-            f"{s['prior'].start_precision ** -0.5:g}"
-        )

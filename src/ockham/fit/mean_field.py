@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ockham.core.posterior import Posterior
+from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError
 from ockham.fit.adam import adam_
 from ockham.fit.memory import RunFacts
-from ockham.fit.optimizer import VariationalOptimizer, check_settings
+from ockham.fit.optimizer import VariationalOptimizer
 from ockham.fit.priors import VECTOR, FixedPrior, GroupPrior, Prior, learn_scales, prior_of, start_scales
 
 __all__ = [
@@ -89,60 +90,33 @@ class MeanField(VariationalOptimizer):
         seed: int = 0,
     ) -> None:
         settings = {
-            "n_data": float(n_data),
+            "n_data": n_data,
             "lr": lr,
             "betas": betas,
             "eps": eps,
             "prior": FixedPrior() if prior is None else prior,
-            "prior_mean": float(prior_mean),
+            "prior_mean": prior_mean,
             "initial_std": initial_std,
             "std_rate": std_rate,
             "temperature": temperature,
             "kl_warmup": kl_warmup,
             "prior_interval": prior_interval,
         }
-        check_settings("MeanField", settings)
-        entries: list[Any] = list(params)
-        given = [settings["prior"], *(g.get("prior") for g in entries if isinstance(g, dict))]
+        entries: Any = params if inspect.isgenerator(params) else list(params)  # a generator knows its network
+        groups = [] if entries is params else [g for g in entries if isinstance(g, dict)]
+        given = [settings["prior"], *(g.get("prior") for g in groups)]
         if any(isinstance(prior, GroupPrior) for prior in given):
             self._vectors = (*type(self)._vectors, VECTOR)
         super().__init__(entries, settings, seed=seed)
 
-    def kl(self) -> float:
-        """KL(q || prior) of the living weights, a sum in nats (float64 accumulation)."""
-        total = 0.0
-        for group in self.param_groups:
-            total += sum(self._kl_of(p, group) for p in self._arena(group).parameters)
-        return total
-
-    @torch.no_grad()
-    def start_from(self, posterior: Posterior) -> None:
-        """Take mean, std and removed weights from any posterior over (some of) the same parameters.
-
-        Raises:
-            OckhamError: a name or a shape does not fit, or called inside `sampled`.
-        """
-        self._outside("start_from")
-        by_name = {name: p for p, name in self._names.items()}
-        unknown = [name for name in posterior if name not in by_name]
-        wrong = [n for n in posterior if n in by_name and posterior[n].mean.shape != by_name[n].shape]
-        if unknown or wrong:
-            raise OckhamError(f"the posterior does not fit: unknown names {unknown}, other shapes {wrong}")
-        for group in self.param_groups:
-            for p in (p for p in group["params"] if self._names[p] in posterior):
-                source = posterior[self._names[p]]
-                p.copy_(source.mean)
-                state = self._ensure(p, group)
-                if not bool(source.keep.all()):
-                    self._remove_from(p, source.keep)
-                state["log_std"].copy_(source.std[source.keep].log())
-            self._arenas.pop(id(group), None)  # it may remember standard deviations
-
     # ------------------------------------------------------------------ the method
     def _check_options(self, group: Mapping[str, Any]) -> None:
-        check_settings("MeanField", group)
         if isinstance(group["prior"], GroupPrior) and VECTOR not in self._vectors:
             raise OckhamError("a prior with a scale per structure must be there from the start: build a new MeanField")
+
+    def _take_over(self, given: Mapping[Tensor, Gaussian], posterior: Posterior, group: dict[str, Any]) -> None:
+        for p, g in given.items():
+            self.state[p]["log_std"].copy_(g.std[g.keep].log())
 
     def _start(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         vectors = {name: parameter.new_zeros(parameter.numel(), requires_grad=False) for name in self._vectors}
@@ -209,7 +183,6 @@ class MeanField(VariationalOptimizer):
         moments: Tensor = variance + (mean.double() - group["prior_mean"]).square()
         return moments
 
-    @torch.no_grad()
     def _kl_of(self, p: Tensor, group: dict[str, Any]) -> float:
         state = self.state[p]
         p0 = state.get(VECTOR, torch.tensor(state["prior_precision"], dtype=torch.float64)).double()

@@ -33,7 +33,6 @@ __all__ = [
     "sliced",
     "spans",
     "write",
-    "zero_removed_",
 ]
 
 CYCLE = 4
@@ -186,12 +185,6 @@ def write(span: Span, values: Tensor) -> None:
         piece.put(part)
 
 
-def zero_removed_(parameter: Tensor, keep: Tensor) -> None:
-    """Set the removed elements of a parameter to exactly zero."""
-    with torch.no_grad():
-        parameter.masked_fill_(~keep, 0.0)
-
-
 WORK = ("first", "second", "third")  # names of the vectors as long as a span that a step may overwrite
 _SMALL = 1 << 20
 
@@ -286,11 +279,15 @@ def sliced(optimizer: VariationalOptimizer, parameters: Mapping[str, Tensor], ta
     if missing:
         raise OckhamError(f"the smaller network has no parameter {missing[:3]}: shrink the network of this optimizer")
     twin = object.__new__(type(optimizer))
-    twin.__dict__.update(optimizer.__dict__)  # copy.copy would drop all that torch's __getstate__ does not know
+    twin.__dict__.update(optimizer.__getstate__())  # attributes of subclasses included
     twin.state, twin.param_groups = defaultdict(dict), []
     twin._index, twin._arenas = {}, {}
     twin._generators = {d: g.clone_state() for d, g in optimizer._generators.items()}
     twin._names = {parameters[name]: name for name in optimizer._names.values()}
+    twin._held = {}
+    for p, at in optimizer._held.items():
+        fixed = torch.zeros(p.numel(), dtype=torch.bool, device=p.device).index_fill(0, at, True).view(p.shape)
+        twin._held[parameters[optimizer._names[p]]] = alive_index(take(optimizer._names[p], fixed))
     shapes = {name: tuple(p.shape) for p, name in optimizer._names.items()}
     for group in optimizer.param_groups:
         fresh = {k: copy.deepcopy(v) for k, v in group.items() if k not in ("params", "prior")}

@@ -1,18 +1,22 @@
-"""What a variational optimizer is given, checked: groups, parameters, keep masks."""
+"""Gaussian variational inference in the shape of torch's optimizers: what all methods share, and are given."""
 
 from __future__ import annotations
 
-import math
+import inspect
+import io
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
+from ockham.core.fixed import fixed_entries
 from ockham.core.posterior import Gaussian, Posterior, gaussian_kl
 from ockham.errors import OckhamError
+from ockham.fit.checks import check_group, check_keep, check_settings
 from ockham.fit.memory import (
     CYCLE,
     Arena,
@@ -24,78 +28,31 @@ from ockham.fit.memory import (
     sliced,
     spans,
     write,
-    zero_removed_,
 )
 from ockham.fit.priors import Prior, plain_prior, restored_prior
 
 __all__ = [
     "VariationalOptimizer",
-    "check_group",
-    "check_keep",
-    "check_settings",
 ]
 
 
-def check_group(group: Mapping[str, Any], taken: set[str]) -> None:
-    """Named parameters, each once, of a dtype that can be perturbed.
+class _Block(io.IOBase):
+    """A generator as a context. `io.IOBase` leaves it in C: no interrupt falls between the body and its ``finally``.
 
-    Raises:
-        OckhamError: otherwise; says which and what to do.
+    A block that is dropped without having been left, by an interrupt between two bytecodes, is closed just so.
     """
-    if "param_names" not in group:
-        raise OckhamError("parameters need names: pass model.named_parameters(), not model.parameters()")
-    names, params = group["param_names"], group["params"]
-    if len(set(params)) != len(params):
-        raise OckhamError("duplicate parameters: name a tied weight once, as named_parameters() does")
-    again = sorted({n for n in names if n in taken or names.count(n) > 1})
-    if again:
-        raise OckhamError(f"parameter names must differ, also between groups; twice: {again[:6]}")
-    for name, p in zip(names, params, strict=True):
-        _check_parameter(name, p)
 
+    def __init__(self, steps: Generator[None]) -> None:
+        self._steps = steps
+        self.close = steps.close  # type: ignore[method-assign]
 
-def _check_parameter(name: str, p: Tensor) -> None:
-    if p.dtype not in (torch.float32, torch.float64):
-        raise OckhamError(
-            f"parameter {name!r} is {p.dtype}: variational inference needs float32 or float64 parameters, since a "
-            "perturbation is lost in a shorter format. Keep float32 weights and use torch.autocast for speed; "
-            "freeze parameters of other types (requires_grad_(False)) and leave them out"
-        )
-
-
-def check_keep(name: str, mask: Tensor, by_name: Mapping[str, Tensor]) -> None:
-    """A boolean mask of a known parameter's shape.
-
-    Raises:
-        OckhamError: otherwise; says what was got.
-    """
-    if name not in by_name:
-        raise OckhamError(f"keep names {name!r}, which this optimizer does not hold")
-    if mask.dtype is not torch.bool or mask.shape != by_name[name].shape:
-        raise OckhamError(
-            f"keep[{name!r}] must be boolean (True = stays) of shape {tuple(by_name[name].shape)}; "
-            f"got {mask.dtype} of shape {tuple(mask.shape)}"
-        )
-
-
-_POSITIVE = ("n_data", "lr", "eps", "initial_std", "std_rate", "temperature", "prior_interval")
-
-
-def check_settings(owner: str, s: Mapping[str, Any], kind: type = Prior, example: str = "FixedPrior(1.0)") -> None:
-    """Numbers in their ranges, as far as the optimizer has them, and a prior of its kind.
-
-    Raises:
-        OckhamError: names the setting, what it was, and what it may be.
-    """
-    for name in _POSITIVE:
-        if name in s and not 0 < s[name] < math.inf:
-            raise OckhamError(f"{owner}: {name} must be positive and finite; got {s[name]}")
-    if s["kl_warmup"] < 0:
-        raise OckhamError(f"{owner}: kl_warmup counts steps and cannot be negative; got {s['kl_warmup']}")
-    if not all(0 <= b < 1 for b in s["betas"] if b is not None):
-        raise OckhamError(f"{owner}: betas must lie in [0, 1); got {s['betas']}")
-    if not isinstance(s["prior"], kind):
-        raise OckhamError(f"{owner}: prior must be a {kind.__name__} such as ockham.{example}; got {s['prior']!r}")
+    def __enter__(self) -> None:  # type: ignore[override]
+        try:
+            next(self._steps)
+            del self  # an interrupt from here to the body drops the block, whatever holds this frame
+        except BaseException:
+            self.close()  # noqa: F821 - there is no bytecode between that and the end of the try
+            raise
 
 
 class VariationalOptimizer(torch.optim.Optimizer, ABC):
@@ -107,9 +64,27 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
     """
 
     _vectors: tuple[str, ...] = ()  # names of the state vectors, one number per living weight
+    _prior_kind: ClassVar[tuple[type, str]] = (Prior, "FixedPrior(1.0)")  # what the option ``prior`` must be, as shown
+
+    skip_nonfinite = False
+    """Whether a step with NaN or infinite gradients is left out, as `torch.amp.GradScaler` does, or refused."""
+    skipped = 0
+    """Number of steps left out."""
 
     def __init__(self, params: Any, defaults: dict[str, Any], *, seed: int) -> None:
+        """Check all options, here and in every group, and leave alone what the network itself holds fixed.
+
+        Args:
+            params: named parameters or groups of them. From ``model.named_parameters()`` itself the network is known,
+                and `hold` is called with it; after a list of pairs call `hold`.
+            defaults: options of every group that has none of its own.
+            seed: number that starts the noise.
+        """
+        owner = inspect.getgeneratorlocals(params).get("self") if inspect.isgenerator(params) else None
+        self._check({**defaults})
+        defaults = {k: float(v) if k in ("n_data", "prior_mean") else v for k, v in defaults.items()}
         self._seed = seed
+        self._held: dict[Tensor, Tensor] = {}  # flat positions of weights that are not living and keep their values
         self._generators: dict[torch.device, torch.Generator] = {}
         self._index: dict[Tensor, Tensor | None] = {}
         self._arenas: dict[int, Arena] = {}
@@ -118,6 +93,8 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         self._phase = -1  # place of the current draw in the cycle of the noise
         self._names: dict[Tensor, str] = {}
         super().__init__(params, defaults)
+        if isinstance(owner, nn.Module):
+            self.hold(owner)
 
     # ------------------------------------------------------------------ what a method supplies
     @abstractmethod
@@ -136,7 +113,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         """
 
     def _check_options(self, group: Mapping[str, Any]) -> None:
-        """Raise on an option of a new group that is out of range; nothing by default."""
+        """Raise on an option of its own that is out of range; those of `check_settings` are checked already."""
 
     def _after_step(self, group: dict[str, Any]) -> None:
         """Anything slower than a step, such as learning the prior; nothing by default."""
@@ -144,6 +121,13 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
     def _prior_of(self, p: Tensor, group: dict[str, Any]) -> Tensor:
         """Precision of the prior as the posterior reports it, broadcastable to the parameter."""
         return torch.tensor(self.state[p]["prior_precision"], dtype=p.dtype, device=p.device)
+
+    def _kl_of(self, p: Tensor, group: dict[str, Any]) -> float:
+        """KL(posterior || prior) of the living weights of a parameter, nats."""
+        return gaussian_kl(self._gaussian(p, group))
+
+    def _take_over(self, given: Mapping[Tensor, Gaussian], posterior: Posterior, group: dict[str, Any]) -> None:
+        """Called by `start_from` once means and removal are in place: take the spreads; nothing by default."""
 
     def _facts_of(self, state: Mapping[str, Any]) -> RunFacts:
         """What the weights of a run share; parameters that differ in it step apart."""
@@ -162,23 +146,33 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         """Called with the final gradients in place, before anything moves."""
 
     # ------------------------------------------------------------------ the loop's three calls
-    @contextmanager
-    def sampled(self) -> Iterator[None]:
-        """Parameters hold one posterior draw inside the block and the mean again after it, exceptions included.
+    def sampled(self) -> AbstractContextManager[None]:
+        """Parameters hold one posterior draw inside the block and the mean again after it.
 
-        Blocks before the same `step` share one draw; `step` and `zero_grad` end it.
+        They do so after any exception, Ctrl-C at any moment included. Blocks before the same `step` share one draw;
+        `step` and `zero_grad` end it.
 
         Raises:
             OckhamError: blocks are nested.
         """
+        return _Block(self._block())
+
+    def _block(self) -> Generator[None]:
         if self._backup is not None:
-            raise OckhamError("sampled() blocks cannot be nested: leave the first before entering another")
-        self._backup = []
+            raise OckhamError(
+                "sampled() blocks cannot be nested: leave the first before entering another. A closure given to "
+                "step(closure) runs inside a block already, and so does a training step under Lightning: take this one "
+                "away there"
+            )
         try:
-            self._perturb()
-            yield
+            try:
+                self._backup = []
+                self._perturb()
+                yield
+            finally:
+                self._restore()
         finally:
-            self._restore()
+            self._restore()  # all of it again where an interrupt hit the first
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and outside a `sampled` block end the current draw."""
@@ -197,7 +191,8 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
             What the closure returned, else None.
 
         Raises:
-            OckhamError: no draw belongs to these gradients (the backward pass ran outside `sampled`).
+            OckhamError: no draw belongs to these gradients (the backward pass ran outside `sampled`), or one is NaN or
+                infinite (`skip_nonfinite` leaves such a step out instead); nothing has moved then.
         """
         loss = None
         if closure is not None:
@@ -209,7 +204,10 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
                 "step() without a draw: run forward and backward inside `with optimizer.sampled():`, "
                 "call zero_grad() before that block and not between it and step()"
             )
-        self._check_grads()
+        if not self._gradients_are_finite():
+            self._pending, self.skipped = False, self.skipped + 1
+            return loss
+        self._free_what_is_trained()
         self._before_step()
         for group in self.param_groups:
             arena = self._arena(group)
@@ -217,7 +215,6 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
             for span in arena.spans:
                 for run in self._runs(span, ready=True):
                     self._step_run(run, arena, group)
-            arena.drawn.clear()
             self._after_step(group)
         self._pending = False
         return loss
@@ -238,13 +235,51 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         first = self.param_groups[0]
         return Posterior(moments, first["n_data"], first["temperature"], type(self).__name__)
 
+    @torch.no_grad()
     def kl(self) -> float:
-        """KL(posterior || prior) of all living weights, a sum in nats, at the temperature 1.
+        """KL(posterior || prior) of all living weights, a sum in nats (float64), at the temperature 1.
+
+        Removed and frozen weights are no part of the model and pay nothing.
 
         Raises:
             OckhamError: called inside `sampled`.
         """
-        return sum(gaussian_kl(g) for g in self.posterior().values())
+        self._outside("kl")
+        return sum((self._kl_of(p, g) for g in self.param_groups for p in self._arena(g).parameters), 0.0)
+
+    @torch.no_grad()
+    def start_from(self, posterior: Posterior) -> None:
+        """Take means, spreads and removed weights from any posterior over (some of) the same parameters.
+
+        What a method reads besides the mean: `MeanField` the standard deviation, `IVON` the curvature beyond the
+        posterior's own prior, `SpikeSlab` standard deviation and inclusion.
+
+        Args:
+            posterior: of any source.
+
+        Raises:
+            OckhamError: a name or a shape does not fit, or called inside `sampled`.
+        """
+        self._outside("start_from")
+        by_name = {name: p for p, name in self._names.items()}
+        unknown = [name for name in posterior if name not in by_name]
+        wrong = [n for n in posterior if n in by_name and posterior[n].mean.shape != by_name[n].shape]
+        if unknown or wrong:
+            raise OckhamError(f"the posterior does not fit: unknown names {unknown[:6]}, other shapes {wrong[:6]}")
+        for name, g in posterior.items():
+            p = by_name[name]
+            self._ensure(p, self._group_of(p))
+            fixed = ~g.keep & (g.mean != 0)
+            if bool(fixed.any()):
+                self._held[p] = alive_index(fixed.to(p.device))
+            if not bool(g.keep.all()):
+                self._remove_from(p, g.keep)
+            p.copy_(g.mean)
+        for group in self.param_groups:
+            given = {p: posterior[self._names[p]] for p in group["params"] if self._names[p] in posterior}
+            if given:
+                self._take_over(given, posterior, group)
+        self._arenas.clear()  # they may remember standard deviations
 
     def plain(self, model: nn.Module) -> nn.Module:
         """Take off a network, in place, whatever this optimizer has put on it: for copies that are handed out."""
@@ -270,6 +305,29 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
             check_keep(name, mask, by_name)
         return sum(self._remove_from(by_name[name], mask) for name, mask in keep.items())
 
+    def hold(self, model: nn.Module) -> None:
+        """Leave alone for good what the network's own modules hold fixed: no noise, no KL, no posterior.
+
+        That is the padding row of embeddings and what pruning masks hold at zero; see
+        `ockham.core.fixed.fixed_entries`. The weights keep their values; `keep` and `posterior` count them as not
+        living. Needed only where the optimizer was given a list of parameters: from ``model.named_parameters()`` itself
+        it knows the network. A row that gets a gradient after all (its weight is used in another place as well) is
+        trained from then on.
+
+        Args:
+            model: network whose parameters this optimizer holds.
+
+        Raises:
+            OckhamError: called inside `sampled`.
+        """
+        self._outside("hold")
+        by_name = dict(model.named_parameters())
+        for name, fixed in fixed_entries(model).items():
+            if (p := by_name[name]) in self._names:
+                self._held[p] = alive_index(fixed)
+                if self.state.get(p):
+                    self._remove_from(p, ~fixed)
+
     def keep(self) -> dict[str, Tensor]:
         """Boolean masks, True = alive, of every parameter that requires a gradient."""
         return {n: self._keep_of(p) for p, n in self._names.items() if p.requires_grad}
@@ -280,8 +338,11 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
 
     # ------------------------------------------------------------------ state
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but memory to work in: `copy.deepcopy((network, optimizer))` gives a pair that goes on alike."""
-        return {**self.__dict__, "_arenas": {}}
+        """All a copy needs: `copy.deepcopy((network, optimizer))` gives a pair that goes on alike.
+
+        Left out are memory to work in, and the ``step`` that a scheduler puts around the original's.
+        """
+        return {**{k: v for k, v in self.__dict__.items() if k != "step"}, "_arenas": {}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, as (name, parameter) pairs like everywhere here.
@@ -295,7 +356,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         group = self.param_groups[-1]
         try:
             check_group(group, set(self._names.values()))
-            self._check_options(group)
+            self._check(group)
         except OckhamError:
             self.param_groups.pop()
             raise
@@ -303,7 +364,12 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         self._pending, self._phase = False, -1
 
     def state_dict(self) -> dict[str, Any]:
-        """Torch's state plus that of the noise, all of it tensors and plain values (`torch.load` needs no pickle)."""
+        """Torch's state plus that of the noise, all of it tensors and plain values (`torch.load` needs no pickle).
+
+        Raises:
+            OckhamError: called inside `sampled`.
+        """
+        self._outside("state_dict")
         state = super().state_dict()
         groups = state["param_groups"]
         state["param_groups"] = [
@@ -344,6 +410,10 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
                 self._index[order[at]] = alive_index(state["keep"])
 
     # ------------------------------------------------------------------ inside
+    def _check(self, options: Mapping[str, Any]) -> None:
+        check_settings(type(self).__name__, options, *self._prior_kind)
+        self._check_options(options)
+
     def _outside(self, call: str) -> None:
         if self._backup is not None:
             raise OckhamError(f"{call}() inside sampled(): the weights are a draw there; leave the block first")
@@ -373,12 +443,44 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
             state["step"] = 0
             state["noise"] = torch.zeros(p.numel(), dtype=torch.half, device=p.device)
             self._phase = -1  # there is no noise to go on from: the next draw is a new one
+            if p in self._held:
+                self._remove_from(p, self._keep_of(p))
         return state
 
-    def _check_grads(self) -> None:
-        for p, name in self._names.items():
-            if p.grad is not None and p.grad.is_sparse:
+    def _gradients_are_finite(self) -> bool:
+        """Whether all gradients are finite numbers; if not, and such steps are not to be left out, an error says whose.
+
+        One norm over all gradients costs a read of them; only where it overflows each is looked at.
+        """
+        named = {n: p.grad for p, n in self._names.items() if p.grad is not None and p.requires_grad}
+        for name, grad in named.items():
+            if grad.is_sparse:
                 raise OckhamError(f"parameter {name!r} has a sparse gradient; build its Embedding with sparse=False")
+        if not named or bool(get_total_norm(named.values()).isfinite()):
+            return True
+        bad = {n: int((~g.isfinite()).sum()) for n, g in named.items() if not bool(g.isfinite().all())}
+        if bad and not self.skip_nonfinite:
+            first = next(iter(bad))
+            raise OckhamError(
+                f"the gradient of {first!r} is NaN or infinite in {bad[first]} of {named[first].numel()} places"
+                f"{f' (so are those of {len(bad) - 1} more parameters)' if len(bad) > 1 else ''}; nothing was updated. "
+                "Look for NaN in the data, lower lr, or set optimizer.skip_nonfinite = True to leave such steps out"
+            )
+        return not bad
+
+    def _free_what_is_trained(self) -> None:
+        """Entries held fixed that get a gradient after all are weights as any other, from this step on."""
+        for p in [p for p, at in self._held.items() if p.grad is not None and bool(p.grad.reshape(-1)[at].any())]:
+            state, group = self.state[p], self._group_of(p)
+            old = self._keep_of(p).reshape(-1)
+            new = old.index_fill(0, self._held.pop(p), True)
+            fresh = self._start(p, group) | {"noise": torch.zeros(p.numel(), dtype=torch.half, device=p.device)}
+            for name in (*self._vectors, "noise"):
+                fresh[name][old] = state[name]
+                state[name] = fresh[name][new]
+            state["keep"] = new.view(p.shape)
+            self._index[p] = alive_index(new)
+            self._arenas.pop(id(group), None)
 
     def _count(self, group: dict[str, Any]) -> None:
         for p in group["params"]:
@@ -403,47 +505,55 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         facts = self._facts(run)
         if (run.start, run.stop) not in arena.drawn:
             self._std_(vectors["first"], vectors, facts, group)
+        arena.drawn.discard((run.start, run.stop))  # an update may overwrite it
         self._update_(mean, grad, vectors, facts, group)
         write(run, mean)
 
-    @torch.no_grad()
     def _perturb(self) -> None:
         assert self._backup is not None
         new = not self._pending
         arenas = [self._arena(group) for group in self.param_groups]
-        self._phase, self._pending = (self._phase + 1) % CYCLE if new else self._phase, True
-        for group, arena in zip(self.param_groups, arenas, strict=True):
-            for span in arena.spans:
-                runs = [run for run in self._runs(span) if self._perturbs(run)]
-                if new and runs:
-                    self._draw_(arena.at(span)["noise"])
-                for run in runs:
-                    self._backup.append((run, self._draw_run(run, arena, group)))
-        self._block_began(new)
+        try:
+            self._phase = (self._phase + 1) % CYCLE if new else self._phase
+            for group, arena in zip(self.param_groups, arenas, strict=True):
+                for span in arena.spans:
+                    runs = [run for run in self._runs(span) if self._perturbs(run)]
+                    if new and runs:
+                        self._draw_(arena.at(span)["noise"])
+                    for run in runs:
+                        self._draw_run(run, arena, group)
+            self._block_began(new)
+            self._pending = True
+        except BaseException:
+            self._phase = -1 if new else self._phase  # this noise is half made: the next draw is a new one
+            raise
 
-    def _draw_run(self, run: Span, arena: Arena, group: dict[str, Any]) -> Tensor:
-        """Write mean + std * noise into the parameters of a run; returns the mean."""
+    def _draw_run(self, run: Span, arena: Arena, group: dict[str, Any]) -> None:
+        """Write mean + std * noise into the parameters of a run, once the mean is in the backup."""
+        assert self._backup is not None
         vectors = arena.at(run)
         mean = vectors["mean"]
         place = read(run, [x.parameter for x in run.pieces], mean)
         if place is not mean:
             mean.copy_(place)
+        self._backup.append((run, mean))
         std = self._std_(vectors["first"], vectors, self._facts(run), group)
         noise = vectors["second"].copy_(vectors["noise"])  # converted first: products of mixed dtypes are far slower
         write(run, torch.addcmul(mean, std, noise, out=noise))
         if arena.small:
             arena.drawn.add((run.start, run.stop))
-        return mean
 
     def _draw_(self, noise: Tensor) -> None:
         renew_(noise, self._phase, self._generator(noise.device))
 
-    @torch.no_grad()
     def _restore(self) -> None:
-        for run, mean in self._backup or ():
+        """Put the mean back; repeatable, since an interrupt may stop it anywhere."""
+        if self._backup is None:
+            return
+        for run, mean in self._backup:
             write(run, mean)
-        self._backup = None
         self._block_ended()
+        self._backup = None
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:
@@ -451,8 +561,13 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         return self._generators[device]
 
     def _keep_of(self, p: Tensor) -> Tensor:
-        keep = self.state.get(p, {}).get("keep")
-        return torch.ones_like(p, dtype=torch.bool) if keep is None else keep.clone()
+        keep: Tensor | None = self.state.get(p, {}).get("keep")
+        if keep is not None:
+            return keep.clone()
+        every: Tensor = torch.ones(p.shape, dtype=torch.bool, device=p.device)
+        if p in self._held:
+            every.view(-1)[self._held[p]] = False
+        return every
 
     @torch.no_grad()
     def _gaussian(self, p: Tensor, group: dict[str, Any]) -> Gaussian:
@@ -465,8 +580,9 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         prior_mean = torch.tensor(group["prior_mean"], dtype=p.dtype, device=p.device)
         return Gaussian(mean, precision, self._prior_of(p, group), prior_mean, keep)
 
+    @torch.no_grad()
     def _remove_from(self, p: Tensor, keep: Tensor) -> int:
-        group = next(g for g in self.param_groups if any(q is p for q in g["params"]))
+        group = self._group_of(p)
         state, old = self._ensure(p, group), self._index.get(p)
         flat = keep.to(p.device).reshape(-1)
         stays = flat if old is None else flat[old]
@@ -477,5 +593,11 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         state["keep"] = flat.view(p.shape) & self._keep_of(p)
         self._index[p] = alive_index(state["keep"])
         self._arenas.pop(id(group), None)
-        zero_removed_(p, state["keep"])
+        zero = ~state["keep"]
+        if p in self._held:
+            zero.view(-1)[self._held[p]] = False
+        p.masked_fill_(zero, 0.0)
         return int((~stays).sum())
+
+    def _group_of(self, p: Tensor) -> dict[str, Any]:
+        return next(g for g in self.param_groups if any(q is p for q in g["params"]))

@@ -49,19 +49,12 @@ class PointEstimate(VariationalOptimizer):
         eps: float = 1e-8,
         prior_variance: float = math.inf,
     ) -> None:
-        if not (n_data > 0 and lr > 0 and prior_variance > 0):
-            raise OckhamError(
-                f"PointEstimate: positive values expected; got n_data={n_data}, lr={lr}, {prior_variance=}"
-            )
-        settings = {
-            "n_data": float(n_data),
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "prior_mean": 0.0,
-            "temperature": 1.0,
-        }
-        super().__init__(params, {**settings, "prior_variance": prior_variance}, seed=0)
+        own = {"n_data": n_data, "lr": lr, "betas": betas, "eps": eps, "prior_variance": prior_variance}
+        super().__init__(params, {**own, "prior_mean": 0.0, "temperature": 1.0}, seed=0)
+
+    def _check_options(self, group: Mapping[str, Any]) -> None:
+        if not (variance := group["prior_variance"]) > 0:
+            raise OckhamError(f"{type(self).__name__}: prior_variance must be positive, inf for none; got {variance}")
 
     def _start(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         vectors = {name: parameter.new_zeros(parameter.numel(), requires_grad=False) for name in self._vectors}

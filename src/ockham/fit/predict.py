@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.rnn import PackedSequence
 
-from ockham.core.batch import Loader, forward, to_device
-from ockham.core.modes import seeded
+from ockham.core.batch import Batch, ReadBatch, ReadOutput, Substituted, batches_of, call, inputs_of, tensor_of
+from ockham.core.modes import device_of, evaluating, frozen_modules, seeded
 from ockham.core.posterior import Posterior
 from ockham.errors import OckhamError
 
@@ -32,8 +33,9 @@ class Prediction:
     """Averaged prediction of a classifier.
 
     Attributes:
-        probabilities: [N, K, ...], mean over draws.
-        total: entropy of the mean, nats, [N, ...].
+        probabilities: mean over draws; of classes [N, K, ...] (where the outputs have them), and after the likelihood
+            "binary" of every label, in the shape of the outputs.
+        total: entropy of the mean, nats, [N, ...]; of every label in the shape of the outputs.
         aleatoric: mean entropy of the draws, nats: noise in the data as the network sees it.
         epistemic: total - aleatoric >= 0 (mutual information): what more data could remove.
     """
@@ -46,17 +48,18 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RegressionPrediction:
-    """Averaged prediction of a regression.
+    """Averaged prediction of a regression, or of counts.
 
     Attributes:
         mean: [N, ...], mean over draws, in units of the target.
         epistemic: [N, ...], variance over draws: what more data could remove.
-        aleatoric: fitted noise variance of the likelihood.
+        aleatoric: noise variance of the likelihood, broadcastable to the mean (one number an output); for counts the
+            mean rate.
     """
 
     mean: Tensor
     epistemic: Tensor
-    aleatoric: float
+    aleatoric: Tensor
 
     @property
     def std(self) -> Tensor:
@@ -84,32 +87,65 @@ def draw_parameters(posterior: Posterior, generator: torch.Generator) -> dict[st
 
 @torch.no_grad()
 def draw_outputs(
-    model: nn.Module, posterior: Posterior, x: Tensor, *, draws: int, generator: torch.Generator, batch: int = 2048
+    model: nn.Module,
+    posterior: Posterior,
+    x: Any,
+    *,
+    draws: int,
+    generator: torch.Generator,
+    batch: int = 2048,
+    output: ReadOutput | None = None,
 ) -> Iterator[Tensor]:
     """Outputs [N, ...] of one network after another, drawn from the posterior.
 
     The model is used in evaluation mode and left as it was. Parameters the posterior does not know stay as they are.
 
+    Args:
+        model: the network.
+        posterior: over its parameters.
+        x: inputs: a tensor, a tuple or list (positional), a mapping (keywords), a PackedSequence, or a `Batch`.
+        draws: how many networks.
+        generator: of the draws.
+        batch: examples that go through the network together.
+        output: function that takes the output tensor out of what the network returns; `.logits` are found without.
+
     Raises:
+        DataError: the network cannot take the inputs, or returns no tensor.
         OckhamError: the posterior names parameters the model does not have.
     """
     known = dict(model.named_parameters())
     unknown = [name for name in posterior if name not in known]
     if unknown:
-        raise OckhamError(f"the posterior has parameters this model lacks: {unknown[:6]}; load the model it belongs to")
-    training = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
+        bare = [name.removeprefix(prefix) for name in unknown for prefix in WRAPPERS if name.startswith(prefix)]
+        hint = "load the model it belongs to"
+        if bare and all(name in known for name in bare):
+            wrapper = unknown[0].removesuffix(bare[0])
+            hint = f"its names begin with the prefix {wrapper!r} of a wrapper: pass the wrapped model, or rename them"
+        raise OckhamError(f"the posterior has parameters this model lacks: {unknown[:6]}; {hint}")
+    whole = x if isinstance(x, Batch) else inputs_of(x)
+    packed = any(isinstance(v, PackedSequence) for v in (*whole.args, *whole.kwargs.values()))
+    size = whole.size
+    rows = [slice(0, size)] if packed else [slice(i, i + batch) for i in range(0, max(size, 1), batch)]
+    with evaluating(model) as device:
+        parts = [(whole if packed else whole.part(r)).to(device) for r in rows]
         for _ in range(draws):
-            parameters = draw_parameters(posterior, generator)
-            yield torch.cat([_outputs(model, parameters, part) for part in x.split(batch)])
-    finally:
-        for module, mode in training.items():
-            module.training = mode
+            drawn = draw_parameters(posterior, generator)
+            yield torch.cat([tensor_of(call(Substituted(model, drawn), part, output)) for part in parts])
+
+
+WRAPPERS = ("module.", "_orig_mod.", "model.")
+"""Prefixes that DataParallel, DistributedDataParallel, torch.compile and trainers put before parameter names."""
 
 
 def predict(
-    model: nn.Module, posterior: Posterior, x: Tensor, *, draws: int = 20, generator: torch.Generator | None = None
+    model: nn.Module,
+    posterior: Posterior,
+    x: Any,
+    *,
+    draws: int = 20,
+    generator: torch.Generator | None = None,
+    likelihood: str | None = None,
+    output: ReadOutput | None = None,
 ) -> Prediction:
     r"""Posterior predictive of a classifier, with its uncertainty taken apart.
 
@@ -118,9 +154,12 @@ def predict(
     Args:
         model: the network; its own parameter values are not used where the posterior has them.
         posterior: over its parameters.
-        x: inputs, [N, ...].
+        x: inputs, [N, ...], or what else `draw_outputs` takes.
         draws: S.
         generator: of the draws; default seed 0. Global random state is not touched.
+        likelihood: "classification", "binary" (sigmoid of every output) or "causal-lm" (classes on the last axis);
+            default what the posterior was fitted under.
+        output: function that takes the logits out of what the network returns.
 
     Returns:
         `Prediction`, entropies in nats.
@@ -129,104 +168,116 @@ def predict(
         OckhamError: draws < 1, posterior and model do not fit, or the network has a single output (see
             `predict_regression`).
     """
-    generator = _seeded(x, draws, generator)
+    kind = likelihood or posterior.likelihood or "classification"
+    if kind in ("regression", "poisson"):
+        raise OckhamError(f"predict averages class probabilities; for a likelihood {kind!r} use predict_regression")
+    generator = _seeded(model, draws, generator)
+    axis = -1 if kind == "causal-lm" else 1
     mean: Tensor | None = None
     entropy: Tensor | None = None
-    for output in draw_outputs(model, posterior, x, draws=draws, generator=generator):
-        if output.ndim < 2 or output.shape[1] == 1:
+    for found in draw_outputs(model, posterior, x, draws=draws, generator=generator, output=output):
+        if kind != "binary" and (found.ndim < 2 or found.shape[axis] == 1):
             raise OckhamError(
-                f"predict averages class probabilities and needs outputs [N, K >= 2, ...]; got {tuple(output.shape)}. "
-                "For a regression use predict_regression"
+                f"predict averages class probabilities and needs outputs [N, K >= 2, ...]; got {tuple(found.shape)}. "
+                "For a regression use predict_regression, for one logit a label likelihood='binary'"
             )
-        p = output.softmax(1)
-        h = torch.special.entr(p).sum(1)  # 0 ln 0 = 0: masked classes have a logit of -inf
+        p = found.sigmoid() if kind == "binary" else found.softmax(axis)
+        h = _entropy(p, axis, kind)
         mean = p if mean is None else mean.add_(p)
         entropy = h if entropy is None else entropy.add_(h)
     assert mean is not None and entropy is not None
     mean, entropy = mean / draws, entropy / draws
-    total = torch.special.entr(mean).sum(1)
+    total = _entropy(mean, axis, kind)
     return Prediction(mean, total, entropy, (total - entropy).clamp_min(0))
 
 
 def predict_regression(
     model: nn.Module,
     posterior: Posterior,
-    x: Tensor,
+    x: Any,
     *,
-    noise_variance: float,
+    noise_variance: float | Tensor | None = None,
     draws: int = 20,
     generator: torch.Generator | None = None,
+    output: ReadOutput | None = None,
 ) -> RegressionPrediction:
-    """Posterior predictive mean and variance of a regression network.
+    """Posterior predictive mean and variance of a regression network, or of one that predicts counts.
 
     Args:
         model: the network.
-        posterior: over its parameters.
-        x: inputs, [N, ...].
-        noise_variance: of the likelihood, in squared units of the target.
+        posterior: over its parameters; after the likelihood "poisson" the outputs are logarithms of rates.
+        x: inputs, [N, ...], or what else `draw_outputs` takes.
+        noise_variance: noise of the likelihood, in squared units of the target; default what the posterior knows.
         draws: how many networks.
         generator: of the draws; default seed 0.
+        output: function that takes the output tensor out of what the network returns.
 
     Returns:
         `RegressionPrediction`.
 
     Raises:
-        OckhamError: draws < 1, or posterior and model do not fit.
+        OckhamError: draws < 1, posterior and model do not fit, or nobody knows the noise.
     """
-    outputs = torch.stack(list(draw_outputs(model, posterior, x, draws=draws, generator=_seeded(x, draws, generator))))
-    return RegressionPrediction(outputs.mean(0), outputs.var(0, correction=0), noise_variance)
+    generator = _seeded(model, draws, generator)
+    noise = posterior.noise_variance if noise_variance is None else torch.as_tensor(noise_variance)
+    if noise is None and posterior.likelihood != "poisson":
+        raise OckhamError(
+            "the posterior knows no noise: pass noise_variance= (of the likelihood, in squared units of the target)"
+        )
+    found = torch.stack(list(draw_outputs(model, posterior, x, draws=draws, generator=generator, output=output)))
+    if posterior.likelihood == "poisson" and noise is None:
+        rates = found.exp()
+        return RegressionPrediction(rates.mean(0), rates.var(0, correction=0), rates.mean(0))
+    assert noise is not None
+    return RegressionPrediction(found.mean(0), found.var(0, correction=0), noise.to(found))
 
 
-def _seeded(x: Tensor, draws: int, generator: torch.Generator | None) -> torch.Generator:
+def _entropy(p: Tensor, axis: int, kind: str) -> Tensor:
+    """Entropy in nats, 0 ln 0 = 0: masked classes have a logit of -inf."""
+    one: Tensor = torch.special.entr(p)
+    return one + torch.special.entr(1 - p) if kind == "binary" else one.sum(axis)
+
+
+def _seeded(model: nn.Module, draws: int, generator: torch.Generator | None) -> torch.Generator:
     if draws < 1:
         raise OckhamError(f"predict: draws must be at least 1; got {draws}")
-    return generator if generator is not None else torch.Generator(x.device).manual_seed(0)
-
-
-def _outputs(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-    try:
-        return functional_call(model, parameters, (x,), tie_weights=True)  # type: ignore[no-any-return]
-    except RuntimeError as error:
-        raise OckhamError(f"the network cannot take inputs of shape {tuple(x.shape)}: {error}") from error
+    return generator if generator is not None else torch.Generator(device_of(model)).manual_seed(0)
 
 
 @torch.no_grad()
-def refresh_batchnorm(model: nn.Module, loader: Loader, *, batches: int = 100) -> int:
+def refresh_batchnorm(
+    model: nn.Module, loader: Iterable[Any], *, batches: int = 100, batch: ReadBatch | None = None
+) -> int:
     """Replace running means and variances by averages over batches, under the weights the model now has.
+
+    Layers inside wholly frozen modules keep theirs.
 
     Args:
         model: changed in place; its modes are restored. Without BatchNorm nothing happens.
-        loader: batches of (inputs, targets).
+        loader: batches, as everywhere; only their inputs are read.
         batches: how many at most.
+        batch: function that reads batches of another form.
 
     Returns:
         Number of layers refreshed.
+
+    Raises:
+        DataError: the network cannot take the inputs.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    frozen = frozen_modules(model)
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m not in frozen]
     if not norms:
         return 0
-    modes = {m: m.training for m in model.modules()}
     momenta = {m: m.momentum for m in norms}
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.train()
-        norm.momentum = None  # cumulative average
-    try:
-        _run(model, loader, batches)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for norm, momentum in momenta.items():
-            norm.momentum = momentum
+    with evaluating(model) as device, seeded(0, 0, device):
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.train()
+                norm.momentum = None  # cumulative average
+            for one in batches_of(itertools.islice(loader, batches), device, batch):
+                call(model, one)
+        finally:
+            for norm, momentum in momenta.items():
+                norm.momentum = momentum
     return len(norms)
-
-
-def _run(model: nn.Module, loader: Loader, batches: int) -> None:
-    device = next(model.parameters()).device
-    with seeded(0, 0, device):
-        for i, batch in enumerate(loader):
-            if i == batches:
-                break
-            x: Any = to_device(batch[0], device)
-            forward(model, x)

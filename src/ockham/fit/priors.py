@@ -8,6 +8,7 @@ the prior (measured; docs: gotchas).
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -143,18 +144,25 @@ def plain_prior(prior: Prior) -> dict[str, Any]:
 
 
 def restored_prior(plain: dict[str, Any], current: Prior) -> Prior:
-    """The prior that `plain_prior` described: one of this file, or of the type of the optimizer's ``current`` one.
+    """The prior that `plain_prior` described: one of this library, or of the type of the optimizer's ``current`` one.
 
     Raises:
         OckhamError: its kind is neither.
     """
-    kinds: dict[str, type[Prior]] = {k.__name__: k for k in (FixedPrior, EmpiricalBayes, LayerScale, type(current))}
+    known: list[Any] = [Prior]
+    kinds: dict[str, Any] = {}
+    for kind in known:
+        known += kind.__subclasses__()
+        if kind.__module__.startswith("ockham.") and not inspect.isabstract(kind):
+            kinds[kind.__name__] = kind
+    kinds[type(current).__name__] = type(current)
     if plain["kind"] not in kinds:
         raise OckhamError(
             f"the saved prior is a {plain['kind']!r}; known are {sorted(kinds)}: build the optimizer with the saved "
             "kind of prior first"
         )
-    return kinds[plain["kind"]](**{k: v for k, v in plain.items() if k != "kind"})
+    found: Prior = kinds[plain["kind"]](**{k: v for k, v in plain.items() if k != "kind"})
+    return found
 
 
 Units = Mapping[str, tuple[int, Tensor]]

@@ -130,8 +130,11 @@ def from_laplace(la: Any, model: nn.Module) -> Posterior:
         OckhamError: it is not fitted, or its parameters are not the model's.
     """
     params = list(_attribute(la, "params", "from_laplace"))
-    names = _names_of(params, model, la)
     flat = _attribute(la, "mean", "from_laplace")
+    last = getattr(getattr(la, "model", None), "last_layer", None)
+    if isinstance(last, nn.Module) and isinstance(flat, Tensor) and flat.numel() < sum(p.numel() for p in params):
+        params = list(last.parameters())
+    names = _names_of(params, model, la)
     if not isinstance(flat, Tensor) or float(getattr(la, "n_data", 0) or 0) <= 0:
         raise OckhamError("from_laplace: not fitted; call la.fit(loader) first")
     conditional, marginal = _laplace_precisions(_attribute(la, "posterior_precision", "from_laplace"))

@@ -6,7 +6,9 @@ import html
 import io
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ockham.report.page import count
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
-    from matplotlib.ticker import Locator
 
 __all__ = [
     "AFTER",
@@ -24,8 +25,10 @@ __all__ = [
     "INK",
     "LINE",
     "MUTED",
+    "PALETTE",
     "TRACK",
-    "draw",
+    "Drawing",
+    "drawing",
     "integers",
     "percents",
     "show_the_rest",
@@ -36,7 +39,12 @@ __all__ = [
 INK, MUTED, LINE, TRACK = "#1c2530", "#5b6875", "#dfe5eb", "#edf0f4"
 AFTER, BEFORE, GONE = "#2f5fd0", "#b9601f", "#b4bfcb"
 
-_VARIABLES = {
+PALETTE = (
+    "#3366cc", "#d1495b", "#2a8c4a", "#b07a00", "#7b4fc9", "#00848c", "#d0669e", "#7a5230", "#5f6b7a", "#86a800",
+)  # fmt: skip
+"""Ten colours told apart, for curves side by side; ``c0`` to ``c9`` in a legend (`ockham.report.page.figure`)."""
+
+_VARIABLES = {colour: f"--c{i}" for i, colour in enumerate(PALETTE)} | {
     INK: "--ink", MUTED: "--muted", LINE: "--line", TRACK: "--track",
     AFTER: "--after", BEFORE: "--before", GONE: "--gone",
 }  # fmt: skip
@@ -68,27 +76,43 @@ _STYLE = {
 }
 
 
-def draw(
+@dataclass(slots=True)
+class Drawing:
+    """A figure that is being painted, and its picture afterwards.
+
+    Attributes:
+        figure: sheet to put axes and marks on.
+        svg: ``<svg>`` element, there when the block of `drawing` has ended.
+    """
+
+    figure: Figure
+    svg: str = ""
+
+
+@contextmanager
+def drawing(
     key: str,
     label: str,
     height: float,
-    paint: Callable[[Figure], None],
     *,
     width: float = 4.6,
     margins: tuple[float, float, float, float] = (0.74, 0.2, 0.5, 0.12),
-) -> str:
-    """Draw a figure without any global state and return it as an inline SVG element.
+) -> Iterator[Drawing]:
+    """A sheet without any global state; what the block paints becomes an inline SVG element.
+
+    The colours of the element are the page's CSS variables, and the same marks give the same text.
 
     Args:
         key: letters and digits, unique in the page; prefix of all ids inside.
-        label: what a screen reader says in place of the picture.
-        height: inches.
-        paint: puts axes and marks on the figure.
-        width: inches.
+        label: words that a screen reader says in place of the picture.
+        height: height of the sheet, inches.
+        width: width of the sheet, inches.
         margins: left, right, bottom, top of the axes, inches; fixed, because measuring texts costs half the time.
 
-    Returns:
-        An ``<svg>`` element whose colours are the page's CSS variables; the same input gives the same text.
+    >>> with drawing("example", "a rising line", 2.0) as sheet:
+    ...     lines = sheet.figure.add_subplot().plot([0, 1])
+    >>> sheet.svg[:18]
+    '<svg class="chart"'
     """
     import matplotlib.style
     from matplotlib.figure import Figure
@@ -97,13 +121,13 @@ def draw(
     with matplotlib.style.context(["default", {**_STYLE, "svg.hashsalt": key}]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")  # the reader's browser brings the font
         left, right, bottom, top = margins
-        figure = Figure(figsize=(width, height))
+        sheet = Drawing(Figure(figsize=(width, height)))
         edges = {"left": left / width, "right": 1 - right / width, "bottom": bottom / height, "top": 1 - top / height}
-        figure.subplots_adjust(**edges)
-        paint(figure)
+        sheet.figure.subplots_adjust(**edges)
+        yield sheet
         nothing: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", metadata=nothing)
-    return _inline(buffer.getvalue(), key, label)
+        sheet.figure.savefig(buffer, format="svg", metadata=nothing)
+    sheet.svg = _inline(buffer.getvalue(), key, label)
 
 
 def _inline(svg: str, key: str, label: str) -> str:
@@ -111,19 +135,19 @@ def _inline(svg: str, key: str, label: str) -> str:
     for unwanted in (r"<metadata>.*?</metadata>", r"<style.*?</style>", r"<!--.*?-->"):
         svg = re.sub(unwanted, "", svg, flags=re.DOTALL)
     referred = set(re.findall(r'(?:url\(|href=")#([\w-]+)', svg))
-    svg = re.sub(r"<[^>]+>", lambda tag: _tag(tag[0], key, referred), svg)
+
+    def tag(match: re.Match[str]) -> str:
+        text = re.sub(r' id="([^"]+)"', lambda m: f' id="{key}-{m[1]}"' if m[1] in referred else "", match[0])
+        text = re.sub(r"""(url\(|href=")#""", rf"\1#{key}-", text)
+        text = re.sub(r'font-family: [^;"]+;? ?', "", text)  # newer matplotlib; older ones write the next line's form
+        text = re.sub(r'font: ((?:\d+ )?[\d.]+px) [^;"]+', r"font: \1 var(--font)", text)
+        return re.sub(r"#[0-9a-f]{6}\b", lambda m: f"var({_VARIABLES[m[0]]})" if m[0] in _VARIABLES else m[0], text)
+
+    svg = re.sub(r"<[^>]+>", tag, svg)
     box = re.search(r'viewBox="([^"]+)"', svg)
     label = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in label)
     root = f'<svg class="chart" role="img" aria-label="{html.escape(label)}" viewBox="{box[1] if box else ""}">'
     return re.sub(r"\s*\n\s*", "\n", root + svg[svg.index(">") + 1 :]).strip()
-
-
-def _tag(tag: str, key: str, referred: set[str]) -> str:
-    tag = re.sub(r' id="([^"]+)"', lambda m: f' id="{key}-{m[1]}"' if m[1] in referred else "", tag)
-    tag = re.sub(r"""(url\(|href=")#""", rf"\1#{key}-", tag)
-    tag = re.sub(r'font-family: [^;"]+;? ?', "", tag)  # newer matplotlib; older ones write the next line's form
-    tag = re.sub(r'font: ((?:\d+ )?[\d.]+px) [^;"]+', r"font: \1 var(--font)", tag)
-    return re.sub(r"#[0-9a-f]{6}\b", lambda m: f"var({_VARIABLES[m[0]]})" if m[0] in _VARIABLES else m[0], tag)
 
 
 def ylabel(axes: Axes, text: str, offset: float | None = None) -> None:
@@ -138,30 +162,25 @@ def ylabel(axes: Axes, text: str, offset: float | None = None) -> None:
 
 def percents(axis: Axis) -> None:
     """Tick labels in percent."""
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import LogLocator, NullLocator
 
     if axis.get_scale() == "log":
         low, high = sorted(axis.get_view_interval())
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 300 * low else (1,)))
     axis.set_major_formatter(lambda v, _: f"{100 * v:.6g} %")
-    axis.set_minor_locator(_no_ticks())
+    axis.set_minor_locator(NullLocator())
 
 
 def thousands(axis: Axis) -> None:
     """Tick labels with separators."""
+    from matplotlib.ticker import NullLocator
 
     def write(value: float, _: float) -> str:
         text = f"{value / 1e6:,.6g} M" if abs(value) >= 1e6 else f"{value:,.6g}"
         return text.replace("-", "\N{MINUS SIGN}")
 
     axis.set_major_formatter(write)
-    axis.set_minor_locator(_no_ticks())
-
-
-def _no_ticks() -> Locator:
-    from matplotlib.ticker import NullLocator
-
-    return NullLocator()
+    axis.set_minor_locator(NullLocator())
 
 
 def integers(axes: Axes) -> None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 __all__ = [
+    "code",
     "count",
     "details",
     "document",
@@ -126,6 +127,11 @@ def paragraph(text: str, kind: str = "") -> str:
     return f"<p{_class(kind)}>{escape(text)}</p>"
 
 
+def code(text: str) -> str:
+    """Lines to copy."""
+    return f'<pre class="wrap">{escape(text)}</pre>'
+
+
 def note(title: str, lines: Iterable[str]) -> str:
     """A box that asks for attention."""
     return f'<div class="note" role="note"><strong>{escape(title)}</strong>{"".join(map(paragraph, lines))}</div>'
@@ -147,7 +153,13 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], *,
         words: how many leading columns are text, aligned left; the others are numbers.
     """
     head = "".join(f'<th scope="col"{_class("" if i < words else "n")}>{escape(h)}</th>' for i, h in enumerate(header))
-    body = "".join(f"<tr>{''.join(_cell(c, i, words) for i, c in enumerate(row))}</tr>\n" for row in rows)
+    body = ""
+    for first, *rest in rows:
+        body += f'<tr><th scope="row">{escape(first)}</th>'
+        for i, text in enumerate(rest, start=1):
+            tone = "good" if text.startswith("better") else "bad" if text.startswith("worse") else ""
+            body += f"<td{_class(' '.join(filter(None, ('' if i < words else 'n', tone))))}>{escape(text)}</td>"
+        body += "</tr>\n"
     inside = f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody>"
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>{inside}</table></div>'
@@ -166,7 +178,7 @@ def figure(title: str, svg: str, caption: str = "", *, legend: Sequence[tuple[st
         title: above it.
         svg: from `ockham.report.figures`.
         caption: below it.
-        legend: pairs (class of the colour, meaning).
+        legend: pairs (class of the colour, meaning): "before", "after", "gone", "track", "mark", or "c0" to "c9".
     """
     keys = "".join(f'<span><i class="key {kind}"></i>{escape(meaning)}</span>' for kind, meaning in legend)
     legend_ = f'<div class="legend">{keys}</div>' if keys else ""
@@ -199,17 +211,12 @@ def _class(kind: str) -> str:
     return f' class="{kind}"' if kind else ""
 
 
-def _cell(text: str, column: int, words: int) -> str:
-    tone = "good" if text.startswith("better") else "bad" if text.startswith("worse") else ""
-    if column == 0:
-        return f'<th scope="row">{escape(text)}</th>'
-    return f"<td{_class(' '.join(filter(None, ('' if column < words else 'n', tone))))}>{escape(text)}</td>"
-
-
 _LIGHT = """--bg:#f5f6f8;--card:#fff;--ink:#1c2530;--muted:#5b6875;--line:#dfe5eb;--track:#edf0f4;--after:#2f5fd0;
---before:#b9601f;--gone:#b4bfcb;--good:#17703f;--bad:#b02f2a;--warn:#fff5dc;--warnline:#e2b84a;"""
+--before:#b9601f;--gone:#b4bfcb;--good:#17703f;--bad:#b02f2a;--warn:#fff5dc;--warnline:#e2b84a;--c0:#3366cc;--c1:#d1495b;
+--c2:#2a8c4a;--c3:#b07a00;--c4:#7b4fc9;--c5:#00848c;--c6:#d0669e;--c7:#7a5230;--c8:#5f6b7a;--c9:#86a800;"""
 _DARK = """--bg:#11151b;--card:#191f28;--ink:#e5eaf0;--muted:#9ba8b6;--line:#2c3541;--track:#252d38;--after:#84a8ff;
---before:#eb9f64;--gone:#5a6776;--good:#6fd19a;--bad:#ff908a;--warn:#2b2513;--warnline:#8a6d1f;"""
+--before:#eb9f64;--gone:#5a6776;--good:#6fd19a;--bad:#ff908a;--warn:#2b2513;--warnline:#8a6d1f;--c0:#7fa6ff;--c1:#ff8a94;
+--c2:#6fd08c;--c3:#f0bd4f;--c4:#b99bff;--c5:#4fd0d6;--c6:#ff9fcb;--c7:#cfa27a;--c8:#a9b6c6;--c9:#c6e04f;"""
 _CSS = f"""
 :root{{color-scheme:light dark;--font:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;
 --mono:ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace;{_LIGHT}}}
@@ -244,7 +251,9 @@ figcaption p{{margin:2px 0 0;color:var(--muted);font-size:13.5px}}
 .chart *{{stroke-linejoin:round;stroke-linecap:butt}}
 .legend{{display:flex;flex-wrap:wrap;gap:2px 16px;color:var(--muted);font-size:13.5px}}
 .key{{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:6px;background:var(--after)}}
-.key.before{{background:var(--before)}}.key.gone{{background:var(--gone)}}
+.key.before{{background:var(--before)}}.key.gone{{background:var(--gone)}}.key.track{{background:var(--track);
+outline:1px solid var(--gone)}}
+{"".join(f".key.c{i}{{background:var(--c{i})}}" for i in range(10))}
 .key.mark{{background:var(--ink);height:3px;width:14px;vertical-align:middle}}
 .scroll{{overflow-x:auto;margin:16px 0;width:fit-content;max-width:100%;min-width:min(100%,520px)}}
 .grid th,.grid td{{padding:7px 11px}}.grid caption{{padding:12px 11px 4px}}
@@ -267,8 +276,8 @@ pre.wrap{{white-space:pre-wrap;overflow-wrap:anywhere}}
 dl.words{{display:grid;grid-template-columns:minmax(110px,max-content) 1fr;gap:8px 20px;max-width:86ch}}
 dl.words dt{{font-weight:600}}dl.words dd{{margin:0}}
 footer{{color:var(--muted);font-size:13.5px;padding-top:40px;padding-bottom:48px}}
-@media (max-width:520px){{dl.words{{display:block}}dl.words dd{{margin:0 0 10px}}th,td{{padding:6px 10px}}
-caption{{padding:10px 10px 4px}}table{{font-size:13.5px}}figure{{padding:12px 10px 8px}}}}
+@media (max-width:520px){{.n{{white-space:normal}}dl.words{{display:block}}dl.words dd{{margin:0 0 10px}}
+th,td{{padding:6px 10px}}caption{{padding:10px 10px 4px}}table{{font-size:13.5px}}figure{{padding:12px 10px 8px}}}}
 @media print{{body{{background:#fff;font-size:10.5pt}}section{{margin-top:22px}}h2{{break-after:avoid}}
 details::details-content{{content-visibility:visible;block-size:auto}}.scroll{{overflow:visible}}
 .grid{{grid-template-columns:repeat(2,1fr)}}tr,.tile,.note{{break-inside:avoid}}}}

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ockham.choose.prices import Structures
 from ockham.choose.rules import BudgetRule, EvidenceRule, RoundInfo, Rounds, Rule, counted, evidence_falls
 from ockham.choose.score import Diagnosis, Evidence, diagnose, score
-from ockham.core.batch import Loader
+from ockham.core.batch import Loader, ReadBatch, ReadOutput
 from ockham.core.likelihood import Likelihood
 from ockham.core.modes import device_of
-from ockham.core.names import Ignore, protected_names
+from ockham.core.names import Ignore, ignored
+from ockham.core.objective import Objective
 from ockham.core.posterior import Posterior
 from ockham.errors import OckhamError, OckhamWarning
 from ockham.fit.optimizer import VariationalOptimizer
@@ -35,7 +37,7 @@ Progress = EpochInfo
 class Seeing(Protocol):
     """Another look at a posterior before a round scores it, such as `ockham.Correlated`."""
 
-    def seen(self, posterior: Posterior, model: nn.Module, loader: Loader, likelihood: Likelihood) -> Posterior:
+    def seen(self, posterior: Posterior, model: nn.Module, loader: Loader, objective: Objective) -> Posterior:
         """The posterior that the round scores."""
 
 
@@ -83,14 +85,14 @@ class WeightRounds(Method):
     def start(self, network: nn.Module, task: Task) -> RunState:
         """The posterior before the first step."""
         optimizer = self.estimator(network, self.training, n_data=task.n_data, steps=task.steps)
-        protected = protected_names(network, self.ignore)
+        protected = ignored(network, self.ignore)
         shrinking, shrunk, rule = None, None, self.rule
         if self.structures is not None:
-            inputs = example_of(task.loader, device_of(network))
-            shrinking = Shrinking(self.structures, inputs, tuple(self.ignore))
+            inputs = example_of(task.loader, task.objective, device_of(network))
+            shrinking = Shrinking(self.structures, inputs, tuple(sorted(protected)))
             shrunk, rule = shrinking.start(network), counted(rule, task.trainable)
         own = _Run(task, rule, self.rounds.epochs(task.epochs), protected, shrinking, Removed(shrunk=shrunk))
-        return RunState.start(network, task.likelihood, optimizer, own)
+        return RunState.start(network, task.objective, optimizer, own)
 
     def after_epoch(self, state: RunState, info: EpochInfo) -> tuple[RunState, EpochInfo]:
         """The round, and the surgery after it, where one is due."""
@@ -114,7 +116,7 @@ class WeightRounds(Method):
         optimizer, own = _posterior_of(state), state.own
         posterior = optimizer.posterior()
         if self.correlated is not None:
-            posterior = self.correlated.seen(posterior, state.network, own.task.loader, state.likelihood)
+            posterior = self.correlated.seen(posterior, state.network, own.task.loader, state.objective)
         evidence, removed = score(posterior), own.removed
         if removed.diagnosis is None:
             removed = replace(removed, diagnosis=diagnose(posterior, info.loss))
@@ -141,10 +143,17 @@ class WeightRounds(Method):
         removed = replace(removed, history=(*removed.history, did), histograms=pictures, total=total)
         return replace(own, removed=removed), did
 
+    @property
+    def name(self) -> str:
+        """The posterior, as the command calls it."""
+        spelt = {"mean_field": "mean-field", "ivon": "ivon", "point_estimate": "map", "spike_slab": "spike-slab"}
+        made = self.estimator.__name__
+        return spelt.get(made, made)
+
     def settings(self) -> dict[str, Any]:
         """Settings of the run, the rule and the rounds, the structures."""
         made = {"rule": rule_name(self.rule), "structures": structures_name(self.structures)}
-        names = {"estimator": self.estimator.__name__, "ignore": repr(self.ignore)}
+        names = {"posterior": self.name, "ignore": repr(self.ignore)}
         return as_plain(self.training) | made | names | asdict(self.rounds)
 
     def saved(self, state: RunState) -> dict[str, Any]:
@@ -174,18 +183,18 @@ class WeightRounds(Method):
         """A copy of the mean network with statistics of BatchNorm refreshed, and its posterior."""
         own, optimizer = state.own, _posterior_of(state)
         model, posterior, plan = optimizer.plain(copy.deepcopy(state.network)), optimizer.posterior(), None
-        refresh_batchnorm(model, own.task.loader)
+        refresh_batchnorm(model, own.task.loader, batch=own.task.objective.batch)
         shrunk = own.removed.shrunk
         if own.shrinking is not None:
             model, posterior, plan = own.shrinking.finished(shrunk, model.eval(), posterior)
-        noise = state.likelihood.noise_variance
+        model, posterior = own.task.objective.finished(model, posterior)
         return Compressed(
             model.eval(),
             posterior,
             own.removed.history,
             state.history,
             own.removed.diagnosis,
-            noise,
+            posterior.noise_variance,
             own.removed.histograms,
             plan,
             () if shrunk is None else shrunk.history,
@@ -233,10 +242,10 @@ class Compression:
     >>> small = job.result()                                                            # doctest: +SKIP
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the settings of a run, all keywords
         self,
         model: nn.Module,
-        loader: Loader,
+        loader: Iterable[Any],
         *,
         likelihood: str | Likelihood = "classification",
         training: Training | None = None,
@@ -247,13 +256,18 @@ class Compression:
         estimator: Estimator | None = None,
         structures: Structures | None = None,
         correlated: Seeing | None = None,
+        batch: ReadBatch | None = None,
+        output: ReadOutput | None = None,
+        steps_per_epoch: int | None = None,
     ) -> None:
         self.training = t = training or Training()
+        names = tuple(sorted(ignored(model, ignore)))
         method = WeightRounds(
-            t, rule or EvidenceRule(), rounds or Rounds(), ignore, estimator or mean_field, structures, correlated
+            t, rule or EvidenceRule(), rounds or Rounds(), names, estimator or mean_field, structures, correlated
         )
         network = copy.deepcopy(model)
-        task = Task.of(network, loader, likelihood, epochs=t.epochs, n_data=n_data)
+        reading: dict[str, Any] = {"batch": batch, "output": output, "steps_per_epoch": steps_per_epoch}
+        task = Task.of(network, loader, likelihood, epochs=t.epochs, n_data=n_data, **reading)
         self.engine = Engine(method, network, task, hold=t.hold, seed=t.seed)
 
     @property
@@ -357,7 +371,14 @@ def _decided(rule: Rule, evidence: Evidence, protected: frozenset[str], progress
     limit = rule.keep if isinstance(rule, BudgetRule) else 0
     if limit > 1 and limit >= evidence.posterior.kept():
         return {name: g.keep.clone() for name, g in evidence.posterior.items()}
-    return rule.decide(evidence, protected, progress)
+    keep = rule.decide(evidence, protected, progress)
+    for name, mask in keep.items():
+        expected = tuple(evidence.posterior[name].mean.shape) if name in evidence.posterior else None
+        if not isinstance(mask, Tensor) or mask.dtype is not torch.bool or tuple(mask.shape) != expected:
+            got = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            wanted = "no such parameter" if expected is None else f"booleans (True = stays) of the shape {expected}"
+            raise OckhamError(f"the rule {type(rule).__name__} must give {name!r} {wanted}; got {got}")
+    return keep
 
 
 def _histogram(evidence: Evidence) -> list[int]:

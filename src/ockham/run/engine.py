@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,15 @@ from torch import Tensor, nn
 
 from ockham.choose.rules import RoundInfo
 from ockham.choose.score import Diagnosis
-from ockham.core.batch import Loader, count_terms
-from ockham.core.likelihood import Likelihood, Loss, likelihood_from
-from ockham.core.modes import device_of, seeded
+from ockham.core.batch import Loader, ReadBatch, ReadOutput, sized
+from ockham.core.likelihood import Likelihood
+from ockham.core.objective import Objective, objective_of
 from ockham.core.posterior import Posterior
-from ockham.errors import DataError, OckhamError
 from ockham.fit.predict import Prediction, RegressionPrediction, predict, predict_regression
+from ockham.run.folder import ResultFolder
 from ockham.run.result import NETWORK, PLAN, POSTERIOR, save_network, save_plan
 from ockham.run.trainer import EpochInfo, OnStep, RunState, StructureInfo, Trainer
-from ockham.surgery.planning import Plan
+from ockham.surgery.groups import Plan
 
 __all__ = ["Compressed", "Engine", "Method", "Task"]
 
@@ -49,7 +48,7 @@ class Compressed:
     rounds: tuple[RoundInfo, ...]
     epochs: tuple[EpochInfo, ...]
     diagnosis: Diagnosis | None
-    noise_variance: float | None
+    noise_variance: Tensor | None
     histograms: tuple[dict[str, Any], ...] = ()
     plan: Plan | None = None
     structures: tuple[StructureInfo, ...] = ()
@@ -67,16 +66,20 @@ class Compressed:
         return (now - self.posterior.size() + self.posterior.kept()) / (self.parameters or now)
 
     def predict(
-        self, x: Tensor, draws: int = 20, generator: torch.Generator | None = None
+        self,
+        x: Any,
+        draws: int = 20,
+        generator: torch.Generator | None = None,
+        output: ReadOutput | None = None,
     ) -> Prediction | RegressionPrediction:
-        """Posterior predictive: `ockham.predict`, or `ockham.predict_regression` after the regression likelihood."""
-        given: dict[str, Any] = {"draws": draws, "generator": generator}
-        if self.noise_variance is not None:
+        """Posterior predictive: `ockham.predict`, or `ockham.predict_regression` after "regression" and "poisson"."""
+        given: dict[str, Any] = {"draws": draws, "generator": generator, "output": output}
+        if self.posterior.likelihood in ("regression", "poisson"):
             return predict_regression(self.model, self.posterior, x, noise_variance=self.noise_variance, **given)
         return predict(self.model, self.posterior, x, **given)
 
     def save(self, folder: str | Path, *, builder: str = "user") -> Path:
-        """Write network, posterior and plan as a result folder that `ockham.load` and `ockham.load_posterior` read.
+        """Write network, posterior and plan as a sealed result folder, for `ockham.load` and `ockham.load_posterior`.
 
         Args:
             folder: place of the result; made where it is missing.
@@ -89,12 +92,12 @@ class Compressed:
         Raises:
             OckhamError: it cannot be written.
         """
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        save_network(self.model, path / NETWORK, builder=builder)
-        self.posterior.save(path / POSTERIOR)
-        save_plan(self.plan, path / PLAN)
-        return path
+        with ResultFolder(folder, overwrite=True) as new:
+            save_network(self.model, new.path(NETWORK), builder=builder)
+            self.posterior.save(new.path(POSTERIOR))
+            save_plan(self.plan, new.path(PLAN))
+            new.commit()
+        return Path(folder)
 
     def __repr__(self) -> str:
         """One line."""
@@ -107,7 +110,7 @@ class Task:
 
     Attributes:
         loader: batches of the training data, with a length.
-        likelihood: on the network's device; a copy of the user's own unless it is a `Loss`.
+        objective: likelihood, on the network's device, and how batches and outputs are read.
         n_data: number of summed log-likelihood terms.
         epochs: number planned.
         parameters: learnable values of the network before.
@@ -115,7 +118,7 @@ class Task:
     """
 
     loader: Loader
-    likelihood: Likelihood
+    objective: Objective
     n_data: float
     epochs: int
     parameters: int
@@ -128,29 +131,30 @@ class Task:
 
     @staticmethod
     def of(
-        network: nn.Module, loader: Loader, likelihood: str | Likelihood, *, epochs: int, n_data: float | None = None
+        network: nn.Module,
+        loader: Iterable[Any],
+        likelihood: str | Likelihood,
+        *,
+        epochs: int,
+        n_data: float | None = None,
+        batch: ReadBatch | None = None,
+        output: ReadOutput | None = None,
+        steps_per_epoch: int | None = None,
     ) -> Task:
         """The task of a user's arguments, checked before any work.
 
+        The network is put into standardised units where it already predicts the targets of a regression.
+
         Raises:
-            DataError: the loader has no length or no batches, or n_data is impossible.
+            DataError: the first batch cannot work, the loader has no length or no batches, or n_data is impossible.
             OckhamError: the network has no parameters, or the likelihood is unknown.
         """
+        data = sized(loader, steps_per_epoch)
+        objective = objective_of(network, likelihood, batch=batch, output=output)
+        terms = objective.prepare(network, data, n_data)
         parameters = list(network.parameters())
-        if not parameters:
-            raise OckhamError("the model has no parameters")
-        try:
-            length = len(loader)
-        except TypeError as error:
-            raise DataError("the loader needs a length (batches an epoch): schedules are planned from it") from error
-        if length == 0:
-            raise DataError("the training loader has no batches; give it at least one")
-        named = likelihood_from(likelihood)
-        own = (named if isinstance(named, Loss) else copy.deepcopy(named)).to(device_of(network))
-        terms = float(n_data) if n_data is not None else float(count_terms(loader, own))
-        _check_n_data(terms, loader, own)
         total = sum(p.numel() for p in parameters)
-        return Task(loader, own, terms, epochs, total, sum(p.numel() for p in parameters if p.requires_grad))
+        return Task(data, objective, terms, epochs, total, sum(p.numel() for p in parameters if p.requires_grad))
 
 
 class Method(ABC):
@@ -183,9 +187,14 @@ class Method(ABC):
     def settings(self) -> dict[str, Any]:
         """Plain values of all settings, for the record and for telling jobs apart."""
 
-    def record(self, state: RunState) -> dict[str, Mapping[str, Any]]:
-        """File name to plain values that a result folder says of this method alone."""
-        return {}
+    @property
+    def name(self) -> str:
+        """The name by which a result folder tells what removed."""
+        return self.stage
+
+    def record(self, state: RunState) -> dict[str, Any] | None:
+        """What became of the gates, plain values of `ockham.run.schema.GateFacts`; None without gates."""
+        return None
 
     @abstractmethod
     def result(self, state: RunState) -> Compressed:
@@ -232,17 +241,3 @@ class Engine:
     def load(self, saved: Mapping[str, Any]) -> None:
         """Continue from `saved` of an engine built with the same arguments."""
         self.state = self.method.resumed(self.state, saved["method"]).restored(saved["run"])
-
-
-def _check_n_data(terms: float, loader: Loader, likelihood: Likelihood) -> None:
-    if not terms > 0:
-        raise DataError(f"n_data counts log-likelihood terms and must be positive; got {terms}")
-    with seeded(0, 0, torch.device("cpu")):
-        batch = next(iter(loader))
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise DataError(f"the loader must yield pairs (inputs, targets); got {type(batch).__name__}")
-    if likelihood.terms(batch[1]) > terms:
-        raise DataError(
-            f"n_data = {terms:g} is smaller than one batch ({likelihood.terms(batch[1])} terms); it is the number of "
-            "log-likelihood terms of the whole training set"
-        )

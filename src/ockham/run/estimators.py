@@ -87,7 +87,7 @@ Estimator = Callable[..., VariationalOptimizer]
 
 def mean_field(model: nn.Module, training: Training, *, n_data: float, steps: int) -> VariationalOptimizer:
     """`ockham.MeanField` with the settings of the run; ``steps`` is its whole length."""
-    return MeanField(
+    optimizer = MeanField(
         [(n, p) for n, p in model.named_parameters() if p.requires_grad],
         n_data=n_data,
         lr=training.learning_rate,
@@ -98,17 +98,21 @@ def mean_field(model: nn.Module, training: Training, *, n_data: float, steps: in
         prior_interval=max(1, steps // (training.epochs * training.prior.updates_per_epoch)),
         seed=training.seed,
     )
+    optimizer.hold(model)
+    return optimizer
 
 
 def point_estimate(model: nn.Module, training: Training, *, n_data: float, steps: int) -> VariationalOptimizer:
     """`ockham.PointEstimate`, for magnitude pruning through the same door."""
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    return PointEstimate(named, n_data=n_data, lr=training.learning_rate)
+    optimizer = PointEstimate(named, n_data=n_data, lr=training.learning_rate)
+    optimizer.hold(model)
+    return optimizer
 
 
 def ivon(model: nn.Module, training: Training, *, n_data: float, steps: int) -> VariationalOptimizer:
     """`ockham.IVON` with the settings of the run; its learning rate is 50 times that of Adam (decisions)."""
-    return IVON(
+    optimizer = IVON(
         [(n, p) for n, p in model.named_parameters() if p.requires_grad],
         n_data=n_data,
         lr=50 * training.learning_rate,
@@ -120,6 +124,8 @@ def ivon(model: nn.Module, training: Training, *, n_data: float, steps: int) -> 
         prior_interval=max(1, steps // training.epochs),
         seed=training.seed,
     )
+    optimizer.hold(model)
+    return optimizer
 
 
 def as_plain(training: Training) -> dict[str, Any]:

@@ -1,14 +1,21 @@
-"""What the report says of a network: measures, reliability, shift, foreign inputs, which input pixels still count."""
+"""What a result says of its networks, measured here: predictions, plans and posteriors become parts of a `Result`."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ockham.choose.paths import chain_weights, node_inclusion
+from ockham.core.plain import Count, Share, from_plain, to_plain
 from ockham.core.posterior import Posterior
 from ockham.run.engine import Compressed
 from ockham.run.measure import (
@@ -20,49 +27,87 @@ from ockham.run.measure import (
     posterior_predictor,
     reliability_of,
 )
-from ockham.run.result import stored_values
+from ockham.run.records import (
+    DiagnosisRecord,
+    EpochRecord,
+    ForeignInputs,
+    GroupRecord,
+    HistogramRecord,
+    LayerRecord,
+    Measures,
+    ReliabilityPair,
+    ReliabilityTable,
+    RoundRecord,
+    ShiftCurve,
+    StructureRecord,
+)
+from ockham.run.result import layer_rows, stored_values
+from ockham.run.schema import (
+    Analysis,
+    DataSource,
+    History,
+    NetworkSource,
+    Provenance,
+    Settings,
+    Structure,
+    load_lines,
+)
+from ockham.run.shift import SEVERITIES
 from ockham.surgery.cost import cost, latencies
+from ockham.version import __version__
 from ockham.zoo.data import Dataset
 
 __all__ = [
-    "STRUCTURE",
     "NetworkFacts",
+    "analysis",
     "compressed_facts",
-    "input_inclusion",
+    "history",
     "input_map",
     "network_facts",
-    "structure_facts",
+    "path_inclusion",
+    "provenance",
+    "structure",
 ]
 
 _SHIFT_EXAMPLES = 500
 _SHIFT_DRAWS = 10  # twenty corrupted copies of every example are predicted, so fewer draws than for the test set
+_BATCHES = (1, 64)
 
 
 @dataclass(frozen=True, slots=True)
 class NetworkFacts:
-    """Plain values about one predictor on one data set.
+    """What was measured of one network or posterior on one data set; `ockham.core.plain` makes JSON of it.
 
     Attributes:
-        measures: of `ockham.run.measure.measures`.
-        parameters: nonzero learnable values.
-        reliability: 15 bins, classifiers only.
-        shift: accuracy and ECE under corruption, image classifiers only.
-        ood: AUROC of entropy against foreign inputs, classifiers only.
-        ood_name: what the foreign inputs are.
-        input_map: kept first-layer weights per input pixel, image inputs only.
+        measures: measures of its predictions, and the number of its stored values.
+        reliability: 15 bins of confidence, of classifiers only.
+        shift: corruption to "accuracy" and "ece" at severities 1 to 5, of image classifiers only.
+        ood: AUROC of the entropy against foreign inputs, of classifiers only.
+        ood_name: words for what the foreign inputs are.
+        input_map: kept first-layer weights per input pixel, of image inputs only.
     """
 
-    measures: dict[str, float]
-    parameters: int
-    reliability: dict[str, Any] | None
-    shift: dict[str, dict[str, list[float]]] | None
-    ood: float | None
+    measures: Measures
+    reliability: ReliabilityTable | None
+    shift: Mapping[str, Mapping[str, tuple[Share, ...]]] | None
+    ood: Share | None
     ood_name: str
-    input_map: list[list[int]] | None
+    input_map: tuple[tuple[Count, ...], ...] | None
+
+    def stored(self, size: int) -> NetworkFacts:
+        """The same with its size on disk, bytes."""
+        return replace(self, measures=replace(self.measures, bytes=size))
 
 
-def network_facts(model: nn.Module, data: Dataset, noise_variance: float | None, foreign: Tensor) -> NetworkFacts:
-    """Of a network as it stands; ``noise_variance`` None means a classifier."""
+def network_facts(model: nn.Module, data: Dataset, noise_variance: Tensor | None, foreign: Tensor) -> NetworkFacts:
+    """Measure a network as it stands.
+
+    Args:
+        model: network with every weight at its one value.
+        data: examples; those of the test part are used.
+        noise_variance: that of a regression, or None for a classifier.
+        foreign: inputs of another kind.
+    """
     predictor = mean_predictor(model, classify=noise_variance is None)
     return _facts(predictor, predictor, model, data, noise_variance, foreign)
 
@@ -70,7 +115,7 @@ def network_facts(model: nn.Module, data: Dataset, noise_variance: float | None,
 def compressed_facts(
     result: Compressed, data: Dataset, foreign: Tensor, *, draws: int, seed: int
 ) -> tuple[NetworkFacts, NetworkFacts]:
-    """Of the posterior predictive, and of the mean network."""
+    """Measure the posterior predictive, and the mean network beside it."""
     noise = result.noise_variance
 
     def predictor(count: int) -> Predictor:
@@ -82,26 +127,29 @@ def compressed_facts(
 
 
 def _facts(
-    predictor: Predictor, quick: Predictor, model: nn.Module, data: Dataset, noise: float | None, foreign: Tensor
+    predictor: Predictor, quick: Predictor, model: nn.Module, data: Dataset, noise: Tensor | None, foreign: Tensor
 ) -> NetworkFacts:
     x, y = data.test_x, data.test_y
     outputs = predictor(x)
     found = measures(lambda _: outputs, x, y, noise_variance=noise)
     few = slice(0, _SHIFT_EXAMPLES)
-    shapes = noise is None and y.ndim == 1
+    classes = noise is None and y.ndim == 1
+    shift: dict[str, dict[str, tuple[float, ...]]] | None = None
+    if classes and data.image_shape:
+        curves = corruption_shift(quick, x[few], y[few], low=data.low, high=data.high)
+        shift = {name: {k: tuple(v) for k, v in rows.items()} for name, rows in curves.items()}
     return NetworkFacts(
-        found,
-        stored_values(model),
-        reliability_of(lambda _: outputs, x, y) if shapes else None,
-        corruption_shift(quick, x[few], y[few], low=data.low, high=data.high) if shapes and data.image_shape else None,
-        ood_auroc(quick, x[few], foreign[few]) if shapes else None,
+        Measures.of(found, parameters=stored_values(model)),
+        from_plain(ReliabilityTable, reliability_of(lambda _: outputs, x, y)) if classes else None,
+        shift,
+        ood_auroc(quick, x[few], foreign[few]) if classes else None,
         "foreign inputs" if foreign.shape[1:] != x.shape[1:] else "test inputs with their pixels permuted",
         input_map(model, data),
     )
 
 
 @torch.no_grad()
-def input_map(model: nn.Module, data: Dataset) -> list[list[int]] | None:
+def input_map(model: nn.Module, data: Dataset) -> tuple[tuple[int, ...], ...] | None:
     """Kept first-layer weights per pixel [H][W], all channels; None if the first layer is no Linear on pixels."""
     first = next((m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))), None)
     if data.image_shape is None or not isinstance(first, nn.Linear):
@@ -110,10 +158,10 @@ def input_map(model: nn.Module, data: Dataset) -> list[list[int]] | None:
     if first.in_features != channels * height * width:
         return None
     counts = (first.weight != 0).sum(0).view(channels, height, width).sum(0)
-    return [[int(c) for c in row] for row in counts]
+    return tuple(tuple(int(c) for c in row) for row in counts)
 
 
-def input_inclusion(model: nn.Module, posterior: Posterior) -> list[float] | None:
+def path_inclusion(model: nn.Module, posterior: Posterior) -> tuple[float, ...] | None:
     """Probability that a living path leads from each input to an output (path rule); of plain chains of layers only.
 
     None where the posterior has no inclusion probabilities, or the network is not one `nn.Sequential` of Linear layers.
@@ -124,42 +172,114 @@ def input_inclusion(model: nn.Module, posterior: Posterior) -> list[float] | Non
     )
     if not chain or not posterior or any(g.inclusion is None for g in posterior.values()):
         return None
-    return [round(float(p), 6) for p in node_inclusion(chain_weights(model, posterior)).inputs]
+    return tuple(round(float(p), 6) for p in node_inclusion(chain_weights(model, posterior)).inputs)
 
 
-STRUCTURE = "structure.json"
-BATCHES = (1, 64)
+def history(result: Compressed) -> History:
+    """What a run says of its epochs and rounds."""
+    epochs = tuple(
+        EpochRecord(
+            e.epoch,
+            e.loss,
+            None if math.isnan(e.accuracy) else e.accuracy,
+            e.kept_share,
+            kl=e.kl or None,
+            parameters=e.parameters or None,
+            widths=dict(e.widths) or None,
+            removed=e.removed if e.widths else None,
+        )
+        for e in result.epochs
+    )
+    rounds = tuple(RoundRecord(**asdict(r)) for r in result.rounds)
+    counts = tuple(HistogramRecord(h["epoch"], tuple(h["delta_f"])) for h in result.histograms)
+    diagnosis = DiagnosisRecord(**asdict(result.diagnosis)) if result.diagnosis else None
+    return History(epochs, rounds, counts, diagnosis)
 
 
-def structure_facts(before: nn.Module, result: Compressed, example: Any) -> dict[str, Any]:
-    """Plain values for ``structure.json``.
+def analysis(result: Compressed, after: NetworkFacts, before: NetworkFacts | None) -> Analysis:
+    """What the reduced network is like, beside the network before where that was measured."""
+    shift: dict[str, ShiftCurve] | None = None
+    if after.shift is not None:
+        old = (before.shift if before else None) or {}
+        shift = {
+            name: ShiftCurve(
+                tuple(map(float, SEVERITIES)),
+                old.get(name, {}).get("accuracy"),
+                rows["accuracy"],
+                old.get(name, {}).get("ece"),
+                rows["ece"],
+            )
+            for name, rows in after.shift.items()
+        }
+    return Analysis(
+        layers=from_plain(tuple[LayerRecord, ...], layer_rows(result.posterior, result.plan)) or None,
+        reliability=ReliabilityPair(before.reliability if before else None, after.reliability)
+        if after.reliability
+        else None,
+        input_map=after.input_map,
+        input_inclusion=path_inclusion(result.model, result.posterior),
+        shift=shift,
+        ood=None if after.ood is None else ForeignInputs(after.ood_name, before.ood if before else None, after.ood),
+    )
+
+
+def structure(before: nn.Module, result: Compressed, example: Any) -> Structure | None:
+    """What the removal of whole units changed, latencies measured in turn; None where no units were asked for.
 
     Args:
-        before: the network before anything went; only its shapes matter.
-        result: of the compression, with its plan.
+        before: network before anything went; only its shapes matter.
+        result: outcome of the compression, with its plan.
         example: inputs of one example, on the networks' device.
-
-    Returns:
-        ``groups``: id, width before and after, nats that the removed units were worth; ``before`` and ``after``:
-        parameters, bytes (dense), macs of one example, latency in seconds by batch size (median, warm, the two
-        networks measured in turn); ``rounds``: what each removed.
     """
-    plan = result.plan
-    assert plan is not None
-    groups = [
-        {
-            "id": key,
-            "before": width,
-            "after": width - len(plan.removed.get(key, ())),
-            "nats": sum(plan.nats.get(key, ())),
-        }
+    plan, networks = result.plan, (before, result.model)
+    if plan is None:
+        return None
+    gone = {key: len(plan.removed.get(key, ())) for key in plan.widths}
+    groups = tuple(
+        GroupRecord(key, width, width - gone[key], float(sum(plan.nats.get(key, ()))))
         for key, width in plan.widths.items()
-    ]
-    networks = (before, result.model)
-    times = {batch: latencies(networks, example, batch=batch) for batch in BATCHES}
-    sides = [
-        asdict(cost(network, example)) | {f"latency_{batch}": times[batch][i] for batch in BATCHES}
+    )
+    times = {f"latency_{batch}": latencies(networks, example, batch=batch) for batch in _BATCHES}
+    old, new = (
+        Measures.of(asdict(cost(network, example)) | {name: values[i] for name, values in times.items()})
         for i, network in enumerate(networks)
-    ]
-    rounds = [asdict(info) for info in result.structures]
-    return {"groups": groups, "before": sides[0], "after": sides[1], "rounds": rounds}
+    )
+    return Structure(groups, old, new, tuple(StructureRecord(**asdict(r)) for r in result.structures))
+
+
+def provenance(
+    data: Dataset,
+    settings: Mapping[str, Any],
+    folder: Path,
+    *,
+    command: str,
+    builder: str,
+    seed: int,
+    seconds: float,
+    device: torch.device,
+) -> Provenance:
+    """How a result was made, on this machine and now.
+
+    Args:
+        data: examples of the run.
+        settings: plain values by the name of the setting.
+        folder: place where the result will be found, as typed.
+        command: line as typed.
+        builder: label of the network.
+        seed: seed of all randomness.
+        seconds: wall time of the run.
+        device: place of the computation.
+    """
+    return Provenance(
+        ockham=__version__,
+        command=command,
+        seed=seed,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds=seconds,
+        versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        machine=f"{platform.machine()}, {torch.get_num_threads()} threads, {device}",
+        network=NetworkSource(builder),
+        dataset=DataSource(data.name, len(data.train_x), len(data.test_x), data.name),
+        settings=from_plain(Settings, to_plain(settings)),
+        load=load_lines(folder, builder),
+    )

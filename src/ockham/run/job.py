@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 import json
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ockham.core.files import SCHEMA, read_tree, write_bytes, write_json, write_tree
-from ockham.core.likelihood import Likelihood
+from ockham.core.likelihood import Likelihood, Regression
+from ockham.core.objective import fit_noise
+from ockham.core.plain import from_plain, to_plain
 from ockham.core.posterior import Posterior
-from ockham.errors import OckhamError
+from ockham.errors import DataError, OckhamError
 from ockham.run.engine import Compressed, Engine, Method, Task
-from ockham.run.facts import STRUCTURE, NetworkFacts, compressed_facts, input_inclusion, network_facts, structure_facts
+from ockham.run.facts import NetworkFacts, analysis, compressed_facts, history, network_facts, provenance, structure
+from ockham.run.folder import ResultFolder
 from ockham.run.measure import mean_predictor, measures
-from ockham.run.result import NETWORK, PLAN, POSTERIOR, fit_error, layer_rows, save_network, save_plan
+from ockham.run.result import NETWORK, PLAN, POSTERIOR, save_network, save_plan
+from ockham.run.schema import GateFacts, Metrics, Result, load_lines, write_result
 from ockham.run.trainer import EpochInfo, OnStep, RunState
-from ockham.version import __version__
-from ockham.zoo.data import Batches, Dataset
+from ockham.run.weights import fitted, weights_fingerprint
+from ockham.zoo.data import Batches, Dataset, data_fingerprint
 
-__all__ = ["CHECKPOINT", "SEARCH_RATES", "Job", "PlainTraining", "Recipe"]
+__all__ = ["SEARCH_RATES", "Job", "PlainTraining", "Recipe"]
 
-CHECKPOINT = "checkpoint.safetensors"
+_FEWEST = 2
 SEARCH_RATES = (3e-4, 1e-3, 3e-3)
 """Learning rates tried for the Adam network, on a tenth of the training data held out."""
 
@@ -74,7 +75,11 @@ class Recipe:
         if not share:
             return (x, y), (x[:0], y[:0])
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(self.seed))
-        cut = len(x) - int(share * len(x))
+        if len(x) < _FEWEST:
+            raise DataError(
+                f"there are {len(x)} training examples (rows); at least {_FEWEST} are needed to hold some out"
+            )
+        cut = len(x) - max(1, int(share * len(x)))
         return (x[order[:cut]], y[order[:cut]]), (x[order[cut:]], y[order[cut:]])
 
     def engine(
@@ -105,13 +110,17 @@ class PlainTraining(Method):
         """Adam over all parameters."""
         fused = next(network.parameters()).device.type in ("cpu", "cuda")
         optimizer = torch.optim.Adam(network.parameters(), lr=self.rate, fused=fused)
-        return RunState.start(network, task.likelihood, optimizer, task)
+        return RunState.start(network, task.objective, optimizer, task)
 
     def result(self, state: RunState) -> Compressed:
         """The network as it is."""
         none, parameters = Posterior({}, state.own.n_data), state.own.parameters
-        noise = state.likelihood.noise_variance
-        return Compressed(state.network, none, (), state.history, None, noise, parameters=parameters)
+        model, objective = copy.deepcopy(state.network), state.objective
+        if isinstance(objective.likelihood, Regression):
+            objective = copy.deepcopy(objective)
+            fit_noise(model, state.own.loader, objective)
+        model, none = objective.finished(model, none)
+        return Compressed(model, none, (), state.history, None, none.noise_variance, parameters=parameters)
 
     def settings(self) -> dict[str, Any]:
         """The rate."""
@@ -127,13 +136,15 @@ class Job:
         out: result folder.
         builder: label of the network, "zoo:name" or the user's "module:function".
         command: line as typed, for the record.
-        weights: tensors to start from instead of from scratch; they are then also the network "before".
+        weights: tensors to start from instead of from scratch (see `fitted`); they are then also the network "before".
         baseline: whether the same network is trained by Adam for comparison (skipped when weights are given).
         draws: posterior draws of a prediction.
         ood: foreign inputs for the out-of-distribution measure; None: the test images with their pixels permuted.
         resume: whether to continue from the checkpoint in ``out``.
+        overwrite: whether a finished result in ``out`` may be replaced.
         on_step: function called within epochs.
         report: function that writes the report of a folder.
+        notes: sentences on what was decided about data and weights, for people.
     """
 
     recipe: Recipe
@@ -145,11 +156,22 @@ class Job:
     draws: int = 20
     ood: Tensor | None = None
     resume: bool = False
+    overwrite: bool = False
     on_step: OnStep | None = None
     report: Callable[[Path], Any] | None = None
+    notes: tuple[str, ...] = ()
     _facts: dict[str, Any] = field(default_factory=dict)
     _spent: float = 0.0
     _started: float = 0.0
+    _told: str = ""
+    _folder: ResultFolder = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Fit the weights to the network, before anything else is done."""
+        self.notes += self.recipe.data.notes
+        if self.weights is not None:
+            self.weights, said = fitted(self.recipe.network(), self.weights)
+            self.notes += said
 
     def run(self) -> Iterator[EpochInfo]:
         """Do the job, one epoch per item; at the end the folder is complete and the checkpoint gone.
@@ -157,12 +179,16 @@ class Job:
         Raises:
             OckhamError: weights do not fit, the folder cannot be written, a checkpoint of another job.
         """
+        with ResultFolder(self.out, overwrite=self.overwrite, resume=self.resume) as self._folder:
+            if self._folder.finished is None:
+                yield from self._work()
+            else:
+                self._compare(self._folder.finished.job)
+
+    def _work(self) -> Iterator[EpochInfo]:
         self._started, r = time.monotonic(), self.recipe
         saved = self._begin()
         if self.weights is not None:
-            problem = fit_error(r.network(), self.weights)
-            if problem:
-                raise OckhamError(f"the weights do not fit the model: {problem}")
             if "adam" not in self._facts:
                 model = r.network()
                 model.load_state_dict(dict(self.weights))
@@ -181,8 +207,9 @@ class Job:
             if method.stage not in self._facts:
                 engine = r.engine(method, epochs=max(1, round(r.epochs / 10)), held_out=0.1)
                 yield from self._go(engine, saved)
-                model, noise = engine.state.network, engine.state.likelihood.noise_variance
-                predictor = mean_predictor(model, classify=noise is None)
+                done = engine.result()
+                noise = done.noise_variance
+                predictor = mean_predictor(done.model, classify=noise is None)
                 nll = measures(predictor, *r.split(0.1)[1], noise_variance=noise)["nll"]
                 self._done(method.stage, {"nll": nll, "rate": rate})
         if "adam" not in self._facts:
@@ -190,16 +217,21 @@ class Job:
             best = min(rates, key=lambda f: f["nll"])["rate"]
             engine = r.engine(PlainTraining(best), epochs=r.epochs)
             yield from self._go(engine, saved)
-            before = self._before(engine.state.network, engine.state.likelihood.noise_variance)
+            done = engine.result()
+            before = self._before(done.model, done.noise_variance)
             self._done("adam", before | {"rate": best, "source": "adam"})
 
-    def _before(self, model: nn.Module, noise: float | None) -> dict[str, Any]:
-        probe = self.out / f".{NETWORK}.before"
+    def _before(self, model: nn.Module, noise: Tensor | None) -> dict[str, Any]:
+        probe = self._folder.stage / f".{NETWORK}.before"
         size = save_network(model, probe, builder=self.builder)
         probe.unlink()
         classify = not self.recipe.data.test_y.is_floating_point()
-        facts = network_facts(model, self.recipe.data, None if classify else (noise or 1.0), self._foreign())
-        return asdict(facts) | {"bytes": size, "noise_variance": None if classify else noise}
+        if not classify and noise is None:  # given weights: what they leave of the training targets
+            data = self.recipe.data
+            output = mean_predictor(model, classify=False)(data.train_x)[0]
+            noise = (output - data.train_y.reshape(output.shape)).double().square().mean(0, keepdim=True)
+        facts = network_facts(model, self.recipe.data, noise, self._foreign())
+        return {"facts": to_plain(facts.stored(size))}
 
     def _go(self, engine: Engine, saved: Mapping[str, Any]) -> Iterator[EpochInfo]:
         engine.on_step = self.on_step
@@ -211,40 +243,44 @@ class Job:
 
     # ------------------------------------------------------------------ checkpoint
     def _begin(self) -> Mapping[str, Any]:
-        write_bytes(self.out / ".probe", b"")  # fail early if the folder cannot be written
-        (self.out / ".probe").unlink()
-        for leftover in self.out.glob(".*.part"):
-            leftover.unlink()
-        path = self.out / CHECKPOINT
-        if not (self.resume and path.exists()):
+        saved = self._folder.checkpoint()
+        if saved is None:
             self._facts, self._spent = {}, 0.0
             return {}
-        saved = read_tree(path, kind="checkpoint")
-        theirs, ours = json.loads(saved["job"]), json.loads(self._fingerprint())
+        self._compare(saved["job"])
+        self._facts, self._spent = json.loads(saved["facts"]), float(saved["spent"])
+        return saved
+
+    def _compare(self, job: str) -> None:
+        """Refuse to go on with another job, naming what differs."""
+        theirs, ours = json.loads(job), json.loads(self._fingerprint())
         other = [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]
         if other:
             changed = ", ".join(f"{k} was {theirs.get(k)}, is {ours.get(k)}" for k in other)
             raise OckhamError(
-                f"{path} belongs to another job: {changed}. Resume with the same settings, or start anew "
+                f"{self.out} belongs to another job: {changed}. Resume with the same settings, or start anew "
                 "without --resume"
             )
-        self._facts, self._spent = json.loads(saved["facts"]), float(saved["spent"])
-        return saved
 
     def _fingerprint(self) -> str:
-        names = {"data": self.recipe.data.name, "examples": len(self.recipe.data.train_x), "network": self.builder}
-        return json.dumps(self._settings() | names | {"baseline": self.baseline}, sort_keys=True)
+        if self._told:
+            return self._told
+        data = self.recipe.data
+        names = {"data": data.name, "data content": data_fingerprint(data), "network": self.builder}
+        names |= {"weights": weights_fingerprint(self.weights)}
+        self._told = json.dumps(self._settings() | names | {"baseline": self.baseline}, sort_keys=True)
+        return self._told
 
     def _settings(self) -> dict[str, Any]:
         r = self.recipe
-        return {"method": r.method.stage, **r.method.settings(), "batch_size": r.batch_size, "seed": r.seed}
+        return {"method": r.method.name, **r.method.settings(), "batch_size": r.batch_size, "seed": r.seed}
 
     def _clock(self) -> float:
         return self._spent + time.monotonic() - self._started
 
     def _checkpoint(self, stage: str, state: Mapping[str, Any]) -> None:
         tree = {"job": self._fingerprint(), "stage": stage, "state": state, "spent": self._clock()}
-        write_tree(self.out / CHECKPOINT, tree | {"facts": json.dumps(self._facts)}, kind="checkpoint", durable=False)
+        self._folder.save_checkpoint(tree | {"facts": json.dumps(self._facts)})
 
     def _done(self, name: str, facts: dict[str, Any]) -> None:
         self._facts[name] = facts
@@ -252,69 +288,49 @@ class Job:
 
     # ------------------------------------------------------------------ the end
     def _finish(self, engine: Engine) -> None:
-        result, r = engine.result(), self.recipe
-        facts = compressed_facts(result, r.data, self._foreign(), draws=self.draws, seed=r.seed)
-        self.out.mkdir(parents=True, exist_ok=True)
-        size = save_network(result.model, self.out / NETWORK, builder=self.builder)
+        result, r, new = engine.result(), self.recipe, self._folder.stage
+        size = save_network(result.model, new / NETWORK, builder=self.builder)
         if result.posterior:
-            result.posterior.save(self.out / POSTERIOR)
-        else:
-            (self.out / POSTERIOR).unlink(missing_ok=True)
-        save_plan(result.plan, self.out / PLAN)
-        self._write(result, facts, size)
-        for name, values in engine.method.record(engine.state).items():
-            write_json(self.out / name, {"schema": SCHEMA} | dict(values))
-        if self.report is not None:
-            self.report(self.out)
-        (self.out / CHECKPOINT).unlink(missing_ok=True)
-
-    def _write(self, result: Compressed, facts: tuple[NetworkFacts, NetworkFacts], size: int) -> None:
-        after, mean = ({**f.measures, "parameters": f.parameters, "bytes": size} for f in facts)
+            result.posterior.save(new / POSTERIOR)
+        save_plan(result.plan, new / PLAN)
+        after, mean = compressed_facts(result, r.data, self._foreign(), draws=self.draws, seed=r.seed)
         old = self._facts.get("adam")
-        before = {**old["measures"], "parameters": old["parameters"], "bytes": old["bytes"]} if old else None
-        seconds = round(self._clock(), 2)
-        metrics = {
-            "schema": SCHEMA,
-            "before": before,
-            "after": after,
-            "mean_network": mean if result.posterior else None,
-            "kept": result.keep_share,
-            "seconds": seconds,
-            "seed": self.recipe.seed,
-            "noise_variance": result.noise_variance,
-            "dataset": self.recipe.data.name,
-            "network": self.builder,
-            "method": self.recipe.method.stage,
-            "before_source": old["source"] if old else "none",
-            "before_rate": (old or {}).get("rate"),
-        }
-        write_json(self.out / "metrics.json", metrics)
-        write_json(self.out / "history.json", _history(result))
-        write_json(self.out / "analysis.json", _analysis(result, facts[0], old))
-        if result.plan is None or not result.plan.removed:
-            (self.out / STRUCTURE).unlink(missing_ok=True)
-        else:
-            example = self.recipe.data.test_x[:1].to(self.recipe.device)
-            found = structure_facts(self.recipe.network(), result, example)
-            write_json(self.out / STRUCTURE, {"schema": SCHEMA} | found)
-        write_json(self.out / "result.json", self._provenance(seconds))
-
-    def _provenance(self, seconds: float) -> dict[str, Any]:
-        data = self.recipe.data
-        sizes = {"name": data.name, "n_train": len(data.train_x), "n_test": len(data.test_x), "source": data.name}
-        return {
-            "schema": SCHEMA,
-            "ockham": __version__,
-            "command": self.command,
-            "seed": self.recipe.seed,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": seconds,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-            "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {self.recipe.device}",
-            "network": {"builder": self.builder},
-            "dataset": sizes,
-            "settings": self._settings(),
-        }
+        before = from_plain(NetworkFacts, old["facts"]) if old else None
+        seconds, noise = round(self._clock(), 2), result.noise_variance
+        metrics = Metrics(
+            r.method.name,
+            before and before.measures,
+            after.stored(size).measures,
+            mean.stored(size).measures if result.posterior else None,
+            result.keep_share,
+            seconds,
+            r.seed,
+            None if noise is None else tuple(noise.reshape(-1).tolist()),
+            r.data.name,
+            self.builder,
+            before_source=old["source"] if old else "none",
+            before_rate=old.get("rate") if old else None,
+            draws=1 if not result.posterior or result.posterior.is_point else self.draws,
+        )
+        made = provenance(
+            r.data,
+            self._settings(),
+            self.out,
+            command=self.command,
+            builder=self.builder,
+            seed=r.seed,
+            seconds=seconds,
+            device=r.device,
+        )
+        made = replace(made, load=load_lines(self.out, self.builder))
+        changed = structure(r.network(), result, r.data.test_x[:1].to(r.device))
+        gates = r.method.record(engine.state)
+        said = None if gates is None else from_plain(GateFacts, gates)
+        told = (history(result), analysis(result, after, before))
+        write_result(new, Result(metrics, made, *told, structure=changed, gates=said))
+        if self.report is not None:
+            self.report(new)
+        self._folder.commit(job=self._fingerprint())
 
     def _foreign(self) -> Tensor:
         if self.ood is not None:
@@ -322,39 +338,3 @@ class Job:
         x = self.recipe.data.test_x
         order = torch.randperm(x[0].numel(), generator=torch.Generator().manual_seed(0))
         return x.reshape(len(x), -1)[:, order].reshape(x.shape)
-
-
-def _history(result: Compressed) -> dict[str, Any]:
-    whole = [e.plain() for e in result.epochs]
-    epochs = [{k: e[k] for k in ("epoch", "loss", "accuracy", "kept_share")} for e in whole]
-    diagnosis = asdict(result.diagnosis) if result.diagnosis else None
-    rounds = [asdict(r) for r in result.rounds]
-    return {"epochs": epochs, "rounds": rounds, "histograms": list(result.histograms), "diagnosis": diagnosis}
-
-
-def _analysis(result: Compressed, after: NetworkFacts, before: Mapping[str, Any] | None) -> dict[str, Any]:
-    shift = None
-    if after.shift is not None:
-        old = (before or {}).get("shift") or {}
-        shift = {
-            name: {
-                "severity": [1, 2, 3, 4, 5],
-                "before": old.get(name, {}).get("accuracy"),
-                "after": row["accuracy"],
-                "before_ece": old.get(name, {}).get("ece"),
-                "after_ece": row["ece"],
-            }
-            for name, row in after.shift.items()
-        }
-    reliability = {"before": (before or {}).get("reliability"), "after": after.reliability}
-    ood = (
-        None if after.ood is None else {"name": after.ood_name, "before": (before or {}).get("ood"), "after": after.ood}
-    )
-    return {
-        "layers": layer_rows(result.posterior, result.plan),
-        "reliability": reliability if after.reliability else None,
-        "input_map": after.input_map,
-        "input_inclusion": input_inclusion(result.model, result.posterior),
-        "shift": shift,
-        "ood": ood,
-    }

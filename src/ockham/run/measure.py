@@ -444,7 +444,7 @@ def mean_predictor(model: nn.Module, *, classify: bool) -> Predictor:
     return _Draws(model, Posterior({}, 1.0), 1, 0, classify)
 
 
-def measures(predictor: Predictor, x: Tensor, y: Tensor, *, noise_variance: float | None) -> dict[str, float]:
+def measures(predictor: Predictor, x: Tensor, y: Tensor, *, noise_variance: Tensor | float | None) -> dict[str, float]:
     """Accuracy, NLL, ECE, Brier of a classifier (``noise_variance`` None), or RMSE, NLL, CRPS, coverage."""
     if noise_variance is None:
         return classification_summary(predictor(x), y).to_dict()

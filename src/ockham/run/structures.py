@@ -15,19 +15,19 @@ from torch.utils import _pytree as pytree
 from ockham.choose.prices import Structures, unit_costs
 from ockham.choose.score import score
 from ockham.choose.units import Ledger, StructureEvidence, choose_units
-from ockham.core.batch import Loader, to_device
+from ockham.core.batch import Loader, read_batch
 from ockham.core.modes import device_of, seeded
+from ockham.core.names import Ignore
+from ockham.core.objective import Objective
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError, OckhamWarning
 from ockham.fit.optimizer import VariationalOptimizer
 from ockham.run.trainer import StructureInfo
 from ockham.surgery.cost import cost
 from ockham.surgery.folding import Constant, constants, fold
-from ockham.surgery.grouping import Groups
-from ockham.surgery.planning import Plan, plan_masks
-from ockham.surgery.shrinking import mask, shrink, slice_tensor
+from ockham.surgery.groups import Groups, Plan, plan_masks
+from ockham.surgery.shrinking import mask, shrink, slice_tensor, verify
 from ockham.surgery.tracing import trace
-from ockham.surgery.verifying import verify
 
 __all__ = [
     "Origin",
@@ -36,6 +36,7 @@ __all__ = [
     "StructureInfo",
     "example_of",
     "fold_constants",
+    "traced_again",
 ]
 
 
@@ -111,7 +112,7 @@ def fold_constants(
     Raises:
         MismatchError: the folded network computes something else.
     """
-    groups = trace(model, example_inputs, ignore=ignore)
+    groups = traced_again(model, example_inputs, ignore)
     alive = {name: g.keep.reshape(-1) for name, g in posterior.items()}
     made = {}
     for group in groups:
@@ -239,7 +240,7 @@ class Shrinking:
             TraceError: the network cannot be traced; train it with masks only (``structure=None``).
         """
         with seeded(0, 0, torch.device("cpu")):
-            groups = trace(network, self.inputs, ignore=self.ignore)
+            groups = trace(network, self.inputs, ignore=self.ignore).separate
         return Shrunk(Origin(groups), groups)
 
     def shrink(
@@ -251,7 +252,7 @@ class Shrinking:
             MismatchError: the smaller network computes something else than the masked one.
         """
         with seeded(0, 0, device_of(network)):
-            groups = known.now or trace(network, self.inputs, ignore=self.ignore)
+            groups = known.now or traced_again(network, self.inputs, self.ignore)
             known = replace(known, now=groups)
             before = {g.id: g.size for g in known.origin.groups}
             options = {
@@ -309,12 +310,19 @@ class Shrinking:
         return plan_masks(groups, choice.keep, nats=evidence)
 
 
-def example_of(loader: Loader, device: torch.device) -> Any:
-    """The first rows of the loader's first inputs, as surgery takes them: a list of positional ones is a tuple."""
+def traced_again(network: nn.Module, inputs: Any, ignore: Ignore) -> Groups:
+    """The groups of a network that has shrunk; where nothing is left to go, that is no news."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="nothing of this network can be removed")
+        return trace(network, inputs, ignore=ignore).separate
+
+
+def example_of(loader: Loader, objective: Objective, device: torch.device) -> Any:
+    """The first rows of the loader's first inputs, as surgery takes them."""
     with seeded(0, 0, torch.device("cpu")):
-        inputs = next(iter(loader))[0]
-    few = to_device(pytree.tree_map_only(Tensor, lambda t: t[:ROWS] if t.ndim else t, inputs), device)
-    return tuple(few) if isinstance(few, list) else few
+        first = read_batch(next(iter(loader)), objective.batch)
+    few = first.part(slice(0, ROWS)).to(device)
+    return dict(few.kwargs) if few.kwargs else few.args
 
 
 def _rows(inputs: Any) -> int:

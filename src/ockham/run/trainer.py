@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -14,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from ockham.choose.rules import RoundInfo
-from ockham.core.batch import Loader, batches_on, forward
-from ockham.core.likelihood import Likelihood, Loss
-from ockham.core.modes import device_of, seeded
-from ockham.errors import DataError, NonFiniteLossError, OckhamWarning
+from ockham.core.batch import Batch, Loader
+from ockham.core.likelihood import Likelihood
+from ockham.core.modes import device_of, seeded, train_
+from ockham.core.objective import Objective
+from ockham.errors import DataError, NonFiniteLossError, OckhamError
 from ockham.fit.optimizer import VariationalOptimizer
 
 __all__ = ["EpochInfo", "OnStep", "RunState", "StructureInfo", "Trainer", "rates_of"]
@@ -107,7 +107,7 @@ class RunState:
 
     Attributes:
         network: module in training; its parameters change in place, the module itself only when it shrinks.
-        likelihood: module that turns outputs and targets into nats; trained along where it has parameters.
+        objective: reader of batches and outputs, with the likelihood, trained along where it has parameters.
         optimizer: any optimizer over the network.
         noise: optimizer of the likelihood's own parameters, None where it has none.
         rates: learning rate of every group of the optimizer at the start of the schedule.
@@ -117,7 +117,7 @@ class RunState:
     """
 
     network: nn.Module
-    likelihood: Likelihood
+    objective: Objective
     optimizer: torch.optim.Optimizer
     noise: torch.optim.Optimizer | None
     rates: tuple[float, ...]
@@ -126,13 +126,16 @@ class RunState:
     own: Any = None
 
     @staticmethod
-    def start(
-        network: nn.Module, likelihood: Likelihood, optimizer: torch.optim.Optimizer, own: Any = None
-    ) -> RunState:
+    def start(network: nn.Module, objective: Objective, optimizer: torch.optim.Optimizer, own: Any = None) -> RunState:
         """The state before the first epoch."""
-        learned = list(likelihood.parameters())
+        learned = list(objective.likelihood.parameters())
         noise = torch.optim.Adam(learned, lr=1e-2) if learned else None
-        return RunState(network, likelihood, optimizer, noise, rates_of(optimizer), own=own)
+        return RunState(network, objective, optimizer, noise, rates_of(optimizer), own=own)
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """Module that turns outputs and targets into nats."""
+        return self.objective.likelihood
 
     def swapped(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> RunState:
         """The state with a smaller network and the optimizer that was carried over to it."""
@@ -140,11 +143,13 @@ class RunState:
 
     def saved(self) -> dict[str, Any]:
         """Plain values and tensors, without the method's own."""
+        groups = self.optimizer.param_groups
         return {
             "done": self.done,
             "network": dict(self.network.state_dict()),
             "likelihood": dict(self.likelihood.state_dict()),
             "optimizer": {k: v for k, v in self.optimizer.state_dict().items() if k != "param_groups"},
+            "groups": [{k: v for k, v in g.items() if isinstance(v, (int, float))} for g in groups],
             "noise": {} if self.noise is None else self.noise.state_dict()["state"],
             "history": [info.plain() for info in self.history],
         }
@@ -156,6 +161,8 @@ class RunState:
         for optimizer, state in ((self.optimizer, saved["optimizer"]), (self.noise, {"state": saved["noise"]})):
             if optimizer is not None:
                 optimizer.load_state_dict({**state, "param_groups": optimizer.state_dict()["param_groups"]})
+        for group, kept in zip(self.optimizer.param_groups, saved["groups"], strict=True):
+            group.update(kept)  # what an optimizer keeps in its groups: a peak learning rate, a scale
         return replace(self, done=int(saved["done"]), history=tuple(EpochInfo.of(h) for h in saved["history"]))
 
 
@@ -195,33 +202,39 @@ class Trainer:
         """
         start, steps, tally = time.perf_counter(), len(self.loader), _Tally(state.done)
         if steps == 0:
-            raise DataError("the training loader has no batches; give it at least one")
-        state.network.train()
+            raise DataError("the training loader is empty: it has no batches; give it at least one")
+        train_(state.network)
         device = device_of(state.network)
         with seeded(self.seed, state.done, device):
-            for i, (x, y) in enumerate(batches_on(self.loader, device)):
+            for i, batch in enumerate(state.objective.batches(self.loader, device)):
                 self._set_rates(state, (state.done * steps + i) / (self.epochs * steps))
-                tally.add(i, *self._step(state, x, y, state.done + i / steps))
+                tally.add(i, *self._step(state, batch, state.done + i / steps))
                 if on_step is not None and (i % 10 == 0 or i + 1 == steps):
                     on_step(i + 1, steps, tally.loss())
         spent = time.perf_counter() - start
         info = EpochInfo(state.done + 1, tally.loss(final=True), tally.accuracy(), epochs=self.epochs, seconds=spent)
         return replace(state, done=state.done + 1), info
 
-    def _step(self, state: RunState, x: Any, y: Tensor, at: float) -> tuple[Tensor, Tensor]:
+    def _step(self, state: RunState, batch: Batch, at: float) -> tuple[Tensor, Tensor]:
         optimizer = state.optimizer
         for each in (optimizer, state.noise):
             if each is not None:
                 each.zero_grad()
         with optimizer.sampled() if isinstance(optimizer, VariationalOptimizer) else nullcontext():
-            output = forward(state.network, x) if at else _first_output(state, x, y)
-            nll = state.likelihood.nll(output, y)
+            nll, output = state.objective.loss(state.network, batch)
             term = self.term(state, at)
             (nll if term is None else nll + term).backward()
-        for each in (optimizer, state.noise):
-            if each is not None:
-                each.step()
-        return nll.detach(), _right(output, y)
+        try:
+            for each in (optimizer, state.noise):
+                if each is not None:
+                    each.step()
+        except OckhamError as error:
+            if bool(torch.isfinite(nll.detach())):
+                raise
+            raise NonFiniteLossError(
+                _not_finite(float(nll.detach()), state.done, round((at - state.done) * len(self.loader)))
+            ) from error
+        return nll.detach(), state.objective.right(output, batch)
 
     def _set_rates(self, state: RunState, progress: float) -> None:
         factor = 1.0 if progress < self.hold else (1 - progress) / (1 - self.hold)
@@ -259,34 +272,15 @@ class _Tally:
         values = torch.stack(self._losses).double().cpu()
         bad = (~torch.isfinite(values)).nonzero()
         if len(bad):
-            at = self._first + int(bad[0])
-            raise NonFiniteLossError(
-                f"the loss became {float(values[bad[0]])} at step {at + 1} of epoch {self._epoch + 1}. Lower the "
-                "learning rate, check the inputs for NaN; the last checkpoint is untouched"
-            )
+            step = self._first + int(bad[0])
+            raise NonFiniteLossError(_not_finite(float(values[bad[0]]), self._epoch, step))
         self._sum, self._count = self._sum + float(values.sum()), self._count + len(values)
         self._first += len(values)
         self._losses.clear()
 
 
-def _first_output(state: RunState, x: Any, target: Tensor) -> Any:
-    try:
-        output = forward(state.network, x)
-    except RuntimeError as error:
-        shape = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise DataError(f"the network cannot take the data's inputs ({shape}): {error}") from error
-    state.likelihood.check(output, target)
-    if isinstance(state.likelihood, Loss) and state.likelihood.looks_summed(output, target):
-        warnings.warn(
-            "the loss is declared a mean, but doubles when the batch is doubled: it is a sum. Declare "
-            "ockham.Loss(..., reduction='sum'), else the data count many times over",
-            OckhamWarning,
-            stacklevel=4,
-        )
-    return output
-
-
-def _right(output: Any, target: Tensor) -> Tensor:
-    if not isinstance(output, Tensor) or target.is_floating_point() or output.ndim != target.ndim + 1:
-        return torch.tensor(math.nan)
-    return (output.detach().argmax(1) == target).float().mean()
+def _not_finite(loss: float, epoch: int, step: int) -> str:
+    return (
+        f"the loss became {loss} at step {step + 1} of epoch {epoch + 1}. Lower the learning rate, check the inputs "
+        "for NaN; the last checkpoint is untouched"
+    )

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from ockham.surgery.exporting import ExportError, export
-from ockham.surgery.grouping import Group, Groups, Member
-from ockham.surgery.planning import Plan, PlanError, random_plan
-from ockham.surgery.shrinking import mask, shrink, slice_tensor
+from ockham.surgery.groups import Group, Groups, Member, Plan, PlanError, random_plan
+from ockham.surgery.shrinking import MismatchError, mask, shrink, slice_tensor, verify
 from ockham.surgery.tracing import trace
-from ockham.surgery.verifying import MismatchError, verify
 
 __all__ = [
     "ExportError",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,8 +24,12 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: every[name] for name in names.values()}
 
 
-def clone(model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> Any:
+def clone(
+    model: nn.Module, replace: Callable[[str, Tensor], Tensor], *, others: Callable[[Tensor], Tensor] | None = None
+) -> Any:
     """Return a deep copy of `model` in which every parameter and buffer is ``replace(name, tensor)``.
+
+    Tensors which modules hold as plain attributes, or in lists and dictionaries, are ``others(tensor)`` where given.
 
     Tied tensors stay tied, hooks and plain attributes are copied as `copy.deepcopy` does; the data of replaced tensors
     are not copied. Computed tensors held as attributes (``weight`` under `torch.nn.utils.prune`) are copied
@@ -39,6 +43,36 @@ def clone(model: nn.Module, replace: Callable[[str, Tensor], Tensor]) -> Any:
         memo[id(tensor)] = new
     for module in model.modules():
         for held in vars(module).values():
-            if isinstance(held, Tensor) and not held.is_leaf:
-                memo[id(held)] = held.detach().clone()
+            for tensor in tensors_in(held):
+                if id(tensor) not in memo and (others is not None or not tensor.is_leaf):
+                    memo[id(tensor)] = tensor.detach().clone() if others is None else others(tensor)
     return copy.deepcopy(model, memo)
+
+
+def tensors_in(held: Any) -> Iterator[Tensor]:
+    """Yield the tensors in an attribute: itself, or in lists, tuples and dictionaries."""
+    if isinstance(held, Tensor):
+        yield held
+    elif isinstance(held, (list, tuple, Mapping)):
+        for item in held.values() if isinstance(held, Mapping) else held:
+            yield from tensors_in(item)
+
+
+def caches_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return module path to attributes that are lists or dictionaries with tensors other than parameters and buffers.
+
+    They may come from an earlier forward, as tables that are kept once they were computed do.
+    """
+    known = canonical_names(model)
+    found: dict[str, tuple[str, ...]] = {}
+    for path, module in model.named_modules():
+        names = tuple(
+            name
+            for name, held in vars(module).items()
+            if isinstance(held, (list, dict))
+            and not name.startswith(("_parameters", "_buffers", "_modules", "_flat_weight"))
+            and any(id(t) not in known for t in tensors_in(held))
+        )
+        if names:
+            found[path] = names
+    return found

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from ockham.surgery.cloning import named_tensors
-from ockham.surgery.tracing import as_arguments
+from ockham.surgery.comparing import as_arguments
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import statistics
+import time
 import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
 
 from ockham.errors import OckhamError
-from ockham.surgery.tracing import as_arguments
+from ockham.surgery.comparing import as_arguments
+
+__all__ = []
 
 
 class ExportError(OckhamError):
@@ -85,3 +93,168 @@ def _onnx(program: torch.export.ExportedProgram, path: Path) -> None:
 
 def _pt2(program: torch.export.ExportedProgram, path: Path) -> None:
     torch.export.save(program, path)
+
+
+class ExecutionError(OckhamError):
+    """A mask or a score does not fit the weight it is for."""
+
+
+class CsrLinear(nn.Module):
+    """A Linear layer whose weight is held and multiplied in compressed sparse rows, for inference on CPU.
+
+    Args:
+        layer: the layer with zeros in its weight.
+    """
+
+    crow: Tensor
+    col: Tensor
+    values: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        rows = _quietly(layer.weight.detach().to_sparse_csr)
+        self.register_buffer("crow", rows.crow_indices())
+        self.register_buffer("col", rows.col_indices())
+        self.register_buffer("values", rows.values())
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x W^T + b`` for x of shape ``(..., in)``."""
+        flat = x.reshape(-1, self.in_features)
+        shape = (self.out_features, self.in_features)
+        weight = _quietly(lambda: torch.sparse_csr_tensor(self.crow, self.col, self.values, shape))
+        out = (weight @ flat.T).T
+        out = out if self.bias is None else out + self.bias
+        return out.reshape(*x.shape[:-1], self.out_features)
+
+
+def _quietly(make: Callable[[], Tensor]) -> Tensor:
+    """Run without torch's notice that CSR tensors are in beta."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make()
+
+
+@dataclass(frozen=True, slots=True)
+class LayerTime:
+    """Measured seconds of one layer, dense and in CSR, and which of them is used."""
+
+    zeros: float
+    dense: float
+    csr: float
+    used: str
+
+
+def sparse_linear(
+    model: nn.Module, example_inputs: Any, *, margin: float = 0.9, repeats: int = 15
+) -> tuple[Any, dict[str, LayerTime]]:
+    """Return a copy of `model` in which Linear layers run in CSR where that is measured to be faster, and the times.
+
+    Every Linear layer on the CPU with at least half zeros is timed on the inputs it gets from `example_inputs`; CSR is
+    used where its median is below `margin` times the dense one. Layers whose weight is tied stay dense.
+
+    Args:
+        model: network with zeros in its weights; left as it is.
+        example_inputs: as for `trace`; the batch size is the one to be fast at.
+        margin: how much faster CSR must be.
+        repeats: timed passes per layer and form.
+    """
+    small = copy.deepcopy(model).eval()
+    inputs = _layer_inputs(small, example_inputs)
+    held = [id(p) for m in small.modules() for p in m.parameters(recurse=False)]
+    times: dict[str, LayerTime] = {}
+    for name, x in inputs.items():
+        layer = small.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        zeros = float((layer.weight == 0).float().mean())
+        if zeros < 0.5 or held.count(id(layer.weight)) > 1 or not name:
+            continue
+        sparse = CsrLinear(layer)
+        dense_time, csr_time = _median(layer, x, repeats), _median(sparse, x, repeats)
+        faster = csr_time < margin * dense_time
+        times[name] = LayerTime(zeros, dense_time, csr_time, "csr" if faster else "dense")
+        if faster:
+            parent, _, leaf = name.rpartition(".")
+            setattr(small.get_submodule(parent), leaf, sparse)
+    small.train(model.training)
+    return small, times
+
+
+def _layer_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and module.weight.device.type == "cpu":
+            handles.append(module.register_forward_pre_hook(_keeper(found, name)))
+    args, kwargs = as_arguments(example_inputs)
+    try:
+        with torch.no_grad():
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _keeper(found: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def keep(_module: nn.Module, args: tuple[Any, ...]) -> None:
+        found.setdefault(name, args[0])
+
+    return keep
+
+
+def _median(layer: nn.Module, x: Tensor, repeats: int) -> float:
+    times = []
+    with torch.no_grad():
+        for step in range(repeats + 3):
+            start = time.perf_counter()
+            layer(x)
+            if step >= 3:
+                times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def keep_two_of_four(delta_f: Tensor) -> Tensor:
+    """Return the 2:4 mask which keeps most evidence: of every four weights in a row the two with the smallest ΔF.
+
+    Args:
+        delta_f: ``(out, in)``, evidence of each weight in nats (positive favours removal); `in` a multiple of four.
+
+    Returns:
+        Boolean ``(out, in)``, True = stays: exactly two in each block of four.
+
+    Raises:
+        ExecutionError: when the shape has no blocks of four, or a value is NaN.
+    """
+    if delta_f.ndim != 2 or delta_f.shape[1] % 4 or bool(delta_f.isnan().any()):
+        raise ExecutionError(
+            f"2:4 needs finite scores of shape (out, 4 k), got {tuple(delta_f.shape)}; pad or skip this layer"
+        )
+    blocks = delta_f.reshape(delta_f.shape[0], -1, 4)
+    best = blocks.argsort(dim=-1, stable=True)[..., :2]
+    return torch.zeros_like(blocks, dtype=torch.bool).scatter_(-1, best, True).reshape(delta_f.shape)
+
+
+def as_pruned(model: nn.Module, keep: Mapping[str, Tensor]) -> Any:
+    """Return a copy of `model` with masks as `torch.nn.utils.prune` writes them: ``weight_orig`` and ``weight_mask``.
+
+    `prune.is_pruned` is True for it, `prune.remove` makes the zeros final.
+
+    Args:
+        model: any network; left as it is.
+        keep: parameter name to a boolean mask of its shape, True = stays.
+
+    Raises:
+        ExecutionError: for an unknown parameter or a mask of another shape or dtype.
+    """
+    held = dict(model.named_parameters())
+    twin = copy.deepcopy(model)
+    for name, mask in keep.items():
+        if name not in held or mask.dtype != torch.bool or mask.shape != held[name].shape:
+            expected = tuple(held[name].shape) if name in held else "no such parameter"
+            raise ExecutionError(f"keep[{name!r}] is {mask.dtype} {tuple(mask.shape)}; expected torch.bool {expected}")
+        path, _, leaf = name.rpartition(".")
+        prune.custom_from_mask(twin.get_submodule(path), leaf, mask)
+    return twin

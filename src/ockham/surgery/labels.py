@@ -1,20 +1,34 @@
-"""Labels: which unit each element of a tensor belongs to, and the ledger of what must go together.
+"""Labels: which unit each element of a tensor belongs to, what must go together, and where code holds sizes.
 
 Every dimension of every parameter and buffer gets one *atom* (an integer) per index. A traced value carries *factors*:
 integer tensors of the rank of the value, size 1 along the dimensions on which the membership does not depend. An
 element whose atom is removed is removed with it; atom ``FIXED`` marks elements which always stay. Ops add edges between
 atoms (they live and die together) or freeze them (with a reason); nothing else is ever decided while walking the graph.
+
+After a removal ``x.view(-1, 800)`` or ``x[:, 32:]`` in the model's own code must say other numbers, and the mean over
+24 of 32 channels must still divide by 32. Tracing notes every such op (`Note`); settled notes are a `Site`; a plan
+turns them into numbers (`Edit`), and `resizing.py` applies the numbers while the forward runs.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 FIXED = -1
+VIEWS = frozenset(
+    {
+        "view", "slice", "select", "narrow", "split", "chunk", "unbind", "transpose", "permute", "t", "expand",
+        "detach", "squeeze", "unsqueeze", "reshape", "flatten", "unflatten", "diagonal", "alias", "movedim", "swapaxes",
+        "split_with_sizes", "tensor_split", "unfold",
+    }
+)  # fmt: skip
+"""Ops whose result may lie on the memory of their input."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,6 +66,7 @@ class Ledger:
         consumed: atoms on the reading side of a weight.
         made: atoms on the making side of a weight that may also be read (tied embeddings).
         loose: ranges of atoms which belong to no tensor of the model.
+        touched: path of a module to the labels of the tensors in its forward.
         count: one element, the number of atoms given out.
     """
 
@@ -63,6 +78,7 @@ class Ledger:
     consumed: list[Tensor] = field(default_factory=list)
     made: list[Tensor] = field(default_factory=list)
     loose: list[tuple[int, int]] = field(default_factory=list)
+    touched: dict[str, list[Tensor]] = field(default_factory=dict)
     count: list[int] = field(default_factory=lambda: [0])
 
     def atoms(self, size: int) -> Tensor:
@@ -114,6 +130,19 @@ class Ledger:
         return Value(value.shape)
 
 
+class Unread(Ledger):
+    """A ledger for what is computed and never used: it must run at other sizes, but its values matter to nobody."""
+
+    def freeze(self, labels: Tensor, reason: str) -> None:
+        """Do nothing."""
+
+    def collapse(self, factor: Tensor, dims: tuple[int, ...] | list[int], reason: str) -> Tensor:
+        """Return the factor with size 1 along `dims`; nothing is tied."""
+        for dim in dims:
+            factor = factor.narrow(dim, 0, min(1, factor.shape[dim]))
+        return factor
+
+
 def varying(factor: Tensor) -> tuple[int, ...]:
     """Return the dimensions along which a compressed factor varies."""
     return tuple(d for d, n in enumerate(factor.shape) if n > 1)
@@ -153,6 +182,38 @@ def tidy(shape: tuple[int, ...], labels: list[Tensor], zero: bool, ledger: Ledge
 def _clash(factors: list[Tensor]) -> set[int]:
     """Return the dimensions along which more than one factor varies."""
     return {d for i, f in enumerate(factors) for g in factors[:i] for d in set(varying(f)) & set(varying(g))}
+
+
+def chunks(shape: tuple[int, ...], out: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+    """Return which dimensions of `shape` become which dimensions of `out` in a view: (input, output) dimensions."""
+    found: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(shape) and j < len(out):
+        ins, outs, have, want = [i], [j], shape[i], out[j]
+        i, j = i + 1, j + 1
+        while have != want:
+            if have < want:
+                ins.append(i)
+                have, i = have * shape[i], i + 1
+            else:
+                outs.append(j)
+                want, j = want * out[j], j + 1
+        found.append((ins, outs))
+    return [*found, *(([d], []) for d in range(i, len(shape))), *(([], [d]) for d in range(j, len(out)))]
+
+
+def reshaped(factor: Tensor, shape: tuple[int, ...], out: tuple[int, ...]) -> Tensor:
+    """Return the labels of a view from `shape` to `out`, without making anything of the size of the tensor."""
+    if 0 in shape:
+        return factor.expand(shape).reshape(out)
+    full, sizes = [1] * len(shape), [1] * len(out)
+    for ins, outs in chunks(shape, out):
+        if any(factor.shape[d] > 1 for d in ins):
+            for d in ins:
+                full[d] = shape[d]
+            for d in outs:
+                sizes[d] = out[d]
+    return factor.expand(full).reshape(sizes)
 
 
 def drop_leading(factor: Tensor, rank: int) -> Tensor:
@@ -237,3 +298,312 @@ def settle(ledger: Ledger, count: int) -> Tensor:
         if not any(a.numel() for a, _ in extra.edges):
             return root
         edges += extra.edges
+
+
+SPLITS = dict.fromkeys(["split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"], "split")
+KINDS: dict[str, str] = {
+    "view": "view", "reshape": "view", "_unsafe_view": "view", "unflatten": "unflatten", "expand": "expand",
+    "pad": "pad", "constant_pad_nd": "pad", "slice": "slice", "narrow": "slice", **SPLITS,
+    "batch_norm": "norm", "instance_norm": "norm", "mean": "mean", "var": "var", "std": "var",
+    "_grouped_mm": "grouped", "grouped_mm": "grouped", "grouped_mm_fallback": "grouped",
+    "layer_norm": "layer_norm", "rms_norm": "rms_norm", "group_norm": "group_norm",
+}  # fmt: skip
+"""Name of an op in the exported graph to the kind of place it is; other ops hold no sizes."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Note:
+    """One op whose sizes may stand in the model's code, as tracing meets it.
+
+    Attributes:
+        module: path of the module in whose forward the op stands.
+        name: bare name of the op.
+        before: its input.
+        after: its result or results.
+        node: the op in the graph.
+        call: number of the call of that module, from 0.
+    """
+
+    module: str
+    name: str
+    before: Value
+    after: Value | list[Value]
+    node: fx.Node
+    call: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Site:
+    """A settled note: which component stands at each position of each labelled dimension.
+
+    Attributes:
+        module: path of the module in whose forward the op stands.
+        op: a value of `KINDS`; "norm" changes no number, only the attribute `num_features`.
+        shape: input shape.
+        before: input dimension to the components along it, shape ``(size,)``.
+        old: the numbers in the code: sizes of the result, (start, stop), sizes of the parts, of norm groups.
+        after: index into `old` to the components along that result dimension (views only).
+        fixed: indices into `old` which are known not to change (views only).
+        dim: the dimension cut (slices and splits), else -1.
+        call: number of the call of the module.
+    """
+
+    module: str
+    op: str
+    shape: tuple[int, ...]
+    before: Mapping[int, Tensor]
+    old: tuple[int, ...]
+    after: Mapping[int, Tensor]
+    dim: int
+    fixed: frozenset[int] = frozenset()
+    call: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """Numbers that replace others in one module's forward.
+
+    Attributes:
+        module: path of the module.
+        op: as in `Site`.
+        rank: number of dimensions of the input.
+        sizes: (dimension, size before, size after) of the input's labelled dimensions.
+        dim: the dimension cut, or -1.
+        old: numbers in the code; None where anything goes.
+        new: numbers instead.
+        call: number of the call of the module, from 0.
+    """
+
+    module: str
+    op: str
+    rank: int
+    sizes: tuple[tuple[int, int, int], ...]
+    dim: int
+    old: tuple[int | None, ...]
+    new: tuple[int | None, ...]
+    call: int = 0
+
+    def to_data(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+    @staticmethod
+    def from_data(data: Mapping[str, Any]) -> Edit:
+        """Read what `to_data` wrote."""
+        sizes = tuple((int(a), int(b), int(c)) for a, b, c in data["sizes"])
+        old, new = (tuple(None if n is None else int(n) for n in data[k]) for k in ("old", "new"))
+        return Edit(
+            str(data["module"]), str(data["op"]), int(data["rank"]), sizes, int(data["dim"]), old, new,
+            int(data.get("call", 0)),
+        )  # fmt: skip
+
+    @property
+    def changes(self) -> bool:
+        """Does anything differ from what the code says?"""
+        return self.old != self.new or any(old != new for _, old, new in self.sizes)
+
+
+def argument(node: fx.Node, name: str, *otherwise: Any) -> Any:
+    """Return the argument `name` of an op by its schema: the one given, its default, or `otherwise`.
+
+    Raises:
+        LookupError: when the op has no argument of that name, or none was given.
+    """
+    schema = getattr(node.target, "_schema", None)
+    for index, expected in enumerate(schema.arguments if schema is not None else ()):
+        if expected.name == name:
+            if not expected.kwarg_only and index < len(node.args):
+                return node.args[index]
+            if name in node.kwargs or expected.has_default_value():
+                return node.kwargs.get(name, expected.default_value)
+    if otherwise:
+        return otherwise[0]
+    raise LookupError(f"{node.target} was given no argument {name!r}")
+
+
+def settled(notes: list[Note], root: Tensor) -> list[Site]:
+    """Return the notes with components instead of atoms, in the order of the graph."""
+    makers = {
+        "norm": _whole, "grouped": _whole, "mean": _whole, "var": _whole, "layer_norm": _whole, "rms_norm": _whole,
+        "view": _view, "expand": _view, "unflatten": _unflatten, "split": _split, "pad": _pad, "slice": _slice,
+        "group_norm": _grouped,
+    }  # fmt: skip
+    sites = (makers[KINDS[n.name]](n, _dims(n.before, root), root) for n in notes if n.name in KINDS)
+    return [site for site in sites if site is not None]
+
+
+def _whole(note: Note, before: dict[int, Tensor], root: Tensor) -> Site:
+    """Return the site of an op that counts the elements along some dimensions: only those matter."""
+    kind, rank = KINDS[note.name], len(note.before.shape)
+    if kind in ("mean", "var"):
+        before = {d: v for d, v in before.items() if d in reduced(note.node, rank)}
+    elif kind in ("layer_norm", "rms_norm"):
+        before = {d: v for d, v in before.items() if d >= rank - len(argument(note.node, "normalized_shape"))}
+    return Site(note.module, kind, note.before.shape, before, (), {}, -1, call=note.call)
+
+
+def reduced(node: fx.Node, rank: int) -> list[int]:
+    """Return the dimensions an op such as ``sum`` reduces; none given means all."""
+    dim = argument(node, "dim", None)
+    if dim is None or dim == []:
+        return list(range(rank))
+    return [d % max(rank, 1) for d in ([dim] if isinstance(dim, int) else dim)]
+
+
+def _grouped(note: Note, before: dict[int, Tensor], root: Tensor) -> Site:
+    shape, groups = note.before.shape, int(argument(note.node, "num_groups"))
+    old = (shape[1] // groups,) * groups
+    return Site(note.module, "group_norm", shape, before, old, {}, 1, call=note.call)
+
+
+def _view(note: Note, before: dict[int, Tensor], root: Tensor) -> Site:
+    result, op, shape = _result(note), KINDS[note.name], note.before.shape
+    after = _dims(result, root)
+    fixed: set[int] = set()
+    for ins, outs in chunks(shape, result.shape) if op == "view" and 0 not in shape else ():
+        if any(d in before for d in ins) and all(d in before or shape[d] == 1 for d in ins):
+            fixed.update(outs)  # no batch is folded into these, so they are known not to change
+    return Site(note.module, op, shape, before, result.shape, after, -1, frozenset(fixed - set(after)), note.call)
+
+
+def _result(note: Note) -> Value:
+    assert isinstance(note.after, Value)
+    return note.after
+
+
+def _unflatten(note: Note, before: dict[int, Tensor], root: Tensor) -> Site:
+    rank = len(note.before.shape)
+    dim, count = int(argument(note.node, "dim")) % rank, len(argument(note.node, "sizes"))
+    old = _result(note).shape[dim : dim + count]
+    after = {d - dim: v for d, v in _dims(_result(note), root).items() if dim <= d < dim + count}
+    return Site(note.module, "unflatten", note.before.shape, before, old, after, dim, call=note.call)
+
+
+def _split(note: Note, before: dict[int, Tensor], root: Tensor) -> Site | None:
+    assert isinstance(note.after, list)
+    dim = int(argument(note.node, "dim")) % len(note.before.shape)
+    parts = tuple(v.shape[dim] for v in note.after)
+    return Site(note.module, "split", note.before.shape, before, parts, {}, dim, call=note.call)
+
+
+def _slice(note: Note, before: dict[int, Tensor], root: Tensor) -> Site | None:
+    shape = note.before.shape
+    dim = int(argument(note.node, "dim")) % len(shape)
+    start = argument(note.node, "start", 0) or 0
+    if argument(note.node, "step", 1) != 1 or not isinstance(start, int):
+        return None
+    start = max(0, start + shape[dim]) if start < 0 else min(start, shape[dim])
+    bounds = (start, start + _result(note).shape[dim])
+    return Site(note.module, "slice", shape, before, bounds, {}, dim, call=note.call)
+
+
+def _pad(note: Note, before: dict[int, Tensor], root: Tensor) -> Site | None:
+    """Return the site of a padding of one labelled dimension."""
+    pads, shape = list(argument(note.node, "pad")), note.before.shape
+    for dim, roots in _dims(_result(note), root).items():
+        i = 2 * (len(shape) - 1 - dim)
+        if i < len(pads) and dim in before and (pads[i] or pads[i + 1]):
+            left, right = int(pads[i]), int(pads[i + 1])
+            ends = {k: v for k, v in ((0, roots[:left]), (1, roots[roots.numel() - right :])) if v.numel()}
+            return Site(note.module, "pad", shape, before, (left, right), ends, dim, call=note.call)
+    return None
+
+
+def _dims(value: Value, root: Tensor) -> dict[int, Tensor]:
+    """Return the components along each dimension on which the (settled) labels of a value depend."""
+    found: dict[int, Tensor] = {}
+    for factor in value.factors:
+        mapped = compress(torch.where(factor >= 0, root[factor.clamp(min=0)], factor))
+        if len(varying(mapped)) == 1:
+            found[varying(mapped)[0]] = mapped.flatten()
+    return found
+
+
+def edits_of(sites: tuple[Site, ...], gone: Tensor) -> tuple[Edit, ...]:
+    """Return the numbers that change at `sites` when the components in `gone` are removed.
+
+    Places which keep their numbers come along where their input could be mistaken for one of another place.
+    """
+    made = [(site, _edit(site, gone)) for site in sites]
+    changed: dict[str, list[Edit]] = {}
+    for _, edit in made:
+        if edit is not None and edit.changes:
+            changed.setdefault(edit.module, []).append(edit)
+    found: dict[str, list[Edit]] = {}
+    for site, edit in made:
+        own = edit if edit is not None and edit.changes else _rival(site, changed.get(site.module, []))
+        if own is not None:
+            found.setdefault(site.module, []).append(own)
+    return tuple(edit for edits in found.values() for edit in _once(edits))
+
+
+def _once(edits: list[Edit]) -> list[Edit]:
+    """Return `edits` each once, unless two of them are about inputs alike: then their order tells them apart."""
+    distinct = list(dict.fromkeys(edits))
+    looks = {(e.op, e.rank, e.dim, tuple((d, n) for d, _, n in e.sizes)) for e in distinct}
+    return distinct if len(looks) == len(distinct) else edits
+
+
+def _rival(site: Site, edits: list[Edit]) -> Edit | None:
+    """Return the unchanged numbers of `site` if its input looks as that of one of `edits` will."""
+    shape = site.shape
+    alike = [
+        e for e in edits
+        if (e.op, e.rank) == (site.op, len(shape)) and e.dim in (site.dim, -1)
+        and all(shape[d] == n for d, _, n in e.sizes)
+    ]  # fmt: skip
+    if not alike:
+        return None
+    sizes = tuple((d, shape[d], shape[d]) for d in sorted({d for e in alike for d, _, _ in e.sizes}))
+    free = site.op in ("view", "expand", "unflatten")
+    old: tuple[int | None, ...] = (None,) * len(site.old) if free else site.old
+    return Edit(site.module, site.op, len(shape), sizes, site.dim, old, old, site.call)
+
+
+def _edit(site: Site, gone: Tensor) -> Edit | None:
+    if site.op == "norm":
+        return None
+    stays = {d: ~torch.isin(v, gone) for d, v in site.before.items()}
+    sizes = tuple((d, site.shape[d], int(k.sum())) for d, k in sorted(stays.items()) if not bool(k.all()))
+    if site.op in ("slice", "split", "group_norm"):
+        return _edit_cut(site, stays[site.dim], sizes) if sizes and site.dim in stays else None
+    new: list[int | None] = [None] * len(site.old)
+    old: list[int | None] = [None] * len(site.old)
+    for dim, roots in site.after.items():
+        old[dim], new[dim] = site.old[dim], int((~torch.isin(roots, gone)).sum())
+    if old == new and site.old:
+        return None
+    for dim in site.fixed:
+        old[dim] = new[dim] = site.old[dim]
+    return Edit(site.module, site.op, len(site.shape), sizes, site.dim, tuple(old), tuple(new), site.call)
+
+
+def _edit_cut(site: Site, stays: Tensor, sizes: tuple[tuple[int, int, int], ...]) -> Edit:
+    below = torch.cat([torch.zeros(1, dtype=torch.long), stays.long().cumsum(0)])
+    if site.op == "slice":
+        new = tuple(int(below[i]) for i in site.old)
+    else:
+        ends = torch.tensor(site.old).cumsum(0)
+        new = tuple(int(below[end] - below[end - n]) for end, n in zip(ends.tolist(), site.old, strict=True))
+    return Edit(site.module, site.op, len(site.shape), sizes, site.dim, site.old, new, site.call)
+
+
+COUNTS = frozenset(
+    {
+        "num_heads", "n_heads", "n_head", "nheads", "nhead", "heads", "num_attention_heads", "num_key_value_heads",
+        "num_kv_heads", "n_kv_heads", "num_features", "all_head_size", "inner_dim", "split_size", "attn_dim",
+        "attention_dim",
+    }
+)  # fmt: skip
+"""Attributes of modules which hold a number of heads, the width of all of them, or of a norm without tensors."""
+
+
+def counts_of(sites: tuple[Site, ...], gone: Tensor) -> dict[str, dict[int, int]]:
+    """Return, for each module, sizes of labelled dimensions before and after; sizes with two meanings are left out."""
+    found: dict[str, dict[int, set[int]]] = {}
+    for site in sites:
+        for roots in (*site.before.values(), *site.after.values()):
+            left = int((~torch.isin(roots, gone)).sum())
+            found.setdefault(site.module, {}).setdefault(roots.numel(), set()).add(left)
+    clear = {m: {old: new.pop() for old, new in sizes.items() if len(new) == 1} for m, sizes in found.items()}
+    return {m: changed for m, sizes in clear.items() if (changed := {o: n for o, n in sizes.items() if o != n})}

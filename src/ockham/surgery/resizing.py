@@ -1,24 +1,44 @@
 """Forwards whose constants follow the plan: `x.view(-1, 800)` asks for 400 once half the channels are gone.
 
 A module that needs it gets a subclass of its own class whose forward runs under a `TorchFunctionMode`. The mode
-recognises an op by the sizes of its input and the numbers it is asked for, and replaces those; numbers it does not
-know raise, so nothing is ever resized by guess.
+recognises an op by the sizes of its input and the numbers it is asked for, and replaces those; where two places of one
+forward look alike, their order tells them apart, and where even that does not, it raises. Norms and means go on
+counting the elements of the network before, of which the removed ones are zero.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ockham.errors import OckhamError
-from ockham.surgery.sites import Edit
+from ockham.surgery.labels import Edit
 
 Sizes = tuple[Any, ...]
+Found = list[tuple[int, Edit]]
+
+
+_tracing = contextvars.ContextVar("tracing", default=False)
+
+
+@contextlib.contextmanager
+def plain_norms() -> Iterator[None]:
+    """Inside, norms that count removed elements are ordinary norms: for tracing, which notes them once more."""
+    token = _tracing.set(True)
+    try:
+        yield
+    finally:
+        _tracing.reset(token)
 
 
 class SizeError(OckhamError):
@@ -26,17 +46,16 @@ class SizeError(OckhamError):
 
 
 class Resizing(TorchFunctionMode):
-    """Replaces sizes in views, splits and slices by those of the shrunk network.
+    """Replaces sizes in views, splits and slices by those of the shrunk network, for one call of a forward.
 
     Args:
-        edits: the numbers.
-        seen: a list which gets every edit that was needed.
+        edits: the numbers, in the order in which the forward comes by them.
     """
 
-    def __init__(self, edits: Sequence[Edit], seen: list[Edit] | None = None) -> None:
+    def __init__(self, edits: Sequence[Edit]) -> None:
         super().__init__()
         self.edits = tuple(edits)
-        self.seen = seen
+        self.at = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -48,53 +67,48 @@ class Resizing(TorchFunctionMode):
             return func(*args, **kwargs)
         return handler(self, func, args, kwargs)
 
-    def fitting(self, op: str, x: Tensor, dim: int = -1) -> list[Edit]:
-        """Return the edits of `op` for an input of the shrunk sizes of `x`."""
+    def fitting(self, op: str, x: Tensor, dim: int = -1) -> Found:
+        """Return the edits of `op` (with their numbers) for an input of the shrunk sizes of `x`."""
         return [
-            e
-            for e in self.edits
+            (i, e)
+            for i, e in enumerate(self.edits)
             if e.op == op and e.rank == x.ndim and e.dim in (dim, -1) and all(x.shape[d] == n for d, _, n in e.sizes)
         ]
 
-    def view(self, op: str, x: Tensor, asked: Sizes) -> Sizes:
-        """Return the sizes for a view of `x`; sizes that cannot hold it are replaced if only one edit fits `x`."""
-        found = self.fitting(op, x)
-        known = self.known(found, asked)
-        meant = list(dict.fromkeys(e.new for e in found if len(e.new) == len(asked)))
-        if known or op != "view" or len(meant) != 1 or not _impossible(x, asked):
-            return self.replace(found, asked)
-        self.remember(next(e for e in found if e.new == meant[0]))
-        return tuple(a if n is None or a == -1 else n for a, n in zip(asked, meant[0], strict=True))
+    def choose(self, found: list[tuple[int, Any]]) -> Any:
+        """Return the answer of the edits `found`; where they differ, that of the next one in the order of the code.
 
-    def known(self, found: list[Edit], asked: Sizes) -> list[tuple[Edit, Sizes]]:
-        """Return the edits which are about `asked`, with the numbers they put instead."""
-        pairs = [(edit, _replaced(edit, asked)) for edit in found]
-        return [(edit, new) for edit, new in pairs if new is not None]
+        Raises:
+            SizeError: when the order does not tell, either.
+        """
+        later = [(i, answer) for i, answer in found if i >= self.at]
+        if any(answer != found[0][1] for _, answer in found):
+            if not later or len({self.edits[i].call for i, _ in found}) > 1:
+                edit = self.edits[found[0][0]]
+                raise SizeError(
+                    f"{edit.module or 'the model'}: {edit.op} could mean more than one size ({[a for _, a in found]}). "
+                    "Remove as many units in each of the parts, or none: pass ignore= to trace"
+                )
+            found = later
+        if later:
+            self.at = later[0][0] + 1
+        return found[0][1]
 
-    def replace(self, found: list[Edit], asked: Sizes) -> Sizes:
-        """Return the numbers to use instead of `asked`; raises when two edits disagree."""
-        known = self.known(found, asked)
+    def view(self, op: str, x: Tensor, asked: Sizes, dim: int = -1) -> Sizes:
+        """Return the sizes to use instead of `asked`; numbers no edit knows give way to the one place that fits `x`."""
+        plain = tuple(map(_plain, asked))
+        found = self.fitting(op, x, dim)
+        known = [(i, new) for i, e in found if (new := _replaced(e, plain)) is not None]
+        if not known and op != "expand":
+            known = [(i, _forced(e, plain)) for i, e in found if len(e.new) == len(asked) and e.old != e.new]
         if not known:
             return asked
-        edit, new = known[0]
-        if any(other != new for _, other in known):
-            raise SizeError(f"{edit.module or 'the model'}: {edit.op} to {asked} could mean more than one size")
-        if new != asked:
-            self.remember(edit)
-        return new
-
-    def remember(self, edit: Edit) -> None:
-        """Note that `edit` was needed."""
-        if self.seen is not None:
-            self.seen.append(edit)
+        return tuple(a if p == n else n for a, p, n in zip(asked, plain, self.choose(known), strict=True))
 
 
-def _impossible(x: Tensor, sizes: Sizes) -> bool:
-    """Can `x` not be viewed with these sizes?"""
-    wanted = math.prod(n for n in sizes if n != -1)
-    if -1 in sizes:
-        return wanted == 0 or bool(x.numel() % wanted != 0)
-    return bool(x.numel() != wanted)
+def _plain(number: Any) -> Any:
+    """Return a size as an int; under `torch.jit.trace` sizes are tensors."""
+    return int(number) if isinstance(number, Tensor) else number
 
 
 def _replaced(edit: Edit, asked: Sizes) -> Sizes | None:
@@ -111,11 +125,24 @@ def _replaced(edit: Edit, asked: Sizes) -> Sizes | None:
     return tuple(out)
 
 
+def _forced(edit: Edit, asked: Sizes) -> Sizes:
+    return tuple(a if n is None or a == -1 else n for a, n in zip(asked, edit.new, strict=True))
+
+
 def _sizes(args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Sizes | None:
     found: Any = args if args else (kwargs.get(name),)
     if len(found) == 1 and isinstance(found[0], (tuple, list)):
         found = found[0]
-    return tuple(found) if all(isinstance(n, (int, torch.SymInt)) for n in found) else None
+    return tuple(found) if all(_is_size(n) for n in found) else None
+
+
+def _is_size(number: Any) -> bool:
+    return isinstance(number, (int, torch.SymInt)) or (isinstance(number, Tensor) and number.ndim == 0)
+
+
+def _given(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:
+    """Return the arguments after the first one by their names, None where not given."""
+    return [kwargs.get(name, args[i] if i < len(args) else None) for i, name in enumerate(names, 1)]
 
 
 def _view(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -127,68 +154,63 @@ def _view(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _unflatten(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    dim, sizes = (*args[1:], *kwargs.values())
+    dim, sizes = _given(args, kwargs, "dim", "sizes")
     if not isinstance(dim, int):
         return func(*args, **kwargs)
-    return func(args[0], dim, mode.replace(mode.fitting("unflatten", args[0], dim % args[0].ndim), tuple(sizes)))
+    return func(args[0], dim, mode.view("unflatten", args[0], tuple(sizes), dim % args[0].ndim))
 
 
 def _split(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = args[0]
-    named = [
-        kwargs[k]
-        for k in ("split_size_or_sections", "split_size", "split_sizes", "chunks", "indices_or_sections")
-        if k in kwargs
-    ]
-    how = args[1] if len(args) > 1 else named[0]
+    names = ("split_size_or_sections", "split_size", "split_sizes", "chunks", "indices_or_sections", "sections")
+    how = args[1] if len(args) > 1 else next(kwargs[k] for k in names if k in kwargs)
     dim = int(args[2] if len(args) > 2 else kwargs.get("dim", 0)) % x.ndim
-    for edit in mode.fitting("split", x, dim):
-        if _asks(func, how, edit):
-            sizes = [n or 0 for n in edit.new]
-            if mode.seen is not None and [p.shape[dim] for p in _quietly(func, args, kwargs)] != sizes:
-                mode.seen.append(edit)
-            return torch.split(x, sizes, dim)
-    return func(*args, **kwargs)
+    fitting = mode.fitting("split", x, dim)
+    found = [(i, e.new) for i, e in fitting if _asks(func, how, e)]
+    if not found:  # parts of a computed size: the place with as many parts
+        wanted = _parts(func, how, x.shape[dim])
+        found = [(i, e.new) for i, e in fitting if len(e.new) == wanted and e.changes]
+    return torch.split(x, list(mode.choose(found)), dim) if found else func(*args, **kwargs)
 
 
-def _quietly(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Tensor]:
-    try:
-        return list(func(*args, **kwargs))
-    except RuntimeError:
-        return []
+def _by_count(func: Any) -> bool:
+    return func in (torch.chunk, torch.Tensor.chunk, torch.tensor_split, torch.Tensor.tensor_split)
+
+
+def _parts(func: Any, how: Any, size: int) -> int:
+    if isinstance(how, (list, tuple)):
+        return len(how) + int(func in (torch.tensor_split, torch.Tensor.tensor_split))
+    return int(how) if _by_count(func) else math.ceil(size / max(1, int(how)))
 
 
 def _asks(func: Any, how: Any, edit: Edit) -> bool:
     """Is `edit` about a split into `how`: sizes of the parts, one size for all, or a number of parts?"""
     if isinstance(how, (list, tuple)):
+        if func in (torch.tensor_split, torch.Tensor.tensor_split):
+            how = [b - a for a, b in zip([0, *how], [*how, sum(n or 0 for n in edit.old)], strict=True)]
         return list(how) == list(edit.old) or list(how) == list(edit.new)
-    by_count = func in (torch.chunk, torch.Tensor.chunk, torch.tensor_split, torch.Tensor.tensor_split)
-    wanted = len(edit.old) if by_count else edit.old[0]
-    matches: bool = how == wanted
-    return matches
+    wanted = len(edit.old) if _by_count(func) else edit.old[0]
+    return bool(how == wanted)
 
 
 def _narrow(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x, dim, start, length = (
-        args[0],
-        *(kwargs.get(k, a) for k, a in zip(("dim", "start", "length"), (*args[1:], None, None, None), strict=False)),
-    )
+    x, (dim, start, length) = args[0], _given(args, kwargs, "dim", "start", "length")
     if not all(isinstance(n, int) for n in (dim, start, length)):
         return func(*args, **kwargs)
-    start, stop = mode.replace(mode.fitting("slice", x, dim % x.ndim), (start, start + length))
-    return torch.narrow(x, dim, start, stop - start)
+    cut = _sliced(mode, x, dim % x.ndim, slice(start, start + length))
+    return torch.narrow(x, dim, cut.start, cut.stop - cut.start)
 
 
 def _pad(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, pads = args[0], list(args[1] if len(args) > 1 else kwargs["pad"])
     for i in range(0, len(pads), 2):
-        dim = x.ndim - 1 - i // 2
-        pads[i : i + 2] = mode.replace(mode.fitting("pad", x, dim), tuple(pads[i : i + 2]))
+        pads[i : i + 2] = mode.view("pad", x, tuple(pads[i : i + 2]), x.ndim - 1 - i // 2)
     return func(x, pads, *args[2:], **{k: v for k, v in kwargs.items() if k != "pad"})
 
 
-def _getitem(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    x, index = args
+def _item(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Read or write ``x[...]`` with slices at other bounds."""
+    x, index = args[:2]
     items = list(index) if isinstance(index, tuple) else [index]
     used = sum(1 for i in items if i is not None and i is not Ellipsis)
     dim, out = 0, []
@@ -196,22 +218,140 @@ def _getitem(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str,
         plain = isinstance(item, slice) and item.step in (None, 1)
         out.append(_sliced(mode, x, dim, item) if plain else item)
         dim += x.ndim - used if item is Ellipsis else (0 if item is None else 1)
-    return func(x, tuple(out) if isinstance(index, tuple) else out[0])
+    return func(x, tuple(out) if isinstance(index, tuple) else out[0], *args[2:])
 
 
 def _sliced(mode: Resizing, x: Tensor, dim: int, item: slice) -> slice:
     """Return `item` with other bounds; an open or negative bound counts from the size before or after."""
     if item.start is None and item.stop is None:
         return item
-    for edit in mode.fitting("slice", x, dim):
-        old_size, new_size = next(((o, n) for d, o, n in edit.sizes if d == dim), (x.shape[dim], x.shape[dim]))
-        for size, bounds in ((old_size, edit.old), (new_size, edit.new)):
-            if item.indices(size)[:2] == bounds:
-                start, stop = (int(n or 0) for n in edit.new)
-                if mode.seen is not None and item.indices(new_size)[:2] != edit.new:
-                    mode.seen.append(edit)
-                return slice(start, stop)
-    return item
+    asked = slice(*(_plain(b) for b in (item.start, item.stop)))
+    known, computed = [], []
+    for i, edit in mode.fitting("slice", x, dim):
+        size = int(x.shape[dim])
+        before, after = next(((o, n) for d, o, n in edit.sizes if d == dim), (size, size))
+        if asked.indices(before)[:2] == edit.old or asked.indices(after)[:2] == edit.new:
+            known.append((i, edit.new))
+        elif (asked.start in (None, 0)) == (edit.old[0] == 0) and (asked.stop is None) == (edit.old[1] == before):
+            computed.append((i, edit.new))
+    found = known or computed
+    return slice(*mode.choose(found)) if found else item
+
+
+def _mean(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    out, x = func(*args, **kwargs), args[0]
+    dims = _dims(_given(args, kwargs, "dim")[0], x.ndim)
+    found = mode.fitting("mean", x)
+    shares = [(i, math.prod(new / old for d, old, new in e.sizes if d in dims)) for i, e in found]
+    share = mode.choose(shares) if shares else 1.0
+    return out if share == 1 else out * share
+
+
+def _dims(dim: Any, rank: int) -> list[int]:
+    if dim is None or isinstance(dim, bool) or dim in ((), []):
+        return list(range(rank))
+    return [d % rank for d in ([dim] if isinstance(dim, int) else dim)]
+
+
+def _variance(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, found = args[0], mode.fitting("var", args[0])
+    given = {**dict(zip(("dim", "unbiased", "keepdim"), args[1:], strict=False)), **kwargs}
+    if isinstance(given.get("dim"), bool):
+        given["unbiased"] = given.pop("dim")
+    dims = _dims(given.get("dim"), x.ndim)
+    absent = _absent(mode, x, dims, found)
+    if absent == 0:
+        return func(*args, **kwargs)
+    total = math.prod(x.shape[d] for d in dims) + absent
+    correction = given["correction"] if "correction" in given else int(given.get("unbiased", True))
+    correction = 1 if correction is None else correction
+    _, square = _moments(x, dims, absent)
+    out = square * (total / max(total - correction, 0))
+    out = out if given.get("keepdim", False) else out.squeeze(tuple(dims))
+    return out.sqrt() if func in (torch.std, torch.Tensor.std) else out
+
+
+def _absent(mode: Resizing, x: Tensor, dims: Sequence[int], found: Found) -> int:
+    """Return how many elements along `dims` are gone, which were zero."""
+    now = math.prod(int(x.shape[d]) for d in dims)
+    before = [(i, math.prod({**{d: int(x.shape[d]) for d in dims}, **_old(e, dims)}.values())) for i, e in found]
+    return int(mode.choose(before)) - now if before else 0
+
+
+def _old(edit: Edit, dims: Sequence[int]) -> dict[int, int]:
+    return {d: old for d, old, _ in edit.sizes if d in dims}
+
+
+def _moments(x: Tensor, dims: Sequence[int], absent: int) -> tuple[Tensor, Tensor]:
+    """Return mean and variance over `dims` with `absent` further elements that are zero (the dimensions kept)."""
+    dims = list(dims)
+    total = math.prod(x.shape[d] for d in dims) + absent
+    mean = x.sum(dims, keepdim=True) / total
+    square = ((x - mean).square().sum(dims, keepdim=True) + absent * mean.square()) / total
+    return mean, square
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return `x` in a precision in which sums may be formed."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _layer_norm(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, (sizes, weight, bias, eps) = args[0], _given(args, kwargs, "normalized_shape", "weight", "bias", "eps")
+    dims = list(range(x.ndim - len(sizes), x.ndim))
+    absent = _absent(mode, x, dims, mode.fitting("layer_norm", x))
+    if absent == 0:
+        return func(*args, **kwargs)
+    if _tracing.get():
+        return func(x, x.shape[dims[0] :], weight, bias, **({} if eps is None else {"eps": eps}))
+    wide = _wide(x)
+    mean, square = _moments(wide, dims, absent)
+    out = ((wide - mean) * torch.rsqrt(square + (1e-5 if eps is None else eps))).to(x.dtype)
+    out = out if weight is None else out * weight
+    return out if bias is None else out + bias
+
+
+def _rms_norm(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, (sizes, weight, eps) = args[0], _given(args, kwargs, "normalized_shape", "weight", "eps")
+    dims = list(range(x.ndim - len(sizes), x.ndim))
+    absent = _absent(mode, x, dims, mode.fitting("rms_norm", x))
+    if absent == 0:
+        return func(*args, **kwargs)
+    if _tracing.get():
+        return func(x, x.shape[dims[0] :], weight, **({} if eps is None else {"eps": eps}))
+    wide = _wide(x)
+    total = math.prod(x.shape[d] for d in dims) + absent
+    square = wide.square().sum(dims, keepdim=True) / total
+    out = (wide * torch.rsqrt(square + (torch.finfo(x.dtype).eps if eps is None else eps))).to(x.dtype)
+    return out if weight is None else out * weight
+
+
+def _group_norm(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    x, (_, weight, bias, eps) = args[0], _given(args, kwargs, "num_groups", "weight", "bias", "eps")
+    fitting = mode.fitting("group_norm", x, 1)
+    if not fitting:
+        return func(*args, **kwargs)
+    before, after = mode.choose([(i, (e.old, e.new)) for i, e in fitting])
+    parts = []
+    for part, old, new in zip(_wide(x).split(list(after), 1), before, after, strict=True):
+        dims = list(range(1, x.ndim))
+        mean, square = _moments(part, dims, (old - new) * math.prod(x.shape[2:]))
+        parts.append((part - mean) * torch.rsqrt(square + (1e-5 if eps is None else eps)))
+    out = torch.cat(parts, 1).to(x.dtype)
+    shape = (-1, *(1,) * (x.ndim - 2))
+    out = out if weight is None else out * weight.reshape(shape)
+    return out if bias is None else out + bias.reshape(shape)
+
+
+def _grouped_product(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Pad what a grouped product multiplies to rows of whole 16 bytes, which its kernels ask for."""
+    x, weight = args[:2]
+    unit, (k, n) = 16 // x.element_size(), weight.shape[-2:]
+    more_k, more_n = -k % unit, -n % unit
+    if more_k == more_n == 0:
+        return func(*args, **kwargs)
+    x, weight = F.pad(x, (0, more_k)).contiguous(), F.pad(weight, (0, more_n, 0, more_k)).contiguous()
+    return func(x, weight, *args[2:], **kwargs)[..., :n]
 
 
 Handler = Callable[[Resizing, Any, tuple[Any, ...], dict[str, Any]], Any]
@@ -221,35 +361,67 @@ HANDLERS: dict[Any, Handler] = {
     **dict.fromkeys((torch.split, torch.Tensor.split, torch.Tensor.split_with_sizes, torch.split_with_sizes), _split),
     **dict.fromkeys((torch.chunk, torch.Tensor.chunk, torch.tensor_split, torch.Tensor.tensor_split), _split),
     **dict.fromkeys((torch.narrow, torch.Tensor.narrow), _narrow),
-    torch.nn.functional.pad: _pad,
-    torch.Tensor.__getitem__: _getitem,
+    **dict.fromkeys((torch.mean, torch.Tensor.mean), _mean),
+    **dict.fromkeys((torch.var, torch.Tensor.var, torch.std, torch.Tensor.std), _variance),
+    **dict.fromkeys((F.layer_norm, torch.layer_norm), _layer_norm),
+    **dict.fromkeys((F.rms_norm, torch.rms_norm), _rms_norm),
+    **dict.fromkeys((F.group_norm, torch.group_norm), _group_norm),
+    **dict.fromkeys(
+        [f for f in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if f], _grouped_product
+    ),
+    F.pad: _pad,
+    torch.Tensor.__getitem__: _item,
+    torch.Tensor.__setitem__: _item,
 }
 
 
-def attach(module: nn.Module, edits: Sequence[Edit], seen: list[Edit] | None = None) -> None:
+def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    base, edits = self.__dict__["_resized"]
+    with Resizing(edits):
+        return base.forward(self, *args, **kwargs)
+
+
+def _reduce(self: nn.Module, protocol: Any) -> Any:
+    return _empty, (self.__dict__["_resized"][0],), self.__dict__
+
+
+@functools.cache
+def resized_class(base: Any) -> type[nn.Module]:
+    """Return the subclass of `base` whose forward runs under `Resizing`; it can be pickled where `base` can."""
+    made = {"forward": functools.wraps(base.forward)(_forward), "__reduce_ex__": _reduce, "__module__": base.__module__}
+    own = {**made, "__doc__": base.__doc__, "__qualname__": base.__qualname__}
+    kind: type[nn.Module] = type(base.__name__, (base,), own)
+    return kind
+
+
+def _empty(base: Any) -> nn.Module:
+    """Return an instance without state, for `pickle` and `copy.deepcopy` to fill."""
+    key: Any = base
+    kind: Any = resized_class(key)
+    made: nn.Module = kind.__new__(kind)
+    return made
+
+
+def attach(module: nn.Module, edits: Sequence[Edit]) -> None:
     """Let the forward of `module` run under `Resizing`: its class becomes a subclass with the same name.
 
     A module which was resized before keeps one layer of resizing: the numbers of both are composed.
     """
     base, earlier = module.__dict__.get("_resized", (type(module), ()))
-    every = (*edits, *compose(earlier, edits))
-    mode = Resizing(every, seen)
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with mode:
-            return base.forward(self, *args, **kwargs)
-
-    module.__class__ = type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
-    module.__dict__["_resized"] = (base, every)
+    module.__dict__["_resized"] = (base, compose(earlier, edits))
+    module.__class__ = resized_class(base)
 
 
-def compose(earlier: Sequence[Edit], later: Sequence[Edit]) -> list[Edit]:
-    """Return the edits from the sizes in the code to those after both; edits that nothing follows stay as they are."""
+def compose(earlier: Sequence[Edit], later: Sequence[Edit]) -> tuple[Edit, ...]:
+    """Return the edits from the numbers in the code to those after both; the code may also say those in between."""
     out: list[Edit] = []
     for first in earlier:
         followed = [_follow(first, second) for second in later]
         out.extend([edit for edit in followed if edit is not None] or [first])
-    return list(dict.fromkeys(out))
+    if not out:
+        return tuple(later)
+    follows = {e for first in earlier for e in later if _follow(first, e) is not None}
+    return tuple(dict.fromkeys([*out, *(e for e in later if e not in follows)]))
 
 
 def _follow(first: Edit, second: Edit) -> Edit | None:
@@ -265,5 +437,4 @@ def _follow(first: Edit, second: Edit) -> Edit | None:
         return None
     start = tuple(b if a is None else a for a, b in zip(first.old, second.old, strict=True))
     end = tuple(a if b is None else b for a, b in zip(first.new, second.new, strict=True))
-    joined = tuple((d, *pair) for d, pair in sorted(sizes.items()))
-    return Edit(first.module, first.op, first.rank, joined, first.dim, start, end)
+    return replace(first, sizes=tuple((d, *pair) for d, pair in sorted(sizes.items())), old=start, new=end)

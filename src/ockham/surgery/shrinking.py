@@ -9,11 +9,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from ockham.surgery.attributes import refit
+from ockham.errors import OckhamError
 from ockham.surgery.cloning import canonical_names, clone
+from ockham.surgery.comparing import Arguments, as_arguments, difference, first_different, outputs, still, to_double
 from ockham.surgery.configs import settle_config
-from ockham.surgery.planning import Plan, PlanError, check_model
+from ockham.surgery.groups import Plan, PlanError, check_model
+from ockham.surgery.refitting import refit
 
 
 @runtime_checkable
@@ -88,6 +91,7 @@ def shrink(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     posterior: Mapping[str, Any] | None = None,
+    scheduler: Any = None,
 ) -> Any:
     """Return a smaller copy of `model`: ``f_small(x) = f_masked(x)``. The original is left as it is.
 
@@ -101,14 +105,17 @@ def shrink(
         optimizer: an optimizer over the parameters of `model`; a copy over those of the small model is returned too,
             its state sliced alike.
         posterior: parameter name to an object whose tensors of the parameter's shape are to be sliced, or to a tensor.
+        scheduler: learning-rate scheduler of `optimizer`; a copy that schedules the copy of the optimizer is returned.
 
     Returns:
-        The small model; with `optimizer` or `posterior` a tuple ``(small, optimizer, posterior)`` of what was given.
+        The small model; with `optimizer`, `posterior` or `scheduler` a tuple of it and what was given, in this order.
 
     Raises:
-        PlanError: when the plan is for another model.
+        PlanError: when the plan is for another model, or a scheduler comes without its optimizer.
     """
     check_model(plan, model)
+    if scheduler is not None and getattr(scheduler, "optimizer", None) is not optimizer:
+        raise PlanError("the scheduler is for another optimizer than the one given; pass optimizer=scheduler.optimizer")
     small = clone(model, lambda n, t: slice_tensor(plan, n, t))
     refit(model, small, plan)
     settle_config(model, small, plan)
@@ -117,6 +124,10 @@ def shrink(
         extras.append(shrink_optimizer(model, small, plan, optimizer=optimizer))
     if posterior is not None:
         extras.append({n: slice_values(plan, n, value) for n, value in posterior.items()})
+    if scheduler is not None:
+        follower = copy.copy(scheduler)
+        follower.optimizer = extras[0]
+        extras.append(follower)
     return (small, *extras) if extras else small
 
 
@@ -152,13 +163,17 @@ def shrink_optimizer(
         if isinstance(carried, Follower):
             carried.follow(small)
         return carried
-    twin = copy.copy(optimizer)
+    memo: dict[int, Any] = {id(p): after[names[id(p)]] for p in model.parameters()}
+    twin = object.__new__(type(optimizer))
+    own = {k: v for k, v in vars(optimizer).items() if k not in ("state", "param_groups", "step") and "hook" not in k}
+    twin.__dict__.update(copy.deepcopy(own, memo))
+    twin.__dict__.update({k: v for k, v in vars(optimizer).items() if "hook" in k})
     twin.state = defaultdict(dict)
     twin.param_groups = []
     for group in optimizer.param_groups:
         if any(id(p) not in names for p in group["params"]):
             raise PlanError("the optimizer holds a parameter that is not one of this model")
-        fresh = {k: copy.deepcopy(v) for k, v in group.items() if k != "params"}
+        fresh = {k: copy.deepcopy(v, memo) for k, v in group.items() if k != "params"}
         twin.param_groups.append({"params": [after[names[id(p)]] for p in group["params"]], **fresh})
     for parameter, state in optimizer.state.items():
         name = names[id(parameter)]
@@ -175,3 +190,117 @@ def _state(plan: Plan, name: str, value: Any) -> Any:
     if isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in value):
         raise PlanError(f"the optimizer's state for {name} is not one tensor per parameter; make a new optimizer")
     return slice_values(plan, name, value) if isinstance(value, (Tensor, Mapping)) else copy.deepcopy(value)
+
+
+class MismatchError(OckhamError):
+    """The shrunk network computes something else than the masked one; the text names the first layer that differs."""
+
+
+def verify(
+    masked: nn.Module,
+    small: nn.Module,
+    example_inputs: Any,
+    *,
+    draws: int = 2,
+    tolerance: float = 1e-5,
+    generator: torch.Generator | None = None,
+) -> float:
+    """Compare the outputs of two networks in evaluation mode, in float64 where the model allows it.
+
+    The difference of two outputs is ``max|a - b| / max|a|``; equal infinities are equal, and so are two values that are
+    not a number. Random numbers in the forward are the same for both networks, or switched off where their shapes
+    differ. Both models are left as they are.
+
+    Args:
+        masked: result of `mask`.
+        small: result of `shrink`, for the same plan.
+        example_inputs: as for `trace`; used as they are and `draws` times with random values instead (floats of the
+            same scale, integers reshuffled; masks stay as they are).
+        draws: number of random inputs; one on which the masked network does not run is left out.
+        tolerance: largest difference that counts as equal.
+        generator: source of the random inputs; a fixed seed when None.
+
+    Returns:
+        The largest relative difference found.
+
+    Raises:
+        MismatchError: when it exceeds `tolerance`, or when a network does not run.
+    """
+    generator = generator or torch.Generator().manual_seed(0)
+    arguments = as_arguments(example_inputs)
+    pair, cast = _doubled(masked, small, arguments)
+    worst = 0.0
+    for number in range(draws + 1):
+        given = cast(arguments if number == 0 else _drawn(arguments, generator))
+        expected = _run(pair[0], given, "masked", optional=number > 0)
+        if expected is not None:
+            gap = difference(expected, _run(pair[1], given, "shrunk") or [])
+            worst = max(worst, gap if gap <= tolerance else _without_noise(pair, given, gap, tolerance=tolerance))
+    return worst
+
+
+def _run(model: nn.Module, arguments: Arguments, which: str, *, optional: bool = False) -> list[Tensor] | None:
+    try:
+        return outputs(model, arguments)
+    except Exception as error:
+        if optional:
+            return None
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise MismatchError(
+            f"the {which} network does not run on these inputs: {type(error).__name__}: {said}. Give inputs it takes; "
+            "if only the shrunk one fails, name the layer in ignore when you trace, and please report the model."
+        ) from error
+
+
+def _without_noise(pair: tuple[nn.Module, nn.Module], arguments: Arguments, gap: float, *, tolerance: float) -> float:
+    """Return the difference with randomness switched off, if the forward is random; else say what differs."""
+    masked, small = pair
+    random = difference(outputs(masked, arguments, seed=0), outputs(masked, arguments, seed=1)) > 0
+    if random:
+        with still(masked):
+            expected = outputs(masked, arguments)
+        with still(small):
+            gap = difference(expected, outputs(small, arguments))
+        if gap <= tolerance:
+            return gap
+    where = first_different(masked, small, arguments, tolerance)
+    layer = (
+        f"the first layer that differs is {where[0]!r} (by {where[1]:.2e}). Add it to ignore, and report it."
+        if where is not None
+        else "no single module differs in a comparable output: the forward of the root does. Are both from one plan?"
+    )
+    noise = " The forward is random (two runs of the masked network differ): switch sampling off." if random else ""
+    raise MismatchError(f"masked and shrunk outputs differ by {gap:.2e} (tolerance {tolerance:.0e}); {layer}{noise}")
+
+
+def _doubled(
+    masked: nn.Module, small: nn.Module, arguments: Arguments
+) -> tuple[tuple[nn.Module, nn.Module], Callable[[Arguments], Arguments]]:
+    """Return copies in float64 and evaluation mode with a cast for inputs; in the models' own dtype if that fails."""
+    own, double = (tuple(clone(m, lambda _, t: t.detach().clone()).eval() for m in (masked, small)) for _ in range(2))
+    try:
+        for model in double:
+            outputs(model.double(), to_double(arguments))
+        return double, to_double
+    except Exception:
+        return own, lambda given: given
+
+
+def _drawn(arguments: Arguments, generator: torch.Generator) -> Arguments:
+    """Return random values instead of `arguments`; masks (two values only, or infinities) stay as they are."""
+
+    def draw(tensor: Tensor) -> Tensor:
+        flat = tensor.detach().cpu()
+        if flat.numel() == 0 or flat.dtype == torch.bool or len(flat.unique()) <= 2 or not bool(flat.isfinite().all()):
+            return tensor
+        if flat.is_complex():
+            return torch.randn(flat.shape, generator=generator, dtype=flat.dtype).to(tensor.device)
+        if flat.is_floating_point():
+            scale = float(flat.double().pow(2).mean().sqrt())
+            new = torch.randn(flat.shape, generator=generator, dtype=torch.float64) * (scale or 1.0)
+            return new.to(tensor.dtype).to(tensor.device)
+        order = torch.randint(flat.numel(), flat.shape, generator=generator)
+        return flat.flatten()[order].to(tensor.device)
+
+    result: Arguments = pytree.tree_map_only(Tensor, draw, arguments)
+    return result

@@ -2,69 +2,129 @@
 
 from __future__ import annotations
 
-import re
+import functools
 import warnings
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from ockham.errors import TraceError
-from ockham.surgery.checking import checked
-from ockham.surgery.cloning import canonical_names, clone, named_tensors
-from ockham.surgery.grouping import Axis, Groups, build
-from ockham.surgery.labels import Ledger, Value, along, settle
-from ockham.surgery.rules import ALWAYS, RULES
-from ockham.surgery.sites import Note, settled
+from ockham.core.names import Ignore, ignored
+from ockham.errors import OckhamWarning, TraceError
+from ockham.surgery.cloning import caches_of, canonical_names, clone, named_tensors
+from ockham.surgery.comparing import Arguments, as_arguments, difference, outputs, still, tensors_of
+from ockham.surgery.groups import Axis, Groups, build
+from ockham.surgery.labels import Ledger, Note, Value, along, settle, settled
+from ockham.surgery.ops import ALWAYS, RULES
+from ockham.surgery.resizing import plain_norms
+from ockham.surgery.trial import prepared, tried
 from ockham.surgery.walk import Result, Walker, shapes_of
 
-Ignore = Iterable[str | type[nn.Module]]
-
-
-def as_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return positional and keyword arguments of a model call: a tensor, a tuple or list, or a mapping of names."""
-    if isinstance(example_inputs, dict):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
+Caches = Mapping[str, tuple[str, ...]]
 
 
 def trace(model: nn.Module, example_inputs: Any, *, ignore: Ignore = ()) -> Groups:
     """Find the structures of `model` that can be removed, and say why the others cannot.
 
-    The model is exported with fake tensors (nothing is computed, `model` is left as it is), in evaluation mode; every
-    dimension of every parameter is followed through the graph by rules for known ops. An op without a rule freezes
-    the dimensions that touch it.
+    The model is exported with fake tensors in evaluation mode (and in training mode where parts of it run only there);
+    every dimension of every parameter is followed through the graph by rules for known ops. An op without a rule
+    freezes the dimensions that touch it. Then copies with random weights lose some units of every group, and what
+    would not compute the masked network is frozen, too. `model` is left as it is.
 
     Args:
         model: any module `torch.export` can trace.
-        example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments; only shapes and dtypes matter.
-        ignore: what stays whole: names of modules or parameters, ``"re:..."`` patterns on names, or module types.
+        example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments; the trial runs on them.
+        ignore: what stays whole: names of modules or parameters, ``"re:..."`` patterns on names of parameters, module
+            types, modules, or parameters.
 
     Returns:
         The groups; ``.frozen`` maps (tensor, dimension) to a reason.
 
     Raises:
         TraceError: when the model cannot be exported (control flow that depends on data, inputs that do not fit).
+        OckhamError: when an entry of `ignore` matches nothing.
     """
-    program = _export(model, example_inputs)
-    program.graph.eliminate_dead_code()
+    arguments = as_arguments(example_inputs)
+    held = ignored(model, ignore, buffers=True)
+    caches = _refilled(model, arguments)
     ledger = Ledger()
     axes, placed = _axes(model, ledger)
-    known = _placeholders(model, program, placed)
     notes: list[Note] = []
-    outputs = Walker(RULES, ALWAYS, ledger, notes).walk(program.graph, known)
-    _freeze_ends(outputs, ledger)
-    _freeze_ignored(model, axes, ledger, ignore)
-    _freeze_strangers(program, axes, ledger, model)
-    groups = _grouped(model, axes, ledger, notes)
-    return checked(model, groups, as_arguments(example_inputs), expected=_output_shapes(program))
+    program = _export(model, arguments, caches, training=False)
+    read = _walk(model, program, ledger, notes, placed)
+    if any(axis.name not in read for axis in axes):
+        read |= _also_training(model, arguments, caches, ledger, notes, placed)
+    for axis in axes:
+        atoms = torch.arange(axis.start, axis.start + axis.size)
+        if axis.name in held:
+            ledger.freeze(atoms, "is named in ignore")
+        elif axis.name not in read:
+            ledger.freeze(atoms, "is not used in the traced forward")
+    groups, touching = _grouped(model, axes, ledger, notes)
+    groups = replace(groups, caches=caches)
+    groups = tried(groups, prepared(model, groups, arguments), touching) if len(groups) else groups
+    if not len(groups):
+        first = next((f"{name}, dimension {dim}: {why}" for (name, dim), why in groups.frozen.items()), "no parameters")
+        warnings.warn(f"nothing of this network can be removed; {first}", OckhamWarning, stacklevel=2)
+    return groups
 
 
-def _grouped(model: nn.Module, axes: list[Axis], ledger: Ledger, notes: list[Note]) -> Groups:
+def _walk(
+    model: nn.Module,
+    program: torch.export.ExportedProgram,
+    ledger: Ledger,
+    notes: list[Note],
+    placed: dict[str, Value],
+) -> set[str]:
+    """Follow the labels through one graph; returns the tensors it reads."""
+    signature = program.graph_signature
+    held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    every = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    names = canonical_names(model)
+    known: dict[fx.Node, Result] = {}
+    read = set()
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            target = held.get(node.name)
+            tensor = every.get(target) if target is not None else None
+            known[node] = placed[names[id(tensor)]] if tensor is not None else _unlabelled(node)
+            if tensor is not None and node.users:
+                read.add(names[id(tensor)])
+    try:
+        results = Walker(RULES, ALWAYS, ledger, notes).walk(program.graph, known)
+    except torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode as error:
+        raise TraceError(
+            "the network makes tensors whose size depends on the data, and does something with that size that cannot "
+            "be followed. Way out: trace the part before it on its own, or use masks only."
+        ) from error
+    for result in results:
+        for value in result if isinstance(result, list) else [result]:
+            ledger.freeze_value(value, "is an output of the network")
+    return read
+
+
+def _also_training(
+    model: nn.Module,
+    arguments: Arguments,
+    caches: Caches,
+    ledger: Ledger,
+    notes: list[Note],
+    placed: dict[str, Value],
+) -> set[str]:
+    """Follow the graph in training mode, too: some parameters are used only there."""
+    try:
+        program = _export(model, arguments, caches, training=True)
+    except TraceError:
+        return set()
+    return _walk(model, program, ledger, notes, placed)
+
+
+def _grouped(
+    model: nn.Module, axes: list[Axis], ledger: Ledger, notes: list[Note]
+) -> tuple[Groups, dict[str, set[str]]]:
+    """Return the groups, and for each module those whose units occur in its forward."""
     count = ledger.count[0]
     root = settle(ledger, count)
     shapes = {name: tuple(t.shape) for name, t in named_tensors(model).items()}
@@ -79,7 +139,15 @@ def _grouped(model: nn.Module, axes: list[Axis], ledger: Ledger, notes: list[Not
     spared = _marked(ledger.spared, count)
     names = dict.fromkeys(a.name for a in axes if bool(spared[a.start]))
     sites = tuple(settled(notes, root))
-    return replace(groups, sites=sites, heads=sites, spared=tuple(names))
+    number = torch.full((count,), -1)
+    keys = list(groups.groups)
+    for i, key in enumerate(keys):
+        number[groups.units[key]] = i
+    touching = {}
+    for path, found in ledger.touched.items():
+        atoms = torch.cat(found) if found else torch.empty(0, dtype=torch.long)
+        touching[path] = {keys[i] for i in torch.unique(number[root[atoms[atoms >= 0]]]).tolist() if i >= 0}
+    return replace(groups, sites=sites, heads=sites, spared=tuple(names)), touching
 
 
 def _marked(lists: list[Tensor], count: int) -> Tensor:
@@ -90,15 +158,47 @@ def _marked(lists: list[Tensor], count: int) -> Tensor:
     return marked
 
 
-def _export(model: nn.Module, example_inputs: Any) -> torch.export.ExportedProgram:
-    args, kwargs = as_arguments(example_inputs)
-    twin = clone(model, lambda _, t: _alias(t)).eval()
+def _refilled(model: nn.Module, arguments: Arguments) -> Caches:
+    """Return the attributes with tensors of a forward which the network fills again when they are empty."""
+    if any(p.is_meta for p in model.parameters()):
+        return {}
+    held = caches_of(model)
+
+    def run(empty: bool) -> tuple[list[Tensor], nn.Module]:
+        twin = clone(model, lambda _, t: t.detach().clone()).eval()
+        if empty:
+            _emptied(twin, held)
+        with still(twin):
+            return outputs(twin, arguments), twin
+
+    try:
+        out, after = run(True)
+        if not held or difference(out, run(False)[0]) <= 1e-4:
+            return {
+                path: tuple(dict.fromkeys([*held.get(path, ()), *names])) for path, names in caches_of(after).items()
+            }
+    except Exception:  # it does not run without them: they are no caches
+        return {}
+    return {}
+
+
+def _emptied(model: nn.Module, caches: Caches) -> None:
+    for path, names in caches.items():
+        for name in names:
+            getattr(model.get_submodule(path), name).clear()
+
+
+def _export(model: nn.Module, arguments: Arguments, caches: Caches, *, training: bool) -> torch.export.ExportedProgram:
+    twin = clone(model, lambda _, t: _alias(t)).train(training)
+    _emptied(twin, caches)
+    forward = twin.forward
+    twin.forward = functools.wraps(forward)(lambda *args, **kwargs: tuple(tensors_of(forward(*args, **kwargs))))
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), plain_norms(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
-            return torch.export.export(twin, args, kwargs, strict=False)
+            return torch.export.export(twin, *arguments, strict=False)
     except Exception as error:
         text = str(error).strip().splitlines()
         raise TraceError(
@@ -132,67 +232,6 @@ def _axes(model: nn.Module, ledger: Ledger) -> tuple[list[Axis], dict[str, Value
     return axes, values
 
 
-def _placeholders(
-    model: nn.Module, program: torch.export.ExportedProgram, placed: dict[str, Value]
-) -> dict[torch.fx.Node, Result]:
-    signature = program.graph_signature
-    held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    every = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-    names = canonical_names(model)
-    known: dict[torch.fx.Node, Result] = {}
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            target = held.get(node.name)
-            tensor = every.get(target) if target is not None else None
-            known[node] = placed[names[id(tensor)]] if tensor is not None else _unlabelled(node)
-    return known
-
-
-def _unlabelled(node: torch.fx.Node) -> Value:
+def _unlabelled(node: fx.Node) -> Value:
     shape = shapes_of(node.meta.get("val"))
     return Value(shape if isinstance(shape, tuple) else ())
-
-
-def _output_shapes(program: torch.export.ExportedProgram) -> list[tuple[int, ...]]:
-    """Return the shapes of what the model returns."""
-    wanted = program.graph_signature.user_outputs
-    nodes = {n.name: n for n in program.graph.nodes}
-    shapes = [shapes_of(nodes[n].meta.get("val")) for n in wanted if isinstance(n, str) and n in nodes]
-    return [s for s in shapes if isinstance(s, tuple)]
-
-
-def _freeze_ends(outputs: list[Result], ledger: Ledger) -> None:
-    for result in outputs:
-        for value in result if isinstance(result, list) else [result]:
-            ledger.freeze_value(value, "is an output of the network")
-
-
-def _freeze_ignored(model: nn.Module, axes: list[Axis], ledger: Ledger, ignore: Ignore) -> None:
-    wanted = [ignore] if isinstance(ignore, (str, type)) else list(ignore)
-    types = tuple(w for w in wanted if isinstance(w, type))
-    prefixes = [w for w in wanted if isinstance(w, str) and not w.startswith("re:")]
-    prefixes += [name for name, module in model.named_modules() if types and isinstance(module, types)]
-    patterns = [re.compile(w[3:]) for w in wanted if isinstance(w, str) and w.startswith("re:")]
-    unknown = [p for p in prefixes if p and not any(a.name == p or a.name.startswith(p + ".") for a in axes)]
-    known = {name for name, _ in model.named_modules()}
-    if any(p not in known for p in unknown):
-        raise TraceError(f"ignore names {unknown}, which the model does not have; see model.named_parameters()")
-    for axis in axes:
-        named = any(axis.name == p or axis.name.startswith(p + ".") or p == "" for p in prefixes)
-        if named or any(p.search(axis.name) for p in patterns):
-            ledger.freeze(torch.arange(axis.start, axis.start + axis.size), "is named in ignore")
-
-
-def _freeze_strangers(
-    program: torch.export.ExportedProgram, axes: list[Axis], ledger: Ledger, model: nn.Module
-) -> None:
-    """Freeze tensors which the traced graph never reads: nothing is known of their meaning."""
-    signature = program.graph_signature
-    used = {n.name for n in program.graph.nodes if n.op == "placeholder" and n.users}
-    held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    every = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
-    names = canonical_names(model)
-    read = {names[id(every[target])] for node, target in held.items() if node in used}
-    for axis in axes:
-        if axis.name not in read:
-            ledger.freeze(torch.arange(axis.start, axis.start + axis.size), "is not used in the traced forward")

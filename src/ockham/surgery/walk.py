@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ockham.surgery.labels import Ledger, Value
-from ockham.surgery.sites import Note
+from ockham.surgery.labels import KINDS, VIEWS, Ledger, Note, Unread, Value, argument
 
 Result = Value | list[Value]
 UNKNOWN = "an op whose meaning for channels is not known"
@@ -29,51 +28,47 @@ class Call:
     ledger: Ledger
     sites: list[Note]
 
-    @property
-    def args(self) -> tuple[Any, ...]:
-        """Positional arguments of the op."""
-        return self.node.args
+    def get(self, name: str, *otherwise: Any) -> Any:
+        """Return an argument by its name in the op's schema: as given, its default, or `otherwise`."""
+        return argument(self.node, name, *otherwise)
 
-    def arg(self, index: int, name: str, default: Any) -> Any:
-        """Return an argument by position or name."""
-        if index < len(self.node.args):
-            return self.node.args[index]
-        return self.node.kwargs.get(name, default)
-
-    def optional(self, index: int, name: str) -> Value | None:
-        """Return a tensor argument that may be None."""
-        found = self.arg(index, name, None)
+    def tensor(self, name: str) -> Value | None:
+        """Return what is known of a tensor argument, by its name in the schema; None where it was not given."""
+        found = self.get(name, None)
         return self._value_of(found) if isinstance(found, fx.Node) else None
 
-    def value(self, index: int) -> Value:
-        """Return a tensor argument."""
-        return self._value_of(self.node.args[index])
+    def need(self, *names: str) -> Value:
+        """Return what is known of the tensor argument which goes by one of `names`."""
+        for name in names:
+            found = self.tensor(name)
+            if found is not None:
+                return found
+        raise LookupError(f"no argument {' or '.join(names)}")
 
-    def values(self, index: int) -> list[Value]:
-        """Return a list of tensors."""
-        return [self._value_of(n) for n in self.node.args[index]]  # type: ignore[union-attr]
+    def listed(self, name: str) -> list[Value]:
+        """Return what is known of a list of tensors."""
+        return [self._value_of(n) for n in self.get(name)]
 
     def _value_of(self, node: Any) -> Value:
         found = self.known.get(node) if isinstance(node, fx.Node) else None
-        return found if isinstance(found, Value) else Value(())
+        return found if isinstance(found, Value) else Value(shapes_of(node.meta["val"]) if _is_tensor(node) else ())
 
     def tensors(self) -> list[Value]:
-        """Return all tensors among the arguments, in order, repeated ones repeatedly."""
-        nodes = [n for n in pytree.arg_tree_leaves(*self.node.args, **self.node.kwargs) if isinstance(n, fx.Node)]
-        found = [self.known.get(n) for n in nodes]
+        """Return all tensors among the arguments, in the order of the schema, repeated ones repeatedly."""
+        schema = getattr(self.node.target, "_schema", None)
+        names = [a.name for a in schema.arguments] if schema is not None else []
+        given = sorted(self.node.kwargs, key=lambda n: names.index(n) if n in names else len(names))
+        leaves = pytree.arg_tree_leaves(*self.node.args, *(self.node.kwargs[n] for n in given))
+        found = [self.known.get(n) for n in leaves if isinstance(n, fx.Node)]
         return [v for f in found if f is not None for v in (f if isinstance(f, list) else [f])]
 
-    def operands(self) -> int:
-        """Return the number of positional arguments."""
-        return len(self.node.args)
-
-    def floor_above_zero(self) -> bool:
-        """Is this a clamp whose bounds exclude zero?"""
-        return self.name == "clamp_min" and float(self.arg(1, "min", 0) or 0) > 0
+    def first(self) -> Value:
+        """Return the first tensor among the arguments."""
+        return self.tensors()[0]
 
     def reason(self, text: str) -> str:
         """Say what this op does to the dimensions it touches, and where."""
-        return f"{self.name} in {place(self.node) or 'the model'} {text}"
+        return f"{self.name} in {place(self.node)[0] or 'the model'} {text}"
 
     def shapes(self) -> Any:
         """Return the shape of the result, or a list of shapes for several results."""
@@ -87,7 +82,8 @@ class Call:
 
     def shape_of(self, node: Any) -> tuple[int, ...]:
         """Return the shape of an argument."""
-        return tuple(int(n) for n in node.meta["val"].shape)
+        found: tuple[int, ...] = shapes_of(node.meta["val"])
+        return found
 
     def is_mask(self, node: Any) -> bool:
         """Is this argument a tensor of booleans?"""
@@ -100,15 +96,13 @@ class Call:
 
     def run(self, labels: Tensor) -> Any:
         """Run the op itself with its first tensor argument replaced by `labels`."""
-        if self.name in ("view", "_unsafe_view", "reshape", "reshape_as", "view_as"):
-            return labels.reshape(self.shape())
         args = [labels if i == 0 else _plain(a) for i, a in enumerate(self.node.args)]
         return self.node.target(*args, **{k: _plain(v) for k, v in self.node.kwargs.items()})  # type: ignore[operator]
 
     def note(self, before: Value, after: Result) -> None:
         """Remember an op whose sizes may be written in the model's code."""
-        if before.factors:
-            self.sites.append(Note(place(self.node), self.name, before, after, self.node))
+        path, call = place(self.node)
+        self.sites.append(Note(path, self.name, before, after, self.node, call))
 
     def freeze_all(self, why: str) -> Result:
         """Freeze whatever the inputs are made of; the results carry no labels."""
@@ -119,7 +113,7 @@ class Call:
 
 def _plain(arg: Any) -> Any:
     if isinstance(arg, fx.Node):
-        return torch.zeros(tuple(int(n) for n in arg.meta["val"].shape)) if _is_tensor(arg) else int(arg.meta["val"])
+        return torch.zeros(shapes_of(arg.meta["val"])) if _is_tensor(arg) else _size(arg.meta["val"])
     return [_plain(a) for a in arg] if isinstance(arg, (list, tuple)) else arg
 
 
@@ -127,20 +121,30 @@ def _is_tensor(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), Tensor)
 
 
+def _size(number: Any) -> int:
+    """Return a size; one that depends on the data gets a number of its own, which no other dimension should have."""
+    expression = getattr(getattr(number, "node", None), "expr", None)
+    unknown = sorted(getattr(expression, "free_symbols", ()), key=str)
+    if not unknown:
+        return int(number)
+    assert expression is not None
+    return max(2, int(expression.subs({s: 1009 + 2 * i for i, s in enumerate(unknown)})))
+
+
 def shapes_of(val: Any) -> Any:
     """Return the shape(s) of a node's example value."""
     if isinstance(val, Tensor):
-        return tuple(int(n) for n in val.shape)
+        return tuple(map(_size, val.shape))
     if isinstance(val, (list, tuple)):
         return [shapes_of(v) for v in val if isinstance(v, Tensor)]
     return ()
 
 
-def place(node: fx.Node) -> str:
-    """Return the path of the innermost module in whose forward this op stands ("" for the root)."""
+def place(node: fx.Node) -> tuple[str, int]:
+    """Return the innermost module in whose forward this op stands ("" for the root), and the number of its call."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path = str(stack[-1][0]) if stack else ""
-    return "" if path.startswith("_empty") else path.split("@")[0]
+    path, _, call = str(stack[-1][0]).partition("@") if stack else ("", "", "")
+    return "" if path.startswith("_empty") else path, int(call) if call.isdigit() else 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,29 +161,44 @@ class Walker:
 
         `known` maps placeholders to values and is filled; an op without a rule freezes what it touches.
         """
+        live = _live(graph)
+        led = self.ledger
+        unread = Unread(led.edges, [], [], [], [], led.consumed, led.made, led.loose, led.touched, led.count)
         for node in graph.nodes:
             if node.op == "call_function":
-                known[node] = self._step(node, known)
+                known[node] = self._step(node, known, led if node in live else unread)
         ends = pytree.arg_tree_leaves(*next(n for n in graph.nodes if n.op == "output").args)
         return [known.get(n, Value(())) for n in ends if isinstance(n, fx.Node)]
 
-    def _step(self, node: fx.Node, known: dict[fx.Node, Result]) -> Result:
+    def _step(self, node: fx.Node, known: dict[fx.Node, Result], ledger: Ledger) -> Result:
         if node.target is operator.getitem:
             return _item(node, known)
-        call = Call(op_name(node.target), node, known, self.ledger, self.sites)
+        call = Call(op_name(node.target), node, known, ledger, self.sites)
         inner = _subgraph(node)
         if inner is not None:
             return self._inline(call, inner)
-        if call.name not in self.always and not any(value.factors for value in call.tensors()):
-            return call.like_outputs(Value)
-        if call.name.startswith(("_assert", "sym_", "_check")):
+        bare = call.name.rstrip("_")
+        if bare.startswith(("_assert", "sym_", "_check")):
             return Value(())
-        rule = self.rules.get(call.name, self.rules.get(call.name.rstrip("_")))
-        if rule is None:
-            return call.freeze_all(UNKNOWN)
-        result = _applied(rule, call)
-        made_of_weights = all(value.learned for value in call.tensors())
-        return _learned(result) if made_of_weights and call.tensors() else result
+        if call.name not in self.always and not any(value.factors for value in call.tensors()):
+            result = call.like_outputs(Value)
+            if bare in KINDS:
+                call.note(call.first() if call.tensors() else Value(()), result)
+            return result
+        rule = self.rules.get(call.name, self.rules.get(bare))
+        result = call.freeze_all(UNKNOWN) if rule is None else _applied(rule, call)
+        if call.tensors() and all(value.learned for value in call.tensors()):
+            result = _learned(result)
+        self._remember(call, result)
+        if call.name.endswith("_") and not call.name.endswith("__"):
+            _taint(node, result, known)
+        return result
+
+    def _remember(self, call: Call, result: Result) -> None:
+        """Write down which labels were met in the forward of which module."""
+        own = self.ledger.touched.setdefault(place(call.node)[0], [])
+        for value in (*call.tensors(), *(result if isinstance(result, list) else [result])):
+            own.extend(f.flatten() for f in value.factors)
 
     def _inline(self, call: Call, inner: fx.Graph) -> Result:
         """Walk a subgraph (autocast and no_grad regions) with the arguments of the call."""
@@ -191,6 +210,19 @@ class Walker:
         return [v if isinstance(v, Value) else v[0] for v in self.walk(inner, known)]
 
 
+def _live(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes on which an output depends, or an op that changes a tensor in place."""
+    changes = (n for n in graph.nodes if n.op == "call_function" and op_name(n.target).endswith("_"))
+    waiting = [next(n for n in graph.nodes if n.op == "output"), *changes]
+    found: set[fx.Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting.extend(node.all_input_nodes)
+    return found
+
+
 def _item(node: fx.Node, known: Mapping[fx.Node, Result]) -> Result:
     """Return one of several results."""
     source, index = node.args
@@ -198,6 +230,21 @@ def _item(node: fx.Node, known: Mapping[fx.Node, Result]) -> Result:
     if isinstance(found, list) and isinstance(index, int) and index < len(found):
         return found[index]
     return Value(shapes_of(node.meta.get("val")))
+
+
+def _taint(node: fx.Node, result: Result, known: dict[fx.Node, Result]) -> None:
+    """An op in place changed a tensor and what it is a view of: zeros of removed units may be gone there."""
+    value = result[0] if isinstance(result, list) else result
+    if value.zero:
+        return
+    source: Any = node.args[0] if node.args else None
+    while isinstance(source, fx.Node):
+        found = known.get(source)
+        if isinstance(found, Value):
+            known[source] = replace(found, zero=False)
+        inputs = [n for n in pytree.arg_tree_leaves(*source.args) if isinstance(n, fx.Node)]
+        viewed = source.op == "call_function" and (op_name(source.target) in VIEWS or source.target is operator.getitem)
+        source = inputs[0] if viewed and inputs else None
 
 
 def _learned(result: Result) -> Result:

@@ -1,9 +1,15 @@
-"""Readers of data folders: files in, `Part`s (numpy) out, one reader a layout. Nothing here unpickles."""
+"""Readers of data folders: files in, `Part`s (numpy) out, one reader a layout. Nothing here unpickles.
+
+What a header promises is compared with what the file weighs and with the memory that is free, before it is asked for.
+"""
 
 from __future__ import annotations
 
 import gzip
+import io
 import math
+import os
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +18,34 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from ockham.errors import DataError
+from ockham.core.files import afford, inside, open_regular, printable
+from ockham.errors import DataError, OckhamError
 
-__all__ = ["LAYOUTS", "Array", "Part", "class_names", "npz_part"]
+__all__ = [
+    "UNREADABLE",
+    "Array",
+    "Layout",
+    "Part",
+    "Reading",
+    "class_names",
+    "idx_folder",
+    "npy_array",
+    "npz_folder",
+    "npz_part",
+    "there",
+    "unreadable",
+]
 
 Array = npt.NDArray[Any]
 
-_IMAGES_MAGIC, _LABELS_MAGIC = 2051, 2049
-_UNREADABLE = Exception  # damaged files make gzip, zipfile, numpy and Pillow raise a dozen kinds, TokenError among them
+IMAGES_MAGIC, LABELS_MAGIC = 2051, 2049
+DEFLATE = 1032
+"""Most bytes that one byte of a deflate stream can become."""
+
+UNREADABLE = Exception
+"""Damaged files make gzip, zipfile, numpy, Pillow and pandas raise a dozen kinds, TokenError among them."""
+
+PIECE = 2**20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,133 +64,246 @@ class Part:
 
     def fail(self, why: str) -> NoReturn:
         """Raise a `DataError` that names the source."""
-        raise DataError(f"{self.source}: {why}")
+        raise DataError(f"{printable(self.source)}: {why}")
 
 
-Parts = tuple[Part, Part | None]
+@dataclass(frozen=True, slots=True, eq=False)
+class Reading:
+    """What a reader found in a folder.
+
+    Attributes:
+        train: examples to train on.
+        test: examples to test on; None: a share of ``train`` is held out.
+        classes: names of the labels, where the files tell them.
+        hold_out: share of ``train`` that becomes the test part where there is none.
+        notes: sentences on what was decided in reading, for people.
+    """
+
+    train: Part
+    test: Part | None = None
+    classes: tuple[str, ...] | None = None
+    hold_out: float = 0.2
+    notes: tuple[str, ...] = ()
 
 
-def idx_folder(folder: Path) -> Parts | None:
-    """MNIST's four files, gzipped or not; None where the folder has none of the training pair."""
-    train = _idx_part(folder, "train")
-    return None if train is None else (train, _idx_part(folder, "t10k"))
+Layout = Callable[[Path, float | None], Reading | None]
+"""Takes a folder and the most bytes of an array (None: what is free); returns None for a folder of another kind."""
 
 
-def npz_folder(folder: Path) -> Parts | None:
-    """`train.npz` (and `test.npz`) with x and y, or `data.npz` with train_x, train_y (and test_x, test_y)."""
-    train, test, whole = (folder / f"{stem}.npz" for stem in ("train", "test", "data"))
-    if train.is_file():
-        return npz_part(train, "x", "y"), npz_part(test, "x", "y") if test.is_file() else None
-    if not whole.is_file():
-        return None
-    tested = bool(_read_npz(whole, ("test_x", "test_y")))
-    return npz_part(whole, "train_x", "train_y"), npz_part(whole, "test_x", "test_y") if tested else None
-
-
-def sheet_folder(folder: Path) -> Parts | None:
-    """Square RGB images stacked vertically in lossless WebP sheets, labels in .npy files."""
-    train = _sheet_part(folder, "train")
-    return None if train is None else (train, _sheet_part(folder, "test"))
-
-
-LAYOUTS: tuple[Callable[[Path], Parts | None], ...] = (idx_folder, npz_folder, sheet_folder)
-
-
-def npz_part(file: Path, x: str, y: str) -> Part:
-    """The arrays of these two names in one archive.
+def there(folder: Path, name: str) -> Path | None:
+    """The file of this name, checked for links out of the folder; None if there is none.
 
     Raises:
-        DataError: unreadable, or without them.
+        DataError: a link leads out of the folder.
     """
-    arrays = _read_npz(file, (x, y))
-    missing = [name for name in (x, y) if name not in arrays]
-    if missing:
-        raise DataError(f"{file}: no array {' and no array '.join(missing)}; save inputs as {x} and targets as {y}")
-    return Part(arrays[x], arrays[y], str(file))
+    return inside(folder, name, error=DataError) if os.path.lexists(folder / name) else None
 
 
-def class_names(folder: Path) -> tuple[str, ...] | None:
-    """The lines of `classes.txt`, where there is one."""
-    file = folder / "classes.txt"
-    if not file.is_file():
-        return None
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise _unreadable(file, error) from error
-    return tuple(line.strip() for line in lines if line.strip())
+def unreadable(file: Path, error: BaseException) -> DataError:
+    """The error for a file that its library cannot read."""
+    why = printable(f"{type(error).__name__}: {error}")
+    return DataError(f"{printable(file)}: missing, truncated, damaged or foreign ({why}). Fetch it anew")
 
 
-def _idx_part(folder: Path, stem: str) -> Part | None:
-    images, labels = _find(folder, f"{stem}-images", "idx3"), _find(folder, f"{stem}-labels", "idx1")
-    if images is None and labels is None:
-        return None
-    if images is None or labels is None:
-        raise DataError(f"{images or labels}: its partner is missing; {stem}-images and {stem}-labels go together")
-    return Part(_read_idx(images, _IMAGES_MAGIC), _read_idx(labels, _LABELS_MAGIC), f"{images} with {labels.name}")
+def idx_folder(folder: Path, max_bytes: float | None) -> Reading | None:
+    """MNIST's four files, gzipped or not; None where the folder has none of the training pair."""
+    found: list[Part | None] = []
+    for stem in ("train", "t10k"):
+        pair: list[Path | None] = []
+        for start, kind in ((f"{stem}-images", "idx3"), (f"{stem}-labels", "idx1")):
+            names = (f"{start}{joint}{kind}-ubyte{end}" for joint in "-." for end in ("", ".gz"))
+            pair.append(next((file for name in names if (file := there(folder, name))), None))
+        images, labels = pair
+        if images is None and labels is None:
+            found.append(None)
+        elif images is None or labels is None:
+            alone = printable(images or labels)
+            raise DataError(f"{alone}: its partner is missing; {stem}-images and {stem}-labels go together")
+        else:
+            x, y = idx_array(images, IMAGES_MAGIC, max_bytes), idx_array(labels, LABELS_MAGIC, max_bytes)
+            found.append(Part(x, y, f"{images} with {labels.name}"))
+    train, test = found
+    return None if train is None else Reading(train, test)
 
 
-def _find(folder: Path, stem: str, kind: str) -> Path | None:
-    names = (f"{stem}{joint}{kind}-ubyte{end}" for joint in "-." for end in ("", ".gz"))
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+def idx_array(file: Path, magic: int, max_bytes: float | None = None) -> Array:
+    """Unsigned bytes of one IDX file: magic (its last byte counts the dimensions), sizes (big-endian int32), values.
 
+    Args:
+        file: the file; gzipped if its name ends with .gz.
+        magic: number that it must start with.
+        max_bytes: most bytes that it may hold; None: the memory that is free.
 
-def _read_idx(file: Path, magic: int) -> Array:
-    """Unsigned bytes of one IDX file: magic (its last byte counts the dimensions), sizes (big-endian int32), values."""
-    dimensions = magic & 0xFF
-    try:
-        with (gzip.open if file.suffix == ".gz" else open)(file, "rb") as stream:
+    Raises:
+        DataError: unreadable, of another kind, of another length than its header says, or too large.
+    """
+    dimensions, packed = magic & 0xFF, file.suffix == ".gz"
+    with open_regular(file, error=DataError) as raw:
+        weight = os.fstat(raw.fileno()).st_size
+        values = bytearray()
+        try:
+            stream = gzip.GzipFile(fileobj=raw) if packed else raw
             got, *shape = np.frombuffer(stream.read(4 + 4 * dimensions), dtype=">u4").tolist() or [0]
-            values = stream.read(math.prod(shape) + 1) if got == magic else b""
-    except _UNREADABLE as error:
-        raise _unreadable(file, error) from error
+            promised = math.prod(shape) if got == magic and len(shape) == dimensions else 0
+            most = DEFLATE * weight if packed else weight - 4 - 4 * dimensions
+            if promised <= most:
+                afford(promised, f"{file} (sizes {shape} in its header)", max_bytes=max_bytes, error=DataError)
+                while len(values) <= promised and (piece := stream.read(min(PIECE, promised + 1 - len(values)))):
+                    values += piece
+        except DataError:
+            raise
+        except UNREADABLE as error:
+            raise unreadable(file, error) from error
     if got != magic:
-        raise DataError(f"{file}: starts with magic number {got}; an IDX file of this name starts with {magic}")
-    if len(shape) != dimensions or len(values) != math.prod(shape):
-        held = "more" if len(values) > math.prod(shape) else f"{len(values)} bytes"
-        raise DataError(f"{file}: truncated or overlong; its header promises {shape}, it holds {held}. Fetch it anew")
+        raise DataError(
+            f"{printable(file)}: starts with magic number {got}; an IDX file of this name starts with {magic}"
+        )
+    if len(shape) != dimensions or len(values) != promised:
+        size = most if promised > most else len(values)
+        held = "more" if len(values) > promised else f"{'at most ' if packed and promised > most else ''}{size} bytes"
+        raise DataError(
+            f"{printable(file)}: truncated or overlong; its header promises {shape}, it holds {held}. Fetch it anew"
+        )
     return np.frombuffer(values, dtype=np.uint8).reshape(shape)
 
 
-def _read_npz(file: Path, names: tuple[str, ...]) -> dict[str, Array]:
-    """Those of the named arrays that the archive holds."""
-    try:
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            return {name: archive[name] for name in names if name in archive}
-    except _UNREADABLE as error:  # a bare array, too: it is no context manager
-        raise _unreadable(file, error) from error
+def npz_folder(folder: Path, max_bytes: float | None) -> Reading | None:
+    """`train.npz` (and `test.npz`) with x and y; or `data.npz`, see `npz_whole`."""
+    train, test, whole = (there(folder, f"{stem}.npz") for stem in ("train", "test", "data"))
+    if train is not None:
+        tested = None if test is None else npz_part(test, "x", "y", max_bytes)
+        return Reading(npz_part(train, "x", "y", max_bytes), tested)
+    return None if whole is None else npz_whole(whole, max_bytes)
 
 
-def _sheet_part(folder: Path, split: str) -> Part | None:
-    sheets, labels = sorted(folder.glob(f"{split}_[0-9]*.webp")), folder / f"{split}_labels.npy"
-    if not sheets:
+def npz_whole(file: Path, max_bytes: float | None) -> Reading:
+    """One archive: train_x, train_y with or without test_x, test_y; or x and y, of which an eighth is held out."""
+    held = npz_names(file)
+    if "x" in held and "train_x" not in held:
+        said = f"{file.name} has no test part: an eighth of its examples is held out for testing"
+        return Reading(npz_part(file, "x", "y", max_bytes), hold_out=1 / 8, notes=(said,))
+    tested = bool(held & {"test_x", "test_y"})
+    train = npz_part(file, "train_x", "train_y", max_bytes)
+    return Reading(train, npz_part(file, "test_x", "test_y", max_bytes) if tested else None)
+
+
+def npz_names(file: Path) -> set[str]:
+    """Names of the arrays in an archive.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    with open_regular(file, error=DataError) as stream:
+        try:
+            with zipfile.ZipFile(stream) as archive:
+                return {name.removesuffix(".npy") for name in archive.namelist()}
+        except UNREADABLE as error:  # of a bare array, too: it is no archive
+            raise unreadable(file, error) from error
+
+
+def npz_part(file: Path, x: str, y: str, max_bytes: float | None = None) -> Part:
+    """The arrays of these two names in one archive.
+
+    Args:
+        file: the archive.
+        x: name of the inputs.
+        y: name of the targets.
+        max_bytes: most bytes of an array; None: the memory that is free.
+
+    Raises:
+        DataError: unreadable, without them, or too large.
+    """
+    missing = [name for name in (x, y) if name not in npz_names(file)]
+    if missing:
+        lack = " and no array ".join(missing)
+        raise DataError(f"{printable(file)}: no array {lack}; save inputs as {x} and targets as {y}")
+    with open_regular(file, error=DataError) as stream:
+        try:
+            with zipfile.ZipFile(stream) as archive:
+                weight = os.fstat(stream.fileno()).st_size
+                inputs, targets = (npz_array(archive, f"{name}.npy", file, weight, max_bytes) for name in (x, y))
+        except OckhamError:
+            raise
+        except UNREADABLE as error:
+            raise unreadable(file, error) from error
+    return Part(inputs, targets, str(file))
+
+
+def npz_array(archive: zipfile.ZipFile, name: str, file: Path, weight: int, max_bytes: float | None) -> Array:
+    """One array of an archive, its sizes compared with the weight of the file first.
+
+    Args:
+        archive: the open archive.
+        name: name of the member.
+        file: path of the archive, for messages.
+        weight: bytes of the file.
+        max_bytes: most bytes of the array; None: the memory that is free.
+
+    Raises:
+        DataError: too large, or not what the archive's directory says.
+    """
+    info = archive.getinfo(name)
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & 1:
+        raise DataError(f"{printable(file)}: {name} is encrypted or of an unusual compression; use numpy.savez")
+    most = weight * (DEFLATE if info.compress_type == zipfile.ZIP_DEFLATED else 1)
+    if info.file_size > most:
+        raise DataError(
+            f"{printable(file)}: truncated, damaged or foreign; {name} is to have {info.file_size} bytes, at most "
+            f"{most} are there"
+        )
+    afford(info.file_size, f"{file}, array {name}", max_bytes=max_bytes, error=DataError)
+    with archive.open(info) as member:
+        return npy_array(member.read(), f"{file}, array {name}")
+
+
+def npy_array(content: bytes, source: str) -> Array:
+    """The array of a .npy file's bytes, on those bytes.
+
+    Args:
+        content: all bytes of the file.
+        source: name for messages.
+
+    Raises:
+        DataError: no array of plain numbers or texts, or of another length than its header says.
+    """
+    head = io.BytesIO(content[: 2**16])
+    version = np.lib.format.read_magic(head)
+    if version not in {(1, 0), (2, 0)}:
+        raise DataError(
+            f"{printable(source)}: truncated, damaged or foreign; .npy of version {version}, 1 and 2 are known"
+        )
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(head)
+    if dtype.hasobject:
+        raise DataError(
+            f"{printable(source)}: truncated, damaged or foreign; it holds Python objects, and nothing is unpickled "
+            "(allow_pickle=False). Save numbers"
+        )
+    held, promised = len(content) - head.tell(), math.prod(shape) * dtype.itemsize
+    if held != promised or min(shape, default=0) < 0:
+        raise DataError(
+            f"{printable(source)}: truncated, damaged or foreign; its header promises {shape} of {dtype}, {promised} "
+            f"bytes, it holds {held}. Fetch it anew"
+        )
+    values = np.frombuffer(content, dtype=dtype, offset=head.tell())
+    return values.reshape(shape, order="F" if fortran else "C")
+
+
+def class_names(folder: Path) -> tuple[str, ...] | None:
+    """The lines of `classes.txt`, where there is one.
+
+    Raises:
+        DataError: it is no text of at most a mebibyte.
+    """
+    file = there(folder, "classes.txt")
+    if file is None:
         return None
+    with open_regular(file, error=DataError) as stream:
+        content = stream.read(min(PIECE, os.fstat(stream.fileno()).st_size) + 1)
     try:
-        y = np.load(labels, allow_pickle=False)
-    except _UNREADABLE as error:
-        raise _unreadable(labels, error) from error
-    images = [_read_sheet(sheet) for sheet in sheets]
-    if len({image.shape[1] for image in images}) > 1:
-        raise DataError(f"{folder}/{split}_*.webp: sheets of different widths; all images must have one size")
-    return Part(np.concatenate(images), np.asarray(y), f"{folder}/{split}_*.webp with {labels.name}")
-
-
-def _read_sheet(file: Path) -> Array:
-    """Images [N, W, W, 3] of one sheet."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise DataError(f"{file}: WebP needs Pillow, which is not installed; pip install 'ockham[images]'") from error
-    try:
-        with Image.open(file, formats=["WEBP"]) as image:
-            pixels = np.asarray(image.convert("RGB"))
-    except _UNREADABLE as error:
-        raise _unreadable(file, error) from error
-    side = pixels.shape[1]
-    if len(pixels) % side:
-        raise DataError(f"{file}: a sheet stacks square images; got {len(pixels)} rows of {side} pixels")
-    return pixels.reshape(-1, side, side, 3)
-
-
-def _unreadable(file: Path, error: Exception) -> DataError:
-    return DataError(f"{file}: missing, truncated, damaged or foreign ({type(error).__name__}: {error}). Fetch it anew")
+        if len(content) > PIECE:
+            raise ValueError("longer than a mebibyte")
+        lines = content.decode("utf-8").splitlines()
+    except ValueError as error:
+        raise unreadable(file, error) from error
+    return tuple(line.strip() for line in lines if line.strip())

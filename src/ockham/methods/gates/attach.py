@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ockham.choose.planning import plan
+from ockham.core.names import Ignore
 from ockham.errors import OckhamError
 from ockham.methods.gates.noise import GateDraw, GateNoise, Reader, detach, per_example
 from ockham.methods.gates.rules import (
@@ -27,10 +28,11 @@ from ockham.methods.gates.rules import (
     in_random_order,
     snr_below,
 )
-from ockham.surgery import Group, Groups, Plan, trace
+from ockham.run.structures import traced_again
+from ockham.surgery import Group, Groups, Plan
 from ockham.surgery.cloning import canonical_names, clone
-from ockham.surgery.grouping import Member
-from ockham.surgery.tracing import Ignore, as_arguments
+from ockham.surgery.comparing import as_arguments
+from ockham.surgery.groups import Member
 
 __all__ = [
     "GATE_RULES",
@@ -361,7 +363,7 @@ class Gates:
         noise = getattr(model, NAME, None)
         if not isinstance(noise, GateNoise):
             raise OckhamError(f"{type(model).__name__} has no gates; attach_gates(model, example_inputs) puts them on")
-        groups = trace(plain(model), example_inputs, ignore=ignore)
+        groups = traced_again(plain(model), example_inputs, ignore)
         places = {}
         for group in groups:
             keys = keys_of(model, noise, group)
@@ -418,7 +420,7 @@ def attach_gates(
     """
     if hasattr(model, NAME):
         raise OckhamError("this model has gates already; Gates.of(model, example_inputs) finds them")
-    groups = trace(model, example_inputs, ignore=ignore)
+    groups = traced_again(model, example_inputs, ignore)
     wanted = chosen(groups, layers)
     wiring = wire(model, groups, wanted, example_inputs)
     if not wiring.count:

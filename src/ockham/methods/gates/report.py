@@ -1,299 +1,274 @@
-"""Pictures of a run with gates: distributions, evidence, widths, accuracy against compression."""
+"""What the report says of gates: their distributions, their evidence, widths over the epochs, compression curves."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from ockham.core.files import SCHEMA, read_json, write_bytes
-from ockham.errors import ResultError
 from ockham.report import page
-from ockham.report.canvas import AFTER, BEFORE, GONE, INK, MUTED, draw, integers, percents, thousands, ylabel
-from ockham.report.page import count, number, percent, seconds
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from ockham.report.canvas import AFTER, BEFORE, GONE, INK, PALETTE, drawing, integers, percents, thousands, ylabel
+from ockham.report.html import Addition, write_report
+from ockham.report.page import count, percent
+from ockham.run.records import GateCurve, GateLayer, GateWidths
+from ockham.run.schema import GateFacts, Result, Settings
 
 __all__ = [
-    "GATES",
     "curve_figure",
     "evidence_figure",
+    "gate_curves",
+    "gate_layers",
+    "gate_sections",
+    "gate_warnings",
+    "gate_widths",
     "gates_figure",
-    "render_gates",
     "widths_figure",
-    "write_gate_report",
+    "write_any_report",
 ]
 
-Record = Mapping[str, Any]
+_START_LOG_STD = -5.0  # where `GateNoise` starts the ln standard deviation of ln theta; its mean starts at 0
+_MOST_LAYERS = 12  # drawn one by one; the table has all
+_MOST_GATES = 200  # drawn of one layer, evenly spaced in its order
+_THRESHOLD = -0.5 * math.log(2 * math.pi)  # of the released rule, nats
 
 
-def gates_figure(key: str, layer: Record) -> str:
-    """Every gate of a layer as its mean and two standard deviations of ln theta, most alive first.
+def gate_sections(result: Result) -> Addition:
+    """Sections and warnings of a result with gates; nothing of any other."""
+    if result.gates is None:
+        return Addition()
+    gates = result.gates
+    sections = (gate_widths(gates), gate_layers(gates), gate_curves(gates))
+    return Addition(tuple(s for s in sections if s), tuple(gate_warnings(result, gates)))
+
+
+def write_any_report(folder: Path) -> Path:
+    """Write ``report.html`` of a result folder of any method; returns the file."""
+    return write_report(folder, gate_sections)
+
+
+def gates_figure(key: str, layer: GateLayer) -> str:
+    """Gates of a layer, each as its mean and two standard deviations of ln theta, most alive first.
 
     Args:
         key: unique name.
-        layer: ``mean``, ``std``, ``theta`` and ``keep`` of its gates, and its ``id``.
+        layer: living gates before a decision, and what was decided.
     """
-    label = f"Gates of {layer['id']}: {sum(layer['keep'])} of {len(layer['keep'])} stay"
-    return draw(key, label, 2.6, partial(_gates, layer=layer))
+    label = f"Gates of {layer.id}: {sum(layer.keep)} of {len(layer.keep)} stay"
+    with drawing(key, label, 2.6) as sheet:
+        axes = sheet.figure.add_subplot()
+        for place, i in _spread(sorted(range(len(layer.keep)), key=lambda i: -(layer.theta[i] or 0.0))):
+            mean, std, colour = layer.mean[i], layer.std[i], AFTER if layer.keep[i] else GONE
+            if mean is not None and std is not None:
+                ends = [max(-20, mean - 2 * std), min(0, mean + 2 * std)]
+                axes.plot([place, place], ends, color=colour, linewidth=1.2, alpha=0.45)
+                axes.plot([place], [min(0, max(-20, mean))], marker="o", markersize=2.5, color=colour)
+        axes.set(ylim=(-20.5, 0.8), xlabel="gates, largest E[θ] first")
+        integers(axes)
+        ylabel(axes, "ln θ")
+    return sheet.svg
 
 
-def evidence_figure(key: str, layer: Record) -> str:
-    """The true delta_f of every gate of a layer, in order, on a symmetric logarithmic axis."""
-    label = f"Evidence of the gates of {layer['id']}, nats"
-    return draw(key, label, 2.6, partial(_evidence, layer=layer), margins=(0.8, 0.2, 0.5, 0.12))
+def evidence_figure(key: str, layer: GateLayer) -> str:
+    """The true delta_f of the gates of a layer, in order, on a symmetric logarithmic axis."""
+    known = [(value, keep) for value, keep in zip(layer.delta_f, layer.keep, strict=True) if value is not None]
+    with drawing(key, f"Evidence of the gates of {layer.id}, nats", 2.6, margins=(0.8, 0.2, 0.5, 0.12)) as sheet:
+        axes = sheet.figure.add_subplot()
+        shown = [(place, *known[i]) for place, i in _spread(sorted(range(len(known)), key=lambda i: known[i][0]))]
+        colours = [AFTER if keep else GONE for _, _, keep in shown]
+        axes.scatter([place for place, _, _ in shown], [value for _, value, _ in shown], s=9, c=colours)
+        axes.axhline(0, color=INK, linewidth=1)
+        axes.axhline(_THRESHOLD, color=BEFORE, linewidth=1, linestyle=(0, (4, 3)))
+        if max((abs(value) for value, _ in known), default=0.0) > 1:
+            axes.set_yscale("symlog", linthresh=1.0)
+        thousands(axes.yaxis)
+        axes.set_xlabel("gates, least removable first")
+        integers(axes)
+        ylabel(axes, "ΔF, nats")
+    return sheet.svg
 
 
-def widths_figure(epochs: Sequence[Record]) -> str:
-    """Structures that are left in every layer, over the epochs, as a share of the first."""
-    label = f"Widths over {len(epochs)} epochs"
-    return draw("widths", label, 3.2, partial(_widths, epochs=epochs), margins=(0.74, 1.3, 0.5, 0.12))
+def _spread(order: Sequence[int]) -> list[tuple[int, int]]:
+    """(place, item) of at most `_MOST_GATES` items, evenly spaced."""
+    step = max(1.0, len(order) / _MOST_GATES)
+    places = sorted({int(i * step) for i in range(min(len(order), _MOST_GATES))})
+    return [(place, order[place]) for place in places]
 
 
-def curve_figure(curves: Mapping[str, Record]) -> str:
-    """Accuracy against the share of parameters removed, a line a rule, a dot where it stops by itself."""
-    label = "Accuracy against compression: " + ", ".join(f"{n} stops at {percent(_stop(c))}" for n, c in curves.items())
-    return draw("curve", label, 3.6, partial(_curve, curves=curves), margins=(0.74, 0.9, 0.5, 0.12))
+def widths_figure(epochs: Sequence[GateWidths]) -> tuple[str, list[tuple[str, str]]]:
+    """Structures that are left in every layer over the epochs, as a share of the first.
 
-
-def _stop(record: Record) -> float:
-    return float(record["stop"]["removed"])
-
-
-def _gates(figure: Figure, layer: Record) -> None:
-    axes = figure.add_subplot()
-    order = sorted(range(len(layer["mean"])), key=lambda i: -layer["theta"][i])
-    for place, i in enumerate(order):
-        colour = AFTER if layer["keep"][i] else GONE
-        low, high = (layer["mean"][i] + s * 2 * layer["std"][i] for s in (-1, 1))
-        axes.plot([place, place], [max(-20, low), min(0, high)], color=colour, linewidth=1.2, alpha=0.45)
-        axes.plot([place], [min(0, max(-20, layer["mean"][i]))], marker="o", markersize=2.5, color=colour)
-    axes.set(ylim=(-20.5, 0.8), xlabel="gates, largest E[θ] first")
-    integers(axes)
-    ylabel(axes, "ln θ")
-
-
-def _evidence(figure: Figure, layer: Record) -> None:
-    axes = figure.add_subplot()
-    order = sorted(range(len(layer["delta_f"])), key=lambda i: layer["delta_f"][i])
-    colours = [AFTER if layer["keep"][i] else GONE for i in order]
-    axes.scatter(range(len(order)), [layer["delta_f"][i] for i in order], s=9, c=colours)
-    axes.axhline(0, color=INK, linewidth=1)
-    axes.axhline(-0.9189385, color=INK, linewidth=1, linestyle=(0, (4, 3)))
-    axes.set_yscale("symlog", linthresh=1.0)
-    thousands(axes.yaxis)
-    axes.set_xlabel("gates, least removable first")
-    integers(axes)
-    ylabel(axes, "ΔF, nats")
-
-
-def _widths(figure: Figure, epochs: Sequence[Record]) -> None:
-    axes = figure.add_subplot()
-    first = epochs[0]["start"]
-    ends = {name: epochs[-1]["widths"].get(name, 1) / first[name] for name in first}
-    heights = dict(zip(sorted(ends, key=lambda k: ends[k]), _apart(sorted(ends.values())), strict=True))
-    for n, name in enumerate(first):
-        shares = [1.0] + [e["widths"].get(name, 1) / first[name] for e in epochs]
-        shade = 1 - 0.6 * n / max(1, len(first) - 1)
-        axes.plot([0, *(e["epoch"] for e in epochs)], shares, color=AFTER, alpha=shade)
-        text = f"{name.split(':')[0].removesuffix('.weight')}: {epochs[-1]['widths'].get(name, 1)} of {first[name]}"
-        if len(first) <= 9:
-            axes.text(
-                1.02, heights[name], text[:22], transform=axes.get_yaxis_transform(), color=MUTED, size=8, va="center"
-            )
-    axes.set(ylim=(0, 1.03), xlabel="epoch")
-    integers(axes)
-    percents(axes.yaxis)
-    ylabel(axes, "structures left")
-
-
-def _apart(heights: Sequence[float], least: float = 0.075) -> list[float]:
-    """Ascending heights in [0, 1], moved as little as it takes for labels not to overlap."""
-    placed: list[float] = []
-    for n, height in enumerate(heights):
-        room = 1.0 - least * (len(heights) - 1 - n)
-        placed.append(min(max(height, placed[-1] + least if placed else 0.0), max(room, 0.0)))
-    return placed
-
-
-def _curve(figure: Figure, curves: Mapping[str, Record]) -> None:
-    axes = figure.add_subplot()
-    styles = [(colour, line) for line in ("-", "--", ":") for colour in (AFTER, BEFORE, GONE)]
-    for n, (name, record) in enumerate(curves.items()):
-        colour, line = styles[n % len(styles)]
-        points = sorted(record["points"], key=lambda p: p["removed"])
-        axes.plot(
-            [p["removed"] for p in points], [p["measures"]["accuracy"] for p in points], line, color=colour, label=name
-        )
-        stop = record["stop"]
-        if stop["structures"]:
-            axes.plot([stop["removed"]], [stop["measures"]["accuracy"]], marker="o", markersize=6, color=colour)
-    axes.set_xlabel("parameters removed")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8.5, labelcolor=MUTED)
-    percents(axes.xaxis)
-    percents(axes.yaxis)
-    ylabel(axes, "accuracy")
-
-
-GATES = "gates.json"
-"""The file that makes a folder a run with gates."""
-
-
-def render_gates(folder: Path) -> str:
-    """The report as HTML text; the same files give the same text.
-
-    Args:
-        folder: with ``metrics.json``, ``gates.json`` and ``result.json``.
-
-    Raises:
-        ResultError: a file is missing, damaged or newer; names the file.
+    Returns:
+        The picture, and a legend with one colour for each curve; the ten layers that lost most where there are more.
     """
-    metrics, gates, result = (read_json(folder / name) for name in ("metrics.json", GATES, "result.json"))
-    if result.get("schema", 0) > SCHEMA:
-        raise ResultError(f"{folder / 'result.json'}: written by a newer Ockham (schema {result['schema']}); upgrade")
-    try:
-        parts = (_widths_gate_report(gates), _layers(gates), _curves(gates), _numbers(metrics), _provenance(result))
-        title = f"{percent(1 - metrics['kept'])} of {metrics['network']} removed by gates"
-        return page.document(f"{title} · Ockham", _head(title, metrics, gates), parts, _foot(result))
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise ResultError(f"{folder}: its numbers are damaged ({type(error).__name__}: {error})") from error
+    first, last = epochs[0].start, epochs[-1].widths
+    lost = {name: last.get(name, n) / max(1, n) for name, n in first.items()}
+    shown = [name for name in first if name in sorted(lost, key=lambda k: lost[k])[: len(PALETTE)]]
+    curves = [
+        (f"c{n}", PALETTE[n], f"{name}: {last.get(name, first[name]):,} of {first[name]:,}",
+         [(0.0, 1.0), *((e.epoch, e.widths.get(name, first[name]) / max(1, first[name])) for e in epochs)])
+        for n, name in enumerate(shown)
+    ]  # fmt: skip
+    with drawing("widthsofgates", f"Widths over {len(epochs)} epochs", 3.2) as sheet:
+        axes = sheet.figure.add_subplot()
+        for _, colour, _, points in curves:
+            axes.plot([x for x, _ in points], [y for _, y in points], color=colour, alpha=0.85)
+        axes.set(ylim=(0, 1.03), xlabel="epoch")
+        integers(axes)
+        percents(axes.yaxis)
+        ylabel(axes, "structures left")
+    return sheet.svg, [(key, text) for key, _, text, _ in curves]
 
 
-def write_gate_report(folder: Path) -> Path:
-    """Write ``report.html`` into the folder, atomically; returns its path."""
-    path = Path(folder) / "report.html"
-    write_bytes(path, render_gates(Path(folder)).encode("utf-8", "replace"))
-    return path
+def curve_figure(curves: Mapping[str, GateCurve]) -> tuple[str, list[tuple[str, str]]]:
+    """Accuracy against the share of parameters removed, a colour a rule, a dot where it stops by itself.
+
+    Returns:
+        The picture, and its legend.
+    """
+    label = "Accuracy against compression: " + ", ".join(
+        f"{name} stops at {percent(curve.stop.removed)}" for name, curve in curves.items()
+    )
+    shown = list(zip(curves.items(), PALETTE, strict=False))
+    with drawing("curve", label, 3.6) as sheet:
+        axes = sheet.figure.add_subplot()
+        for (_, curve), colour in shown:
+            points = sorted((p.removed, p.measures.accuracy) for p in curve.points if p.measures.accuracy is not None)
+            axes.plot([x for x, _ in points], [y for _, y in points], color=colour, alpha=0.85)
+            if curve.stop.structures and curve.stop.measures.accuracy is not None:
+                axes.plot([curve.stop.removed], [curve.stop.measures.accuracy], "o", markersize=6, color=colour)
+        axes.set_xlabel("parameters removed")
+        percents(axes.xaxis)
+        percents(axes.yaxis)
+        ylabel(axes, "accuracy")
+    return sheet.svg, [(f"c{n}", name) for n, ((name, _), _) in enumerate(shown)]
 
 
-def _head(title: str, metrics: Record, gates: Record) -> str:
-    text = page.paragraph("Ockham · gates report", "eyebrow") + f"<h1>{page.escape(title)}</h1>"
-    decided = f"Structures went by the rule “{gates['rule']}”; the survivors form a smaller, ordinary network."
-    text += page.paragraph(decided, "lead")
-    if warnings := _warnings(gates):
-        text += page.note("Before you rely on this result", warnings)
-    after, before = metrics["after"], metrics["before"] or {}
-    tiles = [page.tile("Parameters kept", percent(metrics["kept"]), f"{count(after['parameters'])} values")]
-    for key, label in (("accuracy", "Accuracy"), ("nll", "NLL, nats"), ("ece", "Calibration error"), ("rmse", "RMSE")):
-        if after.get(key) is not None:
-            shown = percent(after[key], 2) if key == "accuracy" else number(after[key])
-            old = before.get(key)
-            was = "" if old is None else f"before: {percent(old, 2) if key == 'accuracy' else number(old)}"
-            tiles.append(page.tile(label, shown, was))
-    tiles.append(page.tile("Time", seconds(metrics["seconds"]), "the whole run"))
-    return text + f'<dl class="tiles">{"".join(tiles)}</dl>'
-
-
-def _warnings(gates: Record) -> list[str]:
-    layers = gates["layers"]
-    quiet = sum(sum(layer["no_evidence"]) for layer in layers)
-    total = sum(len(layer["keep"]) for layer in layers)
-    found = []
+def gate_warnings(result: Result, gates: GateFacts) -> list[str]:
+    """What a reader must know of gates before trusting the result, in plain words."""
+    quiet = sum(sum(layer.no_evidence) for layer in gates.layers)
+    total = sum(len(layer.keep) for layer in gates.layers)
+    found = _why_nothing_went(result, gates)
     if quiet:
         found.append(
-            f"{quiet} of {total} gates have a posterior that is their prior (to within 0.01 nats): the data say "
-            "nothing about them, and their delta_f is no evidence. Rules that remove them remove what was not asked."
+            f"For {quiet} of {total} gates the data say nothing at all (their posterior is their prior, to within 0.01 "
+            "nats). Rules that remove them remove what nobody asked for."
         )
-    single = [layer["id"] for layer in layers if sum(layer["keep"]) == 1 < len(layer["keep"])]
+    single = [layer.id for layer in gates.layers if sum(layer.keep) == 1 < len(layer.keep)]
     if single:
         found.append(f"Only one structure is left in {', '.join(single)}: the rule would have removed the whole layer.")
-    if gates["kl_weight"] != "true_elbo":
+    price = gates.kl_weight.removeprefix("Tempered(temperature=").removesuffix(")")
+    if price != gates.kl_weight:
         found.append(
-            f"The KL was weighted by {gates['kl_weight']}, not by 1/N: the posterior is not that of these data, and "
-            "nothing here is evidence in nats of the data."
+            f"Keeping a structure was made {price.removesuffix('.0')} times as dear as the data make it: treat the "
+            "nats as a ranking, not as odds."
+        )
+    elif gates.kl_weight != "true_elbo":
+        found.append(
+            f"The price of a structure follows the reproduction setting “{gates.kl_weight}”, not the number of "
+            "examples: what is called evidence here is a ranking, and none in nats of the data."
         )
     return found
 
 
-def _widths_gate_report(gates: Record) -> str:
-    epochs = gates["epochs"]
-    svg = widths_figure(epochs)
-    caption = "Share of structures left in every layer after each epoch; at the end, how many of how many."
-    return page.section("widths", "Widths over the epochs", page.figure("Widths", svg, caption))
+def _why_nothing_went(result: Result, gates: GateFacts) -> list[str]:
+    """Where no structure went: whether the gates were still on their way, and how far the steps could carry them."""
+    last = gates.epochs[-1].widths if gates.epochs else {}
+    stds = [std for layer in gates.layers for std in layer.std if std is not None and std > 0]
+    if not stds or any(last.get(name, n) < n for name, n in gates.epochs[0].start.items()):
+        return []
+    settings, data = result.provenance.settings or Settings(), result.provenance.dataset
+    moved = sum(math.log(std) for std in stds) / len(stds) - _START_LOG_STD
+    ratio, rate = settings.others.get("gate_rate", 1.0), settings.learning_rate
+    if data is not None and data.n_train and settings.batch_size and settings.epochs and rate:
+        steps = settings.epochs * math.ceil(data.n_train / settings.batch_size)
+        reach = steps * rate * (ratio if isinstance(ratio, (int, float)) else 1.0)
+        if moved > 0.5 * reach:
+            return [
+                f"No structure went, because the gates hardly moved: in {count(steps)} steps at a learning rate of "
+                f"{rate:g} the logarithm of a gate's spread can change by at most {reach:.2g}, and about 5 are needed "
+                "before a gate can close. This says nothing about the network: train for more epochs, or at a higher "
+                "rate."
+            ]
+    if moved < 0.2:
+        return [
+            "No structure went, because the gates stayed where they started: nothing pushed them, neither the data "
+            "nor the price of a structure. Train for more epochs, or raise the price (--temperature)."
+        ]
+    best = max((d for layer in gates.layers for d in layer.delta_f if d is not None), default=0.0)
+    return [
+        "No structure went, although the gates had settled: the data ask for every one of them (the least needed is "
+        f"worth {-best:,.1f} nats). A higher price (--temperature) or a budget (--keep-share) would force some out."
+    ]
 
 
-def _layers(gates: Record) -> str:
+def gate_widths(gates: GateFacts) -> str:
+    """Section on the widths over the epochs; nothing where there were no epochs."""
+    if not gates.epochs:
+        return ""
+    svg, legend = widths_figure(gates.epochs)
+    text = "Share of structures left in every layer after each epoch; at the end, how many of how many."
+    if len(gates.epochs[0].start) > len(legend):
+        text += f" The {len(legend)} layers that lost most, of {len(gates.epochs[0].start)}."
+    last = gates.epochs[-1].widths
+    rows = [(name, count(n), count(last.get(name, n))) for name, n in gates.epochs[0].start.items()]
+    table = page.table("Structures of each layer", ("layer", "at first", "left"), rows)
+    figure = page.figure("Widths", svg, text, legend=legend)
+    return page.section("widths", "Widths over the epochs", page.grid([figure, table]))
+
+
+def gate_layers(gates: GateFacts) -> str:
+    """Section on the gates before the last decision, layer by layer."""
+    if not gates.layers:
+        return page.section("gates", "Gates, layer by layer", page.paragraph("No decision about gates took place."))
     text = page.paragraph(
         "Each gate is a factor θ = e^y between e^-20 and 1 on one structure. Drawn: the posterior of y before the last "
         "decision (mean and two standard deviations, cut off to the interval), and the true evidence change ΔF for "
-        "taking the structure out; positive favours removal. The dashed line is the threshold of the released rule, "
-        "−½ ln 2π."
+        "taking the structure out; positive favours removal."
     )
-    figures = []
-    for i, layer in enumerate(gates["layers"]):
-        stays = f"{sum(layer['keep'])} of {len(layer['keep'])} stay"
-        figures.append(page.figure(f"{layer['id']}: posterior", gates_figure(f"gates{i}", layer), stays))
-        figures.append(page.figure(f"{layer['id']}: evidence", evidence_figure(f"evidence{i}", layer)))
-    return page.section("gates", "Gates, layer by layer", text, page.grid(figures), _table(gates["layers"]))
+    figures, keys = [], [("after", "stays"), ("gone", "goes")]
+    lines = [("mark", "no change of the evidence"), ("before", "threshold of the released rule, −½ ln 2π (dashed)")]
+    for i, layer in enumerate(gates.layers[:_MOST_LAYERS]):
+        stays = f"{sum(layer.keep)} of {len(layer.keep)} stay"
+        stays += f"; {_MOST_GATES} of them drawn" if len(layer.keep) > _MOST_GATES else ""
+        figures.append(page.figure(f"{layer.id}: posterior", gates_figure(f"gates{i}", layer), stays, legend=keys))
+        svg = evidence_figure(f"gateevidence{i}", layer)
+        figures.append(page.figure(f"{layer.id}: evidence", svg, stays, legend=keys + lines))
+    some = page.paragraph(f"The first {_MOST_LAYERS} of {len(gates.layers)} layers; the table has all.", "quiet")
 
+    def middle(values: Sequence[float | None]) -> str:
+        known = sorted(v for v in values if v is not None)
+        return f"{known[len(known) // 2]:.3g}".replace("-", "\N{MINUS SIGN}") if known else "–"
 
-def _table(layers: Sequence[Record]) -> str:
     rows = [
-        (
-            layer["id"],
-            str(len(layer["keep"])),
-            str(sum(layer["keep"])),
-            str(sum(layer["no_evidence"])),
-            f"{sorted(layer['theta'])[len(layer['theta']) // 2]:.3g}",
-            f"{sorted(layer['delta_f'])[len(layer['delta_f']) // 2]:.3g}",
-            f"{sum(layer['kl']):.4g}",
-        )
-        for layer in layers
-    ]
+        (layer.id, str(len(layer.keep)), str(sum(layer.keep)), str(sum(layer.no_evidence)), middle(layer.theta),
+         middle(layer.delta_f), f"{sum(v for v in layer.kl if v is not None):.4g}")
+        for layer in gates.layers
+    ]  # fmt: skip
     header = ("layer", "gates", "stay", "posterior = prior", "median E[θ]", "median ΔF, nats", "KL, nats")
-    return page.table("Gates before the last decision", header, rows)
+    table = page.table("Gates before the last decision", header, rows)
+    many = some if len(gates.layers) > _MOST_LAYERS else ""
+    return page.section("gates", "Gates, layer by layer", text, many, page.grid(figures), table)
 
 
-def _curves(gates: Record) -> str:
-    curves = gates.get("curves")
-    if not curves:
+def gate_curves(gates: GateFacts) -> str:
+    """Section on accuracy against compression; nothing where structures went during training."""
+    if not gates.curves:
         return ""
     text = page.paragraph(
         "After training, structures taken out step by step in the order of each rule, without refitting, on held-out "
         "data. A dot marks where a rule stops by itself; rules without one only order, or find nothing to remove. (The "
-        "Taylor rule takes structures without any gradient by itself.)"
+        "Taylor rule takes structures without any gradient by itself.) Where rules agree, their curves lie on each "
+        "other."
     )
     rows = [
         (
             name,
-            percent(c["stop"]["removed"]) if c["stop"]["structures"] else "removes nothing by itself",
-            percent(c["stop"]["measures"]["accuracy"], 2) if c["stop"]["structures"] else "–",
+            percent(curve.stop.removed) if curve.stop.structures else "removes nothing by itself",
+            percent(curve.stop.measures.accuracy, 2) if curve.stop.structures else "–",
         )
-        for name, c in curves.items()
+        for name, curve in gates.curves.items()
     ]
     table = page.table("Where the rules stop", ("rule", "parameters removed", "accuracy"), rows)
-    figure = page.figure("Accuracy against compression", curve_figure(curves))
-    return page.section("curve", "Accuracy against compression", text, figure, table)
-
-
-def _numbers(metrics: Record) -> str:
-    before, after = metrics["before"] or {}, metrics["after"]
-    rows = [(k, _shown(before.get(k)), _shown(after[k])) for k in after if isinstance(after[k], (int, float))]
-    return page.section("numbers", "Numbers", page.table("On test data", ("measure", "before", "after"), rows))
-
-
-def _shown(value: float | None) -> str:
-    return count(value) if isinstance(value, int) else number(value)
-
-
-def _provenance(result: Record) -> str:
-    rows = [(k, str(v)) for k, v in result.items() if not isinstance(v, (dict, list))]
-    rows += [
-        (f"{k}: {name}", str(v)) for k, inner in result.items() if isinstance(inner, dict) for name, v in inner.items()
-    ]
-    return page.section("made", "How it was made", page.table("Provenance", ("what", "value"), rows, words=2))
-
-
-def _foot(result: Record) -> str:
-    return page.paragraph(
-        f"Written by Ockham {result.get('ockham')}. This file needs no network and contains no scripts."
-    )
-
-
-def write_any_report(folder: Path) -> Path:
-    """Write ``report.html`` of a result folder, with or without gates; returns the file."""
-    from ockham.report.html import write_report
-
-    return write_gate_report(folder) if (folder / GATES).exists() else write_report(folder)
+    svg, legend = curve_figure(gates.curves)
+    figure = page.figure("Accuracy against compression", svg, legend=legend)
+    return page.section("curve", "Accuracy against compression", text, page.grid([figure, table]))

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ockham.choose.planning import plan
-from ockham.core.batch import Loader, batches_on, forward
-from ockham.core.likelihood import Likelihood
+from ockham.core.batch import Loader, ReadBatch, ReadOutput
+from ockham.core.likelihood import Likelihood, Regression
 from ockham.core.modes import device_of, evaluating, seeded
+from ockham.core.objective import Objective, fit_noise, objective_of
 from ockham.core.posterior import Posterior
 from ockham.errors import OckhamError
 from ockham.fit.predict import refresh_batchnorm
@@ -214,7 +215,7 @@ class GateRounds(Method):
         """Gates on every structure that can have one, and Adam over both."""
         gates = attach_gates(network, self.inputs, ignore=self.ignore, noise=self.training.noise)
         own = _Run(task, gates, dict(gates.places), gates.groups, gates.noise.key.clone())
-        return RunState.start(network, task.likelihood, self._adam(network, gates), own)
+        return RunState.start(network, task.objective, self._adam(network, gates), own)
 
     def term(self, state: RunState, at: float) -> Tensor | None:
         """The KL of the gates per example, warmed up."""
@@ -232,7 +233,7 @@ class GateRounds(Method):
             if (last and not t.every) or (t.every and info.epoch % t.every == 0 and info.epoch >= t.start * t.epochs):
                 sensitivity = None
                 if self.rule is by_taylor:  # it costs a pass over a part of the data
-                    sensitivity = gate_sensitivity(gates, state.own.task.loader, state.likelihood, seed=t.seed)
+                    sensitivity = gate_sensitivity(gates, state.own.task.loader, state.objective, seed=t.seed)
                 evidence = gates.evidence(self.rule, sensitivity=sensitivity)
                 keep = self.decide(gates, evidence, min(1.0, info.epoch / t.epochs))
                 layers = tuple(layer_facts(gates, evidence, keep))
@@ -260,13 +261,18 @@ class GateRounds(Method):
         """The rule's name in the command, or that of the function."""
         return next((k for k, v in GATE_RULES.items() if v is self.rule), getattr(self.rule, "__name__", "rule"))
 
-    def record(self, state: RunState) -> dict[str, Mapping[str, Any]]:
+    @property
+    def name(self) -> str:
+        """BMRS, whatever the rule."""
+        return "bmrs"
+
+    def record(self, state: RunState) -> dict[str, Any]:
         """Widths over the epochs, the gates before the last decision, curves."""
         start = {k: len(places) for k, places in state.own.first.items()}
         epochs = [{"start": start, "epoch": h.epoch, "widths": dict(h.widths)} for h in state.history]
         weight, own = self.settings()["kl_weight"], state.own
         values = {"rule": self.rule_name(), "kl_weight": weight, "epochs": epochs}
-        return {"gates.json": {**values, "layers": list(own.layers), "curves": dict(own.curves)}}
+        return {**values, "layers": list(own.layers), "curves": dict(own.curves)}
 
     def saved(self, state: RunState) -> dict[str, Any]:
         """Plans, keys of the living and what the report shows."""
@@ -298,9 +304,13 @@ class GateRounds(Method):
             gates = Gates.of(model, self.inputs, ignore=self.ignore)
             model = shrink(gates.model, gates.plan)
             Gates.of(model, self.inputs, ignore=self.ignore).fold()
-        refresh_batchnorm(model, own.task.loader)
-        noise = state.likelihood.noise_variance
-        none = Posterior({}, own.task.n_data)
+        refresh_batchnorm(model, own.task.loader, batch=own.task.objective.batch)
+        objective = own.task.objective
+        if isinstance(objective.likelihood, Regression):  # the noise that was trained also saw that of the gates
+            objective = copy.deepcopy(objective)
+            fit_noise(model, own.task.loader, objective)
+        model, none = objective.finished(model, Posterior({}, own.task.n_data))
+        noise = none.noise_variance
         whole: dict[str, Any] = {"plan": self.plan(state), "parameters": own.task.parameters}
         return Compressed(model.eval(), none, (), state.history, None, noise, **whole)
 
@@ -371,11 +381,15 @@ class GateCompression:
         decide: Decision = by_threshold,
         ignore: Any = (),
         n_data: float | None = None,
+        batch: ReadBatch | None = None,
+        output: ReadOutput | None = None,
+        steps_per_epoch: int | None = None,
     ) -> None:
         self.training = t = training or GateTraining()
         self.on_trained: Callable[[Gates], None] | None = None
         network = copy.deepcopy(model)
-        task = Task.of(network, loader, likelihood, epochs=t.epochs + t.fine_tune, n_data=n_data)
+        reading: dict[str, Any] = {"batch": batch, "output": output, "steps_per_epoch": steps_per_epoch}
+        task = Task.of(network, loader, likelihood, epochs=t.epochs + t.fine_tune, n_data=n_data, **reading)
         self.method = GateRounds(t, example_inputs, rule, decide, ignore, self._look)
         self.engine = Engine(self.method, network, task, hold=t.hold, seed=t.seed)
 
@@ -454,14 +468,14 @@ class GateCompression:
 
 
 def gate_sensitivity(
-    gates: Gates, loader: Loader, likelihood: Likelihood, *, batches: int = 50, seed: int = 0
+    gates: Gates, loader: Loader, objective: Objective | Likelihood, *, batches: int = 50, seed: int = 0
 ) -> Tensor:
     """Mean square over batches of dL/d ln theta, for the Taylor rule; E[theta] in place of the noise.
 
     Args:
         gates: of the network.
-        loader: batches of (inputs, targets).
-        likelihood: gives L, the mean NLL of a batch.
+        loader: batches of the training data.
+        objective: gives L, the mean NLL of a batch; a likelihood will do.
         batches: how many at most.
         seed: of shuffling.
 
@@ -469,12 +483,14 @@ def gate_sensitivity(
         [gates], float64. Gradients of the parameters are cleared.
     """
     model = gates.model
+    if isinstance(objective, Likelihood):
+        objective = objective_of(model, objective)
     total, count = torch.zeros_like(gates.noise.mean, dtype=torch.float64), 0
     with evaluating(model) as device, seeded(seed, 0, device):
         try:
-            for x, y in islice(batches_on(loader, device), batches):
+            for batch in islice(objective.batches(loader, device), batches):
                 model.zero_grad()
-                likelihood.nll(forward(model, x), y).backward()
+                objective.loss(model, batch)[0].backward()
                 total += gates.log_gradients().square()
                 count += 1
         finally:

@@ -6,7 +6,7 @@ Two estimates, both positive semidefinite. With g the gradient of one example's 
     empirical Fisher    E g g',  targets as the data have them
 
 kept either as a diagonal (any parameter, by `torch.func.vmap` over examples) or as Kronecker factors A and G (`taps`).
-The network is in evaluation mode: no dropout, statistics of BatchNorm as they are.
+The network is in evaluation mode: no dropout, statistics of BatchNorm as they are. Weights of examples multiply g g'.
 
 Reference: Martens 2020, New insights and perspectives on the natural gradient method, arXiv 1412.1193; Kunstner,
 Hennig & Balles 2019, arXiv 1905.12558 (what the empirical Fisher is not).
@@ -15,26 +15,21 @@ Hennig & Balles 2019, arXiv 1905.12558 (what the empirical Fisher is not).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import grad, vmap
 from torch.utils import _pytree as pytree
 
+from ockham.core.batch import Batch, Substituted
+from ockham.core.likelihood import TermLikelihood
+from ockham.core.objective import Objective, blame
 from ockham.errors import DataError, OckhamError
 
-__all__ = [
-    "ExampleGradients",
-    "Score",
-    "empirical_fisher",
-    "empirical_regression",
-    "monte_carlo_classification",
-    "monte_carlo_regression",
-    "outputs",
-]
+__all__ = ["ExampleGradients", "Score"]
 
 _CHUNK_NUMBERS = 1 << 24
 
@@ -44,54 +39,46 @@ class Score:
     """Which gradients a curvature is made of.
 
     Attributes:
-        targets: (outputs, the data's targets, generator) to the targets that gradients are taken at.
-        nll: (outputs, targets) to the *summed* negative log-likelihood, nats.
-        terms: how many log-likelihood terms the data's targets hold.
-        residual: (outputs, the data's targets) to a summed squared residual, for a noise variance; 0 where there is
-            none to estimate.
+        objective: how the network is called, and the likelihood.
+        empirical: whether gradients are taken at the data's own targets, or at targets drawn from the network.
+
+    Raises:
+        OckhamError: targets should be drawn, and the likelihood is a loss of one's own.
     """
 
-    targets: Callable[[Tensor, Tensor, torch.Generator], Tensor]
-    nll: Callable[[Tensor, Tensor], Tensor]
-    terms: Callable[[Tensor], int]
-    residual: Callable[[Tensor, Tensor], float] = lambda output, target: 0.0
+    objective: Objective
+    empirical: bool = False
 
+    def __post_init__(self) -> None:
+        if not self.empirical and not isinstance(self.objective.likelihood, TermLikelihood):
+            raise OckhamError(
+                f"a Monte Carlo GGN needs a likelihood to draw targets from, such as classification or regression; got "
+                f"{type(self.objective.likelihood).__name__}. Pass fisher='empirical' for a loss of your own"
+            )
 
-def monte_carlo_classification(ignore_index: int = -100) -> Score:
-    """Labels drawn from softmax(outputs), [N, K, ...]; padding (``ignore_index``) stays padding."""
+    def drawn(self, output: Any, batch: Batch, generator: torch.Generator) -> Batch:
+        """The batch with the targets that gradients are taken at, and roots of the weights of its terms.
 
-    def draw(output: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
-        p = output.softmax(1).movedim(1, -1)
-        label = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator).view(target.shape)
-        return torch.where(target == ignore_index, target, label)
+        Raises:
+            DataError: inputs or outputs are not finite, or there are weights and the likelihood is a loss of one's own.
+        """
+        likelihood = self.objective.likelihood
+        if isinstance(output, Tensor) and bool(output.isnan().any()):
+            raise DataError(blame(batch, output))
+        if not isinstance(likelihood, TermLikelihood):
+            if batch.weight is not None:
+                raise DataError("a curvature takes no sample weights with ockham.Loss: put them into the likelihood")
+            return batch
+        weights = likelihood.term_weights(batch.target, batch.weight)
+        target = batch.target if self.empirical else likelihood.drawn(output, batch.target, generator)
+        return replace(batch, target=target, weight=None if weights is None else weights.sqrt())
 
-    def nll(output: Tensor, target: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(output, target, ignore_index=ignore_index, reduction="sum")
-
-    return Score(draw, nll, lambda y: int((y != ignore_index).sum()))
-
-
-def monte_carlo_regression() -> Score:
-    """Unit-variance Gaussian likelihood; residuals of random sign, which is exact for a single output.
-
-    Curvature scales with 1/noise variance, which is applied afterwards.
-    """
-
-    def draw(output: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
-        sign = torch.randint(0, 2, output.shape, generator=generator, device=output.device).to(output.dtype)
-        return (output + 2 * sign - 1).view(target.shape)
-
-    return Score(draw, _half_square, lambda y: y.numel(), _residual)
-
-
-def empirical_regression() -> Score:
-    """The data's own targets under a unit-variance Gaussian; its curvature scales with 1/noise variance squared."""
-    return Score(lambda output, target, generator: target, _half_square, lambda y: y.numel(), _residual)
-
-
-def empirical_fisher(nll: Callable[[Tensor, Tensor], Tensor], terms: Callable[[Tensor], int]) -> Score:
-    """The data's own targets under any *summed* negative log-likelihood."""
-    return Score(lambda output, target, generator: target, nll, terms)
+    def nll(self, output: Any, batch: Batch) -> Tensor:
+        """Summed negative log-likelihood of a drawn batch, nats."""
+        likelihood = self.objective.likelihood
+        if isinstance(likelihood, TermLikelihood):
+            return likelihood.total(output, batch.target, batch.weight)
+        return self.objective.nll(output, batch) * self.objective.terms(batch)
 
 
 class ExampleGradients:
@@ -100,12 +87,12 @@ class ExampleGradients:
     Args:
         model: in evaluation mode; it is not changed.
         names: parameters to differentiate; all others are constants.
-        nll: (outputs, targets) to the summed NLL.
+        score: which gradients.
     """
 
-    def __init__(self, model: nn.Module, names: Iterable[str], nll: Callable[[Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, model: nn.Module, names: Iterable[str], score: Score) -> None:
         every = dict(model.named_parameters())
-        self._model, self._nll = model, nll
+        self._model, self._score = model, score
         self.parameters = {name: every[name].detach() for name in names}
         self._rest = {n: p.detach() for n, p in every.items() if n not in self.parameters}
         self._rest |= {n: b.detach() for n, b in model.named_buffers()}
@@ -113,57 +100,30 @@ class ExampleGradients:
         size = max(1, sum(p.numel() for p in self.parameters.values()))
         self.chunk = max(1, min(64, _CHUNK_NUMBERS // size))
 
-    def chunks(self, x: Any, target: Tensor) -> Iterator[dict[str, Tensor]]:
-        """Gradients [examples, *shape of the parameter] by name, for some examples of the batch at a time."""
-        for start in range(0, len(target), self.chunk):
-            part = slice(start, start + self.chunk)
-            yield self._of(_at(x, part), target[part])
+    def chunks(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
+        """Gradients [examples, *shape of the parameter] by name, for some examples of a drawn batch at a time."""
+        for start in range(0, batch.size, self.chunk):
+            yield self._of(batch.part(slice(start, start + self.chunk)))
 
-    def _of(self, x: Any, target: Tensor) -> dict[str, Tensor]:
+    def _of(self, batch: Batch) -> dict[str, Tensor]:
+        size = batch.size
+        leaves, spec = pytree.tree_flatten((batch.args, dict(batch.kwargs), batch.target, batch.weight))
+        each = [isinstance(v, Tensor) and v.ndim > 0 and len(v) == size for v in leaves]
+        moving = [v for v, moves in zip(leaves, each, strict=True) if moves]
+
+        def loss(parameters: Mapping[str, Tensor], *parts: Tensor) -> Tensor:
+            rest = iter(parts)
+            whole = [next(rest).unsqueeze(0) if moves else v for v, moves in zip(leaves, each, strict=True)]
+            one = Batch(*pytree.tree_unflatten(whole, spec))
+            tensors = {**self._rest, **parameters}
+            return self._score.nll(self._score.objective.answer(Substituted(self._model, tensors), one), one)
+
         if not self._one_by_one:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # a missing batching rule costs time, nothing else
-                    return vmap(grad(self._loss), in_dims=(None, 0, 0))(self.parameters, x, target)  # type: ignore[no-any-return]
-            except RuntimeError:
+                    return vmap(grad(loss), in_dims=(None, *[0] * len(moving)))(self.parameters, *moving)  # type: ignore[no-any-return]
+            except (RuntimeError, DataError):
                 self._one_by_one = True
-        examples = [grad(self._loss)(self.parameters, _at(x, i), target[i]) for i in range(len(target))]
+        examples = [grad(loss)(self.parameters, *(v[i] for v in moving)) for i in range(size)]
         return {name: torch.stack([e[name] for e in examples]) for name in self.parameters}
-
-    def _loss(self, parameters: Mapping[str, Tensor], x: Any, target: Tensor) -> Tensor:
-        one = pytree.tree_map(lambda t: t.unsqueeze(0), x)
-        output = _call(self._model, {**self._rest, **parameters}, one)
-        return self._nll(output, target.unsqueeze(0))
-
-
-def _half_square(output: Tensor, target: Tensor) -> Tensor:
-    return 0.5 * (target - output.reshape(target.shape)).square().sum()
-
-
-def _residual(output: Tensor, target: Tensor) -> float:
-    return float((target - output.reshape(target.shape)).double().square().sum())
-
-
-def outputs(model: nn.Module, x: Any) -> Tensor:
-    """What the network answers; one tensor [N, ...].
-
-    Raises:
-        DataError: the network cannot take these inputs, or answers with something else.
-    """
-    try:
-        found = model(**x) if isinstance(x, Mapping) else model(*x) if isinstance(x, (tuple, list)) else model(x)
-    except RuntimeError as error:
-        raise DataError(f"the network cannot take the data's inputs: {error}") from error
-    if not isinstance(found, Tensor):
-        raise OckhamError(f"a Laplace posterior needs a network with one output tensor; got {type(found).__name__}")
-    return found
-
-
-def _call(model: nn.Module, tensors: dict[str, Tensor], x: Any) -> Tensor:
-    if isinstance(x, Mapping):
-        return functional_call(model, tensors, (), dict(x))  # type: ignore[no-any-return]
-    return functional_call(model, tensors, tuple(x) if isinstance(x, (tuple, list)) else (x,))  # type: ignore[no-any-return]
-
-
-def _at(x: Any, part: Any) -> Any:
-    return pytree.tree_map(lambda t: t[part], x)

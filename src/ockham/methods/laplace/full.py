@@ -10,18 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ockham.core.batch import Loader, checked_batches
-from ockham.core.likelihood import Likelihood, Loss, Regression
+from ockham.core.batch import Batch, Loader
+from ockham.core.likelihood import TermLikelihood
 from ockham.core.modes import evaluating
+from ockham.core.objective import Objective
 from ockham.core.posterior import Posterior
 from ockham.errors import DataError, OckhamError
-from ockham.methods.laplace.curvature import ExampleGradients, Score, outputs
-from ockham.methods.laplace.one_shot import score_for
+from ockham.methods.laplace.curvature import ExampleGradients, Score
 
 __all__ = [
     "Correlated",
@@ -33,14 +32,14 @@ _ROWS = 1024  # gradients that enter a product together
 
 
 def living_curvature(
-    model: nn.Module, posterior: Posterior, batches: Iterable[Any], score: Score, generator: torch.Generator
+    model: nn.Module, posterior: Posterior, batches: Iterable[Batch], score: Score, generator: torch.Generator
 ) -> tuple[Tensor, float]:
     """Sum of g g' over the examples of one pass, g the gradient with respect to all living weights.
 
     Args:
         model: in evaluation mode, at the means of the posterior.
         posterior: says which weights are alive; their order is its own, row-major inside a parameter.
-        batches: pairs (inputs, targets) on the model's device.
+        batches: on the model's device.
         score: which gradients.
         generator: of the drawn targets, on that device.
 
@@ -52,16 +51,16 @@ def living_curvature(
         OckhamError: the curvature is not finite.
     """
     names = [n for n, g in posterior.items() if bool(g.keep.any())]
-    singles = ExampleGradients(model, names, score.nll)
+    singles = ExampleGradients(model, names, score)
     n = posterior.kept()
     total = torch.zeros(n, n, dtype=torch.float64, device=next(model.parameters()).device)
     rows: list[Tensor] = []
-    terms = waiting = 0
-    for x, y in batches:
+    terms, waiting = 0.0, 0
+    for batch in batches:
         with torch.no_grad():
-            drawn = score.targets(outputs(model, x), y, generator)
-        terms += score.terms(y)
-        for grads in singles.chunks(x, drawn):
+            drawn = score.drawn(score.objective.answer(model, batch), batch, generator)
+        terms += score.objective.terms(batch)
+        for grads in singles.chunks(drawn):
             rows.append(torch.cat([grads[name].detach()[:, posterior[name].keep] for name in names], 1))
             waiting += len(rows[-1])
             if waiting >= _ROWS:
@@ -71,21 +70,20 @@ def living_curvature(
     total = _added(total, rows) if rows else total
     if not bool(total.diagonal().isfinite().all()):
         raise OckhamError("the curvature is not finite: the network's outputs or gradients overflow")
-    return total, float(terms)
+    return total, terms
 
 
-def with_marginals(posterior: Posterior, curvature: Tensor, terms: float, noise_precision: float = 1.0) -> Posterior:
+def with_marginals(posterior: Posterior, curvature: Tensor, terms: float) -> Posterior:
     """The same posterior with the marginal precisions of the full covariance, N / (T terms) times the curvature.
 
     Args:
         posterior: means, prior precisions and masks; what it said of precision stays beside the marginals.
         curvature: from `living_curvature`.
         terms: what that pass saw.
-        noise_precision: 1 / noise variance of a regression.
     """
     alive = [(name, g) for name, g in posterior.items() if bool(g.keep.any())]
     priors = [torch.broadcast_to(g.prior_precision, g.mean.shape)[g.keep].double() for _, g in alive]
-    whole = curvature * (noise_precision * posterior.n_data / (posterior.temperature * terms))
+    whole = curvature * (posterior.n_data / (posterior.temperature * terms))
     whole.diagonal().add_(torch.cat(priors))
     variance = torch.cholesky_inverse(torch.linalg.cholesky(whole)).diagonal()
     moments = dict(posterior.moments)
@@ -123,29 +121,28 @@ class Correlated:
                 f"Correlated: weights and examples count, at least 1; got {self.weights} and {self.examples}"
             )
 
-    def seen(self, posterior: Posterior, model: nn.Module, loader: Loader, likelihood: Likelihood) -> Posterior:
+    def seen(self, posterior: Posterior, model: nn.Module, loader: Loader, objective: Objective) -> Posterior:
         """The posterior with marginals where few enough weights live, else as it is.
 
         Args:
             posterior: of a round.
             model: at its means.
             loader: of the training data.
-            likelihood: Monte Carlo curvature where targets can be drawn from it, else the empirical one.
+            objective: of the run: Monte Carlo curvature where targets can be drawn from its likelihood, else the
+                empirical one.
         """
         if not 0 < posterior.kept() <= self.weights:
             return posterior
-        score = score_for(likelihood, empirical=isinstance(likelihood, Loss))
+        score = Score(objective, empirical=not isinstance(objective.likelihood, TermLikelihood))
         with evaluating(model) as device:
             generator = torch.Generator(device).manual_seed(posterior.kept())
-            batches = self._some(checked_batches(loader, likelihood, model))
-            curvature, terms = living_curvature(model, posterior, batches, score, generator)
-        noise = 1 / likelihood.noise_variance if isinstance(likelihood, Regression) else 1.0
-        return with_marginals(posterior, curvature, terms, noise)
+            batches = self._some(objective.checked(loader, model))
+            return with_marginals(posterior, *living_curvature(model, posterior, batches, score, generator))
 
-    def _some(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def _some(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         count = 0
-        for x, y in batches:
-            yield x, y
-            count += len(y)
+        for batch in batches:
+            yield batch
+            count += batch.size
             if count >= self.examples:
                 return

@@ -4,68 +4,45 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from ockham.choose.correlated import narrowed, removed_in_rounds
 from ockham.choose.score import diagnose
-from ockham.core.batch import Loader, checked_batches
-from ockham.core.likelihood import Classification, Likelihood, Regression, likelihood_from
+from ockham.core.batch import ReadBatch, ReadOutput
+from ockham.core.likelihood import Likelihood, Regression
 from ockham.core.modes import evaluating
-from ockham.core.names import Ignore, protected_names
+from ockham.core.names import Ignore, ignored
+from ockham.core.objective import Objective, fit_noise, objective_of
 from ockham.core.posterior import Posterior
 from ockham.errors import OckhamError, OckhamWarning
-from ockham.methods.laplace.curvature import (
-    Score,
-    empirical_fisher,
-    empirical_regression,
-    monte_carlo_classification,
-    monte_carlo_regression,
-)
+from ockham.methods.laplace.curvature import Score
 from ockham.methods.laplace.posterior import (
     Curvature,
     FittedPrior,
     diagonal_curvature,
     evidence_prior_precision,
+    joined,
     kronecker_curvature,
     laplace_posterior,
     mean_square_prior_precision,
 )
-from ockham.surgery.grouping import Groups
-from ockham.surgery.planning import Plan, check_model
+from ockham.surgery.groups import Groups, Plan, check_model
 
 __all__ = [
     "compensate",
     "compensated",
     "laplace",
+    "laplace_of",
     "reduce",
-    "score_for",
     "unscored",
     "with_means",
 ]
-
-
-def score_for(likelihood: Likelihood, empirical: bool = False) -> Score:
-    """Which gradients the curvature is made of: of drawn targets (the GGN), or of the data's own.
-
-    Raises:
-        OckhamError: targets should be drawn, and the likelihood is a loss of one's own.
-    """
-    if empirical and isinstance(likelihood, Regression):
-        return empirical_regression()
-    if empirical:
-        return empirical_fisher(lambda f, y: likelihood.nll(f, y) * likelihood.terms(y), likelihood.terms)
-    if isinstance(likelihood, Classification):
-        return monte_carlo_classification(likelihood.ignore_index)
-    if isinstance(likelihood, Regression):
-        return monte_carlo_regression()
-    raise OckhamError(
-        f"a Monte Carlo GGN needs a likelihood to draw targets from: classification or regression; got "
-        f"{type(likelihood).__name__}. Pass fisher='empirical' for a loss of your own"
-    )
 
 
 T = TypeVar("T")
@@ -76,28 +53,34 @@ _DEFAULT_PRIOR = {"diagonal": "mean-square", "kronecker": "evidence"}
 
 def laplace(
     model: nn.Module,
-    loader: Loader,
+    loader: Iterable[Any],
     *,
     structure: str = "kronecker",
     likelihood: str | Likelihood = "classification",
     n_data: float | None = None,
     prior: str | float | None = None,
     fisher: str = "monte-carlo",
-    noise_variance: float | None = None,
+    noise_variance: float | Tensor | None = None,
     seed: int = 0,
+    batch: ReadBatch | None = None,
+    output: ReadOutput | None = None,
+    sharded: bool = False,
 ) -> Posterior:
     r"""A Gaussian posterior of a trained network, from one pass over data.
 
         q(w) = N(trained weights, (H + P0 I)^-1),    H = curvature of the summed NLL x n_data / terms in the loader
 
-    The network is read in evaluation mode and left as it was; frozen parameters have no posterior.
+    The network is read in evaluation mode and left as it was; frozen parameters have no posterior, nor have entries
+    that the user fixed: padding rows of an Embedding, and what `torch.nn.utils.prune` masks.
 
     Args:
-        model: trained. It is not changed.
-        loader: batches of (inputs, targets); some thousand examples are enough.
+        model: trained network. It is not changed.
+        loader: batches of (inputs, targets), (inputs, targets, weight) or mappings with "labels"; some thousand
+            examples are enough.
         structure: "kronecker" (correlations inside each weight matrix: Linear, convolutions, recurrent weights, packed
             attention projections; a diagonal for the rest) or "diagonal" (any layer).
-        likelihood: "classification", "regression", or with ``fisher="empirical"`` any `Likelihood`.
+        likelihood: "classification", "regression", "binary", "poisson", "causal-lm", or with ``fisher="empirical"``
+            any `Likelihood`.
         n_data: number of log-likelihood terms of the *training set*, where the loader holds a part of it. Default: the
             terms in the loader.
         prior: how the prior precision of a tensor or matrix is found. "evidence": it maximises the Laplace evidence
@@ -105,11 +88,18 @@ def laplace(
             evidence overrates what it knows; docs: decisions); a number: the same everywhere, such as
             n_data x weight decay for weight decay on a mean loss.
         fisher: "monte-carlo" (targets drawn from the network: the GGN) or "empirical" (the data's targets).
-        noise_variance: of a regression; default the mean squared residual over the loader.
-        seed: of the drawn targets; global random state is not touched.
+        noise_variance: noise of a regression, one number or one an output; default the mean squared residual of every
+            output, from a pass of its own.
+        seed: seed of the drawn targets; global random state is not touched.
+        batch: function from what the loader yields to an `ockham.Batch`, for loaders that yield something else.
+        output: function that takes the logits or numbers out of what the network returns; ``.logits`` are found.
+        sharded: whether every process of the default group reads its own part of the data (a `DistributedSampler`);
+            sums are then added up over them, and all get the posterior of the joined data. Drawn targets differ with
+            the number of processes where they matter (classes), the empirical Fisher does not.
 
     Returns:
-        `Posterior`; with "kronecker" its `marginal_precision` and `matrices` carry the correlations.
+        `Posterior`; with "kronecker" its `marginal_precision` and `matrices` carry the correlations, of a regression
+        `noise_variance` the noise.
 
     Raises:
         DataError: an empty loader, or inputs and targets that do not fit.
@@ -121,18 +111,51 @@ def laplace(
     >>> laplace(net, data, structure="diagonal")
     Posterior(Laplace (diagonal, monte-carlo), 2 tensors, 8 of 8 weights kept)
     """
-    likelihood = likelihood_from(likelihood)
+    objective = objective_of(model, likelihood, batch=batch, output=output)
+    if isinstance(objective.likelihood, Regression):
+        if noise_variance is None:
+            fit_noise(model, loader, objective, sharded=sharded)
+        else:
+            objective.likelihood.set_noise(torch.as_tensor(noise_variance, dtype=torch.float64).reshape(-1))
+    return laplace_of(
+        model,
+        loader,
+        objective,
+        structure=structure,
+        n_data=n_data,
+        prior=prior,
+        fisher=fisher,
+        seed=seed,
+        sharded=sharded,
+    )
+
+
+def laplace_of(
+    model: nn.Module,
+    loader: Iterable[Any],
+    objective: Objective,
+    *,
+    structure: str = "kronecker",
+    n_data: float | None = None,
+    prior: str | float | None = None,
+    fisher: str = "monte-carlo",
+    seed: int = 0,
+    sharded: bool = False,
+) -> Posterior:
+    """The same as `laplace`, under an objective whose likelihood is ready: its noise is taken as it stands."""
     fit = _prior(prior, _named("structure", structure, _DEFAULT_PRIOR))
-    score = score_for(likelihood, _named("fisher", fisher, {"monte-carlo": False, "empirical": True}))
+    score = Score(objective, _named("fisher", fisher, {"monte-carlo": False, "empirical": True}))
     with evaluating(model) as device:
-        generator = torch.Generator(device).manual_seed(seed)
-        curvature = _STRUCTURES[structure](model, checked_batches(loader, likelihood, model), score, generator)
-    scale = _likelihood_precision(likelihood, curvature, noise_variance) ** (2 if fisher == "empirical" else 1)
+        rank = dist.get_rank() if sharded and dist.is_initialized() else 0
+        generator = torch.Generator(device).manual_seed(seed + rank)
+        curvature = _STRUCTURES[structure](model, objective.checked(loader, model), score, generator)
+    curvature = joined(curvature) if sharded else curvature
     terms = float(curvature.terms if n_data is None else n_data)
     if not terms > 0:
         raise OckhamError(f"n_data counts log-likelihood terms and must be positive; got {n_data}")
     source = f"Laplace ({structure}, {fisher})"
-    return laplace_posterior(model, curvature, n_data=terms, prior=fit, scale=scale, source=source)
+    found = laplace_posterior(model, curvature, n_data=terms, prior=fit, source=source)
+    return replace(found, likelihood=objective.likelihood.kind, noise_variance=objective.likelihood.noise_variance)
 
 
 def reduce(
@@ -212,7 +235,7 @@ def compensated(model: nn.Module, posterior: Posterior, groups: Groups, plan: Pl
 
 def unscored(model: nn.Module, ignore: Ignore = ()) -> frozenset[str]:
     """Parameters from which a single reduction takes nothing: vectors, and what ``ignore`` covers."""
-    return protected_names(model, ignore) | {name for name, p in model.named_parameters() if p.ndim < 2}
+    return ignored(model, ignore) | {name for name, p in model.named_parameters() if p.ndim < 2}
 
 
 def _fitting(model: nn.Module, posterior: Posterior) -> None:
@@ -230,18 +253,6 @@ def with_means(model: nn.Module, posterior: Posterior) -> nn.Module:
         if name in posterior:
             p.copy_(posterior[name].mean)
     return new
-
-
-def _likelihood_precision(likelihood: Likelihood, curvature: Curvature, noise_variance: float | None) -> float:
-    if not isinstance(likelihood, Regression):
-        return 1.0
-    variance = curvature.residual / curvature.terms if noise_variance is None else noise_variance
-    if not variance > 0:
-        raise OckhamError(
-            f"the noise variance must be positive; got {variance}. A network that fits its data exactly says nothing "
-            "about the noise: pass noise_variance="
-        )
-    return 1.0 / variance
 
 
 def _prior(prior: str | float | None, default: str) -> FittedPrior:

@@ -17,15 +17,18 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from ockham.core.batch import Batch
+from ockham.core.fixed import fixed_entries
 from ockham.core.posterior import Gaussian, Posterior, WeightMatrix
 from ockham.errors import DataError, OckhamError, OckhamWarning
 from ockham.evidence.kronecker import conditional_precision, factorised, marginal_variance
-from ockham.methods.laplace.curvature import ExampleGradients, Score, outputs
+from ockham.methods.laplace.curvature import ExampleGradients, Score
 from ockham.methods.laplace.taps import MatrixSums, gradient_factors_, matrices_of, tapped
 
 __all__ = [
@@ -33,6 +36,7 @@ __all__ = [
     "FittedPrior",
     "diagonal_curvature",
     "evidence_prior_precision",
+    "joined",
     "kronecker_curvature",
     "laplace_evidence",
     "laplace_posterior",
@@ -111,22 +115,22 @@ class Curvature:
     Attributes:
         diagonal: parameter name to summed squared gradients, float64, shape of the parameter.
         matrices: weight name to Kronecker sums; their parameters are not in ``diagonal``.
-        terms: log-likelihood terms seen.
-        residual: summed squared residual of a regression, 0 otherwise.
+        terms: log-likelihood terms seen, weights added up.
     """
 
     diagonal: Mapping[str, Tensor]
     matrices: Mapping[str, MatrixSums]
-    terms: int
-    residual: float
+    terms: float
 
 
-def diagonal_curvature(model: nn.Module, batches: Iterable[Any], score: Score, generator: torch.Generator) -> Curvature:
+def diagonal_curvature(
+    model: nn.Module, batches: Iterable[Batch], score: Score, generator: torch.Generator
+) -> Curvature:
     """Squared gradients of single examples, for every parameter that requires a gradient.
 
     Args:
         model: in evaluation mode, all its parameters on one device.
-        batches: pairs (inputs, targets) on that device, one pass.
+        batches: on that device, one pass.
         score: which gradients.
         generator: of the drawn targets, on that device.
 
@@ -139,20 +143,20 @@ def diagonal_curvature(model: nn.Module, batches: Iterable[Any], score: Score, g
 
 
 def kronecker_curvature(
-    model: nn.Module, batches: Iterable[Any], score: Score, generator: torch.Generator
+    model: nn.Module, batches: Iterable[Batch], score: Score, generator: torch.Generator
 ) -> Curvature:
     """Kronecker sums for weight matrices (`taps`), squared gradients for all other parameters.
 
     The arguments and errors are those of `diagonal_curvature`.
     """
     names = _names(model)
-    matrices = matrices_of(model, frozenset(names))
+    matrices = matrices_of(model, frozenset(names) - fixed_entries(model).keys())
     covered = {name for s in matrices.values() for name in (s.weight, s.bias)}
     return _pass(model, batches, score, generator, matrices=matrices, rest=[n for n in names if n not in covered])
 
 
 def laplace_posterior(
-    model: nn.Module, curvature: Curvature, *, n_data: float, prior: FittedPrior, scale: float = 1.0, source: str
+    model: nn.Module, curvature: Curvature, *, n_data: float, prior: FittedPrior, source: str
 ) -> Posterior:
     """Trained weights and a curvature as a posterior.
 
@@ -161,21 +165,23 @@ def laplace_posterior(
         curvature: of one pass; it is scaled to ``n_data``.
         n_data: number of log-likelihood terms of the whole training set.
         prior: fits a prior precision per tensor or matrix.
-        scale: of the likelihood's precision, 1 / noise variance for a regression.
         source: what the posterior says about where it comes from.
     """
     weights = {n: p.detach().clone(memory_format=torch.contiguous_format) for n, p in model.named_parameters()}
-    factor = scale * n_data / curvature.terms
+    factor = n_data / curvature.terms
     moments: dict[str, Gaussian] = {}
     blocks = []
-    untouched = _untouched(curvature)
+    untouched, fixed = _untouched(curvature), fixed_entries(model)
     for sums in (s for s in curvature.matrices.values() if s.weight not in untouched):
         block = _block(sums, weights, factor, prior)
         blocks.append(block)
         moments |= _correlated(block, weights)
+    fixed = fixed_entries(model)
     for name, diagonal in ((n, d) for n, d in curvature.diagonal.items() if n not in untouched):
-        h = factor * diagonal
-        moments[name] = _independent(weights[name], h, prior(h, weights[name]))
+        h, free = factor * diagonal, ~fixed[name] if name in fixed else slice(None)
+        moments[name] = _independent(weights[name], h, prior(h[free], weights[name][free]))
+    for name in fixed.keys() & moments.keys():
+        moments[name] = _without(moments[name], fixed[name])
     ordered = {name: moments[name] for name in weights if name in moments}
     return Posterior(ordered, float(n_data), 1.0, source, tuple(blocks))
 
@@ -195,7 +201,7 @@ def _untouched(curvature: Curvature) -> set[str]:
 
 def _pass(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     score: Score,
     generator: torch.Generator,
     *,
@@ -203,54 +209,56 @@ def _pass(
     rest: list[str],
 ) -> Curvature:
     by_gradient = [n for n, s in matrices.items() if s.module is None]
-    singles = ExampleGradients(model, [*rest, *by_gradient], score.nll)
+    singles = ExampleGradients(model, [*rest, *by_gradient], score)
     diagonal = {n: torch.zeros_like(singles.parameters[n], dtype=torch.float64) for n in rest}
-    terms, residual = 0, 0.0
-    for x, y in batches:
-        drawn = _tapped_pass(model, x, y, score, generator, matrices)
-        terms, residual = terms + score.terms(y), residual + score.residual(drawn.output, y)
-        if singles.parameters:
-            _add_singles_(singles, x, drawn.target, diagonal, {n: matrices[n] for n in by_gradient})
+    hooked, terms = any(s.module is not None for s in matrices.values()), 0.0
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for batch in batches:
+        with torch.set_grad_enabled(hooked), tapped(matrices):
+            output = score.objective.answer(model, batch)
+            drawn = score.drawn(pytree.tree_map_only(Tensor, Tensor.detach, output), batch, generator)
+            if hooked:
+                torch.autograd.grad(score.nll(output, drawn), parameters, allow_unused=True)
+        terms += score.objective.terms(batch)
+        for gradients in singles.chunks(drawn) if singles.parameters else ():
+            for name, g in gradients.items():
+                if name in diagonal:
+                    diagonal[name].add_(g.double().square().sum(0))
+                else:
+                    gradient_factors_(matrices[name], g)
     if terms == 0:
         raise DataError("the loader is empty: it yields no targets; a Laplace posterior needs one pass over the data")
-    bad = [n for n, d in diagonal.items() if not bool(d.isfinite().all())]
+    sums = dict(diagonal) | {n: s.outputs for n, s in matrices.items()}
+    bad = [n for n, d in sums.items() if not bool(d.isfinite().all())]
     if bad:
         raise OckhamError(f"the curvature of {bad[:6]} is not finite: outputs or gradients overflow on these data")
-    return Curvature(diagonal, matrices, terms, residual)
+    return Curvature(diagonal, matrices, terms)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Drawn:
-    output: Tensor
-    target: Tensor
+def joined(curvature: Curvature) -> Curvature:
+    """The sums of all processes, where each has read its own part of the data; in place.
 
+    Of the symmetric factors only the upper triangles travel.
 
-def _tapped_pass(
-    model: nn.Module, x: Any, y: Tensor, score: Score, generator: torch.Generator, matrices: Mapping[str, MatrixSums]
-) -> _Drawn:
-    hooked = any(s.module is not None for s in matrices.values())
-    with torch.set_grad_enabled(hooked), tapped(matrices):
-        output = outputs(model, x)
-        target = score.targets(output.detach(), y, generator)
-        if hooked:
-            parameters = [p for p in model.parameters() if p.requires_grad]
-            torch.autograd.grad(score.nll(output, target), parameters, allow_unused=True)
-    return _Drawn(output.detach(), target)
-
-
-def _add_singles_(
-    singles: ExampleGradients,
-    x: Any,
-    target: Tensor,
-    diagonal: Mapping[str, Tensor],
-    matrices: Mapping[str, MatrixSums],
-) -> None:
-    for gradients in singles.chunks(x, target):
-        for name, g in gradients.items():
-            if name in matrices:
-                gradient_factors_(matrices[name], g)
-            else:
-                diagonal[name].add_(g.double().square().sum(0))
+    Raises:
+        OckhamError: there is no process group.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise OckhamError("sharded=True adds up the parts of several processes: call init_process_group first")
+    some = [*curvature.diagonal.values(), *(s.inputs for s in curvature.matrices.values())][0]
+    counts = [curvature.terms, *(s.rows for s in curvature.matrices.values())]
+    summed = torch.tensor(counts, dtype=torch.float64, device=some.device)
+    for tensor in (summed, *curvature.diagonal.values()):
+        dist.all_reduce(tensor)
+    for sums, rows in zip(curvature.matrices.values(), summed[1:].tolist(), strict=True):
+        for factor in (sums.inputs, sums.outputs):
+            upper = torch.ones_like(factor[0], dtype=torch.bool).triu()
+            packed = factor[:, upper].contiguous()
+            dist.all_reduce(packed)
+            factor[:, upper] = packed
+            factor.copy_(factor.triu() + factor.triu(1).mT)
+        sums.rows = rows
+    return replace(curvature, terms=float(summed[0]))
 
 
 def _names(model: nn.Module) -> list[str]:
@@ -281,6 +289,12 @@ def _correlated(block: WeightMatrix, weights: Mapping[str, Tensor]) -> dict[str,
 
 def _independent(weight: Tensor, curvature: Tensor, prior_precision: float) -> Gaussian:
     return _gaussian(weight, (curvature + prior_precision).to(weight.dtype), prior_precision, None)
+
+
+def _without(g: Gaussian, fixed: Tensor) -> Gaussian:
+    """Weights that the network holds fixed are known: no spread, and nothing to remove."""
+    marginal = None if g.marginal_precision is None else g.marginal_precision.masked_fill(fixed, torch.inf)
+    return replace(g, precision=g.precision.masked_fill(fixed, torch.inf), keep=~fixed, marginal_precision=marginal)
 
 
 def _gaussian(weight: Tensor, precision: Tensor, prior_precision: float, marginal: Tensor | None) -> Gaussian:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -13,15 +14,15 @@ from ockham.choose.correlated import removed_in_rounds
 from ockham.choose.planning import plan
 from ockham.choose.prices import Structures
 from ockham.choose.score import Diagnosis, diagnose
-from ockham.core.batch import batches_on, forward
 from ockham.core.likelihood import Regression
 from ockham.core.modes import device_of, evaluating, seeded
-from ockham.core.names import Ignore
+from ockham.core.names import Ignore, ignored
+from ockham.core.objective import fit_noise
 from ockham.core.posterior import POINT, Gaussian, Posterior
 from ockham.errors import OckhamWarning
 from ockham.fit.point import PointEstimate
 from ockham.fit.predict import refresh_batchnorm
-from ockham.methods.laplace.one_shot import compensated, laplace, unscored, with_means
+from ockham.methods.laplace.one_shot import compensated, laplace_of, unscored, with_means
 from ockham.run.compression import structures_name
 from ockham.run.engine import Compressed, Method, Task
 from ockham.run.structures import example_of
@@ -79,6 +80,12 @@ class OneShotReduction(Method):
 
     shot: OneShot
     ignore: Ignore = ()
+    stage = "prune"
+
+    @property
+    def name(self) -> str:
+        """The posterior, as the command calls it."""
+        return "kronecker" if self.shot.structure == "kronecker" else "laplace"
 
     @property
     def shuffle(self) -> bool:  # type: ignore[override]
@@ -87,9 +94,9 @@ class OneShotReduction(Method):
 
     def start(self, network: nn.Module, task: Task) -> RunState:
         """Posterior and reduction; what is left is what the refit starts from."""
-        s, likelihood = self.shot, task.likelihood
+        s = self.shot
         prior = None if s.prior_variance is None else 1 / s.prior_variance
-        posterior = laplace(network, task.loader, structure=s.structure, likelihood=likelihood, prior=prior)
+        posterior = laplace_of(network, task.loader, task.objective, structure=s.structure, prior=prior)
         found = diagnose(posterior)
         if found.warnings:
             warnings.warn(" ".join(found.warnings), OckhamWarning, stacklevel=2)
@@ -98,8 +105,8 @@ class OneShotReduction(Method):
             small = removed_in_rounds(posterior, s.keep, unscored(network, self.ignore))
             model = with_means(network, small)
         else:
-            example = example_of(task.loader, device_of(network))
-            groups = trace(network.eval(), example, ignore=tuple(self.ignore))
+            example = example_of(task.loader, task.objective, device_of(network))
+            groups = trace(network.eval(), example, ignore=tuple(sorted(ignored(network, self.ignore))))
             budget = None if s.macs is None else {"macs": f"{100 * s.macs}%"}
             options: dict[str, Any] = {"price": s.structures.price, "round_to": s.structures.round_to, "budget": budget}
             chosen = plan(groups, posterior, model=network, example_inputs=example, **options)
@@ -109,7 +116,7 @@ class OneShotReduction(Method):
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         optimizer = PointEstimate(named, n_data=task.n_data, lr=s.learning_rate)
         optimizer.remove({n: g.keep for n, g in small.items()})
-        state = RunState.start(model, likelihood, optimizer, _Run(task, posterior.size(), small, found, chosen))
+        state = RunState.start(model, task.objective, optimizer, _Run(task, posterior.size(), small, found, chosen))
         if s.epochs:
             return state
         info = EpochInfo(1, *_looked_at(state), kept_share=small.kept() / posterior.size(), epochs=1, stage=self.stage)
@@ -123,14 +130,16 @@ class OneShotReduction(Method):
         """Plain values, for the record."""
         s = self.shot
         own = asdict(replace(s, structures=None)) | {"structures": structures_name(s.structures)}
+        own |= {"keep_share": own.pop("keep")}
         return {"one_shot": own.pop("structure"), "ignore": repr(self.ignore), **own}
 
     def result(self, state: RunState) -> Compressed:
         """Network, point posterior and plan."""
         own, model = state.own, state.network
         if self.shot.epochs:
-            refresh_batchnorm(model, own.task.loader)
-        noise = _mean_square(state) if isinstance(state.likelihood, Regression) else None
+            refresh_batchnorm(model, own.task.loader, batch=own.task.objective.batch)
+        if isinstance(state.likelihood, Regression):
+            fit_noise(model, own.task.loader, own.task.objective)
         values = {n: p.detach().clone() for n, p in model.named_parameters()}
         moments: dict[str, Gaussian] = {}
         for name, g in own.small.items():
@@ -138,30 +147,18 @@ class OneShotReduction(Method):
             moments[name] = replace(g, mean=values[name], precision=prior, marginal_precision=None)
         point = Posterior(moments, own.small.n_data, 1.0, POINT)
         whole: dict[str, Any] = {"plan": own.plan, "parameters": own.task.parameters}
-        return Compressed(model.eval(), point, (), state.history, own.diagnosis, noise, **whole)
+        model, point = own.task.objective.finished(copy.deepcopy(model), point)
+        return Compressed(model.eval(), point, (), state.history, own.diagnosis, point.noise_variance, **whole)
 
 
 @torch.no_grad()
 def _looked_at(state: RunState) -> tuple[float, float]:
     """Mean NLL and accuracy of the reduced network on the training data."""
-    losses, right, terms = 0.0, 0.0, 0
+    objective, losses, right, terms, count = state.objective, 0.0, 0.0, 0.0, 0
     with evaluating(state.network) as device, seeded(0, 0, device):
-        for x, y in batches_on(state.own.task.loader, device):
-            output, count = forward(state.network, x), state.likelihood.terms(y)
-            losses += float(state.likelihood.nll(output, y)) * count
-            terms += count
-            if not y.is_floating_point() and output.ndim == y.ndim + 1:
-                right += float((output.argmax(1) == y).sum())
-            else:
-                right = float("nan")
-    return losses / max(1, terms), right / max(1, terms)
-
-
-@torch.no_grad()
-def _mean_square(state: RunState) -> float:
-    total, count = 0.0, 0
-    with evaluating(state.network) as device, seeded(0, 0, device):
-        for x, y in batches_on(state.own.task.loader, device):
-            total += float((forward(state.network, x).reshape(y.shape) - y).double().square().sum())
-            count += y.numel()
-    return total / max(1, count)
+        for batch in objective.batches(state.own.task.loader, device):
+            nll, output = objective.loss(state.network, batch)
+            here = objective.terms(batch)
+            losses, terms = losses + float(nll) * here, terms + here
+            right, count = right + float(objective.right(output, batch)) * batch.size, count + batch.size
+    return losses / max(1.0, terms), right / max(1, count)

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ockham.core.batch import forward
+from ockham.core.batch import ReadOutput, call, inputs_of, tensor_of
+from ockham.core.likelihood import aligned
+from ockham.core.modes import evaluating
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError
 from ockham.evidence.exact import exact_inclusion as enumerate_subsets
@@ -108,8 +110,9 @@ def audit(
     x: Any,
     y: Tensor,
     *,
-    noise_variance: float | None = None,
+    noise_variance: float | Tensor | None = None,
     log_odds: float = 0.0,
+    output: ReadOutput | None = None,
 ) -> Audit:
     """Compare the claimed inclusion of last-layer weights with enumeration.
 
@@ -119,10 +122,13 @@ def audit(
     Args:
         model: ends in a Linear layer; its parameters hold the posterior mean. Used in evaluation mode, left as it was.
         posterior: over its parameters, with inclusion of its own or without (then `ockham.inclusion` at ``log_odds``).
-        x: inputs of all training examples (or a large part: the data's weight is scaled to the posterior's n_data).
+        x: inputs of all training examples (or a large part: the data's weight is scaled to the posterior's n_data):
+            a tensor, a tuple or list (positional), or a mapping (keywords).
         y: targets: numbers [N] or [N, K], or classes [N].
-        noise_variance: of the targets of a regression; None for classes.
+        noise_variance: noise of a regression, one number or one an output; default what the posterior knows, None for
+            classes.
         log_odds: prior log-odds of inclusion, for posteriors that have none of their own.
+        output: function that takes the output tensor out of what the network returns; ``.logits`` are found without.
 
     Returns:
         `Audit`; print it.
@@ -131,7 +137,8 @@ def audit(
         OckhamError: the network does not end in a Linear layer that the posterior knows.
     """
     name, layer = _last_linear(model, posterior)
-    features, outputs = _run(model, layer, x)
+    features, outputs = _run(model, layer, x, output)
+    noise_variance = posterior.noise_variance if noise_variance is None else noise_variance
     gaussian = posterior[name]
     claims = gaussian.inclusion if gaussian.inclusion is not None else inclusion(posterior, {name: log_odds})[name]
     target, curvature = _working(outputs, y, noise_variance)
@@ -217,27 +224,25 @@ def _last_linear(model: nn.Module, posterior: Posterior) -> tuple[str, nn.Linear
 
 
 @torch.no_grad()
-def _run(model: nn.Module, layer: nn.Linear, x: Any) -> tuple[Tensor, Tensor]:
+def _run(model: nn.Module, layer: nn.Linear, x: Any, output: ReadOutput | None) -> tuple[Tensor, Tensor]:
     """Features that enter the layer, and the network's outputs, float64."""
     caught: list[tuple[Tensor, Tensor]] = []
-    modes = {m: m.training for m in model.modules()}
     handle = layer.register_forward_hook(lambda _, args, out: caught.append((args[0], out)))
     try:
-        outputs = forward(model.eval(), x)
+        with evaluating(model) as device:
+            outputs = tensor_of(call(model, inputs_of(x).to(device), output))
     finally:
         handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
     if len(caught) != 1 or caught[0][1].shape != outputs.shape or not torch.allclose(caught[0][1], outputs):
         raise OckhamError("audit needs a network whose output is that of its last Linear layer, used once")
     return caught[0][0].flatten(0, -2).double(), outputs.flatten(0, -2).double()
 
 
-def _working(outputs: Tensor, y: Tensor, noise_variance: float | None) -> tuple[Tensor, Tensor]:
+def _working(outputs: Tensor, y: Tensor, noise_variance: float | Tensor | None) -> tuple[Tensor, Tensor]:
     """Targets and curvatures [N, K] of the quadratic likelihood of each output."""
     if noise_variance is not None:
-        target = y.reshape(outputs.shape).double()
-        return target, torch.full_like(target, 1 / noise_variance)
+        target = aligned(y.to(outputs), outputs, "audit").double()
+        return target, (1 / torch.as_tensor(noise_variance).to(target)).expand(target.shape)
     p = outputs.softmax(1)
     curvature = (p * (1 - p)).clamp_min(1e-6)
     onehot = nn.functional.one_hot(y.reshape(-1), outputs.shape[1]).double()

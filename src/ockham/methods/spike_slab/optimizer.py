@@ -14,7 +14,7 @@ from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError
 from ockham.fit.adam import adam_
 from ockham.fit.memory import Span, chunks, sliced
-from ockham.fit.optimizer import VariationalOptimizer, check_settings
+from ockham.fit.optimizer import VariationalOptimizer
 from ockham.methods.spike_slab.formulas import (
     gaussian_spike_log_odds,
     inclusion_slope,
@@ -137,7 +137,8 @@ class SpikeSlab(VariationalOptimizer):
         initial_inclusion: pi at the start.
         initial_std: s at the start.
         std_rate: learning rate of ln s as a multiple of ``lr``.
-        inclusion_rate: rate of the logit, in (0, 1].
+        inclusion_rate: rate of the logit at the largest learning rate so far, in (0, 1]; it falls with the learning
+            rate, so that all comes to rest together.
         temperature: T; below 1 the posterior is colder, and its inclusion probabilities are tempered.
         kl_warmup: steps over which the KL gets its weight; learned priors move only after them.
         prior_interval: steps between two updates of a learned prior.
@@ -160,6 +161,7 @@ class SpikeSlab(VariationalOptimizer):
     torch.Size([1, 3])
     """
 
+    _prior_kind = (SlabPrior, "FixedSpikeSlab(0.1)")
     _vectors: tuple[str, ...] = ("log_std", "logit", "exp_avg", "exp_avg_sq", "std_avg", "std_avg_sq")
 
     def __init__(  # noqa: PLR0913 - the settings of an optimizer, all keywords
@@ -181,7 +183,7 @@ class SpikeSlab(VariationalOptimizer):
         seed: int = 0,
     ) -> None:
         settings = {
-            "n_data": float(n_data),
+            "n_data": n_data,
             "lr": lr,
             "betas": betas,
             "eps": eps,
@@ -195,7 +197,6 @@ class SpikeSlab(VariationalOptimizer):
             "kl_warmup": kl_warmup,
             "prior_interval": prior_interval,
         }
-        _check_settings(settings)
         self._propagation, self._awaits = Propagation(), False
         super().__init__(params, settings, seed=seed)
 
@@ -247,46 +248,9 @@ class SpikeSlab(VariationalOptimizer):
         held = {n: self.state.get(p, {}) for p, n in self._names.items() if p.requires_grad}
         return {n: f"{rules[bool(s.get('driven'))]}; {places[bool(s.get('propagated'))]}" for n, s in held.items()}
 
-    @torch.no_grad()
-    def kl(self) -> float:
-        """KL(q || prior) of all weights, a sum in nats (float64), hyper-parameters at their present expectations."""
-        total = 0.0
-        for group in self.param_groups:
-            for p in self._arena(group).parameters:
-                state, facts = self.state[p], self._facts_of(self.state[p])
-                mean, variance, pi = self._moments(p)
-                cost = slab_kl(mean, variance, facts.prior_precision, facts.log_slab_variance)
-                total += float(spike_slab_kl(pi, cost, facts.log_rate, facts.log_rest).sum())
-                total -= (p.numel() - state["logit"].numel()) * facts.log_rest
-        return total
-
     def plain(self, model: nn.Module) -> nn.Module:
         """Take the hooks of `propagate` off a network, in place."""
         return without_noise(model)
-
-    @torch.no_grad()
-    def start_from(self, posterior: Posterior) -> None:
-        """Take means, stds, inclusion (where it has one) and removed weights from a posterior over these parameters.
-
-        Raises:
-            OckhamError: a name or a shape does not fit, or called inside `sampled`.
-        """
-        self._outside("start_from")
-        by_name = {name: p for p, name in self._names.items()}
-        wrong = [n for n in posterior if n not in by_name or posterior[n].mean.shape != by_name[n].shape]
-        if wrong:
-            raise OckhamError(f"the posterior does not fit: unknown names or other shapes: {wrong}")
-        for name, g in posterior.items():
-            p = by_name[name]
-            state = self._ensure(p, self._group_of(p))
-            if not bool(g.keep.all()):
-                self._remove_from(p, g.keep)
-            state["log_std"].copy_(g.std[g.keep].log())
-            if g.inclusion is not None:
-                state["logit"].copy_(g.inclusion[g.keep].logit().clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT))
-            mean = torch.zeros_like(p)
-            mean[g.keep] = g.mean[g.keep] * torch.sigmoid(state["logit"])
-            p.copy_(mean)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue exactly where the saved optimizer was.
@@ -313,7 +277,6 @@ class SpikeSlab(VariationalOptimizer):
         """A copy over the parameters of a smaller network; `follow` puts the noise where it was in this one."""
         twin = sliced(self, parameters, take)
         assert isinstance(twin, SpikeSlab)
-        twin.__dict__.update({k: self.__getstate__()[k] for k in ("_propagation", "_awaits")})
         for state in twin.state.values():
             state.update(propagated=False, driven=False)
         return twin
@@ -331,7 +294,25 @@ class SpikeSlab(VariationalOptimizer):
 
     # ------------------------------------------------------------------ the method
     def _check_options(self, group: Mapping[str, Any]) -> None:
-        _check_settings(group)
+        name = type(self).__name__
+        if not 0 < group["initial_inclusion"] < 1:
+            raise OckhamError(f"{name}: initial_inclusion is a probability in (0, 1); got {group['initial_inclusion']}")
+        if not 0 < group["inclusion_rate"] <= 1:
+            raise OckhamError(f"{name}: inclusion_rate must lie in (0, 1]; got {group['inclusion_rate']}")
+
+    def _take_over(self, given: Mapping[Tensor, Gaussian], posterior: Posterior, group: dict[str, Any]) -> None:
+        for p, g in given.items():
+            state = self.state[p]
+            state["log_std"].copy_(g.std[g.keep].log())
+            if g.inclusion is not None:
+                state["logit"].copy_(g.inclusion[g.keep].logit().clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT))
+            p[g.keep] = g.mean[g.keep] * torch.sigmoid(state["logit"])
+
+    def _kl_of(self, p: Tensor, group: dict[str, Any]) -> float:
+        facts = self._facts_of(self.state[p])
+        mean, variance, pi = self._moments(p)
+        cost = slab_kl(mean, variance, facts.prior_precision, facts.log_slab_variance)
+        return float(spike_slab_kl(pi, cost, facts.log_rate, facts.log_rest).sum())
 
     def _start(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         vectors = {name: parameter.new_zeros(parameter.numel(), requires_grad=False) for name in self._vectors}
@@ -384,7 +365,8 @@ class SpikeSlab(VariationalOptimizer):
         adam_(slab, mean_grad, vectors["exp_avg"], vectors["exp_avg_sq"], lr=rate, **rest)
         rate *= group["std_rate"]
         adam_(vectors["log_std"], std_grad, vectors["std_avg"], vectors["std_avg_sq"], lr=rate, **rest)
-        logit = vectors["logit"].add_(towards, alpha=group["inclusion_rate"]).clamp_(-_LOGIT_LIMIT, _LOGIT_LIMIT)
+        rate = group["inclusion_rate"] * float(group["lr"]) / group["peak_lr"]
+        logit = vectors["logit"].add_(towards, alpha=rate).clamp_(-_LOGIT_LIMIT, _LOGIT_LIMIT)
         torch.mul(slab, torch.sigmoid(logit), out=mean)
 
     @torch.no_grad()
@@ -417,14 +399,16 @@ class SpikeSlab(VariationalOptimizer):
         state, keep = self.state[p], self._keep_of(p)
         mean, variance, pi = self._moments(p)
 
-        def spread(values: Tensor, removed: float) -> Tensor:
-            full = torch.full_like(p.detach(), removed, memory_format=torch.contiguous_format)
+        def spread(values: Tensor, elsewhere: Tensor) -> Tensor:
+            full = elsewhere.clone(memory_format=torch.contiguous_format)
             full[keep] = values.to(p.dtype)
             return full
 
         prior, zero = (torch.tensor(x, dtype=p.dtype, device=p.device) for x in (state["prior_precision"], 0.0))
-        moments = spread(mean, 0.0), spread(1 / variance, torch.inf)
-        return Gaussian(*moments, prior, zero, keep, inclusion=spread(pi, 0.0))
+        nothing = torch.zeros_like(p.detach())
+        moments = spread(mean, p.detach()), spread(1 / variance, nothing + torch.inf)
+        fixed = (p.detach() != 0).to(p.dtype)
+        return Gaussian(*moments, prior, zero, keep, inclusion=spread(pi, fixed))
 
     # ------------------------------------------------------------------ noise in the pre-activations
     def _block_began(self, new: bool) -> None:
@@ -465,7 +449,7 @@ class SpikeSlab(VariationalOptimizer):
         self._propagation.variances.clear()
         for p in self._propagation.parameters:
             if p.grad is not None:
-                self._propagation.probes[p] = torch.linalg.vector_norm(p.grad, 1)
+                self._propagation.probes[p] = torch.linalg.vector_norm(p.grad.detach(), 1)
 
     @torch.no_grad()
     def _before_step(self) -> None:
@@ -475,20 +459,11 @@ class SpikeSlab(VariationalOptimizer):
                 now = torch.linalg.vector_norm(p.grad, 1)
                 self.state[p]["variance_grad"].mul_(torch.where(before > 0, now / before, torch.ones_like(now)))
         self._propagation.probes.clear()
+        for group in self.param_groups:
+            group["peak_lr"] = max(group.get("peak_lr", 0.0), float(group["lr"]))
 
     def _noise_like(self, t: Tensor) -> Tensor:
         return torch.randn(t.shape, generator=self._generator(t.device), device=t.device, dtype=t.dtype)
-
-    def _group_of(self, p: Tensor) -> dict[str, Any]:
-        return next(g for g in self.param_groups if any(q is p for q in g["params"]))
-
-
-def _check_settings(s: Mapping[str, Any]) -> None:
-    check_settings("SpikeSlab", s, SlabPrior, "FixedSpikeSlab(0.1)")
-    if not 0 < s["initial_inclusion"] < 1:
-        raise OckhamError(f"SpikeSlab: initial_inclusion is a probability in (0, 1); got {s['initial_inclusion']}")
-    if not 0 < s["inclusion_rate"] <= 1:
-        raise OckhamError(f"SpikeSlab: inclusion_rate must lie in (0, 1]; got {s['inclusion_rate']}")
 
 
 def spike_slab(model: nn.Module, training: Training, *, n_data: float, steps: int) -> VariationalOptimizer:
@@ -508,5 +483,6 @@ def spike_slab(model: nn.Module, training: Training, *, n_data: float, steps: in
         prior_interval=max(1, min(100, steps // training.epochs)),
         seed=training.seed,
     )
+    optimizer.hold(model)
     optimizer.propagate(model)
     return optimizer

@@ -67,6 +67,8 @@ class Propagation:
             allowed = variance_of_output.dispatch(type(module)) is not variance_of_output.dispatch(object)
             if not allowed or not own or any(p not in held or len(owners[p]) > 1 for p in own):
                 continue
+            if getattr(module, "weight", None) not in held:
+                continue  # computed from other parameters, as by torch.nn.utils.prune
             if module in _inside_attention(model):
                 continue
             self.layers.append(module)

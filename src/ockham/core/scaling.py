@@ -1,0 +1,235 @@
+"""Units of regression targets: their location and scale in the data, and in the last layer of a network.
+
+A network that ends in a Linear or convolution layer can learn standardised targets and be put into the user's units
+afterwards: with f' = c + s f, weights W' = s W and biases b' = s b + c. Its posterior goes along exactly.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ockham.core.posterior import Gaussian, Posterior
+
+__all__ = ["Head", "TargetStatistics", "find_head", "rescale_", "rescaled"]
+
+
+class TargetStatistics:
+    """Weighted mean and spread of targets, batch by batch, in float64.
+
+    Args:
+        axis: axis of the targets that counts the outputs.
+    """
+
+    def __init__(self, axis: int) -> None:
+        self._axis = axis
+        self._weight = self._mean = self._square = torch.zeros(1, dtype=torch.float64)
+        self._ndim = 1
+
+    def add(self, target: Tensor, weight: Tensor) -> None:
+        """Take in a batch; ``weight`` is broadcastable to the targets."""
+        self._ndim = max(1, target.ndim)
+        y, w = (self._columns(t.detach().double().cpu()) for t in torch.broadcast_tensors(target, weight.to(target)))
+        total = w.sum(0)
+        mean = (w * y).sum(0) / total.clamp_min(torch.finfo(torch.float64).tiny)
+        square = (w * (y - mean).square()).sum(0)
+        both = self._weight + total
+        share = total / both.clamp_min(torch.finfo(torch.float64).tiny)
+        away = mean - self._mean
+        self._square = self._square + square + away.square() * self._weight * share
+        self._mean = self._mean + away * share
+        self._weight = both
+
+    def columns(self, target: Tensor) -> Tensor:
+        """Numbers of a batch as [numbers, outputs], float64."""
+        return self._columns(target.detach().double().cpu())
+
+    def each(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of every output, [outputs]; a spread of zero counts as one."""
+        return self._mean, _positive((self._square / self._weight).sqrt(), self._mean)
+
+    @property
+    def filled(self) -> bool:
+        """Whether any batch came."""
+        return bool((self._weight > 0).any())
+
+    @property
+    def weight(self) -> Tensor:
+        """Sum of the weights of every output, [outputs]."""
+        return self._weight
+
+    def mean_square(self) -> Tensor:
+        """Mean square of every output, [outputs]."""
+        return self._square / self._weight + self._mean.square()
+
+    def root_mean_square(self) -> Tensor:
+        """Square root of it; a root of zero counts as one."""
+        return _positive(self.mean_square().sqrt(), self._mean)
+
+    def pooled(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of all outputs together, [1] each."""
+        total = self._weight.sum()
+        mean = (self._weight * self._mean).sum() / total
+        square = self._square.sum() + (self._weight * (self._mean - mean).square()).sum()
+        return mean[None], _positive((square / total).sqrt()[None], mean[None])
+
+    def shaped(self, values: Tensor) -> Tensor:
+        """One number an output, in a shape that broadcasts to the targets."""
+        after = 0 if self._axis == -1 else max(0, self._ndim - 2)
+        return values.reshape(-1, *[1] * after)
+
+    def _columns(self, values: Tensor) -> Tensor:
+        if values.ndim < 2:
+            return values.reshape(-1, 1)
+        return values.movedim(self._axis, -1).flatten(0, -2)
+
+
+def _positive(spread: Tensor, mean: Tensor) -> Tensor:
+    """Spreads with one for those that are nothing but rounding."""
+    smallest = 1e-12 * mean.abs().clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.where(spread > smallest, spread, torch.ones_like(spread))
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The layer that a network's outputs come from, unchanged but for their shape.
+
+    Attributes:
+        weight: name of its weight.
+        bias: name of its bias, or None.
+        rows: whether its rows are the outputs, so that each can have its own unit.
+    """
+
+    weight: str
+    bias: str | None
+    rows: bool
+
+
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_LAST = 3
+
+
+@torch.no_grad()
+def find_head(model: nn.Module, answer: Callable[[], Tensor], *, outputs: int, axis: int) -> Head | None:
+    """The last Linear or convolution of a network, if the outputs follow it as f' = c + s f.
+
+    It is tried, not read from the code: with other weights the same batch must give the outputs so changed.
+
+    Args:
+        model: in evaluation mode; it is as before afterwards.
+        answer: calls it on some batch.
+        outputs: how many there are.
+        axis: axis of the answer that counts them.
+    """
+    called: list[nn.Module] = []
+    layers = [m for m in model.modules() if isinstance(m, _LAYERS)]
+    handles = [m.register_forward_hook(lambda module, args, out: called.append(module)) for m in layers]
+    try:
+        before = answer().double()
+    finally:
+        for handle in handles:
+            handle.remove()
+    names = {p: name for name, p in model.named_parameters()}
+    last = list(dict.fromkeys(reversed(called)))[:_LAST]
+    for module, rows in itertools.product(last, (True, False)):
+        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+        if weight is None or not weight.requires_grad or (rows and len(weight) != outputs):
+            continue
+        head = Head(names[weight], None if bias is None else names[bias], rows)
+        if _follows(model, head, answer, before, outputs, axis):
+            return head
+    return None
+
+
+def _follows(
+    model: nn.Module, head: Head, answer: Callable[[], Tensor], before: Tensor, outputs: int, axis: int
+) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    count = outputs if head.rows else 1
+    factor = 0.5 + torch.rand(count, generator=generator, dtype=torch.float64)
+    shift = torch.rand(count, generator=generator, dtype=torch.float64) * (head.bias is not None)
+    with _unchanged(model, head):
+        rescale_(model, head, factor, shift)
+        after = answer().double()
+    shape = [1] * before.ndim
+    if before.ndim > 1:
+        shape[axis] = -1
+    if count > 1 and (before.ndim < 2 or before.shape[axis] != count):
+        return False
+    factor, shift = (t.to(before.device).view(shape) for t in (factor, shift))
+    wanted = factor * before + shift
+    return after.shape == wanted.shape and bool(((after - wanted).abs() <= 1e-4 * (1 + wanted.abs())).all())
+
+
+@contextmanager
+def _unchanged(model: nn.Module, head: Head) -> Iterator[None]:
+    held = [model.get_parameter(n) for n in (head.weight, head.bias) if n is not None]
+    saved = [p.detach().clone() for p in held]
+    try:
+        yield
+    finally:
+        for p, value in zip(held, saved, strict=True):
+            p.copy_(value)
+
+
+@torch.no_grad()
+def rescale_(model: nn.Module, head: Head, factor: Tensor, shift: Tensor) -> None:
+    """Change a network in place so that its outputs become ``factor f + shift``.
+
+    Args:
+        model: has the head.
+        head: from `find_head`.
+        factor: one number a row, or one for all.
+        shift: likewise; without a bias it is not used.
+    """
+    weight = model.get_parameter(head.weight)
+    weight.copy_(weight.double() * _rows(factor, weight))
+    if head.bias is not None:
+        bias = model.get_parameter(head.bias)
+        bias.copy_(bias.double() * factor.to(bias.device) + shift.to(bias.device))
+
+
+def rescaled(posterior: Posterior, head: Head, factor: Tensor, shift: Tensor) -> Posterior:
+    """The posterior of a network after `rescale_`; evidence of its weights stays what it was.
+
+    A bias that was removed becomes a constant, the shift: a weight that the network holds fixed (`Gaussian.keep`).
+    A bias with an inclusion probability becomes the Gaussian of the same mean and variance.
+    """
+    moments = dict(posterior.moments)
+    if head.weight in moments:
+        g = moments[head.weight]
+        moments[head.weight] = _scaled(g, _rows(factor, g.mean), torch.zeros(1, dtype=torch.float64))
+    if head.bias in moments:
+        g = _surely_in(moments[head.bias])
+        moments[head.bias] = _scaled(g, factor.to(g.mean.device), shift)
+    return replace(posterior, moments=moments)
+
+
+def _rows(factor: Tensor, like: Tensor) -> Tensor:
+    return factor.to(like.device).view(-1, *[1] * (like.ndim - 1))
+
+
+def _scaled(g: Gaussian, factor: Tensor, shift: Tensor) -> Gaussian:
+    def cast(values: Tensor) -> Tensor:
+        return values.to(g.mean.dtype)
+
+    shift, square = shift.to(g.mean.device), factor.square()
+    mean = cast(g.mean.double() * factor + shift)
+    marginal = None if g.marginal_precision is None else cast(g.marginal_precision.double() / square)
+    precision, prior = cast(g.precision.double() / square), cast(g.prior_precision.double() / square)
+    return Gaussian(mean, precision, prior, cast(g.prior_mean.double() * factor + shift), g.keep, marginal, g.inclusion)
+
+
+def _surely_in(g: Gaussian) -> Gaussian:
+    """Where a weight may be zero, the Gaussian with the same mean and variance."""
+    if g.inclusion is None:
+        return g
+    p, variance = g.inclusion, 1 / g.precision
+    variance = p * variance + p * (1 - p) * g.mean.square()
+    precision = torch.where(g.keep, 1 / variance, torch.inf)
+    return replace(g, mean=p * g.mean, precision=precision, inclusion=g.keep.to(p.dtype))

@@ -1,0 +1,245 @@
+"""The seal of a result folder: a manifest with size and SHA-256 of every file, and what a reader does with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ockham.core.files import SCHEMA, inside, open_regular, printable, read_json, sync_folder
+from ockham.core.lock import holder_of
+from ockham.errors import OckhamWarning, ResultError
+
+__all__ = [
+    "CHECKPOINTS",
+    "COMMITTED",
+    "MANIFEST",
+    "RESULT_FILES",
+    "FileFacts",
+    "Seal",
+    "file_facts",
+    "read_seal",
+    "sealed",
+    "settle",
+]
+
+MANIFEST = "manifest.json"
+COMMITTED = ".committed"
+"""Folder within a result folder: a new result that is whole and on its way into place."""
+
+CHECKPOINTS = ("checkpoint.safetensors", "checkpoint.before.safetensors")
+"""The newest checkpoint of a run, and the one before."""
+
+RESULT_FILES = (
+    "network.safetensors",
+    "posterior.safetensors",
+    "plan.json",
+    "metrics.json",
+    "history.json",
+    "analysis.json",
+    "structure.json",
+    "gates.json",
+    "result.json",
+    "report.html",
+)
+"""Files that a run may leave; those that the manifest does not list belong to another one."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileFacts:
+    """What the manifest says of a file.
+
+    Attributes:
+        size: bytes.
+        sha256: hexadecimal digest of all bytes, as the program ``sha256sum`` prints it.
+    """
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """What a manifest says of the result that it seals.
+
+    Attributes:
+        run: random name of the run that made it.
+        made: time of sealing, ISO 8601.
+        files: facts of every file of the result, by name.
+        job: what tells this run from others (settings, data, weights), as the run wrote it; empty if it did not.
+        replaces: names of files of an earlier result that leave when this one takes its place.
+    """
+
+    run: str
+    made: str
+    files: Mapping[str, FileFacts] = field(default_factory=dict)
+    job: str = ""
+    replaces: tuple[str, ...] = ()
+
+    def to_json(self) -> bytes:
+        """Text of the manifest; its last field is the SHA-256 of all before."""
+        content = {"schema": SCHEMA, "kind": "ockham-manifest"} | asdict(self)
+        told = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return (json.dumps(content | {"sha256": told}, indent=1) + "\n").encode()
+
+
+def file_facts(path: Path) -> FileFacts:
+    """Size and SHA-256 of a file.
+
+    Raises:
+        ResultError: missing, or no regular file.
+    """
+    with open_regular(path) as file:
+        size, found = os.fstat(file.fileno()).st_size, hashlib.sha256()
+        while piece := file.read(2**20):
+            found.update(piece)
+        return FileFacts(size, found.hexdigest())
+
+
+def read_seal(path: Path) -> Seal:
+    """Read a manifest.
+
+    Raises:
+        ResultError: missing, damaged, foreign, or newer.
+    """
+    content = read_json(path)
+    try:
+        told = content.pop("sha256")
+        if content["kind"] != "ockham-manifest":
+            raise ValueError(f"kind is {content['kind']!r}")
+        if int(content["schema"]) > SCHEMA:
+            raise ResultError(f"{printable(path)}: written by a newer Ockham (schema {content['schema']}); upgrade")
+        if told != hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest():
+            raise ValueError("its SHA-256 is another")
+        files = {name: FileFacts(**facts) for name, facts in content["files"].items()}
+        texts = [content["run"], content["made"], content["job"], *files, *content["replaces"]]
+        if not all(isinstance(text, str) for text in texts):
+            raise ValueError("a name is no text")
+        strange = [n for n in (*files, *content["replaces"]) if not n or Path(n).name != n or "\0" in n]
+        if strange:
+            raise ValueError(f"{strange[0][:60]!r} is no plain file name")
+        return Seal(content["run"], content["made"], files, content["job"], tuple(content["replaces"]))
+    except ResultError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ResultError(
+            f"{printable(path)}: the manifest is damaged, foreign or changed ({printable(error)}); the folder cannot "
+            "be checked. Copy it again from where it is whole, or run its command again"
+        ) from error
+
+
+def settle(folder: Path) -> None:
+    """Finish what a process began that died while its sealed result took its place; nothing to do as a rule.
+
+    The new result counts from the moment that its folder got the name `COMMITTED`. What is left to do can be done by
+    anyone, by several at once, and again.
+
+    Raises:
+        ResultError: the folder cannot be written, or the new result in it is damaged.
+    """
+    new = folder / COMMITTED
+    if not new.is_dir():
+        return
+    try:
+        if (new / MANIFEST).exists():
+            seal = read_seal(new / MANIFEST)
+            for name in seal.replaces:
+                if name not in seal.files:
+                    (folder / name).unlink(missing_ok=True)
+            for name in (*seal.files, MANIFEST):
+                with suppress(FileNotFoundError):
+                    os.replace(new / name, folder / name)
+        with suppress(FileNotFoundError):
+            new.rmdir()
+        sync_folder(folder)
+    except OSError as error:
+        raise ResultError(
+            f"{printable(folder)}: a finished result is on its way into place, and cannot get there "
+            f"({error.strerror or error}). Make the folder writable and try again"
+        ) from error
+
+
+def sealed(folder: str | Path, *names: str, verify: bool = True, rewriting: str = "") -> Seal | None:
+    """Check that a result folder is whole and as its run sealed it.
+
+    All files of the manifest must be there in their size, no file of another run may lie among them, and SHA-256 must
+    be as written. What a dying process left undone is finished first.
+
+    Args:
+        folder: a result folder.
+        names: files whose content is compared; none: all.
+        verify: whether content is compared at all; without, presence and sizes are.
+        rewriting: name of a file that is about to be written anew and may be missing.
+
+    Returns:
+        The seal; None for a folder without one, as earlier versions wrote them, with a warning if it has several files.
+
+    Raises:
+        ResultError: an unfinished, incomplete or changed folder; says which file and how to go on.
+    """
+    home = Path(folder)
+    if not home.is_dir():
+        raise ResultError(f"{printable(home)}: no such folder")
+    settle(home)
+    if not (home / MANIFEST).exists():
+        there = [name for name in RESULT_FILES if os.path.lexists(home / name)]
+        if not there:
+            raise ResultError(f"{printable(home)}: {_unfinished(home)}")
+        if len(there) > 1:  # one file says itself whether it is whole
+            warnings.warn(
+                f"{printable(home)}: this result has no {MANIFEST}, as those of earlier versions; whether its files "
+                "belong together cannot be checked",
+                OckhamWarning,
+                stacklevel=1,
+            )
+        return None
+    while True:
+        seal = read_seal(home / MANIFEST)
+        problem = _difference(home, seal, names or tuple(seal.files), verify=verify, rewriting=rewriting)
+        if not problem:
+            return seal
+        settle(home)
+        if read_seal(home / MANIFEST) == seal:  # else another result took its place while this one was looked at
+            raise ResultError(problem)
+
+
+def _difference(home: Path, seal: Seal, names: tuple[str, ...], *, verify: bool, rewriting: str) -> str:
+    """What in a folder is not as the seal says, with the way out; empty if nothing is."""
+    for name in RESULT_FILES:
+        if name not in seal.files and os.path.lexists(home / name):
+            return f"{printable(home / name)}: is no part of the result in this folder (run {seal.run}); take it away"
+    for name, facts in seal.files.items():
+        path = inside(home, name)
+        if name == rewriting and not path.exists():
+            continue
+        size = path.stat().st_size if os.path.isfile(path) else None
+        compare = verify and size == facts.size and name in names
+        if size != facts.size or (compare and file_facts(path).sha256 != facts.sha256):
+            state = "missing" if size is None else f"of {size} bytes" if size != facts.size else "of another SHA-256"
+            return (
+                f"{printable(path)}: damaged or changed since run {seal.run} sealed it on {seal.made} with "
+                f"{facts.size} bytes: now it is {state}. Copy the folder again from where it is whole, or run its "
+                "command again with --overwrite" + ("; verify=False reads it as it is" if size == facts.size else "")
+            )
+    return ""
+
+
+def _unfinished(folder: Path) -> str:
+    """Why there is no result in a folder, and the way to one."""
+    holder = holder_of(folder)
+    if holder is not None and not holder.gone:
+        return f"no result yet: it is being made by {holder}"
+    saved = [(folder / name).stat().st_mtime for name in CHECKPOINTS if (folder / name).is_file()]
+    if saved:
+        when = datetime.fromtimestamp(max(saved), UTC).isoformat(timespec="seconds")
+        return (
+            f"no finished result: {RESULT_FILES[0]} and {MANIFEST} are missing, the run was interrupted; its last "
+            f"checkpoint is of {when}. Run the same command with --resume"
+        )
+    return f"no result of Ockham: {MANIFEST} and {RESULT_FILES[0]} are missing, no such file"

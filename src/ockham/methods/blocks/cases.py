@@ -1,0 +1,275 @@
+"""Calibration data as people have them, and what a network's answers to them are worth in nats.
+
+A batch is a tensor, a tuple or list (inputs, targets), or a mapping of keyword inputs, perhaps with "labels". Without
+targets a causal language model predicts its own next token; any other network is asked for the curvature of its own
+predictive, for which no targets are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from ockham.core.batch import to_device
+from ockham.core.likelihood import Classification, Likelihood, Regression, likelihood_from
+from ockham.errors import DataError, OckhamError
+
+__all__ = ["Case", "Objective", "cases_from", "objective_for", "tensor_of"]
+
+_POSITIONS = 1024
+_IGNORED = -100
+_PROBE = 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Case:
+    """Some examples that pass the network together.
+
+    Attributes:
+        args: positional inputs.
+        kwargs: keyword inputs.
+        target: what the data say, or None.
+        mask: boolean ``[examples, positions]``, False where there is only padding; None without any.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    target: Tensor | None = None
+    mask: Tensor | None = None
+
+    def answer(self, model: nn.Module, output: Callable[[Any], Tensor]) -> Tensor:
+        """What the network says, one tensor.
+
+        Raises:
+            DataError: the network cannot take these inputs.
+        """
+        try:
+            return output(model(*self.args, **self.kwargs))
+        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            given = [*(type(a).__name__ for a in self.args), *self.kwargs]
+            raise DataError(
+                f"{type(model).__name__} cannot take the calibration data's inputs ({', '.join(given)}): {error}. "
+                "Pass batch=, a function from an item of the data to (inputs, targets)"
+            ) from error
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Objective:
+    """The likelihood of a network's answers.
+
+    Attributes:
+        name: what it is, for reports.
+        nll: (answer, case) to the summed NLL in nats and the number of terms; None where the data have no targets.
+        curvature: (answer, case, generator) to the summed NLL whose gradients make the curvature.
+        terms: (answer, case) to the number of log-likelihood terms in a case.
+        output: what the network returns to one tensor.
+    """
+
+    name: str
+    nll: Callable[[Tensor, Case], tuple[Tensor, int]] | None
+    curvature: Callable[[Tensor, Case, torch.Generator], Tensor]
+    terms: Callable[[Tensor, Case], int]
+    output: Callable[[Any], Tensor] = field(repr=False)
+
+
+def cases_from(
+    calibration: Iterable[Any], batch: Callable[[Any], Any] | None, model: nn.Module, device: torch.device
+) -> list[Case]:
+    """Every batch of the calibration data as cases on the model's device; long token batches are cut along examples.
+
+    Args:
+        calibration: batches; a bare tensor is one of token windows ``[windows, positions]`` or inputs.
+        batch: function from an item to inputs or (inputs, targets); None takes the item as it is.
+        model: the network, whose ``config`` says whether it needs labels as inputs.
+        device: where the cases shall lie.
+
+    Raises:
+        DataError: no batches, or items that are no tensors, tuples or mappings.
+    """
+    items = [calibration] if isinstance(calibration, (Tensor, Mapping)) else calibration
+    found: list[Case] = []
+    for item in items:
+        found += _pieces(_case(to_device(item if batch is None else batch(item), device), model))
+    if not found:
+        raise DataError("the calibration data are empty: pass at least one batch; some thousand tokens are enough")
+    return found
+
+
+def objective_for(
+    model: nn.Module, case: Case, likelihood: str | Likelihood, output: Callable[[Any], Tensor] | None
+) -> Objective:
+    """The likelihood by name, or by what the network and the first case look like ("auto").
+
+    Raises:
+        OckhamError: an unknown name, or a likelihood that the data do not fit.
+    """
+    chosen = tensor_of if output is None else output
+    with torch.no_grad():
+        answer = case.answer(model, chosen)
+    if likelihood == "auto":
+        likelihood = _guessed(model, case, answer, chosen)
+    if likelihood == "next-token":
+        return Objective("next-token", _next_token, lambda f, c, _: _next_token(f, c)[0], _next_terms, chosen)
+    if likelihood == "own":
+        return Objective("own predictive", None, _own, lambda f, c: len(f), chosen)
+    known = likelihood_from(likelihood)
+    if case.target is None:
+        raise DataError(
+            f"likelihood {likelihood!r} needs targets, and the calibration data have none: yield (inputs, targets), "
+            "a mapping with 'labels', or leave likelihood='auto'"
+        )
+    known.check(*_by_class(known, answer, case.target))
+    return _with_targets(known, chosen)
+
+
+def _case(item: Any, model: nn.Module) -> Case:
+    target: Any = None
+    if isinstance(item, (tuple, list)) and len(item) == 2:
+        item, target = item
+    if isinstance(item, Mapping):
+        kwargs = dict(item)
+        labels = kwargs.get("labels")
+        if labels is not None and not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            kwargs.pop("labels")
+        mask = kwargs.get("attention_mask")
+        mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 and not bool(mask.all()) else None
+        return Case((), kwargs, labels if target is None else target, mask)
+    if isinstance(item, (tuple, list)):
+        return Case(tuple(item), {}, target)
+    if not isinstance(item, Tensor):
+        raise DataError(
+            f"a calibration batch is a tensor, (inputs, targets) or a mapping of inputs; got {type(item).__name__}. "
+            "Pass batch=, a function from an item of the data to one of these"
+        )
+    return Case((item,), {}, target)
+
+
+def _pieces(case: Case) -> list[Case]:
+    """The case cut along its examples, so that a piece has about a thousand token positions at most."""
+    leaves, spec = pytree.tree_flatten((case.args, dict(case.kwargs), case.target, case.mask))
+    tensors = [t for t in leaves if isinstance(t, Tensor)]
+    tokens = [t for t in tensors if t.ndim == 2 and not t.is_floating_point()]
+    if not tokens or any(t.ndim == 0 or len(t) != len(tokens[0]) for t in tensors):
+        return [case]
+    each = max(1, _POSITIONS // tokens[0].shape[1])
+    parts = [t.split(each) if isinstance(t, Tensor) else None for t in leaves]
+    count = len(tokens[0].split(each))
+    cut = [[leaf if p is None else p[i] for leaf, p in zip(leaves, parts, strict=True)] for i in range(count)]
+    return [Case(*pytree.tree_unflatten(values, spec)) for values in cut]
+
+
+def tensor_of(found: Any) -> Tensor:
+    """The tensor that matters in what a network returns: logits, or else the first floating one.
+
+    Raises:
+        OckhamError: there is none.
+    """
+    if isinstance(found, Tensor):
+        return found
+    logits = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    for leaf in pytree.tree_leaves(found):
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim > 0:
+            return leaf
+    raise OckhamError(
+        f"the network returns {type(found).__name__} without a floating tensor; pass output=, a function from what it "
+        "returns to a tensor"
+    )
+
+
+def _tokens(case: Case) -> Tensor | None:
+    given = case.kwargs.get("input_ids", case.args[0] if len(case.args) == 1 else None)
+    return given if isinstance(given, Tensor) and given.ndim == 2 and not given.is_floating_point() else None
+
+
+def _guessed(model: nn.Module, case: Case, answer: Tensor, output: Callable[[Any], Tensor]) -> str:
+    tokens, target = _tokens(case), case.target
+    aligned = tokens is not None and answer.ndim == 3 and answer.shape[:2] == tokens.shape
+    labelled = target is not None and tokens is not None and target.shape == tokens.shape
+    if tokens is not None and aligned and (target is None or labelled) and _causal(model, case, tokens, output):
+        return "next-token"
+    if target is None:
+        return "own"
+    return "regression" if target.is_floating_point() else "classification"
+
+
+@torch.no_grad()
+def _causal(model: nn.Module, case: Case, tokens: Tensor, output: Callable[[Any], Tensor]) -> bool:
+    """True for a network of as many outputs as tokens that does not look ahead: its first answers ignore the last."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False) or tokens.shape[1] < 2:
+        return False
+    some = tokens[:1, :_PROBE]
+    other = some.clone()
+    other[:, -1] = torch.where(other[:, -1] == 0, 1, 0)
+    answers = []
+    for ids in (some, other):
+        one = Case((ids,), {}) if case.args else Case((), {"input_ids": ids})
+        answers.append(one.answer(model, output)[:, :-1])
+    return answers[0].shape[-1] > int(tokens.max()) and torch.allclose(answers[0], answers[1], rtol=1e-4, atol=1e-5)
+
+
+def _next_targets(case: Case) -> Tensor:
+    tokens = _tokens(case)
+    given = case.target if case.target is not None else tokens
+    if given is None:
+        raise DataError("likelihood 'next-token' needs token ids [examples, positions] as input")
+    target = given[:, 1:]
+    return target if case.mask is None else target.masked_fill(~case.mask[:, 1:], _IGNORED)
+
+
+def _next_terms(answer: Tensor, case: Case) -> int:
+    return int((_next_targets(case) != _IGNORED).sum())
+
+
+def _next_token(answer: Tensor, case: Case) -> tuple[Tensor, int]:
+    target = _next_targets(case).flatten()
+    logits = answer[:, :-1].flatten(0, 1)
+    nll = F.cross_entropy(logits.float(), target, ignore_index=_IGNORED, reduction="sum")
+    return nll, int((target != _IGNORED).sum())
+
+
+def _own(answer: Tensor, case: Case, generator: torch.Generator) -> Tensor:
+    """A Gaussian around what the network says: residuals of random sign, whose squares have the curvature as mean."""
+    sign = torch.randint(0, 2, answer.shape, generator=generator, device=answer.device).to(answer.dtype) * 2 - 1
+    if case.mask is not None and answer.shape[: case.mask.ndim] == case.mask.shape:
+        sign = sign * case.mask.to(answer.dtype).reshape(*case.mask.shape, *[1] * (answer.ndim - case.mask.ndim))
+    return (answer * sign).sum()
+
+
+def _by_class(likelihood: Likelihood, answer: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Answers ``[N, positions, classes]`` as the likelihood has them, ``[N, classes, positions]``."""
+    if isinstance(likelihood, Classification) and answer.ndim == 3 and answer.shape[:2] == target.shape:
+        return answer.movedim(-1, 1), target
+    return answer, target
+
+
+def _with_targets(likelihood: Likelihood, output: Callable[[Any], Tensor]) -> Objective:
+    def pair(answer: Tensor, case: Case) -> tuple[Tensor, Tensor]:
+        if case.target is None:
+            raise DataError("some calibration batches have targets and others have none; give all of them targets")
+        return _by_class(likelihood, answer.float(), case.target)
+
+    def nll(answer: Tensor, case: Case) -> tuple[Tensor, int]:
+        f, y = pair(answer, case)
+        terms = int(likelihood.terms(y))
+        return likelihood.nll(f, y) * terms, terms
+
+    def curvature(answer: Tensor, case: Case, generator: torch.Generator) -> Tensor:
+        f, y = pair(answer, case)
+        if isinstance(likelihood, Classification):
+            p = f.detach().softmax(1).movedim(1, -1)
+            drawn = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator).view(y.shape)
+            y = torch.where(y == likelihood.ignore_index, y, drawn)
+        elif isinstance(likelihood, Regression):
+            return _own(f, replace(case, mask=None), generator)
+        return likelihood.nll(f, y) * likelihood.terms(y)
+
+    name = type(likelihood).__name__.lower()
+    return Objective(name, nll, curvature, lambda f, c: int(likelihood.terms(pair(f, c)[1])), output)

@@ -1,0 +1,362 @@
+"""The steps of a reduction, on a copy of the network: study it, take units, take weights, keep finished work."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ockham.choose.budgets import Subject, budget_from
+from ockham.core.batch import Batch
+from ockham.core.files import read_json, write_json
+from ockham.core.likelihood import Likelihood
+from ockham.core.modes import device_of
+from ockham.core.names import Ignore, protected_names
+from ockham.errors import DataError, OckhamError, OckhamWarning
+from ockham.fit.predict import refresh_batchnorm
+from ockham.methods.blocks.allocation import shares_for
+from ockham.methods.blocks.cases import Case, Objective, cases_from, objective_for
+from ockham.methods.blocks.curvature import weights_of
+from ockham.methods.blocks.damping import Trial, kind_of
+from ockham.methods.blocks.reduction import MatrixEvidence, Orders, reduce_blocks_
+from ockham.methods.blocks.solve import Damping, NofM
+from ockham.methods.blocks.stop import TERMS_PER_WEIGHT, Shot, best_shot, shot_from, shots
+from ockham.methods.blocks.stream import prepared
+from ockham.methods.blocks.study import Study, held_out, loss_of, study, study_damping
+from ockham.methods.blocks.units import chosen_units, describable, readers_of, refit_units_, unit_curve
+from ockham.surgery import Plan, shrink, trace
+
+__all__ = ["Job", "PruneProgress", "PruneSettings", "Removal"]
+
+_CURVE_DAMPING = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class PruneSettings:
+    """What a reduction can be told besides its target.
+
+    Attributes:
+        n_data: log-likelihood terms that the network was trained on. None: 20 for each weight that may go, the ratio
+            at which a network of its size is trained at the least cost (Hoffmann et al. 2022, arXiv 2203.15556).
+        damping: setting of every matrix; None chooses it by kind of matrix on calibration data held out.
+        unit_damping: ridge of the refit after whole units went, a share of the inputs' mean square.
+        even: True takes the same share from every matrix instead of one threshold over all.
+        rounds: number of rounds in which weights go.
+        ignore: parameters to protect: names, "re:" patterns, module names or types.
+        seed: seed of drawn targets.
+        folder: place where finished work is kept; the same call with the same folder goes on where it was stopped.
+    """
+
+    n_data: float | None = None
+    damping: Damping | None = None
+    unit_damping: float = 0.5
+    even: bool = False
+    rounds: int = 4
+    ignore: Ignore = ()
+    seed: int = 0
+    folder: str | Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PruneProgress:
+    """How far a reduction is.
+
+    Attributes:
+        stage: what is being done: "curvature", "damping", "units" or "reduction".
+        done: steps done of it: cases, kinds of matrices or blocks.
+        total: steps of it.
+        seconds: time since the stage began.
+    """
+
+    stage: str
+    done: int
+    total: int
+    seconds: float
+
+    @property
+    def left(self) -> float:
+        """Seconds until the stage ends, at the pace so far."""
+        return self.seconds / max(1, self.done) * (self.total - self.done)
+
+
+@dataclass(frozen=True, slots=True)
+class Removal:
+    """What was done to the weights.
+
+    Attributes:
+        evidence: key of a matrix to what was removed from it.
+        damping: kind of matrix to its setting.
+        shares: key of a matrix to the share that was to stay.
+        trials: settings that were tried.
+        shots: networks that were judged.
+        untouched: matrices that no data reach.
+    """
+
+    evidence: Mapping[str, MatrixEvidence]
+    damping: Mapping[str, Damping]
+    shares: Mapping[str, float | NofM]
+    trials: Sequence[Trial]
+    shots: Sequence[Shot]
+    untouched: tuple[str, ...]
+
+
+class Job:
+    """One call of `prune`: its data and settings, and the steps.
+
+    Args:
+        calibration: as for `prune`, like all that follow.
+        likelihood: name or value.
+        batch: function from an item to inputs or (inputs, targets), or None.
+        output: function from what a network returns to a tensor, or None.
+        progress: called as it goes, or None.
+        settings: the finer ones.
+    """
+
+    def __init__(
+        self,
+        calibration: Iterable[Any],
+        likelihood: str | Likelihood,
+        batch: Callable[[Any], Any] | None,
+        output: Callable[[Any], Tensor] | None,
+        progress: Callable[[PruneProgress], None] | None,
+        settings: PruneSettings | None,
+    ) -> None:
+        self._items = calibration if isinstance(calibration, (Tensor, Mapping)) else list(calibration)
+        self._given, self._batch, self._output = likelihood, batch, output
+        self._progress, self._settings = progress, settings or PruneSettings()
+        self.likelihood = str(likelihood)
+
+    def mean_loss(self, model: nn.Module) -> float | None:
+        """Mean NLL on the part of the data that judges, nats per term; None where the data have no targets."""
+        with prepared(model):
+            cases, objective = self._data(model)
+            if objective.nll is None:
+                return None
+            some = held_out(len(cases)) or range(len(cases))
+            nll, terms = loss_of(model, [cases[i] for i in some], objective)
+        return float(nll.sum() / terms.sum().clamp_min(1))
+
+    def without_units(
+        self, model: nn.Module, budget: Mapping[str, Any], *, uniform: bool
+    ) -> tuple[nn.Module, Plan, dict[str, MatrixEvidence]]:
+        """A network in which the units are gone that a budget does not allow; ``model`` itself is left half done."""
+        limit = budget_from(budget)
+        with self._studied(model, "units") as (cases, found, _):
+            example = dict(cases[0].kwargs) or cases[0].args
+            groups = trace(model, example, ignore=self._settings.ignore)
+            readers = readers_of(groups, found.dense.maps)
+            if uniform and getattr(model, "config", None) is not None:
+                readers = describable(readers, groups, model)
+            if not readers:
+                raise OckhamError(
+                    f"no unit of {type(model).__name__}'s blocks is read by a single matrix"
+                    + (" and numbered by its configuration" if uniform else "")
+                    + ", so none can go by itself; see ockham.trace(model, inputs).frozen for reasons, try "
+                    "structure='uneven', or pass keep_share for single weights"
+                )
+            tell = self._teller("units")
+            curves = []
+            for i, reader in enumerate(readers):
+                curves.append(unit_curve(reader, found.dense, _CURVE_DAMPING))
+                tell(i + 1, len(readers))
+            plan, keep = chosen_units(curves, groups, Subject(model, example), limit, uniform=uniform)
+            evidence = refit_units_(
+                model,
+                cases,
+                found.dense,
+                readers,
+                keep,
+                damping=self._settings.unit_damping,
+                n_data=self._settings.n_data or TERMS_PER_WEIGHT * found.weights,
+                on_block=self._teller("reduction"),
+            )
+        return self._refreshed(shrink(model, plan)), plan, evidence
+
+    def without_weights(self, model: nn.Module, keep: float | NofM | None) -> Removal:
+        """Take weights out of a network in place: a share or pattern stays, or (None) what the evidence says."""
+        with self._studied(model, "weights" if keep is not None else "evidence", judged=keep is None) as (
+            cases,
+            found,
+            folder,
+        ):
+            n_data = self._settings.n_data or TERMS_PER_WEIGHT * found.weights
+            asked = self._kept(found, keep if keep is not None else 0.5)
+            if self._settings.damping is None:
+                damping, trials = study_damping(found, asked, self._teller("damping"))
+            else:
+                damping, trials = {kind_of(k): self._settings.damping for k in found.samples}, []
+            orders = Orders(asked, damping, n_data, self._settings.rounds)
+            fired: list[Shot] = []
+            if keep is None:
+                evidence, fired = self._until_the_evidence_ends(model, cases, found, orders)
+            else:
+                evidence = self._reduced_(model, cases, found, orders, folder / _label(keep))
+        self._refreshed(model)
+        known = {k for m in found.dense.maps for k in m.matrices}
+        untouched = tuple(sorted(k for k in known if k not in evidence and not self._spared(model, k)))
+        if untouched and keep != 1 and (keep is not None or evidence):
+            warnings.warn(
+                f"{len(untouched)} matrices stay as they are, such as {untouched[0]}: no calibration data reach them, "
+                "or their inputs do not fit the pattern",
+                OckhamWarning,
+                stacklevel=4,
+            )
+        return Removal(evidence, damping, orders.keep, trials, fired, untouched)
+
+    def _data(self, model: nn.Module) -> tuple[list[Case], Objective]:
+        cases = cases_from(self._items, self._batch, model, device_of(model))
+        objective = objective_for(model, cases[0], self._given, self._output)
+        self.likelihood = objective.name
+        return cases, objective
+
+    @contextmanager
+    def _studied(
+        self, model: nn.Module, name: str, *, judged: bool = False
+    ) -> Iterator[tuple[list[Case], Study, Path]]:
+        """The network prepared, its data (``judged``: less the part that judges) and curvature, a folder for work."""
+        with prepared(model), TemporaryDirectory() as scratch:
+            cases, objective = self._data(model)
+            judges = held_out(len(cases)) if judged else frozenset()
+            cases = [c for i, c in enumerate(cases) if i not in judges]
+            folder = Path(scratch if self._settings.folder is None else self._settings.folder) / name
+            folder.mkdir(parents=True, exist_ok=True)
+            self._same_job(folder, model, cases)
+            self._objective = objective
+            spared = protected_names(model, self._settings.ignore)
+            found = study(
+                model,
+                cases,
+                objective,
+                folder=folder / "curvature",
+                seed=self._settings.seed,
+                spared=spared,
+                on_case=self._teller("curvature"),
+            )
+            yield cases, found, folder
+
+    def _same_job(self, folder: Path, model: nn.Module, cases: Sequence[Case]) -> None:
+        """Refuse a folder in which another network or other data were worked on."""
+        marks = hashlib.sha256()
+        for name, p in model.state_dict().items():
+            marks.update(f"{name} {tuple(p.shape)} {float(p.double().sum())}".encode())
+        for case in cases:
+            for t in (*case.args, *case.kwargs.values()):
+                marks.update(f"{tuple(t.shape)} {float(t.double().sum())}".encode() if isinstance(t, Tensor) else b"-")
+        marks.update(repr((self._given, replace(self._settings, folder=None))).encode())
+        mark, path = {"work": marks.hexdigest()}, folder / "job.json"
+        if path.exists() and read_json(path) != mark:
+            raise OckhamError(
+                f"{folder} holds the work of another job (another network, other calibration data or settings): pass "
+                "another folder, or empty this one"
+            )
+        write_json(path, mark)
+
+    def _kept(self, found: Study, keep: float | NofM) -> dict[str, float | NofM]:
+        if isinstance(keep, NofM):
+            fits = {k: m.matrices[k].weight for m in found.dense.maps for k in m.matrices if k in found.samples}
+            sizes = {k: m.matrices[k].fan_in for m in found.dense.maps for k in m.matrices}
+            return {k: keep for k in fits if sizes[k] % keep.m == 0}
+        if self._settings.even:
+            return dict.fromkeys(found.samples, keep)
+        return dict(shares_for(found.samples, keep))
+
+    def _reduced_(
+        self, model: nn.Module, cases: Sequence[Case], found: Study, orders: Orders, folder: Path
+    ) -> dict[str, MatrixEvidence]:
+        """Reduce block after block, keeping each in a file; blocks that lie there already are read."""
+        folder.mkdir(parents=True, exist_ok=True)
+        dense, done = found.dense, 0
+        before: dict[str, MatrixEvidence] = {}
+        while done < len(dense.blocks) and (folder / f"{done}.json").exists():
+            parameters = weights_of(dense.blocks[done], dense.maps[done].name)
+            for name, value in load_file(folder / f"{done}.safetensors").items():
+                parameters[name].detach().copy_(value)
+            before |= {k: MatrixEvidence(**v) for k, v in read_json(folder / f"{done}.json").items()}
+            done += 1
+        tell = self._teller("reduction")
+
+        def on_block(count: int, evidence: Mapping[str, MatrixEvidence]) -> None:
+            j = count - 1
+            if j >= done and self._settings.folder is not None:
+                values = {
+                    n: p.detach().contiguous() for n, p in weights_of(dense.blocks[j], dense.maps[j].name).items()
+                }
+                save_file(values, folder / f"{j}.safetensors")
+                own = {k: asdict(evidence[k]) for k in dense.maps[j].matrices if k in evidence}
+                write_json(folder / f"{j}.json", own)
+            tell(count, len(dense.blocks))
+
+        if done == len(dense.blocks):
+            return before
+        return before | reduce_blocks_(model, cases, dense, orders, done=done, on_block=on_block)
+
+    def _until_the_evidence_ends(
+        self, model: nn.Module, cases: Sequence[Case], found: Study, orders: Orders
+    ) -> tuple[dict[str, MatrixEvidence], list[Shot]]:
+        """Shots at several shares, from the dense weights each; the smallest that the evidence allows is left."""
+        every, _ = self._data(model)
+        judges = [every[i] for i in sorted(held_out(len(every)))]
+        if not judges:
+            raise DataError(
+                f"without a target the evidence is judged on calibration data held out, which takes 4 batches or more; "
+                f"there are {len(every)}. Pass more batches, or keep_share"
+            )
+        dense_loss = loss_of(model, judges, self._objective)
+        original = {n: p.detach().clone() for n, p in model.named_parameters()}
+        kept: dict[float, tuple[dict[str, Tensor], dict[str, MatrixEvidence]]] = {}
+
+        def restore(values: Mapping[str, Tensor]) -> None:
+            for n, p in model.named_parameters():
+                p.detach().copy_(values[n])
+
+        def fire(share: float) -> Shot:
+            restore(original)
+            wanted = Orders(self._kept(found, share), orders.damping, orders.n_data, orders.rounds)
+            tell = self._teller("reduction")
+            done = reduce_blocks_(
+                model, cases, found.dense, wanted, on_block=lambda i, _: tell(i, len(found.dense.blocks))
+            )
+            volume = sum(e.volume for e in done.values())
+            shot = shot_from(share, dense_loss, loss_of(model, judges, self._objective), volume, orders.n_data)
+            if shot.nats >= 0 and share < min(kept, default=1.0):
+                kept.clear()
+                kept[share] = {n: p.detach().clone() for n, p in model.named_parameters()}, done
+            return shot
+
+        fired = shots(found.samples, orders.n_data, fire)
+        best = best_shot(fired)
+        restore(original if best is None else kept[best.keep_share][0])
+        return ({} if best is None else kept[best.keep_share][1]), fired
+
+    def _refreshed(self, model: nn.Module) -> nn.Module:
+        """Statistics of BatchNorm under the weights that are left."""
+        cases, _ = self._data(model)
+        loader: Any = [Batch(tuple(c.args), dict(c.kwargs)) for c in cases]
+        refresh_batchnorm(model, loader, batches=len(loader), batch=lambda case: case)
+        return model
+
+    def _spared(self, model: nn.Module, key: str) -> bool:
+        spared = protected_names(model, self._settings.ignore)
+        return key.partition("[")[0] in spared
+
+    def _teller(self, stage: str) -> Callable[[int, int], None]:
+        began = time.perf_counter()
+
+        def tell(done: int, total: int) -> None:
+            if self._progress is not None:
+                self._progress(PruneProgress(stage, done, total, time.perf_counter() - began))
+
+        return tell
+
+
+def _label(keep: float | NofM) -> str:
+    return f"keep-{keep.n}-of-{keep.m}" if isinstance(keep, NofM) else f"keep-{keep:g}"

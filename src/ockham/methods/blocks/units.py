@@ -1,0 +1,310 @@
+r"""Whole units of a block that go for good (neurons of an MLP, groups of heads, channels); their readers make good.
+
+A unit can go where everything that reads it is one matrix, by whole columns. What it costs is then exact under the
+curvature, for the output side cannot change how other columns make good for a whole one:
+
+    cost_P = 1/2 tr (H_PP)^-1 W_P' (G / scale) W_P,      H = A_l^-1,     P the unit's columns
+    W <- W - W_P (H_PP)^-1 H_P:,     H <- H - H_:P (H_PP)^-1 H_P:      once P is gone
+
+A network's units go in the order of the running maximum of cost per resource, under one threshold. The columns that
+stay are then refitted on what the reduced blocks before them make of the data, W_S = W A_l[:, S] (A_l[S, S])^-1.
+
+Reference: Hassibi & Stork 1993; An et al. 2024, FLAP, arXiv 2312.11983 (the bias as the mean of what went).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ockham.choose.budgets import Budget, Subject, most_allowed
+from ockham.errors import OckhamError
+from ockham.methods.blocks.cases import Case
+from ockham.methods.blocks.curvature import BlockMap, weights_of
+from ockham.methods.blocks.damping import DEFAULT_DAMPING, kind_of
+from ockham.methods.blocks.matrices import BlockMatrix
+from ockham.methods.blocks.reduction import Dense, MatrixEvidence, freed, inputs_of_stage
+from ockham.methods.blocks.solve import damped, loss_increase, quadratic
+from ockham.methods.blocks.stream import Stream
+from ockham.surgery.cloning import clone
+from ockham.surgery.configs import described
+from ockham.surgery.groups import Groups, Plan, plan_masks
+from ockham.surgery.shrinking import shrink
+
+__all__ = [
+    "UnitCurve",
+    "UnitReader",
+    "chosen_units",
+    "describable",
+    "readers_of",
+    "refit_units_",
+    "refitted",
+    "unit_curve",
+]
+
+_TOGETHER = 16
+_MOST_GONE = 2 / 3
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class UnitReader:
+    """A group of units and the one matrix that reads them.
+
+    Attributes:
+        group: id of the group.
+        block: index of the block.
+        key: key of the matrix.
+        columns: ``[units, n]``, its columns that read each unit.
+    """
+
+    group: str
+    block: int
+    key: str
+    columns: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class UnitCurve:
+    """Units in the order in which they go.
+
+    Attributes:
+        reader: of the units.
+        order: unit numbers.
+        costs: nats per term of each removal, given those before it.
+    """
+
+    reader: UnitReader
+    order: tuple[int, ...]
+    costs: tuple[float, ...]
+
+
+def readers_of(groups: Groups, maps: Sequence[BlockMap]) -> list[UnitReader]:
+    """Groups that live in one block and are read by whole columns of one matrix of it."""
+    places = {m.weight.name: (j, key, m) for j, b in enumerate(maps) for key, m in b.matrices.items() if m.groups == 1}
+    found = []
+    for group in groups:
+        reading = [m for m in group.members if m.learned and m.consumes]
+        if len(reading) != 1 or reading[0].name not in places:
+            continue
+        member = reading[0]
+        j, key, matrix = places[member.name]
+        inside = all(m.name.startswith(maps[j].name) for m in group.members)
+        if inside and key == member.name and member.dim == (0 if matrix.transposed else 1) and not member.makes:
+            spread = _columns_per_channel(matrix)
+            columns = member.index.unsqueeze(-1) * spread + torch.arange(spread)
+            found.append(UnitReader(group.id, j, key, columns.flatten(1)))
+    return found
+
+
+def _columns_per_channel(matrix: BlockMatrix) -> int:
+    """Columns of one input channel: the size of the kernel of a convolution, 1 elsewhere."""
+    return int(torch.Size(matrix.weight.size[2:]).numel())
+
+
+def describable(readers: Sequence[UnitReader], groups: Groups, model: nn.Module) -> list[UnitReader]:
+    """Readers of such kinds of units as the model's configuration can have fewer of, equally many in all layers."""
+    hollow = clone(model, lambda name, t: torch.empty_like(t, device="meta"))
+    kinds: dict[str, list[UnitReader]] = {}
+    for reader in readers:
+        kinds.setdefault(kind_of(reader.group), []).append(reader)
+    found = []
+    for alike in kinds.values():
+        keep = {r.group: torch.arange(groups[r.group].size) > 0 for r in alike}
+        if described(shrink(hollow, plan_masks(groups, keep))):
+            found += alike
+    return found
+
+
+@torch.no_grad()
+def unit_curve(reader: UnitReader, dense: Dense, damping: float) -> UnitCurve:
+    """Take units away one after the other (sixteen at a time), the cheapest first, until two thirds are gone.
+
+    Args:
+        reader: the units and their matrix.
+        dense: its curvature.
+        damping: l, share of A's mean diagonal.
+    """
+    block_map = dense.maps[reader.block]
+    matrix = block_map.matrices[reader.key]
+    weight = matrix.read(weights_of(dense.blocks[reader.block], block_map.name))[0]
+    a = damped(dense.inputs(block_map, reader.key), damping)
+    mean = dense.inputs(block_map, reader.key).diagonal(dim1=-2, dim2=-1).mean()
+    outputs = dense.outputs(reader.key)[0] * (mean / dense.scale(block_map, reader.key))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(a[0].double())).to(weight.dtype)
+    units = len(reader.columns)
+    columns = reader.columns.to(weight.device)
+    alive = torch.ones(units, dtype=torch.bool, device=weight.device)
+    order: list[int] = []
+    costs: list[float] = []
+    while len(order) < min(units - 1, int(_MOST_GONE * units)):
+        cost = _costs(weight, outputs @ weight, inverse, columns).masked_fill(~alive, torch.inf)
+        some = min(_TOGETHER if columns.shape[1] == 1 else 1, min(units - 1, int(_MOST_GONE * units)) - len(order))
+        gone = cost.topk(some, largest=False).indices
+        order += gone.tolist()
+        costs += cost[gone].tolist()
+        alive[gone] = False
+        p = columns[gone].flatten()
+        among = torch.linalg.solve(inverse[p][:, p].double(), inverse[p].double()).to(weight.dtype)
+        weight = weight - weight[:, p] @ among
+        inverse = inverse - inverse[:, p] @ among
+        weight[:, p] = 0
+        inverse.diagonal()[p] = 1  # so that what is gone divides by nothing
+    return UnitCurve(reader, tuple(order), tuple(max(0.0, c) for c in costs))
+
+
+def _costs(weight: Tensor, turned: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:
+    if columns.shape[1] == 1:
+        p = columns[:, 0]
+        return 0.5 * (weight * turned).sum(0)[p] / inverse.diagonal()[p].clamp_min(1e-20)
+    found = []
+    for p in columns:
+        product = weight[:, p].mT @ turned[:, p]
+        found.append(0.5 * torch.linalg.solve(inverse[p][:, p].double(), product.double()).diagonal().sum())
+    return torch.stack(found).to(weight.dtype)
+
+
+def chosen_units(
+    curves: Sequence[UnitCurve], groups: Groups, subject: Subject, limit: Budget, *, uniform: bool
+) -> tuple[Plan, dict[str, Tensor]]:
+    """The units that go under one threshold of cost per resource, so that a budget is met.
+
+    Args:
+        curves: of `unit_curve`.
+        groups: what `ockham.trace` found.
+        subject: the network and example inputs, on which the budget is measured.
+        limit: the budget.
+        uniform: True takes equally many from all groups of a kind, so that one configuration describes every layer.
+
+    Returns:
+        The plan, and group id to the mask of the units that stay.
+
+    Raises:
+        OckhamError: the budget cannot be met.
+    """
+    price = limit.unit_costs(subject, groups)
+    steps = _steps(curves, price, uniform=uniform)
+    most = most_allowed(limit, subject, groups)
+
+    def masks(count: int) -> dict[str, Tensor]:
+        keep = {c.reader.group: torch.ones(groups[c.reader.group].size, dtype=torch.bool) for c in curves}
+        for _, alike, upto in steps[:count]:
+            for curve in alike:
+                keep[curve.reader.group][list(curve.order[:upto])] = False
+        return keep
+
+    def left(count: int) -> float:
+        return limit.measure(subject, plan_masks(groups, masks(count)))
+
+    if left(len(steps)) > most:
+        raise OckhamError(
+            f"the budget of {most:,.6g} {limit.unit} cannot be met: with a third of the units of every group left it "
+            f"is {left(len(steps)):,.6g}. Allow more, or see ockham.trace(...).frozen for what cannot go"
+        )
+    low, high = -1, len(steps)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if left(middle) <= most else (middle, high)
+    keep = masks(high)
+    nats = {c.reader.group: torch.zeros(groups[c.reader.group].size) for c in curves}
+    for c in curves:
+        nats[c.reader.group][list(c.order)] = torch.tensor(c.costs)
+    return plan_masks(groups, keep, nats=nats), keep
+
+
+_Step = tuple[float, tuple[UnitCurve, ...], int]
+"""(running maximum of cost per resource, groups that lose a unit, units gone after it)."""
+
+
+def _steps(curves: Sequence[UnitCurve], price: Mapping[str, float], *, uniform: bool) -> list[_Step]:
+    """The steps of all groups, the cheapest first; ``uniform`` lets groups of a kind lose a unit at once."""
+    kinds: dict[object, list[UnitCurve]] = {}
+    for curve in curves:
+        group = curve.reader.group
+        kinds.setdefault((kind_of(group), len(curve.reader.columns)) if uniform else group, []).append(curve)
+    found: list[_Step] = []
+    for alike in kinds.values():
+        each, highest = sum(price[c.reader.group] for c in alike), 0.0
+        for i in range(min(len(c.order) for c in alike)):
+            highest = max(highest, sum(c.costs[i] for c in alike) / max(each, 1e-30))
+            found.append((highest, tuple(alike), i + 1))
+    return sorted(found, key=lambda s: (s[0], s[2]))
+
+
+@torch.no_grad()
+def refitted(weight: Tensor, inputs: Tensor, keep: Tensor, damping: float) -> Tensor:
+    """The matrix without some columns, the others by ridge regression on what the whole matrix gave.
+
+    Args:
+        weight: ``[outputs, inputs]``, the trained one; a bias is a column like others.
+        inputs: A of the present inputs, ``[inputs, inputs]``.
+        keep: boolean ``[inputs]``, True = stays.
+        damping: l, share of A's mean diagonal: the columns that stay are drawn to what they were.
+
+    Returns:
+        ``[outputs, inputs]``, zero where a column went.
+    """
+    a = inputs.double()
+    ridge = damping * a.diagonal().mean()
+    root = torch.linalg.cholesky(a[keep][:, keep] + ridge * torch.eye(int(keep.sum()), dtype=a.dtype, device=a.device))
+    lost = weight.double()[:, ~keep] @ a[~keep][:, keep]
+    new = torch.zeros_like(weight)
+    new[:, keep] = weight[:, keep] + torch.cholesky_solve(lost.mT, root).mT.to(weight.dtype)
+    return new
+
+
+@torch.no_grad()
+def refit_units_(
+    model: nn.Module,
+    cases: Sequence[Case],
+    dense: Dense,
+    readers: Sequence[UnitReader],
+    keep: Mapping[str, Tensor],
+    *,
+    damping: float,
+    n_data: float,
+    on_block: Callable[[int, int], None],
+) -> dict[str, MatrixEvidence]:
+    """Zero the columns that read units which go, and refit the others, block by block in place.
+
+    Args:
+        model: as `prepared` leaves it.
+        cases: calibration data.
+        dense: blocks and their matrices.
+        readers: of the units.
+        keep: group id to the mask of the units that stay.
+        damping: l of the refit.
+        n_data: terms behind the trained weights, for the evidence.
+        on_block: called with (blocks done, blocks).
+
+    Returns:
+        Evidence of each matrix that reads fewer units now.
+    """
+    found: dict[str, MatrixEvidence] = {}
+    stream = Stream(model, cases, dense.blocks)
+    for j, block_map in enumerate(dense.maps):
+        calls, block = stream.calls(), dense.blocks[j]
+        parameters = weights_of(block, block_map.name)
+        mine = {r.key: r for r in readers if r.block == j and not bool(keep[r.group].all())}
+        for stage in block_map.stages:
+            wanted = [k for k in stage if k in mine]
+            sums = inputs_of_stage(block, block_map, wanted, calls, cases)
+            for key in wanted:
+                matrix, inputs = block_map.matrices[key], sums[block_map.source[key]]
+                stays = torch.ones(inputs.shape[-1], dtype=torch.bool, device=inputs.device)
+                stays[mine[key].columns[~keep[mine[key].group]].flatten().to(inputs.device)] = False
+                weight = matrix.read(parameters)
+                small = refitted(weight[0], inputs[0], stays, damping)[None]
+                matrix.write(parameters, small)
+                outputs, scale = dense.outputs(key), dense.scale(block_map, key)
+                worth = quadratic(inputs, outputs, DEFAULT_DAMPING).conditional()
+                gone = (~stays).expand_as(weight)[..., : weight.shape[-1] - (matrix.bias is not None)]
+                volume = freed(weight, worth, (inputs, outputs), scale, gone=gone, n_data=n_data)
+                cost = loss_increase(small - weight, inputs, outputs, scale)
+                kept = 1 - float(gone.float().mean())
+                found[key] = MatrixEvidence(block_map.name, gone.numel(), kept, cost, volume, n_data)
+        stream.advance(calls)
+        on_block(j + 1, len(dense.maps))
+    return found

@@ -1,0 +1,200 @@
+"""Running a network on example inputs, and what it means that two networks compute the same."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+CACHES = frozenset({"past_key_values", "cache_params", "past_key_value", "mems"})
+"""Outputs of language models that hold what the next call may use again: they are no result."""
+
+
+def as_arguments(example_inputs: Any) -> Arguments:
+    """Return positional and keyword arguments of a model call: a tensor, a tuple or list, or a mapping of names."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+def tensors_of(out: Any) -> list[Tensor]:
+    """Return the tensors in what a network returned, without the caches of language models."""
+    if isinstance(out, Tensor):
+        return [out]
+    if "Cache" in type(out).__name__:
+        return []
+    if isinstance(out, Mapping):
+        return [t for key, part in out.items() if key not in CACHES for t in tensors_of(part)]
+    if isinstance(out, (list, tuple)):
+        return [t for part in out for t in tensors_of(part)]
+    if dataclasses.is_dataclass(out) and not isinstance(out, type):
+        return [t for f in dataclasses.fields(out) for t in tensors_of(getattr(out, f.name))]
+    return [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
+
+
+def outputs(model: nn.Module, arguments: Arguments, *, seed: int = 0) -> list[Tensor]:
+    """Return the tensors that `model` computes, without gradients; its random numbers are those of `seed`.
+
+    The global random state and the arguments are left as they are.
+    """
+    args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, arguments)
+    devices = {t.device for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.is_cuda}
+    with torch.no_grad(), warnings.catch_warnings(), torch.random.fork_rng(devices=sorted(devices, key=str)):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        return tensors_of(model(*args, **kwargs))
+
+
+def difference(one: list[Tensor], other: list[Tensor]) -> float:
+    """Return the largest ``max|a - b| / max|a|`` over pairs of outputs.
+
+    Equal infinities are equal, and so are two values that are not a number; a value that is finite on one side only,
+    another shape or another number of outputs make the difference infinite.
+    """
+    if [t.shape for t in one] != [t.shape for t in other]:
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(map(_real, one), map(_real, other), strict=True):
+        same = (a == b) | (a.isnan() & b.isnan())
+        finite = a[a.isfinite()].abs()
+        scale = (
+            finite.max()
+            if finite.numel() and bool(finite.max() > 0)
+            else torch.ones((), dtype=a.dtype, device=a.device)
+        )
+        gap = torch.where(same, 0.0, (a - b).abs() / scale).nan_to_num(nan=float("inf"))
+        worst = max(worst, float(gap.max())) if gap.numel() else worst
+    return worst
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor).double() if tensor.is_complex() else tensor.double()
+
+
+DROPOUTS = frozenset(
+    {
+        F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout,
+        torch.dropout_, torch.feature_dropout, torch.alpha_dropout,
+    }
+)  # fmt: skip
+FILLED = frozenset(
+    {
+        torch.rand, torch.randn, torch.rand_like, torch.randn_like, torch.Tensor.normal_, torch.Tensor.uniform_,
+        torch.Tensor.exponential_, torch.Tensor.log_normal_, torch.Tensor.cauchy_,
+    }
+)  # fmt: skip
+COINS = frozenset({torch.bernoulli, torch.Tensor.bernoulli, torch.Tensor.bernoulli_})
+
+
+class Still(TorchFunctionMode):
+    """Inside, nothing is random: dropout passes everything, and noise is one half everywhere."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run `func`, or what stands for it where it is random."""
+        kwargs = kwargs or {}
+        if func in DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func is F.scaled_dot_product_attention:
+            return func(*args[:4], **{**_named(args[4:]), **kwargs, "dropout_p": 0.0})
+        if func is F.rrelu:
+            return F.leaky_relu(args[0] if args else kwargs["input"], 0.25)
+        out = func(*args, **kwargs)
+        fixed = 0.5 if func in FILLED else 1.0 if func in COINS else None
+        if func is torch.normal:
+            return self._normal(out, *args)
+        return out if fixed is None else out.fill_(fixed)
+
+    @staticmethod
+    def _normal(out: Tensor, mean: Any = 0.0, std: Any = 1.0, *_: Any) -> Tensor:
+        return torch.zeros_like(out) + mean + 0.5 * std if isinstance(std, (Tensor, float)) else out.fill_(0.5)
+
+
+def _named(rest: tuple[Any, ...]) -> dict[str, Any]:
+    return dict(zip(("dropout_p", "is_causal"), rest, strict=False))
+
+
+@contextlib.contextmanager
+def still(model: nn.Module) -> Iterator[None]:
+    """Run without randomness, also in layers that drop out inside of an op of their own (recurrent ones, attention)."""
+    found = [
+        (module, name, held)
+        for module in model.modules()
+        for name, held in vars(module).items()
+        if "drop" in name and isinstance(held, float) and held > 0
+    ]
+    try:
+        for module, name, _ in found:
+            module.__dict__[name] = 0.0
+        with Still():
+            yield
+    finally:
+        for module, name, held in found:
+            module.__dict__[name] = held
+
+
+def to_double(arguments: Arguments) -> Arguments:
+    """Return the arguments with floating-point tensors in float64."""
+    result: Arguments = pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, arguments)
+    return result
+
+
+def layers_of(model: nn.Module, arguments: Arguments) -> dict[str, Tensor]:
+    """Return the first output of every submodule, in the order in which they were done."""
+    found: dict[str, Tensor] = {}
+
+    def keeper(name: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, out: Any) -> None:
+            for first in tensors_of(out)[:1]:
+                found.setdefault(name, first.clone())
+
+        return hook
+
+    handles = [m.register_forward_hook(keeper(n)) for n, m in model.named_modules() if n]
+    try:
+        outputs(model, arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def place_of_failure(model: nn.Module, arguments: Arguments) -> str:
+    """Return the path of the innermost module in whose forward the network fails ("" for its own)."""
+    stack: list[str] = []
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: stack.append(name)))
+        handles.append(module.register_forward_hook(lambda *_: stack.pop() and None))
+    try:
+        outputs(model, arguments)
+    except Exception:
+        return stack[-1] if stack else ""
+    finally:
+        for handle in handles:
+            handle.remove()
+    return ""
+
+
+def first_different(
+    one: nn.Module, other: nn.Module, arguments: Arguments, tolerance: float
+) -> tuple[str, float] | None:
+    """Return the first submodule whose outputs can be compared and differ, and by how much."""
+    traces = [layers_of(model, arguments) for model in (one, other)]
+    for name, values in traces[0].items():
+        twin = traces[1].get(name)
+        if twin is not None and values.shape == twin.shape and not difference([values], [twin]) <= tolerance:
+            return name, difference([values], [twin])
+    return None

@@ -1,0 +1,259 @@
+"""Rules of ops that only move elements: the op itself is run on the labels."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ockham.surgery.labels import VIEWS, Value, along, compress, drop_leading, match, reshaped, tidy, varying
+
+if TYPE_CHECKING:
+    from ockham.surgery.walk import Call, Result
+
+VIEWING = frozenset({"view", "reshape", "unflatten", "_unsafe_view", "flatten", "view_as", "reshape_as", "ravel"})
+LARGEST = 2**24
+"""Most labels that are ever laid out for one op; one that needs more is frozen."""
+
+
+def movement(call: Call) -> Value | list[Value]:
+    """Permute, view, slice, split, ...: every factor is moved by the op itself, run on integers."""
+    x = call.first()
+    moved = [_moved(call, f, x.shape) for f in x.factors]
+    reason = call.reason("folds two structures into one dimension")
+    _hold(call, x)
+    if isinstance(call.shapes(), list):
+        parts = [list(m) for m in moved]
+        outs = [
+            tidy(shape, [p[i] for p in parts], x.zero, call.ledger, reason) for i, shape in enumerate(call.shapes())
+        ]
+        call.note(x, outs)
+        return outs
+    out = tidy(call.shape(), moved, x.zero, call.ledger, reason)
+    if call.name in VIEWING:
+        call.ledger.grids.extend(f for f in out.factors if len(varying(f)) > 1)
+    call.note(x, out)
+    return out
+
+
+def _moved(call: Call, factor: Tensor, shape: tuple[int, ...]) -> Any:
+    """Return one factor after the op; ops that copy see only the dimensions they move."""
+    if call.name in VIEWING:
+        return reshaped(factor, shape, call.shape())
+    dims = _dims_of(call, len(shape)) if call.name in ("roll", "flip", "rot90", "repeat_interleave") else None
+    if dims is not None:
+        if all(factor.shape[d] == 1 for d in dims):
+            return factor
+        return call.run(factor.expand([shape[d] if d in dims else factor.shape[d] for d in range(len(shape))]))
+    if call.name not in VIEWS and math.prod(shape) > LARGEST:
+        raise ValueError(f"{math.prod(shape)} elements are too many to follow one by one")
+    return call.run(factor.expand(shape))
+
+
+def _dims_of(call: Call, rank: int) -> list[int]:
+    """Return the dimensions along which an op moves elements."""
+    found: Any = call.get("dims", call.get("dim", call.get("dimension", None)))
+    if call.name == "diagonal":
+        found = [call.get("dim1"), call.get("dim2")]
+    found = [found] if isinstance(found, int) else found
+    return [d % rank for d in found] if found else list(range(rank))
+
+
+def _hold(call: Call, x: Value) -> None:
+    """Note dimensions whose positions the op addresses by number: no unit along them may go."""
+    repeated = call.name == "repeat_interleave" and not isinstance(call.get("repeats", None), int)
+    stepped = call.name == "slice" and call.get("step", 1) != 1
+    if call.name in ("select", "unbind", "roll", "unfold", "diagonal", "rot90") or stepped or repeated:
+        reason = call.reason("addresses this dimension by position")
+        dims = _dims_of(call, len(x.shape))
+        call.ledger.held.extend((f, d, reason) for f in x.factors for d in dims if f.shape[d] > 1)
+
+
+def shuffle(call: Call) -> Value:
+    """channel_shuffle: every group loses the same; pixel_shuffle: the r^2 channels of one result go together.
+
+    pixel_unshuffle makes r^2 channels of every one.
+    """
+    x, shape = call.first(), call.shape()
+    channelwise, rank = call.name == "channel_shuffle", len(call.shape())
+    dim = 1 if channelwise else rank - 3
+    reason = call.reason("interleaves it with a fixed channel")
+    moved = []
+    for factor in x.factors:
+        flat = call.ledger.collapse(factor, [d for d in range(factor.ndim) if d != dim], reason).flatten()
+        if flat.numel() == 1:
+            continue
+        if call.name == "pixel_unshuffle":
+            moved.append(along(flat.repeat_interleave(shape[dim] // x.shape[dim]), rank, dim))
+            continue
+        grid = flat.reshape(int(call.get("groups")) if channelwise else shape[dim], -1)
+        across = grid[:1] if channelwise else grid[:, :1]
+        call.ledger.unify(grid, across.expand_as(grid), reason)
+        moved.append(along(grid.t().flatten() if channelwise else grid[:, 0], rank, dim))
+    return tidy(shape, moved, x.zero, call.ledger, reason)
+
+
+def padding(call: Call) -> Value:
+    """Constant padding: what is padded on is loose (it follows what it meets); other modes keep the dimension whole."""
+    x, rank, pads = call.first(), len(call.shape()), list(call.get("pad"))
+    mode, value = call.get("mode", "constant"), call.get("value", None)
+    sides = {rank - 1 - i // 2: tuple(pads[i : i + 2]) for i in range(0, len(pads), 2)}
+    moved = [_padded(call, f, sides, simple=mode == "constant") for f in x.factors]
+    zero = x.zero and not value and mode == "constant"
+    out = Value(call.shape(), tuple(f for f in moved if f.numel() > 1), zero)
+    call.note(x, out)
+    return out
+
+
+def _padded(call: Call, factor: Tensor, sides: dict[int, tuple[int, ...]], *, simple: bool) -> Tensor:
+    """Return `factor` with loose atoms on both sides of the one dimension along which it varies and is padded."""
+    dims = [d for d in varying(factor) if any(sides.get(d, ()))]
+    if not dims:
+        return factor
+    if not simple or len(varying(factor)) > 1 or min(sides[dims[0]]) < 0:
+        return call.ledger.collapse(factor, dims, call.reason("pads it with other channels"))
+    dim, rank = dims[0], factor.ndim
+    extra = [along(call.ledger.loose_atoms(n), rank, dim) if n else factor.narrow(dim, 0, 0) for n in sides[dim]]
+    return torch.cat([extra[0], factor, extra[1]], dim)
+
+
+def expansion(call: Call) -> Value:
+    """Expand and repeat: the new positions are fresh atoms, which belong to no parameter and follow what they meet.
+
+    Labels which are repeated are the same units again.
+    """
+    x, shape = call.first(), call.shape()
+    lead = len(shape) - len(x.shape)
+    before = (1,) * lead + x.shape
+    factors = [drop_leading(f, len(shape)) for f in x.factors]
+    if not call.name.startswith(("expand", "broadcast")):
+        times = [new // old if old else 1 for old, new in zip(before, shape, strict=True)]
+        factors = [f.repeat([t if f.shape[d] > 1 else 1 for d, t in enumerate(times)]) for f in factors]
+    out = tidy(shape, factors, x.zero, call.ledger, call.reason("folds two structures into one dimension"))
+    call.note(x, out)
+    return fresh(call, out, [d for d, n in enumerate(shape) if n > 1 and before[d] == 1])
+
+
+def fresh(call: Call, value: Value, dims: list[int]) -> Value:
+    """Return `value` with fresh atoms along `dims`."""
+    rank = len(value.shape)
+    new = []
+    for dim in dims:
+        shape = [1] * rank
+        shape[dim] = value.shape[dim]
+        new.append(call.ledger.loose_atoms(value.shape[dim]).reshape(shape))
+    return Value(value.shape, (*value.factors, *new), value.zero)
+
+
+def factory(call: Call) -> Value:
+    """zeros, ones, full: constant along every dimension, so their sizes follow whatever they meet."""
+    shape = call.shape()
+    return fresh(call, Value(shape, (), False), [d for d, n in enumerate(shape) if n > 1])
+
+
+def concatenation(call: Call) -> Value:
+    """Cat and stack: labels are laid side by side along `dim`, tied along the others."""
+    parts = call.tensors()
+    dim = int(call.get("dim"))
+    if call.name == "stack":
+        dim %= len(parts[0].shape) + 1
+        parts = [_unsqueezed(p, dim) for p in parts]
+    parts = [p for p in parts if p.shape != (0,)]
+    dim %= len(parts[0].shape)
+    side = _beside(parts, dim)
+    across = [Value(_flat(p.shape, dim), _others(p, dim, call)) for p in parts]
+    joint = across[0]
+    for other in across[1:]:
+        factors, shape = match(joint, other, call.ledger, reason=call.reason("joins it with a tensor of fixed size"))
+        joint = Value(shape, tuple(factors))
+    zero = all(p.zero for p in parts if p.factors)
+    return tidy(call.shape(), [*side, *joint.factors], zero, call.ledger, call.reason("joins two structures"))
+
+
+def _unsqueezed(value: Value, dim: int) -> Value:
+    shape = (*value.shape[:dim], 1, *value.shape[dim:])
+    return Value(shape, tuple(f.unsqueeze(dim) for f in value.factors), value.zero)
+
+
+def _flat(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
+    return tuple(1 if d == dim else n for d, n in enumerate(shape))
+
+
+def _others(value: Value, dim: int, call: Call) -> tuple[Tensor, ...]:
+    """Return the factors which do not vary along `dim`; those which vary along it and others are frozen."""
+    out = []
+    for factor in value.factors:
+        if factor.shape[dim] == 1:
+            out.append(factor)
+        elif len(varying(factor)) > 1:
+            out.append(call.ledger.collapse(factor, [dim], call.reason("joins it with other positions")))
+    return tuple(out)
+
+
+def _beside(parts: list[Value], dim: int) -> list[Tensor]:
+    rank = len(parts[0].shape)
+    rows = []
+    for part in parts:
+        found = [f for f in part.factors if varying(f) == (dim,)]
+        shape = [part.shape[d] if d == dim else 1 for d in range(rank)]
+        rows.append(found[0] if found else torch.full(shape, -1))
+    joined = torch.cat(rows, dim)
+    return [joined] if bool((joined >= 0).any()) else []
+
+
+def indexing(call: Call) -> Result:
+    """x[indices] with tensors: indexed dimensions are collapsed, the others keep their labels."""
+    x, indices = call.first(), list(call.get("indices"))
+    reason = call.reason("is indexed by values")
+    touched = [d for d, i in enumerate(indices) if i is not None]
+    factors = [call.ledger.collapse(f, touched, reason) for f in x.factors]
+    for index in call.tensors()[1:]:
+        call.ledger.freeze_value(index, reason)
+    if any(call.is_mask(i) for i in indices if i is not None):
+        return call.freeze_all("an index of booleans: its size depends on values")
+    ones = [None if i is None else torch.zeros((1,) * len(call.shape_of(i)), dtype=torch.long) for i in indices]
+    moved = [torch.ops.aten.index(f, ones) for f in factors if f.numel() > 1]
+    return Value(call.shape(), tuple(map(compress, moved)), x.zero)
+
+
+def gathering(call: Call) -> Value:
+    """index_select, gather: along `dim` by values of another tensor, along the others position by position."""
+    x, dim = call.need("self"), int(call.get("dim"))
+    reason = call.reason("is indexed by values")
+    factors = tuple(
+        f for f in (call.ledger.collapse(f, [dim % len(x.shape)], reason) for f in x.factors) if f.numel() > 1
+    )
+    index = call.need("index")
+    if call.name == "index_select":
+        return Value(call.shape(), factors, x.zero)
+    return _beside_values(call, Value(call.shape(), factors, x.zero), [index], dim)
+
+
+def _beside_values(call: Call, x: Value, others: list[Value], dim: int) -> Value:
+    """Tie `x` to tensors of its rank along every dimension but `dim`, along which values say where elements go."""
+    reason, at = call.reason("is indexed by values"), dim % len(x.shape)
+    out, zero = x, x.zero
+    for other in others:
+        factors = tuple(f for f in (call.ledger.collapse(f, [at], reason) for f in other.factors) if f.numel() > 1)
+        if any(a != b for d, (a, b) in enumerate(zip(other.shape, x.shape, strict=True)) if d != at):
+            call.ledger.freeze_value(other, reason)
+            factors = ()
+        joint, _ = match(Value(x.shape, out.factors), Value(x.shape, factors), call.ledger, reason=reason)
+        out, zero = Value(x.shape, tuple(joint)), zero and (other.zero or not other.factors)
+    return Value(call.shape(), out.factors, zero)
+
+
+def scattering(call: Call) -> Value:
+    """scatter, index_add and their like: rows of one tensor go where values say in another, position by position."""
+    x, dim = call.need("self"), int(call.get("dim"))
+    reason = call.reason("is indexed by values")
+    factors = tuple(
+        f for f in (call.ledger.collapse(f, [dim % len(x.shape)], reason) for f in x.factors) if f.numel() > 1
+    )
+    source = call.tensor("src") or call.tensor("source")
+    rows = [t for t in (call.tensor("index"), source) if t is not None and len(t.shape) == len(x.shape)]
+    if source is not None and source.zero and x.zero:
+        rows = [Value(t.shape, t.factors, True) for t in rows]
+    return _beside_values(call, Value(x.shape, factors, x.zero), rows, dim)

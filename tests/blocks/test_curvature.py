@@ -1,0 +1,209 @@
+"""Blocks, their matrices and the factors, against hooks and autograd."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ockham.methods.blocks.cases import Case, Objective, cases_from, objective_for
+from ockham.methods.blocks.curvature import map_of, weights_of
+from ockham.methods.blocks.matrices import Use, Using, add_gram_, symmetric
+from ockham.methods.blocks.stream import Stream, find_blocks, prepared
+from ockham.methods.blocks.study import Study, study
+
+from .networks import KINDS, batches, ids, network
+
+CPU = torch.device("cpu")
+
+
+def studied(model: nn.Module, data: Any, folder: Path, likelihood: Any = "auto") -> tuple[Study, Objective, list[Case]]:
+    with prepared(model):
+        cases = cases_from(data, None, model, CPU)
+        objective = objective_for(model, cases[0], likelihood, None)
+        found = study(model, cases, objective, folder=folder, seed=0, spared=(), on_case=lambda i, n: None)
+    return found, objective, cases
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_weight_matrix_of_a_block_has_factors(kind: str, tmp_path: Path) -> None:
+    model = network(kind)
+    found, _, _ = studied(model, batches(kind), tmp_path)
+    assert len(found.dense.blocks) >= 2
+    covered = {m.weight.name for b in found.dense.maps for m in b.matrices.values()}
+    tables = {n for n, _ in model.named_parameters() if "relative_attention_bias" in n}
+    for b, block in zip(found.dense.maps, found.dense.blocks, strict=True):
+        inside = {n for n, p in weights_of(block, b.name).items() if p.ndim > 1} - tables
+        assert inside <= covered
+        for key in b.matrices:
+            assert key in found.samples
+            for factor in (found.dense.inputs(b, key), found.dense.outputs(key)):
+                assert float(torch.linalg.eigvalsh(factor).min()) > -1e-3 * float(factor.abs().max())
+                assert bool(factor.any())
+
+
+def test_stages_follow_the_flow_of_a_block(tmp_path: Path) -> None:
+    found, _, _ = studied(network("llama"), batches("llama"), tmp_path)
+    names = [[k.split(".")[-2] for k in stage] for stage in found.dense.maps[1].stages]
+    assert names == [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
+class Layers(nn.Module):
+    """Products with weights of every kind, twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 5)
+        self.bare = nn.Parameter(torch.randn(5, 4))
+        self.experts = nn.Parameter(torch.randn(2, 3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x)) @ self.bare
+        return torch.tanh(F.linear(h, self.experts[0]) + F.linear(h, self.experts[1]))
+
+
+def test_factors_are_the_sums_over_examples(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Layers(), nn.Linear(3, 3))
+    x, y = torch.randn(9, 6), torch.randn(9, 3)
+    found, _, _ = studied(model, [(x, y)], tmp_path, "regression")
+    store = found.dense.store
+    a = F.pad(x, (0, 1), value=1.0)
+    torch.testing.assert_close(store.get("A:0.first.weight")[0], a.T @ a)
+    signs = torch.randint(0, 2, (9, 3), generator=torch.Generator().manual_seed(0)).float() * 2 - 1
+    hidden = model[0].first(x).detach().requires_grad_()
+    inner = (torch.tanh(hidden) @ model[0].bare).detach().requires_grad_()
+    h = torch.tanh(hidden) @ model[0].bare
+    out = model[1](torch.tanh(F.linear(h, model[0].experts[0]) + F.linear(h, model[0].experts[1])))
+    (g,) = torch.autograd.grad((out * signs).sum(), hidden)
+    torch.testing.assert_close(store.get("G:0.first.weight")[0], g.T @ g)
+    b = found.dense.maps[0]
+    torch.testing.assert_close(found.dense.inputs(b, "0.experts[1]")[0], (inner.T @ inner).detach())
+    assert found.dense.scale(b, "0.experts[1]") == 9 * 27  # rows x terms
+    torch.testing.assert_close(b.matrices["0.bare"].read(weights_of(model, ""))[0], model[0].bare.T.detach())
+
+
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [
+        (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), (3, 4, 7, 7)),
+        (lambda: nn.Conv2d(4, 6, (5, 3), dilation=(1, 2), padding="same", bias=False), (3, 4, 5, 6)),
+        (lambda: nn.Conv1d(4, 5, 3, padding=2, padding_mode="circular"), (2, 4, 9)),
+        (lambda: nn.Conv3d(2, 3, 2), (2, 2, 4, 3, 3)),
+        (lambda: nn.Linear(4, 5), (3, 2, 4)),
+    ],
+)
+def test_rows_times_the_matrix_are_the_product(make: Any, size: tuple[int, ...]) -> None:
+    torch.manual_seed(1)
+    module, x = make().double(), torch.randn(size).double()
+    parameters, seen = dict(module.named_parameters()), []
+
+    def note(use: Use, result: Tensor) -> None:
+        seen.append((use, result))
+
+    with torch.no_grad(), Using(parameters, note):
+        module(x)
+    ((use, result),) = seen
+    product = use.rows() @ use.matrix.read(parameters).double().mT
+    torch.testing.assert_close(product, use.gradients(result), rtol=1e-5, atol=1e-6)
+    value = torch.randn_like(use.matrix.read(parameters))
+    use.matrix.write(parameters, value)
+    torch.testing.assert_close(use.matrix.read(parameters), value)
+
+
+def test_multihead_attention_is_seen_through() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True).eval()
+    block_map = map_of("", layer, ((torch.randn(2, 3, 8),), {}))
+    assert {m.weight.name for m in block_map.matrices.values()} == {
+        "self_attn.in_proj_weight",
+        "self_attn.out_proj.weight",
+        "linear1.weight",
+        "linear2.weight",
+    }
+
+
+def test_gram_matrices_in_strips() -> None:
+    x = torch.randn(2, 20, 900, dtype=torch.float64)
+    sums = torch.zeros(2, 900, 900, dtype=torch.float64)
+    add_gram_(sums, x[:, :12])
+    add_gram_(sums, x[:, 12:])
+    torch.testing.assert_close(symmetric(sums), x.mT @ x)
+
+
+def test_padding_takes_no_part(tmp_path: Path) -> None:
+    tokens, model = ids(2, 10), network("llama")
+    mask = torch.ones_like(tokens)
+    mask[1, 6:] = 0
+    padded, _, _ = studied(model, [{"input_ids": tokens, "attention_mask": mask}], tmp_path / "a")
+    short = [{"input_ids": tokens[:1]}, {"input_ids": tokens[1:, :6]}]
+    apart, _, _ = studied(model, short, tmp_path / "b")
+    assert padded.dense.terms == apart.dense.terms == 9 + 5
+    for name in ("A:model.layers.1.mlp.down_proj.weight", "G:model.layers.1.mlp.down_proj.weight"):
+        torch.testing.assert_close(padded.dense.store.get(name), apart.dense.store.get(name), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_stream_gives_a_block_what_the_whole_network_gives_it(kind: str) -> None:
+    model = network(kind)
+    with prepared(model), torch.no_grad():
+        cases = cases_from(batches(kind, 2), None, model, CPU)
+        blocks = [b for _, b in find_blocks(model, cases[0])]
+        stream = Stream(model, cases, blocks)
+        generator = torch.Generator().manual_seed(3)
+        for j, block in enumerate(blocks):
+            calls = stream.calls()
+            expected: list[Any] = []
+            handle = block.register_forward_pre_hook(lambda m, a, k, e=expected: e.append((a, k)), with_kwargs=True)
+            model(*cases[1].args, **cases[1].kwargs)
+            handle.remove()
+            torch.testing.assert_close(calls[1], expected[0], rtol=1e-5, atol=1e-5)
+            for p in block.parameters():  # from here on the network is another one
+                p.mul_(1 + 0.3 * torch.rand(p.shape, generator=generator))
+            stream.advance(calls)
+            assert "forward" not in block.__dict__ and j + 1 == stream.at
+
+
+def test_preparation_is_undone() -> None:
+    model = network("mixtral").train()
+    model.model.layers[0].eval()
+    model.lm_head.weight.requires_grad_(False)
+    before = (model.config.use_cache, model.config._experts_implementation)
+    with prepared(model):
+        assert not any(m.training for m in model.modules()) and model.config.use_cache is False
+    assert (model.config.use_cache, model.config._experts_implementation) == before
+    assert model.training and not model.model.layers[0].training
+    assert not model.lm_head.weight.requires_grad and model.model.embed_tokens.weight.requires_grad
+
+
+def test_a_matrix_that_others_use_too_is_left_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(6, 6), nn.Tanh()) for _ in range(3)]
+    blocks[2][0].weight = blocks[0][0].weight
+    model = nn.Sequential(nn.Sequential(*blocks), nn.Linear(6, 3))
+    data = [(torch.randn(30, 6), torch.arange(30) % 3)]
+    found, _, _ = studied(model, data, tmp_path)
+    assert [list(b.matrices) for b in found.dense.maps] == [[], ["0.1.0.weight"], []]
+
+
+def test_experts_that_the_first_batch_never_chose_are_known(tmp_path: Path) -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights = nn.Parameter(torch.randn(3, 4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for i in x[:, 0].gt(0).long().unique().tolist():
+                x = x + torch.tanh(F.linear(x, self.weights[i]))
+            return x
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Experts(), Experts())
+    x = torch.randn(20, 4)
+    x[:, 0] = x[:, 0].abs() + 5
+    found, _, _ = studied(model, [(x, torch.arange(20) % 4), (-x, torch.arange(20) % 4)], tmp_path)
+    assert set(found.samples) == {"0.weights[0]", "0.weights[1]", "1.weights[0]", "1.weights[1]"}
+    assert len(found.dense.maps[0].matrices) == 3  # the third is there, and no data reach it

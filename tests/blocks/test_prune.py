@@ -1,0 +1,279 @@
+"""The verb as a whole: targets, originals, folders, work that goes on where it was stopped, and the evidence's stop."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ockham.core.likelihood import Loss
+from ockham.errors import DataError, OckhamError
+from ockham.methods.blocks.allocation import cost_sample, predicted, shares_for
+from ockham.methods.blocks.job import PruneProgress, PruneSettings
+from ockham.methods.blocks.prune import prune
+from ockham.methods.blocks.solve import Damping
+from ockham.methods.blocks.stop import Shot, best_shot, shot_from, shots
+
+from .networks import KINDS, TOKENS, batches, ids, network
+
+FIXED = PruneSettings(damping=Damping(0.05, 0.3))
+
+
+def zeros(model: nn.Module, names: Any) -> float:
+    values = [model.get_parameter(n) for n in names]
+    return sum(int((v == 0).sum()) for v in values) / sum(v.numel() for v in values)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_share_of_the_blocks_stays_and_the_original_is_untouched(kind: str, tmp_path: Path) -> None:
+    model = network(kind).train()
+    before = copy.deepcopy(model.state_dict())
+    done = prune(model, batches(kind), keep_share=0.6, settings=FIXED)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    assert type(done.model) is type(model) and done.model.training
+    names = {k.partition("[")[0] for k in done.evidence}
+    assert zeros(done.model, names) == pytest.approx(0.4, abs=0.01)
+    assert done.keep_share == pytest.approx(0.6, abs=0.01)
+    assert set(done.evidence.blocks) == {m.block for m in done.evidence.matrices.values()}
+    assert sum(done.evidence.blocks.values()) == pytest.approx(sum(done.evidence.values()))
+    others = [n for n, p in model.named_parameters() if n not in names and p.ndim > 1]
+    assert all(torch.equal(model.get_parameter(n), done.model.get_parameter(n)) for n in others)
+    done.save(tmp_path / "out")
+    again = type(model).from_pretrained(tmp_path / "out")
+    assert all(torch.equal(t, again.state_dict()[n]) for n, t in done.model.state_dict().items())
+
+
+def test_two_of_four_in_every_orientation() -> None:
+    for kind in ("llama", "gpt2"):
+        done = prune(network(kind), batches(kind), pattern="2:4", settings=FIXED)
+        for name in done.evidence:
+            w = done.model.get_parameter(name).detach()
+            w = w.mT if kind == "gpt2" else w
+            assert bool(((w != 0).reshape(-1, 4).sum(1) == 2).all()), name
+
+
+def test_matrices_whose_inputs_do_not_fit_a_pattern_stay_and_are_named() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    with pytest.warns(match="do not fit the pattern"):
+        done = prune(net, [(torch.randn(50, 6), torch.arange(50) % 3)], pattern="2:4", settings=FIXED)
+    assert done.untouched == ("0.weight",) and torch.equal(done.model[0].weight, net[0].weight)
+
+
+def trained() -> tuple[nn.Module, list[torch.Tensor]]:
+    """A small language model that has learned a short cycle of tokens with noise."""
+    torch.manual_seed(0)
+    model = network("llama")
+    generator = torch.Generator().manual_seed(0)
+
+    def windows(n: int) -> torch.Tensor:
+        start = torch.randint(0, 20, (n, 1), generator=generator)
+        x = (start + torch.arange(16)) % 20
+        noise = torch.randint(0, TOKENS, x.shape, generator=generator)
+        return torch.where(torch.rand(x.shape, generator=generator) < 0.1, noise, x)
+
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(100):
+        x = windows(24)
+        loss = model(input_ids=x, labels=x).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval(), [windows(16) for _ in range(12)]
+
+
+@pytest.fixture(scope="module")
+def cycle() -> tuple[nn.Module, list[torch.Tensor]]:
+    return trained()
+
+
+def nll(model: nn.Module, data: list[torch.Tensor]) -> float:
+    with torch.no_grad():
+        return sum(float(model(input_ids=x, labels=x).loss) for x in data) / len(data)
+
+
+def test_survivors_make_good_for_what_went(cycle: tuple[nn.Module, list[torch.Tensor]]) -> None:
+    model, data = cycle
+    done = prune(model, data[:8], keep_share=0.5)
+    plain = copy.deepcopy(model)
+    with torch.no_grad():
+        for name in done.evidence:
+            plain.get_parameter(name).mul_(done.model.get_parameter(name) != 0)
+    dense, moved, masked = (nll(m, data[8:]) for m in (model, done.model, plain))
+    assert moved - dense < 0.5 * (masked - dense)
+    assert done.before == pytest.approx(nll(model, [data[3], data[7]]), rel=1e-4)
+    assert done.after == pytest.approx(nll(done.model, [data[3], data[7]]), rel=1e-4)
+    assert done.trials and {d.kind for d in done.trials} == set(done.damping)
+
+
+def test_one_threshold_costs_less_than_equal_shares() -> None:
+    generator = torch.Generator().manual_seed(0)
+    samples = {}
+    for i, size in enumerate((40, 100, 300)):
+        weight = torch.randn(1, size, 50, generator=generator)
+        samples[str(i)] = cost_sample(weight, 10.0**-i * weight.square())
+    total = sum(c.size for c in samples.values())
+    for keep in (0.9, 0.5, 0.1):
+        shares = shares_for(samples, keep)
+        assert sum(shares[k] * c.size for k, c in samples.items()) == pytest.approx(keep * total, rel=1e-3)
+        cost = sum(float(c.costs[: round((1 - shares[k]) * len(c.costs))].sum()) for k, c in samples.items())
+        even = sum(float(c.costs[: round((1 - keep) * len(c.costs))].sum()) for c in samples.values())
+        assert cost < 0.9 * even
+    assert shares["0"] > shares["2"]
+    cost, volume = predicted(samples, 0.5, 100.0)
+    assert cost > 0 and volume > 0 and predicted(samples, 1.0, 100.0) == (0.0, 0.0)
+
+
+def test_the_evidence_ends_the_removal(cycle: tuple[nn.Module, list[torch.Tensor]]) -> None:
+    model, data = cycle
+    done = prune(model, data, settings=FIXED)
+    assert 0.05 < done.keep_share < 0.95
+    kept = min(s.keep_share for s in done.shots if s.nats >= 0)
+    assert done.keep_share == pytest.approx(kept, abs=0.01)
+    assert math.exp(nll(done.model, data) - nll(model, data)) < 1.1
+    surer = prune(model, data, settings=replace(FIXED, n_data=2e8))
+    assert surer.keep_share > done.keep_share  # the more data stand behind the weights, the more of them stay
+
+
+def test_a_stopped_job_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    model, data = network("llama"), batches("llama")
+    whole = prune(model, data, keep_share=0.5)
+
+    class Stopped(Exception):
+        pass
+
+    seen: list[PruneProgress] = []
+
+    def stop(p: PruneProgress) -> None:
+        seen.append(p)
+        if p.stage == "reduction" and p.done == 2:
+            raise Stopped
+
+    settings = PruneSettings(folder=tmp_path)
+    with pytest.raises(Stopped):
+        prune(model, data, keep_share=0.5, settings=settings, progress=stop)
+    again: list[PruneProgress] = []
+    done = prune(model, data, keep_share=0.5, settings=settings, progress=again.append)
+    assert not any(p.stage == "curvature" for p in again) and any(p.stage == "curvature" for p in seen)
+    assert all(torch.equal(t, done.model.state_dict()[n]) for n, t in whole.model.state_dict().items())
+    assert dict(done.evidence) == pytest.approx(dict(whole.evidence))
+    assert seen[0].left >= 0
+    with pytest.raises(OckhamError, match="another job"):
+        prune(network("llama", seed=1), data, keep_share=0.5, settings=settings)
+
+
+def test_report_and_facts(tmp_path: Path) -> None:
+    done = prune(network("bert"), batches("bert"), keep_share=0.5)
+    text = done.report(tmp_path / "report.html").read_text()
+    assert "Kinds of matrices" in text and "<script" not in text
+    assert done.before is None and done.likelihood == "own predictive"
+    json.dumps(done.facts(), allow_nan=False)
+
+
+def test_a_network_without_blocks_is_one_block() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
+    data = [(torch.randn(16, 3, 8, 8), torch.arange(16) % 4) for _ in range(4)]
+    done = prune(net, data, keep_share=0.5)
+    assert set(done.evidence) == {"0.weight", "4.weight"} and set(done.evidence.blocks) == {""}
+    assert not torch.equal(net[1].running_var, done.model[1].running_var)  # taken anew under the weights left
+
+
+def test_one_step_of_words_for_every_bad_argument() -> None:
+    net, data = network("llama"), batches("llama")
+    for bad, match in [
+        ({"keep_share": 0.0}, "keep_share"),
+        ({"keep_share": 1.5}, "keep_share"),
+        ({"keep_share": 0.5, "pattern": "2:4"}, "not both"),
+        ({"pattern": "4:2"}, "n:m"),
+        ({"structure": "auto"}, "go together"),
+        ({"budget": {"params": "50%"}}, "go together"),
+        ({"structure": "some", "budget": {"params": "50%"}}, "structure must be"),
+        ({"keep_share": 0.5, "likelihood": "poisson"}, "likelihood"),
+    ]:
+        with pytest.raises(OckhamError, match=match):
+            prune(net, data, **bad)
+    with pytest.raises(DataError, match="empty"):
+        prune(net, [], keep_share=0.5)
+    with pytest.raises(DataError, match="cannot take"):
+        prune(net, [{"pixels": ids()}], keep_share=0.5)
+    with pytest.raises(DataError, match="4 batches"):
+        prune(net, [ids()])
+    with pytest.raises(OckhamError, match="matches no parameter"):
+        prune(net, data, keep_share=0.5, settings=PruneSettings(ignore=["nothing"]))
+
+
+def test_what_is_ignored_stays() -> None:
+    net = network("llama")
+    done = prune(net, batches("llama"), keep_share=0.5, settings=PruneSettings(ignore=["re:down_proj"]))
+    assert not any("down_proj" in k for k in done.evidence) and len(done.evidence) == 18
+    for name, p in net.named_parameters():
+        if "down_proj" in name:
+            assert torch.equal(p, done.model.get_parameter(name))
+
+
+def test_batches_and_outputs_as_people_have_them() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(5, 5), nn.Tanh()) for _ in range(2)])
+            self.head = nn.Linear(5, 3)
+
+        def forward(self, features: torch.Tensor) -> dict[str, Any]:
+            for layer in self.layers:
+                features = layer(features)
+            return {"state": features, "scores": self.head(features)}
+
+    items = [{"x": torch.randn(20, 5), "y": torch.arange(20) % 3, "name": "a"} for _ in range(4)]
+    torch.manual_seed(0)
+    net = Model()
+
+    def error(f: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(f, y, reduction="sum")
+
+    done = prune(
+        net,
+        items,
+        keep_share=0.5,
+        batch=lambda item: (item["x"], item["y"]),
+        output=lambda out: out["scores"],
+        likelihood=Loss(error, reduction="sum"),
+    )
+    assert set(done.evidence) == {"layers.0.0.weight", "layers.1.0.weight"} and done.before is not None
+
+
+def test_the_rise_is_that_of_the_pooled_mean_with_its_paired_error() -> None:
+    generator = torch.Generator().manual_seed(0)
+    terms = torch.full((400,), 10.0, dtype=torch.float64)
+    dense = torch.rand(400, generator=generator, dtype=torch.float64) * 100
+    rises = torch.randn(400, generator=generator, dtype=torch.float64) + 2
+    shot = shot_from(0.5, (dense, terms), (dense + rises, terms), volume=3.0, n_data=10.0)
+    assert shot.rise == pytest.approx(float(rises.mean()) / 10)
+    assert shot.rise_error == pytest.approx(float(rises.std()) / 20 / 10, rel=1e-6)
+    assert shot.nats == pytest.approx(3 - 10 * shot.rise)
+    z = shot.nats / (10 * shot.rise_error)
+    assert shot.certainty == pytest.approx(float(torch.special.ndtr(torch.tensor(z).double())), rel=1e-6)
+
+
+def test_shots_find_the_share_at_which_the_evidence_is_zero() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1, 300, 100, generator=generator)
+    samples = {"m": cost_sample(weight, 1e-7 * weight.square())}
+    n_data = 20.0 * weight.numel()
+
+    def fire(share: float) -> Shot:
+        return Shot(share, 0.2 * (1 - share) ** 3, 0.0, 2.0 * (1 - share) * weight.numel(), n_data)
+
+    fired = shots(samples, n_data, fire, most=8)
+    exact = 1 - math.sqrt(0.5)  # 2 s n = 20 n 0.2 s^3 gives s = sqrt(1/2)
+    best = best_shot(fired)
+    assert best is not None and best.keep_share == pytest.approx(exact, abs=0.05)
+    assert best_shot([Shot(0.9, 1.0, 0.0, 0.0, 1.0)]) is None

@@ -1,0 +1,128 @@
+"""A sparse matrix under a Kronecker curvature, against dense linear algebra."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ockham.errors import OckhamError
+from ockham.methods.blocks.solve import Damping, NofM, Quadratic, damped, loss_increase, quadratic, single_costs
+from ockham.methods.blocks.solve import sparse_matrix as sparse
+
+OUT, IN = 5, 8
+
+
+def factors(seed: int = 0, groups: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(groups, 40, IN, generator=generator, dtype=torch.float64)
+    g = torch.randn(groups, 30, OUT, generator=generator, dtype=torch.float64)
+    weight = torch.randn(groups, OUT, IN, generator=generator, dtype=torch.float64)
+    return a.mT @ a, g.mT @ g, weight
+
+
+def dense(q: Quadratic, group: int = 0) -> torch.Tensor:
+    """The curvature of vec(W), rows behind each other."""
+    outputs = torch.eye(OUT, dtype=torch.float64) if q.outputs is None else q.outputs[group]
+    return torch.kron(outputs, q.inputs[group])
+
+
+def constrained(h: torch.Tensor, target: torch.Tensor, stays: torch.Tensor) -> torch.Tensor:
+    """argmin of (x - t)' H (x - t) over x that are zero where nothing stays, by one dense solve."""
+    x = torch.zeros_like(target)
+    x[stays] = torch.linalg.solve(h[stays][:, stays], (h @ target)[stays])
+    return x
+
+
+@pytest.mark.parametrize("tau", [0.3, 1.0])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_survivors_are_the_constrained_minimum(tau: float, groups: int) -> None:
+    a, g, weight = factors(groups=groups)
+    q = quadratic(a, g, Damping(0.05, tau))
+    small = sparse(weight, q, q.conditional(), keep=0.5, steps=(5, 400))
+    assert int((small == 0).sum()) == small.numel() // 2
+    for i in range(groups):
+        expected = constrained(dense(q, i), weight[i].flatten(), (small[i] != 0).flatten())
+        torch.testing.assert_close(small[i].flatten(), expected, rtol=0, atol=2e-4)
+
+
+def test_order_is_the_cost_of_one_removal_with_all_others_free() -> None:
+    a, g, weight = factors(1)
+    q = quadratic(a, g, Damping(0.1, 0.4))
+    h, t = dense(q), weight.flatten()
+    brute = []
+    for i in range(t.numel()):
+        stays = torch.arange(t.numel()) != i
+        d = constrained(h, t, stays) - t
+        brute.append(float(d @ h @ d))
+    torch.testing.assert_close(
+        (weight.square() * q.conditional()).flatten(), torch.tensor(brute).double(), rtol=1e-6, atol=1e-9
+    )
+
+
+def test_damped_factors_are_as_the_formula_has_them() -> None:
+    a, g, _ = factors(2)
+    q = quadratic(a, g, Damping(0.2, 0.3))
+    assert q.outputs is not None
+    torch.testing.assert_close(q.inputs[0], a[0] / a[0].diagonal().mean() + 0.2 * torch.eye(IN).double())
+    torch.testing.assert_close(q.outputs[0], 0.7 * g[0] / g[0].diagonal().mean() + 0.3 * torch.eye(OUT).double())
+    assert quadratic(a, g, Damping(0.2, 1.0)).outputs is None
+    assert torch.equal(damped(torch.zeros(1, 3, 3), 0.5)[0], 0.5 * torch.eye(3))
+
+
+@pytest.mark.parametrize("text", ["2:4", "1:4", "4:8"])
+def test_pattern_holds_in_every_run(text: str) -> None:
+    a, g, weight = factors(3)
+    q, pattern = quadratic(a, g, Damping(0.1, 0.3)), NofM.parse(text)
+    small = sparse(weight, q, q.conditional(), keep=pattern)
+    assert set((small != 0).view(-1, pattern.m).sum(1).tolist()) == {pattern.n}
+
+
+@pytest.mark.parametrize("text", ["2-4", "4:2", "0:4", "a:b", "2:4:8", ""])
+def test_no_pattern(text: str) -> None:
+    with pytest.raises(OckhamError, match="n:m"):
+        NofM.parse(text)
+
+
+def test_a_bias_stays_and_moves() -> None:
+    a, g, weight = factors(4)
+    q = quadratic(a, g, Damping(0.01, 0.5))
+    small = sparse(weight, q, q.conditional(), keep=0.4, bias=True)
+    assert bool((small[..., -1] != 0).all())
+    assert not torch.allclose(small[..., -1], weight[..., -1])
+    assert int((small[..., :-1] != 0).sum()) == round(0.4 * OUT * (IN - 1))
+
+
+def test_rounds_do_not_lose_against_one() -> None:
+    costs = []
+    for rounds in (1, 6):
+        total = 0.0
+        for seed in range(8):
+            a, g, weight = factors(seed)
+            q = quadratic(a, g, Damping(0.02, 0.3))
+            small = sparse(weight, q, q.conditional(), keep=0.4, rounds=rounds, steps=(40, 100))
+            total += loss_increase(small - weight, q.inputs, q.outputs, 1.0)
+        costs.append(total)
+    assert costs[1] < costs[0]
+
+
+def test_loss_increase_is_the_quadratic_form() -> None:
+    a, g, weight = factors(5)
+    d = weight.flatten()
+    expected = 0.5 * float(d @ torch.kron(g[0], a[0]) @ d) / 7
+    assert loss_increase(weight, a, g, 7.0) == pytest.approx(expected, rel=1e-12)
+
+
+def test_single_costs_are_exact_where_rows_are_independent() -> None:
+    a, g, weight = factors(6)
+    g = torch.diag_embed(g.diagonal(dim1=-2, dim2=-1))
+    mean = float(a[0].diagonal().mean())
+    h = torch.kron(g[0], a[0] + 0.01 * mean * torch.eye(IN).double()) / 11
+    expected = 0.5 * weight.flatten().square() / torch.linalg.inv(h).diagonal()
+    torch.testing.assert_close(single_costs(weight, a, g, 11.0, 0.01).flatten(), expected)
+
+
+def test_factors_that_are_not_finite_are_refused() -> None:
+    a, g, _ = factors(7)
+    a[0, 0, 0] = torch.nan
+    with pytest.raises(OckhamError, match="not positive definite"):
+        quadratic(a, g, Damping(0.1, 1.0)).conditional()

@@ -1,0 +1,138 @@
+"""Whole units: the exact costs, the refit, and the law that the masked network is the shrunk one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import ockham
+from ockham.errors import OckhamError
+from ockham.methods.blocks.prune import prune
+from ockham.methods.blocks.units import readers_of, refitted, unit_curve
+
+from .networks import batches, ids, network
+from .test_curvature import studied
+
+
+class Block(nn.Module):
+    """A residual MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 10), nn.Linear(10, 6, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+def mlp() -> tuple[nn.Module, list[tuple[torch.Tensor, torch.Tensor]]]:
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
+    data = [
+        (torch.randn(40, 6, generator=generator), torch.randint(0, 6, (40,), generator=generator)) for _ in range(4)
+    ]
+    return nn.Sequential(Block(), Block()), data
+
+
+def test_costs_of_units_are_those_of_brute_force(tmp_path: Path) -> None:
+    model, data = mlp()
+    found, _, cases = studied(model, data, tmp_path)
+    reader = readers_of(ockham.trace(model, cases[0].args), found.dense.maps)[0]
+    assert reader.key == "0.down.weight" and tuple(reader.columns.shape) == (10, 1)
+    curve = unit_curve(reader, found.dense, 0.05)
+    b = found.dense.maps[0]
+    a, g = found.dense.inputs(b, reader.key)[0].double(), found.dense.outputs(reader.key)[0].double()
+    a = a + 0.05 * a.diagonal().mean() * torch.eye(10).double()
+    h = torch.kron(g + 1e-12 * torch.eye(6), a) / found.dense.scale(b, reader.key)
+    w = model[0].down.weight.detach().double().flatten()
+
+    def joint(gone: list[int]) -> float:
+        stays = torch.ones(6, 10, dtype=torch.bool)
+        stays[:, gone] = False
+        s = stays.flatten()
+        x = torch.zeros_like(w)
+        x[s] = torch.linalg.solve(h[s][:, s], (h @ w)[s])
+        return 0.5 * float((x - w) @ h @ (x - w))
+
+    first = curve.order[0]
+    assert curve.costs[0] == pytest.approx(joint([first]), rel=1e-3)
+    assert joint([first]) == pytest.approx(min(joint([i]) for i in range(10)), rel=1e-3)
+    assert len(curve.order) == 6  # two thirds of ten, and each once
+    assert len(set(curve.order)) == 6
+
+
+def test_refit_is_ridge_regression_on_the_whole_matrix() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 7, generator=generator, dtype=torch.float64) + 1
+    w = torch.randn(3, 7, generator=generator, dtype=torch.float64)
+    keep = torch.tensor([True, False, True, True, False, True, True])
+    ridge = float(0.3 * (x.T @ x).diagonal().mean()) ** 0.5
+    design = torch.cat([x[:, keep], ridge * torch.eye(5).double()])
+    wanted = torch.cat([x @ w.T, ridge * w[:, keep].T])
+    expected = torch.linalg.lstsq(design, wanted).solution.T
+    got = refitted(w, x.T @ x, keep, 0.3)
+    torch.testing.assert_close(got[:, keep], expected)
+    assert not bool(got[:, ~keep].any())
+
+
+@pytest.mark.parametrize(
+    ("kind", "structure"), [("llama", "uneven"), ("llama", "auto"), ("gpt2", "auto"), ("vit", "even")]
+)
+def test_units_are_gone_and_the_network_is_the_masked_one(kind: str, structure: str, tmp_path: Path) -> None:
+    model, data = network(kind), batches(kind)
+    share = {"llama": "85%", "gpt2": "90%", "vit": "92%"}[kind]
+    done = prune(model, data, structure=structure, budget={"params": share})
+    count = sum(p.numel() for p in done.model.parameters()) / sum(p.numel() for p in model.parameters())
+    assert 0.8 < count <= float(share.rstrip("%")) / 100
+    assert type(done.model) is type(model) and done.plan.removed
+    # a network of the old widths with the small one's weights in it and zeros in what reads the rest gives the same
+    zeroed = network(kind)
+    for name, p in zeroed.named_parameters():
+        value, view = done.model.get_parameter(name).detach(), torch.zeros_like(p)
+        index = [done.plan.kept(name, d) for d in range(p.ndim)]
+        view[torch.meshgrid(*index, indexing="ij")] = value
+        p.detach().copy_(view)
+    inputs = {"pixel_values": data[0][0]} if kind == "vit" else {"input_ids": ids(3, 7, seed=9)}
+    for mode in (True, False):
+        for m in (zeroed, done.model):
+            m.train(mode)
+            for layer in (x for x in m.modules() if isinstance(x, nn.Dropout)):
+                layer.p = 0.0  # it draws other numbers at other widths
+        with torch.no_grad():
+            torch.testing.assert_close(done.model(**inputs).logits, zeroed(**inputs).logits, rtol=1e-4, atol=1e-5)
+    if structure != "uneven":
+        done.save(tmp_path / "out")
+        again = type(model).from_pretrained(tmp_path / "out").eval()
+        with torch.no_grad():
+            assert torch.equal(again(**inputs).logits, done.model.eval()(**inputs).logits)
+
+
+def test_refit_makes_good_for_what_went() -> None:
+    model, data = mlp()
+    groups = ockham.trace(model, data[0][0])
+    small = prune(model, data, structure="uneven", budget={"params": "70%"})
+    plain = ockham.shrink(model, small.plan)
+    x = torch.cat([x for x, _ in data])
+    with torch.no_grad():
+        errors = [float((m(x) - model(x)).square().mean()) for m in (small.model, plain)]
+    assert errors[0] < 0.5 * errors[1]
+    assert set(small.plan.removed) <= {g.id for g in groups}
+
+
+def test_units_and_weights_together() -> None:
+    model, data = mlp()
+    done = prune(model, data, structure="uneven", budget={"params": "80%"}, keep_share=0.5)
+    assert done.keep_share == pytest.approx(0.5, abs=0.02)
+    weights = [p for p in done.model.parameters() if p.ndim > 1]
+    assert sum(int((p == 0).sum()) for p in weights) / sum(p.numel() for p in weights) == pytest.approx(0.5, abs=0.02)
+
+
+def test_budgets_that_cannot_be_met_say_what_can() -> None:
+    model, data = mlp()
+    with pytest.raises(OckhamError, match="cannot be met"):
+        prune(model, data, structure="uneven", budget={"params": "10%"})
+    with pytest.raises(OckhamError, match="no unit"):
+        prune(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), data, structure="uneven", budget={"params": "90%"})
