@@ -58,7 +58,15 @@ def test_the_page_says_it_all(frame, model, tmp_path):
     table, y = frame
     path = model.report(tmp_path / "table.html", table, y)
     text = path.read_text()
-    for wanted in ("Which inputs", "Effects", "The strongest pair", "Where the noise grows", "it is constant", "95 %"):
+    for wanted in (
+        "Which inputs",
+        "Calibration on held-out rows",
+        "Effects",
+        "The strongest pair",
+        "Where the noise grows",
+        "it is constant",
+        "95 %",
+    ):
         assert wanted in text
     assert len(re.findall("<svg", text)) >= 5 and "kind" in text
     assert "No held-out rows" in model.report(tmp_path / "short.html").read_text()

@@ -16,6 +16,7 @@ from sklearn.base import BaseEstimator
 from sklearn.feature_selection import SelectorMixin
 from sklearn.utils import check_X_y
 from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, check_random_state, validate_data
 from torch import Tensor
 
@@ -23,11 +24,11 @@ from ockham.errors import OckhamError, OckhamWarning
 from ockham.tabular.data import Encoding, Floats, Scaling, canonical, columns_of, counts_for, dense, duplicates
 from ockham.tabular.explaining import Effect, Facts, effect, page_of, paint, strongest_pair
 from ockham.tabular.fitting import Fitted, Plan, drawn, fit
-from ockham.tabular.likelihoods import Likelihood
 from ockham.tabular.model import Table
 from ockham.tabular.predicting import Draws
 from ockham.tabular.screening import screen
 from ockham.tabular.showing import bars, progress, table_of
+from ockham.tabular.targets import Target
 
 __all__ = ["SparseBNN"]
 
@@ -96,32 +97,20 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
 
     # ------------------------------------------------------------------ what the two supply
     @abstractmethod
-    def _targets(self, y: Any, classes: Any, first: bool) -> Floats:
-        """Targets as numbers: themselves, or the index of the class."""
+    def _target_of(self, y: Any, classes: Any) -> Target:
+        """What kind of target this is."""
 
     @abstractmethod
-    def _coded_target(self, target: Floats, weight: Floats) -> Floats:
-        """Centred columns [n, k] whose means order the levels of a category."""
+    def _more_stock(self, table: Table, x: Floats, target: Floats) -> None:
+        """Attributes and warnings that only one kind of target has; rows [n, q] and targets [n] of the fit."""
 
     @abstractmethod
-    def _scaled_target(self, y: Floats, weight: Floats, first: bool) -> Tensor:
-        """What the network is fitted to."""
+    def _shown(self, rows: Floats) -> Floats:
+        """What each draw says of rows of numbers [n, q], [D, n], in what effects are shown in."""
 
     @abstractmethod
-    def _likelihood(self, y: Tensor) -> Likelihood:
-        """Of what the network is fitted to."""
-
-    @abstractmethod
-    def _outputs(self) -> int:
-        """Outputs of the network."""
-
-    @abstractmethod
-    def _screened_target(self, y: Tensor) -> Tensor:
-        """[n, k] columns that inputs are screened against."""
-
-    @abstractmethod
-    def _more_stock(self, table: Table) -> None:
-        """Attributes that only one kind of target has."""
+    def _coverage(self, X: Any, y: Any) -> tuple[Floats, Floats]:  # noqa: N803
+        """Nominal and observed shares of rows inside what the model says."""
 
     # ------------------------------------------------------------------ fitting
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:  # noqa: N803
@@ -183,12 +172,22 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         weight = _check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True)
         if not weight.sum() > 0:
             raise OckhamError("sample_weight is zero for every row: nothing to fit")
-        target = self._targets(y, classes, first)
-        weight = self._counted(weight)
-        factors = weight * self._class_weights(y)
-        weight = factors * (weight.sum() / factors.sum())
         if first:
-            self._encoding, x = Encoding.of(parts, self._names(), self._coded_target(target, weight), weight)
+            self._target = self._target_of(y, classes)
+        target = self._target.numbers(y)
+        counted, effective = counts_for(weight, self.n_effective)
+        if effective is not None and self.n_effective is None:
+            warnings.warn(
+                f"sample_weight sums to {weight.sum():.6g} over {int((weight > 0).sum())} rows: weights are taken as "
+                f"relative and count for {effective:.6g} rows in all; say n_effective= for another number",
+                OckhamWarning,
+                stacklevel=4,
+            )
+        of_class = getattr(self, "class_weight", None)
+        weight = counted if of_class is None else counted * compute_sample_weight(of_class, y)
+        weight = weight * (counted.sum() / weight.sum())
+        if first:
+            self._encoding, x = Encoding.of(parts, self._names(), self._target.coded(target, weight), weight)
         else:
             x = self._encoding.apply(parts, self._names())
         if len(x) < _FEW:
@@ -213,22 +212,6 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         )
         return list(plain.T)
 
-    def _counted(self, weight: Floats) -> Floats:
-        """Weights that count observations; a warning where they are not those that came."""
-        counted, effective = counts_for(weight, self.n_effective)
-        if effective is not None and self.n_effective is None:
-            warnings.warn(
-                f"sample_weight sums to {weight.sum():.6g} over {int((weight > 0).sum())} rows: weights are taken as "
-                f"relative and count for {effective:.6g} rows in all; say n_effective= for another number",
-                OckhamWarning,
-                stacklevel=5,
-            )
-        return counted
-
-    def _class_weights(self, y: Any) -> Any:
-        """Factors of the rows' weights."""
-        return 1.0
-
     def _fit(self, x: Floats, target: Floats, weight: Floats, *, first: bool) -> Self:
         rows = x, target
         if first:
@@ -239,25 +222,29 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
             self._seed, self._fitted_on = seed, float(weight.sum())
             self._scaling = Scaling.of(x, weight)
         inputs, weights = self._scaling.apply(x), torch.from_numpy(weight.astype(np.float32))
-        y = self._scaled_target(target, weight, first)
         if first:
-            self._choose_inputs(inputs, self._screened_target(y), weights)
+            self._target = self._target.fitted(target, weight)
+        y = self._target.scaled(target)
+        if first:
+            self._choose_inputs(inputs, self._target.screened(y), weights)
         plan = self._plan(len(self._scaling.constant) - len(self._active), seed)
         table = Table(inputs[:, self._active].double(), y, weights.double())
         with progress(bool(self.verbose)) as on_step:
-            self._fitted = fit(table, self._likelihood(y), plan, start=None if first else self._fitted, on_step=on_step)
+            before = None if first else self._fitted
+            self._fitted = fit(table, self._target.likelihood(y), plan, start=before, on_step=on_step)
         state = self._fitted.state
         vectors, acceptance = drawn(state, self.n_draws, torch.Generator().manual_seed(seed))
         empty = replace(state.model, table=table.rows(slice(0)))
         self._draws = Draws(empty, vectors, acceptance)
         self._fitted = replace(self._fitted, state=replace(state, model=empty))
-        self._take_stock()
-        self._more_stock(table)
-        self._look_at(*rows)
+        self.inclusion_ = self._by_feature(self._fitted.inclusion[0].numpy(), self._outside)
+        self.n_weights_ = sum(len(net) for net in state.model.nets) - len(state.model.nets[1:])
+        self.acceptance_ = acceptance
+        self.evidence_curve_ = np.array(self._fitted.curve)
+        self.evidence_, self.n_iter_ = state.evidence, state.steps
+        self._remarks: list[str] = []
+        self._more_stock(table, *rows)
         return self
-
-    def _look_at(self, x: Floats, target: Floats) -> None:
-        """Say which rows of the fit look wrong."""
 
     def _choose_inputs(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
         """Columns that enter: no constants, no duplicates, not more than screening lets through."""
@@ -293,7 +280,7 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
                 )
         return Plan(
             hidden=tuple(int(h) for h in (hidden if np.iterable(hidden) else (hidden,))),
-            outputs=self._outputs(),
+            outputs=self._target.outputs,
             restarts=self.n_restarts,
             steps=self.max_iter,
             slab_variance=self.slab_variance,
@@ -301,16 +288,6 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
             patience=self.n_iter_no_change if self.early_stopping else self.max_iter,
             seed=seed,
         )
-
-    def _take_stock(self) -> None:
-        state = self._fitted.state
-        self.inclusion_ = self._by_feature(self._fitted.inclusion[0].numpy(), self._outside)
-        self.n_weights_ = sum(len(net) for net in state.model.nets) - len(state.model.nets[1:])
-        self.acceptance_ = self._draws.acceptance
-        self.evidence_curve_ = np.array(self._fitted.curve)
-        self.evidence_ = state.evidence
-        self.n_iter_ = state.steps
-        self._remarks: list[str] = []
 
     def _by_feature(self, inside: Floats, outside: Floats) -> Floats:
         """One number per feature: of its numbers that entered and those that did not, the largest; constants 0."""
@@ -408,7 +385,7 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
             effects=[self.effect(j) for j in used],
             pair=curves,
             noise=self._noise_effects(),
-            target=self._shown_as(),
+            target=self._target.shown_as,
             coverage=None if X is None else self._coverage(X, y),
             remarks=self._remarks,
         )
@@ -444,18 +421,6 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
     def _noise_effects(self) -> list[Effect]:
         """Effects on the size of the noise, where there is one."""
         return []
-
-    @abstractmethod
-    def _shown(self, rows: Floats) -> Floats:
-        """What each draw says of rows of numbers [n, q], [D, n]."""
-
-    @abstractmethod
-    def _shown_as(self) -> str:
-        """What that is."""
-
-    @abstractmethod
-    def _coverage(self, X: Any, y: Any) -> tuple[Floats, Floats]:  # noqa: N803
-        """Nominal and observed shares of rows inside what the model says."""
 
     def _names(self) -> list[str]:
         given = getattr(self, "feature_names_in_", None)

@@ -12,22 +12,20 @@ import numpy.typing as npt
 import torch
 from sklearn.base import ClassifierMixin, RegressorMixin, clone
 from sklearn.utils._param_validation import StrOptions
-from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, check_consistent_length, check_is_fitted
 
 from ockham.errors import OckhamError, OckhamWarning
 from ockham.tabular.base import SparseBNN
-from ockham.tabular.data import Floats, Scaling, outlying
+from ockham.tabular.data import Floats, outlying
 from ockham.tabular.explaining import Effect, effect
-from ockham.tabular.likelihoods import Classes, Gaussian, Likelihood, Student, resolution
 from ockham.tabular.model import Table
 from ockham.tabular.predicting import interval, log_density, moments, noise_std
+from ockham.tabular.targets import ClassTarget, NumberTarget
 
 __all__ = ["SparseBNNClassifier", "SparseBNNRegressor"]
 
 _HEAVY = 3.0  # degrees of freedom
-_CLIP = 5.0  # standard deviations of targets that inputs are screened against, where there are outliers
 _CORRUPT = 15.0
 
 
@@ -152,8 +150,8 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
         return self._noise_std * self._units()[1]
 
     def _units(self) -> tuple[float, float]:
-        scale: Scaling = self._target_scaling
-        return float(scale.mean[0]), float(scale.std[0])
+        assert isinstance(self._target, NumberTarget)
+        return self._target.units
 
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> SparseBNNRegressor:  # noqa: N803
         """Go on with more rows. A sample of at most 10,000 of all rows so far is kept and counts for all of them.
@@ -177,28 +175,10 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
         tags.target_tags.multi_output = True
         return tags
 
-    def _targets(self, y: Any, classes: Any, first: bool) -> Floats:
-        return np.asarray(y, dtype=np.float64)
+    def _target_of(self, y: Any, classes: Any) -> NumberTarget:
+        return NumberTarget()
 
-    def _coded_target(self, target: Floats, weight: Floats) -> Floats:
-        centred = target - weight @ target / weight.sum()
-        result: Floats = centred[:, None]
-        return result
-
-    def _scaled_target(self, y: Floats, weight: Floats, first: bool) -> torch.Tensor:
-        if first:
-            far = outlying(y, weight)
-            self._heavy = bool(far.any())
-            self._target_scaling = Scaling.of(y[~far, None], weight[~far])
-        return self._target_scaling.apply(y[:, None])[:, 0].double()
-
-    def _likelihood(self, y: torch.Tensor) -> Likelihood:
-        return Student(resolution(y)) if self._heavy else Gaussian(resolution(y))
-
-    def _outputs(self) -> int:
-        return 1
-
-    def _more_stock(self, table: Table) -> None:
+    def _more_stock(self, table: Table, x: Floats, target: Floats) -> None:
         self.noise_inclusion_ = self._by_feature(self._fitted.inclusion[1].numpy(), np.zeros(len(self._outside)))
         self.noise_freedom_ = float((2 + self._draws.vectors[:, -1].exp()).mean())
         self.n_noise_weights_ = len(self._fitted.state.model.nets[1]) - 1
@@ -211,13 +191,9 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
         )
         if self.noise_freedom_ < _HEAVY:
             self._remarks.append("tails are very heavy: look at rows of low log_density; the mean may give them up")
-
-    def _screened_target(self, y: torch.Tensor) -> torch.Tensor:
-        return (y.clamp(-_CLIP, _CLIP) if self._heavy else y).unsqueeze(1)
-
-    def _look_at(self, x: Floats, target: Floats) -> None:
         far = outlying(target, np.ones(len(target))).nonzero()[0]
-        if not self._heavy or not len(far):
+        assert isinstance(self._target, NumberTarget)
+        if not self._target.heavy or not len(far):
             return
         inputs = self._scaling.apply(x[far])[:, self._active].double()
         centre, std = self._units()
@@ -242,9 +218,6 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
         centre, std = self._units()
         said: Floats = torch.cat([o[..., 0] for o in self._draws.outputs(inputs)], 1).numpy() * std + centre
         return said
-
-    def _shown_as(self) -> str:
-        return "mean of the target"
 
     def _noise_effects(self) -> list[Effect]:
         def sizes(rows: Floats) -> Floats:
@@ -321,9 +294,6 @@ class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
         )
         self.class_weight = class_weight
 
-    def _class_weights(self, y: Any) -> Any:
-        return compute_sample_weight(self.class_weight, y)
-
     def predict_proba(self, X: Any) -> npt.NDArray[np.float64]:  # noqa: N803
         """Posterior predictive probabilities [n, classes], averaged over networks."""
         inputs, parts = self._inputs(X), []
@@ -344,38 +314,17 @@ class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
         """Go on with more rows; the first call needs all ``classes`` that will ever come."""
         return self._partial_fit(X, y, sample_weight, classes)
 
-    def _targets(self, y: Any, classes: Any, first: bool) -> Floats:
+    def _target_of(self, y: Any, classes: Any) -> ClassTarget:
         check_classification_targets(y)
-        if first:
-            found = np.unique(y if classes is None else classes)
-            if len(found) < 2:
-                raise OckhamError(
-                    f"{type(self).__name__} needs samples of at least 2 classes in the data, but the data "
-                    f"contains only one class: {found[0]!r}"
-                )
-            self.classes_ = found
-        index = np.searchsorted(self.classes_, y).clip(0, len(self.classes_) - 1)
-        strange = self.classes_[index] != y
-        if strange.any():
-            raise OckhamError(f"label {np.asarray(y)[strange][0]!r} is not among the classes {list(self.classes_)}")
-        result: Floats = index.astype(np.float64)
-        return result
+        self.classes_ = np.unique(y if classes is None else classes)
+        if len(self.classes_) < 2:
+            raise OckhamError(
+                f"{type(self).__name__} needs samples of at least 2 classes in the data, but the data "
+                f"contains only one class: {self.classes_[0]!r}"
+            )
+        return ClassTarget(self.classes_)
 
-    def _coded_target(self, target: Floats, weight: Floats) -> Floats:
-        member = (target[:, None] == np.arange(1, len(self.classes_))).astype(np.float64)
-        result: Floats = member - weight @ member / weight.sum()
-        return result
-
-    def _scaled_target(self, y: Floats, weight: Floats, first: bool) -> torch.Tensor:
-        return torch.from_numpy(y).long()
-
-    def _likelihood(self, y: torch.Tensor) -> Likelihood:
-        return Classes()
-
-    def _outputs(self) -> int:
-        return 1 if len(self.classes_) == 2 else len(self.classes_)
-
-    def _more_stock(self, table: Table) -> None:
+    def _more_stock(self, table: Table, x: Floats, target: Floats) -> None:
         """Classes have no more than all."""
 
     def _shown(self, rows: Floats) -> Floats:
@@ -386,19 +335,12 @@ class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
         said: Floats = torch.cat(parts, 1).numpy()
         return said
 
-    def _shown_as(self) -> str:
-        return f"probability of {self.classes_[-1]}"
-
     def _coverage(self, X: Any, y: Any) -> tuple[Floats, Floats]:  # noqa: N803
         """Mean probability of the predicted class in bins of it, and how often it is right."""
         said, right = self.predict_proba(X).max(1), self.predict(X) == np.asarray(y)
         place = np.minimum((said * 10).astype(int), 9)
         bins = [place == k for k in range(10) if (place == k).any()]
         return np.array([said[b].mean() for b in bins]), np.array([right[b].mean() for b in bins])
-
-    def _screened_target(self, y: torch.Tensor) -> torch.Tensor:
-        onehot = torch.nn.functional.one_hot(y, len(self.classes_)).float()
-        return onehot[:, 1:] if len(self.classes_) == 2 else onehot
 
 
 _PARAMETERS = """Args:

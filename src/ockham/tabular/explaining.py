@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +12,11 @@ import numpy as np
 
 from ockham.errors import OckhamError
 from ockham.report import page
-from ockham.report.canvas import AFTER, BEFORE, INK, MUTED, draw, ylabel
+from ockham.report.canvas import AFTER, BEFORE, INK, MUTED, drawing, ylabel
 from ockham.tabular.data import Encoding, Floats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 __all__ = ["Effect", "Facts", "effect", "page_of", "paint", "strongest_pair"]
 
@@ -28,6 +26,7 @@ Ask = Callable[[Floats], Floats]
 _GRID = 25
 _TOP = 8
 _PAIRS_AMONG = 5
+_BARS = 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -167,11 +166,14 @@ def page_of(facts: Facts, path: str | Path) -> Path:
         raise OckhamError(f"report: the folder {path.parent} does not exist; create it first")
     order = np.argsort(-facts.inclusion, kind="stable")
     used = [j for j in order if facts.weights[j] > 0]
-    rest = [j for j in order if facts.weights[j] == 0]
     head = f"<h1>{page.escape(facts.title)}</h1>" + "".join(page.paragraph(r) for r in facts.remarks)
     head += f'<dl class="tiles">{"".join(page.tile(*t) for t in facts.tiles)}</dl>'
+    with drawing("inclusion", "inclusion probabilities", 0.7 + 0.26 * min(_BARS, len(order))) as sheet:
+        axes, shown = sheet.figure.add_subplot(), order[:_BARS][::-1]
+        axes.barh([str(facts.names[j])[:18] for j in shown], [facts.inclusion[j] for j in shown], color=AFTER)
+        axes.axvline(0.5, color=INK, linewidth=0.8)
+        axes.set(xlim=(0, 1), xlabel="inclusion probability")
     inside = [[facts.names[j], f"{facts.inclusion[j]:.3f}", str(int(facts.weights[j]))] for j in used]
-    bars = draw("inclusion", "inclusion probabilities", 0.7 + 0.26 * min(20, len(order)), partial(_bars, facts, order))
     parts = [
         page.section(
             "inputs",
@@ -180,22 +182,32 @@ def page_of(facts: Facts, path: str | Path) -> Path:
                 "The inclusion of an input is the probability that the target depends on it, from the evidence of the "
                 "model with and without it, and with its stand-ins."
             ),
-            page.figure("Inclusion probability", bars),
+            page.figure("Inclusion probability", sheet.svg),
             page.table("Inputs that are used", ["input", "inclusion", "weights"], inside),
         ),
         page.section("effects", "Effects", page.paragraph(_EFFECTS), _curves("effect", facts.effects, facts.target)),
     ]
     if facts.pair:
-        parts.append(page.section("pair", "The strongest pair", _pair(facts)))
+        with drawing("pair", "effects of the strongest pair", 2.8) as sheet:
+            axes = sheet.figure.add_subplot()
+            for (label, curve), colour in zip(facts.pair, (BEFORE, MUTED, AFTER), strict=False):
+                paint(axes, curve, colour, label)
+            axes.legend(frameon=False)
+            ylabel(axes, facts.target)
+        parts.append(page.section("pair", "The strongest pair", page.figure(facts.pair[0][1].name, sheet.svg)))
     if facts.noise:
         text = page.paragraph("Standard deviation of the noise while one input moves.")
         parts.append(page.section("noise", "Where the noise grows", text, _curves("noise", facts.noise, "noise")))
-    parts.append(page.section("calibration", "Calibration of intervals", _calibration(facts.coverage)))
-    out = [[facts.names[j], f"{facts.inclusion[j]:.3f}", facts.why[j]] for j in rest]
-    left = page.table("Inputs that are not used", ["input", "inclusion", "why"], out) if out else ""
-    parts.append(
-        page.section("out", "What was left out, and why", left or page.paragraph("Nothing: every input is used."))
-    )
+    if facts.coverage is None:
+        said = page.paragraph("No held-out rows were given: report(path, X, y) shows how often intervals hold them.")
+    else:
+        shares = [[f"{100 * a:.0f} %", f"{100 * b:.1f} %"] for a, b in zip(*facts.coverage, strict=True)]
+        said = page.table("Held-out rows", ["promised", "observed"], shares)
+    parts.append(page.section("calibration", "Calibration on held-out rows", said))
+    out = [[facts.names[j], f"{facts.inclusion[j]:.3f}", facts.why[j]] for j in order if facts.weights[j] == 0]
+    left = page.table("Inputs that are not used", ["input", "inclusion", "why"], out, words=3)
+    left = left if out else page.paragraph("Nothing: every input is used.")
+    parts.append(page.section("out", "What was left out, and why", left))
     path.write_text(page.document(facts.title, head, parts, "Written by Ockham."), encoding="utf-8")
     return path
 
@@ -206,39 +218,12 @@ _EFFECTS = (
 )
 
 
-def _bars(facts: Facts, order: Any, figure: Figure) -> None:
-    axes, shown = figure.subplots(), order[:20][::-1]
-    axes.barh([str(facts.names[j])[:18] for j in shown], [facts.inclusion[j] for j in shown], color=AFTER)
-    axes.axvline(0.5, color=INK, linewidth=0.8)
-    axes.set(xlim=(0, 1), xlabel="inclusion probability")
-
-
 def _curves(key: str, effects: Sequence[Effect], target: str) -> str:
-    def curve(shown: Effect, figure: Figure) -> None:
-        axes = figure.subplots()
-        paint(axes, shown, AFTER)
-        ylabel(axes, target)
-
-    cards = [
-        page.figure(e.name, draw(f"{key}{i}", f"effect of {e.name} on {target}", 2.4, partial(curve, e)))
-        for i, e in enumerate(effects[:_TOP])
-    ]
+    cards = []
+    for i, shown in enumerate(effects[:_TOP]):
+        with drawing(f"{key}{i}", f"effect of {shown.name} on {target}", 2.4) as sheet:
+            axes = sheet.figure.add_subplot()
+            paint(axes, shown, AFTER)
+            ylabel(axes, target)
+        cards.append(page.figure(shown.name, sheet.svg))
     return page.grid(cards) if cards else page.paragraph("No input is used.")
-
-
-def _pair(facts: Facts) -> str:
-    def curves(figure: Figure) -> None:
-        axes = figure.subplots()
-        for (label, shown), colour in zip(facts.pair, (BEFORE, MUTED, AFTER), strict=False):
-            paint(axes, shown, colour, label)
-        axes.legend(frameon=False)
-        ylabel(axes, facts.target)
-
-    return page.figure(facts.pair[0][1].name, draw("pair", "effects of the strongest pair", 2.8, curves))
-
-
-def _calibration(coverage: tuple[Floats, Floats] | None) -> str:
-    if coverage is None:
-        return page.paragraph("No held-out rows were given: report(path, X, y) shows how often intervals hold them.")
-    rows = [[f"{100 * a:.0f} %", f"{100 * b:.1f} %"] for a, b in zip(*coverage, strict=True)]
-    return page.table("Held-out rows inside", ["interval", "inside"], rows)
