@@ -194,7 +194,7 @@ def run_problem(name: str, seed: int) -> None:
         "false_inputs": len(chosen - set(range(TRUE))),
         "missed_inputs": TRUE - len(chosen & set(range(TRUE))),
         "weights": model.n_weights_,
-        "noise_weights": model.n_weights_ - model._predictive.posterior.kept(),
+        "noise_weights": model.n_noise_weights_,
         "noise_freedom": model.noise_freedom_,
         **_scores_of(model, x[rows:], y[rows:]),
         "inclusion_of_true": model.inclusion_[:TRUE].round(4).tolist(),
@@ -255,7 +255,7 @@ def _ockham(x: Array, y: Array, x_test: Array, y_test: Array, seed: int) -> dict
     total = (64 + 16) * (x.shape[1] + 2) + 2 * (1 + x.shape[1])  # of the mean and of the noise
     kept = {"weights": model.n_weights_, "kept_share": model.n_weights_ / total, "evidence": model.evidence_}
     noise = {
-        "noise_weights": model.n_weights_ - model._predictive.posterior.kept(),
+        "noise_weights": model.n_noise_weights_,
         "noise_freedom": model.noise_freedom_,
         "acceptance": model.acceptance_,
     }

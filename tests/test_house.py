@@ -27,7 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "report": {"core", "run"},
     "methods": {"core", "evidence", "fit", "choose", "surgery", "run", "report", "zoo"},
     "integrations": {"core", "evidence", "fit", "choose", "surgery", "run", "methods"},
-    "tabular": {"core", "evidence", "fit", "choose", "run", "methods"},
+    "tabular": {"core", "evidence", "fit", "choose", "run", "methods", "report"},
     "cli": {"core", "evidence", "fit", "choose", "surgery", "run", "report", "methods", "zoo"},
 }
 FORBIDDEN = {

@@ -10,7 +10,7 @@ from sklearn.utils.estimator_checks import estimator_checks_generator
 from ockham.errors import OckhamWarning
 from ockham.tabular import SparseBNNClassifier, SparseBNNRegressor
 
-SETTINGS = {"max_iter": 60, "n_restarts": 2, "hidden_layer_sizes": (8,), "n_draws": 4, "random_state": 0}
+SETTINGS = {"max_iter": 60, "n_restarts": 1, "hidden_layer_sizes": (4,), "n_draws": 4, "random_state": 0}
 CHECKS = [
     pytest.param(estimator, check, id=f"{type(estimator).__name__}-{getattr(check, 'func', check).__name__}")
     for kind in (SparseBNNRegressor, SparseBNNClassifier)
@@ -22,4 +22,5 @@ CHECKS = [
 def test_scikit_learn(estimator, check):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OckhamWarning)  # few rows
+        warnings.filterwarnings("ignore", "No features were selected")  # targets by chance
         check(estimator)

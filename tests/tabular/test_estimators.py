@@ -15,7 +15,7 @@ from sklearn.preprocessing import StandardScaler
 from ockham.errors import OckhamWarning
 from ockham.tabular import SparseBNNClassifier, SparseBNNRegressor
 
-FAST = {"max_iter": 300, "n_restarts": 2, "hidden_layer_sizes": (8,), "n_draws": 4, "random_state": 0}
+FAST = {"max_iter": 300, "n_restarts": 1, "hidden_layer_sizes": (8,), "n_draws": 4, "random_state": 0}
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +97,14 @@ def test_more_features_than_rows_and_few_rows():
         SparseBNNRegressor(**FAST).fit(x[:10], y[:10])
 
 
-@pytest.mark.parametrize("bad", [np.inf])
-def test_infinity_is_named(table, bad):
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_missing_is_taken_and_infinity_is_named(table, bad):
     x, y = table[0].copy(), table[1]
     x[3, 2] = bad
-    with pytest.raises(ValueError, match=r"NaN|infinity"):
+    if np.isnan(bad):  # a missing entry is taken as it comes
+        assert (SparseBNNRegressor(**FAST).fit(x, y).inclusion_ > 0.5).nonzero()[0].tolist() == [0, 3]
+        return
+    with pytest.raises(ValueError, match="infinity"):
         SparseBNNRegressor(**FAST).fit(x, y)
 
 
@@ -163,6 +166,12 @@ def test_column_names_of_data_frames(table):
     assert "f0" in model.summary() and list(model.feature_names_in_) == list(frame.columns)
     with pytest.raises(ValueError, match="feature names"):
         model.predict(frame.rename(columns={"f0": "other"}))
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "batch_size"])
+def test_settings_without_effect_say_so(table, name):
+    with pytest.warns(FutureWarning, match=f"{name} no longer does anything"):
+        SparseBNNRegressor(**FAST, **{name: 1}).fit(*table)
 
 
 @pytest.mark.parametrize("bad", [{"learning_rate": 0.0}, {"n_restarts": 0}, {"slab_variance": -1.0}])

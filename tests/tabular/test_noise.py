@@ -115,7 +115,7 @@ def test_a_density_needs_its_targets(model):
 def test_the_size_of_the_noise_counts_rows_by_weight():
     rng = np.random.default_rng(5)
     x = rng.normal(size=(400, 1))
-    std = np.exp(0.8 * x[:, 0] - 1)
+    std = np.exp(0.4 * x[:, 0] - 1)
     weight = np.where(x[:, 0] < 0, 4.0, 1.0)
     model = SparseBNNRegressor(**SETTINGS).fit(x, std * rng.normal(size=400), sample_weight=weight)
     assert model.noise_std_ == pytest.approx(np.sqrt(np.average(std**2, weights=weight)), rel=0.15)

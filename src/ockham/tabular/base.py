@@ -6,33 +6,39 @@ import warnings
 from abc import abstractmethod
 from dataclasses import replace
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from sklearn.base import BaseEstimator
+from sklearn.feature_selection import SelectorMixin
 from sklearn.utils import check_X_y
 from sklearn.utils._param_validation import Interval, StrOptions
+from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.validation import _check_sample_weight, check_is_fitted, check_random_state, validate_data
 from torch import Tensor
 
 from ockham.errors import OckhamError, OckhamWarning
 from ockham.tabular.data import Encoding, Floats, Scaling, canonical, columns_of, counts_for, dense, duplicates
+from ockham.tabular.explaining import Effect, Facts, effect, page_of, paint, strongest_pair
 from ockham.tabular.fitting import Fitted, Plan, drawn, fit
-from ockham.tabular.likelihoods import Likelihood
 from ockham.tabular.model import Table
 from ockham.tabular.predicting import Draws
 from ockham.tabular.screening import screen
 from ockham.tabular.showing import bars, progress, table_of
+from ockham.tabular.targets import Target
 
 __all__ = ["SparseBNN"]
 
 _RESERVOIR = 10_000
 _FEW = 20
+_SAMPLE = 128  # rows that effects are averaged over
 _ANEW = 2.0  # rows so far over those of the last fit from scratch, from where going on is worse than starting again
 
 
-class SparseBNN(BaseEstimator):  # type: ignore[misc]
+class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
     """Base of `SparseBNNRegressor` and `SparseBNNClassifier`."""
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
@@ -91,32 +97,20 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
 
     # ------------------------------------------------------------------ what the two supply
     @abstractmethod
-    def _targets(self, y: Any, classes: Any, first: bool) -> Floats:
-        """Targets as numbers: themselves, or the index of the class."""
+    def _target_of(self, y: Any, classes: Any) -> Target:
+        """What kind of target this is."""
 
     @abstractmethod
-    def _coded_target(self, target: Floats, weight: Floats) -> Floats:
-        """Centred columns [n, k] whose means order the levels of a category."""
+    def _more_stock(self, table: Table, x: Floats, target: Floats) -> None:
+        """Attributes and warnings that only one kind of target has; rows [n, q] and targets [n] of the fit."""
 
     @abstractmethod
-    def _scaled_target(self, y: Floats, weight: Floats, first: bool) -> Tensor:
-        """What the network is fitted to."""
+    def _shown(self, rows: Floats) -> Floats:
+        """What each draw says of rows of numbers [n, q], [D, n], in what effects are shown in."""
 
     @abstractmethod
-    def _likelihood(self, y: Tensor) -> Likelihood:
-        """Of what the network is fitted to."""
-
-    @abstractmethod
-    def _outputs(self) -> int:
-        """Outputs of the network."""
-
-    @abstractmethod
-    def _screened_target(self, y: Tensor) -> Tensor:
-        """[n, k] columns that inputs are screened against."""
-
-    @abstractmethod
-    def _more_stock(self, table: Table) -> None:
-        """Attributes that only one kind of target has."""
+    def _coverage(self, X: Any, y: Any) -> tuple[Floats, Floats]:  # noqa: N803
+        """Nominal and observed shares of rows inside what the model says."""
 
     # ------------------------------------------------------------------ fitting
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:  # noqa: N803
@@ -178,12 +172,22 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
         weight = _check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True)
         if not weight.sum() > 0:
             raise OckhamError("sample_weight is zero for every row: nothing to fit")
-        target = self._targets(y, classes, first)
-        weight = self._counted(weight)
-        factors = weight * self._class_weights(y)
-        weight = factors * (weight.sum() / factors.sum())
         if first:
-            self._encoding, x = Encoding.of(parts, self._names(), self._coded_target(target, weight), weight)
+            self._target = self._target_of(y, classes)
+        target = self._target.numbers(y)
+        counted, effective = counts_for(weight, self.n_effective)
+        if effective is not None and self.n_effective is None:
+            warnings.warn(
+                f"sample_weight sums to {weight.sum():.6g} over {int((weight > 0).sum())} rows: weights are taken as "
+                f"relative and count for {effective:.6g} rows in all; say n_effective= for another number",
+                OckhamWarning,
+                stacklevel=4,
+            )
+        of_class = getattr(self, "class_weight", None)
+        weight = counted if of_class is None else counted * compute_sample_weight(of_class, y)
+        weight = weight * (counted.sum() / weight.sum())
+        if first:
+            self._encoding, x = Encoding.of(parts, self._names(), self._target.coded(target, weight), weight)
         else:
             x = self._encoding.apply(parts, self._names())
         if len(x) < _FEW:
@@ -208,49 +212,39 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
         )
         return list(plain.T)
 
-    def _counted(self, weight: Floats) -> Floats:
-        """Weights that count observations; a warning where they are not those that came."""
-        counted, effective = counts_for(weight, self.n_effective)
-        if effective is not None and self.n_effective is None:
-            warnings.warn(
-                f"sample_weight sums to {weight.sum():.6g} over {int((weight > 0).sum())} rows: weights are taken as "
-                f"relative and count for {effective:.6g} rows in all; say n_effective= for another number",
-                OckhamWarning,
-                stacklevel=5,
-            )
-        return counted
-
-    def _class_weights(self, y: Any) -> Any:
-        """Factors of the rows' weights."""
-        return 1.0
-
     def _fit(self, x: Floats, target: Floats, weight: Floats, *, first: bool) -> Self:
         rows = x, target
+        if first:
+            self._sample = x[np.random.default_rng(0).permutation(len(x))[:_SAMPLE]]
         x, target, weight = canonical(x, target, weight)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         if first:
             self._seed, self._fitted_on = seed, float(weight.sum())
             self._scaling = Scaling.of(x, weight)
         inputs, weights = self._scaling.apply(x), torch.from_numpy(weight.astype(np.float32))
-        y = self._scaled_target(target, weight, first)
         if first:
-            self._choose_inputs(inputs, self._screened_target(y), weights)
+            self._target = self._target.fitted(target, weight)
+        y = self._target.scaled(target)
+        if first:
+            self._choose_inputs(inputs, self._target.screened(y), weights)
         plan = self._plan(len(self._scaling.constant) - len(self._active), seed)
         table = Table(inputs[:, self._active].double(), y, weights.double())
         with progress(bool(self.verbose)) as on_step:
-            self._fitted = fit(table, self._likelihood(y), plan, start=None if first else self._fitted, on_step=on_step)
+            before = None if first else self._fitted
+            self._fitted = fit(table, self._target.likelihood(y), plan, start=before, on_step=on_step)
         state = self._fitted.state
         vectors, acceptance = drawn(state, self.n_draws, torch.Generator().manual_seed(seed))
         empty = replace(state.model, table=table.rows(slice(0)))
         self._draws = Draws(empty, vectors, acceptance)
         self._fitted = replace(self._fitted, state=replace(state, model=empty))
-        self._take_stock()
-        self._more_stock(table)
-        self._look_at(*rows)
+        self.inclusion_ = self._by_feature(self._fitted.inclusion[0].numpy(), self._outside)
+        self.n_weights_ = sum(len(net) for net in state.model.nets) - len(state.model.nets[1:])
+        self.acceptance_ = acceptance
+        self.evidence_curve_ = np.array(self._fitted.curve)
+        self.evidence_, self.n_iter_ = state.evidence, state.steps
+        self._remarks: list[str] = []
+        self._more_stock(table, *rows)
         return self
-
-    def _look_at(self, x: Floats, target: Floats) -> None:
-        """Say which rows of the fit look wrong."""
 
     def _choose_inputs(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
         """Columns that enter: no constants, no duplicates, not more than screening lets through."""
@@ -286,7 +280,7 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
                 )
         return Plan(
             hidden=tuple(int(h) for h in (hidden if np.iterable(hidden) else (hidden,))),
-            outputs=self._outputs(),
+            outputs=self._target.outputs,
             restarts=self.n_restarts,
             steps=self.max_iter,
             slab_variance=self.slab_variance,
@@ -294,16 +288,6 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
             patience=self.n_iter_no_change if self.early_stopping else self.max_iter,
             seed=seed,
         )
-
-    def _take_stock(self) -> None:
-        state = self._fitted.state
-        self.inclusion_ = self._by_feature(self._fitted.inclusion[0].numpy(), self._outside)
-        self.n_weights_ = sum(len(net) for net in state.model.nets) - len(state.model.nets[1:])
-        self.acceptance_ = self._draws.acceptance
-        self.evidence_curve_ = np.array(self._fitted.curve)
-        self.evidence_ = state.evidence
-        self.n_iter_ = state.steps
-        self._remarks: list[str] = []
 
     def _by_feature(self, inside: Floats, outside: Floats) -> Floats:
         """One number per feature: of its numbers that entered and those that did not, the largest; constants 0."""
@@ -324,9 +308,7 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
     def summary(self, top: int = 10) -> str:
         """Features by inclusion, as a table; all that are used and the ``top`` likeliest of those that are not."""
         check_is_fitted(self)
-        weights = np.zeros(len(self.inclusion_))
-        np.add.at(weights, self._encoding.origin[self._active.numpy()], self._fitted.state.model.nets[0].used().numpy())
-        table = table_of(self._names(), self.inclusion_, weights, top)
+        table = table_of(self._names(), self.inclusion_, self._weights_by_feature(), top)
         return "\n".join([table, f"{self.n_weights_} weights, evidence {self.evidence_:.1f} nats", *self._remarks])
 
     def plot_inclusion(self, *, top: int = 20, ax: Any = None) -> Any:
@@ -334,13 +316,119 @@ class SparseBNN(BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self)
         return bars(self._names(), self.inclusion_, top, ax)
 
+    def _get_support_mask(self) -> npt.NDArray[np.bool_]:
+        """Features with inclusion above one half: what `transform`, `get_support` and `get_feature_names_out` give."""
+        check_is_fitted(self)
+        mask: npt.NDArray[np.bool_] = self.inclusion_ > 0.5
+        return mask
+
+    def effect(self, feature: Any) -> Effect:
+        """Mean prediction while one feature takes each value and the others are as they come, with 90 % intervals.
+
+        Args:
+            feature: name or index.
+        """
+        check_is_fitted(self)
+        names = self._names()
+        j = names.index(feature) if feature in names else feature
+        if not isinstance(j, Integral) or not 0 <= int(j) < len(names):
+            raise OckhamError(f"effect: no feature {feature!r}; there are {', '.join(names[:8])}")
+        return effect(self._shown, self._sample, self._encoding, int(j), names[int(j)])
+
+    def plot_effects(self, *, top: int = 6, ax: Any = None) -> Any:
+        """Effect curves of the ``top`` likeliest features that are used, side by side; returns the matplotlib axes."""
+        from matplotlib import pyplot
+
+        chosen = self._used()[:top]
+        if ax is None:
+            count = max(1, len(chosen))
+            ax = pyplot.subplots(1, count, figsize=(3.2 * count, 2.8), sharey=True, layout="constrained")[1]
+        for axes, j in zip(np.atleast_1d(ax), chosen, strict=False):
+            paint(axes, self.effect(j), "#2f5fd0")
+        return ax
+
+    def report(self, path: Any, X: Any = None, y: Any = None) -> Path:  # noqa: N803
+        """Write a page about the model: inputs and how sure, effects, noise, calibration, what was left out and why.
+
+        Args:
+            path: where to write the HTML file.
+            X: rows that the model was not fitted to, for the calibration of its intervals.
+            y: their targets.
+
+        Returns:
+            The path.
+
+        Raises:
+            OckhamError: the folder does not exist.
+        """
+        check_is_fitted(self)
+        used, names = self._used(), self._names()
+        pair, curves = strongest_pair(self._shown, self._sample, self._encoding, used), []
+        if pair is not None:
+            column = int((self._encoding.origin == pair[1]).nonzero()[0][0])
+            for q, word in ((0.1, "low"), (0.5, "middle"), (0.9, "high")):
+                rows = self._sample.copy()
+                rows[:, column] = np.quantile(rows[:, column], q)
+                shown = effect(self._shown, rows, self._encoding, pair[0], names[pair[0]])
+                curves.append((f"{names[pair[1]]} {word}", shown))
+        facts = Facts(
+            title=f"{type(self).__name__}: what it found",
+            names=names,
+            inclusion=self.inclusion_,
+            weights=self._weights_by_feature(),
+            why=self._why(),
+            tiles=[
+                ("inputs used", str(len(used)), f"of {len(names)}"),
+                ("weights", str(self.n_weights_), "of the network that predicts"),
+                ("evidence", f"{self.evidence_:.1f}", "nats"),
+            ],
+            effects=[self.effect(j) for j in used],
+            pair=curves,
+            noise=self._noise_effects(),
+            target=self._target.shown_as,
+            coverage=None if X is None else self._coverage(X, y),
+            remarks=self._remarks,
+        )
+        return page_of(facts, path)
+
+    def _used(self) -> list[int]:
+        """Features that are used, the likeliest first."""
+        check_is_fitted(self)
+        weights = self._weights_by_feature()
+        return [int(j) for j in np.argsort(-self.inclusion_, kind="stable") if weights[j] > 0]
+
+    def _weights_by_feature(self) -> Floats:
+        weights = np.zeros(len(self.inclusion_))
+        np.add.at(weights, self._encoding.origin[self._active.numpy()], self._fitted.state.model.nets[0].used().numpy())
+        return weights
+
+    def _why(self) -> list[str]:
+        """Why features are not used."""
+        found, numbers = [], self._encoding.names
+        active = set(self._active.tolist())
+        for j in range(self.n_features_in_):
+            mine = (self._encoding.origin == j).nonzero()[0]
+            if self._scaling.constant[mine].all():
+                found.append("it is constant")
+            elif all(self._same_as[i] != i for i in mine):
+                found.append(f"it says the same as {numbers[self._same_as[mine[0]]]}")
+            elif not any(int(i) in active for i in mine):
+                found.append("screening found no evidence for a term of it")
+            else:
+                found.append("without it the evidence is higher")
+        return found
+
+    def _noise_effects(self) -> list[Effect]:
+        """Effects on the size of the noise, where there is one."""
+        return []
+
     def _names(self) -> list[str]:
         given = getattr(self, "feature_names_in_", None)
         return [str(n) for n in given] if given is not None else [f"x{j}" for j in range(self.n_features_in_)]
 
     def _inputs(self, X: Any) -> Tensor:  # noqa: N803
         check_is_fitted(self)
-        x = self._encoding.apply(self._parts(X, reset=False), self._names())
+        x = self._encoding.apply(self._parts(X, reset=False), self._names(), self._active.numpy())
         return self._scaling.apply(x)[:, self._active].double()
 
     def __sklearn_tags__(self) -> Any:

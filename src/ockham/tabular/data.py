@@ -84,10 +84,18 @@ class Encoding:
             found += [name if label is None else f"{name}={label}" for label in labels]
         return Encoding(tuple(columns), np.array(origin, dtype=np.intp), tuple(found)), np.concatenate(numbers, 1)
 
-    def apply(self, parts: list[Any], names: list[str]) -> Floats:
-        """Numbers [n, q] of another table with the same columns; levels not seen are named in a warning."""
-        pairs = zip(parts, self.columns, names, strict=True)
-        return np.concatenate([_applied(part, column, name) for part, column, name in pairs], 1)
+    def apply(self, parts: list[Any], names: list[str], wanted: npt.NDArray[np.intp] | None = None) -> Floats:
+        """Numbers [n, q] of another table with the same columns; levels not seen are named in a warning.
+
+        Args:
+            parts: columns of the table.
+            names: their names.
+            wanted: columns of numbers that anybody reads, 0 in all others; None: all.
+        """
+        found = np.zeros((len(parts[0]), len(self.origin)))
+        for j in np.unique(self.origin if wanted is None else self.origin[wanted]):
+            found[:, self.origin == j] = _applied(parts[j], self.columns[j], names[j])
+        return found
 
 
 def columns_of(x: Any) -> list[Any] | None:
@@ -174,8 +182,8 @@ def _applied(part: Any, column: _Column, name: str) -> Floats:
     if column.means is not None:
         coded: Floats = np.where(index[:, None] < 0, 0.0, column.means[index])
         return coded
-    shown: Floats = (index[:, None] == np.arange(1, len(column.levels))).astype(np.float64)
-    return shown
+    numbers: Floats = (index[:, None] == np.arange(1, len(column.levels))).astype(np.float64)
+    return numbers
 
 
 def _is_missing(value: Any) -> bool:

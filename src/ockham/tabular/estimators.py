@@ -12,43 +12,45 @@ import numpy.typing as npt
 import torch
 from sklearn.base import ClassifierMixin, RegressorMixin, clone
 from sklearn.utils._param_validation import StrOptions
-from sklearn.utils.class_weight import compute_sample_weight
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, check_consistent_length, check_is_fitted
 
 from ockham.errors import OckhamError, OckhamWarning
 from ockham.tabular.base import SparseBNN
-from ockham.tabular.data import Floats, Scaling, outlying
-from ockham.tabular.likelihoods import Classes, Gaussian, Likelihood, Student, resolution
+from ockham.tabular.data import Floats, outlying
+from ockham.tabular.explaining import Effect, effect
 from ockham.tabular.model import Table
 from ockham.tabular.predicting import interval, log_density, moments, noise_std
+from ockham.tabular.targets import ClassTarget, NumberTarget
 
 __all__ = ["SparseBNNClassifier", "SparseBNNRegressor"]
 
 _HEAVY = 3.0  # degrees of freedom
-_CLIP = 5.0  # standard deviations of targets that inputs are screened against, where there are outliers
 _CORRUPT = 15.0
 
 
 class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
     """Sparse Bayesian network for a number, with its uncertainty and the inclusion probability of every feature.
 
-    Works without tuning from a hundred to a hundred thousand rows and up to thousands of columns: inputs and target are
-    standardised inside, columns are screened by evidence, several spike-and-slab networks are fitted side by side, the
-    best by evidence goes on, and what is likelier out than in is removed.
+    Works without tuning from a hundred to a hundred thousand rows and up to thousands of columns, and takes tables as
+    they come (`fit`): columns are screened by evidence, units come and weights go as long as the evidence of the whole
+    network rises, and predictions average networks drawn from the posterior of what is left.
 
     PARAMETERS
     Attributes:
-        inclusion_: probability that a feature is used, shape [n_features_in_]: the path rule through the network.
+        inclusion_: probability that a feature is used, shape [n_features_in_]: evidences of the network with and
+            without it, and with its stand-ins.
         feature_importances_: the same, under scikit-learn's name.
-        n_weights_: weights of the network that predicts.
-        evidence_: ELBO of the fit with equal noise, nats; `evidence_curve_` its course.
+        n_weights_: number of weights of the network that predicts, those of its noise included.
+        n_noise_weights_: number of weights that move the size of the noise.
+        evidence_: ln of the evidence of the network and its structure (Laplace), nats; `evidence_curve_` its course.
+        inclusion_by_target_: `inclusion_` of each of several targets, shape [k, n_features_in_].
         noise_std_: standard deviation of the noise (root mean square over rows), in units of the target.
         noise_inclusion_: probability that a feature moves the size of the noise, shape [n_features_in_].
         noise_freedom_: degrees of freedom of the noise (Student's t), mean over draws; large means Gaussian.
-        acceptance_: of the chain that drew the networks; None where weights are drawn independently (none or more than
-            1500 live, or rows times (50 + weights) exceed four million).
-        n_iter_: steps taken.
+        acceptance_: mean acceptance of the chains that drew the networks; None where draws are Gaussian about the mode
+            (rows times weights exceed 400,000).
+        n_iter_: number of second-order steps taken.
 
     >>> import numpy as np
     >>> rng = np.random.default_rng(0)
@@ -148,8 +150,8 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
         return self._noise_std * self._units()[1]
 
     def _units(self) -> tuple[float, float]:
-        scale: Scaling = self._target_scaling
-        return float(scale.mean[0]), float(scale.std[0])
+        assert isinstance(self._target, NumberTarget)
+        return self._target.units
 
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> SparseBNNRegressor:  # noqa: N803
         """Go on with more rows. A sample of at most 10,000 of all rows so far is kept and counts for all of them.
@@ -173,28 +175,10 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
         tags.target_tags.multi_output = True
         return tags
 
-    def _targets(self, y: Any, classes: Any, first: bool) -> Floats:
-        return np.asarray(y, dtype=np.float64)
+    def _target_of(self, y: Any, classes: Any) -> NumberTarget:
+        return NumberTarget()
 
-    def _coded_target(self, target: Floats, weight: Floats) -> Floats:
-        centred = target - weight @ target / weight.sum()
-        result: Floats = centred[:, None]
-        return result
-
-    def _scaled_target(self, y: Floats, weight: Floats, first: bool) -> torch.Tensor:
-        if first:
-            far = outlying(y, weight)
-            self._heavy = bool(far.any())
-            self._target_scaling = Scaling.of(y[~far, None], weight[~far])
-        return self._target_scaling.apply(y[:, None])[:, 0].double()
-
-    def _likelihood(self, y: torch.Tensor) -> Likelihood:
-        return Student(resolution(y)) if self._heavy else Gaussian(resolution(y))
-
-    def _outputs(self) -> int:
-        return 1
-
-    def _more_stock(self, table: Table) -> None:
+    def _more_stock(self, table: Table, x: Floats, target: Floats) -> None:
         self.noise_inclusion_ = self._by_feature(self._fitted.inclusion[1].numpy(), np.zeros(len(self._outside)))
         self.noise_freedom_ = float((2 + self._draws.vectors[:, -1].exp()).mean())
         self.n_noise_weights_ = len(self._fitted.state.model.nets[1]) - 1
@@ -207,13 +191,9 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
         )
         if self.noise_freedom_ < _HEAVY:
             self._remarks.append("tails are very heavy: look at rows of low log_density; the mean may give them up")
-
-    def _screened_target(self, y: torch.Tensor) -> torch.Tensor:
-        return (y.clamp(-_CLIP, _CLIP) if self._heavy else y).unsqueeze(1)
-
-    def _look_at(self, x: Floats, target: Floats) -> None:
         far = outlying(target, np.ones(len(target))).nonzero()[0]
-        if not self._heavy or not len(far):
+        assert isinstance(self._target, NumberTarget)
+        if not self._target.heavy or not len(far):
             return
         inputs = self._scaling.apply(x[far])[:, self._active].double()
         centre, std = self._units()
@@ -233,6 +213,29 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
                 stacklevel=4,
             )
 
+    def _shown(self, rows: Floats) -> Floats:
+        inputs = self._scaling.apply(rows)[:, self._active].double()
+        centre, std = self._units()
+        said: Floats = torch.cat([o[..., 0] for o in self._draws.outputs(inputs)], 1).numpy() * std + centre
+        return said
+
+    def _noise_effects(self) -> list[Effect]:
+        def sizes(rows: Floats) -> Floats:
+            inputs = self._scaling.apply(rows)[:, self._active].double()
+            parts = [s * (f / (f - 2)).sqrt() for _, s, f in self._draws.with_scales(inputs)]
+            spread: Floats = torch.cat(parts, 1).numpy() * self._units()[1]
+            return spread
+
+        moving = (self.noise_inclusion_ > 0.5).nonzero()[0]
+        return [effect(sizes, self._sample, self._encoding, int(j), self._names()[j]) for j in moving]
+
+    def _coverage(self, X: Any, y: Any) -> tuple[Floats, Floats]:  # noqa: N803
+        nominal, inside = np.array([0.5, 0.8, 0.9, 0.95, 0.99]), []
+        for share in nominal:
+            lower, upper = self.predict_interval(X, float(share))
+            inside.append(float(np.mean((lower <= np.asarray(y)) & (np.asarray(y) <= upper))))
+        return nominal, np.array(inside)
+
 
 class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
     """Sparse Bayesian network for classes; everything else as `SparseBNNRegressor`.
@@ -240,12 +243,12 @@ class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
     PARAMETERS
     Attributes:
         classes_: labels, sorted.
-        inclusion_: probability that a feature is used, shape [n_features_in_]: the path rule through the network.
+        inclusion_: probability that a feature is used, shape [n_features_in_]; as there.
         feature_importances_: the same, under scikit-learn's name.
         n_weights_: weights of the network that predicts.
-        evidence_: its ELBO, nats; `evidence_curve_` its course.
-        acceptance_: of the chain that drew the networks, as there.
-        n_iter_: steps taken.
+        evidence_: ln of the evidence of the network and its structure, nats; `evidence_curve_` its course.
+        acceptance_: mean acceptance of the chains that drew the networks, as there.
+        n_iter_: number of second-order steps taken.
     """
 
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
@@ -291,9 +294,6 @@ class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
         )
         self.class_weight = class_weight
 
-    def _class_weights(self, y: Any) -> Any:
-        return compute_sample_weight(self.class_weight, y)
-
     def predict_proba(self, X: Any) -> npt.NDArray[np.float64]:  # noqa: N803
         """Posterior predictive probabilities [n, classes], averaged over networks."""
         inputs, parts = self._inputs(X), []
@@ -314,43 +314,33 @@ class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
         """Go on with more rows; the first call needs all ``classes`` that will ever come."""
         return self._partial_fit(X, y, sample_weight, classes)
 
-    def _targets(self, y: Any, classes: Any, first: bool) -> Floats:
+    def _target_of(self, y: Any, classes: Any) -> ClassTarget:
         check_classification_targets(y)
-        if first:
-            found = np.unique(y if classes is None else classes)
-            if len(found) < 2:
-                raise OckhamError(
-                    f"{type(self).__name__} needs samples of at least 2 classes in the data, but the data "
-                    f"contains only one class: {found[0]!r}"
-                )
-            self.classes_ = found
-        index = np.searchsorted(self.classes_, y).clip(0, len(self.classes_) - 1)
-        strange = self.classes_[index] != y
-        if strange.any():
-            raise OckhamError(f"label {np.asarray(y)[strange][0]!r} is not among the classes {list(self.classes_)}")
-        result: Floats = index.astype(np.float64)
-        return result
+        self.classes_ = np.unique(y if classes is None else classes)
+        if len(self.classes_) < 2:
+            raise OckhamError(
+                f"{type(self).__name__} needs samples of at least 2 classes in the data, but the data "
+                f"contains only one class: {self.classes_[0]!r}"
+            )
+        return ClassTarget(self.classes_)
 
-    def _coded_target(self, target: Floats, weight: Floats) -> Floats:
-        member = (target[:, None] == np.arange(1, len(self.classes_))).astype(np.float64)
-        result: Floats = member - weight @ member / weight.sum()
-        return result
+    def _more_stock(self, table: Table, x: Floats, target: Floats) -> None:
+        """Classes have no more than all."""
 
-    def _scaled_target(self, y: Floats, weight: Floats, first: bool) -> torch.Tensor:
-        return torch.from_numpy(y).long()
+    def _shown(self, rows: Floats) -> Floats:
+        inputs = self._scaling.apply(rows)[:, self._active].double()
+        parts = [
+            torch.sigmoid(o[..., 0]) if o.shape[2] == 1 else o.softmax(2)[..., -1] for o in self._draws.outputs(inputs)
+        ]
+        said: Floats = torch.cat(parts, 1).numpy()
+        return said
 
-    def _likelihood(self, y: torch.Tensor) -> Likelihood:
-        return Classes()
-
-    def _outputs(self) -> int:
-        return 1 if len(self.classes_) == 2 else len(self.classes_)
-
-    def _more_stock(self, table: Table) -> None:
-        """Nothing that all have not."""
-
-    def _screened_target(self, y: torch.Tensor) -> torch.Tensor:
-        onehot = torch.nn.functional.one_hot(y, len(self.classes_)).float()
-        return onehot[:, 1:] if len(self.classes_) == 2 else onehot
+    def _coverage(self, X: Any, y: Any) -> tuple[Floats, Floats]:  # noqa: N803
+        """Mean probability of the predicted class in bins of it, and how often it is right."""
+        said, right = self.predict_proba(X).max(1), self.predict(X) == np.asarray(y)
+        place = np.minimum((said * 10).astype(int), 9)
+        bins = [place == k for k in range(10) if (place == k).any()]
+        return np.array([said[b].mean() for b in bins]), np.array([right[b].mean() for b in bins])
 
 
 _PARAMETERS = """Args:

@@ -19,12 +19,12 @@ from ockham.tabular.search import Effort, State, prune, search, settle
 __all__ = ["Fitted", "OnStep", "Plan", "drawn", "fit"]
 
 _FIRST_ROWS, _NOISE_ROWS = 1500, 6000
-_WORK = 6e10  # rows times weights times (weights + overhead) of all steps on a large table
+_WORK = 3e10  # rows times weights times (weights + overhead) of all steps on a large table
 _OVERHEAD = 60
 _NOISE_UNITS = 16
 _SETTLE = 20
 _CHAINS, _WARMUP, _LEAPS = 8, 12, (6, 14)
-_MOST_DRAWN = 1.5e6  # rows times weights from where draws are Gaussian about the mode
+_MOST_DRAWN = 4e5  # rows times weights from where draws are Gaussian about the mode
 _STIFFEN = 0.1
 
 OnStep = Callable[[int, int, float], None]
@@ -156,7 +156,7 @@ def _on(table: Table, state: State) -> State:
 
 def _affordable(state: State, plan: Plan) -> int:
     """Steps until which a search may go on."""
-    size = len(state.vector)
+    size = 2 * len(state.vector)  # that it has before what came goes again
     return min(plan.steps, state.steps + int(_WORK / (len(state.model.table.x) * size * (size + _OVERHEAD))))
 
 

@@ -16,7 +16,7 @@ __all__ = ["Effort", "State", "grow", "input_removals", "prune", "search", "sett
 
 _TOLERANCE, _ROUGH = 0.01, 0.05  # nats: of a mode, and of a mode on trial
 _TRIAL_STEPS, _GROWTH_STEPS = 6, 8
-_MARGIN = 0.5  # nats: what more units must bring
+_MARGIN, _MARGIN_PER_ROW = 0.5, 2e-4  # nats: what more units must bring
 _RANDOM_UNITS = 200
 _REFUSALS = 3
 _FIRST_UNITS = 4
@@ -132,7 +132,7 @@ def search(state: State, t: int, most: int, effort: Effort) -> State:
         if more <= 0:
             break
         trial = prune(grow(state, t, more, effort.generator, effort.smooth), (t,))
-        better = trial.evidence > state.evidence + _MARGIN
+        better = trial.evidence > state.evidence + _MARGIN + _MARGIN_PER_ROW * len(trial.model.table.x)
         state, failed = (trial, 0) if better else (replace(state, steps=trial.steps), failed + 1)
         effort.on_state(state)
     return state
