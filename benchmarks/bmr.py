@@ -38,14 +38,12 @@ import ockham
 from ockham.choose.rules import EvidenceRule, Rule
 from ockham.core.likelihood import Classification
 from ockham.core.posterior import Posterior
-from ockham.evidence.gaussian import delta_f
-from ockham.evidence.hyper import beta_log_odds_published
+from ockham.evidence.gaussian import beta_log_odds_published, delta_f
 from ockham.fit.optimizer import VariationalOptimizer
 from ockham.fit.priors import FixedPrior, LayerScale
 from ockham.methods.horseshoe import HorseshoeNetwork, fit_horseshoe
-from ockham.run.engine import Reducer
+from ockham.run.engine import Reducer, Trainer
 from ockham.run.measure import classification_summary, ece_equal_mass, mean_predictor, posterior_predictor
-from ockham.run.trainer import Trainer
 from ockham.zoo.data import Batches, Dataset, load_folder
 from ockham.zoo.networks import NETWORKS
 

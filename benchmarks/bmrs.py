@@ -48,7 +48,7 @@ from ockham.methods.gates.training import (
 )
 from ockham.run.job import Batches
 from ockham.run.measure import mean_predictor, measures
-from ockham.surgery.cost import latencies
+from ockham.surgery.shrinking import latencies
 from ockham.zoo.data import digits, load_folder
 from ockham.zoo.networks import NETWORKS
 

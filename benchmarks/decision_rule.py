@@ -32,7 +32,7 @@ from torch import Tensor, nn
 import ockham
 from cifar import given, parts
 from ockham.choose.correlated import reduced
-from ockham.choose.score import by_delta_f, by_snr, score
+from ockham.choose.rules import by_delta_f, by_snr, score
 from ockham.core.posterior import Posterior
 from ockham.fit.optimizer import VariationalOptimizer
 from ockham.methods.laplace.one_shot import unscored, with_means

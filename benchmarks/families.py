@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 import ockham
-from ockham.surgery.comparing import difference, still, tensors_of
+from ockham.surgery.copies import difference, still, tensors_of
 from ockham.surgery.groups import plan_masks
 
 RESULTS = Path(__file__).parent / "results" / "families"

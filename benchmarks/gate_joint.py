@@ -45,7 +45,7 @@ from ockham.core.posterior import Posterior
 from ockham.evidence.gaussian import delta_f
 from ockham.methods.gates import lognormal
 from ockham.methods.gates.attach import Gates
-from ockham.methods.gates.curve import without
+from ockham.methods.gates.report import without
 from ockham.zoo.data import Batches, digits
 from ockham.zoo.networks import NETWORKS
 

@@ -20,8 +20,7 @@ from pathlib import Path
 
 import torch
 
-from ockham.cli.build import build_job
-from ockham.cli.options import Options
+from ockham.cli.build import Options, build_job
 
 RESULTS = Path(__file__).parent / "results" / "main_job"
 

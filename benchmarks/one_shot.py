@@ -103,7 +103,7 @@ DIAGONAL, KRONECKER = ("diagonal", "mean-square", "monte-carlo"), ("kronecker", 
 METHODS: dict[str, tuple[tuple[str, str, str], Callable]] = {
     "magnitude": (DIAGONAL, plain(ockham.by_magnitude)),
     "diagonal, P mean^2 (`ockham.reduce`)": (DIAGONAL, partial(in_rounds, 8)),
-    "diagonal, delta_f order": (DIAGONAL, plain(ockham.choose.score.by_delta_f)),
+    "diagonal, delta_f order": (DIAGONAL, plain(ockham.choose.rules.by_delta_f)),
     "diagonal, prior by evidence, P mean^2": (("diagonal", "evidence", "monte-carlo"), partial(in_rounds, 8)),
     "diagonal, empirical Fisher, P mean^2": (("diagonal", "mean-square", "empirical"), partial(in_rounds, 8)),
     "Kronecker, P mean^2, survivors stay": (KRONECKER, plain(ockham.by_snr)),

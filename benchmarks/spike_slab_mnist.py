@@ -21,19 +21,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ockham.choose.paths import living
 from ockham.choose.prices import FlatPrice, Structures
-from ockham.choose.rules import BudgetRule, Rounds, Rule
-from ockham.choose.score import Evidence
+from ockham.choose.rules import BudgetRule, Evidence, Rounds, Rule
+from ockham.choose.units import living
 from ockham.core.files import read_tree, write_tree
-from ockham.methods.laplace.full import Correlated
-from ockham.methods.spike_slab.inclusion import MedianRule
+from ockham.methods.laplace.posterior import Correlated
 from ockham.methods.spike_slab.optimizer import spike_slab
-from ockham.methods.spike_slab.priors import FixedSpikeSlab, LearnedSpikeSlab
-from ockham.run.compression import Compression
-from ockham.run.estimators import Training
+from ockham.methods.spike_slab.priors import FixedSpikeSlab, LearnedSpikeSlab, MedianRule
+from ockham.run.compression import Compression, Training
+from ockham.run.folder import stored_values
 from ockham.run.measure import mean_predictor, measures, posterior_predictor
-from ockham.run.result import stored_values
 from ockham.zoo.data import Batches, load_folder
 
 RESULTS = Path(__file__).parent / "results" / "spike_slab"

@@ -28,17 +28,14 @@ from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 import ockham
-from ockham.choose.paths import chain_weights, node_inclusion
-from ockham.choose.rules import BudgetRule, Rounds
-from ockham.choose.score import score
+from ockham.choose.rules import BudgetRule, Rounds, score
+from ockham.choose.units import chain_weights, node_inclusion
 from ockham.errors import OckhamWarning
 from ockham.evidence.exact import exact_inclusion as exact
-from ockham.methods.spike_slab.inclusion import MedianRule
 from ockham.methods.spike_slab.optimizer import SpikeSlab, spike_slab
-from ockham.methods.spike_slab.priors import FixedSpikeSlab, LearnedSpikeSlab
-from ockham.run.compression import Compression
+from ockham.methods.spike_slab.priors import FixedSpikeSlab, LearnedSpikeSlab, MedianRule
+from ockham.run.compression import Compression, Training, mean_field, point_estimate
 from ockham.run.engine import Compressed
-from ockham.run.estimators import Training, mean_field, point_estimate
 from ockham.run.measure import corruption_shift, mean_predictor, measures, posterior_predictor
 from ockham.run.shift import corrupt
 from ockham.zoo.data import Batches, Dataset, digits, load_folder

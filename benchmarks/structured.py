@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import ockham
 from cifar import accuracy, given, parts
-from ockham.surgery.cost import cost, latencies
+from ockham.surgery.shrinking import cost, latencies
 from ockham.zoo.data import Batches
 from ockham.zoo.networks import NETWORKS
 

@@ -28,8 +28,8 @@ import ockham
 from ockham.choose.units import all_masks
 from ockham.core.files import read_tree, write_tree
 from ockham.run.job import structures_name
-from ockham.surgery.cost import cost, latencies
 from ockham.surgery.exporting import sparse_linear
+from ockham.surgery.shrinking import cost, latencies
 from ockham.zoo.data import Batches, load_folder
 from ockham.zoo.networks import NETWORKS
 

@@ -22,7 +22,7 @@ import torch
 
 import ockham
 from cifar import accuracy, given, parts
-from ockham.surgery.cost import cost, latencies
+from ockham.surgery.shrinking import cost, latencies
 from ockham.zoo.data import Batches
 
 RESULTS = Path(__file__).parent / "results" / "structures_resnet"

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import ockham
 from ockham.choose.prices import Price, UnitCosts
 from ockham.choose.units import StructureEvidence
-from ockham.surgery.cost import cost
+from ockham.surgery.shrinking import cost
 from ockham.zoo.paper import CharTransformer
 
 RESULTS = Path(__file__).parent / "results" / "transformer"

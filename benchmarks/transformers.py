@@ -38,15 +38,19 @@ sys.path[:] = [
 import torch
 from torch import Tensor, nn
 
-from ockham.methods.blocks.allocation import shares_for
 from ockham.methods.blocks.cases import Case, Objective, cases_from, objective_for
-from ockham.methods.blocks.curvature import weights_of
-from ockham.methods.blocks.damping import kind_of
-from ockham.methods.blocks.reduction import Orders, inputs_of_stage, reduce_blocks_
+from ockham.methods.blocks.curvature import Stream, prepared, weights_of
+from ockham.methods.blocks.reduction import (
+    Orders,
+    Study,
+    inputs_of_stage,
+    loss_of,
+    reduce_blocks_,
+    study,
+    study_damping,
+)
 from ockham.methods.blocks.solve import Damping, NofM
-from ockham.methods.blocks.stop import TERMS_PER_WEIGHT
-from ockham.methods.blocks.stream import Stream, prepared
-from ockham.methods.blocks.study import Study, loss_of, study, study_damping
+from ockham.methods.blocks.stop import TERMS_PER_WEIGHT, kind_of, shares_for
 
 RESULTS = Path(__file__).parent / "results" / "transformers"
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -46,12 +46,12 @@ HEAVY = (
     "tensorboard",
     "onnx",
 )
-LINES = 610  # an idea may take some six hundred; a longer file is two
+LINES = 620  # an idea may take some six hundred; a longer file is two
 
 # Ratchets: what was reached. They may fall, not rise.
 ARGUMENTS = 16
 FACADE = 50
-FILES_AT_MOST = 175
+FILES_AT_MOST = 120
 USED_ONCE = 0.21  # share of functions that are private helpers with one use
 DEFINED_TWICE = 36  # public names that two modules define
 

@@ -11,8 +11,7 @@ from typing import Any
 
 from ockham.choose.planning import plan
 from ockham.choose.prices import Structures
-from ockham.choose.rules import BudgetRule, EvidenceRule, Rounds
-from ockham.choose.score import diagnose, score
+from ockham.choose.rules import BudgetRule, EvidenceRule, Rounds, diagnose, score
 from ockham.core.batch import Batch
 from ockham.core.likelihood import Classification, Loss, Regression
 from ockham.core.posterior import Posterior, load_posterior
@@ -26,13 +25,12 @@ from ockham.methods.blocks.prune import prune
 from ockham.methods.gates.attach import Gates, attach_gates
 from ockham.methods.laplace.one_shot import compensate, laplace, reduce
 from ockham.methods.spike_slab.audit import audit
-from ockham.methods.spike_slab.inclusion import inclusion
 from ockham.methods.spike_slab.optimizer import SpikeSlab
+from ockham.methods.spike_slab.priors import inclusion
 from ockham.moved import install as _install_moved
-from ockham.run.compression import Compression, compress
+from ockham.run.compression import Compression, Training, compress
 from ockham.run.engine import Compressed
-from ockham.run.estimators import Training
-from ockham.run.result import load, save_pretrained
+from ockham.run.folder import load, save_pretrained
 from ockham.surgery import Plan, export, mask, shrink, trace, verify
 from ockham.version import __version__
 

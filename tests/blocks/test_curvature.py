@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ockham.methods.blocks.cases import Case, Objective, cases_from, objective_for
-from ockham.methods.blocks.curvature import map_of, weights_of
-from ockham.methods.blocks.matrices import Use, Using, add_gram_, symmetric
-from ockham.methods.blocks.stream import Stream, find_blocks, prepared
-from ockham.methods.blocks.study import Study, study
+from ockham.methods.blocks.curvature import Stream, find_blocks, map_of, prepared, weights_of
+from ockham.methods.blocks.reduction import Study, study
+from ockham.methods.blocks.solve import Use, Using, add_gram_, symmetric
 
 from .networks import KINDS, batches, ids, network
 

@@ -16,11 +16,10 @@ from torch import nn
 from ockham.core.batch import Batch
 from ockham.core.likelihood import Loss
 from ockham.errors import DataError, OckhamError
-from ockham.methods.blocks.allocation import cost_sample, predicted, shares_for
 from ockham.methods.blocks.job import PruneProgress, PruneSettings
 from ockham.methods.blocks.prune import prune
 from ockham.methods.blocks.solve import Damping
-from ockham.methods.blocks.stop import Shot, best_shot, shot_from, shots
+from ockham.methods.blocks.stop import Shot, best_shot, cost_sample, predicted, shares_for, shot_from, shots
 
 from .networks import KINDS, TOKENS, batches, ids, network
 

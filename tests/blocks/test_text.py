@@ -11,8 +11,8 @@ import torch
 
 from ockham.errors import DataError, OckhamError
 from ockham.methods.blocks.job import PruneProgress, PruneSettings
+from ockham.methods.blocks.prune import prune_folder, read_text, token_measures, token_windows
 from ockham.methods.blocks.solve import Damping
-from ockham.methods.blocks.text import prune_folder, read_text, token_measures, token_windows
 
 from .networks import TOKENS, ids, network
 

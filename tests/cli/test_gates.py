@@ -10,8 +10,7 @@ from typer.testing import CliRunner
 
 import ockham
 from ockham.cli.app import app
-from ockham.cli.build import build_job
-from ockham.cli.options import Options
+from ockham.cli.build import Options, build_job
 from ockham.errors import OckhamError, ResultError
 from ockham.methods.gates.report import gate_sections
 from ockham.report.html import write_report

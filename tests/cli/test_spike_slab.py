@@ -49,8 +49,7 @@ def test_structures_go_with_the_median_model(ockham, tmp_path):
 @pytest.mark.filterwarnings("ignore::ockham.errors.OckhamWarning")
 def test_the_network_is_handed_out_without_hooks_and_training_goes_on():
     from ockham.methods.spike_slab.optimizer import spike_slab
-    from ockham.run.compression import Compression
-    from ockham.run.estimators import Training
+    from ockham.run.compression import Compression, Training
     from ockham.zoo.data import Batches
 
     data = digits()

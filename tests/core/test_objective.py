@@ -14,7 +14,7 @@ from torch import nn
 import ockham
 from ockham.core.batch import Batch
 from ockham.core.likelihood import Classification, Regression
-from ockham.core.modes import train_
+from ockham.core.network import train_
 from ockham.core.objective import blame, objective_of
 from ockham.core.scaling import TargetStatistics, find_head, rescale_, rescaled
 from ockham.errors import DataError, NonFiniteLossError, OckhamError, OckhamWarning

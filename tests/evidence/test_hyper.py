@@ -7,7 +7,7 @@ import torch
 from scipy.special import digamma, expit
 
 from ockham.errors import OckhamError
-from ockham.evidence.hyper import beta_log_odds, beta_log_odds_published, remove_by_log_odds
+from ockham.evidence.gaussian import beta_log_odds, beta_log_odds_published, remove_by_log_odds
 
 DELTA = torch.tensor([3.0, 1.0, 0.2, -0.5, -4.0, -30.0])
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ockham.core import lock
+from ockham.core import seal as lock
 from ockham.core.files import read_tree, write_bytes, write_json
 from ockham.core.seal import CHECKPOINTS, COMMITTED, MANIFEST, read_seal, sealed
 from ockham.errors import OckhamError, OckhamWarning, ResultError

@@ -29,14 +29,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 import ockham
-from ockham.cli.options import read_config
+from ockham.cli.build import read_config
 from ockham.core.files import read_tree, write_tree
-from ockham.core.lock import FolderLock, holder_of
 from ockham.core.posterior import Gaussian, Posterior
-from ockham.core.seal import sealed
+from ockham.core.seal import FolderLock, holder_of, sealed
 from ockham.run.engine import Compressed
-from ockham.run.folder import ResultFolder
-from ockham.run.result import save_network
+from ockham.run.folder import ResultFolder, save_network
 from ockham.run.schema import read_result
 from ockham.run.weights import read_weights
 from ockham.zoo.data import load_folder

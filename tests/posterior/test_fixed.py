@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import ockham
-from ockham.core.fixed import fixed_entries
+from ockham.core.network import fixed_entries
 from ockham.core.posterior import load_posterior
 
 IDS = torch.tensor([[1, 2, 0, 0], [3, 1, 2, 0], [4, 0, 0, 0]])

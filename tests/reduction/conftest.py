@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ockham.choose.score import score
+from ockham.choose.rules import score
 from ockham.core.posterior import Gaussian, Posterior
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import ockham
-from ockham.choose.paths import by_max, by_product, chain_weights, living, node_inclusion
+from ockham.choose.units import by_max, by_product, chain_weights, living, node_inclusion
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError
 from ockham.evidence.exact import exact_inclusion as exact
-from ockham.methods.spike_slab.inclusion import MedianRule
+from ockham.methods.spike_slab.priors import MedianRule
 
 F64 = torch.float64
 

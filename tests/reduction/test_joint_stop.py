@@ -7,7 +7,7 @@ import torch
 
 from ockham.choose import correlated
 from ockham.choose.correlated import joint_delta_f, removed_in_rounds
-from ockham.choose.score import score
+from ockham.choose.rules import score
 from ockham.core.posterior import Gaussian, Posterior, WeightMatrix
 from ockham.evidence.kronecker import conditional_precision, factorised, marginal_variance
 

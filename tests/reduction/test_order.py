@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ockham.choose import order as module
-from ockham.choose.order import smallest
+from ockham.choose import rules as module
+from ockham.choose.rules import smallest
 
 
 def by_sorting(order, candidates, count):

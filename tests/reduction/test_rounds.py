@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ockham.choose.rules import RoundInfo, Rounds, evidence_falls
-from ockham.choose.score import diagnose
+from ockham.choose.rules import RoundInfo, Rounds, diagnose, evidence_falls
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError
 

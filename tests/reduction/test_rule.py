@@ -5,11 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ockham.choose.rules import BudgetRule, EvidenceRule, LearnedOddsRule, budget_count
-from ockham.choose.score import by_delta_f, by_magnitude, by_random, by_snr, score
+from ockham.choose.rules import (
+    BudgetRule,
+    EvidenceRule,
+    LearnedOddsRule,
+    budget_count,
+    by_delta_f,
+    by_magnitude,
+    by_random,
+    by_snr,
+    score,
+)
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError
-from ockham.evidence.hyper import beta_log_odds
+from ockham.evidence.gaussian import beta_log_odds
 
 RULES = [
     EvidenceRule(),

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ockham.choose.score import by_delta_f, by_magnitude, by_random, by_snr, score
+from ockham.choose.rules import by_delta_f, by_magnitude, by_random, by_snr, score
 from ockham.core.posterior import Posterior
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from ockham.methods.gates import report as gates
 from ockham.report import figures
-from ockham.report.canvas import drawing
+from ockham.report.figures import drawing
 from ockham.run.records import (
     EpochRecord,
     GateCurve,
@@ -77,8 +77,13 @@ ALL = {
 }
 
 
+CANVAS = {"drawing", "integers", "percents", "show_the_rest", "thousands", "ylabel"}  # what figures are drawn with
+
+
 def test_every_figure_is_tested():
-    assert set(ALL) == set(figures.__all__) | {name for name in gates.__all__ if name.endswith("_figure")}
+    assert set(ALL) == {name for name in figures.__all__ if name.islower()} - CANVAS | {
+        name for name in gates.__all__ if name.endswith("_figure")
+    }
 
 
 @pytest.mark.parametrize("name", sorted(ALL))

@@ -451,7 +451,7 @@ def test_every_warning_of_the_diagnosis_has_plain_words(files, write):
     import torch
 
     from ockham import Posterior
-    from ockham.choose.score import diagnose
+    from ockham.choose.rules import diagnose
     from ockham.core.posterior import Gaussian
 
     ones = torch.ones(4)

@@ -21,12 +21,12 @@ from torch import nn
 
 from ockham import shrink, trace
 from ockham.choose.rules import RoundInfo
-from ockham.core.plain import from_plain, to_plain
+from ockham.core.files import from_plain, to_plain
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import ResultError
 from ockham.run import records, schema
-from ockham.run.engine import Compressed
-from ockham.run.facts import NetworkFacts, analysis, history, provenance, structure
+from ockham.run.engine import Compressed, EpochInfo
+from ockham.run.job import NetworkFacts, analysis, history, provenance, structure
 from ockham.run.records import BINS, EpochRecord, HistogramRecord, Measures, ShiftCurve
 from ockham.run.schema import (
     SCHEMA,
@@ -40,7 +40,6 @@ from ockham.run.schema import (
     read_result,
     write_result,
 )
-from ockham.run.trainer import EpochInfo
 from ockham.surgery.groups import plan_masks
 from ockham.zoo.data import Dataset
 
@@ -231,7 +230,7 @@ def test_three_lines_load_the_network(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*this result has no manifest")
 def test_the_three_lines_really_load_a_network(tmp_path):
-    from ockham.run.result import NETWORK, save_network
+    from ockham.run.folder import NETWORK, save_network
     from ockham.zoo.networks import NETWORKS
 
     name = next(iter(NETWORKS))

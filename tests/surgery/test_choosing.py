@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 import ockham
-from ockham.choose.budgets import budget_from
-from ockham.choose.prices import macs_after, parameters_after, unit_costs
+from ockham.choose.prices import budget_from, macs_after, parameters_after, unit_costs
 from ockham.choose.units import choose_units
 from ockham.errors import OckhamWarning
 from ockham.surgery import PlanError
-from ockham.surgery.cost import cost, latencies
+from ockham.surgery.shrinking import cost, latencies
 
 
 def small_cnn() -> nn.Module:

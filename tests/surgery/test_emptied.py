@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import ockham
-from ockham.surgery.folding import plan_unread
 from ockham.surgery.groups import PlanError
+from ockham.surgery.refitting import plan_unread
 
 
 def net():

@@ -10,7 +10,7 @@ import torch
 from scipy import integrate
 
 from ockham.errors import OckhamError
-from ockham.tabular.hamiltonian import hamiltonian
+from ockham.tabular.predicting import hamiltonian
 
 
 def gaussian(seed, d):

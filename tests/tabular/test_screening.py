@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ockham.tabular.screening import screen
+from ockham.tabular.data import screen
 
 
 def screened(x, y):

@@ -11,11 +11,10 @@ import torch
 
 from ockham.errors import NonFiniteLossError
 from ockham.tabular.fitting import Plan, drawn, fit
-from ockham.tabular.inclusion import believed, inclusion
+from ockham.tabular.inclusion import Effort, believed, grow, inclusion, input_removals, prune, search, settle, without
 from ockham.tabular.likelihoods import Classes, Gaussian
 from ockham.tabular.model import Model, Table
 from ockham.tabular.network import Net
-from ockham.tabular.search import Effort, grow, input_removals, prune, search, settle, without
 
 PLAN = Plan(hidden=(8,), outputs=1, restarts=1, steps=400, slab_variance=1.0, left_out=0, patience=1, seed=0)
 

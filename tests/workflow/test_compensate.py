@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import ockham
-from ockham.surgery.cost import cost
+from ockham.surgery.shrinking import cost
 from ockham.zoo.paper import CharTransformer
 
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ockham
-from ockham.choose.score import by_magnitude
+from ockham.choose.rules import by_magnitude
 from ockham.core.files import read_tree, write_tree
-from ockham.core.names import protected_names
+from ockham.core.network import protected_names
 from ockham.errors import DataError, NonFiniteLossError, OckhamError, OckhamWarning
-from ockham.run.estimators import point_estimate
+from ockham.run.compression import point_estimate
 
 QUICK = ockham.Training(epochs=6, learning_rate=1e-2, prior=ockham.FixedPrior(1.0))
 

@@ -16,7 +16,7 @@ from ockham.core.likelihood import Regression
 from ockham.core.objective import Objective
 from ockham.errors import DataError, OckhamError
 from ockham.methods.laplace.curvature import Score
-from ockham.methods.laplace.full import living_curvature, with_marginals
+from ockham.methods.laplace.posterior import living_curvature, with_marginals
 
 NOISE = 0.25
 

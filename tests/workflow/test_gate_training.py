@@ -14,7 +14,7 @@ from ockham.core.likelihood import Classification
 from ockham.errors import OckhamError
 from ockham.methods.gates import lognormal
 from ockham.methods.gates.attach import GATE_RULES, Gates
-from ockham.methods.gates.curve import compression_curve, parameters_left, without
+from ockham.methods.gates.report import compression_curve, parameters_left, without
 from ockham.methods.gates.rules import bmrs_n, bmrs_n_printed, bmrs_u, by_norm, by_taylor, snr_below
 from ockham.methods.gates.training import (
     GateCompression,

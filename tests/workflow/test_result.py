@@ -11,7 +11,7 @@ from torch import nn
 import ockham
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError, OckhamWarning, ResultError
-from ockham.run.result import save_network, stored_values
+from ockham.run.folder import save_network, stored_values
 from ockham.zoo.networks import NETWORKS
 
 

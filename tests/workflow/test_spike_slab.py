@@ -9,9 +9,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import ockham
-from ockham.methods.spike_slab.inclusion import MedianRule
 from ockham.methods.spike_slab.optimizer import spike_slab
-from ockham.methods.spike_slab.priors import FixedSpikeSlab
+from ockham.methods.spike_slab.priors import FixedSpikeSlab, MedianRule
 from ockham.zoo.networks import NETWORKS
 
 

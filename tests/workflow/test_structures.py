@@ -19,7 +19,7 @@ from ockham.errors import OckhamError, OckhamWarning
 from ockham.methods.spike_slab.optimizer import spike_slab
 from ockham.methods.spike_slab.priors import FixedSpikeSlab
 from ockham.run.structures import Origin, fold_constants
-from ockham.surgery.cost import cost
+from ockham.surgery.shrinking import cost
 
 TRAINING = ockham.Training(epochs=40, learning_rate=2e-2, prior=ockham.FixedPrior(1.0), kl_warmup=0.1)
 ROUNDS = ockham.Rounds(start=0.3, end=0.9, count=5)
@@ -333,8 +333,7 @@ def test_origin_follows_many_plans_as_one() -> None:
 
 # ------------------------------------------------------------------ the command
 def test_the_command_writes_plan_widths_and_costs(tmp_path: Path) -> None:
-    from ockham.cli.build import build_job
-    from ockham.cli.options import Options
+    from ockham.cli.build import Options, build_job
 
     settings = {"epochs": 24, "baseline": False, "structure": True, "unit_price": 10.0, "draws": 3}
     job = build_job(Options(out=str(tmp_path), **settings), "test")
@@ -358,8 +357,7 @@ def test_the_command_writes_plan_widths_and_costs(tmp_path: Path) -> None:
 
 
 def test_a_price_without_structures_is_refused(tmp_path: Path) -> None:
-    from ockham.cli.build import build_job
-    from ockham.cli.options import Options
+    from ockham.cli.build import Options, build_job
 
     with pytest.raises(OckhamError, match="add --structure"):
         build_job(Options(out=str(tmp_path), unit_price=3.0), "test")

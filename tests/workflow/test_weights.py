@@ -15,7 +15,7 @@ from torch import nn
 
 import ockham
 from ockham.errors import OckhamError, ResultError
-from ockham.run.result import save_network
+from ockham.run.folder import save_network
 from ockham.run.weights import fitted, huggingface_model, read_weights, weights_fingerprint
 from ockham.zoo.networks import NETWORKS
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ockham.choose.rules import BudgetRule
-from ockham.choose.score import score
+from ockham.choose.rules import BudgetRule, score
 from ockham.choose.units import GroupLike, StructureEvidence, outgoing, score_structures, summed
 from ockham.core.posterior import Gaussian, Posterior, WeightMatrix
 from ockham.errors import OckhamError

@@ -11,9 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ockham.choose.budgets import Budget, Subject, budget_from, costs_for, most_allowed, within
 from ockham.choose.correlated import ColumnEvidence, narrowed, removed_together, score_columns
-from ockham.choose.prices import FlatPrice, LearnedRate, Price, UnitCosts
+from ockham.choose.prices import (
+    Budget,
+    FlatPrice,
+    LearnedRate,
+    Price,
+    Subject,
+    UnitCosts,
+    budget_from,
+    costs_for,
+    most_allowed,
+    within,
+)
 from ockham.choose.units import Choice, StructureEvidence, choose_units, structures_from
 from ockham.core.posterior import Posterior
 from ockham.errors import OckhamWarning

@@ -1,4 +1,4 @@
-"""What a unit must be worth: its price in nats, ln P(off)/P(on) before the data. Where it comes from is an object."""
+"""Prices and budgets of whole units."""
 
 from __future__ import annotations
 
@@ -15,29 +15,36 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from ockham.choose.units import Cut, Inside, StructureEvidence, held_weights, outgoing
+from ockham.choose.units import Choice, Cut, Inside, StructureEvidence, choose_units, held_weights, outgoing
 from ockham.errors import OckhamError
-from ockham.evidence.hyper import beta_log_odds
-from ockham.surgery.cloning import clone
-from ockham.surgery.comparing import as_arguments
-from ockham.surgery.cost import latency
-from ockham.surgery.groups import Group, Groups, Plan, plan_masks
+from ockham.evidence.gaussian import beta_log_odds
+from ockham.surgery.copies import as_arguments, clone
+from ockham.surgery.groups import Group, Groups, Plan, PlanError, plan_masks
 from ockham.surgery.refitting import refit
-from ockham.surgery.shrinking import shrink
+from ockham.surgery.shrinking import latency, shrink
 
 __all__ = [
+    "Budget",
     "FlatPrice",
+    "LatencyBudget",
     "LearnedRate",
+    "MacBudget",
+    "ParameterBudget",
     "PerMac",
     "PerMillisecond",
     "PerParameter",
     "Price",
     "Structures",
+    "Subject",
     "UnitCosts",
+    "budget_from",
+    "costs_for",
     "latency_after",
     "macs_after",
+    "most_allowed",
     "parameters_after",
     "unit_costs",
+    "within",
 ]
 
 
@@ -297,3 +304,154 @@ class Structures:
             raise OckhamError(f"Structures: round_to is a multiple of widths, at least 1; got {self.round_to}")
         if not 0 < self.cap <= 1 or self.wait < 0:
             raise OckhamError(f"Structures: cap is a share in (0, 1], wait at least 0; got {self.cap} and {self.wait}")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What a price per resource or a budget is measured on: the traced network and example inputs."""
+
+    model: nn.Module
+    example_inputs: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Budget(ABC):
+    """A limit on what the small network may cost.
+
+    Attributes:
+        limit: a share of the whole network's (``share`` True) or a number.
+        share: which of the two.
+    """
+
+    limit: float
+    share: bool
+
+    unit = ""
+
+    @abstractmethod
+    def measure(self, subject: Subject, plan: Plan) -> float:
+        """What a plan leaves."""
+
+    @abstractmethod
+    def unit_costs(self, subject: Subject, groups: Groups) -> Mapping[str, float]:
+        """What a unit of each group costs, for the order of removal: evidence per cost."""
+
+
+class MacBudget(Budget):
+    """Multiply-accumulates of one example, whatever the number of example inputs."""
+
+    unit = "multiply-accumulates"
+
+    def measure(self, subject: Subject, plan: Plan) -> float:
+        """Counted on fake tensors; the first dimension of the first input counts examples."""
+        tensors = (t for t in pytree.tree_leaves(subject.example_inputs) if isinstance(t, Tensor) and t.ndim)
+        rows = next((t.shape[0] for t in tensors), 1)
+        return macs_after(subject.model, plan, subject.example_inputs) / max(1, rows)
+
+    def unit_costs(self, subject: Subject, groups: Groups) -> Mapping[str, float]:
+        """Multiply-accumulates."""
+        return unit_costs(subject.model, groups, subject.example_inputs).macs
+
+
+class ParameterBudget(Budget):
+    """Learnable values, tied ones once."""
+
+    unit = "parameters"
+
+    def measure(self, subject: Subject, plan: Plan) -> float:
+        """Counted from the shapes."""
+        return parameters_after(subject.model, plan)
+
+    def unit_costs(self, subject: Subject, groups: Groups) -> Mapping[str, float]:
+        """Parameters."""
+        return unit_costs(subject.model, groups, subject.example_inputs, measured=()).parameters
+
+
+class LatencyBudget(Budget):
+    """Seconds of a forward pass, batch 64, median and warm, measured on this machine."""
+
+    unit = "seconds"
+
+    def measure(self, subject: Subject, plan: Plan) -> float:
+        """Measured."""
+        return latency_after(subject.model, plan, subject.example_inputs)
+
+    def unit_costs(self, subject: Subject, groups: Groups) -> Mapping[str, float]:
+        """Milliseconds; one percent of the dearest unit at least, since a measurement may say zero."""
+        found = unit_costs(subject.model, groups, subject.example_inputs, measured=("milliseconds",)).milliseconds
+        least = 0.01 * max(found.values(), default=1.0) or 1.0
+        return {key: max(value, least) for key, value in found.items()}
+
+
+def budget_from(given: Mapping[str, Any]) -> Budget:
+    """The façade's budget by name: one of "macs", "params", "latency"; a number, or a share as "50%".
+
+    Raises:
+        PlanError: another name, more than one, or a value that is neither.
+    """
+    kinds: dict[str, type[Budget]] = {"macs": MacBudget, "params": ParameterBudget, "latency": LatencyBudget}
+    if len(given) != 1 or next(iter(given)) not in kinds:
+        raise PlanError(f"a budget names one of {', '.join(kinds)}, as in {{'macs': '50%'}}; got {dict(given)}")
+    name, value = next(iter(given.items()))
+    share = isinstance(value, str) and value.strip().endswith("%")
+    try:
+        limit = float(str(value).strip().rstrip("%")) / (100 if share else 1)
+    except ValueError as error:
+        raise PlanError(f"budget {name}: a number or a share such as '50%' expected; got {value!r}") from error
+    if not 0 < limit < float("inf"):
+        raise PlanError(f"budget {name}: must be positive and finite; got {value!r}")
+    return kinds[name](limit, share)
+
+
+def costs_for(price: Price | None, groups: Groups, subject: Subject | None) -> UnitCosts:
+    """Costs of units as far as the price asks for them; nothing without a network to measure."""
+    if subject is None:
+        return UnitCosts({}, {}, {})
+    return unit_costs(subject.model, groups, subject.example_inputs, measured=price.measured if price else ())
+
+
+def most_allowed(limit: Budget, subject: Subject, groups: Groups) -> float:
+    """What may be left, in the budget's unit."""
+    return limit.limit * limit.measure(subject, plan_masks(groups, {})) if limit.share else limit.limit
+
+
+def within(
+    groups: Groups,
+    evidence: StructureEvidence,
+    prices: Mapping[str, Tensor],
+    *,
+    limit: Budget,
+    subject: Subject,
+    costs: Mapping[str, float],
+    round_to: int,
+    most: float,
+) -> Choice:
+    """Raise the price per cost until at most ``most`` is left: a bisection over the worths per cost of all units."""
+
+    def choice(rate: float) -> Choice:
+        return choose_units(evidence, {k: p + rate * costs[k] for k, p in prices.items()}, round_to=round_to)
+
+    def fits(rate: float) -> bool:
+        return limit.measure(subject, plan_masks(groups, choice(rate).keep)) <= most
+
+    rates = _rates(evidence, prices, costs)
+    if not fits(rates[-1]):
+        least = limit.measure(subject, plan_masks(groups, choice(rates[-1]).keep))
+        raise PlanError(
+            f"the budget of {most:,.6g} {limit.unit} cannot be met: the least that the removable structures reach is "
+            f"{least:,.6g}, with {round_to} unit(s) of each group left. Allow more, or see groups.frozen for what "
+            "cannot go"
+        )
+    low, high = -1, len(rates) - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(rates[middle]) else (middle, high)
+    return choice(rates[high])
+
+
+def _rates(evidence: StructureEvidence, prices: Mapping[str, Tensor], costs: Mapping[str, float]) -> list[float]:
+    """Prices per cost at which a unit goes, rising; 0 first, beyond all of them last."""
+    worth = [((e - prices[k]) / costs[k]).clamp(max=1e12) for k, e in evidence.items() if costs[k] > 0]
+    every = torch.cat([*worth, torch.zeros(1, dtype=torch.float64)]).clamp(min=0).unique()
+    above = torch.nextafter(every, torch.full_like(every, float("inf")))
+    return [0.0, *above.tolist(), 1e15]

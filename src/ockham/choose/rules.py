@@ -1,31 +1,300 @@
-"""When rounds of removal happen, and when they end because the evidence no longer rises."""
+"""Rules: scores of weights, the order they go in, and how many."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ockham.choose.order import smallest
-from ockham.choose.score import Evidence, Salience, by_snr
+from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError
-from ockham.evidence.hyper import beta_log_odds
+from ockham.evidence.gaussian import beta_log_odds, delta_f, expected_nll_cost
+
+if TYPE_CHECKING:
+    from ockham.choose.units import GroupLike, StructureEvidence
 
 __all__ = [
     "BudgetRule",
+    "Diagnosis",
+    "Evidence",
     "EvidenceRule",
     "LearnedOddsRule",
     "RoundInfo",
     "Rounds",
     "Rule",
+    "Salience",
     "budget_count",
+    "by_delta_f",
+    "by_magnitude",
+    "by_random",
+    "by_snr",
     "counted",
+    "diagnose",
     "evidence_falls",
+    "score",
+    "smallest",
 ]
+
+
+_AT_ONCE = 1 << 16
+_DIGIT = 16  # bits that one pass decides
+
+
+def smallest(order: Mapping[str, Tensor], candidates: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Which candidates are the ``count`` smallest of all tensors together.
+
+    Of equal numbers those that come first go first, as in a stable sort; NaN comes last. Numbers are mapped to integers
+    of the same order, and a histogram of their leading sixteen bits, then of the next ones inside the bin that holds
+    the threshold, finds it exactly. Temporary memory is that of one piece of 65,536 numbers.
+
+    Args:
+        order: numbers by name, flat tensors; float32, or anything that float64 holds.
+        candidates: boolean tensors of the same shapes by name, True = may be chosen; names left out are not looked at.
+        count: number to choose, at most that of the candidates.
+
+    Returns:
+        Boolean tensors by name, True = chosen.
+
+    >>> smallest({"a": torch.tensor([3.0, 1.0, 2.0])}, {"a": torch.tensor([True, False, True])}, 1)["a"]
+    tensor([False, False,  True])
+    """
+    single = all(order[name].dtype is torch.float32 for name in candidates)
+    whole = 32 if single else 64
+
+    def pieces(name: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Places, keys and which of them are candidates, piece by piece."""
+        values, free = order[name], candidates[name]
+        size = _AT_ONCE if values.device.type == "cpu" else max(1, values.numel())
+        for start in range(0, values.numel(), size):
+            place = slice(start, start + size)
+            yield place, _keys(values[place], single=single), free[place]
+
+    threshold, left = 0, count  # the bits of the threshold so far; how many of those that share them are to be chosen
+    for shift in range(whole - _DIGIT, -1, -_DIGIT):
+        counts = torch.zeros(1 << _DIGIT, dtype=torch.int64)
+        for name in candidates:
+            for _, keys, free in pieces(name):
+                digits = ((keys >> shift) & 0xFFFF) if shift + _DIGIT < whole else (keys >> shift) + (1 << 15)
+                inside = free if shift + _DIGIT == whole else free & ((keys >> (shift + _DIGIT)) == threshold)
+                counts += torch.bincount(digits[inside].long(), minlength=1 << _DIGIT).cpu()
+        sums = counts.cumsum(0)
+        digit = int(torch.searchsorted(sums, left))
+        left -= int(sums[digit - 1]) if digit else 0
+        threshold = digit - (1 << 15) if shift + _DIGIT == whole else (threshold << _DIGIT) + digit
+    return _chosen(candidates, pieces, threshold, left)
+
+
+def _chosen(
+    candidates: Mapping[str, Tensor],
+    pieces: Callable[[str], Iterator[tuple[slice, Tensor, Tensor]]],
+    threshold: int,
+    equal: int,
+) -> dict[str, Tensor]:
+    """All below the threshold, and the first ``equal`` of those that lie on it."""
+    found = {name: torch.zeros_like(mask) for name, mask in candidates.items()}
+    for name in candidates:
+        for place, keys, free in pieces(name):
+            chosen = free & (keys < threshold)
+            if equal:
+                on = (free & (keys == threshold)).nonzero().squeeze(1)[:equal]
+                chosen[on] = True
+                equal -= on.numel()
+            found[name][place] = chosen
+    return found
+
+
+def _keys(values: Tensor, *, single: bool) -> Tensor:
+    """Integers in the order of the numbers: of a negative one all bits but the sign are turned round."""
+    real, whole, most = (torch.float32, torch.int32, 0x7FFFFFFF) if single else (torch.float64, torch.int64, 2**63 - 1)
+    keys = (values.to(real).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0).view(whole)
+    return torch.where(keys < 0, keys ^ most, keys)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Evidence(Mapping[str, Tensor]):
+    """delta_f of every living weight against the spike at zero, with what a decision may want beside it.
+
+    As a mapping it gives the delta_f of the living weights of a parameter as a flat tensor, in row-major order.
+
+    Attributes:
+        delta_f: name to flat tensor over living weights, nats, positive favours removal.
+        posterior: the posterior that was scored.
+    """
+
+    delta_f: Mapping[str, Tensor]
+    posterior: Posterior
+
+    def __getitem__(self, name: str) -> Tensor:
+        """delta_f of the living weights of one parameter."""
+        return self.delta_f[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Parameter names in the order of the network."""
+        return iter(self.delta_f)
+
+    def __len__(self) -> int:
+        """Number of parameter tensors."""
+        return len(self.delta_f)
+
+    def by_group(self, groups: Iterable[GroupLike], **options: Any) -> StructureEvidence:
+        """E_g of the structures that ``groups`` names; options and formula: `ockham.choose.units`."""
+        from ockham.choose.units import score_structures
+
+        return score_structures(self, groups, **options)
+
+    def gain(self, keep: Mapping[str, Tensor]) -> float:
+        """Summed delta_f, float64 nats, of the living weights that ``keep`` removes (independent weights)."""
+        total = 0.0
+        for name, delta in self.delta_f.items():
+            if name in keep:
+                total += float(delta[~keep[name][self.posterior[name].keep]].sum(dtype=torch.float64))
+        return total
+
+    def nll_cost(self, keep: Mapping[str, Tensor]) -> float:
+        """Expected rise of the mean NLL, nats per example, if ``keep`` is carried out (independent weights)."""
+        total = 0.0
+        for name in keep:
+            g = self.posterior[name]
+            gone = g.keep & ~keep[name]
+            prior = torch.broadcast_to(g.prior_precision, g.mean.shape)[gone].double()
+            cost = expected_nll_cost(g.mean[gone].double(), g.precision[gone].double(), prior, 1.0)
+            total += float(cost.sum())
+        return total / self.posterior.n_data
+
+
+Salience = Callable[[Evidence], Mapping[str, Tensor]]
+"""An order of removal: name to one number per living weight; the smallest go first."""
+
+
+def score(posterior: Posterior) -> Evidence:
+    """delta_f of every living weight alone (Savage-Dickey; see `ockham.evidence.gaussian.delta_f`).
+
+    Where the posterior knows correlations the *marginal* precision is used: of two duplicates either one may go, and
+    the scores of both do not add.
+
+    Raises:
+        OckhamError: the posterior is outside the domain of delta_f.
+    """
+    result = {}
+    for name, g in posterior.items():
+        alive = _living(g)
+        prior, prior_mean = alive(g.prior_precision), alive(g.prior_mean)
+        result[name] = delta_f(alive(g.mean), alive(g.scored_precision), prior, prior_mean=prior_mean)
+    return Evidence(result, posterior)
+
+
+def _living(g: Gaussian) -> Callable[[Tensor], Tensor]:
+    """Values of the living weights, flat: a view where all live; one number for all stays one number."""
+    if bool(g.keep.all()):
+        return lambda t: t if t.ndim == 0 and g.mean.ndim else t.expand(g.mean.shape).reshape(-1)
+    return lambda t: t if t.ndim == 0 and g.mean.ndim else t.expand(g.mean.shape)[g.keep]
+
+
+def by_snr(evidence: Evidence) -> Mapping[str, Tensor]:
+    """P mean^2 with the scored precision: squared signal-to-noise, never worse than delta_f where P is uncertain."""
+    found = {}
+    for name, g in evidence.posterior.items():
+        alive = _living(g)
+        found[name] = alive(g.mean).square().mul_(alive(g.scored_precision))
+    return found
+
+
+def by_delta_f(evidence: Evidence) -> Mapping[str, Tensor]:
+    """-delta_f: what the evidence likes least goes first."""
+    return {name: -delta for name, delta in evidence.items()}
+
+
+def by_magnitude(evidence: Evidence) -> Mapping[str, Tensor]:
+    """|mean|, the usual baseline."""
+    return {n: _living(g)(g.mean).abs() for n, g in evidence.posterior.items()}
+
+
+def by_random(seed: int) -> Salience:
+    """A random order, the same for the same seed and the same set of living weights."""
+
+    def order(evidence: Evidence) -> Mapping[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return {n: torch.rand(d.shape, generator=generator).to(d.device) for n, d in evidence.items()}
+
+    return order
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What the spread of a posterior's precision says.
+
+    Attributes:
+        undetermined: share of living weights with P / P0 < 1.05: the data never touched them.
+        spread: coefficient of variation of P inside a parameter tensor, averaged over weights; near zero the
+            "evidence" is magnitude pruning under another name.
+        removable: share of living weights with delta_f > 0.
+        noise_cost: price of the posterior's spread in mean NLL, nats per example (to second order),
+            (T/N) sum 1/2 (1 - P0/P). A settled posterior cannot pay more for its spread than its whole loss.
+        nll: the mean NLL that was measured under the posterior, nats per example; None where it was not given.
+        warnings: sentences for people; empty when the posterior can support pruning.
+    """
+
+    undetermined: float
+    spread: float
+    removable: float
+    warnings: tuple[str, ...]
+    noise_cost: float = 0.0
+    nll: float | None = None
+
+    @property
+    def settled(self) -> bool | None:
+        """Whether the standard deviations agree with the loss (noise_cost <= nll); None where no loss was given.
+
+        Standard deviations that are still growing are too small, their Occam factors too large: evidence is inflated.
+        """
+        return None if self.nll is None else self.noise_cost <= self.nll
+
+
+def diagnose(posterior: Posterior, nll: float | None = None) -> Diagnosis:
+    """Share of undetermined weights, relative spread of the precision, and what follows from them.
+
+    Args:
+        posterior: the posterior before its first reduction.
+        nll: mean negative log-likelihood under its draws, nats per example, to see whether it has settled.
+
+    Reference: the noise cost is the second-order term of `expected_nll_cost` with all means in place.
+    """
+    alive = max(1, posterior.kept())
+    undetermined = spread = noise = 0.0
+    for g in posterior.values():
+        ratio = (g.precision / g.prior_precision)[g.keep].double()
+        undetermined += float((ratio < 1.05).sum())
+        noise += 0.5 * float((1 - 1 / ratio).sum())
+        if ratio.numel() > 1:
+            spread += float(ratio.std() / ratio.mean()) * ratio.numel()
+    removable = sum(float((d > 0).sum()) for d in score(posterior).values())
+    shares = undetermined / alive, spread / alive, removable / alive
+    cost = noise * posterior.temperature / posterior.n_data
+    return Diagnosis(*shares, _warnings(posterior, *shares), cost, nll)
+
+
+def _warnings(posterior: Posterior, undetermined: float, spread: float, removable: float) -> tuple[str, ...]:
+    found = []
+    if undetermined > 0.5:
+        found.append(
+            f"{undetermined:.0%} of the weights are undetermined (posterior = prior): for them delta_f is no evidence. "
+            "Train longer, use a wider prior, or rank by P mean^2 with a budget."
+        )
+    if spread < 0.02:
+        found.append(
+            f"the posterior precision hardly varies inside a layer (relative spread {spread:.1%}): delta_f is "
+            "magnitude pruning here. Train the posterior longer or warm-start its precision."
+        )
+    if removable == 0.0:
+        found.append("no weight has evidence for removal; a wider prior asks a stronger question, a budget forces one.")
+    if posterior.temperature != 1.0:
+        found.append(f"the posterior is tempered (T = {posterior.temperature:g}): its evidence is tempered evidence.")
+    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,34 +1,217 @@
-"""The verbs: compress, prune, gate, evaluate, audit, inspect, report."""
+"""The command: its verbs, progress, and what the terminal shows."""
 
 from __future__ import annotations
 
 import inspect as python_inspect
+import math
 import shlex
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import nn
 
-from ockham.cli import show
-from ockham.cli.build import build_job, load_data, load_model
-from ockham.cli.options import METHODS, Common, options_of, parse_device, read_config
-from ockham.cli.progress import Bars, tensorboard
-from ockham.core.files import printable
+from ockham.cli.build import METHODS, Common, build_job, load_data, load_model, options_of, parse_device, read_config
+from ockham.core.files import printable, to_plain
+from ockham.core.posterior import load_posterior
 from ockham.core.seal import sealed
 from ockham.errors import OckhamError, OckhamWarning
 from ockham.methods.gates.report import gate_sections
+from ockham.methods.spike_slab.audit import audit as audit_network
 from ockham.report.html import write_report
-from ockham.run.folder import resume_hint, terminated
-from ockham.run.schema import read_result
+from ockham.run.engine import EpochInfo
+from ockham.run.folder import layer_rows, load, resume_hint, terminated
+from ockham.run.measure import mean_predictor, measures, posterior_predictor
+from ockham.run.schema import RESULT, GateFacts, read_result
 from ockham.version import __version__
+from ockham.zoo.data import Dataset
 
-__all__ = ["app", "main"]
+__all__ = ["Bars", "app", "audited", "contents", "evaluation", "main", "metrics", "tensorboard"]
+
+
+class Bars:
+    """A bar a stage; silent when the console is not a terminal or quiet is asked for."""
+
+    def __init__(self, console: Console, *, quiet: bool) -> None:
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description:<14}"),
+            BarColumn(),
+            TextColumn("{task.completed:.1f}/{task.total:.0f} epochs"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        silent = quiet or not console.is_terminal
+        self._progress = Progress(*columns, console=console, transient=False, disable=silent)
+        self._tasks: dict[str, TaskID] = {}
+        self._current: tuple[str, int] | None = None
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def epoch(self, info: EpochInfo) -> None:
+        """Show a finished epoch."""
+        if info.stage not in self._tasks:
+            self._tasks[info.stage] = self._progress.add_task(info.stage, total=info.epochs, note="")
+        note = f"loss {info.loss:.4f}"
+        if info.accuracy == info.accuracy:
+            note += f"  train acc. {info.accuracy:.2%}"
+        if info.stage in ("compress", "prune", "gates"):
+            note += f"  kept {info.kept_share:.2%}"
+        self._progress.update(self._tasks[info.stage], completed=info.epoch, note=note)
+        self._current = (info.stage, info.epoch)
+
+    def step(self, step: int, steps: int, loss: float) -> None:
+        """Show a step inside an epoch of the stage that runs."""
+        if self._current is not None:
+            stage, epoch = self._current
+            task = self._progress.tasks[self._tasks[stage]]
+            if epoch < (task.total or 0):
+                self._progress.update(self._tasks[stage], completed=epoch + step / steps)
+
+
+@contextmanager
+def tensorboard(log_dir: str | None) -> Iterator[Any]:
+    """A function (EpochInfo) that writes TensorBoard scalars, or one that does nothing.
+
+    Raises:
+        OckhamError: tensorboard is not installed.
+    """
+    if log_dir is None:
+        yield lambda info: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise OckhamError("--log-dir needs tensorboard: pip install 'ockham[tensorboard]'") from error
+    writer = SummaryWriter(log_dir)
+
+    def write(info: EpochInfo) -> None:
+        for name in ("loss", "accuracy", "kept_share"):
+            value = getattr(info, name)
+            if not math.isnan(value):
+                writer.add_scalar(f"{info.stage}/{name}", value, info.epoch)
+
+    try:
+        yield write
+    finally:
+        writer.close()
+
+
+def metrics(console: Console, folder: Path) -> None:
+    """Before, after and mean network, one row a measure."""
+    found = read_result(folder).metrics
+    columns = {"before": found.before, "after": found.after, "mean network": found.mean_network}
+    _table(console, {k: to_plain(v) for k, v in columns.items() if v is not None})
+    line = f"kept {found.kept:.2%} of the weights in {found.seconds or 0:.1f} s, seed {found.seed}"
+    console.print(line, highlight=False)
+
+
+def contents(console: Console, folder: Path) -> None:
+    """Per layer: shape, weights, kept, prior, median P/P0, sum of inclusion if any; of gates what became of them."""
+    if (folder / RESULT).exists() and (gates := read_result(folder).gates) is not None:
+        return _gates(console, gates)
+    posterior = load_posterior(folder)
+    rows = layer_rows(posterior)
+    table = Table("parameter", "shape", "weights", "kept", "share", "prior std", "median P/P0")
+    said = all("expected" in row for row in rows)
+    if said:
+        table.add_column("sum of inclusion")
+    for row in rows:
+        g = posterior[row["name"]]
+        ratio = (g.precision / g.prior_precision)[g.keep]
+        middle = f"{float(ratio.median()):.3g}" if ratio.numel() else "-"
+        share = row["kept"] / max(1, row["total"])
+        shape = "x".join(map(str, row["shape"]))
+        prior = f"{float(g.prior_precision.median()) ** -0.5:.3g}"
+        more = [f"{row['expected']:,.1f}"] if said else []
+        table.add_row(
+            _plain(row["name"]), shape, f"{row['total']:,}", f"{row['kept']:,}", f"{share:.2%}", prior, middle, *more
+        )
+    console.print(table)
+    line = f"{_plain(posterior.source)}, N = {posterior.n_data:g}, temperature {posterior.temperature:g}, "
+    console.print(line + f"{posterior.kept():,} of {posterior.size():,} weights kept", highlight=False)
+
+
+def _gates(console: Console, found: GateFacts) -> None:
+    table = Table("structures", "at first", "left", "before the last decision", "posterior = prior", "KL, nats")
+    before = {layer.id: layer for layer in found.layers}
+    for name, first in found.epochs[0].start.items() if found.epochs else ():
+        layer, left = before.get(name), found.epochs[-1].widths.get(name, first)
+        facts = ("0", "0", "0")
+        if layer is not None:
+            facts = (str(len(layer.keep)), str(sum(layer.no_evidence)), f"{sum(v or 0 for v in layer.kl):.4g}")
+        table.add_row(_plain(name), str(first), str(left), *facts)
+    console.print(table)
+    console.print(_plain(f"rule {found.rule}, KL weighted by {found.kl_weight}"), highlight=False)
+
+
+def evaluation(
+    console: Console, folder: Path, data: Dataset, model: nn.Module | None, *, draws: int, device: torch.device
+) -> None:
+    """Measures on the test part of a data set."""
+    network = load(folder, model).to(device)
+    result = read_result(folder)
+    said = result.metrics.noise_variance
+    noise = None if said is None else torch.as_tensor(said).reshape(-1)
+    classify = noise is None
+    if classify is data.test_y.is_floating_point():
+        wanted = "class labels" if classify else "numbers"
+        raise OckhamError(
+            f"{folder} was made for targets that are {wanted}; the data {data.name!r} have the other kind"
+        )
+    predictors = {"mean network": mean_predictor(network, classify=classify)}
+    if result.gates is None:  # gates are folded into the weights: one network is left
+        sampled = load_posterior(folder).to(device)
+        drawn = posterior_predictor(network, sampled, classify=classify, draws=draws)
+        predictors = {"posterior": drawn, **predictors}
+    _table(console, {k: measures(p, data.test_x, data.test_y, noise_variance=noise) for k, p in predictors.items()})
+
+
+def audited(console: Console, folder: Path, data: Dataset, model: nn.Module | None, *, log_odds: float) -> None:
+    """Claims about the last layer against enumeration on the training part of a data set."""
+    network, posterior = load(folder, model), load_posterior(folder)
+    result = read_result(folder)
+    said = result.metrics.noise_variance
+    noise = None if said is None else torch.as_tensor(said).reshape(-1)
+    found = audit_network(network, posterior, data.train_x, data.train_y, noise_variance=noise, log_odds=log_odds)
+    console.print(str(found), markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(console: Console, columns: dict[str, dict[str, float]]) -> None:
+    table = Table("measure", *columns)
+    for name in dict.fromkeys(name for column in columns.values() for name in column):
+        table.add_row(_plain(name), *(_number(c.get(name)) for c in columns.values()))
+    console.print(table)
+
+
+def _plain(text: object) -> str:
+    """Text from a file for the terminal: neither markup nor control characters."""
+    return escape(printable(text))
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Smaller networks by model evidence.")
 out_console, err_console = Console(), Console(stderr=True)
@@ -139,7 +322,7 @@ def _run(options: Common) -> None:
     except KeyboardInterrupt:
         err_console.print(f"ockham: {resume_hint(job.out)}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
-    show.metrics(out_console, job.out)
+    metrics(out_console, job.out)
     typer.echo(f"Report: {job.out / 'report.html'}")
 
 
@@ -168,7 +351,7 @@ def evaluate(
 ) -> None:
     """Measure a saved result on test data: posterior predictive and mean network."""
     found, network = _build(folder, data, model)
-    show.evaluation(out_console, folder, found, network, draws=draws, device=parse_device(device))
+    evaluation(out_console, folder, found, network, draws=draws, device=parse_device(device))
 
 
 @app.command()
@@ -180,14 +363,14 @@ def audit(
 ) -> None:
     """Check inclusion probabilities: enumerate the last layer exactly on the training data, and compare."""
     found, network = _build(folder, data, model)
-    show.audited(out_console, folder, found, network, log_odds=log_odds)
+    audited(out_console, folder, found, network, log_odds=log_odds)
 
 
 @app.command()
 def inspect(folder: _Folder) -> None:
     """What is in a result, layer by layer."""
     sealed(folder)
-    show.contents(out_console, folder)
+    contents(out_console, folder)
 
 
 @app.command()

@@ -29,7 +29,7 @@ from ockham.core.batch import (
     read_batch,
 )
 from ockham.core.likelihood import Likelihood, Loss, Regression, TermLikelihood, aligned, likelihood_from, spread_weight
-from ockham.core.modes import device_of, evaluating, keeping_modes, seeded, train_
+from ockham.core.network import device_of, evaluating, keeping_modes, seeded, train_
 from ockham.core.posterior import Posterior
 from ockham.core.scaling import Head, TargetStatistics, find_head, rescale_, rescaled
 from ockham.errors import DataError, NonFiniteLossError, OckhamError, OckhamWarning

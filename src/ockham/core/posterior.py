@@ -51,7 +51,7 @@ class Gaussian:
 
     Attributes:
         mean: posterior mean, shape of the parameter; exactly 0 where removed, the value itself where the network
-            holds a weight fixed (`ockham.core.fixed`).
+            holds a weight fixed (`ockham.core.network`).
         precision: posterior (conditional) precision, same shape; ``inf`` where removed or fixed.
         prior_precision: precision of the full prior, broadcastable to ``mean``.
         prior_mean: mean of the full prior, broadcastable.

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError
-from ockham.fit.adam import adam_
-from ockham.fit.memory import RunFacts
+from ockham.fit.memory import RunFacts, adam_
 from ockham.fit.optimizer import VariationalOptimizer
 from ockham.fit.priors import VECTOR, FixedPrior, GroupPrior, Prior, learn_scales, prior_of, start_scales
 

@@ -1,20 +1,23 @@
-"""Standard normal noise from step to step: each draw exact, consecutive ones made cheaply from one another."""
+"""Flat memory of an optimizer's state: slices, noise in pieces, Adam's step, checks of its settings."""
 
 from __future__ import annotations
 
 import copy
+import math
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
 from ockham.errors import OckhamError
-from ockham.fit.priors import GroupPrior, slice_scales
+from ockham.fit.priors import GroupPrior, Prior, slice_scales
 
 if TYPE_CHECKING:
     from ockham.fit.optimizer import VariationalOptimizer
@@ -26,14 +29,19 @@ __all__ = [
     "Piece",
     "RunFacts",
     "Span",
+    "adam_",
     "alive_index",
     "cache_chunks",
+    "check_group",
+    "check_keep",
+    "check_settings",
     "read",
     "renew_",
     "sliced",
     "spans",
     "write",
 ]
+
 
 CYCLE = 4
 _SHORT = 1 << 12  # shorter vectors are never rotated: their elements would meet their old noise again
@@ -318,3 +326,123 @@ def _carry(
         kept["keep"] = keep
         twin._index[new] = alive_index(keep)
     twin.state[new] = kept | slice_scales(p, group, state, lambda t: take(name, t))
+
+
+def check_group(group: Mapping[str, Any], taken: set[str]) -> None:
+    """Named parameters, each once, of a kind that can be perturbed.
+
+    Raises:
+        OckhamError: otherwise; says which and what to do.
+    """
+    if "param_names" not in group:
+        raise OckhamError("parameters need names: pass model.named_parameters(), not model.parameters()")
+    names, params = group["param_names"], group["params"]
+    if len(set(params)) != len(params):
+        raise OckhamError("duplicate parameters: name a tied weight once, as named_parameters() does")
+    again = sorted({n for n in names if n in taken or names.count(n) > 1})
+    if again:
+        raise OckhamError(f"parameter names must differ, also between groups; twice: {again[:6]}")
+    for name, p in zip(names, params, strict=True):
+        if hasattr(p, "device_mesh"):
+            raise OckhamError(
+                f"parameter {name!r} is a DTensor, sharded over processes (FSDP2): this optimizer needs whole tensors. "
+                "Train with DistributedDataParallel instead, or build the optimizer before fully_shard"
+            )
+        if p.dtype not in (torch.float32, torch.float64):
+            raise OckhamError(
+                f"parameter {name!r} is {p.dtype}: variational inference needs float32 or float64 parameters, since a "
+                "perturbation is lost in a shorter format. Keep float32 weights and use torch.autocast for speed; "
+                "freeze parameters of other types (requires_grad_(False)) and leave them out"
+            )
+
+
+def check_keep(name: str, mask: Tensor, by_name: Mapping[str, Tensor]) -> None:
+    """A boolean mask of a known parameter's shape.
+
+    Raises:
+        OckhamError: otherwise; says what was got.
+    """
+    if name not in by_name:
+        raise OckhamError(f"keep names {name!r}, which this optimizer does not hold")
+    if mask.dtype is not torch.bool or mask.shape != by_name[name].shape:
+        raise OckhamError(
+            f"keep[{name!r}] must be boolean (True = stays) of shape {tuple(by_name[name].shape)}; "
+            f"got {mask.dtype} of shape {tuple(mask.shape)}"
+        )
+
+
+_POSITIVE = ("n_data", "lr", "eps", "initial_std", "std_rate", "temperature", "prior_interval")
+
+
+def check_settings(owner: str, s: Mapping[str, Any], kind: type = Prior, example: str = "FixedPrior(1.0)") -> None:
+    """Numbers in their ranges, as far as the optimizer has them, and a prior of its kind.
+
+    Raises:
+        OckhamError: names the setting, what it was, and what it may be.
+    """
+    for name in _POSITIVE:
+        value = s.get(name, 1.0)
+        number = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+        if not (number and 0 < value < math.inf):
+            raise OckhamError(f"{owner}: {name} must be a number, positive and finite; got {value!r}")
+    mean = s.get("prior_mean", 0.0)
+    if not (isinstance(mean, Real) and math.isfinite(mean)):
+        got = f"a tensor of shape {tuple(mean.shape)}" if isinstance(mean, Tensor) else repr(mean)
+        raise OckhamError(
+            f"{owner}: prior_mean must be one finite number for all weights of a group; got {got}. For a mean "
+            "per weight, train the difference from it"
+        )
+    if not s.get("kl_warmup", 0) >= 0:
+        raise OckhamError(f"{owner}: kl_warmup counts steps and cannot be negative; got {s['kl_warmup']}")
+    if not all(0 <= b < 1 for b in s.get("betas", ()) if b is not None):
+        raise OckhamError(f"{owner}: betas must lie in [0, 1); got {s['betas']}")
+    if "prior" in s and not isinstance(s["prior"], kind):
+        raise OckhamError(f"{owner}: prior must be a {kind.__name__} such as ockham.{example}; got {s['prior']!r}")
+
+
+_FUSED = {"cpu", "cuda", "mps", "xpu"}
+
+
+def adam_(
+    value: Tensor,
+    grad: Tensor,
+    average: Tensor,
+    square: Tensor,
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    decay: float,
+) -> None:
+    """One step of Adam in place (Kingma & Ba 2015) on the gradient grad + decay * value.
+
+    Args:
+        value: vector to be updated.
+        grad: gradient of the loss, left as it is.
+        average: first moment.
+        square: second moment.
+        step: number of this step, from 1.
+        lr: learning rate.
+        betas: decay of the moments.
+        eps: added to the root of the second moment.
+        decay: precision of a Gaussian pull towards zero, in the units of the gradient.
+    """
+    fused = value.device.type in _FUSED
+    counter = torch.full((), step - 1.0, device=value.device if fused else "cpu")
+    adam(
+        [value],
+        [grad],
+        [average],
+        [square],
+        [],
+        [counter],
+        fused=fused,
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=decay,
+        eps=eps,
+        maximize=False,
+    )

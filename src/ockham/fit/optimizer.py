@@ -13,16 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from ockham.core.fixed import fixed_entries
+from ockham.core.network import fixed_entries
 from ockham.core.posterior import Gaussian, Posterior, gaussian_kl
 from ockham.errors import OckhamError
-from ockham.fit.checks import check_group, check_keep, check_settings
 from ockham.fit.memory import (
     CYCLE,
     Arena,
     RunFacts,
     Span,
     alive_index,
+    check_group,
+    check_keep,
+    check_settings,
     read,
     renew_,
     sliced,
@@ -311,7 +313,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         """Leave alone for good what the network's own modules hold fixed: no noise, no KL, no posterior.
 
         That is the padding row of embeddings and what pruning masks hold at zero; see
-        `ockham.core.fixed.fixed_entries`. The weights keep their values; `keep` and `posterior` count them as not
+        `ockham.core.network.fixed_entries`. The weights keep their values; `keep` and `posterior` count them as not
         living. Needed only where the optimizer was given a list of parameters: from ``model.named_parameters()`` itself
         it knows the network. A row that gets a gradient after all (its weight is used in another place as well) is
         trained from then on.

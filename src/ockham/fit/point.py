@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ockham.errors import OckhamError
-from ockham.fit.adam import adam_
-from ockham.fit.memory import RunFacts
+from ockham.fit.memory import RunFacts, adam_
 from ockham.fit.optimizer import VariationalOptimizer
 
 __all__ = [

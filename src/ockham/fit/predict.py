@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import PackedSequence
 
 from ockham.core.batch import Batch, ReadBatch, ReadOutput, Substituted, batches_of, call, inputs_of, tensor_of
-from ockham.core.modes import device_of, evaluating, frozen_modules, seeded
+from ockham.core.network import device_of, evaluating, frozen_modules, seeded
 from ockham.core.posterior import Posterior
 from ockham.errors import OckhamError
 

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from ockham.choose.rules import Rounds, Rule
-from ockham.core.names import Ignore
+from ockham.core.network import Ignore
 from ockham.core.posterior import Posterior
 from ockham.integrations.rounds import StepRounds, variational
 

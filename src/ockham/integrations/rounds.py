@@ -12,9 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ockham.choose.rules import EvidenceRule, RoundInfo, Rounds, Rule, evidence_falls
-from ockham.choose.score import diagnose, score
-from ockham.core.names import Ignore, ignored
+from ockham.choose.rules import EvidenceRule, RoundInfo, Rounds, Rule, diagnose, evidence_falls, score
+from ockham.core.network import Ignore, ignored
 from ockham.errors import OckhamError, OckhamWarning
 from ockham.fit.optimizer import VariationalOptimizer
 

@@ -10,7 +10,7 @@ from typing import Any
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from ockham.choose.rules import Rounds, Rule
-from ockham.core.names import Ignore
+from ockham.core.network import Ignore
 from ockham.core.posterior import Posterior
 from ockham.errors import OckhamError
 from ockham.integrations.rounds import StepRounds, variational

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ockham.report.page import count, percent, seconds, signed, size, times
-from ockham.run.estimators import SMALL_DATA
+from ockham.run.compression import SMALL_DATA
 from ockham.run.records import DiagnosisRecord, Measures
 from ockham.run.schema import Result, Settings
 
@@ -307,7 +307,7 @@ def warnings_of(result: Result) -> list[str]:
 
 
 def _in_plain_words(warning: str, diagnosis: DiagnosisRecord, settings: Settings, n_train: int | None) -> str:
-    """A warning of `ockham.choose.score.diagnose` for somebody who does not know its words; others as they are."""
+    """A warning of `ockham.choose.rules.diagnose` for somebody who does not know its words; others as they are."""
     if "tempered" in warning and settings.temperature:
         t = settings.temperature
         factor = max(t, 1 / t)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ockham.core.plain import Count, Share, rest, wrong
+from ockham.core.files import Count, Share, rest, wrong
 
 __all__ = [
     "BINS",

@@ -2,7 +2,7 @@
 
 A folder is one `Result`. `write_result` writes it, ``result.json`` last, because that file lists the others;
 `read_result` reads it, and folders of older versions, so that a damaged, foreign or newer file is refused with its
-name, the field and the reason. How a value looks in JSON follows from its class (`ockham.core.plain`).
+name, the field and the reason. How a value looks in JSON follows from its class (`ockham.core.files`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ockham.core.files import read_json, write_json
-from ockham.core.plain import Count, Share, from_plain, rest, to_plain, wrong
+from ockham.core.files import Count, Share, from_plain, read_json, rest, to_plain, write_json, wrong
 from ockham.errors import ResultError
 from ockham.run.records import (
     DiagnosisRecord,

@@ -13,20 +13,18 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ockham.choose.prices import Structures, unit_costs
-from ockham.choose.score import score
+from ockham.choose.rules import score
 from ockham.choose.units import Ledger, StructureEvidence, choose_units
 from ockham.core.batch import Loader, read_batch
-from ockham.core.modes import device_of, seeded
-from ockham.core.names import Ignore
+from ockham.core.network import Ignore, device_of, seeded
 from ockham.core.objective import Objective
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError, OckhamWarning
 from ockham.fit.optimizer import VariationalOptimizer
-from ockham.run.trainer import StructureInfo
-from ockham.surgery.cost import cost
-from ockham.surgery.folding import Constant, constants, fold
+from ockham.run.engine import StructureInfo
 from ockham.surgery.groups import Groups, Plan, plan_masks
-from ockham.surgery.shrinking import mask, shrink, slice_tensor, verify
+from ockham.surgery.refitting import Constant, constants, fold
+from ockham.surgery.shrinking import cost, mask, shrink, slice_tensor, verify
 from ockham.surgery.tracing import trace
 
 __all__ = [

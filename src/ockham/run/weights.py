@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ockham.core.files import afford, inside, open_regular, printable, read_json
 from ockham.errors import OckhamError, ResultError
-from ockham.run.result import NETWORK, finite_error, fit_error, load_state
+from ockham.run.folder import NETWORK, finite_error, fit_error, load_state
 from ockham.zoo.files import npz_array, npz_names
 
 __all__ = ["PREFIXES", "fitted", "huggingface_model", "read_weights", "weights_fingerprint"]

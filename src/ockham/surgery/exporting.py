@@ -17,7 +17,7 @@ from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
 
 from ockham.errors import OckhamError
-from ockham.surgery.comparing import as_arguments
+from ockham.surgery.copies import as_arguments
 
 __all__ = []
 

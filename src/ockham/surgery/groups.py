@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ockham.errors import OckhamError
-from ockham.surgery.cloning import named_tensors
+from ockham.surgery.copies import named_tensors
 from ockham.surgery.labels import Edit, Site, counts_of, edits_of
 from ockham.surgery.resizing import compose
 

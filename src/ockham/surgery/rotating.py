@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ockham.errors import OckhamError
-from ockham.surgery.cloning import clone
-from ockham.surgery.comparing import Arguments, as_arguments, difference, outputs, still, to_double
+from ockham.surgery.copies import Arguments, as_arguments, clone, difference, outputs, still, to_double
 from ockham.surgery.groups import Group, Groups, Member
 
 TOLERANCE = 1e-5

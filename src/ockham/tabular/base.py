@@ -21,13 +21,11 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, chec
 from torch import Tensor
 
 from ockham.errors import OckhamError, OckhamWarning
-from ockham.tabular.data import Encoding, Floats, Scaling, canonical, columns_of, counts_for, dense, duplicates
-from ockham.tabular.explaining import Effect, Facts, effect, page_of, paint, strongest_pair
+from ockham.tabular.data import Encoding, Floats, Scaling, canonical, columns_of, counts_for, dense, duplicates, screen
+from ockham.tabular.explaining import Effect, Facts, bars, effect, page_of, paint, progress, strongest_pair, table_of
 from ockham.tabular.fitting import Fitted, Plan, drawn, fit
 from ockham.tabular.model import Table
 from ockham.tabular.predicting import Draws
-from ockham.tabular.screening import screen
-from ockham.tabular.showing import bars, progress, table_of
 from ockham.tabular.targets import Target
 
 __all__ = ["SparseBNN"]

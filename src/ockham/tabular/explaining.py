@@ -1,24 +1,28 @@
-"""Effects of inputs as curves with intervals, and the page that shows a fitted table model."""
+"""A table model explained: effects, figures, a page."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ockham.errors import OckhamError
 from ockham.report import page
-from ockham.report.canvas import AFTER, BEFORE, INK, MUTED, drawing, ylabel
+from ockham.report.figures import AFTER, BEFORE, INK, MUTED, drawing, ylabel
 from ockham.tabular.data import Encoding, Floats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Effect", "Facts", "effect", "page_of", "paint", "strongest_pair"]
+__all__ = ["Effect", "Facts", "bars", "effect", "page_of", "paint", "progress", "strongest_pair", "table_of"]
+
 
 Ask = Callable[[Floats], Floats]
 """Rows of numbers [n, q] to what each draw says of them, [D, n]."""
@@ -227,3 +231,46 @@ def _curves(key: str, effects: Sequence[Effect], target: str) -> str:
             ylabel(axes, target)
         cards.append(page.figure(shown.name, sheet.svg))
     return page.grid(cards) if cards else page.paragraph("No input is used.")
+
+
+def table_of(names: Sequence[str], inclusion: npt.NDArray[Any], weights: npt.NDArray[Any], top: int) -> str:
+    """Features by inclusion, the likeliest first, at most ``top`` of those that are out."""
+    order = sorted(range(len(names)), key=lambda j: (-inclusion[j], j))
+    inside = [j for j in order if weights[j] > 0]
+    shown = inside + [j for j in order if weights[j] == 0][:top]
+    width = max([len("feature"), *(len(names[j]) for j in shown)])
+    lines = [f"{'feature':<{width}}  inclusion  weights", f"{'-' * width}  ---------  -------"]
+    lines += [f"{names[j]:<{width}}  {inclusion[j]:>9.3f}  {int(weights[j]):>7}" for j in shown]
+    hidden = len(order) - len(shown)
+    return "\n".join([*lines, f"... and {hidden} more, all out"] if hidden else lines)
+
+
+def bars(names: Sequence[str], inclusion: npt.NDArray[Any], top: int, ax: Any) -> Any:
+    """Horizontal bars of the ``top`` likeliest features, a line at one half; returns the axes."""
+    from matplotlib import pyplot
+
+    if ax is None:
+        ax = pyplot.subplots(figsize=(6, 0.6 + 0.28 * min(top, len(names))), layout="constrained")[1]
+    order = sorted(range(len(names)), key=lambda j: -inclusion[j])[:top][::-1]
+    ax.barh([names[j] for j in order], [inclusion[j] for j in order], color="#3b5b7a")
+    ax.axvline(0.5, color="#b5482a", linewidth=1)
+    ax.set(xlim=(0, 1), xlabel="inclusion probability")
+    return ax
+
+
+@contextmanager
+def progress(show: bool) -> Iterator[Callable[[int, int, float], None] | None]:
+    """A callback (step, of, evidence) that moves a progress bar, or None."""
+    if not show:
+        yield None
+        return
+    from rich.progress import Progress
+
+    with Progress(transient=True) as bar:
+        task = bar.add_task("spike-and-slab", total=None)
+
+        def update(step: int, total: int, evidence: float) -> None:
+            said = "warming up" if math.isnan(evidence) else f"evidence {evidence:,.1f} nats"
+            bar.update(task, completed=step, total=total, description=said)
+
+        yield update

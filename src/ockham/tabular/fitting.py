@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ockham.tabular.hamiltonian import hamiltonian
-from ockham.tabular.inclusion import believed
+from ockham.tabular.inclusion import Effort, State, believed, prune, search, settle
 from ockham.tabular.likelihoods import Gaussian, Likelihood, Student
 from ockham.tabular.model import Model, Table
 from ockham.tabular.network import Net
-from ockham.tabular.search import Effort, State, prune, search, settle
+from ockham.tabular.predicting import hamiltonian
 
 __all__ = ["Fitted", "OnStep", "Plan", "drawn", "fit"]
 

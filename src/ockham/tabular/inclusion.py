@@ -1,16 +1,19 @@
-"""Which inputs a network rests on: whole evidences with and without each, and with another in its place."""
+"""Which inputs are in: inclusion by evidence, and the search for the best subset."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ockham.tabular.search import State, input_removals, settle, without
+from ockham.errors import NonFiniteLossError
+from ockham.tabular.model import Model
 
-__all__ = ["believed", "inclusion"]
+__all__ = ["Effort", "State", "believed", "grow", "inclusion", "input_removals", "prune", "search", "settle", "without"]
+
 
 _SURE = -30.0  # nats for a removal below which nobody asks further
 _LIKE = 0.5  # correlation from where one input may stand in for another
@@ -161,3 +164,366 @@ def _bent(columns: Tensor, kind: int, at: Tensor) -> Tensor:
 def _spread(columns: Tensor) -> Tensor:
     """Standard deviation of each column, so that the prior of a weight means the same for all."""
     return columns.std(0, correction=0).clamp_min(1e-6)
+
+
+_TOLERANCE, _ROUGH = 0.01, 0.05  # nats: of a mode, and of a mode on trial
+_TRIAL_STEPS, _GROWTH_STEPS = 6, 8
+_MARGIN, _MARGIN_PER_ROW = 0.5, 2e-4  # nats: what more units must bring
+_RANDOM_UNITS = 200
+_REFUSALS = 3
+_FIRST_UNITS = 4
+_ROWS = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """A model at a mode.
+
+    Attributes:
+        model: networks, likelihood, priors and data.
+        vector: weights and extras, [d].
+        metric: Fisher information and prior precision there, [d, d].
+        evidence: ln p(data, structure), nats.
+        steps: second-order steps taken so far, in all.
+    """
+
+    model: Model
+    vector: Tensor
+    metric: Tensor
+    evidence: float
+    steps: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Removal:
+    """Weights of one network that may go together: evidence for it, their positions, and what is free to make up."""
+
+    score: float
+    members: Tensor
+    free: Tensor
+
+
+def settle(
+    model: Model, vector: Tensor, steps: int, before: int = 0, *, learn: int = 1, tolerance: float = _TOLERANCE
+) -> State:
+    """Levenberg-Marquardt steps to a mode, and in between slab variances that fit.
+
+    Args:
+        model: the model.
+        vector: where to begin, [d].
+        steps: at most so many, each time.
+        before: steps taken before, for the count.
+        learn: times that slab variances are learned.
+        tolerance: nats below which a step is the last.
+
+    Raises:
+        NonFiniteLossError: the energy is not finite where it begins.
+    """
+    taken = before
+    for k in range(learn + 1):
+        vector, energy, metric, more = _descended(model, vector, steps, tolerance)
+        taken += more
+        if k < learn:
+            variance = torch.cholesky_inverse(torch.linalg.cholesky(metric)).diagonal()
+            model = model.learned(vector, variance)
+    return State(model, vector, metric, model.evidence(energy, metric), taken)
+
+
+def _descended(model: Model, vector: Tensor, steps: int, tolerance: float) -> tuple[Tensor, float, Tensor, int]:
+    here = model.passed(vector)
+    if not math.isfinite(here.energy):
+        raise NonFiniteLossError(f"the energy of a table's network became {here.energy}; are there huge targets?")
+    slope, metric = model.expand(here)
+    damping, taken = 1e-3, 0
+    while taken < steps and damping < 1e8:
+        damped = metric.clone()
+        damped.diagonal().mul_(1 + damping)
+        root, info = torch.linalg.cholesky_ex(damped)
+        step = -torch.cholesky_solve(slope.unsqueeze(1), root)[:, 0]
+        there = model.passed(here.vector + step) if int(info) == 0 else here
+        gain = here.energy - there.energy
+        if there is here or not gain >= 0:
+            damping *= 8
+            continue
+        expected = -float(slope @ step + 0.5 * step @ (metric @ step))
+        damping = max(damping / 8, 1e-8) if gain > 0.5 * expected else damping * (4 if gain < 0.2 * expected else 1)
+        here, taken = there, taken + 1
+        slope, metric = model.expand(here)
+        if gain < tolerance:
+            break
+    return here.vector, here.energy, metric, taken
+
+
+@dataclass(frozen=True, eq=False)
+class Effort:
+    """How long a search goes on.
+
+    Attributes:
+        patience: attempts without success after which it ends, each with half as many units as the one before.
+        steps: second-order steps after which no attempt begins.
+        generator: source of random units.
+        smooth: share of hyperbolic tangents among them.
+        on_state: called with every state on the way.
+    """
+
+    patience: int
+    steps: int
+    generator: torch.Generator
+    smooth: float
+    on_state: Callable[[State], None]
+
+
+def search(state: State, t: int, most: int, effort: Effort) -> State:
+    """Add units to a network (at most so many in its last hidden layer) and prune, as long as the evidence rises."""
+    state, failed = prune(state, (t,)), 0
+    effort.on_state(state)
+    while failed < effort.patience and state.steps < effort.steps:
+        net = state.model.nets[t]
+        units = net.units[-1] if net.smooth else most
+        more = min(max(1, max(_FIRST_UNITS, units // 3) >> failed), most - units)
+        if more <= 0:
+            break
+        trial = prune(grow(state, t, more, effort.generator, effort.smooth), (t,))
+        better = trial.evidence > state.evidence + _MARGIN + _MARGIN_PER_ROW * len(trial.model.table.x)
+        state, failed = (trial, 0) if better else (replace(state, steps=trial.steps), failed + 1)
+        effort.on_state(state)
+    return state
+
+
+# ---------------------------------------------------------------------- what goes
+
+
+def prune(state: State, nets: tuple[int, ...]) -> State:
+    """Remove units, inputs and weights of some networks as long as the whole evidence rises."""
+    kinds: tuple[Callable[[State, int], list[_Removal]], ...] = (_units, input_removals, _weights)
+    changed = True
+    while changed:
+        before = state
+        for t in nets:
+            for kind in kinds:
+                state = _lighter(state, t, kind)
+        changed = state is not before
+        if changed:
+            state = settle(state.model, state.vector, _TRIAL_STEPS, state.steps)
+    return state
+
+
+def _lighter(state: State, t: int, kind: Callable[[State, int], list[_Removal]]) -> State:
+    """Without the most dispensable of a kind, a third of them at once where the evidence allows, until it does not."""
+    found = sorted((r for r in kind(state, t) if r.score > 0), key=lambda r: -r.score)
+    size, begin = math.ceil(len(found) / 3), 0
+    while begin < min(len(found), _REFUSALS):
+        trial = without(state, t, found[begin : begin + size])
+        if trial.evidence > state.evidence:
+            state = trial
+            found = sorted((r for r in kind(state, t) if r.score > 0), key=lambda r: -r.score)
+            size, begin = math.ceil(len(found) / 3), 0
+        elif size > 1:
+            size = max(1, size // 3)
+        else:
+            begin += 1
+    return state
+
+
+def without(state: State, t: int, removals: list[_Removal]) -> State:
+    """The model without some weights of a network, at a mode near by: what is free makes up for them first."""
+    net, begin = state.model.nets[t], state.model.starts[t]
+    gone = torch.zeros(len(net), dtype=torch.bool)
+    for removal in removals:
+        gone[removal.members] = True
+    free, vector = removals[0].free, state.vector.clone()
+    lost, rest = begin + free[gone[free]], begin + free[~gone[free]]
+    if len(lost) and len(rest):  # the minimum over the rest with the lost at zero: H_rr d = H_rl theta_l
+        right = state.metric[rest][:, lost] @ vector[lost]
+        vector[rest] += torch.linalg.solve(state.metric[rest][:, rest], right)
+    smaller, stays = net.without(gone)
+    end = begin + len(net)
+    vector = torch.cat([vector[:begin], vector[begin:end][stays], vector[end:]])
+    model = state.model.with_net(t, smaller)
+    return settle(model, vector, _TRIAL_STEPS, state.steps, learn=0, tolerance=_ROUGH)
+
+
+@dataclass(frozen=True, eq=False)
+class _Block:
+    """Posterior of some weights of a network while the rest stands still.
+
+    Layers after a weight stand still: let them move too, and the gain of a unit, w dw + b db = v dv, would make up for
+    the removal of any weight, which it does in the tangent and not in the network.
+    """
+
+    free: Tensor
+    mean: Tensor
+    covariance: Tensor
+    prior: Tensor
+
+    @staticmethod
+    def of(state: State, t: int, names: list[str]) -> _Block:
+        net, begin = state.model.nets[t], state.model.starts[t]
+        free = torch.cat([torch.arange(net.spans[n].start, net.spans[n].stop) for n in names if n in net.spans])
+        covariance = torch.cholesky_inverse(torch.linalg.cholesky(state.metric[begin + free][:, begin + free]))
+        return _Block(free, state.vector[begin + free], covariance, state.model.prior[1][begin + free])
+
+    def removal(self, group: Tensor, more: float = 0.0) -> _Removal:
+        """Savage-Dickey ratio of a group of them (positions among the free): ln p(0 | data) - ln p(0)."""
+        root = torch.linalg.cholesky(self.covariance[group][:, group])
+        solved = torch.linalg.solve_triangular(root, self.mean[group].unsqueeze(1), upper=False)
+        volume = 0.5 * float(self.prior[group].log().sum()) + float(root.diagonal().log().sum())
+        return _Removal(more - volume - 0.5 * float(solved.square().sum()), self.free[group], self.free)
+
+
+def _weights(state: State, t: int) -> list[_Removal]:
+    """Single weights that read something, and biases."""
+    net, found = state.model.nets[t], []
+    active = int((net.used() > 0).sum())
+    for i in range(max(1, len(net.smooth))):
+        names = [f"hidden.{i}.weight", f"hidden.{i}.bias", *([] if i else ["skip.weight"])]
+        block = _Block.of(state, t, [*names, "out.bias"])
+        variance = block.covariance.diagonal()
+        score = -0.5 * ((block.prior * variance).log() + block.mean.square() / variance)
+        for name in names:
+            if name not in net.spans:
+                continue
+            span = net.spans[name]
+            living = span.stop - span.start
+            slots = len(net.keep[name]) * active if name in net.readers else net.keep[name].numel()
+            here = (block.free >= span.start) & (block.free < span.stop)
+            score[here] += math.log((slots - living + 1) / max(1, living))
+        ends = (block.free >= net.spans["out.bias"].start) & (block.free < net.spans["out.bias"].stop)
+        score[ends] = -math.inf
+        places = (score > 0).nonzero()[:, 0].tolist()
+        found += [_Removal(float(score[k]), block.free[k : k + 1], block.free) for k in places]
+    return found
+
+
+def input_removals(state: State, t: int) -> list[_Removal]:
+    """All weights that read one input, of each input that is used, ascending."""
+    net = state.model.nets[t]
+    block = _Block.of(state, t, ["hidden.0.weight", "hidden.0.bias", "skip.weight", "out.bias"])
+    reads = net.reads[block.free]
+    inputs = (net.used() > 0).nonzero()[:, 0].tolist()
+    return [block.removal((reads == j).nonzero()[:, 0]) for j in inputs]
+
+
+def _units(state: State, t: int) -> list[_Removal]:
+    """Units of the last hidden layer: weights that read them go, and what feeds them returns to its prior."""
+    net, begin = state.model.nets[t], state.model.starts[t]
+    if not net.smooth or not net.units[-1]:
+        return []
+    block = _Block.of(state, t, ["out.weight", "skip.weight", "out.bias"])
+    prior = state.model.prior[1][begin : begin + len(net)]
+    weight, bias = f"hidden.{len(net.smooth) - 1}.weight", f"hidden.{len(net.smooth) - 1}.bias"
+    of_weight, of_bias = net.cells[weight] // net.keep[weight].shape[1], net.cells[bias]
+    read, found = net.cells["out.weight"] % net.units[-1], []
+    for u in range(net.units[-1]):
+        into = [net.spans[weight].start + (of_weight == u).nonzero()[:, 0]]
+        into += [net.spans[bias].start + (of_bias == u).nonzero()[:, 0]]
+        fed = torch.cat(into)
+        value = state.vector[begin + fed]
+        volume = torch.linalg.slogdet(state.metric[begin + fed][:, begin + fed])[1] - prior[fed].log().sum()
+        saved = 0.5 * float(volume + prior[fed] @ value.square())
+        found.append(block.removal((read == u).nonzero()[:, 0], saved))
+    return found
+
+
+# ---------------------------------------------------------------------- what comes
+
+
+def grow(state: State, t: int, units: int, generator: torch.Generator, kinds: float) -> State:
+    """More units where the residuals ask for them, at a mode; not yet pruned.
+
+    Random units are matched against the derivative of the log-likelihood, orthogonally to what the last layer reads;
+    the best enter, the output weights are solved for, and then everything moves.
+    """
+    model, net = state.model, state.model.nets[t]
+    begin, end = model.starts[t], model.starts[t] + len(net)
+    table, rows = model.table, len(model.table.x)
+    if rows > _ROWS:
+        table = table.rows(torch.randperm(rows, generator=generator)[:_ROWS])
+    information, wanted = model.pseudo_residuals(state.vector, table, t)
+    weight = information.diagonal(dim1=1, dim2=2).mean(1)
+    done = net.run(state.vector[None, begin:end], table.x)
+    below, wider, fresh = table.x, table.x[:, :0], []
+    for i in range(len(net.smooth)):
+        last = i + 1 == len(net.smooth)
+        if i:
+            below = torch.cat([*(r[0] for r in done.read[i : i + 1]), wider], 1)
+        likely = net.used() > 0 if i == 0 else torch.ones(below.shape[1], dtype=torch.bool)
+        new = _random_units(below, likely, _RANDOM_UNITS if last else units, table.weight, generator, kinds)
+        z = below @ new["weight"].T + new["bias"]
+        wider = torch.where(new["smooth"], torch.tanh(z), z.clamp_min(0))
+        if last:
+            basis = [table.x, *(r[0] for r in done.read[i + 1 :])]
+            picked = _matched(
+                wider, torch.cat([torch.ones_like(weight).unsqueeze(1), *basis], 1), weight, wanted, units
+            )
+            new = {name: value[picked] for name, value in new.items()}
+            new["out"] = table.x.new_zeros(wanted.shape[1], units)
+        if i == 0:  # what is used elsewhere may be used here
+            tiny = 1e-3 * torch.randn(new["weight"].shape, generator=generator, dtype=below.dtype)
+            new["weight"] = torch.where((new["weight"] == 0) & (net.used() > 0), tiny, new["weight"])
+        fresh.append(new)
+    bigger, weights = net.grown(state.vector[begin:end], fresh)
+    vector = torch.cat([state.vector[:begin], weights, state.vector[end:]])
+    model = model.with_net(t, bigger)
+    return settle(model, _solved(model, vector, t), _GROWTH_STEPS, state.steps)
+
+
+def _solved(model: Model, vector: Tensor, t: int) -> Tensor:
+    """The vector with output weights of a network at their minimum, the hidden layers as they are."""
+    net, here = model.nets[t], model.passed(vector)
+    slope, metric = model.expand(here)
+    spans = (net.spans[n] for n in ("out.weight", "out.bias", "skip.weight"))
+    free = model.starts[t] + torch.cat([torch.arange(s.start, s.stop) for s in spans])
+    step = torch.zeros_like(vector)
+    step[free] = -torch.linalg.solve(metric[free][:, free], slope[free])
+    for _ in range(8):
+        if model.passed(vector + step).energy <= here.energy:
+            return vector + step
+        step = step / 4
+    return vector
+
+
+def _random_units(
+    below: Tensor, likely: Tensor, count: int, weight: Tensor, generator: torch.Generator, kinds: float
+) -> dict[str, Tensor]:
+    """Weights, biases and kinds of units that bend at rows of the data.
+
+    They read one, two, three or many columns; three in four read only those that are likely to matter.
+    """
+    p = below.shape[1]
+    reads = torch.tensor([1, 2, 3, p])[torch.randint(4, (count,), generator=generator)].clamp(max=p)
+    rank = torch.rand(count, p, generator=generator)
+    if bool(likely.any()):
+        narrow = torch.rand(count, 1, generator=generator) < 0.75
+        rank = torch.where(narrow & ~likely, rank + 1, rank)
+        reads = torch.where(narrow[:, 0], reads.clamp(max=int(likely.sum())), reads)
+    order = rank.argsort(1).argsort(1)
+    direction = torch.randn(count, p, generator=generator, dtype=below.dtype) * (order < reads.unsqueeze(1))
+    scale = torch.exp2(torch.randint(-1, 2, (count, 1), generator=generator).to(below.dtype))
+    direction = direction * scale / direction.norm(dim=1, keepdim=True).clamp_min(1e-9)
+    at = below[torch.multinomial(weight, count, replacement=True, generator=generator)]
+    smooth = torch.rand(count, generator=generator) < kinds
+    return {"weight": direction, "bias": -(direction * at).sum(1), "smooth": smooth}
+
+
+def _matched(units: Tensor, basis: Tensor, weight: Tensor, wanted: Tensor, count: int) -> Tensor:
+    """Indices of units [n, M] that explain most of what is wanted [n, K], one after the other, beyond a basis."""
+    eye = torch.eye(basis.shape[1], dtype=basis.dtype)
+    root = torch.linalg.cholesky(basis.T @ (basis * weight.unsqueeze(1)) + eye)
+    cross = torch.linalg.solve_triangular(root, (basis * weight.unsqueeze(1)).T @ units, upper=False)
+    gram = (units * weight.unsqueeze(1)).T @ units
+    size = gram.diagonal().clone()
+    gram = gram - cross.T @ cross
+    aim = units.T @ wanted - cross.T @ torch.linalg.solve_triangular(root, basis.T @ wanted, upper=False)
+    picked: list[int] = []
+    for _ in range(count):
+        own = gram.diagonal()
+        gain = aim.square().sum(1) / (own.clamp_min(0) + 1)
+        gain[own < 1e-3 * size] = -1.0
+        gain[picked] = -2.0
+        best = int(gain.argmax())
+        picked.append(best)
+        column = gram[:, best] / own[best].clamp_min(1e-9)
+        aim = aim - torch.outer(column, aim[best])
+        gram = gram - torch.outer(column, gram[best])
+    return torch.tensor(picked)

@@ -1,9 +1,9 @@
-"""What a fitted network says: its predictive distribution over draws from the posterior."""
+"""Draws of a table model by Hamiltonian Monte Carlo, and predictions from them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,10 +12,137 @@ import torch
 from scipy.special import stdtr, stdtrit
 from torch import Tensor
 
+from ockham.errors import OckhamError
 from ockham.tabular.likelihoods import Gaussian, Student, log_scale, student_nll
 from ockham.tabular.model import Model
 
-__all__ = ["Draws", "interval", "log_density", "moments", "noise_std"]
+__all__ = ["Chains", "Draws", "hamiltonian", "interval", "log_density", "moments", "noise_std"]
+
+
+Slopes = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Vectors [C, d] to -ln p(vector | data) up to a constant, nats, [C], and its gradient [C, d]."""
+
+_ACCEPTANCE = 0.8
+_FIRST_STEP = 0.05
+_LONGEST_STEP = 1.0
+_JITTER = 0.5  # a step is shorter by this share at most
+_SHRINKAGE, _OFFSET, _FORGETTING = 0.05, 10.0, 0.75  # gamma, t0, kappa of Hoffman & Gelman
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Chains:
+    """What chains visited after their warm-up.
+
+    Attributes:
+        draws: [rounds, C, d].
+        acceptance: mean probability of acceptance; 0.8 is aimed at.
+        step_size: of a leap, in units of the metric's standard deviations.
+    """
+
+    draws: Tensor
+    acceptance: float
+    step_size: float
+
+
+def hamiltonian(
+    slopes: Slopes,
+    start: Tensor,
+    metric: Tensor,
+    *,
+    rounds: int,
+    warmup: int,
+    leaps: tuple[int, int] = (8, 24),
+    generator: torch.Generator,
+) -> Chains:
+    r"""Draws from exp(-energy) by Hamiltonian Monte Carlo, C chains side by side.
+
+        H(q, p) = energy(q) + 1/2 p' metric^-1 p,    p ~ N(0, metric)
+
+    with a step size, of all chains, that dual averaging brings to a mean acceptance of 0.8 during the warm-up. Number
+    and size of the leaps are random: no period is hit, and where the target is stiffer than usual a chain gets out. The
+    nearer the metric is to the precision of the target, the better it mixes; any positive definite one leaves the
+    target as it is.
+
+    Args:
+        slopes: energy (negative log density up to a constant, nats) and gradient. Where the energy is not finite,
+            proposals are rejected.
+        start: places [C, d] where the energy is finite.
+        metric: matrix [d, d], positive definite, in the role of a precision.
+        rounds: trajectories of each chain after the warm-up, of which each gives a draw.
+        warmup: trajectories before.
+        leaps: least and greatest number of leaps of a trajectory.
+        generator: source of momenta, lengths and acceptance.
+
+    Returns:
+        `Chains`.
+
+    Raises:
+        OckhamError: shapes do not fit, the metric is not positive definite, or a start has no finite energy.
+
+    References:
+        Neal (2011), *MCMC using Hamiltonian dynamics*, eq. 5.2-5.10; Hoffman & Gelman (2014), *The No-U-Turn
+        sampler*, eq. 6.
+    """
+    if start.ndim != 2 or metric.shape != (start.shape[1], start.shape[1]):
+        raise OckhamError(
+            f"hamiltonian: starts [C, d] and a metric [d, d]; got {tuple(start.shape)} and {tuple(metric.shape)}"
+        )
+    root, info = torch.linalg.cholesky_ex(metric)
+    if int(info) != 0:
+        raise OckhamError("hamiltonian: the metric must be positive definite; add a prior precision to its diagonal")
+    inverse = torch.cholesky_inverse(root)
+    place = start.clone()
+    value, slope = slopes(place)
+    if not bool(value.isfinite().all()):
+        raise OckhamError(f"hamiltonian: the energy of a start is {value.tolist()}; begin where the target has density")
+    pace, visited, accepted = _Pace(), [], 0.0
+    for k in range(warmup + rounds):
+        momentum = _normal(start, generator) @ root.T
+        before = value + 0.5 * (momentum @ inverse * momentum).sum(1)
+        count = int(torch.randint(leaps[0], leaps[1] + 1, (), generator=generator))
+        shrink = 1 - _JITTER * torch.rand(len(start), 1, generator=generator, dtype=start.dtype)
+        step = (pace.step if k < warmup else pace.settled) * shrink
+        there, there_value, there_slope = place, value, slope
+        for _ in range(count):
+            momentum = momentum - 0.5 * step * there_slope
+            there = there + step * (momentum @ inverse)
+            there_value, there_slope = slopes(there)
+            momentum = momentum - 0.5 * step * there_slope
+        rise = there_value + 0.5 * (momentum @ inverse * momentum).sum(1) - before
+        chance = torch.where(rise.isfinite(), (-rise).clamp(max=0.0).exp(), 0.0)
+        yes = torch.rand(len(start), generator=generator, dtype=start.dtype) < chance
+        place, slope = (torch.where(yes.unsqueeze(1), a, b) for a, b in ((there, place), (there_slope, slope)))
+        value = torch.where(yes, there_value, value)
+        if k < warmup:
+            pace.learn_(float(chance.mean()))
+        else:
+            accepted += float(chance.mean()) / rounds
+            visited.append(place)
+    draws = torch.stack(visited) if visited else start.new_zeros(0, *start.shape)
+    return Chains(draws, accepted, pace.settled)
+
+
+class _Pace:
+    """Step size by dual averaging."""
+
+    def __init__(self) -> None:
+        self.step = self.settled = _FIRST_STEP
+        self._count, self._error, self._log_settled = 0, 0.0, 0.0
+
+    def learn_(self, chance: float) -> None:
+        self._count += 1
+        share = 1 / (self._count + _OFFSET)
+        self._error = (1 - share) * self._error + share * (_ACCEPTANCE - chance)
+        log_step = math.log(10 * _FIRST_STEP) - math.sqrt(self._count) / _SHRINKAGE * self._error
+        weight = self._count**-_FORGETTING
+        self._log_settled = weight * log_step + (1 - weight) * self._log_settled
+        self.step = min(_LONGEST_STEP, math.exp(log_step))
+        self.settled = min(_LONGEST_STEP, math.exp(self._log_settled))
+
+
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
+
 
 Floats = npt.NDArray[np.float64]
 

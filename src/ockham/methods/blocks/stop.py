@@ -1,36 +1,191 @@
-r"""When nothing is asked for: the smallest network that the data still prefer to the dense one.
-
-Two networks, the dense one and one with weights removed, differ in log evidence by
-
-    delta_f = volume - n_data x (mean held-out NLL of the reduced - of the dense)
-
-The first term is what the removed weights' freedom had cost, 1/2 sum ln(1 + n_data h / P0), by the Kronecker curvature
-of the calibration data. The second is what is lost, n_data log-likelihood terms behind the trained weights counting as
-the held-out ones do: it is *measured* on data that took no part, so correlations, the movement of the survivors and
-everything beyond second order are in it. Removal ends where delta_f comes down to zero.
-
-n_data is not known of most networks. The default, 20 terms a weight, is the ratio at which a network of its size is
-trained at the least cost; with it the loss may rise by (volume a removed weight) x (share removed) / 20 nats at most,
-whatever the network, which is 2 to 6 per cent of perplexity.
-
-The search is a root search over the share: what single weights would cost says where to begin, what the network did
-lose scales it, and a few shots suffice.
-
-Reference: Kass & Raftery 1995 (Bayes factors); MacKay 1992 (the volume); Hoffmann et al. 2022, arXiv 2203.15556 (20).
-"""
+"""How much goes: damping per kind of matrix, shares per matrix, and the stop by evidence."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ockham.errors import OckhamError
-from ockham.methods.blocks.allocation import CostSample, predicted
+from ockham.methods.blocks.solve import Damping, NofM, loss_increase, quadratic, sparse_matrix
 
-__all__ = ["TERMS_PER_WEIGHT", "Shot", "best_shot", "shot_from", "shots"]
+__all__ = [
+    "DEFAULT_DAMPING",
+    "TERMS_PER_WEIGHT",
+    "CostSample",
+    "Problem",
+    "Shot",
+    "Trial",
+    "best_shot",
+    "chosen_damping",
+    "cost_sample",
+    "kind_of",
+    "predicted",
+    "sampled_blocks",
+    "shares_for",
+    "shares_under",
+    "shot_from",
+    "shots",
+]
+
+
+_SAMPLE = 1 << 15
+_LEAST_KEPT = 1 / 3  # of what would stay of a matrix at equal shares: costs of single weights say little beyond it
+_STEPS = 60
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CostSample:
+    """Costs of some weights of a matrix, rising.
+
+    Attributes:
+        costs: s, nats per term.
+        determined: h / P0 per term, in the same order.
+        size: weights of the whole matrix.
+    """
+
+    costs: Tensor
+    determined: Tensor
+    size: int
+
+
+def cost_sample(weight: Tensor, costs: Tensor) -> CostSample:
+    """Evenly spaced weights of a matrix with their costs, both ``[groups, outputs, inputs]`` without a bias."""
+    step = max(1, costs.numel() // _SAMPLE)
+    step += step % 2 == 0  # an even step would see some columns only
+    s, w = costs.flatten()[::step].double(), weight.flatten()[::step].double()
+    square = weight.double().square().mean()
+    determined = 2 * s / w.square().clamp_min(1e-30) * square
+    order = s.argsort()
+    return CostSample(s[order], determined[order], costs.numel())
+
+
+def shares_under(samples: Mapping[str, CostSample], threshold: float, most: float = 1.0) -> dict[str, float]:
+    """Share of each matrix that costs less than a threshold, and not more than ``most``."""
+    at = torch.tensor(threshold, dtype=torch.float64)
+    return {k: min(most, int(torch.searchsorted(c.costs, at)) / len(c.costs)) for k, c in samples.items()}
+
+
+def shares_for(samples: Mapping[str, CostSample], keep_share: float) -> dict[str, float]:
+    """Shares that stay, matrix by matrix, under the one threshold that leaves ``keep_share`` of all weights.
+
+    No matrix is left with less than a third of ``keep_share``.
+    """
+    most = 1 - _LEAST_KEPT * keep_share
+    total = sum(c.size for c in samples.values())
+    low, high = -60.0, 20.0
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        gone = shares_under(samples, 10**middle, most)
+        few = sum(gone[k] * c.size for k, c in samples.items()) < (1 - keep_share) * total
+        low, high = (middle, high) if few else (low, middle)
+    gone = shares_under(samples, 10**high, most)
+    left = sum((1 - gone[k]) * c.size for k, c in samples.items())
+    # what the grain of the samples leaves over, or the most that may go of a matrix, is shared by all
+    return {k: min(1.0, (1 - gone[k]) * keep_share * total / left) for k in samples}
+
+
+def predicted(samples: Mapping[str, CostSample], keep_share: float, n_data: float) -> tuple[float, float]:
+    """What a reduction costs and frees by the sum over single weights.
+
+    Returns:
+        (cost in nats per term, volume in nats): delta_f = volume - n_data x cost.
+    """
+    cost = volume = 0.0
+    for key, kept in shares_for(samples, keep_share).items():
+        sample = samples[key]
+        gone = round((1 - kept) * len(sample.costs))
+        each = sample.size / len(sample.costs)
+        cost += each * float(sample.costs[:gone].sum())
+        volume += each * 0.5 * float((n_data * sample.determined[:gone]).log1p().sum())
+    return cost, volume
+
+
+DEFAULT_DAMPING = Damping(0.05, 0.3)
+_INPUTS = (0.01, 0.03, 0.1, 0.3)
+_OUTPUTS = (0.1, 0.3, 0.6, 1.0)
+_PER_LOOK = 3
+_QUICK = (2, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What one setting cost where it was tried.
+
+    Attributes:
+        kind: kind of matrix.
+        damping: the setting.
+        cost: nats per term on the data held out, a matrix.
+    """
+
+    kind: str
+    damping: Damping
+    cost: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Problem:
+    """A matrix with the factors of two parts of the data.
+
+    Attributes:
+        weight: the trained matrix.
+        bias: whether its last column is one.
+        fit: function to A and G of the data that decide.
+        held: function to A and G of the data that judge.
+        scale: rows x terms of the judging sums.
+    """
+
+    weight: Tensor
+    bias: bool
+    fit: Callable[[], tuple[Tensor, Tensor]]
+    held: Callable[[], tuple[Tensor, Tensor]]
+    scale: float
+
+
+def kind_of(key: str) -> str:
+    """A matrix's name with N for its numbers: those that differ by depth or expert only are of one kind.
+
+    >>> kind_of("model.layers.12.mlp.experts.down_proj[3]"), kind_of("layer2.0.conv1.weight")
+    ('model.layers.N.mlp.experts.down_proj[N]', 'layer2.N.conv1.weight')
+    """
+    return re.sub(r"(?<![^.\[])\d+(?![^.\]])", "N", key)
+
+
+def sampled_blocks(kinds: Sequence[frozenset[str]]) -> list[int]:
+    """Blocks to try settings on: of every set of kinds up to three, evenly spaced, not the ends."""
+    found: list[int] = []
+    for look in dict.fromkeys(kinds):
+        alike = [i for i, k in enumerate(kinds) if k == look]
+        count = min(_PER_LOOK, len(alike))
+        found += [alike[(2 * i + 1) * len(alike) // (2 * count)] for i in range(count)]
+    return sorted(set(found))
+
+
+def chosen_damping(kind: str, problems: Sequence[Problem], keep: float | NofM) -> list[Trial]:
+    """Try lambda at the usual tau, then tau at the best lambda; the least cost over all problems is the choice.
+
+    Returns:
+        Every trial, the best first.
+    """
+
+    def tried(damping: Damping) -> Trial:
+        cost = 0.0
+        for p in problems:
+            curvature = quadratic(*p.fit(), damping)
+            worth = curvature.conditional()
+            small = sparse_matrix(p.weight, curvature, worth, keep=keep, bias=p.bias, rounds=2, steps=_QUICK)
+            cost += loss_increase(small - p.weight, *p.held(), p.scale)
+        return Trial(kind, damping, cost / len(problems))
+
+    found = [tried(Damping(value, DEFAULT_DAMPING.outputs)) for value in _INPUTS]
+    best = min(found, key=lambda t: t.cost).damping.inputs
+    found += [tried(Damping(best, v)) for v in _OUTPUTS if v != DEFAULT_DAMPING.outputs]
+    return sorted(found, key=lambda t: t.cost)
+
 
 TERMS_PER_WEIGHT = 20
 _SHOTS = 4

@@ -20,19 +20,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ockham.choose.budgets import Budget, Subject, most_allowed
+from ockham.choose.prices import Budget, Subject, most_allowed
 from ockham.errors import OckhamError
 from ockham.methods.blocks.cases import Case
-from ockham.methods.blocks.curvature import BlockMap, weights_of
-from ockham.methods.blocks.damping import DEFAULT_DAMPING, kind_of
-from ockham.methods.blocks.matrices import BlockMatrix
+from ockham.methods.blocks.curvature import BlockMap, Stream, weights_of
 from ockham.methods.blocks.reduction import Dense, MatrixEvidence, freed, inputs_of_stage
-from ockham.methods.blocks.solve import damped, loss_increase, quadratic
-from ockham.methods.blocks.stream import Stream
-from ockham.surgery.cloning import clone
-from ockham.surgery.configs import described
+from ockham.methods.blocks.solve import BlockMatrix, damped, loss_increase, quadratic
+from ockham.methods.blocks.stop import DEFAULT_DAMPING, kind_of
+from ockham.surgery.copies import clone
 from ockham.surgery.groups import Groups, Plan, plan_masks
-from ockham.surgery.shrinking import shrink
+from ockham.surgery.shrinking import described, shrink
 
 __all__ = [
     "UnitCurve",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ockham.choose.planning import plan
-from ockham.core.names import Ignore
+from ockham.core.network import Ignore
 from ockham.errors import OckhamError
 from ockham.methods.gates.noise import GateDraw, GateNoise, Reader, detach, per_example
 from ockham.methods.gates.rules import (
@@ -30,8 +30,7 @@ from ockham.methods.gates.rules import (
 )
 from ockham.run.structures import traced_again
 from ockham.surgery import Group, Groups, Plan
-from ockham.surgery.cloning import canonical_names, clone
-from ockham.surgery.comparing import as_arguments
+from ockham.surgery.copies import as_arguments, canonical_names, clone
 from ockham.surgery.groups import Member
 
 __all__ = [

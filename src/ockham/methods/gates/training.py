@@ -16,18 +16,17 @@ from torch import Tensor, nn
 from ockham.choose.planning import plan
 from ockham.core.batch import Loader, ReadBatch, ReadOutput
 from ockham.core.likelihood import Likelihood, Regression
-from ockham.core.modes import device_of, evaluating, seeded
+from ockham.core.network import device_of, evaluating, seeded
 from ockham.core.objective import Objective, fit_noise, objective_of
 from ockham.core.posterior import Posterior
 from ockham.errors import OckhamError
 from ockham.fit.predict import refresh_batchnorm
 from ockham.methods.gates import lognormal
 from ockham.methods.gates.attach import GATE_RULES, NAME, Gates, attach_gates
-from ockham.methods.gates.curve import parameters_left
 from ockham.methods.gates.noise import GateDraw, per_example
+from ockham.methods.gates.report import parameters_left
 from ockham.methods.gates.rules import GateEvidence, GateRule, bmrs_n, by_taylor
-from ockham.run.engine import Compressed, Engine, Method, Task
-from ockham.run.trainer import EpochInfo, RunState, rates_of
+from ockham.run.engine import Compressed, Engine, EpochInfo, Method, RunState, Task, rates_of
 from ockham.surgery import Groups, Plan, shrink
 
 __all__ = [

@@ -1,27 +1,17 @@
-r"""One pass over the data: the curvature of the summed negative log-likelihood, for any layer.
-
-Two estimates, both positive semidefinite. With g the gradient of one example's NLL,
-
-    Monte Carlo GGN     E g g',  targets drawn from the network's own predictive (= Fisher for these likelihoods)
-    empirical Fisher    E g g',  targets as the data have them
-
-kept either as a diagonal (any parameter, by `torch.func.vmap` over examples) or as Kronecker factors A and G (`taps`).
-The network is in evaluation mode: no dropout, statistics of BatchNorm as they are. Weights of examples multiply g g'.
-
-Reference: Martens 2020, New insights and perspectives on the natural gradient method, arXiv 1412.1193; Kunstner,
-Hennig & Balles 2019, arXiv 1905.12558 (what the empirical Fisher is not).
-"""
+"""Curvature of a likelihood at every layer, tapped while batches pass."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from ockham.core.batch import Batch, Substituted
@@ -29,7 +19,165 @@ from ockham.core.likelihood import TermLikelihood
 from ockham.core.objective import Objective, blame
 from ockham.errors import DataError, OckhamError
 
-__all__ = ["ExampleGradients", "Score"]
+__all__ = ["ExampleGradients", "MatrixSums", "Score", "gradient_factors_", "matrices_of", "tapped"]
+
+
+_Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+_LARGEST = 8192
+
+
+@dataclass(slots=True, eq=False)
+class MatrixSums:
+    """Running sums for one weight matrix.
+
+    Attributes:
+        weight: name of the parameter.
+        bias: name of the bias that is its last input, or None.
+        groups: independent blocks of rows.
+        inputs: sum of a a', [groups, inputs, inputs].
+        outputs: sum of g g', [groups, outputs, outputs].
+        rows: what the product is divided by.
+    """
+
+    weight: str
+    bias: str | None
+    groups: int
+    inputs: Tensor
+    outputs: Tensor
+    rows: float = 0.0
+    module: nn.Module | None = field(default=None, repr=False)
+
+
+def matrices_of(model: nn.Module, names: frozenset[str]) -> dict[str, MatrixSums]:
+    """Empty sums for every weight among ``names`` that can have Kronecker factors, by its name.
+
+    Linear and convolution weights used by one module, recurrent weights and packed attention projections. A weight
+    that several modules share, or one side of which exceeds 8192, is left out: it gets a diagonal.
+    """
+    found: dict[str, MatrixSums] = {}
+    first = {p: n for n, p in model.named_parameters()}
+    owners = [p for m in model.modules() for p in m._parameters.values() if p is not None]
+    for module in model.modules():
+        for local, p in module._parameters.items():
+            if p is None or p.ndim < 2 or first.get(p) not in names or sum(q is p for q in owners) > 1:
+                continue
+            layout = _layout(module, local, p)
+            if layout is not None and max(layout[1:]) <= _LARGEST:
+                found[first[p]] = _empty(module, p, layout, first, names)
+    return found
+
+
+@contextmanager
+def tapped(sums: Mapping[str, MatrixSums], weight: float = 1.0) -> Iterator[None]:
+    """Add what passes the modules in this block, forward and backward, to their sums.
+
+    Args:
+        sums: of `matrices_of`; those without a module are left to `gradient_factors_`.
+        weight: of a row of gradients; 1 where the loss is a sum.
+    """
+    handles = [s.module.register_forward_hook(_hook(s, weight)) for s in sums.values() if s.module is not None]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def gradient_factors_(sums: MatrixSums, gradients: Tensor) -> None:
+    """Add gradients of single examples, [examples, *shape of the weight], to the sums of one matrix."""
+    d = gradients.reshape(gradients.shape[0], sums.groups, -1, sums.inputs.shape[-1]).to(sums.inputs.dtype)
+    sums.inputs += torch.einsum("ngoi,ngoj->gij", d, d)
+    sums.outputs += torch.einsum("ngoi,ngpi->gop", d, d)
+    sums.rows += float(d.square().sum()) / sums.groups
+
+
+def _layout(module: nn.Module, local: str, p: Tensor) -> tuple[int, int, int] | None:
+    """(groups, outputs, inputs) of a weight, without bias."""
+    if isinstance(module, nn.Linear) and local == "weight":
+        return 1, p.shape[0], p.shape[1]
+    if isinstance(module, _Conv) and local == "weight" and module.padding_mode == "zeros":
+        return module.groups, p.shape[0] // module.groups, p[0].numel()
+    if isinstance(module, nn.RNNBase) and local.startswith("weight"):
+        return 1, p.shape[0], p.shape[1]
+    if isinstance(module, nn.MultiheadAttention) and local == "in_proj_weight":
+        return 3, p.shape[0] // 3, p.shape[1]
+    return None
+
+
+def _empty(
+    module: nn.Module, p: Tensor, layout: tuple[int, int, int], first: Mapping[Any, str], names: frozenset[str]
+) -> MatrixSums:
+    groups, outputs, inputs = layout
+    hooked = isinstance(module, nn.Linear | _Conv) and not isinstance(
+        module, nn.modules.linear.NonDynamicallyQuantizableLinear
+    )
+    bias = first.get(getattr(module, "bias", None)) if hooked else None
+    bias = bias if bias in names else None
+    wide = inputs + (bias is not None)
+    options: dict[str, Any] = {"dtype": torch.float64, "device": p.device}
+    a, g = torch.zeros(groups, wide, wide, **options), torch.zeros(groups, outputs, outputs, **options)
+    return MatrixSums(first[p], bias, groups, a, g, module=module if hooked else None)
+
+
+def _hook(sums: MatrixSums, weight: float) -> Any:
+    def forward(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+        columns = _columns(module, args[0].detach())
+        if sums.bias is not None:
+            columns = torch.cat([columns, columns.new_ones(columns.shape[0], 1, columns.shape[2])], 1)
+        sums.inputs += (columns @ columns.mT).double()
+        sums.rows += columns.shape[2]
+        if output.requires_grad:
+            output.register_hook(backward)
+
+    def backward(gradient: Tensor) -> None:
+        g = _grouped(sums.module, gradient.detach(), sums.groups)
+        sums.outputs += weight * (g.mT @ g).double()
+
+    return forward
+
+
+def _columns(module: nn.Module, x: Tensor) -> Tensor:
+    """Everything the weight is multiplied with, [groups, inputs, rows]."""
+    if isinstance(module, nn.Linear):
+        return x.reshape(1, -1, x.shape[-1]).mT
+    assert isinstance(module, _Conv)
+    d, groups = len(module.kernel_size), module.groups
+    x = x if x.ndim == d + 2 else x.unsqueeze(0)
+    for axis in range(d):
+        x = _windows(
+            _padded(module, x, axis), axis + 2, module.dilation[axis], module.kernel_size[axis], module.stride[axis]
+        )
+    x = x.unflatten(1, (groups, -1))  # [N, groups, channels, *positions, *kernel]; positions last copies fastest
+    order = [1, 2, *range(3 + d, 3 + 2 * d), 0, *range(3, 3 + d)]
+    return x.permute(order).flatten(2 + d).flatten(1, 1 + d)
+
+
+def _padded(module: _Conv, x: Tensor, axis: int) -> Tensor:
+    return F.pad(x.movedim(axis + 2, -1), _padding(module, axis)).movedim(-1, axis + 2)
+
+
+def _padding(module: _Conv, axis: int) -> tuple[int, int]:
+    if module.padding == "valid":
+        return 0, 0
+    if module.padding == "same":
+        total = module.dilation[axis] * (module.kernel_size[axis] - 1)
+        return total // 2, total - total // 2
+    return int(module.padding[axis]), int(module.padding[axis])
+
+
+def _windows(x: Tensor, dim: int, dilation: int, size: int, stride: int) -> Tensor:
+    """Sliding windows along one dimension, the window as a new last dimension; a view."""
+    return x.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
+
+
+def _grouped(module: nn.Module | None, g: Tensor, groups: int) -> Tensor:
+    """Gradients of the outputs, [groups, rows, outputs]."""
+    if isinstance(module, nn.Linear):
+        return g.reshape(1, -1, g.shape[-1])
+    g = g if isinstance(module, _Conv) and g.ndim == len(module.kernel_size) + 2 else g.unsqueeze(0)
+    n, c = g.shape[:2]
+    return g.reshape(n, groups, c // groups, -1).permute(1, 0, 3, 2).reshape(groups, -1, c // groups)
+
 
 _CHUNK_NUMBERS = 1 << 24
 

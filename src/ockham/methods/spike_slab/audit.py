@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from ockham.core.batch import ReadOutput, call, inputs_of, tensor_of
 from ockham.core.likelihood import aligned
-from ockham.core.modes import evaluating
+from ockham.core.network import evaluating
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError
 from ockham.evidence.exact import exact_inclusion as enumerate_subsets
 from ockham.methods.spike_slab.correlated import correlation, inclusion_correlated, inclusion_paired
-from ockham.methods.spike_slab.inclusion import inclusion
+from ockham.methods.spike_slab.priors import inclusion
 
 __all__ = [
     "Audit",

@@ -1,0 +1,215 @@
+"""What of a network is there and takes part: training modes, names, what the user fixed."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ockham.errors import OckhamError
+
+__all__ = [
+    "Entry",
+    "Ignore",
+    "device_of",
+    "evaluating",
+    "fixed_entries",
+    "frozen_modules",
+    "ignored",
+    "keeping_modes",
+    "protected_names",
+    "seeded",
+    "train_",
+]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the first parameter; the CPU for a network without parameters."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def frozen_modules(model: nn.Module) -> set[nn.Module]:
+    """Modules that have parameters of which none requires a gradient, and all that is inside them."""
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(p.requires_grad for p in parameters):
+            found.update(module.modules())
+    return found
+
+
+def train_(model: nn.Module) -> nn.Module:
+    """Training mode, in place, but evaluation mode for what is wholly frozen: its dropout and statistics stay out."""
+    model.train()
+    for module in frozen_modules(model):
+        module.training = False
+    return model
+
+
+@contextmanager
+def keeping_modes(model: nn.Module) -> Iterator[None]:
+    """Whatever happens inside the block, every module is in its own training or evaluation mode again after it."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """Evaluation mode inside the block, every module's own mode again after it.
+
+    Yields:
+        The device of the network.
+    """
+    with keeping_modes(model):
+        model.eval()
+        yield device_of(model)
+
+
+@contextmanager
+def seeded(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
+    """Global randomness of (seed, epoch) inside the block, the old state after it."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed((seed * 1_000_003 + epoch * 7919 + 17) % 2**63)
+        yield
+
+
+_PADDED = (nn.Embedding, nn.EmbeddingBag)
+
+
+def fixed_entries(model: nn.Module) -> dict[str, Tensor]:
+    """Which weights the network itself never trains, as boolean masks (True = fixed).
+
+    Fixed are the row ``padding_idx`` of `torch.nn.Embedding` and `torch.nn.EmbeddingBag`, and the entries where a mask
+    of `torch.nn.utils.prune` is zero: a buffer ``<name>_mask`` beside the parameter ``<name>_orig``. A buffer
+    ``<name>_mask`` of zeros and ones beside the parameter ``<name>`` itself, the usual form of home-made masks, counts
+    where the weights are zero already. A parameter that several modules share is fixed only where all of them say so.
+
+    Args:
+        model: any network; it is not changed.
+
+    Returns:
+        Mask of the parameter's shape by parameter name; parameters without a fixed entry are left out.
+
+    >>> fixed_entries(nn.Sequential(nn.Embedding(4, 2, padding_idx=3)))["0.weight"].tolist()
+    [[False, False], [False, False], [False, False], [True, True]]
+    """
+    claims: dict[Tensor, list[Tensor | None]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                claims.setdefault(parameter, []).append(_claim(module, name, parameter))
+    found = {}
+    for name, parameter in model.named_parameters():
+        masks = [mask for mask in claims[parameter] if mask is not None]
+        if len(masks) == len(claims[parameter]) and bool((fixed := torch.stack(masks).all(0)).any()):
+            found[name] = fixed
+    return found
+
+
+@torch.no_grad()
+def _claim(module: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
+    """What one module says of its parameter; None where it fixes nothing."""
+    if isinstance(module, _PADDED) and name == "weight" and module.padding_idx is not None:
+        fixed = torch.zeros_like(parameter, dtype=torch.bool)
+        fixed[module.padding_idx] = True
+        return fixed
+    mask = module._buffers.get(f"{name.removesuffix('_orig')}_mask")
+    if mask is None or mask.shape != parameter.shape or not bool(((mask == 0) | (mask == 1)).all()):
+        return None
+    fixed = (mask == 0).to(parameter.device)
+    return fixed if name.endswith("_orig") else fixed & (parameter == 0)
+
+
+Entry = str | type[nn.Module] | nn.Module | Tensor
+"""A name of a parameter or module, a "re:" pattern on names, a module type, a module, or a parameter."""
+
+Ignore = Iterable[Entry] | Entry
+"""Parameters to protect: one `Entry`, or several."""
+
+
+def ignored(model: nn.Module, entries: Ignore, *, buffers: bool = False) -> frozenset[str]:
+    """Names of the parameters that ``entries`` cover.
+
+    Args:
+        model: whose parameters they are; names may be those of tied parameters or of modules inside it, "" is all.
+        entries: one entry or several; a single string is one entry and not its letters.
+        buffers: whether names and patterns cover buffers, too.
+
+    Returns:
+        Names as `named_parameters` has them: a tied parameter under its first name.
+
+    Raises:
+        OckhamError: an entry covers nothing (the nearest names are given), is of another type, or is a pattern that is
+            no regular expression.
+
+    >>> sorted(ignored(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "0"))
+    ['0.bias', '0.weight']
+    """
+    first: dict[Tensor, str] = {}
+    every: dict[str, str] = {}
+    pairs = list(model.named_parameters(remove_duplicate=False))
+    for name, p in [*pairs, *(model.named_buffers(remove_duplicate=False) if buffers else ())]:
+        every[name] = first.setdefault(p, name)
+    single = isinstance(entries, (str, type, nn.Module, Tensor))
+    several: list[Any] = [entries] if single else list(entries)  # type: ignore[arg-type]
+    found: set[str] = set()
+    for entry in several:
+        names = _covered(model, entry, every, first)
+        if not names:
+            raise OckhamError(f"ignore entry {_shown(entry)} matches no parameter{_near(model, entry, every)}")
+        found |= names
+    return frozenset(found)
+
+
+def protected_names(model: nn.Module, ignore: Ignore) -> frozenset[str]:
+    """The same as `ignored`, under its older name."""
+    return ignored(model, ignore)
+
+
+def _covered(model: nn.Module, entry: Any, every: dict[str, str], first: dict[Tensor, str]) -> set[str]:
+    if isinstance(entry, Tensor):
+        return {name for p, name in first.items() if p is entry}
+    if isinstance(entry, nn.Module):
+        inside = {first[p] for p in (*entry.parameters(), *entry.buffers()) if p in first}
+        return inside if any(m is entry for m in model.modules()) else set()
+    if isinstance(entry, type) and issubclass(entry, nn.Module):
+        return {first[p] for m in model.modules() if isinstance(m, entry) for p in m.parameters()}
+    if not isinstance(entry, str):
+        raise OckhamError(
+            f"ignore takes names, 're:' patterns, module types, modules and parameters; got {entry!r} "
+            f"({type(entry).__name__})"
+        )
+    if entry.startswith("re:"):
+        try:
+            pattern = re.compile(entry[3:])
+        except re.error as error:
+            raise OckhamError(f"ignore pattern {entry!r} is not a regular expression: {error}") from error
+        return {own for name, own in every.items() if pattern.search(name)}
+    return {own for name, own in every.items() if entry in ("", name) or name.startswith(entry + ".")}
+
+
+def _shown(entry: Any) -> str:
+    if isinstance(entry, Tensor):
+        return f"parameter of shape {tuple(entry.shape)}"
+    return (
+        entry.__name__ if isinstance(entry, type) else repr(entry) if isinstance(entry, str) else type(entry).__name__
+    )
+
+
+def _near(model: nn.Module, entry: Any, every: dict[str, str]) -> str:
+    if isinstance(entry, str) and not entry.startswith("re:"):
+        known = [*every, *(n for n, m in model.named_modules() if n and any(True for _ in m.parameters()))]
+        close = difflib.get_close_matches(entry, known, n=3, cutoff=0.5)
+        if close:
+            return f"; did you mean {', '.join(map(repr, close))}?"
+    return f"; there are {', '.join(list(every)[:8])}{', ...' if len(every) > 8 else ''}"
