@@ -40,7 +40,7 @@ from ockham.methods.gates.noise import per_element
 from ockham.methods.gates.training import (
     GateCompression,
     GateTraining,
-    ParameterBudget,
+    ParametersLeft,
     Tempered,
     by_threshold,
     mean_mean,
@@ -210,7 +210,7 @@ def run(name: str, arm: str, plan: Plan) -> dict[str, Any]:
     else:
         budget = None
         if arm in ORDERS:
-            budget = ParameterBudget(run(name, "n", plan)["parameters"], full)
+            budget = ParametersLeft(run(name, "n", plan)["parameters"], full)
         record, small = gated(model, (x, y), training, batch, arm=arm, budget=budget, label=label)
     before, after = latencies([network(setting, plan.seed).to(setting.device), small], test_x[:1].to(setting.device))
     typed = " ".join(sys.argv[1:]).replace(str(plan.data), "PATH")
@@ -275,7 +275,7 @@ def gated(
     batch: int,
     *,
     arm: str,
-    budget: ParameterBudget | None,
+    budget: ParametersLeft | None,
     label: str,
 ) -> tuple[dict, nn.Module]:
     """Training with gates; after every epoch a checkpoint, from which an interrupted run goes on."""

@@ -45,7 +45,7 @@ from ockham.core.posterior import Posterior
 from ockham.evidence.gaussian import delta_f
 from ockham.methods.gates import lognormal
 from ockham.methods.gates.attach import Gates
-from ockham.methods.gates.report import without
+from ockham.methods.gates.report import gated_without
 from ockham.zoo.data import Batches, digits
 from ockham.zoo.networks import NETWORKS
 
@@ -182,7 +182,7 @@ def keep_of(gates: Gates, score: Tensor, removed: int) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def accuracy(gates: Gates, keep: Mapping[str, Tensor], x: Tensor, y: Tensor) -> float:
-    with without(gates, keep) as model:
+    with gated_without(gates, keep) as model:
         return float(torch.cat([model(part).argmax(1) for part in x.split(1000)]).eq(y).double().mean())
 
 

@@ -38,8 +38,8 @@ sys.path[:] = [
 import torch
 from torch import Tensor, nn
 
-from ockham.methods.blocks.cases import Case, Objective, cases_from, objective_for
-from ockham.methods.blocks.curvature import Stream, prepared, weights_of
+from ockham.methods.blocks.cases import Case, CaseObjective, cases_from, objective_for
+from ockham.methods.blocks.curvature import Stream, evaluating_blocks, weights_of
 from ockham.methods.blocks.reduction import (
     Orders,
     Study,
@@ -50,7 +50,7 @@ from ockham.methods.blocks.reduction import (
     study_damping,
 )
 from ockham.methods.blocks.solve import Damping, NofM
-from ockham.methods.blocks.stop import TERMS_PER_WEIGHT, kind_of, shares_for
+from ockham.methods.blocks.stop import TERMS_PER_WEIGHT, matrix_kind, shares_for
 
 RESULTS = Path(__file__).parent / "results" / "transformers"
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -194,12 +194,12 @@ class Bench:
 
         self.work, self.seed = work, seed
         self.model = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32)
-        self.prepared = prepared(self.model)
+        self.prepared = evaluating_blocks(self.model)
         device = self.prepared.__enter__()
         self.cases = cases_from(windows(work, "valid", calibration, seed), None, self.model, device)
         self.test = cases_from(windows(work, "test", test), None, self.model, device)
         self.choice = cases_from(windows(work, "valid", calibration + 8, seed)[calibration:], None, self.model, device)
-        self.objective: Objective = objective_for(self.model, self.cases[0], "next-token", None)
+        self.objective: CaseObjective = objective_for(self.model, self.cases[0], "next-token", None)
         began = time.process_time()
         self.found = study(
             self.model,
@@ -244,7 +244,7 @@ class Bench:
 def ours(bench: Bench, target: str, *, even: bool = False, chosen: bool = True, sides: float = 0.3) -> dict[str, Any]:
     keep = targets(bench, target, even)
     share = "2-4" if target == "2:4" else target
-    damping = bench.damping(keep, share) if chosen else {kind_of(k): Damping(0.05, sides) for k in keep}
+    damping = bench.damping(keep, share) if chosen else {matrix_kind(k): Damping(0.05, sides) for k in keep}
     n_data = TERMS_PER_WEIGHT * bench.found.weights
     evidence = reduce_blocks_(
         bench.model, bench.cases, bench.found.dense, Orders(keep, damping, n_data), on_block=_told("ours")

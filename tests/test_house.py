@@ -53,7 +53,9 @@ ARGUMENTS = 16
 FACADE = 50
 FILES_AT_MOST = 120
 USED_ONCE = 0.21  # share of functions that are private helpers with one use
-DEFINED_TWICE = 36  # public names that two modules define
+SAME_NAME_ON_PURPOSE = {
+    "EvidenceCallback"
+}  # one a framework: the docs name `integrations.<framework>.EvidenceCallback`
 
 FILES = sorted(SOURCE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
@@ -158,7 +160,7 @@ def test_public_names_are_defined_once() -> None:
                 if not name.startswith("_"):
                     places[name].add(path)
     twice = {name: [str(p.relative_to(SOURCE)) for p in where] for name, where in places.items() if len(where) > 1}
-    assert len(twice) <= DEFINED_TWICE, twice
+    assert set(twice) == SAME_NAME_ON_PURPOSE, twice
 
 
 def test_functions_take_few_arguments_and_helpers_are_shared() -> None:

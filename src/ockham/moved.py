@@ -153,7 +153,7 @@ _RENAMED: dict[str, dict[str, str]] = {
     "reduction.gate_rules": {"by_random": "in_random_order"},
     "workflow.analysis": {"Facts": "NetworkFacts"},
     "workflow.gate_curve": {"Measure": "MeasureNetwork"},
-    "workflow.gate_settings": {"Budget": "ParameterBudget"},
+    "workflow.gate_settings": {"Budget": "ParametersLeft"},
     "workflow.result": {"layers": "layer_rows"},
 }
 _ROOMS = {"files": "core", "posterior": "fit", "reduction": "choose", "workflow": "run"}

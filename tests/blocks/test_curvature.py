@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ockham.methods.blocks.cases import Case, Objective, cases_from, objective_for
-from ockham.methods.blocks.curvature import Stream, find_blocks, map_of, prepared, weights_of
+from ockham.methods.blocks.cases import Case, CaseObjective, cases_from, objective_for
+from ockham.methods.blocks.curvature import Stream, evaluating_blocks, find_blocks, map_of, weights_of
 from ockham.methods.blocks.reduction import Study, study
 from ockham.methods.blocks.solve import Use, Using, add_gram_, symmetric
 
@@ -20,8 +20,10 @@ from .networks import KINDS, batches, ids, network
 CPU = torch.device("cpu")
 
 
-def studied(model: nn.Module, data: Any, folder: Path, likelihood: Any = "auto") -> tuple[Study, Objective, list[Case]]:
-    with prepared(model):
+def studied(
+    model: nn.Module, data: Any, folder: Path, likelihood: Any = "auto"
+) -> tuple[Study, CaseObjective, list[Case]]:
+    with evaluating_blocks(model):
         cases = cases_from(data, None, model, CPU)
         objective = objective_for(model, cases[0], likelihood, None)
         found = study(model, cases, objective, folder=folder, seed=0, spared=(), on_case=lambda i, n: None)
@@ -148,7 +150,7 @@ def test_padding_takes_no_part(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_stream_gives_a_block_what_the_whole_network_gives_it(kind: str) -> None:
     model = network(kind)
-    with prepared(model), torch.no_grad():
+    with evaluating_blocks(model), torch.no_grad():
         cases = cases_from(batches(kind, 2), None, model, CPU)
         blocks = [b for _, b in find_blocks(model, cases[0])]
         stream = Stream(model, cases, blocks)
@@ -171,7 +173,7 @@ def test_preparation_is_undone() -> None:
     model.model.layers[0].eval()
     model.lm_head.weight.requires_grad_(False)
     before = (model.config.use_cache, model.config._experts_implementation)
-    with prepared(model):
+    with evaluating_blocks(model):
         assert not any(m.training for m in model.modules()) and model.config.use_cache is False
     assert (model.config.use_cache, model.config._experts_implementation) == before
     assert model.training and not model.model.layers[0].training

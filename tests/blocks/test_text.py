@@ -11,7 +11,7 @@ import torch
 
 from ockham.errors import DataError, OckhamError
 from ockham.methods.blocks.job import PruneProgress, PruneSettings
-from ockham.methods.blocks.prune import prune_folder, read_text, token_measures, token_windows
+from ockham.methods.blocks.prune import prune_folder, read_calibration, token_measures, token_windows
 from ockham.methods.blocks.solve import Damping
 
 from .networks import TOKENS, ids, network
@@ -76,12 +76,12 @@ def test_measures_are_those_of_the_models_own_loss() -> None:
 def test_text_and_windows(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("second")
     (tmp_path / "a.txt").write_text("first")
-    assert read_text(tmp_path) == "first\n\nsecond" and read_text(tmp_path / "a.txt") == "first"
+    assert read_calibration(tmp_path) == "first\n\nsecond" and read_calibration(tmp_path / "a.txt") == "first"
     with pytest.raises(DataError, match="cannot read"):
-        read_text(tmp_path / "none.txt")
+        read_calibration(tmp_path / "none.txt")
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="UTF-8"):
-        read_text(tmp_path / "b.txt")
+        read_calibration(tmp_path / "b.txt")
     found = token_windows(torch.arange(100), length=7, count=50)
     assert found.shape == (14, 7) and len(found[:, 0].unique()) == 14
     assert bool((found[:, 0] % 7 == 0).all())

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ockham.core.files import (
-    SCHEMA,
+    TREE_SCHEMA,
     pack,
     pack_mask,
     read_json,
@@ -88,8 +88,8 @@ def test_kind_and_schema_are_checked(tmp_path: Path, tree: dict) -> None:
     write_tree(path, tree, kind="network")
     with pytest.raises(ResultError, match="'network' file, a 'posterior' file was expected"):
         read_tree(path, kind="posterior")
-    _edit_header(path, '\\"schema\\": 1', f'\\"schema\\": {SCHEMA + 1}')
-    with pytest.raises(ResultError, match=f"newer Ockham \\(schema {SCHEMA + 1}"):
+    _edit_header(path, '\\"schema\\": 1', f'\\"schema\\": {TREE_SCHEMA + 1}')
+    with pytest.raises(ResultError, match=f"newer Ockham \\(schema {TREE_SCHEMA + 1}"):
         read_tree(path, kind="network")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 import ockham
 from ockham.choose.prices import FlatPrice, LearnedRate, PerMac, PerMillisecond, PerParameter, UnitCosts
 from ockham.choose.units import (
-    Ledger,
+    Account,
     StructureEvidence,
     all_masks,
     choose_units,
@@ -152,7 +152,7 @@ def half(source: ockham.Posterior, share: float = 0.5) -> dict[str, Tensor]:
 
 def test_all_masks_reads_removed_weights_from_the_ledger_and_held_weights_leaves_them_out() -> None:
     full = ockham.score(posterior())
-    keep, ledger = half(full.posterior), Ledger()
+    keep, ledger = half(full.posterior), Account()
     ledger.enter(full, keep)
     after = ockham.score(without(full.posterior, keep))
     whole = full.by_group([Pair()], inside=all_masks())["a.weight:0"]
@@ -166,7 +166,7 @@ def test_all_masks_reads_removed_weights_from_the_ledger_and_held_weights_leaves
 def test_the_ledger_is_cut_with_the_network() -> None:
     full = ockham.score(posterior())
     keep = {"b.weight": torch.zeros(3, 4, dtype=torch.bool)}
-    ledger = Ledger()
+    ledger = Account()
     ledger.enter(full, keep)
     small = ledger.cut(lambda name, values: values[:, 1:])
     assert torch.equal(small.delta_f["b.weight"], full["b.weight"].view(3, 4)[:, 1:].float())
@@ -174,7 +174,7 @@ def test_the_ledger_is_cut_with_the_network() -> None:
 
 def test_the_rate_of_all_masks_is_its_own_fixed_point() -> None:
     full = ockham.score(posterior(size=40))
-    keep, ledger = half(full.posterior, 0.7), Ledger()
+    keep, ledger = half(full.posterior, 0.7), Account()
     ledger.enter(full, keep)
     delta = full["b.weight"].double()
 

@@ -13,7 +13,7 @@ from scipy import stats
 from ockham.tabular.likelihoods import (
     Classes,
     Counts,
-    Gaussian,
+    GaussianNoise,
     Student,
     log_scale,
     resolution,
@@ -120,7 +120,7 @@ def test_growth_changes_nothing_while_output_weights_are_zero(depth):
     assert linear.units == (0,) * depth and len(linear) == 4 and len(Net.linear(3, 1, depth, reads=False)) == 1
 
 
-LIKELIHOODS = [(Classes(), 1), (Classes(), 3), (Counts(), 1), (Gaussian(-4.0), 1), (Student(-4.0), 1)]
+LIKELIHOODS = [(Classes(), 1), (Classes(), 3), (Counts(), 1), (GaussianNoise(-4.0), 1), (Student(-4.0), 1)]
 
 
 def model_of(likelihood, outputs, rows=40, seed=0):
@@ -128,7 +128,7 @@ def model_of(likelihood, outputs, rows=40, seed=0):
     nets = [net_of(3, (4,), outputs, seed=seed)]
     x = torch.randn(rows, 3, generator=g, dtype=torch.float64)
     y = torch.randn(rows, generator=g, dtype=torch.float64)
-    if isinstance(likelihood, (Gaussian, Student)):
+    if isinstance(likelihood, (GaussianNoise, Student)):
         nets.append(net_of(3, (2,), 1, seed=seed + 1))
     elif isinstance(likelihood, Classes):
         y = torch.randint(max(2, outputs), (rows,), generator=g)
@@ -160,12 +160,12 @@ def test_gradients_are_those_of_the_energy(likelihood, outputs):
 def test_fisher_information_is_the_mean_square_of_slopes(likelihood, outputs):
     """By draws from the model itself."""
     g, draws = np.random.default_rng(0), 200_000
-    output = torch.tensor([0.3, -0.7, 0.4][: 2 if isinstance(likelihood, (Gaussian, Student)) else outputs])
+    output = torch.tensor([0.3, -0.7, 0.4][: 2 if isinstance(likelihood, (GaussianNoise, Student)) else outputs])
     output, extra = output.double(), torch.full((likelihood.extras,), 1.5, dtype=torch.float64)
     scale = math.exp(float(log_scale(output[-1], -4.0)))
     if isinstance(likelihood, Student):
         y = 0.3 + scale * stats.t.rvs(2 + math.exp(1.5), size=draws, random_state=0)
-    elif isinstance(likelihood, Gaussian):
+    elif isinstance(likelihood, GaussianNoise):
         y = 0.3 + scale * g.normal(size=draws)
     elif isinstance(likelihood, Counts):
         y = g.poisson(math.exp(0.3), size=draws).astype(float)
@@ -199,7 +199,9 @@ def test_the_evidence_of_a_linear_model_is_the_exact_one():
     y = x @ torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64) + 0.3 * torch.randn(60, generator=g).double()
     net, scale = Net.linear(3, 1, 1), Net.linear(3, 1, 1, reads=False)
     precision = tuple(dict.fromkeys(n.keep, 0.7) for n in (net, scale))
-    model = Model((net, scale), Gaussian(-30.0), Table(x, y, torch.ones(60).double()), 1.0, precision, math.log(0.3), 0)
+    model = Model(
+        (net, scale), GaussianNoise(-30.0), Table(x, y, torch.ones(60).double()), 1.0, precision, math.log(0.3), 0
+    )
     scale_at = torch.tensor([math.log(0.3)], dtype=torch.float64)
     metric = model.expand(model.passed(torch.cat([torch.zeros(4).double(), scale_at])))[1]
     design = torch.cat([torch.ones(60, 1).double(), x], 1)

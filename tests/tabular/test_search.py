@@ -10,13 +10,23 @@ import pytest
 import torch
 
 from ockham.errors import NonFiniteLossError
-from ockham.tabular.fitting import Plan, drawn, fit
-from ockham.tabular.inclusion import Effort, believed, grow, inclusion, input_removals, prune, search, settle, without
-from ockham.tabular.likelihoods import Classes, Gaussian
+from ockham.tabular.fitting import FitPlan, drawn, fit
+from ockham.tabular.inclusion import (
+    Effort,
+    believed,
+    decide,
+    drop_idle,
+    grow,
+    inclusion_of,
+    input_removals,
+    search,
+    without_inputs,
+)
+from ockham.tabular.likelihoods import Classes, GaussianNoise
 from ockham.tabular.model import Model, Table
 from ockham.tabular.network import Net
 
-PLAN = Plan(hidden=(8,), outputs=1, restarts=1, steps=400, slab_variance=1.0, left_out=0, patience=1, seed=0)
+PLAN = FitPlan(hidden=(8,), outputs=1, restarts=1, steps=400, slab_variance=1.0, left_out=0, patience=1, seed=0)
 
 
 def linear(x, y, sigma=0.3, mask=None):
@@ -27,10 +37,10 @@ def linear(x, y, sigma=0.3, mask=None):
     scale = Net.linear(x.shape[1], 1, 0, reads=False)
     precision = tuple(dict.fromkeys(n.keep, 1.0) for n in (net, scale))
     table = Table(x, y, torch.ones(len(x), dtype=torch.float64))
-    model = Model((net, scale), Gaussian(-20.0), table, 1.0, precision, math.log(sigma), 0)
+    model = Model((net, scale), GaussianNoise(-20.0), table, 1.0, precision, math.log(sigma), 0)
     vector = torch.zeros(len(net) + 1, dtype=torch.float64)
     vector[-1] = math.log(sigma)
-    return settle(model, vector, 30, learn=0, tolerance=1e-9)
+    return decide(model, vector, 30, learn=0, tolerance=1e-9)
 
 
 def columns(seed, rows, count, correlation=0.0):
@@ -51,7 +61,7 @@ def test_a_mode_is_where_the_gradient_ends():
     ridge = torch.linalg.solve(design.T @ design + noise * torch.eye(4, dtype=torch.float64), design.T @ y)
     torch.testing.assert_close(state.vector[:4], ridge, rtol=1e-4, atol=1e-5)
     with pytest.raises(NonFiniteLossError, match="huge targets"):
-        settle(replace(state.model, table=replace(state.model.table, y=y * 1e300)), state.vector, 3)
+        decide(replace(state.model, table=replace(state.model.table, y=y * 1e300)), state.vector, 3)
 
 
 def test_removing_one_of_two_dependent_columns_changes_nothing():
@@ -62,7 +72,7 @@ def test_removing_one_of_two_dependent_columns_changes_nothing():
     state = linear(x, y)
     removals = input_removals(state, 0)
     assert removals[0].score > 0 and removals[2].score > 0
-    once = without(state, 0, [removals[0]])
+    once = without_inputs(state, 0, [removals[0]])
     assert once.evidence - once.model.belief() > state.evidence - state.model.belief()
     twice = input_removals(once, 0)[-1]
     assert twice.score < -100  # the other one is now indispensable
@@ -72,7 +82,7 @@ def test_removing_one_of_two_dependent_columns_changes_nothing():
         atol=0.02,
         rtol=0,
     )
-    assert prune(state, (0,)).model.nets[0].used()[[0, 2]].sum() >= 1
+    assert drop_idle(state, (0,)).model.nets[0].used()[[0, 2]].sum() >= 1
 
 
 def test_a_removal_is_the_difference_of_exact_evidences():
@@ -111,7 +121,7 @@ def test_inclusion_against_enumeration(correlation):
 
 def test_inclusion_of_neighbours_by_hand():
     used = torch.tensor([True, True, False, False])
-    found = inclusion(0.0, {0: -1.0}, {(0, 2): -0.5}, used, torch.full((4,), -3.0))
+    found = inclusion_of(0.0, {0: -1.0}, {(0, 2): -0.5}, used, torch.full((4,), -3.0))
     out = math.exp(-1.0) + math.exp(-0.5)
     assert float(found[0]) == pytest.approx(1 / (1 + out))
     assert float(found[1]) == 1.0  # not asked: out of the question
@@ -150,8 +160,8 @@ def linear_start(x, y):
     table = Table(x, y, torch.ones(len(x), dtype=torch.float64))
     net, scale = Net.linear(4, 1, 1), Net.linear(4, 1, 1, reads=False)
     precision = tuple(dict.fromkeys(n.keep, 1.0) for n in (net, scale))
-    model = Model((net, scale), Gaussian(-20.0), table, plan.slab_variance, precision, 0.0, 0)
-    return settle(model, torch.zeros(len(net) + 1, dtype=torch.float64), 20)
+    model = Model((net, scale), GaussianNoise(-20.0), table, plan.slab_variance, precision, 0.0, 0)
+    return decide(model, torch.zeros(len(net) + 1, dtype=torch.float64), 20)
 
 
 def test_growth_never_raises_the_energy_before_anything_moves():

@@ -14,12 +14,12 @@ from ockham.core.likelihood import Classification
 from ockham.errors import OckhamError
 from ockham.methods.gates import lognormal
 from ockham.methods.gates.attach import GATE_RULES, Gates
-from ockham.methods.gates.report import compression_curve, parameters_left, without
+from ockham.methods.gates.report import compression_curve, gated_without, parameters_left
 from ockham.methods.gates.rules import bmrs_n, bmrs_n_printed, bmrs_u, by_norm, by_taylor, snr_below
 from ockham.methods.gates.training import (
     GateCompression,
     GateTraining,
-    ParameterBudget,
+    ParametersLeft,
     Tempered,
     gate_sensitivity,
     mean_mean,
@@ -139,7 +139,7 @@ def test_global_randomness_is_left_alone():
 def test_a_budget_is_met_by_any_order():
     full = size(network())
     for rule in (by_norm, by_taylor):
-        run = job(rule=rule, decide=ParameterBudget(full // 2, full), epochs=6)
+        run = job(rule=rule, decide=ParametersLeft(full // 2, full), epochs=6)
         list(run)
         found = size(run.result())
         assert 0.42 * full < found <= full // 2
@@ -232,7 +232,7 @@ def test_parameters_left_are_those_of_surgery():
     model = network()
     gates = ockham.attach_gates(model, torch.zeros(2, 1, 8, 8))
     keep = {k: torch.arange(len(p)) % 3 > 0 for k, p in gates.places.items()}
-    with without(gates, keep):
+    with gated_without(gates, keep):
         assert int(gates.noise.keep.sum()) == sum(int(m.sum()) for m in keep.values())
     assert bool(gates.noise.keep.all())
     left = parameters_left(gates, keep)

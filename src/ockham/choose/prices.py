@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from ockham.choose.units import Choice, Cut, Inside, StructureEvidence, choose_units, held_weights, outgoing
+from ockham.choose.units import Choice, CutOf, Inside, StructureEvidence, choose_units, held_weights, outgoing
 from ockham.errors import OckhamError
 from ockham.evidence.gaussian import beta_log_odds
 from ockham.surgery.copies import as_arguments, clone
@@ -293,7 +293,7 @@ class Structures:
     """
 
     price: Price = field(default_factory=LearnedRate)
-    cut: Cut = outgoing
+    cut: CutOf = outgoing
     inside: Inside = field(default_factory=held_weights)
     round_to: int = 1
     cap: float = 0.25

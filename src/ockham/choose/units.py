@@ -18,11 +18,11 @@ from ockham.core.posterior import Posterior
 from ockham.errors import OckhamError
 
 __all__ = [
+    "Account",
     "Choice",
-    "Cut",
+    "CutOf",
     "GroupLike",
     "Inside",
-    "Ledger",
     "NodeRule",
     "Nodes",
     "StructureEvidence",
@@ -63,10 +63,10 @@ class GroupLike(Protocol):
         """Weights, biases and norm affines that make them."""
 
 
-Cut = Callable[[GroupLike], list[tuple[str, Tensor]]]
+CutOf = Callable[[GroupLike], list[tuple[str, Tensor]]]
 """Which side of a unit is scored: `outgoing` or `incoming`."""
 
-Inside = Callable[[Evidence, "Ledger"], Mapping[str, Tensor]]
+Inside = Callable[[Evidence, "Account"], Mapping[str, Tensor]]
 """Parameter name to the summand of every weight, shape of the parameter: `held_weights` or `all_masks`."""
 
 
@@ -81,7 +81,7 @@ def incoming(group: GroupLike) -> list[tuple[str, Tensor]]:
 
 
 @dataclass(slots=True, eq=False)
-class Ledger:
+class Account:
     """delta_f of every removed weight as it was when it went; NaN where the weight lives or nobody wrote it down.
 
     Attributes:
@@ -90,7 +90,7 @@ class Ledger:
 
     delta_f: dict[str, Tensor] = field(default_factory=dict)
 
-    def entered(self, evidence: Evidence, keep: Mapping[str, Tensor]) -> Ledger:
+    def entered(self, evidence: Evidence, keep: Mapping[str, Tensor]) -> Account:
         """The ledger with the living weights of ``evidence`` that ``keep`` (True = stays) removes."""
         known = dict(self.delta_f)
         for name, mask in keep.items():
@@ -99,15 +99,15 @@ class Ledger:
             wide[alive] = evidence[name].float()
             before = known.get(name, torch.full_like(wide, math.nan))
             known[name] = torch.where(alive & ~mask, wide, before)
-        return Ledger(known)
+        return Account(known)
 
     def enter(self, evidence: Evidence, keep: Mapping[str, Tensor]) -> None:
         """Write them down in this ledger; `entered` leaves it as it is."""
         self.delta_f.update(self.entered(evidence, keep).delta_f)
 
-    def cut(self, take: Callable[[str, Tensor], Tensor]) -> Ledger:
+    def cut(self, take: Callable[[str, Tensor], Tensor]) -> Account:
         """The ledger of a smaller network; ``take`` gives what stays of a tensor shaped like a parameter."""
-        return Ledger({name: take(name, values) for name, values in self.delta_f.items()})
+        return Account({name: take(name, values) for name, values in self.delta_f.items()})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -155,7 +155,7 @@ class StructureEvidence(Mapping[str, Tensor]):
 def held_weights(log_odds: float = 0.0) -> Inside:
     """Over the weights that a unit still holds; p0 from the log-odds of the rule that removed the others."""
 
-    def terms(evidence: Evidence, ledger: Ledger) -> Mapping[str, Tensor]:
+    def terms(evidence: Evidence, ledger: Account) -> Mapping[str, Tensor]:
         return {name: _spread(evidence, name, unit_evidence(evidence[name], log_odds)) for name in evidence.posterior}
 
     return terms
@@ -169,7 +169,7 @@ def all_masks(*, strength: float = 1.0) -> Inside:
     unit holds then has to pay for being on, ln 1/p0, and only what is beyond that speaks for the unit.
     """
 
-    def terms(evidence: Evidence, ledger: Ledger) -> Mapping[str, Tensor]:
+    def terms(evidence: Evidence, ledger: Account) -> Mapping[str, Tensor]:
         found = {}
         for name in evidence.posterior:
             odds = _rate(*_all_weights(evidence, ledger, name), strength)
@@ -191,7 +191,7 @@ def _spread(evidence: Evidence, name: str, living: Tensor) -> Tensor:
     return wide
 
 
-def _all_weights(evidence: Evidence, ledger: Ledger, name: str) -> tuple[Tensor, int]:
+def _all_weights(evidence: Evidence, ledger: Account, name: str) -> tuple[Tensor, int]:
     """delta_f of the weights where it is known, and the number of removed ones where it is not."""
     keep = evidence.posterior[name].keep
     known = [evidence[name].double()]
@@ -229,9 +229,9 @@ def score_structures(
     evidence: Evidence,
     groups: Iterable[GroupLike],
     *,
-    cut: Cut = outgoing,
+    cut: CutOf = outgoing,
     inside: Inside | None = None,
-    ledger: Ledger | None = None,
+    ledger: Account | None = None,
     gone: Mapping[str, int] | None = None,
 ) -> StructureEvidence:
     """Score the units of traced groups; `Evidence.by_group` is this function.
@@ -247,7 +247,7 @@ def score_structures(
     Raises:
         OckhamError: a cut names a parameter of another shape than the posterior's: trace the network it belongs to.
     """
-    found = (inside or held_weights())(evidence, ledger or Ledger())
+    found = (inside or held_weights())(evidence, ledger or Account())
     terms = {name: values.reshape(-1) for name, values in found.items()}
     alive = {name: g.keep.reshape(-1) for name, g in evidence.posterior.items()}
     nats, held, made = {}, {}, {}

@@ -293,18 +293,18 @@ def _say_new_spelling(name: str, given: dict[str, Any]) -> None:
         )
 
 
-compress = _verb(
+_verb(
     "compress",
     "Train and reduce: fit a posterior, remove what the evidence does not support, refit, report.",
     shown=("evidence",),
 )
-prune = _verb(
+_verb(
     "prune",
     "Reduce a trained network in one shot: a Laplace posterior, one removal, a short refit.",
     "one-shot",
     shown=("one-shot",),
 )
-gate = _verb("gate", "Train with gates on whole structures and remove those by a BMRS rule.", "gates", shown=("gates",))
+_verb("gate", "Train with gates on whole structures and remove those by a BMRS rule.", "gates", shown=("gates",))
 
 
 def _run(options: Common) -> None:
@@ -354,8 +354,8 @@ def evaluate(
     evaluation(out_console, folder, found, network, draws=draws, device=parse_device(device))
 
 
-@app.command()
-def audit(
+@app.command("audit")
+def audit_folder(
     folder: _Folder,
     data: _Data = None,
     model: _Model = None,

@@ -39,7 +39,7 @@ from ockham.methods.gates.training import (
     Decision,
     GateRounds,
     GateTraining,
-    ParameterBudget,
+    ParametersLeft,
     Tempered,
     by_threshold,
     gate_sensitivity,
@@ -295,7 +295,7 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 ESTIMATORS: dict[str, Estimator] = {"mean-field": mean_field, "ivon": ivon, "map": point_estimate}
 
@@ -446,7 +446,7 @@ def _(o: GateOptions, recipe: Recipe) -> Recipe:
     decide: Decision = by_threshold
     if o.keep_share is not None:
         full = sum(p.numel() for p in recipe.network().parameters())
-        decide = ParameterBudget(round(o.keep_share * full), full)
+        decide = ParametersLeft(round(o.keep_share * full), full)
     inputs = recipe.data.train_x[:2].to(recipe.device)
     recipe = replace(recipe, held_out=0.1 if o.after_training else 0.0)
     held = recipe.split(recipe.held_out)[1]
@@ -577,7 +577,7 @@ def _imported(option: str, source: str) -> Callable[[], Any]:
     return found  # type: ignore[no-any-return]
 
 
-def _pick(option: str, name: str, table: Mapping[str, T]) -> T:
+def _pick(option: str, name: str, table: Mapping[str, _T]) -> _T:
     if name not in table:
         raise OckhamError(f"{option} {name}: unknown; choose from {', '.join(sorted(table))}")
     return table[name]

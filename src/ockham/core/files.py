@@ -28,7 +28,7 @@ from torch import Tensor
 from ockham.errors import OckhamError, ResultError
 
 __all__ = [
-    "SCHEMA",
+    "TREE_SCHEMA",
     "Count",
     "Share",
     "afford",
@@ -213,7 +213,7 @@ Count = Annotated[int, _count]
 """A whole number from 0 on."""
 
 
-SCHEMA = 1
+TREE_SCHEMA = 1
 """Version of all files that Ockham writes; newer files are refused, older ones read."""
 
 TEXT_LIMIT = 2**28
@@ -417,7 +417,7 @@ def write_tree(path: Path, tree: Mapping[str, Any], *, kind: str, durable: bool 
         OckhamError: an unsupported value, or the folder cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    about = {"schema": SCHEMA, "kind": kind, "tree": _flatten(tree, "", tensors)}
+    about = {"schema": TREE_SCHEMA, "kind": kind, "tree": _flatten(tree, "", tensors)}
     about["sha256"] = _digest(about, tensors)
     write_bytes(path, save(tensors, metadata={"ockham": json.dumps(about)}), durable=durable)
 
@@ -447,13 +447,14 @@ def read_tree(path: Path, *, kind: str, verify: bool = True) -> dict[str, Any]:
         about = json.loads(metadata)
         schema, found, skeleton = int(about["schema"]), about["kind"], about["tree"]
         strange = about.keys() - {"schema", "kind", "tree", "sha256"}
-        if strange and schema <= SCHEMA:  # perhaps a name that was "sha256"
+        if strange and schema <= TREE_SCHEMA:  # perhaps a name that was "sha256"
             raise ValueError(f"unknown field {min(strange)!r}")
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
         raise ResultError(f"{printable(path)}: its Ockham header is damaged ({printable(error)})") from error
-    if schema > SCHEMA:
+    if schema > TREE_SCHEMA:
         raise ResultError(
-            f"{printable(path)}: written by a newer Ockham (schema {schema}, this one reads up to {SCHEMA}); upgrade"
+            f"{printable(path)}: written by a newer Ockham (schema {schema}, this one reads up to "
+            f"{TREE_SCHEMA}); upgrade"
         )
     if found != kind:
         raise ResultError(f"{printable(path)}: is a {printable(repr(found))} file, a {kind!r} file was expected")

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ockham.core.files import SCHEMA, inside, open_regular, printable, read_json, sync_folder
+from ockham.core.files import TREE_SCHEMA, inside, open_regular, printable, read_json, sync_folder
 from ockham.errors import OckhamError, OckhamWarning, ResultError
 
 __all__ = [
@@ -34,7 +34,7 @@ __all__ = [
     "process_start",
     "read_seal",
     "sealed",
-    "settle",
+    "settle_folder",
 ]
 
 
@@ -93,7 +93,7 @@ class Seal:
 
     def to_json(self) -> bytes:
         """Text of the manifest; its last field is the SHA-256 of all before."""
-        content = {"schema": SCHEMA, "kind": "ockham-manifest"} | asdict(self)
+        content = {"schema": TREE_SCHEMA, "kind": "ockham-manifest"} | asdict(self)
         told = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return (json.dumps(content | {"sha256": told}, indent=1) + "\n").encode()
 
@@ -122,7 +122,7 @@ def read_seal(path: Path) -> Seal:
         told = content.pop("sha256")
         if content["kind"] != "ockham-manifest":
             raise ValueError(f"kind is {content['kind']!r}")
-        if int(content["schema"]) > SCHEMA:
+        if int(content["schema"]) > TREE_SCHEMA:
             raise ResultError(f"{printable(path)}: written by a newer Ockham (schema {content['schema']}); upgrade")
         if told != hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest():
             raise ValueError("its SHA-256 is another")
@@ -143,7 +143,7 @@ def read_seal(path: Path) -> Seal:
         ) from error
 
 
-def settle(folder: Path) -> None:
+def settle_folder(folder: Path) -> None:
     """Finish what a process began that died while its sealed result took its place; nothing to do as a rule.
 
     The new result counts from the moment that its folder got the name `COMMITTED`. What is left to do can be done by
@@ -195,7 +195,7 @@ def sealed(folder: str | Path, *names: str, verify: bool = True, rewriting: str 
     home = Path(folder)
     if not home.is_dir():
         raise ResultError(f"{printable(home)}: no such folder")
-    settle(home)
+    settle_folder(home)
     if not (home / MANIFEST).exists():
         there = [name for name in RESULT_FILES if os.path.lexists(home / name)]
         if not there:
@@ -213,7 +213,7 @@ def sealed(folder: str | Path, *names: str, verify: bool = True, rewriting: str 
         problem = _difference(home, seal, names or tuple(seal.files), verify=verify, rewriting=rewriting)
         if not problem:
             return seal
-        settle(home)
+        settle_folder(home)
         if read_seal(home / MANIFEST) == seal:  # else another result took its place while this one was looked at
             raise ResultError(problem)
 

@@ -44,7 +44,7 @@ from ockham.core.seal import (
     file_facts,
     read_seal,
     sealed,
-    settle,
+    settle_folder,
 )
 from ockham.errors import OckhamError, OckhamWarning, ResultError
 from ockham.surgery.groups import Plan, PlanError
@@ -344,7 +344,7 @@ class ResultFolder:
         self._lock = FolderLock(self.out)
         self._lock.acquire()
         try:
-            settle(self.out)
+            settle_folder(self.out)
             for left in (*self.out.glob(".new-*"), *self.out.glob(".*.part")):
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
             self._survey()
@@ -490,7 +490,7 @@ class ResultFolder:
             raise OckhamError(
                 f"cannot write to {printable(self.out)}: {error.strerror or error}; the result before is untouched"
             ) from error
-        settle(self.out)
+        settle_folder(self.out)
         return seal
 
 
@@ -530,7 +530,7 @@ def amend(path: Path, content: bytes) -> None:
         OckhamError: another process writes there, the folder cannot be written, or its manifest is damaged.
     """
     home = path.parent
-    settle(home)
+    settle_folder(home)
     if not (home / MANIFEST).exists():
         write_bytes(path, content)
         return

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ockham.choose.prices import Structures, unit_costs
 from ockham.choose.rules import score
-from ockham.choose.units import Ledger, StructureEvidence, choose_units
+from ockham.choose.units import Account, StructureEvidence, choose_units
 from ockham.core.batch import Loader, read_batch
 from ockham.core.network import Ignore, device_of, seeded
 from ockham.core.objective import Objective
@@ -199,7 +199,7 @@ class Shrunk:
 
     origin: Origin
     now: Groups | None
-    ledger: Ledger = field(default_factory=Ledger)
+    ledger: Account = field(default_factory=Account)
     history: tuple[StructureInfo, ...] = ()
     steps: tuple[str, ...] = ()
 
@@ -291,7 +291,7 @@ class Shrinking:
         origin = copy.deepcopy(known.origin)
         origin.load(saved["nats"])
         history = tuple(StructureInfo(**info) for info in saved["history"])
-        ledger = Ledger(dict(saved["ledger"]))
+        ledger = Account(dict(saved["ledger"]))
         return replace(known, origin=origin, ledger=ledger, history=history), network, optimizer
 
     def _choose(self, network: nn.Module, groups: Groups, evidence: StructureEvidence) -> Plan:

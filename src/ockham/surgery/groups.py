@@ -18,7 +18,7 @@ from ockham.surgery.copies import named_tensors
 from ockham.surgery.labels import Edit, Site, counts_of, edits_of
 from ockham.surgery.resizing import compose
 
-Cut = list[tuple[str, Tensor]]
+CutTensors = list[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,22 +60,22 @@ class Group:
     members: tuple[Member, ...]
     shapes: Mapping[str, tuple[int, ...]]
 
-    def outgoing(self, unit: int) -> Cut:
+    def outgoing(self, unit: int) -> CutTensors:
         """Return the weights which read `unit`: a list of (parameter, flat positions), each parameter once."""
         return _one(self.outgoing_cuts(), unit)
 
-    def incoming(self, unit: int) -> Cut:
+    def incoming(self, unit: int) -> CutTensors:
         """Return the weights, bias and norm affine which make `unit`: a list of (parameter, flat positions)."""
         return _one(self.incoming_cuts(), unit)
 
-    def outgoing_cuts(self) -> Cut:
+    def outgoing_cuts(self) -> CutTensors:
         """Return the reading weights of all units: a list of (parameter, flat positions ``(units, n)``).
 
         A parameter which reads a unit along two of its dimensions comes twice; `outgoing` unites them.
         """
         return [self._cut(member) for member in self.members if member.learned and member.consumes]
 
-    def incoming_cuts(self) -> Cut:
+    def incoming_cuts(self) -> CutTensors:
         """Return the making weights of all units, as `outgoing_cuts` does the reading ones."""
         return [self._cut(member) for member in self.members if member.learned and member.makes]
 
@@ -87,7 +87,7 @@ class Group:
         return member.name, (member.index[:, :, None, None] * after + outer + inner).flatten(1)
 
 
-def _one(cuts: Cut, unit: int) -> Cut:
+def _one(cuts: CutTensors, unit: int) -> CutTensors:
     """Return the positions of one unit, sorted, each parameter once."""
     found: dict[str, list[Tensor]] = defaultdict(list)
     for name, positions in cuts:
@@ -286,7 +286,7 @@ def _renamed(group: Group, taken: Mapping[str, Group]) -> Group:
     return replace(group, id=f"{group.id}#{same + 1}") if same else group
 
 
-SCHEMA = 1
+PLAN_SCHEMA = 1
 
 
 class PlanError(OckhamError):
@@ -383,7 +383,7 @@ class Plan:
     def to_json(self) -> str:
         """Return the plan as JSON text, with the SHA-256 of its content."""
         content = {
-            "schema": SCHEMA,
+            "schema": PLAN_SCHEMA,
             "kind": "ockham-plan",
             "fingerprint": self.fingerprint,
             "removed": {k: list(v) for k, v in self.removed.items()},
@@ -458,8 +458,10 @@ def _read(text: str) -> Plan:
         told = data.pop("sha256", None)  # plans of earlier versions, and those written by hand, have none
         if data.get("kind") != "ockham-plan":
             raise PlanError("this is not an Ockham plan")
-        if int(data["schema"]) > SCHEMA:
-            raise PlanError(f"the plan has schema {data['schema']}, this version reads up to {SCHEMA}: upgrade Ockham")
+        if int(data["schema"]) > PLAN_SCHEMA:
+            raise PlanError(
+                f"the plan has schema {data['schema']}, this version reads up to {PLAN_SCHEMA}: upgrade Ockham"
+            )
         strange = data.keys() - {f.name for f in fields(Plan)} - {"schema", "kind", "fingerprint"}
         if strange:  # perhaps a name that was "sha256"
             raise PlanError(f"the plan is damaged or was changed: unknown field {min(strange)!r}")

@@ -54,7 +54,7 @@ class Value:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Ledger:
+class Labels:
     """What walking the graph writes down; the lists grow, nothing is ever taken back.
 
     Attributes:
@@ -130,7 +130,7 @@ class Ledger:
         return Value(value.shape)
 
 
-class Unread(Ledger):
+class Unread(Labels):
     """A ledger for what is computed and never used: it must run at other sizes, but its values matter to nobody."""
 
     def freeze(self, labels: Tensor, reason: str) -> None:
@@ -155,7 +155,7 @@ def along(atoms: Tensor, rank: int, dim: int) -> Tensor:
     return atoms.reshape(shape)
 
 
-def compress(labels: Tensor) -> Tensor:
+def compressed(labels: Tensor) -> Tensor:
     """Return `labels` with size 1 along every dimension on which they do not depend."""
     for dim, size in enumerate(labels.shape):
         if size > 1:
@@ -165,9 +165,9 @@ def compress(labels: Tensor) -> Tensor:
     return labels.clone()
 
 
-def tidy(shape: tuple[int, ...], labels: list[Tensor], zero: bool, ledger: Ledger, reason: str) -> Value:
+def tidy(shape: tuple[int, ...], labels: list[Tensor], zero: bool, ledger: Labels, reason: str) -> Value:
     """Return the value of moved `labels`; two factors meeting in one dimension are frozen."""
-    factors = [f for f in map(compress, labels) if f.numel() > 1]
+    factors = [f for f in map(compressed, labels) if f.numel() > 1]
     if _clash(factors):
         for factor in filter(ledger.is_loose, factors):
             ledger.freeze(factor, reason)
@@ -221,7 +221,7 @@ def drop_leading(factor: Tensor, rank: int) -> Tensor:
     return factor.reshape((1,) * (rank - factor.ndim) + tuple(factor.shape))
 
 
-def match(left: Value, right: Value, ledger: Ledger, *, reason: str) -> tuple[list[Tensor], tuple[int, ...]]:
+def match(left: Value, right: Value, ledger: Labels, *, reason: str) -> tuple[list[Tensor], tuple[int, ...]]:
     """Return the joint factors of two values broadcast together, tying what lies on top of each other.
 
     A factor which meets a dimension of real size without labels is collapsed along it; factors of one value which vary
@@ -235,7 +235,7 @@ def match(left: Value, right: Value, ledger: Ledger, *, reason: str) -> tuple[li
     return joint, tuple(max(a, b) if 0 not in (a, b) else 0 for a, b in zip(*sizes, strict=True))
 
 
-def _narrow(sides: list[list[Tensor]], ledger: Ledger, reason: str) -> None:
+def _narrow(sides: list[list[Tensor]], ledger: Labels, reason: str) -> None:
     """Collapse factors to their first dimension where they overlap a factor of other dimensions."""
     left, right = sides
     for i, j in itertools.product(range(len(left)), range(len(right))):
@@ -246,7 +246,7 @@ def _narrow(sides: list[list[Tensor]], ledger: Ledger, reason: str) -> None:
             right[j] = ledger.collapse(g, dg[1:], reason)
 
 
-def _pair(sides: list[list[Tensor]], sizes: list[tuple[int, ...]], ledger: Ledger, reason: str) -> list[Tensor]:
+def _pair(sides: list[list[Tensor]], sizes: list[tuple[int, ...]], ledger: Labels, reason: str) -> list[Tensor]:
     left, right = ([f for f in side if f.numel() > 1] for side in sides)
     joint, used = [], set()
     for f in left:
@@ -281,17 +281,17 @@ def components(count: int, edges: list[tuple[Tensor, Tensor]]) -> Tensor:
     return parent
 
 
-def settle(ledger: Ledger, count: int) -> Tensor:
+def settle_labels(ledger: Labels, count: int) -> Tensor:
     """Return the component of each atom once every grid is a product (kept rows times kept columns)."""
     edges = list(ledger.edges)
     while True:
         root = components(count, edges)
-        extra = Ledger(count=ledger.count)
+        extra = Labels(count=ledger.count)
         for factor, dim, reason in ledger.held:
-            mapped = compress(torch.where(factor >= 0, root[factor.clamp(min=0)], factor))
+            mapped = compressed(torch.where(factor >= 0, root[factor.clamp(min=0)], factor))
             extra.collapse(mapped, [dim], reason)
         for grid in ledger.grids:
-            mapped = compress(torch.where(grid >= 0, root[grid.clamp(min=0)], grid))
+            mapped = compressed(torch.where(grid >= 0, root[grid.clamp(min=0)], grid))
             if len(varying(mapped)) > 1:
                 extra.collapse(mapped, varying(mapped)[:-1], "a view splits these channels in two dimensions")
         ledger.frozen.extend(extra.frozen)
@@ -436,13 +436,13 @@ def _whole(note: Note, before: dict[int, Tensor], root: Tensor) -> Site:
     """Return the site of an op that counts the elements along some dimensions: only those matter."""
     kind, rank = KINDS[note.name], len(note.before.shape)
     if kind in ("mean", "var"):
-        before = {d: v for d, v in before.items() if d in reduced(note.node, rank)}
+        before = {d: v for d, v in before.items() if d in reduced_axes(note.node, rank)}
     elif kind in ("layer_norm", "rms_norm"):
         before = {d: v for d, v in before.items() if d >= rank - len(argument(note.node, "normalized_shape"))}
     return Site(note.module, kind, note.before.shape, before, (), {}, -1, call=note.call)
 
 
-def reduced(node: fx.Node, rank: int) -> list[int]:
+def reduced_axes(node: fx.Node, rank: int) -> list[int]:
     """Return the dimensions an op such as ``sum`` reduces; none given means all."""
     dim = argument(node, "dim", None)
     if dim is None or dim == []:
@@ -516,7 +516,7 @@ def _dims(value: Value, root: Tensor) -> dict[int, Tensor]:
     """Return the components along each dimension on which the (settled) labels of a value depend."""
     found: dict[int, Tensor] = {}
     for factor in value.factors:
-        mapped = compress(torch.where(factor >= 0, root[factor.clamp(min=0)], factor))
+        mapped = compressed(torch.where(factor >= 0, root[factor.clamp(min=0)], factor))
         if len(varying(mapped)) == 1:
             found[varying(mapped)[0]] = mapped.flatten()
     return found

@@ -25,7 +25,7 @@ from ockham.errors import OckhamError
 from ockham.surgery.labels import Edit
 
 Sizes = tuple[Any, ...]
-Found = list[tuple[int, Edit]]
+SizedEdits = list[tuple[int, Edit]]
 
 
 _tracing = contextvars.ContextVar("tracing", default=False)
@@ -67,7 +67,7 @@ class Resizing(TorchFunctionMode):
             return func(*args, **kwargs)
         return handler(self, func, args, kwargs)
 
-    def fitting(self, op: str, x: Tensor, dim: int = -1) -> Found:
+    def fitting(self, op: str, x: Tensor, dim: int = -1) -> SizedEdits:
         """Return the edits of `op` (with their numbers) for an input of the shrunk sizes of `x`."""
         return [
             (i, e)
@@ -273,7 +273,7 @@ def _variance(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str
     return out.sqrt() if func in (torch.std, torch.Tensor.std) else out
 
 
-def _absent(mode: Resizing, x: Tensor, dims: Sequence[int], found: Found) -> int:
+def _absent(mode: Resizing, x: Tensor, dims: Sequence[int], found: SizedEdits) -> int:
     """Return how many elements along `dims` are gone, which were zero."""
     now = math.prod(int(x.shape[d]) for d in dims)
     before = [(i, math.prod({**{d: int(x.shape[d]) for d in dims}, **_old(e, dims)}.values())) for i, e in found]

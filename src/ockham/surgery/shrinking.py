@@ -43,7 +43,7 @@ WIDTHS = (
     "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_hidden_size", "d_inner",
 )  # fmt: skip
 """Fields that hold the inner width of feed-forward layers or experts."""
-LARGEST = 2**28
+LARGEST_VALUES = 2**28
 """Number of parameters up to which a model is built from a configuration to see what it computes."""
 
 
@@ -63,7 +63,7 @@ def settle_config(model: nn.Module, small: nn.Module, plan: Plan) -> bool:
     if config is None or not callable(getattr(config, "to_dict", None)) or not plan.removed:
         return False
     wanted = _shapes(small)
-    if sum(t.numel() for t in named_tensors(small).values()) > LARGEST:
+    if sum(t.numel() for t in named_tensors(small).values()) > LARGEST_VALUES:
         return False
     hollow = any(p.is_meta for p in small.parameters())  # shapes alone: nothing can be computed
     for fields in _candidates(config, plan):
@@ -77,7 +77,7 @@ def settle_config(model: nn.Module, small: nn.Module, plan: Plan) -> bool:
     return False
 
 
-def described(model: nn.Module) -> bool:
+def says_its_widths(model: nn.Module) -> bool:
     """True when the model's own configuration builds a network of exactly its shapes."""
     return _built(type(model), getattr(model, "config", None)) == _shapes(model)
 

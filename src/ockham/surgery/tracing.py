@@ -33,36 +33,36 @@ from ockham.surgery.copies import (
     to_double,
 )
 from ockham.surgery.groups import Axis, Group, Groups, Plan, build, plan_masks
-from ockham.surgery.labels import Ledger, Note, Value, along, settle, settled
+from ockham.surgery.labels import Labels, Note, Value, along, settle_labels, settled
 from ockham.surgery.ops import ALWAYS, RULES
 from ockham.surgery.refitting import refit
 from ockham.surgery.resizing import plain_norms
 from ockham.surgery.shrinking import masked_tensor, slice_tensor
-from ockham.surgery.walk import Result, Walker, shapes_of
+from ockham.surgery.walk import Values, Walker, shapes_of
 
 Keep = dict[str, Tensor]
-LARGEST = 2**28
+LARGEST_TRIAL = 2**28
 """Number of parameters up to which values are compared; three copies in float64 are made."""
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class TrialProblem:
     """What goes wrong without some units: a reason for people, and the path of the module where it shows."""
 
     reason: str
     path: str
 
 
-class Trial(ABC):
+class TrialPair(ABC):
     """A way to find out whether a plan would leave the right network."""
 
     @abstractmethod
-    def problem(self, plan: Plan) -> Problem | None:
+    def problem(self, plan: Plan) -> TrialProblem | None:
         """Return what goes wrong with this plan, or None."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ByValues(Trial):
+class ByValues(TrialPair):
     """Masked and shrunk copies of a network with random weights are run and compared.
 
     Attributes:
@@ -79,7 +79,7 @@ class ByValues(Trial):
     tolerance: float
     more: Arguments | None = None
 
-    def problem(self, plan: Plan) -> Problem | None:
+    def problem(self, plan: Plan) -> TrialProblem | None:
         """Return the first difference between masked and shrunk outputs."""
         learned = {name for name, _ in self.model.named_parameters()} - set(plan.spared)
         masked = clone(self.model, lambda n, t: masked_tensor(plan, n, t) if n in learned else t.detach().clone())
@@ -93,11 +93,11 @@ class ByValues(Trial):
             return None if self.more is None else self._compared(masked.eval(), small.eval(), self.more)
         except Exception as error:
             with still(small):
-                return Problem(
+                return TrialProblem(
                     f"the forward fails at another size ({_said(error)})", place_of_failure(small, self.arguments)
                 )
 
-    def _compared(self, masked: nn.Module, small: nn.Module, arguments: Arguments) -> Problem | None:
+    def _compared(self, masked: nn.Module, small: nn.Module, arguments: Arguments) -> TrialProblem | None:
         with still(masked):
             expected = outputs(masked, arguments)
         with still(small):
@@ -108,13 +108,13 @@ class ByValues(Trial):
             where = first_different(masked, small, arguments, self.tolerance)
         said = f", first in {where[0]!r}" if where is not None else ""
         mode = " in training mode" if small.training else ""
-        return Problem(
+        return TrialProblem(
             f"the smaller network computes something else{mode} (by {gap:.1e}{said})", where[0] if where else ""
         )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ByShapes(Trial):
+class ByShapes(TrialPair):
     """The shrunk network runs on tensors without values; its outputs must keep their sizes.
 
     Attributes:
@@ -127,17 +127,19 @@ class ByShapes(Trial):
     arguments: Arguments
     expected: list[tuple[int, ...]] | None
 
-    def problem(self, plan: Plan) -> Problem | None:
+    def problem(self, plan: Plan) -> TrialProblem | None:
         """Return why the shrunk network does not run, or what is wrong with its outputs' sizes."""
         if self.expected is None:
             return None
         try:
             found = shapes_without_values(self.model, self.arguments, plan)
         except Exception as error:
-            return Problem(f"the forward fails at another size ({_said(error)})", "")
+            return TrialProblem(f"the forward fails at another size ({_said(error)})", "")
         if found == self.expected:
             return None
-        return Problem(f"the forward fails at another size (outputs of sizes {found} instead of {self.expected})", "")
+        return TrialProblem(
+            f"the forward fails at another size (outputs of sizes {found} instead of {self.expected})", ""
+        )
 
 
 def _said(error: Exception) -> str:
@@ -166,10 +168,10 @@ def shapes_without_values(model: nn.Module, arguments: Arguments, plan: Plan) ->
         loud.disabled = quiet
 
 
-def prepared(model: nn.Module, groups: Groups, arguments: Arguments) -> Trial:
+def prepared(model: nn.Module, groups: Groups, arguments: Arguments) -> TrialPair:
     """Return a trial of `model` which succeeds with nothing removed."""
     held = named_tensors(model).values()
-    if sum(t.numel() for t in held) <= LARGEST and not any(t.is_meta for t in held):
+    if sum(t.numel() for t in held) <= LARGEST_TRIAL and not any(t.is_meta for t in held):
         for twin, given, tolerance in _twins(model, groups, arguments):
             try:
                 run = clone(twin, lambda _, t: t.detach().clone()).eval()  # a forward may leave tensors behind
@@ -250,7 +252,7 @@ def _perturbed(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
     return tensor.detach() * (1 + 0.2 * noise)
 
 
-def tried(groups: Groups, trial: Trial, touching: Mapping[str, Collection[str]]) -> Groups:
+def tried(groups: Groups, trial: TrialPair, touching: Mapping[str, Collection[str]]) -> Groups:
     """Return `groups` without those whose removal leaves another function, each with the reason.
 
     Attributes that count heads are corrected, or left alone where only that is right.
@@ -292,11 +294,11 @@ def _mask(group: Group, count: int, generator: torch.Generator) -> Tensor:
 class _Search:
     """Which groups are to blame."""
 
-    trial: Trial
+    trial: TrialPair
     touching: Mapping[str, Collection[str]]
     masks: list[Keep]
 
-    def problem(self, groups: Groups, keys: list[str]) -> Problem | None:
+    def problem(self, groups: Groups, keys: list[str]) -> TrialProblem | None:
         """Return what goes wrong when only the groups in `keys` lose units."""
         for keep in self.masks:
             plan = plan_masks(groups, {k: keep[k] for k in keys})
@@ -307,7 +309,7 @@ class _Search:
 
     def without_guilty(self, groups: Groups) -> Groups:
         """Freeze groups until nothing goes wrong; those that go wrong alone first, at the place where it shows."""
-        bad: dict[str, Problem] = {}
+        bad: dict[str, TrialProblem] = {}
         while left := [k for k in groups.groups if k not in bad]:
             problem = self.problem(groups, left)
             if problem is None:
@@ -318,7 +320,7 @@ class _Search:
             bad |= found or self._alone(groups, left) or self._together(groups, left, suspects)
         return _frozen(groups, bad)
 
-    def _alone(self, groups: Groups, keys: list[str]) -> dict[str, Problem]:
+    def _alone(self, groups: Groups, keys: list[str]) -> dict[str, TrialProblem]:
         """Return the groups of `keys` which go wrong on their own, by halving."""
         problem = self.problem(groups, keys)
         if problem is None or len(keys) == 1:
@@ -326,10 +328,10 @@ class _Search:
         half = len(keys) // 2
         return self._alone(groups, keys[:half]) | self._alone(groups, keys[half:])
 
-    def _together(self, groups: Groups, keys: list[str], last: list[str]) -> dict[str, Problem]:
+    def _together(self, groups: Groups, keys: list[str], last: list[str]) -> dict[str, TrialProblem]:
         """Return the groups which go wrong with those before them; suspects are asked last."""
         kept: list[str] = []
-        bad: dict[str, Problem] = {}
+        bad: dict[str, TrialProblem] = {}
         for key in [*(k for k in keys if k not in last), *last]:
             problem = self.problem(groups, [*kept, key])
             if problem is None:
@@ -339,7 +341,7 @@ class _Search:
         return bad
 
 
-def _frozen(groups: Groups, bad: Mapping[str, Problem]) -> Groups:
+def _frozen(groups: Groups, bad: Mapping[str, TrialProblem]) -> Groups:
     frozen = dict(groups.frozen)
     for key, problem in bad.items():
         for member in groups[key].members:
@@ -374,7 +376,7 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Ignore = ()) -> Grou
     arguments = as_arguments(example_inputs)
     held = ignored(model, ignore, buffers=True)
     caches = _refilled(model, arguments)
-    ledger = Ledger()
+    ledger = Labels()
     axes, placed = _axes(model, ledger)
     notes: list[Note] = []
     program = _export(model, arguments, caches, training=False)
@@ -399,7 +401,7 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Ignore = ()) -> Grou
 def _walk(
     model: nn.Module,
     program: torch.export.ExportedProgram,
-    ledger: Ledger,
+    ledger: Labels,
     notes: list[Note],
     placed: dict[str, Value],
 ) -> set[str]:
@@ -408,7 +410,7 @@ def _walk(
     held = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     every = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
     names = canonical_names(model)
-    known: dict[fx.Node, Result] = {}
+    known: dict[fx.Node, Values] = {}
     read = set()
     for node in program.graph.nodes:
         if node.op == "placeholder":
@@ -434,7 +436,7 @@ def _also_training(
     model: nn.Module,
     arguments: Arguments,
     caches: Caches,
-    ledger: Ledger,
+    ledger: Labels,
     notes: list[Note],
     placed: dict[str, Value],
 ) -> set[str]:
@@ -447,11 +449,11 @@ def _also_training(
 
 
 def _grouped(
-    model: nn.Module, axes: list[Axis], ledger: Ledger, notes: list[Note]
+    model: nn.Module, axes: list[Axis], ledger: Labels, notes: list[Note]
 ) -> tuple[Groups, dict[str, set[str]]]:
     """Return the groups, and for each module those whose units occur in its forward."""
     count = ledger.count[0]
-    root = settle(ledger, count)
+    root = settle_labels(ledger, count)
     shapes = {name: tuple(t.shape) for name, t in named_tensors(model).items()}
     groups = build(
         axes,
@@ -542,7 +544,7 @@ def _alias(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 
-def _axes(model: nn.Module, ledger: Ledger) -> tuple[list[Axis], dict[str, Value]]:
+def _axes(model: nn.Module, ledger: Labels) -> tuple[list[Axis], dict[str, Value]]:
     """Give atoms to every dimension of every floating-point tensor of the model."""
     axes, values = [], {}
     for name, tensor in named_tensors(model).items():

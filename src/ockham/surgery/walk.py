@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ockham.surgery.labels import KINDS, VIEWS, Ledger, Note, Unread, Value, argument
+from ockham.surgery.labels import KINDS, VIEWS, Labels, Note, Unread, Value, argument
 
-Result = Value | list[Value]
+Values = Value | list[Value]
 UNKNOWN = "an op whose meaning for channels is not known"
-Rule = Callable[["Call"], Result]
+OperatorRule = Callable[["Call"], Values]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,8 +24,8 @@ class Call:
 
     name: str
     node: fx.Node
-    known: Mapping[fx.Node, Result]
-    ledger: Ledger
+    known: Mapping[fx.Node, Values]
+    ledger: Labels
     sites: list[Note]
 
     def get(self, name: str, *otherwise: Any) -> Any:
@@ -89,7 +89,7 @@ class Call:
         """Is this argument a tensor of booleans?"""
         return node.meta["val"].dtype in (torch.bool, torch.uint8)
 
-    def like_outputs(self, make: Callable[[tuple[int, ...]], Value]) -> Result:
+    def like_outputs(self, make: Callable[[tuple[int, ...]], Value]) -> Values:
         """Return `make(shape)` for each result."""
         shapes = self.shapes()
         return [make(s) for s in shapes] if isinstance(shapes, list) else make(shapes)
@@ -99,12 +99,12 @@ class Call:
         args = [labels if i == 0 else _plain(a) for i, a in enumerate(self.node.args)]
         return self.node.target(*args, **{k: _plain(v) for k, v in self.node.kwargs.items()})  # type: ignore[operator]
 
-    def note(self, before: Value, after: Result) -> None:
+    def note(self, before: Value, after: Values) -> None:
         """Remember an op whose sizes may be written in the model's code."""
         path, call = place(self.node)
         self.sites.append(Note(path, self.name, before, after, self.node, call))
 
-    def freeze_all(self, why: str) -> Result:
+    def freeze_all(self, why: str) -> Values:
         """Freeze whatever the inputs are made of; the results carry no labels."""
         for value in self.tensors():
             self.ledger.freeze_value(value, self.reason(f"is {why}"))
@@ -151,12 +151,12 @@ def place(node: fx.Node) -> tuple[str, int]:
 class Walker:
     """The table of rules and what walking with it writes down."""
 
-    rules: Mapping[str, Rule]
+    rules: Mapping[str, OperatorRule]
     always: frozenset[str]
-    ledger: Ledger
+    ledger: Labels
     sites: list[Note]
 
-    def walk(self, graph: fx.Graph, known: dict[fx.Node, Result]) -> list[Result]:
+    def walk(self, graph: fx.Graph, known: dict[fx.Node, Values]) -> list[Values]:
         """Apply the rule of every node in order; returns the values of the outputs.
 
         `known` maps placeholders to values and is filled; an op without a rule freezes what it touches.
@@ -170,7 +170,7 @@ class Walker:
         ends = pytree.arg_tree_leaves(*next(n for n in graph.nodes if n.op == "output").args)
         return [known.get(n, Value(())) for n in ends if isinstance(n, fx.Node)]
 
-    def _step(self, node: fx.Node, known: dict[fx.Node, Result], ledger: Ledger) -> Result:
+    def _step(self, node: fx.Node, known: dict[fx.Node, Values], ledger: Labels) -> Values:
         if node.target is operator.getitem:
             return _item(node, known)
         call = Call(op_name(node.target), node, known, ledger, self.sites)
@@ -194,13 +194,13 @@ class Walker:
             _taint(node, result, known)
         return result
 
-    def _remember(self, call: Call, result: Result) -> None:
+    def _remember(self, call: Call, result: Values) -> None:
         """Write down which labels were met in the forward of which module."""
         own = self.ledger.touched.setdefault(place(call.node)[0], [])
         for value in (*call.tensors(), *(result if isinstance(result, list) else [result])):
             own.extend(f.flatten() for f in value.factors)
 
-    def _inline(self, call: Call, inner: fx.Graph) -> Result:
+    def _inline(self, call: Call, inner: fx.Graph) -> Values:
         """Walk a subgraph (autocast and no_grad regions) with the arguments of the call."""
         holes = [n for n in inner.nodes if n.op == "placeholder"]
         tensors = [n for n in call.node.args if isinstance(n, fx.Node) and n.op != "get_attr"]
@@ -223,7 +223,7 @@ def _live(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _item(node: fx.Node, known: Mapping[fx.Node, Result]) -> Result:
+def _item(node: fx.Node, known: Mapping[fx.Node, Values]) -> Values:
     """Return one of several results."""
     source, index = node.args
     found = known.get(source) if isinstance(source, fx.Node) else None
@@ -232,7 +232,7 @@ def _item(node: fx.Node, known: Mapping[fx.Node, Result]) -> Result:
     return Value(shapes_of(node.meta.get("val")))
 
 
-def _taint(node: fx.Node, result: Result, known: dict[fx.Node, Result]) -> None:
+def _taint(node: fx.Node, result: Values, known: dict[fx.Node, Values]) -> None:
     """An op in place changed a tensor and what it is a view of: zeros of removed units may be gone there."""
     value = result[0] if isinstance(result, list) else result
     if value.zero:
@@ -247,13 +247,13 @@ def _taint(node: fx.Node, result: Result, known: dict[fx.Node, Result]) -> None:
         source = inputs[0] if viewed and inputs else None
 
 
-def _learned(result: Result) -> Result:
+def _learned(result: Values) -> Values:
     if isinstance(result, list):
         return [replace(value, learned=True) for value in result]
     return replace(result, learned=True)
 
 
-def _applied(rule: Rule, call: Call) -> Result:
+def _applied(rule: OperatorRule, call: Call) -> Values:
     """Apply a rule; a result that does not fit the op's true shapes means it was not understood: frozen."""
     try:
         result = rule(call)

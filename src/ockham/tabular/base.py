@@ -21,9 +21,9 @@ from sklearn.utils.validation import _check_sample_weight, check_is_fitted, chec
 from torch import Tensor
 
 from ockham.errors import OckhamError, OckhamWarning
-from ockham.tabular.data import Encoding, Floats, Scaling, canonical, columns_of, counts_for, dense, duplicates, screen
-from ockham.tabular.explaining import Effect, Facts, bars, effect, page_of, paint, progress, strongest_pair, table_of
-from ockham.tabular.fitting import Fitted, Plan, drawn, fit
+from ockham.tabular.data import Encoding, Floats, Scaling, columns_of, counts_for, dense, duplicates, in_order, screen
+from ockham.tabular.explaining import Effect, Facts, bars, effect, paint, progress, strongest_pair, table_of, write_page
+from ockham.tabular.fitting import FitPlan, Fitted, drawn, fit
 from ockham.tabular.model import Table
 from ockham.tabular.predicting import Draws
 from ockham.tabular.targets import Target
@@ -214,7 +214,7 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         rows = x, target
         if first:
             self._sample = x[np.random.default_rng(0).permutation(len(x))[:_SAMPLE]]
-        x, target, weight = canonical(x, target, weight)
+        x, target, weight = in_order(x, target, weight)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         if first:
             self._seed, self._fitted_on = seed, float(weight.sum())
@@ -267,7 +267,7 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
             candidates = candidates[found.active]
         self._active = candidates
 
-    def _plan(self, left_out: int, seed: int) -> Plan:
+    def _plan(self, left_out: int, seed: int) -> FitPlan:
         hidden = self.hidden_layer_sizes
         for name in ("batch_size", "learning_rate"):
             if getattr(self, name) != "deprecated":
@@ -276,7 +276,7 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
                     FutureWarning,
                     stacklevel=5,
                 )
-        return Plan(
+        return FitPlan(
             hidden=tuple(int(h) for h in (hidden if np.iterable(hidden) else (hidden,))),
             outputs=self._target.outputs,
             restarts=self.n_restarts,
@@ -387,7 +387,7 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
             coverage=None if X is None else self._coverage(X, y),
             remarks=self._remarks,
         )
-        return page_of(facts, path)
+        return write_page(facts, path)
 
     def _used(self) -> list[int]:
         """Features that are used, the likeliest first."""

@@ -19,11 +19,11 @@ __all__ = [
     "Floats",
     "Scaling",
     "Screened",
-    "canonical",
     "columns_of",
     "counts_for",
     "dense",
     "duplicates",
+    "in_order",
     "outlying",
     "screen",
 ]
@@ -265,7 +265,7 @@ class Scaling:
         return torch.from_numpy(((values - self.mean) / self.std).astype(np.float32))
 
 
-def canonical(x: Floats, y: Floats, weight: Floats) -> tuple[Floats, Floats, Floats]:
+def in_order(x: Floats, y: Floats, weight: Floats) -> tuple[Floats, Floats, Floats]:
     """Rows sorted, equal ones merged into one with the sum of their weights, rows of weight 0 dropped.
 
     Repeating a row and giving it a weight of two are then the same problem, to the bit. Left as it is where the table

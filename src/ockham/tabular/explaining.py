@@ -21,7 +21,7 @@ from ockham.tabular.data import Encoding, Floats
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Effect", "Facts", "bars", "effect", "page_of", "paint", "progress", "strongest_pair", "table_of"]
+__all__ = ["Effect", "Facts", "bars", "effect", "paint", "progress", "strongest_pair", "table_of", "write_page"]
 
 
 Ask = Callable[[Floats], Floats]
@@ -159,7 +159,7 @@ class Facts:
     remarks: Sequence[str]
 
 
-def page_of(facts: Facts, path: str | Path) -> Path:
+def write_page(facts: Facts, path: str | Path) -> Path:
     """Write the page.
 
     Raises:

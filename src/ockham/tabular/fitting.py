@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ockham.tabular.inclusion import Effort, State, believed, prune, search, settle
-from ockham.tabular.likelihoods import Gaussian, Likelihood, Student
+from ockham.tabular.inclusion import Effort, State, believed, decide, drop_idle, search
+from ockham.tabular.likelihoods import GaussianNoise, RowLikelihood, Student
 from ockham.tabular.model import Model, Table
 from ockham.tabular.network import Net
 from ockham.tabular.predicting import hamiltonian
 
-__all__ = ["Fitted", "OnStep", "Plan", "drawn", "fit"]
+__all__ = ["FitPlan", "Fitted", "OnFitStep", "drawn", "fit"]
 
 _FIRST_ROWS, _NOISE_ROWS = 1500, 6000
 _WORK = 3e10  # rows times weights times (weights + overhead) of all steps on a large table
@@ -26,12 +26,12 @@ _CHAINS, _WARMUP, _LEAPS = 8, 12, (6, 14)
 _MOST_DRAWN = 4e5  # rows times weights from where draws are Gaussian about the mode
 _STIFFEN = 0.1
 
-OnStep = Callable[[int, int, float], None]
+OnFitStep = Callable[[int, int, float], None]
 """(step, of at most, evidence in nats)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class FitPlan:
     """Settings of a fit.
 
     Attributes:
@@ -73,7 +73,12 @@ class Fitted:
 
 
 def fit(
-    table: Table, likelihood: Likelihood, plan: Plan, *, start: Fitted | None = None, on_step: OnStep | None = None
+    table: Table,
+    likelihood: RowLikelihood,
+    plan: FitPlan,
+    *,
+    start: Fitted | None = None,
+    on_step: OnFitStep | None = None,
 ) -> Fitted:
     """Search on few rows from several starts, go on from the best with all rows, then the noise and the inputs.
 
@@ -116,7 +121,7 @@ def fit(
     else:
         few = _first(table, order, _NOISE_ROWS)
         old = start.state
-        state = settle(replace(old.model, table=few), old.vector, _SETTLE, 0)
+        state = decide(replace(old.model, table=few), old.vector, _SETTLE, 0)
     some = _first(table, order, _NOISE_ROWS)
     if len(some.x) > len(few.x) or start is not None:
         state = _on(some, state)
@@ -129,7 +134,7 @@ def fit(
     if len(table.x) > len(some.x):
         state = _on(table, state)
         state = search(state, 0, most, replace(effort(0, 1, 0.5), steps=_affordable(state, plan)))
-    state = prune(state, tuple(range(len(state.model.nets))))
+    state = drop_idle(state, tuple(range(len(state.model.nets))))
     inside = []
     for t in range(len(state.model.nets)):
         state, found = believed(state, t, generator)
@@ -150,25 +155,25 @@ def _first(table: Table, order: Tensor, rows: int) -> Table:
 
 def _on(table: Table, state: State) -> State:
     """The same structure at its mode on other rows."""
-    return settle(replace(state.model, table=table), state.vector, _SETTLE, state.steps)
+    return decide(replace(state.model, table=table), state.vector, _SETTLE, state.steps)
 
 
-def _affordable(state: State, plan: Plan) -> int:
+def _affordable(state: State, plan: FitPlan) -> int:
     """Steps until which a search may go on."""
     size = 2 * len(state.vector)  # that it has before what came goes again
     return min(plan.steps, state.steps + int(_WORK / (len(state.model.table.x) * size * (size + _OVERHEAD))))
 
 
-def _linear(table: Table, likelihood: Likelihood, plan: Plan) -> State:
+def _linear(table: Table, likelihood: RowLikelihood, plan: FitPlan) -> State:
     """The linear model of all inputs, at its mode."""
     p = table.x.shape[1]
     nets = [Net.linear(p, plan.outputs, len(plan.hidden))]
     centre = 0.0
-    if isinstance(likelihood, (Gaussian, Student)):
+    if isinstance(likelihood, (GaussianNoise, Student)):
         nets.append(Net.linear(p, 1, 1, reads=False))
         share = table.weight / table.weight.sum()
         variance = share @ (table.y - share @ table.y).square()
-        if isinstance(likelihood, Gaussian):  # heavy tails are there for targets that say nothing about the scale
+        if isinstance(likelihood, GaussianNoise):  # heavy tails are there for targets that say nothing about the scale
             centre = 0.5 * math.log(max(float(variance), 1e-12))
     vector = torch.zeros(sum(len(net) for net in nets) + likelihood.extras, dtype=torch.float64)
     if len(nets) == 2:
@@ -176,23 +181,23 @@ def _linear(table: Table, likelihood: Likelihood, plan: Plan) -> State:
         vector[len(nets[0]) + 1 :] = 2.0
     precision = tuple(dict.fromkeys(net.keep, 1 / plan.slab_variance) for net in nets)
     model = Model(tuple(nets), likelihood, table, plan.slab_variance, precision, centre, plan.left_out)
-    return settle(model, vector, _SETTLE)
+    return decide(model, vector, _SETTLE)
 
 
 def _noisy(state: State, effort: Effort, *, fresh: bool) -> State:
     """Student's t, its scale moved by what the data support: nothing, a linear model, or units as well."""
     model, vector = state.model, state.vector
-    if isinstance(model.likelihood, Gaussian):
+    if isinstance(model.likelihood, GaussianNoise):
         model = replace(model, likelihood=Student(model.likelihood.floor))
         vector = torch.cat([vector, vector.new_full((1,), 2.0)])
-        state = settle(model, vector, _SETTLE, state.steps)
+        state = decide(model, vector, _SETTLE, state.steps)
     if fresh:
         begin, old = model.starts[1], model.nets[1]
         net = Net.linear(old.inputs, 1, 1)
         weights = vector.new_zeros(len(net))
         weights[net.spans["out.bias"]] = state.vector[begin : begin + len(old)][old.spans["out.bias"]]
         linear = torch.cat([state.vector[:begin], weights, state.vector[begin + len(old) :]])
-        moved = prune(settle(state.model.with_net(1, net), linear, _SETTLE, state.steps), (1,))
+        moved = drop_idle(decide(state.model.with_net(1, net), linear, _SETTLE, state.steps), (1,))
         state = moved if moved.evidence > state.evidence else replace(state, steps=moved.steps)
     return search(state, 1, _NOISE_UNITS, effort)
 

@@ -12,7 +12,18 @@ from torch import Tensor
 from ockham.errors import NonFiniteLossError
 from ockham.tabular.model import Model
 
-__all__ = ["Effort", "State", "believed", "grow", "inclusion", "input_removals", "prune", "search", "settle", "without"]
+__all__ = [
+    "Effort",
+    "State",
+    "believed",
+    "decide",
+    "drop_idle",
+    "grow",
+    "inclusion_of",
+    "input_removals",
+    "search",
+    "without_inputs",
+]
 
 
 _SURE = -30.0  # nats for a removal below which nobody asks further
@@ -39,7 +50,7 @@ def believed(state: State, t: int, generator: torch.Generator) -> tuple[State, T
         if best.evidence <= state.evidence:
             break
         state = best
-    return state, inclusion(
+    return state, inclusion_of(
         state.evidence,
         {j: s.evidence for j, s in removed.items()},
         {pair: s.evidence for pair, s in swapped.items()},
@@ -48,7 +59,7 @@ def believed(state: State, t: int, generator: torch.Generator) -> tuple[State, T
     )
 
 
-def inclusion(
+def inclusion_of(
     here: float,
     removed: dict[int, float],
     swapped: dict[tuple[int, int], float],
@@ -81,7 +92,7 @@ def _neighbours(state: State, t: int) -> tuple[dict[int, State], dict[tuple[int,
     net, x = state.model.nets[t], state.model.table.x
     used = (net.used() > 0).nonzero()[:, 0].tolist()
     removals = dict(zip(used, input_removals(state, t), strict=True)) if used else {}
-    removed = {j: without(state, t, [r]) for j, r in removals.items() if r.score > _SURE}
+    removed = {j: without_inputs(state, t, [r]) for j, r in removals.items() if r.score > _SURE}
     swapped = {}
     if len(x) * len(state.vector) ** 2 <= _MOST_WORK:
         rows = x[:_ROWS]
@@ -106,7 +117,7 @@ def _in_place_of(state: State, t: int, j: int, k: int, correlation: float) -> St
     other = replace(net, keep=keep)
     weights = torch.cat([dense[n][0].flatten()[c] for n, c in other.cells.items()])
     vector = torch.cat([state.vector[:begin], weights, state.vector[begin + len(net) :]])
-    return settle(state.model.with_net(t, other), vector, 10, state.steps, learn=0)
+    return decide(state.model.with_net(t, other), vector, 10, state.steps, learn=0)
 
 
 def _additions(state: State, t: int, generator: torch.Generator) -> Tensor:
@@ -203,7 +214,7 @@ class _Removal:
     free: Tensor
 
 
-def settle(
+def decide(
     model: Model, vector: Tensor, steps: int, before: int = 0, *, learn: int = 1, tolerance: float = _TOLERANCE
 ) -> State:
     """Levenberg-Marquardt steps to a mode, and in between slab variances that fit.
@@ -275,7 +286,7 @@ class Effort:
 
 def search(state: State, t: int, most: int, effort: Effort) -> State:
     """Add units to a network (at most so many in its last hidden layer) and prune, as long as the evidence rises."""
-    state, failed = prune(state, (t,)), 0
+    state, failed = drop_idle(state, (t,)), 0
     effort.on_state(state)
     while failed < effort.patience and state.steps < effort.steps:
         net = state.model.nets[t]
@@ -283,7 +294,7 @@ def search(state: State, t: int, most: int, effort: Effort) -> State:
         more = min(max(1, max(_FIRST_UNITS, units // 3) >> failed), most - units)
         if more <= 0:
             break
-        trial = prune(grow(state, t, more, effort.generator, effort.smooth), (t,))
+        trial = drop_idle(grow(state, t, more, effort.generator, effort.smooth), (t,))
         better = trial.evidence > state.evidence + _MARGIN + _MARGIN_PER_ROW * len(trial.model.table.x)
         state, failed = (trial, 0) if better else (replace(state, steps=trial.steps), failed + 1)
         effort.on_state(state)
@@ -293,7 +304,7 @@ def search(state: State, t: int, most: int, effort: Effort) -> State:
 # ---------------------------------------------------------------------- what goes
 
 
-def prune(state: State, nets: tuple[int, ...]) -> State:
+def drop_idle(state: State, nets: tuple[int, ...]) -> State:
     """Remove units, inputs and weights of some networks as long as the whole evidence rises."""
     kinds: tuple[Callable[[State, int], list[_Removal]], ...] = (_units, input_removals, _weights)
     changed = True
@@ -304,7 +315,7 @@ def prune(state: State, nets: tuple[int, ...]) -> State:
                 state = _lighter(state, t, kind)
         changed = state is not before
         if changed:
-            state = settle(state.model, state.vector, _TRIAL_STEPS, state.steps)
+            state = decide(state.model, state.vector, _TRIAL_STEPS, state.steps)
     return state
 
 
@@ -313,7 +324,7 @@ def _lighter(state: State, t: int, kind: Callable[[State, int], list[_Removal]])
     found = sorted((r for r in kind(state, t) if r.score > 0), key=lambda r: -r.score)
     size, begin = math.ceil(len(found) / 3), 0
     while begin < min(len(found), _REFUSALS):
-        trial = without(state, t, found[begin : begin + size])
+        trial = without_inputs(state, t, found[begin : begin + size])
         if trial.evidence > state.evidence:
             state = trial
             found = sorted((r for r in kind(state, t) if r.score > 0), key=lambda r: -r.score)
@@ -325,7 +336,7 @@ def _lighter(state: State, t: int, kind: Callable[[State, int], list[_Removal]])
     return state
 
 
-def without(state: State, t: int, removals: list[_Removal]) -> State:
+def without_inputs(state: State, t: int, removals: list[_Removal]) -> State:
     """The model without some weights of a network, at a mode near by: what is free makes up for them first."""
     net, begin = state.model.nets[t], state.model.starts[t]
     gone = torch.zeros(len(net), dtype=torch.bool)
@@ -340,7 +351,7 @@ def without(state: State, t: int, removals: list[_Removal]) -> State:
     end = begin + len(net)
     vector = torch.cat([vector[:begin], vector[begin:end][stays], vector[end:]])
     model = state.model.with_net(t, smaller)
-    return settle(model, vector, _TRIAL_STEPS, state.steps, learn=0, tolerance=_ROUGH)
+    return decide(model, vector, _TRIAL_STEPS, state.steps, learn=0, tolerance=_ROUGH)
 
 
 @dataclass(frozen=True, eq=False)
@@ -465,7 +476,7 @@ def grow(state: State, t: int, units: int, generator: torch.Generator, kinds: fl
     bigger, weights = net.grown(state.vector[begin:end], fresh)
     vector = torch.cat([state.vector[:begin], weights, state.vector[end:]])
     model = model.with_net(t, bigger)
-    return settle(model, _solved(model, vector, t), _GROWTH_STEPS, state.steps)
+    return decide(model, _solved(model, vector, t), _GROWTH_STEPS, state.steps)
 
 
 def _solved(model: Model, vector: Tensor, t: int) -> Tensor:

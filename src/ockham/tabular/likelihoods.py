@@ -18,8 +18,8 @@ __all__ = [
     "FREEDOM",
     "Classes",
     "Counts",
-    "Gaussian",
-    "Likelihood",
+    "GaussianNoise",
+    "RowLikelihood",
     "Student",
     "log_scale",
     "resolution",
@@ -32,7 +32,7 @@ _HALF_LOG_12 = 0.5 * math.log(12)
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
-class Likelihood(ABC):
+class RowLikelihood(ABC):
     """p(target | outputs), of C networks at once.
 
     Attributes:
@@ -54,7 +54,7 @@ class Likelihood(ABC):
         """Fisher information of one network's outputs [n, K], per row [n, K, K], and of extras [n, e, e]."""
 
 
-class Classes(Likelihood):
+class Classes(RowLikelihood):
     """Class probabilities by softmax; by the logistic function where there is one output for two classes."""
 
     def nll(self, output: Tensor, extra: Tensor, y: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ class Classes(Likelihood):
         return torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1), none
 
 
-class Counts(Likelihood):
+class Counts(RowLikelihood):
     """Poisson counts; the output is ln of the rate."""
 
     def nll(self, output: Tensor, extra: Tensor, y: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class Counts(Likelihood):
 
 
 @dataclass(frozen=True, slots=True)
-class Gaussian(Likelihood):
+class GaussianNoise(RowLikelihood):
     r"""y ~ N(mean, s^2),   ln s = floor + softplus(scale output - floor).
 
     Attributes:
@@ -126,7 +126,7 @@ class Gaussian(Likelihood):
 
 
 @dataclass(frozen=True, slots=True)
-class Student(Likelihood):
+class Student(RowLikelihood):
     r"""y ~ t_f(mean, s),   ln s = floor + softplus(scale output - floor),   f = 2 + exp(extra).
 
     Attributes:

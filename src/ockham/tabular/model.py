@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ockham.tabular.likelihoods import FREEDOM, Likelihood
+from ockham.tabular.likelihoods import FREEDOM, RowLikelihood
 from ockham.tabular.network import Net, Pass
 
 __all__ = ["Model", "Table"]
@@ -59,7 +59,7 @@ class Model:
     """
 
     nets: tuple[Net, ...]
-    likelihood: Likelihood
+    likelihood: RowLikelihood
     table: Table
     slab_variance: float
     precision: tuple[Mapping[str, float], ...]

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from scipy.special import stdtr, stdtrit
 from torch import Tensor
 
 from ockham.errors import OckhamError
-from ockham.tabular.likelihoods import Gaussian, Student, log_scale, student_nll
+from ockham.tabular.data import Floats
+from ockham.tabular.likelihoods import GaussianNoise, Student, log_scale, student_nll
 from ockham.tabular.model import Model
 
 __all__ = ["Chains", "Draws", "hamiltonian", "interval", "log_density", "moments", "noise_std"]
@@ -144,8 +144,6 @@ def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
 
 
-Floats = npt.NDArray[np.float64]
-
 _HALVINGS = 25
 _ROWS = 2048
 
@@ -173,7 +171,7 @@ class Draws:
     def with_scales(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Location, scale [D, rows] and degrees of freedom [D, 1] of a regression, for parts of a table [n, p]."""
         likelihood = self.model.likelihood
-        assert isinstance(likelihood, (Gaussian, Student))
+        assert isinstance(likelihood, (GaussianNoise, Student))
         _, extra = self.model.split(self.vectors)
         freedom = 2 + extra.exp() if likelihood.extras else torch.full((len(self.vectors), 1), 1e6).double()
         for output in self.outputs(x):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ockham.errors import OckhamError
 from ockham.tabular.data import Floats, Scaling, outlying
-from ockham.tabular.likelihoods import Classes, Gaussian, Likelihood, Student, resolution
+from ockham.tabular.likelihoods import Classes, GaussianNoise, RowLikelihood, Student, resolution
 
 __all__ = ["ClassTarget", "NumberTarget", "Target"]
 
@@ -52,7 +52,7 @@ class Target(ABC):
         """Columns [n, k] that inputs are screened against."""
 
     @abstractmethod
-    def likelihood(self, scaled: Tensor) -> Likelihood:
+    def likelihood(self, scaled: Tensor) -> RowLikelihood:
         """Likelihood of what the network is fitted to."""
 
 
@@ -93,9 +93,9 @@ class NumberTarget(Target):
         """Targets, outliers pulled in."""
         return (scaled.clamp(-_CLIP, _CLIP) if self.heavy else scaled).unsqueeze(1)
 
-    def likelihood(self, scaled: Tensor) -> Likelihood:
+    def likelihood(self, scaled: Tensor) -> RowLikelihood:
         """Gaussian, or Student's t from the start where some are far out."""
-        return Student(resolution(scaled)) if self.heavy else Gaussian(resolution(scaled))
+        return Student(resolution(scaled)) if self.heavy else GaussianNoise(resolution(scaled))
 
     @property
     def units(self) -> tuple[float, float]:
@@ -156,6 +156,6 @@ class ClassTarget(Target):
         onehot = torch.nn.functional.one_hot(scaled, len(self.classes)).float()
         return onehot[:, 1:] if len(self.classes) == 2 else onehot
 
-    def likelihood(self, scaled: Tensor) -> Likelihood:
+    def likelihood(self, scaled: Tensor) -> RowLikelihood:
         """Softmax, or the logistic function."""
         return Classes()

@@ -20,7 +20,7 @@ from ockham.core.batch import Batch, to_device
 from ockham.core.likelihood import Classification, Likelihood, Regression, likelihood_from
 from ockham.errors import DataError, OckhamError
 
-__all__ = ["Case", "Objective", "answer_tensor", "cases_from", "objective_for"]
+__all__ = ["Case", "CaseObjective", "answer_tensor", "cases_from", "objective_for"]
 
 _POSITIONS = 1024
 _IGNORED = -100
@@ -60,7 +60,7 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Objective:
+class CaseObjective:
     """The likelihood of a network's answers.
 
     Attributes:
@@ -103,7 +103,7 @@ def cases_from(
 
 def objective_for(
     model: nn.Module, case: Case, likelihood: str | Likelihood, output: Callable[[Any], Tensor] | None
-) -> Objective:
+) -> CaseObjective:
     """The likelihood by name, or by what the network and the first case look like ("auto").
 
     Raises:
@@ -115,9 +115,9 @@ def objective_for(
     if likelihood == "auto":
         likelihood = _guessed(model, case, answer, chosen)
     if likelihood == "next-token":
-        return Objective("next-token", _next_token, lambda f, c, _: _next_token(f, c)[0], _next_terms, chosen)
+        return CaseObjective("next-token", _next_token, lambda f, c, _: _next_token(f, c)[0], _next_terms, chosen)
     if likelihood == "own":
-        return Objective("own predictive", None, _own, lambda f, c: len(f), chosen)
+        return CaseObjective("own predictive", None, _own, lambda f, c: len(f), chosen)
     known = likelihood_from(likelihood)
     if case.target is None:
         raise DataError(
@@ -256,7 +256,7 @@ def _by_class(likelihood: Likelihood, answer: Tensor, target: Tensor) -> tuple[T
     return answer, target
 
 
-def _with_targets(likelihood: Likelihood, output: Callable[[Any], Tensor]) -> Objective:
+def _with_targets(likelihood: Likelihood, output: Callable[[Any], Tensor]) -> CaseObjective:
     def pair(answer: Tensor, case: Case) -> tuple[Tensor, Tensor]:
         if case.target is None:
             raise DataError("some calibration batches have targets and others have none; give all of them targets")
@@ -278,4 +278,4 @@ def _with_targets(likelihood: Likelihood, output: Callable[[Any], Tensor]) -> Ob
         return likelihood.nll(f, y) * likelihood.terms(y)
 
     name = type(likelihood).__name__.lower()
-    return Objective(name, nll, curvature, lambda f, c: int(likelihood.terms(pair(f, c)[1])), output)
+    return CaseObjective(name, nll, curvature, lambda f, c: int(likelihood.terms(pair(f, c)[1])), output)

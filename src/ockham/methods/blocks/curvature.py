@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ockham.core.files import read_json, write_json
 from ockham.errors import OckhamError
-from ockham.methods.blocks.cases import Case, Objective
+from ockham.methods.blocks.cases import Case, CaseObjective
 from ockham.methods.blocks.solve import BlockMatrix, Use, Using, add_gram_, symmetric
 
 __all__ = [
@@ -24,9 +24,9 @@ __all__ = [
     "FactorStore",
     "Stream",
     "add_curvature_",
+    "evaluating_blocks",
     "find_blocks",
     "map_of",
-    "prepared",
     "rows_of",
     "weights_of",
 ]
@@ -77,7 +77,7 @@ def _alike(children: Sequence[nn.Module]) -> bool:
 
 
 @contextmanager
-def prepared(model: nn.Module) -> Iterator[torch.device]:
+def evaluating_blocks(model: nn.Module) -> Iterator[torch.device]:
     """Evaluation mode, no gradients for parameters, no cache of past tokens, experts one by one; undone after it."""
     modes = {m: m.training for m in model.modules()}
     wanted = {p: p.requires_grad for p in model.parameters()}
@@ -361,7 +361,7 @@ def add_curvature_(
     store: FactorStore,
     model: nn.Module,
     case: Case,
-    objective: Objective,
+    objective: CaseObjective,
     blocks: Sequence[tuple[nn.Module, BlockMap]],
     *,
     generator: torch.Generator,

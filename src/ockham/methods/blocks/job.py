@@ -23,8 +23,8 @@ from ockham.core.likelihood import Likelihood
 from ockham.core.network import Ignore, device_of, protected_names
 from ockham.errors import DataError, OckhamError, OckhamWarning
 from ockham.fit.predict import refresh_batchnorm
-from ockham.methods.blocks.cases import Case, Objective, cases_from, objective_for
-from ockham.methods.blocks.curvature import prepared
+from ockham.methods.blocks.cases import Case, CaseObjective, cases_from, objective_for
+from ockham.methods.blocks.curvature import evaluating_blocks
 from ockham.methods.blocks.reduction import (
     MatrixEvidence,
     Orders,
@@ -36,12 +36,21 @@ from ockham.methods.blocks.reduction import (
     study_damping,
 )
 from ockham.methods.blocks.solve import Damping, NofM
-from ockham.methods.blocks.stop import TERMS_PER_WEIGHT, Shot, Trial, best_shot, kind_of, shares_for, shot_from, shots
+from ockham.methods.blocks.stop import (
+    TERMS_PER_WEIGHT,
+    DampingTrial,
+    Shot,
+    best_shot,
+    matrix_kind,
+    shares_for,
+    shot_from,
+    shots,
+)
 from ockham.methods.blocks.units import chosen_units, describable, readers_of, refit_units_, unit_curve
 from ockham.report import page
 from ockham.surgery import Plan, shrink, trace
 
-__all__ = ["Job", "PruneProgress", "PruneSettings", "Removal", "page_of"]
+__all__ = ["BlockJob", "PruneProgress", "PruneSettings", "Removal", "page_of"]
 
 
 def page_of(facts: Mapping[str, Any]) -> str:
@@ -173,12 +182,12 @@ class Removal:
     evidence: Mapping[str, MatrixEvidence]
     damping: Mapping[str, Damping]
     shares: Mapping[str, float | NofM]
-    trials: Sequence[Trial]
+    trials: Sequence[DampingTrial]
     shots: Sequence[Shot]
     untouched: tuple[str, ...]
 
 
-class Job:
+class BlockJob:
     """One call of `prune`: its data and settings, and the steps.
 
     Args:
@@ -206,7 +215,7 @@ class Job:
 
     def mean_loss(self, model: nn.Module) -> float | None:
         """Mean NLL on the part of the data that judges, nats per term; None where the data have no targets."""
-        with prepared(model):
+        with evaluating_blocks(model):
             cases, objective = self._data(model)
             if objective.nll is None:
                 return None
@@ -262,7 +271,7 @@ class Job:
             if self._settings.damping is None:
                 damping, trials = study_damping(found, asked, self._teller("damping"))
             else:
-                damping, trials = {kind_of(k): self._settings.damping for k in found.samples}, []
+                damping, trials = {matrix_kind(k): self._settings.damping for k in found.samples}, []
             orders = Orders(asked, damping, n_data, self._settings.rounds)
             fired: list[Shot] = []
             if keep is None:
@@ -281,7 +290,7 @@ class Job:
             )
         return Removal(evidence, damping, orders.keep, trials, fired, untouched)
 
-    def _data(self, model: nn.Module) -> tuple[list[Case], Objective]:
+    def _data(self, model: nn.Module) -> tuple[list[Case], CaseObjective]:
         cases = cases_from(self._items, self._batch, model, device_of(model))
         objective = objective_for(model, cases[0], self._given, self._output)
         self.likelihood = objective.name
@@ -292,7 +301,7 @@ class Job:
         self, model: nn.Module, name: str, *, judged: bool = False
     ) -> Iterator[tuple[list[Case], Study, Path]]:
         """The network prepared, its data (``judged``: less the part that judges) and curvature, a folder for work."""
-        with prepared(model), TemporaryDirectory() as scratch:
+        with evaluating_blocks(model), TemporaryDirectory() as scratch:
             cases, objective = self._data(model)
             judges = held_out(len(cases)) if judged else frozenset()
             cases = [c for i, c in enumerate(cases) if i not in judges]

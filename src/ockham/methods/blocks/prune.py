@@ -19,16 +19,16 @@ from ockham.core.files import write_bytes, write_json
 from ockham.core.likelihood import Likelihood
 from ockham.errors import DataError, OckhamError
 from ockham.methods.blocks.cases import answer_tensor, cases_from
-from ockham.methods.blocks.curvature import prepared
-from ockham.methods.blocks.job import Job, PruneProgress, PruneSettings, Removal
+from ockham.methods.blocks.curvature import evaluating_blocks
+from ockham.methods.blocks.job import BlockJob, PruneProgress, PruneSettings, Removal
 from ockham.methods.blocks.reduction import MatrixEvidence
 from ockham.methods.blocks.solve import Damping, NofM
-from ockham.methods.blocks.stop import Shot, Trial, kind_of
+from ockham.methods.blocks.stop import DampingTrial, Shot, matrix_kind
 from ockham.run.folder import save_pretrained
 from ockham.surgery import Plan
 from ockham.surgery.copies import named_tensors
 
-__all__ = ["BlockEvidence", "Pruned", "prune", "prune_folder", "read_text", "token_measures", "token_windows"]
+__all__ = ["BlockEvidence", "Pruned", "prune", "prune_folder", "read_calibration", "token_measures", "token_windows"]
 
 
 _STRUCTURES = ("auto", "even", "uneven")
@@ -90,7 +90,7 @@ class Pruned:
     shares: Mapping[str, float]
     likelihood: str
     damping: Mapping[str, Damping] = field(default_factory=dict)
-    trials: Sequence[Trial] = ()
+    trials: Sequence[DampingTrial] = ()
     shots: Sequence[Shot] = ()
     before: float | None = None
     after: float | None = None
@@ -101,7 +101,7 @@ class Pruned:
         """Everything but the network, as plain values for JSON."""
         kinds: dict[str, list[float]] = {}
         for key, share in self.shares.items():
-            kinds.setdefault(kind_of(key), []).append(share)
+            kinds.setdefault(matrix_kind(key), []).append(share)
         return {
             "keep_share": self.keep_share,
             "likelihood": self.likelihood,
@@ -199,7 +199,7 @@ def prune(
     _check(keep_share, pattern, structure, budget)
     began = time.perf_counter()
     settings = settings or PruneSettings()
-    job = Job(calibration, likelihood, batch, output, progress, settings)
+    job = BlockJob(calibration, likelihood, batch, output, progress, settings)
     small, plan = copy.deepcopy(model), Plan({}, {}, {}, {n: tuple(t.shape) for n, t in named_tensors(model).items()})
     units: dict[str, MatrixEvidence] = {}
     if structure is not None and budget is not None:
@@ -254,7 +254,7 @@ _BINS = 15
 _CALIBRATION, _JUDGING = 32, 8
 
 
-def read_text(path: str | Path) -> str:
+def read_calibration(path: str | Path) -> str:
     """A text file, or all ``*.txt`` files of a folder one after the other, in the order of their names.
 
     Raises:
@@ -304,7 +304,7 @@ def token_measures(model: nn.Module, windows: Tensor) -> dict[str, float]:
         ``nll`` (nats a token), ``perplexity`` (its exp), ``accuracy`` and ``ece`` (of the likeliest token, 15 bins).
     """
     nll, chance, hit = [], [], []
-    with prepared(model) as device:
+    with evaluating_blocks(model) as device:
         for case in cases_from(windows, None, model, device):
             logits = case.answer(model, answer_tensor)[:, :-1].flatten(0, 1).float()
             target = case.args[0][:, 1:].flatten()
@@ -355,7 +355,7 @@ def prune_folder(
     began = time.perf_counter()
     model, tokenizer, stored = _loaded(Path(source))
     count, length = windows
-    ids = tokenizer(read_text(text), return_tensors="pt", verbose=False).input_ids[0]
+    ids = tokenizer(read_calibration(text), return_tensors="pt", verbose=False).input_ids[0]
     length = min(length, int(getattr(model.config, "max_position_embeddings", length) or length), len(ids) // 4)
     every = token_windows(ids, length=max(2, length), count=count + max(1, min(_JUDGING, count // 4)), seed=0)
     judges = max(1, min(_JUDGING, len(every) // 5))

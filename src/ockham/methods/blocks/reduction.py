@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ockham.errors import OckhamError
-from ockham.methods.blocks.cases import Case, Objective
+from ockham.methods.blocks.cases import Case, CaseObjective
 from ockham.methods.blocks.curvature import (
     BlockCall,
     BlockMap,
@@ -39,11 +39,11 @@ from ockham.methods.blocks.solve import (
 from ockham.methods.blocks.stop import (
     DEFAULT_DAMPING,
     CostSample,
-    Problem,
-    Trial,
+    DampingProblem,
+    DampingTrial,
     chosen_damping,
     cost_sample,
-    kind_of,
+    matrix_kind,
     sampled_blocks,
 )
 
@@ -242,7 +242,7 @@ def _reduced(
     if not (bool(inputs.any()) and bool(outputs.any())):
         return None
     target = matrix.read(parameters)
-    curvature = quadratic(inputs, outputs, orders.damping.get(kind_of(key), DEFAULT_DAMPING))
+    curvature = quadratic(inputs, outputs, orders.damping.get(matrix_kind(key), DEFAULT_DAMPING))
     worth = curvature.conditional()
     bias = matrix.bias is not None
     small = sparse_matrix(target, curvature, worth, keep=keep, bias=bias, rounds=orders.rounds, steps=orders.steps)
@@ -305,7 +305,7 @@ def held_out(count: int) -> frozenset[int]:
 
 
 @torch.no_grad()
-def loss_of(model: nn.Module, cases: Sequence[Case], objective: Objective) -> tuple[Tensor, Tensor]:
+def loss_of(model: nn.Module, cases: Sequence[Case], objective: CaseObjective) -> tuple[Tensor, Tensor]:
     """NLL in nats and number of terms of each case, float64 tensors.
 
     Raises:
@@ -322,7 +322,7 @@ def loss_of(model: nn.Module, cases: Sequence[Case], objective: Objective) -> tu
 def study(
     model: nn.Module,
     cases: Sequence[Case],
-    objective: Objective,
+    objective: CaseObjective,
     *,
     folder: Path,
     seed: int,
@@ -353,7 +353,7 @@ def study(
             "there is nothing to take out"
         )
     store, generator = FactorStore(folder, device), torch.Generator(device).manual_seed(seed)
-    tried = sampled_blocks([frozenset(kind_of(k) for k in m.matrices) for m in maps])
+    tried = sampled_blocks([frozenset(matrix_kind(k) for k in m.matrices) for m in maps])
     halved, held, terms = {k for j in tried for k in maps[j].matrices}, held_out(len(cases)), [0, 0]
     pairs = list(zip(blocks, maps, strict=True))
     for i, case in enumerate(() if store.terms else cases):
@@ -371,13 +371,13 @@ def study(
 
 def study_damping(
     found: Study, keep: Mapping[str, float | NofM], on_kind: Callable[[int, int], None]
-) -> tuple[Mapping[str, Damping], list[Trial]]:
+) -> tuple[Mapping[str, Damping], list[DampingTrial]]:
     """The setting for each kind of matrix, and everything that was tried; nothing where no data were held out."""
     kinds: dict[str, list[tuple[int, str]]] = {}
     for j in found.tried:
         for key in found.dense.maps[j].matrices:
             if key in found.samples:
-                kinds.setdefault(kind_of(key), []).append((j, key))
+                kinds.setdefault(matrix_kind(key), []).append((j, key))
     chosen, every = {}, []
     for i, (kind, places) in enumerate(kinds.items()):
         problems = [p for j, key in places[:3] if (p := _problem(found, j, key)) is not None]
@@ -388,13 +388,13 @@ def study_damping(
     return chosen, every
 
 
-def _problem(found: Study, j: int, key: str) -> Problem | None:
+def _problem(found: Study, j: int, key: str) -> DampingProblem | None:
     dense, block_map = found.dense, found.dense.maps[j]
     a, g, store = f"A:{block_map.source[key]}", f"G:{key}", dense.store
     if not all(store.has(name) for name in (a, g, a + ".held", g + ".held")):
         return None
     matrix = block_map.matrices[key]
-    return Problem(
+    return DampingProblem(
         matrix.read(weights_of(dense.blocks[j], block_map.name)),
         matrix.bias is not None,
         lambda: (store.get(a), store.get(g)),

@@ -17,13 +17,13 @@ __all__ = [
     "DEFAULT_DAMPING",
     "TERMS_PER_WEIGHT",
     "CostSample",
-    "Problem",
+    "DampingProblem",
+    "DampingTrial",
     "Shot",
-    "Trial",
     "best_shot",
     "chosen_damping",
     "cost_sample",
-    "kind_of",
+    "matrix_kind",
     "predicted",
     "sampled_blocks",
     "shares_for",
@@ -113,7 +113,7 @@ _QUICK = (2, 4)
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class DampingTrial:
     """What one setting cost where it was tried.
 
     Attributes:
@@ -128,7 +128,7 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Problem:
+class DampingProblem:
     """A matrix with the factors of two parts of the data.
 
     Attributes:
@@ -146,7 +146,7 @@ class Problem:
     scale: float
 
 
-def kind_of(key: str) -> str:
+def matrix_kind(key: str) -> str:
     """A matrix's name with N for its numbers: those that differ by depth or expert only are of one kind.
 
     >>> kind_of("model.layers.12.mlp.experts.down_proj[3]"), kind_of("layer2.0.conv1.weight")
@@ -165,21 +165,21 @@ def sampled_blocks(kinds: Sequence[frozenset[str]]) -> list[int]:
     return sorted(set(found))
 
 
-def chosen_damping(kind: str, problems: Sequence[Problem], keep: float | NofM) -> list[Trial]:
+def chosen_damping(kind: str, problems: Sequence[DampingProblem], keep: float | NofM) -> list[DampingTrial]:
     """Try lambda at the usual tau, then tau at the best lambda; the least cost over all problems is the choice.
 
     Returns:
         Every trial, the best first.
     """
 
-    def tried(damping: Damping) -> Trial:
+    def tried(damping: Damping) -> DampingTrial:
         cost = 0.0
         for p in problems:
             curvature = quadratic(*p.fit(), damping)
             worth = curvature.conditional()
             small = sparse_matrix(p.weight, curvature, worth, keep=keep, bias=p.bias, rounds=2, steps=_QUICK)
             cost += loss_increase(small - p.weight, *p.held(), p.scale)
-        return Trial(kind, damping, cost / len(problems))
+        return DampingTrial(kind, damping, cost / len(problems))
 
     found = [tried(Damping(value, DEFAULT_DAMPING.outputs)) for value in _INPUTS]
     best = min(found, key=lambda t: t.cost).damping.inputs

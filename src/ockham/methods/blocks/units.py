@@ -26,10 +26,10 @@ from ockham.methods.blocks.cases import Case
 from ockham.methods.blocks.curvature import BlockMap, Stream, weights_of
 from ockham.methods.blocks.reduction import Dense, MatrixEvidence, freed, inputs_of_stage
 from ockham.methods.blocks.solve import BlockMatrix, damped, loss_increase, quadratic
-from ockham.methods.blocks.stop import DEFAULT_DAMPING, kind_of
+from ockham.methods.blocks.stop import DEFAULT_DAMPING, matrix_kind
 from ockham.surgery.copies import clone
 from ockham.surgery.groups import Groups, Plan, plan_masks
-from ockham.surgery.shrinking import described, shrink
+from ockham.surgery.shrinking import says_its_widths, shrink
 
 __all__ = [
     "UnitCurve",
@@ -106,11 +106,11 @@ def describable(readers: Sequence[UnitReader], groups: Groups, model: nn.Module)
     hollow = clone(model, lambda name, t: torch.empty_like(t, device="meta"))
     kinds: dict[str, list[UnitReader]] = {}
     for reader in readers:
-        kinds.setdefault(kind_of(reader.group), []).append(reader)
+        kinds.setdefault(matrix_kind(reader.group), []).append(reader)
     found = []
     for alike in kinds.values():
         keep = {r.group: torch.arange(groups[r.group].size) > 0 for r in alike}
-        if described(shrink(hollow, plan_masks(groups, keep))):
+        if says_its_widths(shrink(hollow, plan_masks(groups, keep))):
             found += alike
     return found
 
@@ -220,7 +220,7 @@ def _steps(curves: Sequence[UnitCurve], price: Mapping[str, float], *, uniform: 
     kinds: dict[object, list[UnitCurve]] = {}
     for curve in curves:
         group = curve.reader.group
-        kinds.setdefault((kind_of(group), len(curve.reader.columns)) if uniform else group, []).append(curve)
+        kinds.setdefault((matrix_kind(group), len(curve.reader.columns)) if uniform else group, []).append(curve)
     found: list[_Step] = []
     for alike in kinds.values():
         each, highest = sum(price[c.reader.group] for c in alike), 0.0

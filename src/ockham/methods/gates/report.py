@@ -33,10 +33,10 @@ __all__ = [
     "gate_sections",
     "gate_warnings",
     "gate_widths",
+    "gated_without",
     "gates_figure",
     "parameters_left",
     "widths_figure",
-    "without",
 ]
 
 
@@ -108,14 +108,14 @@ def _curve(gates: Gates, evidence: GateEvidence, measure: MeasureNetwork, points
 
 
 def _point(gates: Gates, keep: Mapping[str, Tensor], measure: MeasureNetwork) -> CurvePoint:
-    with without(gates, keep) as model:
+    with gated_without(gates, keep) as model:
         measures = dict(measure(model))
     total, left = parameters_left(gates, {k: torch.ones_like(m) for k, m in keep.items()}), parameters_left(gates, keep)
     return CurvePoint(sum(int((~m).sum()) for m in keep.values()), 1 - left / total, measures)
 
 
 @contextmanager
-def without(gates: Gates, keep: Mapping[str, Tensor]) -> Iterator[nn.Module]:
+def gated_without(gates: Gates, keep: Mapping[str, Tensor]) -> Iterator[nn.Module]:
     """The network in evaluation mode without some structures, as it was after the block."""
     before = gates.noise.keep.clone()
     modes = {m: m.training for m in gates.model.modules()}

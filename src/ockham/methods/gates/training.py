@@ -36,7 +36,7 @@ __all__ = [
     "GateRounds",
     "GateTraining",
     "KLWeight",
-    "ParameterBudget",
+    "ParametersLeft",
     "Tempered",
     "by_threshold",
     "gate_sensitivity",
@@ -96,7 +96,7 @@ def by_threshold(gates: Gates, evidence: GateEvidence, progress: float) -> Mappi
 
 
 @dataclass(frozen=True, slots=True)
-class ParameterBudget:
+class ParametersLeft:
     """A number of parameters left at the end, by order of score; on the way there in a cubic schedule.
 
     Attributes:
@@ -197,7 +197,7 @@ class GateRounds(Method):
         training: settings.
         inputs: batch of inputs, for tracing.
         rule: scores the structures.
-        decide: turns scores into masks: `by_threshold`, or a `ParameterBudget`.
+        decide: turns scores into masks: `by_threshold`, or a `ParametersLeft`.
         ignore: parameters that stay whole, as for `ockham.attach_gates`.
         inspect: function of the trained gates before the last decision, whose plain answer the result keeps.
     """
@@ -355,7 +355,7 @@ class GateCompression:
         likelihood: "classification", "regression", or a `Likelihood`.
         training: settings.
         rule: scores the structures.
-        decide: turns scores into masks: `by_threshold`, or a `ParameterBudget`.
+        decide: turns scores into masks: `by_threshold`, or a `ParametersLeft`.
         ignore: parameters that stay whole, as for `ockham.attach_gates`.
         n_data: number of summed log-likelihood terms; counted in one pass where not given.
 

@@ -403,7 +403,7 @@ _NOTHING_divergence = 40.0
 _FARTHEST = 30.0
 """Standard deviations: with the mode farther outside the moments cancel by the fourth power of the distance."""
 
-Found = tuple[HostArray, HostArray, HostArray]
+Moments = tuple[HostArray, HostArray, HostArray]
 """KL and its derivatives by mean and std."""
 
 
@@ -433,7 +433,7 @@ class UniformDivergence(torch.autograd.Function):
         return grad * by_mean, grad * by_std, None, None
 
 
-def _between(q: HostCut) -> Found:
+def _between(q: HostCut) -> Moments:
     """Both ends count: moments of z = (y - mean)/std; dKL/dmean = -Cov(z, z^2)/2std, dKL/dstd = -Var(z^2)/2std.
 
     Mass and densities are in units of exp(-near^2/2), so that the mode may be some way outside.
@@ -457,7 +457,7 @@ def _between(q: HostCut) -> Found:
         return value, half * (third - first * second), half * (fourth - second * second)
 
 
-def _beyond(q: HostCut) -> Found:
+def _beyond(q: HostCut) -> Moments:
     """Mode far outside, the other end out of reach: with r its distance, KL = ln width/std - ln R - [1 + r H]/2."""
     near, extra = q.near, host_excess(q.near)
     square = near**-2.0

@@ -54,7 +54,7 @@ __all__ = [
 ]
 
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 _STRUCTURES: dict[str, Callable[..., Curvature]] = {"diagonal": diagonal_curvature, "kronecker": kronecker_curvature}
 _PRIORS: dict[str, FittedPrior] = {"evidence": evidence_prior_precision, "mean-square": mean_square_prior_precision}
 _DEFAULT_PRIOR = {"diagonal": "mean-square", "kronecker": "evidence"}
@@ -272,7 +272,7 @@ def _prior(prior: str | float | None, default: str) -> FittedPrior:
     return _named("prior", default if prior is None else prior, _PRIORS)
 
 
-def _named(argument: str, name: str, table: Mapping[str, T]) -> T:
+def _named(argument: str, name: str, table: Mapping[str, _T]) -> _T:
     if name not in table:
         raise OckhamError(f"{argument} must be one of {', '.join(map(repr, table))}; got {name!r}")
     return table[name]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ockham.surgery.ops import layers, pointwise
 from ockham.surgery.ops import shape as shapes
-from ockham.surgery.walk import Rule
+from ockham.surgery.walk import OperatorRule
 
 MOVEMENT = {
     "permute", "transpose", "t", "numpy_T", "movedim", "moveaxis", "swapaxes", "swapdims", "view", "reshape",
@@ -30,7 +30,7 @@ REDUCTIONS = {
     "any", "all", "max", "min", "frobenius_norm",
 }  # fmt: skip
 
-RULES: dict[str, Rule] = {
+RULES: dict[str, OperatorRule] = {
     **dict.fromkeys(pointwise.KEEPS_ZERO | pointwise.LOSES_ZERO, pointwise.unary),
     **dict.fromkeys(pointwise.BINARY, pointwise.binary),
     **dict.fromkeys(MIXING, pointwise.mixing),

@@ -11,7 +11,7 @@ from ockham.surgery.labels import Value, along, match
 from ockham.surgery.ops.pointwise import add_bias
 
 if TYPE_CHECKING:
-    from ockham.surgery.walk import Call, Result
+    from ockham.surgery.walk import Call, Values
 
 
 def channels(x: Value, dim: int, call: Call) -> Tensor:
@@ -104,7 +104,7 @@ def batch_norm(call: Call) -> Value:
     return _per_channel(call, x, channels(x, 1, call), parts, affine=call.tensor("bias") is not None)
 
 
-def group_norm(call: Call) -> Result:
+def group_norm(call: Call) -> Values:
     """Group norm: zeros of removed channels keep their place in the statistics of the group, exactly.
 
     Channels which would not be zero share statistics with the rest: then only whole groups can go.

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, fx
 
-from ockham.surgery.labels import Ledger, Value, along, match, reduced, tidy, varying
+from ockham.surgery.labels import Labels, Value, along, match, reduced_axes, tidy, varying
 
 if TYPE_CHECKING:
-    from ockham.surgery.walk import Call, Result
+    from ockham.surgery.walk import Call, Values
 
 __all__ = []
 
@@ -48,7 +48,7 @@ DIVISIONS = frozenset({"div", "true_divide", "floor_divide", "divide", "remainde
 UNDEFINED_AT_ZERO = frozenset({"digamma", "lgamma", "log", "log10", "log2", "logit", "reciprocal", "rsqrt"})
 
 
-def unary(call: Call) -> Result:
+def unary(call: Call) -> Values:
     """Element-wise function of one tensor: labels stay as they are."""
     x = call.first()
     if call.name in UNDEFINED_AT_ZERO and x.zero and x.factors:
@@ -67,7 +67,7 @@ def _keeps_zero(call: Call) -> bool:
     return name in KEEPS_ZERO or call.name in KEEPS_ZERO
 
 
-def binary(call: Call) -> Result:
+def binary(call: Call) -> Values:
     """Element-wise function of several tensors: what lies on top of each other lives and dies together."""
     tensors = call.tensors()
     if call.name.rstrip("_") in DIVISIONS and _divisor_vanishes(call):
@@ -111,7 +111,7 @@ def covers(one: Value, out: Value) -> bool:
     return dims(out) <= dims(one)
 
 
-def mixing(call: Call) -> Result:
+def mixing(call: Call) -> Values:
     """Softmax, cumulative sums, sorting: the elements along `dim` depend on each other, so they stay together."""
     x = call.first()
     rank = len(x.shape)
@@ -131,12 +131,12 @@ ADDING = frozenset({"sum", "norm", "linalg_vector_norm", "frobenius_norm"}) | CO
 """Reductions to which an element that is zero adds nothing."""
 
 
-def reduction(call: Call) -> Result:
+def reduction(call: Call) -> Values:
     """Sum, mean, maximum over dimensions: units that are exactly zero add nothing to a sum; others are collapsed."""
     x = call.first()
     if len(call.tensors()) > 1:
         return binary(call)
-    dims = reduced(call.node, len(x.shape))
+    dims = reduced_axes(call.node, len(x.shape))
     power = call.get("ord", call.get("p", 2))
     exact = x.zero and call.name in ADDING and (power is None or (isinstance(power, (int, float)) and power > 0))
     reason = call.reason("reduces over this dimension; its size changes the result")
@@ -268,7 +268,7 @@ def addmm(call: Call) -> Value:
     return Value(shape, tuple(factors), out.zero and bias.zero and bool(bias.factors) == bool(out.factors))
 
 
-def einsum(call: Call) -> Result:
+def einsum(call: Call) -> Values:
     """Einsum of any number of operands, two by two; one with repeated letters or with one operand is frozen."""
     equation, operands = str(call.get("equation")).replace(" ", ""), call.tensors()
     terms = _written_out(equation, operands)
@@ -348,7 +348,7 @@ def _heads(x: Value, call: Call, whole: bool = False) -> Value:
     return Value(x.shape, tuple(f for f in factors if f.numel() > 1), x.zero and not whole)
 
 
-def _repeat(x: Value, heads: int, ledger: Ledger) -> Value:
+def _repeat(x: Value, heads: int, ledger: Labels) -> Value:
     """Repeat the heads of keys or values as grouped-query attention does."""
     dim, times = len(x.shape) - 3, heads // x.shape[-3]
     factors = tuple(f.repeat_interleave(times, dim) if f.shape[dim] > 1 else f for f in x.factors)

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ockham.surgery.labels import VIEWS, Value, along, compress, drop_leading, match, reshaped, tidy, varying
+from ockham.surgery.labels import VIEWS, Value, along, compressed, drop_leading, match, reshaped, tidy, varying
 
 if TYPE_CHECKING:
-    from ockham.surgery.walk import Call, Result
+    from ockham.surgery.walk import Call, Values
 
 VIEWING = frozenset({"view", "reshape", "unflatten", "_unsafe_view", "flatten", "view_as", "reshape_as", "ravel"})
-LARGEST = 2**24
+LARGEST_INDEX = 2**24
 """Most labels that are ever laid out for one op; one that needs more is frozen."""
 
 
@@ -47,7 +47,7 @@ def _moved(call: Call, factor: Tensor, shape: tuple[int, ...]) -> Any:
         if all(factor.shape[d] == 1 for d in dims):
             return factor
         return call.run(factor.expand([shape[d] if d in dims else factor.shape[d] for d in range(len(shape))]))
-    if call.name not in VIEWS and math.prod(shape) > LARGEST:
+    if call.name not in VIEWS and math.prod(shape) > LARGEST_INDEX:
         raise ValueError(f"{math.prod(shape)} elements are too many to follow one by one")
     return call.run(factor.expand(shape))
 
@@ -203,7 +203,7 @@ def _beside(parts: list[Value], dim: int) -> list[Tensor]:
     return [joined] if bool((joined >= 0).any()) else []
 
 
-def indexing(call: Call) -> Result:
+def indexing(call: Call) -> Values:
     """x[indices] with tensors: indexed dimensions are collapsed, the others keep their labels."""
     x, indices = call.first(), list(call.get("indices"))
     reason = call.reason("is indexed by values")
@@ -215,7 +215,7 @@ def indexing(call: Call) -> Result:
         return call.freeze_all("an index of booleans: its size depends on values")
     ones = [None if i is None else torch.zeros((1,) * len(call.shape_of(i)), dtype=torch.long) for i in indices]
     moved = [torch.ops.aten.index(f, ones) for f in factors if f.numel() > 1]
-    return Value(call.shape(), tuple(map(compress, moved)), x.zero)
+    return Value(call.shape(), tuple(map(compressed, moved)), x.zero)
 
 
 def gathering(call: Call) -> Value:
