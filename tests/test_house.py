@@ -142,6 +142,13 @@ def test_the_facade_is_sorted_documented_and_small() -> None:
             assert thing.__doc__, f"ockham.{name} has no docstring"
 
 
+def test_names_outside_the_facade_are_found_and_strange_ones_are_not() -> None:
+    for name in ockham._ROOMS:
+        assert getattr(ockham, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = ockham.Nothing
+
+
 def test_everything_public_in_a_module_is_documented() -> None:
     for path, tree in TREES.items():
         assert ast.get_docstring(tree), f"{path} has no docstring"
