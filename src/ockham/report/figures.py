@@ -132,7 +132,7 @@ def drawing(
         label: words that a screen reader says in place of the picture.
         height: height of the sheet, inches.
         width: width of the sheet, inches.
-        margins: left, right, bottom, top of the axes, inches; fixed, because measuring texts costs half the time.
+        margins: inches left, right, below and above the axes; fixed, because measuring texts costs half the time.
 
     >>> with drawing("example", "a rising line", 2.0) as sheet:
     ...     lines = sheet.figure.add_subplot().plot([0, 1])

@@ -109,7 +109,7 @@ class ResidualBlock(nn.Module):
     Args:
         inputs: channels in.
         outputs: channels out, `inputs` or more.
-        stride: of the first convolution.
+        stride: stride of the first convolution.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
