@@ -101,7 +101,7 @@ class ParametersLeft:
 
     Attributes:
         parameters: learnable values of the network at the end, gates not counted.
-        full: at the start.
+        full: learnable values of the network at the start.
     """
 
     parameters: int
@@ -125,9 +125,9 @@ class GateTraining:
     """Settings of a run.
 
     Attributes:
-        epochs: with gates.
+        epochs: epochs with gates.
         fine_tune: epochs afterwards, of the plain network with E[theta] folded in.
-        learning_rate: of Adam, for weights, at first.
+        learning_rate: learning rate of Adam, for weights, at first.
         gate_rate: that of the gates over that of the weights.
         hold: share of the steps at full learning rate; it falls linearly to zero after them.
         kl_weight: `true_elbo`, `Tempered` for a price on structures, or `mean_mean` for reproduction.
@@ -136,7 +136,7 @@ class GateTraining:
         start: share of the epochs before the first removal.
         shrink_every: removals between physical shrinking; 0 shrinks at the end only.
         noise: `per_example`, or ``per_element`` for reproduction.
-        seed: of noise, shuffling and dropout.
+        seed: seed of noise, shuffling and dropout.
     """
 
     epochs: int = 50
@@ -471,11 +471,11 @@ def gate_sensitivity(
     """Mean square over batches of dL/d ln theta, for the Taylor rule; E[theta] in place of the noise.
 
     Args:
-        gates: of the network.
+        gates: gates of the network.
         loader: batches of the training data.
         objective: gives L, the mean NLL of a batch; a likelihood will do.
-        batches: how many at most.
-        seed: of shuffling.
+        batches: number of batches at most.
+        seed: seed of shuffling.
 
     Returns:
         [gates], float64. Gradients of the parameters are cleared.
