@@ -107,14 +107,25 @@ def removed_in_rounds(
     if rounds < 1:
         raise OckhamError(f"rounds must be at least 1; got {rounds}")
     rounds = rounds if posterior.matrices else 1
-    if keep is None:
-        return _until_the_evidence_ends(posterior, protected, rounds)
-    if not 0 < keep <= 1:
-        raise OckhamError(f"keep is the share of the scored weights that stays, in (0, 1]; got {keep}")
-    scored = sum(int(g.keep.sum()) for name, g in posterior.items() if name not in protected)
-    for i in range(1, rounds + 1):
-        gone = round(scored * (1 - keep ** (i / rounds)))
-        posterior = _without(posterior, protected, scored - gone)
+    if keep is not None:
+        if not 0 < keep <= 1:
+            raise OckhamError(f"keep is the share of the scored weights that stays, in (0, 1]; got {keep}")
+        scored = sum(int(g.keep.sum()) for name, g in posterior.items() if name not in protected)
+        for i in range(1, rounds + 1):
+            gone = round(scored * (1 - keep ** (i / rounds)))
+            posterior = _without(posterior, protected, scored - gone)
+        return posterior
+    if rounds == 1:
+        return _round_of_evidence(posterior, protected, 1.0) or posterior
+    full, highest = posterior, joint_delta_f(posterior, {})
+    for _ in range(4 * rounds):
+        smaller = _round_of_evidence(posterior, protected, 1 / rounds)
+        if smaller is None:
+            break
+        joint = joint_delta_f(full, {name: g.keep for name, g in smaller.items()})
+        if joint < highest:
+            break
+        posterior, highest = smaller, joint
     return posterior
 
 
@@ -134,21 +145,6 @@ def joint_delta_f(posterior: Posterior, keep: Mapping[str, Tensor]) -> float:
         stays = block.pack({name: masks[name] for name in block.names})
         total += delta_f_kronecker(block.pack(means), block.precision, stays, _TOLERANCE)
     return total
-
-
-def _until_the_evidence_ends(posterior: Posterior, protected: Collection[str], rounds: int) -> Posterior:
-    if rounds == 1:
-        return _round_of_evidence(posterior, protected, 1.0) or posterior
-    full, highest = posterior, joint_delta_f(posterior, {})
-    for _ in range(4 * rounds):
-        smaller = _round_of_evidence(posterior, protected, 1 / rounds)
-        if smaller is None:
-            break
-        joint = joint_delta_f(full, {name: g.keep for name, g in smaller.items()})
-        if joint < highest:
-            break
-        posterior, highest = smaller, joint
-    return posterior
 
 
 def _round_of_evidence(posterior: Posterior, protected: Collection[str], cap: float) -> Posterior | None:

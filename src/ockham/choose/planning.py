@@ -57,7 +57,7 @@ def chosen_in_rounds(
     Args:
         groups: result of `trace`.
         posterior: distribution with `matrices`.
-        priced: the price (None: 0) and what units cost, as it needs them.
+        priced: price (None: 0) and costs of a unit, as it needs them.
         limited: the budget, and the network it is measured on; None for none.
         round_to: widths become multiples of it.
 

@@ -210,7 +210,7 @@ def macs_after(model: nn.Module, plan: Plan, example_inputs: Any) -> int:
 
     Args:
         model: the network the plan is for; left as it is.
-        plan: the edits.
+        plan: edits to make.
         example_inputs: inputs as for `trace`; the batch counts.
     """
     arguments = as_arguments(example_inputs)
@@ -241,9 +241,9 @@ def unit_costs(
 
     Args:
         model: the traced network.
-        groups: its groups.
+        groups: groups of the network.
         example_inputs: inputs as for `trace`.
-        measured: beside parameters, which always are: "macs", "milliseconds".
+        measured: costs to measure beside parameters, which always are: "macs", "milliseconds".
     """
     whole = plan_masks(groups, {})
     one = {g.id: plan_masks(groups, {g.id: _without(g, 1)}) for g in groups}

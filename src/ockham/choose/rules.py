@@ -365,7 +365,7 @@ class Rule(ABC):
         Args:
             evidence: score of the current posterior.
             protected: parameter names from which nothing goes.
-            progress: 0..1, how far this round is through the planned rounds (1 = last).
+            progress: share of the planned rounds up to this one, 0..1 (1 = last).
         """
 
 

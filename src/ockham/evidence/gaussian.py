@@ -405,7 +405,7 @@ def beta_log_odds(
         alive: boolean, the weights to sum over.
         keep_count: Beta pseudo-count of kept weights, positive; choose it of the order of the layer's size.
         remove_count: pseudo-count of removed weights, positive.
-        tolerance: stop when the log-odds move less than this.
+        tolerance: move of the log-odds below which the iteration ends, nats.
 
     Returns:
         Scalar float64 tensor: the log-odds of keeping.

@@ -83,7 +83,7 @@ def from_ivon(optimizer: Any, model: nn.Module, *, n_data: float | None = None, 
 
     Args:
         optimizer: the optimizer after training, not inside its sampling block.
-        model: whose parameters it holds; gives the names.
+        model: network of these parameters; gives the names.
         n_data: number of log-likelihood terms; temperature n_data / ess is derived from it. Default: ess.
         prior: prior precision, only where the optimizer ran without weight decay.
 

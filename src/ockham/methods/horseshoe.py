@@ -185,7 +185,7 @@ def horseshoe(model: nn.Module, *, scale: float = 0.01) -> HorseshoeNetwork:
     """A copy of a network whose weight matrices carry the regularised horseshoe prior.
 
     Args:
-        model: trained or not; it is not changed. Its weights are the starting point.
+        model: network, trained or not; it is not changed. Its weights are the starting point.
         scale: global scale, small where few weights are expected to matter.
 
     Returns:

@@ -286,7 +286,7 @@ def histogram(key: str, counts: Sequence[int], *, line: float, label: str) -> st
     Args:
         key: unique name.
         counts: weights in `BINS` bins over [-25, 5] nats.
-        line: removal is favoured to its right, nats.
+        line: place to the right of which removal is favoured, nats.
         label: words for screen readers.
     """
     with drawing(key, label, 2.9, margins=(0.8, 0.25, 0.5, 0.3)) as sheet:

@@ -177,9 +177,9 @@ def figure(title: str, svg: str, caption: str = "", *, legend: Sequence[tuple[st
     """A drawn figure on its card.
 
     Args:
-        title: above it.
+        title: words above it.
         svg: drawing from `ockham.report.figures`.
-        caption: below it.
+        caption: words below it.
         legend: pairs (class of the colour, meaning): "before", "after", "gone", "track", "mark", or "c0" to "c9".
     """
     keys = "".join(f'<span><i class="key {kind}"></i>{escape(meaning)}</span>' for kind, meaning in legend)

@@ -65,7 +65,7 @@ class Training:
         epochs: passes over the data, reduction and refitting included.
         learning_rate: learning rate of mean and ln std, at first.
         hold: share of the steps at full learning rate; it falls linearly to zero after them.
-        prior: over every weight.
+        prior: prior of every weight.
         initial_std: starting standard deviation.
         temperature: temperature T of the posterior; 1 is Bayes.
         kl_warmup: share of the steps over which the KL gets its weight.
@@ -205,7 +205,7 @@ class WeightRounds(Method):
         ignore: parameters to protect.
         estimator: maker of the optimizer.
         structures: settings by which whole units go; None: single weights only.
-        correlated: another look at the posterior of a round; None: as the optimizer has it.
+        correlated: correction of the posterior of a round by correlations; None: as the optimizer has it.
     """
 
     training: Training = field(default_factory=Training)

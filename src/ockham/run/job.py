@@ -122,7 +122,7 @@ def network_facts(model: nn.Module, data: Dataset, noise_variance: Tensor | None
     Args:
         model: network with every weight at its one value.
         data: examples; those of the test part are used.
-        noise_variance: that of a regression, or None for a classifier.
+        noise_variance: noise variance of a regression, or None for a classifier.
         foreign: inputs of another kind.
     """
     predictor = mean_predictor(model, classify=noise_variance is None)
@@ -312,8 +312,8 @@ class Recipe:
     """What a job is about: how to build the network, the data, the method and its schedule.
 
     Attributes:
-        build: makes a fresh network; called under the job's seed.
-        likelihood: makes a fresh likelihood.
+        build: function that makes a fresh network; called under the job's seed.
+        likelihood: function that makes a fresh likelihood.
         data: training and test examples.
         batch_size: examples a step.
         method: way to make the network smaller.

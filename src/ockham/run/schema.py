@@ -72,7 +72,7 @@ class Metrics:
         kept: share of the learnable values of the network before that stay.
         seconds: wall time of the whole run.
         seed: seed of all randomness.
-        noise_variance: fitted by a regression, in the targets' unit squared, one number or one per output.
+        noise_variance: noise variance of a regression, in the targets' unit squared, one number or one per output.
         dataset: name of the data.
         network: label of the network, such as "zoo:lenet".
         before_source: origin of the network before: "adam", "given weights", "none", or words for people.
@@ -117,7 +117,7 @@ class Analysis:
     """What the reduced network is like, ``analysis.json``; None where it was not measured or makes no sense.
 
     Attributes:
-        layers: rest of every parameter tensor.
+        layers: facts of every parameter tensor after the removal.
         reliability: confidence against accuracy.
         input_map: kept first-layer weights per input pixel, rows of one length.
         input_inclusion: probability that a living path leads from each input to an output.
@@ -279,7 +279,7 @@ class Result:
         history: epochs and rounds.
         analysis: description of the reduced network.
         structure: changes by the removal of whole units.
-        gates: fate of the gates.
+        gates: facts of the gates.
     """
 
     metrics: Metrics
@@ -316,7 +316,7 @@ def write_result(folder: str | Path, result: Result) -> None:
     Everything is checked by the rules of `read_result` before the first file is written.
 
     Args:
-        folder: made where it is missing.
+        folder: folder, made where it is missing.
         result: values to write.
 
     Raises:

@@ -57,7 +57,7 @@ def corrupt(
     Args:
         images: [N, C, H, W], floating point; flat images are reshaped by the caller.
         name: one of `CORRUPTIONS`.
-        severity: 1 (mild) to 5 (strong).
+        severity: strength from 1 (mild) to 5 (strong).
         low: smallest possible value (a number, or [C, 1, 1] where channels differ); results are clamped to it.
         high: largest possible value, likewise. Without both, images count as standardised: a value range of width
             `STANDARDISED_RANGE`, not clamped.

@@ -100,7 +100,7 @@ class Attention(nn.Module):
 
     Args:
         dim: features of a token.
-        heads: that share them.
+        heads: number of heads that share them.
         causal: flag, True: a token sees only itself and those before it.
     """
 

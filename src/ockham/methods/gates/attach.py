@@ -386,9 +386,10 @@ def attach_gates(
     and load the state.
 
     Args:
-        model: changed: hooks and a submodule are added. Any network that `ockham.trace` can read.
+        model: network, changed: hooks and a submodule are added. Any network that `ockham.trace` can read.
         example_inputs: inputs as for `ockham.trace`; the network runs once on them, in evaluation mode.
-        layers: only groups with a member in one of these modules or parameters (names, or "re:" patterns).
+        layers: places of the gates: only groups with a member in one of these modules or parameters
+            (names, or "re:" patterns).
         ignore: names of what stays whole, as for `ockham.trace`.
         noise: `ockham.methods.gates.noise.per_example` (one draw per example and structure), or ``per_element``, the
             paper's released code.

@@ -67,7 +67,7 @@ def kl(mean: Tensor, std: Tensor, *, low: float = LOW, high: float = HIGH) -> Te
 
     Args:
         mean: mean of the uncut normal, any shape.
-        std: its standard deviation, positive, broadcastable.
+        std: standard deviation of the uncut normal, positive, broadcastable.
         low: lower end of ln theta.
         high: upper end.
 
@@ -101,7 +101,7 @@ def moment(mean: Tensor, std: Tensor, order: float, *, low: float = LOW, high: f
 
     Args:
         mean: mean of the uncut normal, any shape.
-        std: its standard deviation, positive, broadcastable.
+        std: standard deviation of the uncut normal, positive, broadcastable.
         order: k, any real number; 1 is what a gate multiplies by at test time.
         low: lower end of ln theta.
         high: upper end.
@@ -128,7 +128,7 @@ def snr(mean: Tensor, std: Tensor, *, low: float = LOW, high: float = HIGH) -> T
 
     Args:
         mean: mean of the uncut normal, any shape.
-        std: its standard deviation, positive, broadcastable.
+        std: standard deviation of the uncut normal, positive, broadcastable.
         low: lower end of ln theta.
         high: upper end.
 
@@ -164,7 +164,7 @@ def sample(mean: Tensor, std: Tensor, uniform: Tensor, *, low: float = LOW, high
 
     Args:
         mean: mean of the uncut normal, any shape.
-        std: its standard deviation, positive, broadcastable.
+        std: standard deviation of the uncut normal, positive, broadcastable.
         uniform: numbers in [0, 1], broadcastable; no gradient.
         low: lower end of ln theta.
         high: upper end.
@@ -205,7 +205,7 @@ def delta_f_n(mean: Tensor, std: Tensor, *, reduced_std: float = 1e-6, low: floa
 
     Args:
         mean: mean of the uncut normal, any shape.
-        std: its standard deviation, positive, broadcastable.
+        std: standard deviation of the uncut normal, positive, broadcastable.
         reduced_std: t, standard deviation of the reduced prior.
         low: lower end of ln theta, and the mode of the reduced prior.
         high: upper end.
@@ -269,8 +269,8 @@ def delta_f_u(
 
     Args:
         mean: mean of the uncut normal, any shape.
-        std: its standard deviation, positive, broadcastable.
-        bits: 8 and 4 in the paper.
+        std: standard deviation of the uncut normal, positive, broadcastable.
+        bits: number of bits, 8 and 4 in the paper.
         reduced_low: a'.
         low: lower end of ln theta.
         high: upper end.

@@ -42,7 +42,7 @@ class GateTable:
 
     Attributes:
         mean: mean of the uncut normal posterior of ln theta.
-        std: its standard deviation.
+        std: standard deviation of the uncut normal posterior.
         low: lower end of ln theta.
         high: upper end.
         layer: number of the group of structures that the gate belongs to.

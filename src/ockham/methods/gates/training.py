@@ -76,7 +76,7 @@ class Tempered:
     """A multiple of the true weight: the posterior of the data to the power 1/temperature, a price on structures.
 
     Attributes:
-        temperature: 1 is `true_elbo`; above it more structures go, and delta_f is *tempered* evidence.
+        temperature: temperature T. 1 is `true_elbo`; above it more structures go, and delta_f is *tempered* evidence.
     """
 
     temperature: float
@@ -128,7 +128,7 @@ class GateTraining:
         epochs: epochs with gates.
         fine_tune: epochs afterwards, of the plain network with E[theta] folded in.
         learning_rate: learning rate of Adam, for weights, at first.
-        gate_rate: that of the gates over that of the weights.
+        gate_rate: learning rate of the gates over that of the weights.
         hold: share of the steps at full learning rate; it falls linearly to zero after them.
         kl_weight: `true_elbo`, `Tempered` for a price on structures, or `mean_mean` for reproduction.
         kl_warmup: share of the steps with gates over which the KL gets its weight.
@@ -196,8 +196,8 @@ class GateRounds(Method):
     Attributes:
         training: settings.
         inputs: batch of inputs, for tracing.
-        rule: scores the structures.
-        decide: turns scores into masks: `by_threshold`, or a `ParametersLeft`.
+        rule: function that scores the structures.
+        decide: function from scores to masks: `by_threshold`, or a `ParametersLeft`.
         ignore: parameters that stay whole, as for `ockham.attach_gates`.
         inspect: function of the trained gates before the last decision, whose plain answer the result keeps.
     """
@@ -354,8 +354,8 @@ class GateCompression:
         loader: batches of (inputs, targets) with a length.
         likelihood: "classification", "regression", or a `Likelihood`.
         training: settings.
-        rule: scores the structures.
-        decide: turns scores into masks: `by_threshold`, or a `ParametersLeft`.
+        rule: function that scores the structures.
+        decide: function from scores to masks: `by_threshold`, or a `ParametersLeft`.
         ignore: parameters that stay whole, as for `ockham.attach_gates`.
         n_data: number of summed log-likelihood terms; counted in one pass where not given.
         **reading: ``batch``, ``output`` and ``steps_per_epoch``, see `ockham.core.batch.LoaderOptions`.
@@ -473,7 +473,7 @@ def gate_sensitivity(
     Args:
         gates: gates of the network.
         loader: batches of the training data.
-        objective: gives L, the mean NLL of a batch; a likelihood will do.
+        objective: mean NLL of a batch, L; a likelihood will do.
         batches: number of batches at most.
         seed: seed of shuffling.
 

@@ -53,7 +53,7 @@ class HostCut(NamedTuple):
 
     Attributes:
         mean: mean of the uncut normal, [gates].
-        std: its standard deviation.
+        std: standard deviation of the uncut normal.
         alpha: (low - mean) / std.
         beta: (high - mean) / std.
         near: distance of the nearer end where the mode lies outside, else 0.

@@ -40,8 +40,8 @@ class AuditedWeight:
     """One weight of the last layer.
 
     Attributes:
-        output: row.
-        unit: column.
+        output: row of the weight.
+        unit: column of the weight.
         claimed: inclusion by the posterior.
         exact: probability by enumeration.
         correlated: probability by expectation propagation over all living units, which knows correlations.
@@ -60,7 +60,7 @@ class Audit:
 
     Attributes:
         parameter: name of the audited weight matrix.
-        weights: those that were enumerated, most doubtful first.
+        weights: enumerated weights, most doubtful first.
         correlation: largest absolute correlation between features of living units, as the likelihood sees them.
         fixed_points: number of fixed points of the paired posterior from 16 starts, most over the outputs; more than
             one means that a claim can depend on where training began.
@@ -120,7 +120,8 @@ def audit(
     is replaced by its quadratic at the network's prediction, the other outputs held.
 
     Args:
-        model: ends in a Linear layer; its parameters hold the posterior mean. Used in evaluation mode, left as it was.
+        model: network that ends in a Linear layer; its parameters hold the posterior mean. Used in evaluation
+            mode, left as it was.
         posterior: distribution of its parameters, with inclusion of its own or without (then `ockham.inclusion` at
             ``log_odds``).
         x: inputs of all training examples (or a large part: the data's weight is scaled to the posterior's n_data):

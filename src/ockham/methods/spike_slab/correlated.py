@@ -59,7 +59,7 @@ def inclusion_paired(
         projected: h, shape [p].
         log_odds: logit of the prior inclusion, scalar or [p].
         slab_variance: v, scalar or [p].
-        starts: the first from m = 0, pi = 1/2, the others random.
+        starts: number of starts, the first from m = 0, pi = 1/2, the others random.
         seed: number that starts those.
         sweeps: passes over the coordinates, at most.
 

@@ -304,7 +304,7 @@ class SpikeSlab(VariationalOptimizer):
         variance F(x^2, V). Gradients are far less noisy; other parameters go on as before.
 
         Args:
-            model: holds the parameters of this optimizer; its forward hooks stay until `release`.
+            model: network of this optimizer's parameters; its forward hooks stay until `release`.
             update: rule for the inclusion in these layers, `by_moments` or `by_gradient` of
                 `ockham.methods.spike_slab.optimizer`.
                 The gradient is exact and needs batches large enough that N

@@ -96,7 +96,7 @@ class LearnedSpikeSlab(SlabPrior):
         keep_count: a of the Beta.
         remove_count: b of the Beta.
         shape: c of the inverse-gamma; large holds v1 where it is.
-        spike_variance: 0 (default) is the Dirac spike.
+        spike_variance: variance of the spike; 0 (default) is the Dirac spike.
     """
 
     inclusion: float = 0.5
