@@ -42,7 +42,7 @@ from ockham.evidence.gaussian import beta_log_odds_published, delta_f
 from ockham.fit.optimizer import VariationalOptimizer
 from ockham.fit.priors import FixedPrior, LayerScale
 from ockham.methods.horseshoe import HorseshoeNetwork, fit_horseshoe
-from ockham.run.engine import Reducer, Trainer
+from ockham.run.engine import Engine, Task
 from ockham.run.measure import classification_summary, ece_equal_mass, mean_predictor, posterior_predictor
 from ockham.zoo.data import Batches, Dataset, load_folder
 from ockham.zoo.networks import NETWORKS

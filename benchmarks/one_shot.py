@@ -24,6 +24,7 @@ from torch import nn
 import ockham
 from cifar import accuracy, given, parts
 from ockham.choose.correlated import reduced
+from ockham.choose.rules import by_delta_f, by_magnitude, by_snr
 from ockham.core.posterior import Posterior
 from ockham.zoo.data import Batches
 
@@ -101,13 +102,13 @@ def plain(order: Callable) -> Callable:
 
 DIAGONAL, KRONECKER = ("diagonal", "mean-square", "monte-carlo"), ("kronecker", "evidence", "monte-carlo")
 METHODS: dict[str, tuple[tuple[str, str, str], Callable]] = {
-    "magnitude": (DIAGONAL, plain(ockham.by_magnitude)),
+    "magnitude": (DIAGONAL, plain(by_magnitude)),
     "diagonal, P mean^2 (`ockham.reduce`)": (DIAGONAL, partial(in_rounds, 8)),
-    "diagonal, delta_f order": (DIAGONAL, plain(ockham.choose.rules.by_delta_f)),
+    "diagonal, delta_f order": (DIAGONAL, plain(by_delta_f)),
     "diagonal, prior by evidence, P mean^2": (("diagonal", "evidence", "monte-carlo"), partial(in_rounds, 8)),
     "diagonal, empirical Fisher, P mean^2": (("diagonal", "mean-square", "empirical"), partial(in_rounds, 8)),
-    "Kronecker, P mean^2, survivors stay": (KRONECKER, plain(ockham.by_snr)),
-    "Kronecker, magnitude order, compensated once": (KRONECKER, partial(ordered, ockham.by_magnitude, move=True)),
+    "Kronecker, P mean^2, survivors stay": (KRONECKER, plain(by_snr)),
+    "Kronecker, magnitude order, compensated once": (KRONECKER, partial(ordered, by_magnitude, move=True)),
     "Kronecker, P mean^2, compensated once": (KRONECKER, partial(in_rounds, 1)),
     "Kronecker, 4 rounds": (KRONECKER, partial(in_rounds, 4)),
     "Kronecker, 8 rounds (`ockham.reduce`)": (KRONECKER, partial(in_rounds, 8)),

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import ockham
 from ockham.choose.units import all_masks
 from ockham.core.files import read_tree, write_tree
-from ockham.run.job import structures_name
+from ockham.run.compression import structures_name
 from ockham.surgery.exporting import sparse_linear
 from ockham.surgery.shrinking import cost, latencies
 from ockham.zoo.data import Batches, load_folder
