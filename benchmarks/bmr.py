@@ -240,7 +240,8 @@ def measured(folder: Path, name: str, method: str, seed: int) -> Record:
     measures = classification_summary(logs, data.test_y).to_dict()
     return {
         "preset": name, "method": method, "seed": seed, "epochs": preset.epochs, "lr": lr, "removed": removed(arm),
-        "seconds": round(seconds, 1), "measures": measures | {"ece_20_mass": ece_equal_mass(logs.exp(), data.test_y, bins=20)},
+        "seconds": round(seconds, 1),
+        "measures": measures | {"ece_20_mass": ece_equal_mass(logs.exp(), data.test_y, bins=20)},
     }  # fmt: skip
 
 
@@ -271,7 +272,7 @@ def _cells(name: str, method: str, rows: list[Record]) -> list[str]:
     m = [r["measures"] for r in rows]
     return [
         name, method, " ".join(str(r["seed"]) for r in rows), str(rows[0]["epochs"]), f"{rows[0]['lr']:g}",
-        span([v["accuracy"] for v in m], 2, 100), span([v["nll"] for v in m], 4), span([v["ece_20_mass"] for v in m], 4),
+        span([v["accuracy"] for v in m], 2, 100), *(span([v[k] for v in m], 4) for k in ("nll", "ece_20_mass")),
         *(span([r[k] for r in rows], d, t) for k, d, t in (("removed", 2, 100), ("seconds", 0, 1), ("peak_mb", 0, 1))),
     ]  # fmt: skip
 

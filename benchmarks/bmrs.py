@@ -4,8 +4,9 @@
     python benchmarks/bmrs.py --step-cost
     python benchmarks/bmrs.py --curves     # the collapse of the SNR rule, epoch by epoch: docs/images/snr_collapse.svg
 
-A run that was interrupted goes on at its last epoch. `--validate` trains and measures without the test set (the last 10,000 training images take its place)
-and writes nothing but a line: that is how settings were chosen. The test set is read once, at the end of a run.
+A run that was interrupted goes on at its last epoch. `--validate` trains and measures without the test set (the last
+10,000 training images take its place) and writes nothing but a line: that is how settings were chosen. The test set is
+read once, at the end of a run.
 Arms that only order (l2, mean, taylor, random) get the parameters that the arm `n` of the same seed has left.
 """
 
@@ -31,7 +32,6 @@ from torch import Tensor, nn
 import ockham
 from bmrs_networks import ViT, lenet5, load_weights, mlp, resnet50, vit_b16
 from harness import DATA, SEEDS, Benchmark, Option, Record, markdown, span, write
-from ockham.core.files import read_tree, write_tree
 from ockham.methods.gates import lognormal
 from ockham.methods.gates.attach import GATE_RULES
 from ockham.methods.gates.noise import per_element
@@ -169,6 +169,10 @@ class Plan:
     overrides: dict[str, Any]
     weights: Path | None = None
 
+    def key(self, name: str, arm: str) -> str:
+        """Name of the record."""
+        return f"{name}.{arm}.{self.seed}" + (".validated" if self.validate else "")
+
 
 def training_of(setting: Setting, arm: str, plan: Plan) -> tuple[GateTraining, int]:
     """Settings of an arm, and its batch size."""
@@ -193,7 +197,7 @@ def network(setting: Setting, seed: int) -> nn.Module:
 def recorded(name: str, arm: str, plan: Plan) -> Record:
     settings = {k: v for k, v in asdict(plan).items() if k not in ("data", "weights")}
     make = functools.partial(measured, name, arm, plan)
-    return BENCH.record(f"{name}.{arm}.{plan.seed}", make, keep=not plan.validate, **settings)
+    return BENCH.record(plan.key(name, arm), make, keep=not plan.validate, **settings)
 
 
 def measured(name: str, arm: str, plan: Plan) -> Record:
@@ -206,7 +210,7 @@ def measured(name: str, arm: str, plan: Plan) -> Record:
         print(f"left at first values: {load_weights(model, plan.weights)}", file=sys.stderr)
     full = sum(p.numel() for p in model.parameters())
     training, batch = training_of(setting, arm, plan)
-    label = f"{name} {arm} {plan.seed}" + (" validated" if plan.validate else "")
+    label = plan.key(name, arm)
     if arm == "none":
         record, small = adam(model, (x, y), training, batch, label)
     else:
@@ -217,7 +221,6 @@ def measured(name: str, arm: str, plan: Plan) -> Record:
     before, after = latencies([network(setting, plan.seed).to(setting.device), small], test_x[:1].to(setting.device))
     found = measures(mean_predictor(small, classify=True), test_x, test_y, noise_variance=None)
     left = sum(p.numel() for p in small.parameters())
-    BENCH.checkpoint(label).unlink(missing_ok=True)
     return record | {
         "setting": name, "arm": arm, "what": ARMS[arm], "seed": plan.seed, "batch": batch,
         "training": shown(training), "parameters": left, "parameters_before": full,
@@ -274,27 +277,17 @@ def gated(
         decide=budget or by_threshold, n_data=len(data[0]),
     )  # fmt: skip
     given = {**shown(training), "batch": batch, "examples": len(data[0]), "budget": str(budget)}
-    path, settings = BENCH.checkpoint(label), json.dumps(given, sort_keys=True, default=str)
-    cpu: list[float] = []
-    if path.exists():
-        saved = read_tree(path, kind="bmrs-checkpoint")
-        if saved["settings"] == settings:
-            plain = json.loads(saved["plain"])
-            job.load({**saved["state"], **{k: plain[k] for k in ("plans", "history", "layers")}})
-            cpu = plain["cpu"]
+    settings, cpu = json.dumps(given, sort_keys=True, default=str), list[float]()
+    saved = BENCH.saved(label)
+    if saved.get("settings") == settings:
+        job.load(saved["state"])
+        cpu = list(saved["cpu"])
     start = time.process_time()
     for p in job:
         cpu.append(time.process_time() - start)
         print(f"{label}: {p.epoch} nll {p.loss:.4f} kl {p.kl:.0f} acc {p.accuracy:.4f} left {p.parameters} "
               f"{list(p.widths.values())} {cpu[-1]:.1f} s", file=sys.stderr, flush=True)  # fmt: skip
-        state = job.state()
-        plain = {k: state.pop(k) for k in ("plans", "history", "layers")} | {"cpu": cpu}
-        write_tree(
-            path,
-            {"settings": settings, "state": state, "plain": json.dumps(plain)},
-            kind="bmrs-checkpoint",
-            durable=False,
-        )
+        BENCH.save(label, settings=settings, state=job.state(), cpu=cpu)
         start = time.process_time()
     fields = {"epoch": "epoch", "loss": "loss", "kl": "kl", "training_accuracy": "accuracy", "parameters": "parameters"}
     history = [{k: getattr(h, f) for k, f in fields.items()} | {"widths": dict(h.widths)} for h in job.history]

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 
 import ockham
+from ockham.core.files import read_tree, write_tree
 
 RESULTS = Path(__file__).parent / "results"
 Record = dict[str, Any]
@@ -134,6 +135,9 @@ class Benchmark:
             option.add(parser, name)
         given = list(sys.argv[1:] if argv is None else argv)
         args = parser.parse_args(given)
+        for name, option in self._options.items():
+            if option.word:  # argparse would check a default of no words against the choices
+                setattr(args, name, getattr(args, name) or [])
         self.results, self._again = args.results, args.again
         paths = {str(v) for v in vars(args).values() if isinstance(v, Path)}
         self._command = shlex.join([*self._command.split()[:2], *("PATH" if v in paths else v for v in given)])
@@ -152,11 +156,18 @@ class Benchmark:
         """Place of a record."""
         return self.results / self._folder / f"{key.replace(',', '').replace(' ', '-')}.json"
 
-    def checkpoint(self, key: str) -> Path:
-        """Place of the state of an unfinished run, beside its record; the script removes it at the end."""
-        path = self.path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.with_name(f".{path.stem}.safetensors")
+    def saved(self, key: str) -> Record:
+        """State of an unfinished run, as `save` left it; empty where there is none."""
+        path = self._checkpoint(key)
+        return read_tree(path, kind="benchmark") if path.exists() else {}
+
+    def save(self, key: str, **tree: Any) -> None:
+        """Keep the state of a run until its record is made: tensors and plain values."""
+        self._checkpoint(key).parent.mkdir(parents=True, exist_ok=True)
+        write_tree(self._checkpoint(key), tree, kind="benchmark", durable=False)
+
+    def _checkpoint(self, key: str) -> Path:
+        return self.path(key).with_name(f".{self.path(key).stem}.safetensors")
 
     def records(self, pattern: str = "*") -> dict[str, Record]:
         """All records whose key matches, by key, in the order of their names."""
@@ -196,6 +207,7 @@ class Benchmark:
         print(f"{name} ...", file=sys.stderr, flush=True)
         began = time.process_time()
         found = make()
+        self._checkpoint(key).unlink(missing_ok=True)
         found = {"cpu_seconds": round(time.process_time() - began, 2)} | found | self._stamp(arguments)
         if keep:
             there = json.loads(path.read_text()) if row and path.exists() else {}

@@ -211,7 +211,7 @@ def ablation(stem: str, seeds: list[Mapping[str, Record]]) -> list[str]:
         "",
         "Accuracy, %, BatchNorm as it is: mean (range) over n seeds of the training images and of the drawn targets.",
         "All rows read the same Kronecker posterior of a seed; rounds are those of `ockham.reduce`, whose order is P",
-        "mean^2. Rounds, damping and prior of `ockham.reduce` were once chosen on test images; nothing was chosen here.",
+        "mean^2. Its rounds, damping and prior were once chosen on test images; nothing was chosen here.",
         "",
     ]
     rows = [

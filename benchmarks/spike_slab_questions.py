@@ -4,21 +4,19 @@
     python benchmarks/spike_slab_questions.py shift                            # digits under corruption
     python benchmarks/spike_slab_questions.py lstm transformer --data PATH     # PATH/text/tinyshakespeare/input.txt
     python benchmarks/spike_slab_questions.py depth --data PATH                # ResNet-110 on PATH/cifar10 at 8 x 8
-    python benchmarks/spike_slab_questions.py --figures                        # draw again from the records
+    python benchmarks/spike_slab_questions.py                                 # draw again from the records
 
-A record that is there is not made again. Sizes are stated in every record; none of them is a full-scale study.
+Sizes are stated in every record; none of them is a full-scale study.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -28,6 +26,7 @@ from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 import ockham
+from harness import DATA, Benchmark, Option
 from ockham.choose.rules import BudgetRule, Rounds, score
 from ockham.choose.units import chain_weights, node_inclusion
 from ockham.errors import OckhamWarning
@@ -42,8 +41,7 @@ from ockham.zoo.data import Batches, Dataset, digits, load_folder
 from ockham.zoo.networks import digits_mlp, resnet110
 from ockham.zoo.paper import CharTransformer
 
-HERE = Path(__file__).parent
-RESULTS, IMAGES = HERE / "results" / "spike_slab_questions", HERE.parent / "docs" / "images"
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 RATES, SLABS = (1e-4, 1e-3, 1e-2, 0.1, 0.5), (0.01, 0.1, 1.0, 10.0)
 REFERENCE = (0.1, 1.0)
@@ -462,7 +460,7 @@ def figures() -> None:
     mpl.rcParams.update(
         {"svg.hashsalt": "ockham", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     )
-    found = {p.stem: json.loads(p.read_text()) for p in sorted(RESULTS.glob("*.json"))}
+    found = BENCH.records()
     drawn = {"prior": draw_prior, "shift": draw_shift, "depth": draw_depth}
     made = {name: draw(found[name]) for name, draw in drawn.items() if name in found}
     spoken = {name: found[name] for name in ("lstm", "transformer") if name in found}
@@ -474,27 +472,18 @@ def figures() -> None:
         plt.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help=", ".join(QUESTIONS))
-    parser.add_argument("--data", type=Path, default=Path("."))
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--temperature", type=float, default=0.05, help="of the depth question")
-    parser.add_argument("--figures", action="store_true")
-    args = parser.parse_args()
-    RESULTS.mkdir(parents=True, exist_ok=True)
+def run(args: argparse.Namespace) -> None:
+    sizes = {"prior": ["epochs"], "shift": ["epochs"], "depth": ["steps", "temperature"]}
     for what in args.what:
-        if (RESULTS / f"{what}.json").exists():
-            continue
-        began = time.process_time()
-        record = QUESTIONS[what](args)
-        record |= {"cpu_seconds": round(time.process_time() - began, 1), "torch": torch.__version__}
-        record["date"] = datetime.now(UTC).isoformat(timespec="seconds")
-        record["command"] = f"python benchmarks/spike_slab_questions.py {what}"
-        (RESULTS / f"{what}.json").write_text(json.dumps(record, indent=1) + "\n")
+        BENCH.record(what, partial(QUESTIONS[what], args), **{k: vars(args)[k] for k in sizes.get(what, ["steps"])})
     figures()
 
+
+BENCH = Benchmark(
+    __file__, __doc__, run, data=DATA, what=Option([], "questions", choices=QUESTIONS, word=True),
+    epochs=40, steps=600, temperature=Option(0.05, "of the depth question"),
+)  # fmt: skip
+main = BENCH.main
 
 if __name__ == "__main__":
     main()

@@ -12,25 +12,23 @@ a wide network at batch 1 (activations are negligible there), in floats per weig
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 import ockham
+from harness import Benchmark, Option, Record, markdown
 from ockham.zoo.networks import NETWORKS
 
-RESULTS = Path(__file__).parent / "results"
 SHAPES = {"lenet_300_100": (1, 28, 28), "lenet5_caffe": (1, 28, 28), "resnet20": (3, 32, 32)}
 STEPS = {"lenet_300_100": 20, "lenet5_caffe": 4, "resnet20": 1}
 N_DATA = 60_000
@@ -172,33 +170,25 @@ def _peak() -> int:
     return int(status.split("VmHWM:")[1].split()[0])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--arms", choices=list(ARMS), default="all")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+def measured(arms: str, rounds: int) -> Record:
+    found = {network: ratios(network, rounds, ARMS[arms]) for network in SHAPES}
+    return {"steps": found, "floats_per_weight": {name: memory(name) for name in found["lenet_300_100"]}}
+
+
+def run(args: argparse.Namespace) -> None:
     if args.memory_of:
         print(_memory_here(args.memory_of))
-        return
-    found = {network: ratios(network, args.rounds, ARMS[args.arms]) for network in SHAPES}
-    floats = {name: memory(name) for name in found["lenet_300_100"]}
-    record = {
-        "command": f"python benchmarks/step_cost.py --rounds {args.rounds} --arms {args.arms}",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "steps": found,
-        "floats_per_weight": floats,
-    }
-    RESULTS.mkdir(exist_ok=True)
+        raise SystemExit(0)
     name = "step_cost" if args.arms == "all" else f"step_cost_{args.arms}"
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    (RESULTS / f"{name}.md").write_text(_table(record))
-    print(_table(record))
+    BENCH.record(name, partial(measured, args.arms, args.rounds), arms=args.arms, rounds=args.rounds)
 
 
-def _table(record: dict) -> str:
+def pages() -> dict[str, list[str]]:
+    return {f"{name}.md": page(record) for name, record in BENCH.records("step_cost*").items()}
+
+
+def page(record: Record) -> list[str]:
+    steps = record["steps"]
     lines = [
         "# Cost of a training step",
         "",
@@ -206,14 +196,19 @@ def _table(record: dict) -> str:
         f"torch {record['versions']['torch']}. Batch 128; "
         "ratio of medians over interleaved rounds to fused Adam; peak memory in floats per weight.",
         "",
-        "| method | " + " | ".join(f"{n}: ms (ratio)" for n in record["steps"]) + " | floats per weight |",
-        "| --- |" + " --- |" * (len(record["steps"]) + 1),
     ]
-    for name, floats in record["floats_per_weight"].items():
-        cells = [f"{s[name]['ms']:.2f} ({s[name]['ratio']:.2f})" for s in record["steps"].values()]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {floats:.1f} |")
-    return "\n".join(lines) + "\n"
+    rows = [
+        [name, *(f"{s[name]['ms']:.2f} ({s[name]['ratio']:.2f})" for s in steps.values()), f"{floats:.1f}"]
+        for name, floats in record["floats_per_weight"].items()
+    ]
+    return lines + markdown(["method", *(f"{n}: ms (ratio)" for n in steps), "floats per weight"], rows)
 
+
+BENCH = Benchmark(
+    __file__, __doc__, run, pages, folder="", threads=0, rounds=Option(30, "of all arms in turn"),
+    arms=Option("all", choices=list(ARMS)), memory_of=Option("", "only the memory of one arm, in this process"),
+)  # fmt: skip
+main = BENCH.main
 
 if __name__ == "__main__":
     main()
