@@ -65,26 +65,29 @@ class Option:
     def add(self, parser: argparse.ArgumentParser, name: str) -> None:
         """To a parser."""
         text = self.help if self.default in (None, "", [], False) else f"{self.help} (default: %(default)s)".strip()
-        given: dict[str, Any] = {"help": text, "default": self.default}
+        flag = f"--{name.replace('_', '-')}"
         if self.default is False:
-            parser.add_argument(_flag(name), action="store_true", help=text)
+            parser.add_argument(flag, action="store_true", help=text)
             return
         several = isinstance(self.default, list)
         first = next(iter(self.default), "") if several else self.default
-        kind = self.kind or (str if first is None else type(first))
-        given |= {"type": kind} | ({"choices": self.choices} if self.choices else {"metavar": kind.__name__.upper()})
+        kind = self.kind or (Path if isinstance(first, Path) else str if first is None else type(first))
+        given: dict[str, Any] = {"help": text, "type": kind, "metavar": kind.__name__.upper()}
+        if self.choices is not None:  # not argparse's own, which checks a default of no words, too
+            given |= {"type": self._one_of, "metavar": "{" + ",".join(self.choices) + "}"}
         if self.word:
-            parser.add_argument(name, **given | {"nargs": "*", "default": None})
+            parser.add_argument(name, nargs="*", **given)
         else:
-            parser.add_argument(_flag(name), **given | ({"nargs": "+"} if several else {}))
+            parser.add_argument(flag, default=self.default, **given | ({"nargs": "+"} if several else {}))
+
+    def _one_of(self, text: str) -> str:
+        if text not in (self.choices or ()):
+            raise argparse.ArgumentTypeError(f"{text!r} is none of: {', '.join(self.choices or ())}")
+        return text
 
 
 DATA = Option(Path("."), "folder of the data sets")
 SEEDS = Option([0], "seeds, a run each")
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 # ------------------------------------------------------------------ a benchmark
@@ -135,10 +138,7 @@ class Benchmark:
             option.add(parser, name)
         given = list(sys.argv[1:] if argv is None else argv)
         args = parser.parse_args(given)
-        for name, option in self._options.items():
-            if option.word:  # argparse would check a default of no words against the choices
-                setattr(args, name, getattr(args, name) or [])
-        self.results, self._again = args.results, args.again
+        self.results, self._again, self._made = args.results, args.again, set()
         paths = {str(v) for v in vars(args).values() if isinstance(v, Path)}
         self._command = shlex.join([*self._command.split()[:2], *("PATH" if v in paths else v for v in given)])
         if args.threads:
