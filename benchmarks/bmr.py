@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 import ockham
-from harness import DATA, SEEDS, Benchmark, Option, Record, markdown, span
+from harness import DATA, SEEDS, Benchmark, Option, Record, section, span
 from ockham.choose.rules import EvidenceRule, Rule
 from ockham.core.likelihood import Classification
 from ockham.core.posterior import Posterior
@@ -265,7 +265,7 @@ def pages() -> dict[str, list[str]]:
         "| peak MB"
     )
     said = "`python benchmarks/bmr.py`; means (and ranges) over seeds, last epoch; what the columns mean is said there."
-    return {"bmr.md": ["# The first paper's table", "", said, "", *markdown(head, rows)]}
+    return {"bmr.md": section("# The first paper's table", said, head, rows)}
 
 
 def _cells(name: str, method: str, rows: list[Record]) -> list[str]:

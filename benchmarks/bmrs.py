@@ -21,7 +21,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import ockham
 from bmrs_networks import ViT, lenet5, load_weights, mlp, resnet50, vit_b16
-from harness import DATA, SEEDS, Benchmark, Option, Record, markdown, span, write
+from harness import DATA, SEEDS, Benchmark, Option, Record, interleaved, markdown, section, span, step, write
 from ockham.methods.gates import lognormal
 from ockham.methods.gates.attach import GATE_RULES
 from ockham.methods.gates.noise import per_element
@@ -251,9 +251,7 @@ def adam(
             optimizer.param_groups[0]["lr"] = training.learning_rate * min(
                 1.0, (1 - progress) / (1 - training.hold + 1e-9)
             )
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
+            step(model, optimizer, x, y)
         seconds.append(time.process_time() - start)
         print(f"{label}: epoch {epoch + 1}", file=sys.stderr, flush=True)
     return {"epochs": [{"epoch": i + 1, "cpu_seconds": s} for i, s in enumerate(seconds)]}, model.eval()
@@ -292,17 +290,17 @@ def gated(
     fields = {"epoch": "epoch", "loss": "loss", "kl": "kl", "training_accuracy": "accuracy", "parameters": "parameters"}
     history = [{k: getattr(h, f) for k, f in fields.items()} | {"widths": dict(h.widths)} for h in job.history]
     epochs = [{**h, "cpu_seconds": s} for h, s in zip(history, cpu, strict=True)]
-    return {"epochs": epochs, "removed_by_the_papers_count": papers_count(model, job)}, job.result()
+    count = papers_count(model, example, job.history[-1].widths)
+    return {"epochs": epochs, "removed_by_the_papers_count": count}, job.result()
 
 
-def papers_count(model: nn.Module, job: GateCompression) -> float:
+def papers_count(model: nn.Module, example: Tensor, left: Mapping[str, int]) -> float:
     """The published count: zeros in weights, columns only where sizes match, gates counted, over everything.
 
     Rows of removed units count, columns of the next layer only where its inputs are the units themselves; biases
     count as never removed; mean and ln std of every gate are in both sums.
     """
-    groups = ockham.trace(model, job._inputs)
-    left = job.history[-1].widths
+    groups = ockham.trace(model, example)
     share: dict[tuple[str, int], float] = {}
     gone = 0
     for group in groups:
@@ -323,21 +321,16 @@ def papers_count(model: nn.Module, job: GateCompression) -> float:
 
 def pages() -> dict[str, list[str]]:
     found = [(n, a, list(r.values())) for n in SETTINGS for a in ARMS if (r := BENCH.records(f"{n}.{a}.*"))]
-    lines = [
-        "# Structured pruning by log-normal gates",
-        "",
-        f"{BENCH.written()}; torch {torch.__version__}.",
-        "Mean (range) over seeds; last epoch, test set read once, parameters counted on what is physically gone (the",
-        "paper's own count in brackets). Published: mean of 10 seeds, 50 + 10 epochs. `-elbo`: KL / N; without it the",
-        "KL is weighted by the temperature given, chosen on 10,000 held-out training images (`--validate`): evidence",
-        "is tempered there. CPU seconds of the whole run on one thread of a shared machine.",
-        "",
-    ]
+    said = f"""{BENCH.written()}; torch {torch.__version__}.
+Mean (range) over seeds; last epoch, test set read once, parameters counted on what is physically gone (the
+paper's own count in brackets). Published: mean of 10 seeds, 50 + 10 epochs. `-elbo`: KL / N; without it the
+KL is weighted by the temperature given, chosen on 10,000 held-out training images (`--validate`): evidence
+is tempered there. CPU seconds of the whole run on one thread of a shared machine."""
     head = (
         "setting | arm | seeds | epochs | temperature | removed % | accuracy % | NLL | ECE "
         "| latency before → after, ms | CPU s | published: removed / accuracy"
     )
-    return {"bmrs.md": lines + markdown(head, [cells(*f) for f in found])}
+    return {"bmrs.md": section("# Structured pruning by log-normal gates", said, head, [cells(*f) for f in found])}
 
 
 def cells(name: str, arm: str, found: list[Record]) -> list[str]:
@@ -409,19 +402,6 @@ COSTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, float]] = 
 }
 
 
-def interleaved(arms: list[Callable[[], object]], repeats: int, warmup: int) -> list[list[list[float]]]:
-    """Milliseconds of every arm in turn: for each its wall times and its processor times."""
-    times: list[list[list[float]]] = [[[], []] for _ in arms]
-    for i in range(repeats + warmup):
-        for found, arm in zip(times, arms, strict=True):
-            start = time.perf_counter(), time.process_time()
-            arm()
-            spent = time.perf_counter() - start[0], time.process_time() - start[1]
-            for kind, seconds in zip(found, spent if i >= warmup else (), strict=False):
-                kind.append(1e3 * seconds)
-    return times
-
-
 def steps_of(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> tuple[list[Callable[[], object]], int]:
     """A training step without gates and one with; the number of gates."""
     torch.manual_seed(0)
@@ -430,16 +410,14 @@ def steps_of(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> tuple[li
     wide = copy.deepcopy(plain)
     gates = ockham.attach_gates(wide, x[:2])
 
-    def step(model: nn.Module, optimizer: torch.optim.Optimizer, term: Callable[[], Tensor | float]) -> None:
-        optimizer.zero_grad()
-        (nn.functional.cross_entropy(model(x), y) + term()).backward()
-        optimizer.step()
+    optimizers = [torch.optim.Adam(m.parameters(), 1e-3, fused=True) for m in (plain, wide)]
 
-    arms = []
-    for model, term in ((plain, lambda: 0.0), (wide, lambda: gates.kl() / 50_000)):
-        optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
-        arms.append(functools.partial(step, model, optimizer, term))
-    return arms, gates.noise.mean.numel()
+    def gated_step() -> None:
+        optimizers[1].zero_grad()
+        (nn.functional.cross_entropy(wide(x), y) + gates.kl() / 50_000).backward()
+        optimizers[1].step()
+
+    return [functools.partial(step, plain, optimizers[0], x, y), gated_step], gates.noise.mean.numel()
 
 
 def step_cost(repeats: float) -> Iterator[str]:

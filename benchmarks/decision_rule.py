@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import ockham
 from cifar import given, parts
-from harness import DATA, Benchmark, Option, Record, markdown
+from harness import DATA, Benchmark, Option, Record, markdown, step
 from ockham.choose.correlated import reduced
 from ockham.choose.rules import by_delta_f, by_snr, score
 from ockham.core.posterior import Posterior
@@ -85,9 +85,7 @@ def lenet5(args: argparse.Namespace) -> Subject:
     steps = 3 * len(data.train_x) // 128
     for i, (x, y) in enumerate(itertools.islice(source, steps)):
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, 2 * (1 - i / steps))
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
+        step(model, optimizer, x, y)
     few, test = (cut(x[:2000], y[:2000], 100) for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y)))
     return Subject(model, few, lambda: endless(data.train_x, data.train_y), test, len(data.train_x), (3e-4, 0.02))
 
@@ -152,10 +150,7 @@ class Trained:
         self._model.train()
         self._done += steps
         for x, y in itertools.islice(self._batches(), self._done - steps, self._done):
-            self._optimizer.zero_grad()
-            with self._optimizer.sampled():
-                nn.functional.cross_entropy(self._model(x), y).backward()
-            self._optimizer.step()
+            step(self._model, self._optimizer, x, y)
 
     @property
     def posterior(self) -> Posterior:

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 import ockham
 from bmrs_networks import lenet5
-from harness import DATA, SEEDS, Benchmark, Option, Record, markdown
+from harness import DATA, SEEDS, Benchmark, Option, Record, section
 from ockham.choose.units import unit_evidence
 from ockham.core.posterior import Posterior
 from ockham.evidence.gaussian import delta_f
@@ -212,11 +212,8 @@ def run(args: argparse.Namespace) -> None:
 
 def pages() -> dict[str, list[str]]:
     records = list(BENCH.records().values())
-    lines = [
-        "# Joint evidence of gate and weights", "",
-        "`python benchmarks/gate_joint.py`; validation accuracy, percent, mean over seeds, after taking structures out",
-        "in the order of each score without refitting; last column: what the score removes by itself (>= 0).", "",
-    ]  # fmt: skip
+    said = """`python benchmarks/gate_joint.py`; validation accuracy, percent, mean over seeds, after taking structures out
+in the order of each score without refitting; last column: what the score removes by itself (>= 0)."""
     rows = []
     for setting, prior in sorted({(r["setting"], r["prior"]) for r in records}):
         found = [r for r in records if (r["setting"], r["prior"]) == (setting, prior)]
@@ -231,7 +228,7 @@ def pages() -> dict[str, list[str]]:
             rows.append([f"{setting} (nothing removed: {whole:.2f})", prior, len(found), name, *at, stop])
     heads = [f"{100 * s:.0f} % removed" for s in SHARES]
     head = ["setting", "prior", "seeds", "score", *heads, "by itself"]
-    return {"gate_joint.md": lines + markdown(head, rows)}
+    return {"gate_joint.md": section("# Joint evidence of gate and weights", said, head, rows)}
 
 
 BENCH = Benchmark(

@@ -13,6 +13,7 @@ goes on where it stopped; one with other arguments is never overwritten in silen
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import ockham
 from ockham.core.files import read_tree, write_tree
@@ -238,7 +240,8 @@ class Benchmark:
     def pages(self) -> dict[str, str]:
         """The pages as they should be, by name; what is there stays where only the line of `written` is different."""
         found = {}
-        for name, lines in (self._pages() if self._pages else {}).items():
+        made = self._pages() if self._pages else {}
+        for name, lines in ((n, text) for n, text in made.items() if text):
             text, path = "\n".join(lines).rstrip("\n") + "\n", self.results / name
             old = path.read_text() if path.exists() else ""
             same = [re.sub(r"(?m)^Written \d{4}-\d\d-\d\d by .*$", "", t) for t in (old, text)]
@@ -260,7 +263,38 @@ def write(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
+# ------------------------------------------------------------------ steps and times
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Tensor:
+    """A training step of the mean cross-entropy, weights drawn where the optimizer draws them; the loss, nats."""
+    optimizer.zero_grad()
+    with getattr(optimizer, "sampled", contextlib.nullcontext)():
+        loss = nn.functional.cross_entropy(model(x), y)
+        loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+def interleaved(arms: Sequence[Callable[[], object]], repeats: int, warmup: int = 0) -> list[list[list[float]]]:
+    """Milliseconds of every arm, all in turn, since a busy machine then slows all alike: wall and processor times."""
+    times: list[list[list[float]]] = [[[], []] for _ in arms]
+    for i in range(repeats + warmup):
+        for found, arm in zip(times, arms, strict=True):
+            start = time.perf_counter(), time.process_time()
+            arm()
+            spent = time.perf_counter() - start[0], time.process_time() - start[1]
+            for kind, seconds in zip(found, spent if i >= warmup else (), strict=False):
+                kind.append(1e3 * seconds)
+    return times
+
+
 # ------------------------------------------------------------------ Markdown
+
+
+def section(title: str, said: str, head: Sequence[str] | str, rows: Sequence[Sequence[object] | str]) -> list[str]:
+    """A heading, what the columns are, a table, a blank line; nothing where there are no rows."""
+    return [title, "", said, "", *markdown(head, rows), ""] if rows else []
 
 
 def markdown(head: Sequence[str] | str, rows: Iterable[Sequence[object] | str]) -> list[str]:

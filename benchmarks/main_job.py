@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from harness import DATA, SEEDS, Benchmark, Option, Record, markdown, span
+from harness import DATA, SEEDS, Benchmark, Option, Record, section, span
 from ockham.cli.build import Options, build_job
 
 PRESETS: dict[str, dict] = {
@@ -91,18 +91,13 @@ def run(args: argparse.Namespace) -> None:
 
 
 def pages() -> dict[str, list[str]]:
-    lines = [
-        "# The main job: accuracy and calibration against weights kept",
-        "",
-        f"{BENCH.written()}; torch {torch.__version__},",
-        "one thread of a shared two-core machine, so that the seconds say little (whole_command.md does).",
-        "Last epoch, mean (and range) over seeds; Monte Carlo prediction with 20 draws, except for Adam.",
-        "'ockham' is the evidence rule, without a target; the others get its kept share of the same seed as",
-        "their budget, with the same rounds and refit: 'snr' ranks the same posterior by P mean^2, 'magnitude'",
-        "ranks an Adam network; both cut to the budget at the first round, 'gradual-' along the cubic path.",
-        "Kept = nonzero over all learnable values, biases included.",
-        "",
-    ]
+    said = f"""{BENCH.written()}; torch {torch.__version__},
+one thread of a shared two-core machine, so that the seconds say little (whole_command.md does).
+Last epoch, mean (and range) over seeds; Monte Carlo prediction with 20 draws, except for Adam.
+'ockham' is the evidence rule, without a target; the others get its kept share of the same seed as
+their budget, with the same rounds and refit: 'snr' ranks the same posterior by P mean^2, 'magnitude'
+ranks an Adam network; both cut to the budget at the first round, 'gradual-' along the cubic path.
+Kept = nonzero over all learnable values, biases included."""
     records = list(BENCH.records().values())
     rows = []
     for preset, method in itertools.product(PRESETS, METHODS):
@@ -113,7 +108,7 @@ def pages() -> dict[str, list[str]]:
         if found:
             rows.append([preset, method, *_cells(found, "after")])
     head = "preset | method | seeds | kept % | accuracy % | NLL | ECE | mean network: accuracy %, ECE | seconds"
-    return {"main_job.md": lines + markdown(head, rows)}
+    return {"main_job.md": section("# The main job: accuracy and calibration against weights kept", said, head, rows)}
 
 
 def _cells(found: list[Record], side: str) -> list[str]:

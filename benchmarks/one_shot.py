@@ -26,7 +26,7 @@ from torch import nn
 
 import ockham
 from cifar import accuracy, given, parts
-from harness import DATA, SEEDS, Benchmark, Option, Record, markdown, span
+from harness import DATA, SEEDS, Benchmark, Option, Record, section, span
 from ockham.choose.correlated import reduced
 from ockham.choose.rules import BudgetRule, Salience, by_delta_f, by_magnitude, by_snr, score
 from ockham.core.posterior import Posterior
@@ -177,14 +177,9 @@ def pages() -> dict[str, list[str]]:
 def page(stem: str, rows: Mapping[str, Record]) -> list[str]:
     network, train, test = stem.split("-")
     dense = f"{rows['dense']['accuracy']:.2f} / {rows['dense']['refreshed']:.2f}"
-    lines = [
-        f"# {network}, CIFAR-10, pruned once, not refitted",
-        "",
-        f"`python benchmarks/one_shot.py --network {network} --train {train} --test {test}`",
-        "",
-        f"Dense: {dense} %. Accuracy, %: as it is / BatchNorm re-estimated.",
-        "",
-    ]
+    said = f"""`python benchmarks/one_shot.py --network {network} --train {train} --test {test}`
+
+Dense: {dense} %. Accuracy, %: as it is / BatchNorm re-estimated."""
 
     def cell(name: str, share: float | str) -> str:
         row = rows.get(f"{name} @ {share}")
@@ -192,7 +187,8 @@ def page(stem: str, rows: Mapping[str, Record]) -> list[str]:
         return f"{row['removed']:.1%}: {text}" if row and share == "evidence" else text
 
     head = ["removed", *(f"{s:.0%}" for s in SHARES), "no target given"]
-    return lines + markdown(head, [[name, *(cell(name, s) for s in (*SHARES, "evidence"))] for name in METHODS])
+    table = [[name, *(cell(name, s) for s in (*SHARES, "evidence"))] for name in METHODS]
+    return section(f"# {network}, CIFAR-10, pruned once, not refitted", said, head, table)
 
 
 def ablation(stem: str, seeds: list[Mapping[str, Record]]) -> list[str]:
@@ -204,20 +200,16 @@ def ablation(stem: str, seeds: list[Mapping[str, Record]]) -> list[str]:
 
     shares = [s for s in SHARES if any(f"{n} @ {s}" in rows for n in ABLATION for rows in seeds)]
     network, train, test = stem.split("-")
-    lines = [
-        f"# What makes the gain: {network}, CIFAR-10, pruned once, every order with every compensation",
-        "",
-        f"`python benchmarks/one_shot.py --ablation --network {network} --train {train} --test {test} --seed 0 1 2`",
-        "",
-        "Accuracy, %, BatchNorm as it is: mean (range) over n seeds of the training images and of the drawn targets.",
-        "All rows read the same Kronecker posterior of a seed; rounds are those of `ockham.reduce`, whose order is P",
-        "mean^2. Its rounds, damping and prior were once chosen on test images; nothing was chosen here.",
-        "",
-    ]
+    title = f"# What makes the gain: {network}, CIFAR-10, pruned once, every order with every compensation"
+    said = f"""`python benchmarks/one_shot.py --ablation --network {network} --train {train} --test {test} --seed 0 1 2`
+
+Accuracy, %, BatchNorm as it is: mean (range) over n seeds of the training images and of the drawn targets.
+All rows read the same Kronecker posterior of a seed; rounds are those of `ockham.reduce`, whose order is P mean^2.
+Its rounds, damping and prior were once chosen on test images; nothing was chosen here."""
     rows = [
         [order, way, *(cell(f"{order}, {way}", s) for s in shares)] for order, way in itertools.product(ORDERS, WAYS)
     ]
-    return lines + markdown(["order", "survivors", *(f"{s:.0%} removed" for s in shares)], rows) if shares else []
+    return section(title, said, ["order", "survivors", *(f"{s:.0%} removed" for s in shares)], rows) if shares else []
 
 
 BENCH = Benchmark(

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from scipy import stats
 
-from harness import Benchmark, Option, Record, markdown, spread
+from harness import Benchmark, Option, Record, section, spread
 from ockham.evidence.exact import exact_inclusion
 from ockham.methods.spike_slab.correlated import inclusion_correlated
 from ockham.methods.spike_slab.formulas import factorised_log_odds, factorised_precision, inclusion_log_odds
@@ -308,8 +308,7 @@ def pages() -> dict[str, list[str]]:
     found = BENCH.records()
     lines = ["# Spike-and-slab: measured", "", "Written by `python benchmarks/spike_slab.py --table`.", ""]
     for part in (_problems, _linear, _calibration, _uci, _mnist):
-        made = part(found)
-        lines += [*made, ""] if made else []
+        lines += part(found)
     return {"spike_slab.md": lines}
 
 
@@ -327,14 +326,9 @@ def _problems(found: Found) -> list[str]:
                 f"{title} | {len(rows)} | {false:.2f} | {missed:.2f} | {each} | {rmse:.3f} | {weights:.0f} | "
                 f"{cover:.3f} | {cpu:.0f}"
             )
-    lines = [
-        "## Problems of known truth",
-        "",
-        "`SparseBNNRegressor` with its defaults; mean over replicates (each: false / missed).",
-        "",
-    ]
+    said = "`SparseBNNRegressor` with its defaults; mean over replicates (each: false / missed)."
     head = "problem | replicates | false inputs | missed | each | RMSE (noise 1) | weights | 95 % coverage | CPU s"
-    return lines + markdown(head, table) if table else []
+    return section("## Problems of known truth", said, head, table)
 
 
 def _linear(found: Found) -> list[str]:
@@ -347,14 +341,10 @@ def _linear(found: Found) -> list[str]:
         some = [r for r in rows if r["form"] == form and r["rho"] == rho]
         return f"{max(r['max_error'] for r in some):.3f} ({min(r['correlation'] for r in some):.3f})"
 
-    lines = [
-        "## Linear models against enumeration",
-        "",
-        "Largest error of an inclusion probability (correlation with the exact ones).",
-        "",
-    ]
+    said = "Largest error of an inclusion probability (correlation with the exact ones)."
     head = ["form", *(f"rho = {r:g}" for r in rhos), "orthogonal"]
-    return lines + markdown(head, [[f, *(cell(f, rho) for rho in rhos), f"{orthogonal[f]:.1e}"] for f in forms])
+    table = [[f, *(cell(f, rho) for rho in rhos), f"{orthogonal[f]:.1e}"] for f in forms]
+    return section("## Linear models against enumeration", said, head, table)
 
 
 def _calibration(found: Found) -> list[str]:
@@ -362,14 +352,10 @@ def _calibration(found: Found) -> list[str]:
         return []
     errors = {(r["form"], r["rho"]): f"{r['ece']:.3f}" for r in found["calibration"]["rows"]}
     forms, rhos = list(dict.fromkeys(form for form, _ in errors)), sorted({rho for _, rho in errors})
-    lines = [
-        "## Calibration over the prior predictive",
-        "",
-        f"10-bin ECE of inclusion, {found['calibration']['draws']} draws, n = 40, p = 8.",
-        "",
-    ]
+    said = f"10-bin ECE of inclusion, {found['calibration']['draws']} draws, n = 40, p = 8."
     head = ["form", *(f"rho = {r:g}" for r in rhos)]
-    return lines + markdown(head, [[f, *(errors[f, rho] for rho in rhos)] for f in forms])
+    table = [[f, *(errors[f, rho] for rho in rhos)] for f in forms]
+    return section("## Calibration over the prior predictive", said, head, table)
 
 
 def _uci(found: Found) -> list[str]:
@@ -385,18 +371,13 @@ def _uci(found: Found) -> list[str]:
         cpu = ", ".join(f"{mean(r[m]['cpu'] for r in rows):.0f}" for m in methods)
         kept = f"{weights:.0f} ({share:.0%}), {noise:.0f}"
         table.append([name, len(rows), f"{anchor:g}", *cells, f"{cover:.3f}", kept, cpu])
-    lines = [
-        "## UCI, the given splits",
-        "",
-        "Defaults, the target in its own units; mean ± standard deviation over splits. The density of the two point",
-        "predictors is a Student's t fitted to their errors on a fifth held out.",
-        "",
-    ]
+    said = """Defaults, the target in its own units; mean ± standard deviation over splits. The density of the two point
+predictors is a Student's t fitted to their errors on a fifth held out."""
     head = (
         "set | splits | anchor NLL | NLL: Ockham | MLP | boosting | RMSE: Ockham | MLP | boosting | 95 % coverage | "
         "weights kept, of them for the noise | CPU s: Ockham, MLP, boosting"
     )
-    return lines + markdown(head, table) if table else []
+    return section("## UCI, the given splits", said, head, table)
 
 
 def _mnist(found: Found) -> list[str]:
@@ -406,15 +387,10 @@ def _mnist(found: Found) -> list[str]:
         for name, r in found.items()
         if name.startswith("mnist.") and "validate" not in name
     ]
-    lines = [
-        "## MNIST, few weights",
-        "",
-        "`benchmarks/spike_slab_mnist.py`; settings chosen on the last 10,000 training images, test read once.",
-        "Published: 3.27 % with 883 weights, 3.82 % with 750 (input-skip LBBNN, 784-600-600-10).",
-        "",
-    ]
+    said = """`benchmarks/spike_slab_mnist.py`; settings chosen on the last 10,000 training images, test read once.
+Published: 3.27 % with 883 weights, 3.82 % with 750 (input-skip LBBNN, 784-600-600-10)."""
     head = "network | seed | weights | inputs used | error %, mean network | posterior, 50 draws | CPU s"
-    return lines + markdown(head, table) if table else []
+    return section("## MNIST, few weights", said, head, table)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 import ockham
-from harness import DATA, Benchmark, Option
+from harness import DATA, Benchmark, Option, step
 from ockham.choose.rules import BudgetRule, Rounds, score
 from ockham.choose.units import chain_weights, node_inclusion
 from ockham.errors import OckhamWarning
@@ -197,9 +197,7 @@ def adam_digits(epochs: int) -> nn.Module:
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         for _ in range(epochs):
             for x, y in Batches(data.train_x, data.train_y, 64, shuffle=True):
-                optimizer.zero_grad()
-                nn.functional.cross_entropy(model(x), y).backward()
-                optimizer.step()
+                step(model, optimizer, x, y)
     return model.eval()
 
 
@@ -283,32 +281,27 @@ def text(args: argparse.Namespace, build: Callable[[int], nn.Module], rate: floa
         for s, k in zip((0.4, 0.5, 0.6, 0.7, 0.8, 0.9), (1, 0.5, 0.25, 0.12, 0.06, 0.03), strict=True)
     }
     rows = []
-    for step, (x, y) in enumerate(windows(train, args.steps + 1, generator)):
-        if step in budgets or step == args.steps:
-            rows.append({"step": step, "weights": options.posterior().kept(), "bits": bits(model, valid)})
+    for i, (x, y) in enumerate(windows(train, args.steps + 1, generator)):
+        if i in budgets or i == args.steps:
+            rows.append({"step": i, "weights": options.posterior().kept(), "bits": bits(model, valid)})
             print(rows[-1], flush=True)
-        if step in budgets:
+        if i in budgets:
             posterior = options.posterior()
             median = MedianRule().decide(score(posterior))
             alive = sum(int(k.sum()) for k in median.values())
-            keep = budgets[step]
+            keep = budgets[i]
             rule = MedianRule() if alive < keep * posterior.size() else BudgetRule(keep)
             options.remove(rule.decide(score(posterior)))
             rows[-1] |= {"median_model": alive, "budget": keep}
         for group in options.param_groups:
-            group["lr"] = rate * min(1.0, 2 * (1 - step / args.steps) + 0.05)
-        options.zero_grad()
-        with options.sampled():
-            nn.functional.cross_entropy(model(x), y).backward()
-        options.step()
+            group["lr"] = rate * min(1.0, 2 * (1 - i / args.steps) + 0.05)
+        step(model, options, x, y)
     layers = {n: [int(g.keep.sum()), g.keep.numel()] for n, g in options.posterior().items()}
     torch.manual_seed(0)
     plain = build(len(symbols))
     optimizer = torch.optim.Adam(plain.parameters(), lr=rate)
     for x, y in windows(train, args.steps, torch.Generator().manual_seed(0)):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(plain(x), y).backward()
-        optimizer.step()
+        step(plain, optimizer, x, y)
     dense = {"weights": sum(p.numel() for p in plain.parameters()), "bits": bits(plain, valid)}
     print("adam", dense, flush=True)
     return {"steps": args.steps, "batch": "32 windows of 64", "rows": rows, "layers": layers, "adam": dense}
@@ -366,9 +359,7 @@ def depth(args: argparse.Namespace) -> dict:
     generator = torch.Generator().manual_seed(1)
     for _ in range(args.steps):
         at = torch.randint(len(x), (64,), generator=generator)
-        adam.zero_grad()
-        nn.functional.cross_entropy(model(x[at]), y[at]).backward()
-        adam.step()
+        step(model, adam, x[at], y[at])
     dense = _accuracy(model, x, test_x, test_y)
     print(f"Adam {dense:.4f}", flush=True)
     options = SpikeSlab(
@@ -378,16 +369,11 @@ def depth(args: argparse.Namespace) -> dict:
     )  # fmt: skip
     options.propagate(model)
     generator, losses = torch.Generator().manual_seed(0), []
-    for step in range(args.steps):
+    for i in range(args.steps):
         at = torch.randint(len(x), (64,), generator=generator)
-        options.zero_grad()
-        with options.sampled():
-            loss = nn.functional.cross_entropy(model(x[at]), y[at])
-            loss.backward()
-        options.step()
-        losses.append(float(loss.detach()))
-        if step % 20 == 0:
-            print(step, losses[-1], flush=True)
+        losses.append(float(step(model, options, x[at], y[at])))
+        if i % 20 == 0:
+            print(i, losses[-1], flush=True)
     posterior = options.posterior()
     before = _accuracy(model, x, test_x, test_y)
     rows = [

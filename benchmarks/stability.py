@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import ockham
-from harness import Benchmark, Option, Record, markdown
+from harness import Benchmark, Option, Record, section
 from ockham.run.compression import defaults_for
 from ockham.run.measure import jaccard
 from ockham.zoo.data import digits
@@ -75,20 +75,14 @@ def pages() -> dict[str, list[str]]:
     found = BENCH.records("stability")
     if not found:
         return {}
-    record = found["stability"]
-    lines = [
-        "# Stability of the kept set over seeds",
-        "",
-        f"{record['date'][:10]}, `{record['command']}`, {record['machine']}, torch {record['versions']['torch']}. "
-        "Digits, the",
-        "command's defaults; mean Jaccard overlap over all pairs of runs, beside random sets of the same sizes.",
-        "",
-    ]
+    record, title = found["stability"], "# Stability of the kept set over seeds"
+    said = f"""{record["date"][:10]}, `{record["command"]}`, {record["machine"]}, torch {record["versions"]["torch"]}. Digits, the
+command's defaults; mean Jaccard overlap over all pairs of runs, beside random sets of the same sizes."""
     rows = [
         [n, f"{f['jaccard']:.3f}", f"{f['by_chance']:.3f}", f"{f['kept_share']:.1%}"]
         for n, f in record["overlap"].items()
     ]
-    return {"stability.md": lines + markdown("runs, what | overlap | by chance | kept", rows)}
+    return {"stability.md": section(title, said, "runs, what | overlap | by chance | kept", rows)}
 
 
 BENCH = Benchmark(__file__, __doc__, run, pages, folder="", seeds=Option(5, "runs of every kind"))

@@ -16,9 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -26,54 +24,55 @@ import torch
 from torch import nn
 
 import ockham
-from harness import Benchmark, Option, Record, markdown
+from harness import Benchmark, Option, Record, interleaved, section, step
 from ockham.zoo.networks import NETWORKS
 
 SHAPES = {"lenet_300_100": (1, 28, 28), "lenet5_caffe": (1, 28, 28), "resnet20": (3, 32, 32)}
 STEPS = {"lenet_300_100": 20, "lenet5_caffe": 4, "resnet20": 1}
 N_DATA = 60_000
 
-Step = Callable[[], None]
+Step = Callable[[], object]
 
 
 def adam(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
     optimizer = torch.optim.Adam(net.parameters(), fused=True)
-    return _loop(net, optimizer, nullcontext, x, y)
+    return partial(step, net, optimizer, x, y)
 
 
 def mean_field(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
     optimizer = ockham.MeanField(net.named_parameters(), n_data=N_DATA)
-    return _loop(net, optimizer, optimizer.sampled, x, y)
+    return partial(step, net, optimizer, x, y)
 
 
 def mean_field_pruned(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
     optimizer = ockham.MeanField(net.named_parameters(), n_data=N_DATA)
     generator = torch.Generator().manual_seed(0)
     optimizer.remove({n: torch.rand(p.shape, generator=generator) < 0.02 for n, p in net.named_parameters()})
-    return _loop(net, optimizer, optimizer.sampled, x, y)
+    return partial(step, net, optimizer, x, y)
 
 
 def spike_slab(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
     optimizer = ockham.SpikeSlab(net.named_parameters(), n_data=N_DATA)
-    return _loop(net, optimizer, optimizer.sampled, x, y)
+    return partial(step, net, optimizer, x, y)
 
 
 def spike_slab_propagated(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
     optimizer = ockham.SpikeSlab(net.named_parameters(), n_data=N_DATA)
     optimizer.propagate(net)
-    return _loop(net, optimizer, optimizer.sampled, x, y)
+    return partial(step, net, optimizer, x, y)
 
 
 def ivon_ours(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
     optimizer = ockham.IVON(net.named_parameters(), n_data=N_DATA)
-    return _loop(net, optimizer, optimizer.sampled, x, y)
+    return partial(step, net, optimizer, x, y)
 
 
 def ivon(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
     import ivon as package
 
     optimizer = package.IVON(net.parameters(), lr=0.1, ess=N_DATA)
-    return _loop(net, optimizer, lambda: optimizer.sampled_params(train=True), x, y)
+    optimizer.sampled = partial(optimizer.sampled_params, train=True)
+    return partial(step, net, optimizer, x, y)
 
 
 def bayesian_torch(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
@@ -83,12 +82,12 @@ def bayesian_torch(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
     dnn_to_bnn(net, {**prior, "type": "Reparameterization", "moped_enable": False})
     optimizer = torch.optim.Adam(net.parameters(), fused=True)
 
-    def step() -> None:
+    def with_kl() -> None:
         optimizer.zero_grad()
         (nn.functional.cross_entropy(net(x), y) + (get_kl_loss(net) or 0.0) / N_DATA).backward()
         optimizer.step()
 
-    return step
+    return with_kl
 
 
 METHODS: dict[str, Callable[[nn.Module, torch.Tensor, torch.Tensor], Step]] = {
@@ -109,16 +108,6 @@ SLAB: dict[str, Callable[[nn.Module, torch.Tensor, torch.Tensor], Step]] = {
 ARMS = {"all": METHODS, "slab": SLAB}
 
 
-def _loop(net: nn.Module, optimizer: torch.optim.Optimizer, block: Callable, x: torch.Tensor, y: torch.Tensor) -> Step:
-    def step() -> None:
-        optimizer.zero_grad()
-        with block():
-            nn.functional.cross_entropy(net(x), y).backward()
-        optimizer.step()
-
-    return step
-
-
 def ratios(network: str, rounds: int, methods: dict[str, Callable]) -> dict[str, dict[str, float]]:
     x, y = torch.randn(128, *SHAPES[network]), torch.randint(0, 10, (128,))
     arms = {}
@@ -129,15 +118,9 @@ def ratios(network: str, rounds: int, methods: dict[str, Callable]) -> dict[str,
             arms[name]()
         except ImportError:
             print(f"{name}: not installed, left out", file=sys.stderr)
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(rounds):
-        for name, step in arms.items():
-            began = time.perf_counter()
-            for _ in range(STEPS[network]):
-                step()
-            times[name].append((time.perf_counter() - began) / STEPS[network])
-    base = statistics.median(times["Adam (fused)"])
-    return {n: {"ms": 1e3 * statistics.median(t), "ratio": statistics.median(t) / base} for n, t in times.items()}
+    repeated = [lambda s=s: [s() for _ in range(STEPS[network])] for s in arms.values()]
+    medians = [statistics.median(wall) / STEPS[network] for wall, _ in interleaved(repeated, rounds)]
+    return {n: {"ms": t, "ratio": t / medians[0]} for n, t in zip(arms, medians, strict=True)}
 
 
 def memory(name: str) -> float:
@@ -158,9 +141,9 @@ def _memory_here(name: str) -> float:
     before = _peak()
     net = nn.Sequential(*(nn.Linear(2000, 2000) for _ in range(6)))
     weights = sum(p.numel() for p in net.parameters())
-    step = build(net, torch.randn(1, 2000), torch.zeros(1, dtype=torch.long))
+    one = build(net, torch.randn(1, 2000), torch.zeros(1, dtype=torch.long))
     for _ in range(5):
-        step()
+        one()
     return (_peak() - before) * 1024 / 4 / weights
 
 
@@ -189,19 +172,15 @@ def pages() -> dict[str, list[str]]:
 
 def page(record: Record) -> list[str]:
     steps = record["steps"]
-    lines = [
-        "# Cost of a training step",
-        "",
-        f"{record['date'][:10]}, `{record['command']}`, {record['machine']},",
-        f"torch {record['versions']['torch']}. Batch 128; "
-        "ratio of medians over interleaved rounds to fused Adam; peak memory in floats per weight.",
-        "",
-    ]
+    said = f"""{record["date"][:10]}, `{record["command"]}`, {record["machine"]},
+torch {record["versions"]["torch"]}. Batch 128; ratio of medians over interleaved rounds to fused Adam; peak memory in \
+floats per weight."""
     rows = [
         [name, *(f"{s[name]['ms']:.2f} ({s[name]['ratio']:.2f})" for s in steps.values()), f"{floats:.1f}"]
         for name, floats in record["floats_per_weight"].items()
     ]
-    return lines + markdown(["method", *(f"{n}: ms (ratio)" for n in steps), "floats per weight"], rows)
+    head = ["method", *(f"{n}: ms (ratio)" for n in steps), "floats per weight"]
+    return section("# Cost of a training step", said, head, rows)
 
 
 BENCH = Benchmark(

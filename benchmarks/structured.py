@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import ockham
 from cifar import Part, accuracy, given, parts
-from harness import DATA, SEEDS, Benchmark, Option, Record, markdown
+from harness import DATA, SEEDS, Benchmark, Option, Record, section, step
 from ockham.surgery.shrinking import cost, latencies
 from ockham.zoo.data import Batches
 from ockham.zoo.networks import NETWORKS
@@ -57,14 +57,12 @@ def fine_tuned(model: nn.Module, data: tuple[Tensor, Tensor], epochs: float, see
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     order, model = torch.randperm(len(x), generator=generator), model.train()
-    for step in range(steps):
-        at = (step * 128) % (len(x) - 127)
-        if at < 128 and step:
+    for i in range(steps):
+        at = (i * 128) % (len(x) - 127)
+        if at < 128 and i:
             order = torch.randperm(len(x), generator=generator)
         picked = order[at : at + 128]
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(augmented(x[picked], generator)), y[picked]).backward()
-        optimizer.step()
+        step(model, optimizer, augmented(x[picked], generator), y[picked])
         schedule.step()
     return model.eval()
 
@@ -161,12 +159,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def pages() -> dict[str, list[str]]:
-    lines = [
-        "# A trained ResNet made narrower, short fine-tuning",
-        "",
-        "`python benchmarks/structured.py`; CIFAR-10, given weights; one thread; what the columns mean is said there.",
-        "",
-    ]
+    said = (
+        "`python benchmarks/structured.py`; CIFAR-10, given weights; one thread; what the columns mean is said there."
+    )
     head = (
         "network | method | seed | MACs asked | MACs left | parameters | dense % | at once | BatchNorm anew | epochs | "
         "fine-tuned % | latency / dense, batch 64"
@@ -177,7 +172,7 @@ def pages() -> dict[str, list[str]]:
         f"{r['fine_tuned']:.2f} | {r['latency']:.2f}"
         for r in sorted(BENCH.records().values(), key=lambda r: (r["network"], -r["asked"], r["method"], r["seed"]))
     ]
-    return {"structured.md": lines + markdown(head, rows)}
+    return {"structured.md": section("# A trained ResNet made narrower, short fine-tuning", said, head, rows)}
 
 
 BENCH = Benchmark(

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import ockham
-from harness import DATA, SEEDS, Benchmark, Option, Record, markdown
+from harness import DATA, SEEDS, Benchmark, Option, Record, markdown, step
 from ockham.choose.units import all_masks
 from ockham.run.compression import structures_name
 from ockham.surgery.exporting import sparse_linear
@@ -221,18 +221,15 @@ def _latency() -> dict:
         model.named_parameters(), n_data=640, initial_std=1e-3
     )  # the budget decides, not E_g < 0
     for _ in range(20):
-        optimizer.zero_grad()
-        with optimizer.sampled():
-            nn.functional.cross_entropy(model(x[:16]), torch.randint(10, (16,))).backward()
-        optimizer.step()
+        step(model, optimizer, x[:16], torch.randint(10, (16,)))
     evidence = ockham.score(optimizer.posterior()).by_group(groups)
     networks, macs = {"dense": model}, {"dense": cost(model, x[:1]).macs}
-    for step in (16, 1):
-        budget = {"budget": {"macs": "50%"}, "round_to": step, "model": model, "example_inputs": x[:2]}
+    for unit in (16, 1):
+        budget = {"budget": {"macs": "50%"}, "round_to": unit, "model": model, "example_inputs": x[:2]}
         plan = ockham.plan(groups, evidence, **budget)
         small = ockham.shrink(model, plan)
         ockham.verify(ockham.mask(model, plan), small, x[:2])
-        networks[f"round_to={step}"], macs[f"round_to={step}"] = small, cost(small, x[:1]).macs
+        networks[f"round_to={unit}"], macs[f"round_to={unit}"] = small, cost(small, x[:1]).macs
     times = dict(zip(networks, latencies(list(networks.values()), x[:1], batch=64, repeats=30), strict=True))
     return {"macs": macs, "latency_64": times, "ratio": {k: t / times["dense"] for k, t in times.items()}}
 

@@ -21,7 +21,7 @@ import torch
 
 import ockham
 from cifar import accuracy, given, parts
-from harness import DATA, SEEDS, Benchmark, Option, Record, markdown
+from harness import DATA, SEEDS, Benchmark, Option, Record, section
 from ockham.surgery.shrinking import cost, latencies
 from ockham.zoo.data import Batches
 
@@ -74,12 +74,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def pages() -> dict[str, list[str]]:
-    lines = [
-        "# Where the price of a channel comes from: ResNet-20, CIFAR-10, from the given weights",
-        "",
-        "`python benchmarks/structures_resnet.py`; first 5,000 test images, 20 draws; one thread of a shared machine.",
-        "",
-    ]
+    title = "# Where the price of a channel comes from: ResNet-20, CIFAR-10, from the given weights"
+    said = (
+        "`python benchmarks/structures_resnet.py`; first 5,000 test images, 20 draws; one thread of a shared machine."
+    )
     head = (
         "arm | seed | epochs of images | accuracy % (given weights) | NLL | kept % | MACs | parameters stored | "
         "latency / dense | s"
@@ -90,7 +88,7 @@ def pages() -> dict[str, list[str]]:
         f"{sum(r['epoch_seconds']):.0f}"
         for r in sorted(BENCH.records().values(), key=lambda r: -r["macs"])
     ]
-    return {"structures_resnet.md": lines + markdown(head, rows)}
+    return {"structures_resnet.md": section(title, said, head, rows)}
 
 
 BENCH = Benchmark(

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import ockham
-from harness import DATA, SEEDS, Benchmark, Option, Record, markdown
+from harness import DATA, SEEDS, Benchmark, Option, Record, section, step
 from ockham.choose.prices import Price, UnitCosts
 from ockham.choose.units import StructureEvidence
 from ockham.surgery.shrinking import cost
@@ -110,9 +110,7 @@ def trained(model: nn.Module, loader: Windows, seed: int, rate: float = 2e-3) ->
     optimizer, steps = torch.optim.Adam(model.parameters(), rate, fused=True), len(loader)
     for i, (x, y) in enumerate(loader):
         optimizer.param_groups[0]["lr"] = rate * min(1.0, 2 * (1 - i / steps))
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
+        step(model, optimizer, x, y)
         if i % 500 == 0:
             print(f"  adam {i} of {steps}", flush=True)
     return model.eval()
@@ -188,13 +186,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def pages() -> dict[str, list[str]]:
-    lines = [
-        "# A small transformer made smaller",
-        "",
+    said = (
         "`python benchmarks/transformer.py`; tiny Shakespeare, NLL in nats per character of the last twentieth; one "
-        "thread.",
-        "",
-    ]
+        "thread."
+    )
     head = (
         "blocks x heads | steps | seed | dense NLL | dense, all steps | reduced NLL | change | predictive NLL "
         "| weights removed | parameters left | MACs left | heads left | hidden left"
@@ -207,7 +202,7 @@ def pages() -> dict[str, list[str]]:
         f"{r['widths']['heads']} | {r['widths']['hidden']}"
         for r in BENCH.records().values()
     ]
-    return {"transformer.md": lines + markdown(head, rows)}
+    return {"transformer.md": section("# A small transformer made smaller", said, head, rows)}
 
 
 BENCH = Benchmark(
