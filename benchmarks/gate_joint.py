@@ -212,7 +212,8 @@ def run(args: argparse.Namespace) -> None:
 
 def pages() -> dict[str, list[str]]:
     records = list(BENCH.records().values())
-    said = """`python benchmarks/gate_joint.py`; validation accuracy, percent, mean over seeds, after taking structures out
+    said = """\
+`python benchmarks/gate_joint.py`; validation accuracy, percent, mean over seeds, after taking structures out
 in the order of each score without refitting; last column: what the score removes by itself (>= 0)."""
     rows = []
     for setting, prior in sorted({(r["setting"], r["prior"]) for r in records}):

@@ -76,7 +76,8 @@ def pages() -> dict[str, list[str]]:
     if not found:
         return {}
     record, title = found["stability"], "# Stability of the kept set over seeds"
-    said = f"""{record["date"][:10]}, `{record["command"]}`, {record["machine"]}, torch {record["versions"]["torch"]}. Digits, the
+    made = f"`{record['command']}`, {record['machine']}, torch {record['versions']['torch']}"
+    said = f"""{record["date"][:10]}, {made}. Digits, the
 command's defaults; mean Jaccard overlap over all pairs of runs, beside random sets of the same sizes."""
     rows = [
         [n, f"{f['jaccard']:.3f}", f"{f['by_chance']:.3f}", f"{f['kept_share']:.1%}"]
