@@ -32,47 +32,32 @@ STEPS = {"lenet_300_100": 20, "lenet5_caffe": 4, "resnet20": 1}
 N_DATA = 60_000
 
 Step = Callable[[], object]
+Build = Callable[[nn.Module, torch.Tensor, torch.Tensor], Step]
 
 
-def adam(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
-    optimizer = torch.optim.Adam(net.parameters(), fused=True)
-    return partial(step, net, optimizer, x, y)
+def built(make: Callable[[nn.Module], torch.optim.Optimizer]) -> Build:
+    """Steps of a network under an optimizer."""
+    return lambda net, x, y: partial(step, net, make(net), x, y)
 
 
-def mean_field(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
-    optimizer = ockham.MeanField(net.named_parameters(), n_data=N_DATA)
-    return partial(step, net, optimizer, x, y)
-
-
-def mean_field_pruned(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
-    optimizer = ockham.MeanField(net.named_parameters(), n_data=N_DATA)
-    generator = torch.Generator().manual_seed(0)
+def pruned(net: nn.Module) -> torch.optim.Optimizer:
+    optimizer, generator = ockham.MeanField(net.named_parameters(), n_data=N_DATA), torch.Generator().manual_seed(0)
     optimizer.remove({n: torch.rand(p.shape, generator=generator) < 0.02 for n, p in net.named_parameters()})
-    return partial(step, net, optimizer, x, y)
+    return optimizer
 
 
-def spike_slab(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
-    optimizer = ockham.SpikeSlab(net.named_parameters(), n_data=N_DATA)
-    return partial(step, net, optimizer, x, y)
-
-
-def spike_slab_propagated(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
+def propagated(net: nn.Module) -> torch.optim.Optimizer:
     optimizer = ockham.SpikeSlab(net.named_parameters(), n_data=N_DATA)
     optimizer.propagate(net)
-    return partial(step, net, optimizer, x, y)
+    return optimizer
 
 
-def ivon_ours(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
-    optimizer = ockham.IVON(net.named_parameters(), n_data=N_DATA)
-    return partial(step, net, optimizer, x, y)
-
-
-def ivon(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
+def ivon(net: nn.Module) -> torch.optim.Optimizer:
     import ivon as package
 
     optimizer = package.IVON(net.parameters(), lr=0.1, ess=N_DATA)
     optimizer.sampled = partial(optimizer.sampled_params, train=True)
-    return partial(step, net, optimizer, x, y)
+    return optimizer
 
 
 def bayesian_torch(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
@@ -90,20 +75,19 @@ def bayesian_torch(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
     return with_kl
 
 
-METHODS: dict[str, Callable[[nn.Module, torch.Tensor, torch.Tensor], Step]] = {
-    "Adam (fused)": adam,
-    "ockham.MeanField": mean_field,
-    "ockham.MeanField, 98 % removed": mean_field_pruned,
-    "ockham.IVON": ivon_ours,
-    "ivon-opt": ivon,
+SHARED: dict[str, Build] = {
+    "Adam (fused)": built(lambda net: torch.optim.Adam(net.parameters(), fused=True)),
+    "ockham.MeanField": built(lambda net: ockham.MeanField(net.named_parameters(), n_data=N_DATA)),
+}
+METHODS = SHARED | {
+    "ockham.MeanField, 98 % removed": built(pruned),
+    "ockham.IVON": built(lambda net: ockham.IVON(net.named_parameters(), n_data=N_DATA)),
+    "ivon-opt": built(ivon),
     "bayesian-torch": bayesian_torch,
 }
-
-SLAB: dict[str, Callable[[nn.Module, torch.Tensor, torch.Tensor], Step]] = {
-    "Adam (fused)": adam,
-    "ockham.MeanField": mean_field,
-    "ockham.SpikeSlab, noise in weights": spike_slab,
-    "ockham.SpikeSlab, propagated": spike_slab_propagated,
+SLAB = SHARED | {
+    "ockham.SpikeSlab, noise in weights": built(lambda net: ockham.SpikeSlab(net.named_parameters(), n_data=N_DATA)),
+    "ockham.SpikeSlab, propagated": built(propagated),
 }
 ARMS = {"all": METHODS, "slab": SLAB}
 
