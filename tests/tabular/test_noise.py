@@ -114,7 +114,7 @@ def test_a_density_needs_its_targets(model):
 @pytest.mark.parametrize("unit", [1.0, 1e-3])  # repetitions, and weights that are relative
 @pytest.mark.filterwarnings("ignore:sample_weight sums to")
 def test_the_size_of_the_noise_is_that_of_weighted_maximum_likelihood(unit):
-    """Judged by the likelihood's maximum on the same rows: the size at which they were drawn is 7 % away at 400 rows."""
+    """Judged by the maximum of the likelihood on the same rows; the size they were drawn at is 7 % away at 400."""
     rng = np.random.default_rng(5)
     x = rng.normal(size=(2000, 1))
     y = np.exp(0.8 * x[:, 0] - 1) * rng.normal(size=2000)

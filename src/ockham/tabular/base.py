@@ -99,14 +99,6 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         """What kind of target this is."""
 
     @abstractmethod
-    def _more_stock(self, table: Table, x: Floats, target: Floats) -> None:
-        """Attributes and warnings that only one kind of target has; rows [n, q] and targets [n] of the fit."""
-
-    @abstractmethod
-    def _shown(self, rows: Floats) -> Floats:
-        """What each draw says of rows of numbers [n, q], [D, n], in what effects are shown in."""
-
-    @abstractmethod
     def _coverage(self, X: Any, y: Any) -> tuple[Floats, Floats]:  # noqa: N803
         """Nominal and observed shares of rows inside what the model says."""
 
@@ -188,6 +180,13 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
             self._encoding, x = Encoding.of(parts, self._names(), self._target.coded(target, weight), weight)
         else:
             x = self._encoding.apply(parts, self._names())
+        for name in ("batch_size", "learning_rate"):
+            if getattr(self, name) != "deprecated":
+                warnings.warn(
+                    f"{name} no longer does anything: second-order steps need none; leave it out",
+                    FutureWarning,
+                    stacklevel=4,
+                )
         if len(x) < _FEW:
             warnings.warn(
                 f"{len(x)} rows are few: inclusion probabilities will be close to what was believed before the data",
@@ -211,7 +210,6 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         return list(plain.T)
 
     def _fit(self, x: Floats, target: Floats, weight: Floats, *, first: bool) -> Self:
-        rows = x, target
         if first:
             self._sample = x[np.random.default_rng(0).permutation(len(x))[:_SAMPLE]]
         x, target, weight = in_order(x, target, weight)
@@ -225,7 +223,17 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         y = self._target.scaled(target)
         if first:
             self._choose_inputs(inputs, self._target.screened(y), weights)
-        plan = self._plan(len(self._scaling.constant) - len(self._active), seed)
+        hidden = self.hidden_layer_sizes
+        plan = FitPlan(
+            hidden=tuple(int(h) for h in (hidden if np.iterable(hidden) else (hidden,))),
+            outputs=self._target.outputs,
+            restarts=self.n_restarts,
+            steps=self.max_iter,
+            slab_variance=self.slab_variance,
+            left_out=len(self._scaling.constant) - len(self._active),
+            patience=self.n_iter_no_change if self.early_stopping else self.max_iter,
+            seed=seed,
+        )
         table = Table(inputs[:, self._active].double(), y, weights.double())
         with progress(bool(self.verbose)) as on_step:
             before = None if first else self._fitted
@@ -241,7 +249,6 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         self.evidence_curve_ = np.array(self._fitted.curve)
         self.evidence_, self.n_iter_ = state.evidence, state.steps
         self._remarks: list[str] = []
-        self._more_stock(table, *rows)
         return self
 
     def _choose_inputs(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
@@ -266,26 +273,6 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
             self._outside[candidates.numpy()] = torch.sigmoid(found.evidence).numpy()
             candidates = candidates[found.active]
         self._active = candidates
-
-    def _plan(self, left_out: int, seed: int) -> FitPlan:
-        hidden = self.hidden_layer_sizes
-        for name in ("batch_size", "learning_rate"):
-            if getattr(self, name) != "deprecated":
-                warnings.warn(
-                    f"{name} no longer does anything: second-order steps need none; leave it out",
-                    FutureWarning,
-                    stacklevel=5,
-                )
-        return FitPlan(
-            hidden=tuple(int(h) for h in (hidden if np.iterable(hidden) else (hidden,))),
-            outputs=self._target.outputs,
-            restarts=self.n_restarts,
-            steps=self.max_iter,
-            slab_variance=self.slab_variance,
-            left_out=left_out,
-            patience=self.n_iter_no_change if self.early_stopping else self.max_iter,
-            seed=seed,
-        )
 
     def _by_feature(self, inside: Floats, outside: Floats) -> Floats:
         """One number per feature: of its numbers that entered and those that did not, the largest; constants 0."""
@@ -369,6 +356,7 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
                 rows[:, column] = np.quantile(rows[:, column], q)
                 shown = effect(self._shown, rows, self._encoding, pair[0], names[pair[0]])
                 curves.append((f"{names[pair[1]]} {word}", shown))
+        moving = (getattr(self, "noise_inclusion_", np.zeros(0)) > 0.5).nonzero()[0].tolist()
         facts = Facts(
             title=f"{type(self).__name__}: what it found",
             names=names,
@@ -382,7 +370,7 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
             ],
             effects=[self.effect(j) for j in used],
             pair=curves,
-            noise=self._noise_effects(),
+            noise=[effect(self._noise_shown, self._sample, self._encoding, j, names[j]) for j in moving],
             target=self._target.shown_as,
             coverage=None if X is None else self._coverage(X, y),
             remarks=self._remarks,
@@ -416,9 +404,21 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
                 found.append("without it the evidence is higher")
         return found
 
-    def _noise_effects(self) -> list[Effect]:
-        """Effects on the size of the noise, where there is one."""
-        return []
+    def _shown(self, rows: Floats) -> Floats:
+        """What each draw says of rows of numbers [n, q], [D, n], in what effects are shown in."""
+        centre, std = self._target.units
+        said: Floats = torch.cat(list(self._draws.means(self._numbers(rows))), 1).numpy() * std + centre
+        return said
+
+    def _noise_shown(self, rows: Floats) -> Floats:
+        """Standard deviation of the noise by each draw, [D, n], in units of the target."""
+        parts = [s * (f / (f - 2)).sqrt() for _, s, f in self._draws.with_scales(self._numbers(rows))]
+        spread: Floats = torch.cat(parts, 1).numpy() * self._target.units[1]
+        return spread
+
+    def _numbers(self, rows: Floats) -> Tensor:
+        """Rows of numbers [n, q] as the networks read them."""
+        return self._scaling.apply(rows)[:, self._active].double()
 
     def _names(self) -> list[str]:
         given = getattr(self, "feature_names_in_", None)
@@ -426,8 +426,7 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
 
     def _inputs(self, X: Any) -> Tensor:  # noqa: N803
         check_is_fitted(self)
-        x = self._encoding.apply(self._parts(X, reset=False), self._names(), self._active.numpy())
-        return self._scaling.apply(x)[:, self._active].double()
+        return self._numbers(self._encoding.apply(self._parts(X, reset=False), self._names(), self._active.numpy()))
 
     def __sklearn_tags__(self) -> Any:
         """Missing entries, categories and sparse matrices are taken as they come."""
