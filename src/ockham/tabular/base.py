@@ -26,7 +26,7 @@ from ockham.tabular.explaining import Effect, Facts, bars, effect, paint, progre
 from ockham.tabular.fitting import FitPlan, Fitted, drawn, fit
 from ockham.tabular.model import Table
 from ockham.tabular.predicting import Draws
-from ockham.tabular.targets import Target
+from ockham.tabular.targets import target_for
 
 __all__ = ["SparseBNN"]
 
@@ -95,10 +95,6 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
 
     # ------------------------------------------------------------------ what the two supply
     @abstractmethod
-    def _target_of(self, y: Any, classes: Any) -> Target:
-        """What kind of target this is."""
-
-    @abstractmethod
     def _coverage(self, X: Any, y: Any) -> tuple[Floats, Floats]:  # noqa: N803
         """Nominal and observed shares of rows inside what the model says."""
 
@@ -163,7 +159,8 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         if not weight.sum() > 0:
             raise OckhamError("sample_weight is zero for every row: nothing to fit")
         if first:
-            self._target = self._target_of(y, classes)
+            loss, mistakes = getattr(self, "loss", None), getattr(self, "label_noise", False)
+            self._target = target_for(y, classes, loss=loss, mistakes=mistakes)
         target = self._target.numbers(y)
         counted, effective = counts_for(weight, self.n_effective)
         if effective is not None and self.n_effective is None:
@@ -348,29 +345,36 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         """
         check_is_fitted(self)
         used, names = self._used(), self._names()
-        pair, curves = strongest_pair(self._shown, self._sample, self._encoding, used), []
-        if pair is not None:
-            column = int((self._encoding.origin == pair[1]).nonzero()[0][0])
-            for q, word in ((0.1, "low"), (0.5, "middle"), (0.9, "high")):
-                rows = self._sample.copy()
-                rows[:, column] = np.quantile(rows[:, column], q)
-                shown = effect(self._shown, rows, self._encoding, pair[0], names[pair[0]])
-                curves.append((f"{names[pair[1]]} {word}", shown))
+        why, active = [], set(self._active.tolist())
+        for mine in ((self._encoding.origin == j).nonzero()[0] for j in range(len(names))):
+            if self._scaling.constant[mine].all():
+                why.append("it is constant")
+            elif all(self._same_as[i] != i for i in mine):
+                why.append(f"it says the same as {self._encoding.names[self._same_as[mine[0]]]}")
+            elif active.isdisjoint(mine.tolist()):
+                why.append("screening found no evidence for a term of it")
+            else:
+                why.append("without it the evidence is higher")
         moving = (getattr(self, "noise_inclusion_", np.zeros(0)) > 0.5).nonzero()[0].tolist()
+
+        def noise(rows: Floats) -> Floats:
+            parts = [s * (f / (f - 2)).sqrt() for _, s, f in self._draws.with_scales(self._numbers(rows))]
+            return torch.cat(parts, 1).numpy() * self._target.units[1]  # type: ignore[no-any-return]
+
         facts = Facts(
             title=f"{type(self).__name__}: what it found",
             names=names,
             inclusion=self.inclusion_,
             weights=self._weights_by_feature(),
-            why=self._why(),
+            why=why,
             tiles=[
                 ("inputs used", str(len(used)), f"of {len(names)}"),
                 ("weights", str(self.n_weights_), "of the network that predicts"),
                 ("evidence", f"{self.evidence_:.1f}", "nats"),
             ],
             effects=[self.effect(j) for j in used],
-            pair=curves,
-            noise=[effect(self._noise_shown, self._sample, self._encoding, j, names[j]) for j in moving],
+            pair=strongest_pair(self._shown, self._sample, self._encoding, used, names),
+            noise=[effect(noise, self._sample, self._encoding, j, names[j]) for j in moving],
             target=self._target.shown_as,
             coverage=None if X is None else self._coverage(X, y),
             remarks=self._remarks,
@@ -388,33 +392,11 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         np.add.at(weights, self._encoding.origin[self._active.numpy()], self._fitted.state.model.nets[0].used().numpy())
         return weights
 
-    def _why(self) -> list[str]:
-        """Why features are not used."""
-        found, numbers = [], self._encoding.names
-        active = set(self._active.tolist())
-        for j in range(self.n_features_in_):
-            mine = (self._encoding.origin == j).nonzero()[0]
-            if self._scaling.constant[mine].all():
-                found.append("it is constant")
-            elif all(self._same_as[i] != i for i in mine):
-                found.append(f"it says the same as {numbers[self._same_as[mine[0]]]}")
-            elif not any(int(i) in active for i in mine):
-                found.append("screening found no evidence for a term of it")
-            else:
-                found.append("without it the evidence is higher")
-        return found
-
     def _shown(self, rows: Floats) -> Floats:
         """What each draw says of rows of numbers [n, q], [D, n], in what effects are shown in."""
         centre, std = self._target.units
         said: Floats = torch.cat(list(self._draws.means(self._numbers(rows))), 1).numpy() * std + centre
         return said
-
-    def _noise_shown(self, rows: Floats) -> Floats:
-        """Standard deviation of the noise by each draw, [D, n], in units of the target."""
-        parts = [s * (f / (f - 2)).sqrt() for _, s, f in self._draws.with_scales(self._numbers(rows))]
-        spread: Floats = torch.cat(parts, 1).numpy() * self._target.units[1]
-        return spread
 
     def _numbers(self, rows: Floats) -> Tensor:
         """Rows of numbers [n, q] as the networks read them."""

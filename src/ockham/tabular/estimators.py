@@ -12,7 +12,6 @@ import numpy.typing as npt
 import torch
 from sklearn.base import ClassifierMixin, RegressorMixin, clone
 from sklearn.utils._param_validation import StrOptions
-from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, check_consistent_length, check_is_fitted
 
 from ockham.errors import OckhamError, OckhamWarning
@@ -20,7 +19,7 @@ from ockham.tabular.base import SparseBNN
 from ockham.tabular.data import Floats, outlying
 from ockham.tabular.likelihoods import Classes
 from ockham.tabular.predicting import interval, log_density, moments, noise_std
-from ockham.tabular.targets import ClassTarget, CountTarget, NumberTarget, Target
+from ockham.tabular.targets import ClassTarget, CountTarget, NumberTarget
 
 __all__ = ["SparseBNNClassifier", "SparseBNNRegressor"]
 
@@ -211,9 +210,6 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
         tags.target_tags.multi_output = True
         return tags
 
-    def _target_of(self, y: Any, classes: Any) -> Target:
-        return CountTarget() if self.loss == "poisson" else NumberTarget()
-
     def _fit(self, x: Floats, target: Floats, weight: Floats, *, first: bool) -> Self:
         super()._fit(x, target, weight, first=first)
         if isinstance(self._target, CountTarget):
@@ -269,7 +265,6 @@ class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
 
     PARAMETERS
     Attributes:
-        classes_: labels, sorted.
         inclusion_: probability that a feature is used, shape [n_features_in_]; as there.
         feature_importances_: the same, under scikit-learn's name.
         n_weights_: weights of the network that predicts.
@@ -341,15 +336,11 @@ class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
         """Go on with more rows; the first call needs all ``classes`` that will ever come."""
         return self._partial_fit(X, y, sample_weight, classes)
 
-    def _target_of(self, y: Any, classes: Any) -> ClassTarget:
-        check_classification_targets(y)
-        self.classes_ = np.unique(y if classes is None else classes)
-        if len(self.classes_) < 2:
-            raise OckhamError(
-                f"{type(self).__name__} needs samples of at least 2 classes in the data, but the data "
-                f"contains only one class: {self.classes_[0]!r}"
-            )
-        return ClassTarget(self.classes_, self.label_noise)
+    @property
+    def classes_(self) -> npt.NDArray[Any]:
+        """Labels, sorted."""
+        assert isinstance(self._target, ClassTarget)
+        return self._target.classes
 
     @property
     def label_noise_(self) -> float:

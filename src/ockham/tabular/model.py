@@ -214,15 +214,11 @@ class Model:
                     found += _uniform(living, len(mask) * active)
                 elif name != "out.bias":
                     found += _uniform(living, mask.numel())
-                if name != "out.bias":
-                    found += self._slab_belief(t, name, living)
+                if name != "out.bias":  # density of the slab variance by its posterior's width in ln v, about 0 where
+                    scaled = _SHAPE * self._slab(t) * self.precision[t][name]  # none live
+                    found += _SHAPE * math.log(scaled) - math.lgamma(_SHAPE) - scaled
+                    found += 0.5 * math.log(2 * math.pi / (_SHAPE + 0.5 * living))
         return found
-
-    def _slab_belief(self, t: int, name: str, living: int) -> float:
-        """Ln of the hyper-prior of a slab variance by the width of its posterior in ln v; about 0 where none live."""
-        rate, precision = _SHAPE * self._slab(t), self.precision[t][name]
-        at = _SHAPE * math.log(rate * precision) - math.lgamma(_SHAPE) - rate * precision
-        return at + 0.5 * math.log(2 * math.pi / (_SHAPE + 0.5 * living))
 
     def _slab(self, t: int) -> float:
         return _SLAB_OF_SCALE * self.slab_variance if t else self.slab_variance

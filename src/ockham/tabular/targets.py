@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from sklearn.utils.multiclass import check_classification_targets
 from torch import Tensor
 
 from ockham.errors import OckhamError
 from ockham.tabular.data import Floats, Scaling, outlying
 from ockham.tabular.likelihoods import Classes, Counts, GaussianNoise, NoisyClasses, RowLikelihood, Student, resolution
 
-__all__ = ["ClassTarget", "CountTarget", "NumberTarget", "Target"]
+__all__ = ["ClassTarget", "CountTarget", "NumberTarget", "Target", "target_for"]
 
 _CLIP = 5.0  # standard deviations of targets that inputs are screened against, where there are outliers
 
@@ -212,3 +213,27 @@ class ClassTarget(Target):
     def likelihood(self, scaled: Tensor) -> RowLikelihood:
         """Softmax, or the logistic function."""
         return NoisyClasses() if self.mistakes else Classes()
+
+
+def target_for(y: Any, classes: Any, *, loss: str | None, mistakes: bool) -> Target:
+    """Kind of the targets of an estimator.
+
+    Args:
+        y: targets [n].
+        classes: labels that may come; None: those of y.
+        loss: "student_t" or "poisson" of a regression, None of a classification.
+        mistakes: whether some labels may be wrong.
+
+    Raises:
+        OckhamError: a single class.
+    """
+    if loss is not None:
+        return CountTarget() if loss == "poisson" else NumberTarget()
+    check_classification_targets(y)
+    labels = np.unique(y if classes is None else classes)
+    if len(labels) < 2:
+        raise OckhamError(
+            f"a classifier needs samples of at least 2 classes in the data, but the data contains only one class: "
+            f"{labels[0]!r}"
+        )
+    return ClassTarget(labels, mistakes)
