@@ -7,6 +7,7 @@ predictive, for which no targets are needed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +24,7 @@ from ockham.errors import DataError, OckhamError
 __all__ = ["Case", "CaseObjective", "answer_tensor", "cases_from", "objective_for"]
 
 _POSITIONS = 1024
+_CASES = 8
 _IGNORED = -100
 _PROBE = 16
 
@@ -81,7 +83,10 @@ class CaseObjective:
 def cases_from(
     calibration: Iterable[Any], batch: Callable[[Any], Any] | None, model: nn.Module, device: torch.device
 ) -> list[Case]:
-    """Every batch of the calibration data as cases on the model's device; long token batches are cut along examples.
+    """Every batch of the calibration data as cases on the model's device; token batches are cut along examples.
+
+    Cases are about a thousand tokens long at most, and at least eight where there are so many windows: some of them are
+    held out to judge.
 
     Args:
         calibration: batches; a bare tensor is one of token windows ``[windows, positions]`` or inputs.
@@ -93,12 +98,10 @@ def cases_from(
         DataError: no batches, or items that are no tensors, tuples or mappings.
     """
     items = [calibration] if isinstance(calibration, (Tensor, Mapping)) else calibration
-    found: list[Case] = []
-    for item in items:
-        found += _pieces(_case(_moved(item if batch is None else batch(item), device), model))
+    found = [_case(_moved(item if batch is None else batch(item), device), model) for item in items]
     if not found:
         raise DataError("the calibration data are empty: pass at least one batch; some thousand tokens are enough")
-    return found
+    return [piece for case in found for piece in _pieces(case, math.ceil(_CASES / len(found)))]
 
 
 def objective_for(
@@ -156,14 +159,14 @@ def _case(item: Any, model: nn.Module) -> Case:
     return Case((item,), {}, target)
 
 
-def _pieces(case: Case) -> list[Case]:
-    """The case cut along its examples, so that a piece has about a thousand token positions at most."""
+def _pieces(case: Case, least: int) -> list[Case]:
+    """The case cut along its examples into at least so many pieces, of about a thousand token positions at most."""
     leaves, spec = pytree.tree_flatten((case.args, dict(case.kwargs), case.target, case.mask))
     tensors = [t for t in leaves if isinstance(t, Tensor)]
     tokens = [t for t in tensors if t.ndim == 2 and not t.is_floating_point()]
     if not tokens or any(t.ndim == 0 or len(t) != len(tokens[0]) for t in tensors):
         return [case]
-    each = max(1, _POSITIONS // tokens[0].shape[1])
+    each = max(1, min(_POSITIONS // tokens[0].shape[1], len(tokens[0]) // least))
     parts = [t.split(each) if isinstance(t, Tensor) else None for t in leaves]
     count = len(tokens[0].split(each))
     cut = [[leaf if p is None else p[i] for leaf, p in zip(leaves, parts, strict=True)] for i in range(count)]

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError
 from ockham.methods.blocks.cases import Case, CaseObjective
 from ockham.methods.blocks.curvature import (
@@ -56,9 +57,11 @@ __all__ = [
     "held_out",
     "inputs_of_stage",
     "loss_of",
+    "prior_of",
     "reduce_blocks_",
     "study",
     "study_damping",
+    "surviving_posterior",
 ]
 
 
@@ -123,6 +126,7 @@ class MatrixEvidence:
         cost: rise of the loss, nats per term, by the matrix's curvature and with the survivors moved.
         volume: nats freed, 1/2 sum over the removed of ln(1 + n_data h / P0).
         n_data: terms that the cost counts for.
+        prior_precision: P0, one over the mean square of the trained weights.
     """
 
     block: str
@@ -131,6 +135,7 @@ class MatrixEvidence:
     cost: float
     volume: float
     n_data: float
+    prior_precision: float
 
     @property
     def nats(self) -> float:
@@ -251,7 +256,56 @@ def _reduced(
     gone = (small == 0)[..., : target.shape[-1] - bias]
     volume = freed(target, worth, (inputs, outputs), scale, gone=gone, n_data=orders.n_data)
     cost = loss_increase(change, inputs, outputs, scale)
-    return MatrixEvidence(block_map.name, gone.numel(), 1 - float(gone.float().mean()), cost, volume, orders.n_data)
+    kept = 1 - float(gone.float().mean())
+    prior = prior_of(target[..., : gone.shape[-1]])
+    return MatrixEvidence(block_map.name, gone.numel(), kept, cost, volume, orders.n_data, prior)
+
+
+def prior_of(weight: Tensor) -> float:
+    """Precision of a prior under which a matrix's weights are typical: one over their mean square."""
+    return 1 / max(float(weight.double().square().mean()), 1e-30)
+
+
+@torch.no_grad()
+def surviving_posterior(
+    found: Study,
+    evidence: Mapping[str, MatrixEvidence],
+    damping: Mapping[str, Damping],
+    n_data: float,
+    likelihood: str,
+) -> Posterior:
+    r"""Gaussian of every weight that stays in the matrices of the blocks, the others at their means.
+
+        P_rj = P0 + n_data h_rj,      h_rj = 1 / ([A'^-1]_jj [G'^-1]_rr) in nats per term
+
+    Args:
+        found: the study of the dense network, whose weights are the reduced ones by now.
+        evidence: of the reduction.
+        damping: kind of matrix to its setting.
+        n_data: terms behind the trained weights.
+        likelihood: name of it.
+    """
+    moments: dict[str, Gaussian] = {}
+    for block, block_map in zip(found.dense.blocks, found.dense.maps, strict=True):
+        parameters = weights_of(block, block_map.name)
+        matrices = {k: m for k, m in block_map.matrices.items() if k in found.samples}
+        held = {r.name for m in matrices.values() for r in (m.weight, m.bias) if r is not None}
+        precision = {n: torch.zeros_like(parameters[n], dtype=torch.float32) for n in held}
+        prior = {n: torch.ones_like(p) for n, p in precision.items()}
+        for key, matrix in matrices.items():
+            inputs, outputs = found.dense.inputs(block_map, key), found.dense.outputs(key)
+            weight, scale = matrix.read(parameters), found.dense.scale(block_map, key)
+            worth = quadratic(inputs, outputs, damping.get(matrix_kind(key), DEFAULT_DAMPING)).conditional()
+            unit = (inputs.diagonal(dim1=-2, dim2=-1).mean(-1) * outputs.diagonal(dim1=-2, dim2=-1).mean(-1)) / scale
+            p0 = evidence[key].prior_precision if key in evidence else prior_of(weight)
+            matrix.write(precision, (p0 + n_data * worth * unit[:, None, None]).expand_as(weight))
+            matrix.write(prior, torch.full_like(weight, p0))
+        for name in (n for n in parameters if n in held):
+            mean, known = parameters[name].detach().float().clone(), precision[name] > 0
+            keep = (mean != 0) & known
+            spread = precision[name].masked_fill(~keep, torch.inf)
+            moments[name] = Gaussian(mean, spread, prior[name], mean.new_zeros(()), keep)
+    return Posterior(moments, float(n_data), 1.0, "Laplace (kronecker, by blocks)", likelihood=likelihood)
 
 
 def freed(
