@@ -98,7 +98,8 @@ def cases_from(
         DataError: no batches, or items that are no tensors, tuples or mappings.
     """
     items = [calibration] if isinstance(calibration, (Tensor, Mapping)) else calibration
-    found = [_case(_moved(item if batch is None else batch(item), device), model) for item in items]
+    read = (item if batch is None else batch(item) for item in items)
+    found = [_case(x.to(device) if isinstance(x, Batch) else to_device(x, device), model) for x in read]
     if not found:
         raise DataError("the calibration data are empty: pass at least one batch; some thousand tokens are enough")
     return [piece for case in found for piece in _pieces(case, math.ceil(_CASES / len(found)))]
@@ -116,9 +117,17 @@ def objective_for(
     with torch.no_grad():
         answer = case.answer(model, chosen)
     if likelihood == "auto":
-        likelihood = _guessed(model, case, answer, chosen)
+        tokens, target = _tokens(case), case.target
+        likelihood = "own"
+        if target is not None:
+            likelihood = "regression" if target.is_floating_point() else "classification"
+        if tokens is not None and (target is None or target.shape == tokens.shape) and answer.ndim == 3:
+            same = answer.shape[:2] == tokens.shape
+            likelihood = "next-token" if same and _causal(model, case, tokens, chosen) else likelihood
     if likelihood == "next-token":
-        return CaseObjective("next-token", _next_token, lambda f, c, _: _next_token(f, c)[0], _next_terms, chosen)
+        return CaseObjective(
+            "next-token", _next_token, lambda f, c, _: _next_token(f, c)[0], lambda f, c: _next_token(f, c)[1], chosen
+        )
     if likelihood == "own":
         return CaseObjective("own predictive", None, _own, lambda f, c: len(f), chosen)
     known = likelihood_from(likelihood)
@@ -129,10 +138,6 @@ def objective_for(
         )
     known.check(*_by_class(known, answer, case.target))
     return _with_targets(known, chosen)
-
-
-def _moved(item: Any, device: torch.device) -> Any:
-    return item.to(device) if isinstance(item, Batch) else to_device(item, device)
 
 
 def _case(item: Any, model: nn.Module) -> Case:
@@ -198,17 +203,6 @@ def _tokens(case: Case) -> Tensor | None:
     return given if isinstance(given, Tensor) and given.ndim == 2 and not given.is_floating_point() else None
 
 
-def _guessed(model: nn.Module, case: Case, answer: Tensor, output: Callable[[Any], Tensor]) -> str:
-    tokens, target = _tokens(case), case.target
-    aligned = tokens is not None and answer.ndim == 3 and answer.shape[:2] == tokens.shape
-    labelled = target is not None and tokens is not None and target.shape == tokens.shape
-    if tokens is not None and aligned and (target is None or labelled) and _causal(model, case, tokens, output):
-        return "next-token"
-    if target is None:
-        return "own"
-    return "regression" if target.is_floating_point() else "classification"
-
-
 @torch.no_grad()
 def _causal(model: nn.Module, case: Case, tokens: Tensor, output: Callable[[Any], Tensor]) -> bool:
     """True for a network of as many outputs as tokens that does not look ahead: its first answers ignore the last."""
@@ -224,21 +218,12 @@ def _causal(model: nn.Module, case: Case, tokens: Tensor, output: Callable[[Any]
     return answers[0].shape[-1] > int(tokens.max()) and torch.allclose(answers[0], answers[1], rtol=1e-4, atol=1e-5)
 
 
-def _next_targets(case: Case) -> Tensor:
-    tokens = _tokens(case)
-    given = case.target if case.target is not None else tokens
+def _next_token(answer: Tensor, case: Case) -> tuple[Tensor, int]:
+    given = case.target if case.target is not None else _tokens(case)
     if given is None:
         raise DataError("likelihood 'next-token' needs token ids [examples, positions] as input")
     target = given[:, 1:]
-    return target if case.mask is None else target.masked_fill(~case.mask[:, 1:], _IGNORED)
-
-
-def _next_terms(answer: Tensor, case: Case) -> int:
-    return int((_next_targets(case) != _IGNORED).sum())
-
-
-def _next_token(answer: Tensor, case: Case) -> tuple[Tensor, int]:
-    target = _next_targets(case).flatten()
+    target = (target if case.mask is None else target.masked_fill(~case.mask[:, 1:], _IGNORED)).flatten()
     logits = answer[:, :-1].flatten(0, 1)
     nll = F.cross_entropy(logits.float(), target, ignore_index=_IGNORED, reduction="sum")
     return nll, int((target != _IGNORED).sum())

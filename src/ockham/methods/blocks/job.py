@@ -302,8 +302,9 @@ class BlockJob:
             if self._settings.posterior:
                 self.posterior = surviving_posterior(found, evidence, damping, n_data, self.likelihood)
         self._refreshed(model)
-        known = {k for m in found.dense.maps for k in m.matrices}
-        untouched = tuple(sorted(k for k in known if k not in evidence and not self._spared(model, k)))
+        known = {k for m in found.dense.maps for k in m.matrices} - evidence.keys()
+        spared = protected_names(model, self._settings.ignore)
+        untouched = tuple(sorted(k for k in known if k.partition("[")[0] not in spared))
         if untouched and keep != 1 and (keep is not None or evidence):
             warnings.warn(
                 f"{len(untouched)} matrices stay as they are, such as {untouched[0]}: no calibration data reach them, "
@@ -439,10 +440,6 @@ class BlockJob:
         loader: Any = [Batch(tuple(c.args), dict(c.kwargs)) for c in cases]
         refresh_batchnorm(model, loader, batches=len(loader), batch=lambda case: case)
         return model
-
-    def _spared(self, model: nn.Module, key: str) -> bool:
-        spared = protected_names(model, self._settings.ignore)
-        return key.partition("[")[0] in spared
 
     def _teller(self, stage: str) -> Callable[[int, int], None]:
         began = time.perf_counter()

@@ -436,6 +436,8 @@ def _loaded(source: Path) -> tuple[Any, Any, torch.dtype]:
 def _text_windows(model: Any, tokenizer: Any, text: str, windows: tuple[int, int], seed: int) -> Tensor:
     """Windows of the text: some to judge on, then those to calibrate on; shorter where the text or the model is."""
     ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    if not len(ids):
+        raise DataError("the folder's tokenizer makes no tokens of the text: save the model's own tokenizer beside it")
     words = getattr(model.config, "vocab_size", None) or model.get_input_embeddings().num_embeddings
     if len(ids) and int(ids.max()) >= words:
         raise DataError(f"the tokenizer gives the token {int(ids.max())}, and the model knows {words}: not its own")

@@ -427,34 +427,30 @@ def study_damping(
     found: Study, keep: Mapping[str, float | NofM], on_kind: Callable[[int, int], None]
 ) -> tuple[Mapping[str, Damping], list[DampingTrial]]:
     """The setting for each kind of matrix, and everything that was tried; nothing where no data were held out."""
-    kinds: dict[str, list[tuple[int, str]]] = {}
+    store, kinds = found.dense.store, dict[str, list[tuple[int, str]]]()
     for j in found.tried:
         for key in found.dense.maps[j].matrices:
             if key in found.samples:
                 kinds.setdefault(matrix_kind(key), []).append((j, key))
     chosen, every = {}, []
     for i, (kind, places) in enumerate(kinds.items()):
-        problems = [p for j, key in places[:3] if (p := _problem(found, j, key)) is not None]
+        problems = []
+        for j, key in places[:3]:
+            block_map = found.dense.maps[j]
+            names = f"A:{block_map.source[key]}", f"G:{key}"
+            parts = [tuple(n + end for n in names) for end in ("", ".held")]
+            if not all(store.has(n) for part in parts for n in part):
+                continue
+            matrix = block_map.matrices[key]
+            fit, held = (lambda a=a, g=g: (store.get(a), store.get(g)) for a, g in parts)
+            weight = matrix.read(weights_of(found.dense.blocks[j], block_map.name))
+            scale = store.rows[parts[1][0]] * found.held_terms
+            problems.append(DampingProblem(weight, matrix.bias is not None, fit, held, scale))
         if problems:
             every += chosen_damping(kind, problems, keep[places[0][1]])
             chosen[kind] = min((t for t in every if t.kind == kind), key=lambda t: t.cost).damping
         on_kind(i + 1, len(kinds))
     return chosen, every
-
-
-def _problem(found: Study, j: int, key: str) -> DampingProblem | None:
-    dense, block_map = found.dense, found.dense.maps[j]
-    a, g, store = f"A:{block_map.source[key]}", f"G:{key}", dense.store
-    if not all(store.has(name) for name in (a, g, a + ".held", g + ".held")):
-        return None
-    matrix = block_map.matrices[key]
-    return DampingProblem(
-        matrix.read(weights_of(dense.blocks[j], block_map.name)),
-        matrix.bias is not None,
-        lambda: (store.get(a), store.get(g)),
-        lambda: (store.get(a + ".held"), store.get(g + ".held")),
-        store.rows[a + ".held"] * found.held_terms,
-    )
 
 
 def _maps(model: nn.Module, named: Sequence[tuple[str, nn.Module]], case: Case) -> list[BlockMap]:
