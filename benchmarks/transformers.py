@@ -408,6 +408,8 @@ METHODS: dict[str, Callable[[Bench, str], dict[str, Any]]] = {
     "magnitude": lambda b, t: rival(b, t, solver=lambda _: magnitude, lambdas=(0.0,)),
     "wanda": lambda b, t: rival(b, t, solver=lambda _: wanda, lambdas=(0.0,)),
     "sparsegpt, lambda .01": lambda b, t: rival(b, t, solver=sparsegpt, lambdas=(0.01,)),
+    "sparsegpt, lambda .1": lambda b, t: rival(b, t, solver=sparsegpt, lambdas=(0.1,)),
+    "sparsegpt, lambda .1, ours' shares": lambda b, t: rival(b, t, solver=sparsegpt, lambdas=(0.1,), even=False),
     "sparsegpt": lambda b, t: rival(b, t, solver=sparsegpt, lambdas=LAMBDAS),
     "sparsegpt, ours' shares": lambda b, t: rival(b, t, solver=sparsegpt, lambdas=LAMBDAS, even=False),
 }
