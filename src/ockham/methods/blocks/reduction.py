@@ -289,7 +289,8 @@ def surviving_posterior(
     for block, block_map in zip(found.dense.blocks, found.dense.maps, strict=True):
         parameters = weights_of(block, block_map.name)
         matrices = {k: m for k, m in block_map.matrices.items() if k in found.samples}
-        held = {r.name for m in matrices.values() for r in (m.weight, m.bias) if r is not None}
+        biases = {m.bias.name for m in matrices.values() if m.bias is not None}
+        held = {m.weight.name for m in matrices.values()} | biases
         precision = {n: torch.zeros_like(parameters[n], dtype=torch.float32) for n in held}
         prior = {n: torch.ones_like(p) for n, p in precision.items()}
         for key, matrix in matrices.items():
@@ -297,12 +298,13 @@ def surviving_posterior(
             weight, scale = matrix.read(parameters), found.dense.scale(block_map, key)
             worth = quadratic(inputs, outputs, damping.get(matrix_kind(key), DEFAULT_DAMPING)).conditional()
             unit = (inputs.diagonal(dim1=-2, dim2=-1).mean(-1) * outputs.diagonal(dim1=-2, dim2=-1).mean(-1)) / scale
-            p0 = evidence[key].prior_precision if key in evidence else prior_of(weight)
+            free = weight[..., : weight.shape[-1] - (matrix.bias is not None)]
+            p0 = evidence[key].prior_precision if key in evidence else prior_of(free)
             matrix.write(precision, (p0 + n_data * worth * unit[:, None, None]).expand_as(weight))
             matrix.write(prior, torch.full_like(weight, p0))
         for name in (n for n in parameters if n in held):
             mean, known = parameters[name].detach().float().clone(), precision[name] > 0
-            keep = (mean != 0) & known
+            keep = known if name in biases else known & (mean != 0)
             spread = precision[name].masked_fill(~keep, torch.inf)
             moments[name] = Gaussian(mean, spread, prior[name], mean.new_zeros(()), keep)
     return Posterior(moments, float(n_data), 1.0, "Laplace (kronecker, by blocks)", likelihood=likelihood)
