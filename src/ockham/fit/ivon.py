@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError
-from ockham.fit.memory import RunFacts
+from ockham.fit.memory import RunFacts, Schedule, schedule_of
 from ockham.fit.optimizer import VariationalOptimizer
 from ockham.fit.priors import FixedPrior, GroupPrior, Prior
 
@@ -108,10 +108,8 @@ class IVON(VariationalOptimizer):
         prior: Prior | None = None,
         prior_mean: float = 0.0,
         initial_std: float = 1e-2,
-        temperature: float = 1.0,
-        kl_warmup: int = 0,
-        prior_interval: int = 100,
         seed: int = 0,
+        **schedule: Unpack[Schedule],
     ) -> None:
         settings = {
             "n_data": n_data,
@@ -121,9 +119,7 @@ class IVON(VariationalOptimizer):
             "prior": FixedPrior() if prior is None else prior,
             "prior_mean": prior_mean,
             "initial_std": initial_std,
-            "temperature": temperature,
-            "kl_warmup": kl_warmup,
-            "prior_interval": prior_interval,
+            **schedule_of("IVON", schedule),
         }
         super().__init__(params, settings, seed=seed)
 

@@ -22,6 +22,7 @@ from ockham.core.files import Count, Share, from_plain, to_plain
 from ockham.core.likelihood import Likelihood, Regression
 from ockham.core.objective import fit_noise
 from ockham.core.posterior import Posterior
+from ockham.core.seal import weights_fingerprint
 from ockham.errors import DataError, OckhamError
 from ockham.run.engine import Compressed, Engine, EpochInfo, Method, OnStep, RunState, Task
 from ockham.run.folder import NETWORK, PLAN, POSTERIOR, ResultFolder, layer_rows, save_network, save_plan, stored_values
@@ -63,7 +64,7 @@ from ockham.run.schema import (
     write_result,
 )
 from ockham.run.shift import SEVERITIES
-from ockham.run.weights import fitted, weights_fingerprint
+from ockham.run.weights import fitted
 from ockham.surgery.shrinking import cost, latencies
 from ockham.version import __version__
 from ockham.zoo.data import Batches, Dataset, data_fingerprint
