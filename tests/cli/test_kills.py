@@ -192,7 +192,7 @@ def killed_at_random(home: Path, method: str, times: int, seed: int) -> int:
 
 
 def killed_over_an_old_result(home: Path, method: str) -> tuple[int, int]:
-    """Stop before every replacement of a file while a result takes another's place; how often the old, the new was left.
+    """Stop before every replacement of a file while a result takes another's place; how often old and new were left.
 
     Each must be whole, and the new one never turn into the old one again.
     """
