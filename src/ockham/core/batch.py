@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from ockham.errors import DataError, OckhamError
 
 __all__ = [
+    "READ_ONCE",
     "Batch",
     "Loader",
     "LoaderOptions",
@@ -42,6 +43,9 @@ __all__ = [
 
 PYTHON_ERRORS = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, NotImplementedError)
 """What a network, a loss or a function of the user's raises when it is given something it cannot take."""
+
+READ_ONCE = "the loader can be read only once, or is empty: pass a DataLoader or a list of batches, not an iterator"
+"""What is said of a loader that yields nothing in a later pass."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from ockham.choose.rules import Diagnosis, RoundInfo
-from ockham.core.batch import Batch, Loader, ReadBatch, ReadOutput, random_states, restore_random_states, sized
+from ockham.core.batch import (
+    READ_ONCE,
+    Batch,
+    Loader,
+    ReadBatch,
+    ReadOutput,
+    random_states,
+    restore_random_states,
+    sized,
+)
 from ockham.core.likelihood import Likelihood
 from ockham.core.network import device_of, seeded, train_
 from ockham.core.objective import Objective, objective_of
@@ -507,10 +516,7 @@ class _Tally:
         if final or not self._count:
             self._settle()
         if final and not self._count:
-            raise DataError(
-                f"the loader yielded nothing in epoch {self._epoch + 1}: it can be read only once, or is empty. Pass a "
-                "DataLoader or a list of batches, not an iterator over them"
-            )
+            raise DataError(READ_ONCE)
         return self._sum / max(1, self._count)
 
     def accuracy(self) -> float:
