@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect as python_inspect
 import math
+import os
 import shlex
 import sys
 import warnings
@@ -15,6 +16,7 @@ from types import TracebackType
 from typing import Annotated, Any
 
 import torch
+import torch.distributed as dist
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -24,6 +26,7 @@ from torch import nn
 
 from ockham.cli.build import METHODS, Common, build_job, load_data, load_model, options_of, parse_device, read_config
 from ockham.core.files import printable, to_plain
+from ockham.core.network import ALONE, Processes
 from ockham.core.posterior import load_posterior
 from ockham.core.seal import sealed
 from ockham.errors import OckhamError, OckhamWarning
@@ -310,20 +313,40 @@ _verb("gate", "Train with gates on whole structures and remove those by a BMRS r
 def _run(options: Common) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    job = build_job(options, "ockham " + shlex.join(sys.argv[1:]))
-    for note in job.notes:
-        err_console.print(f"note: {note}", style="dim", markup=False, highlight=False)
+    with _beside(options.device) as processes:
+        job = build_job(options, "ockham " + shlex.join(sys.argv[1:]), processes)
+        first = processes.rank == 0
+        for note in job.notes if first else ():
+            err_console.print(f"note: {note}", style="dim", markup=False, highlight=False)
+        quiet, log_dir = options.quiet or not first, options.log_dir if first else None
+        try:
+            with terminated(), Bars(err_console, quiet=quiet) as bars, tensorboard(log_dir) as log:
+                job.on_step = bars.step
+                for info in job.run():
+                    bars.epoch(info)
+                    log(info)
+        except KeyboardInterrupt:
+            if first:
+                err_console.print(f"ockham: {resume_hint(job.out)}", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(130) from None
+    if first:
+        metrics(out_console, job.out)
+        typer.echo(f"Report: {job.out / 'report.html'}")
+
+
+@contextmanager
+def _beside(device: str) -> Iterator[Processes]:
+    """The processes that torchrun started, joined for the time of the block; this one alone without torchrun."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_torchelastic_launched():
+        yield ALONE
+        return
+    if device.startswith("cuda"):
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
-        with terminated(), Bars(err_console, quiet=options.quiet) as bars, tensorboard(options.log_dir) as log:
-            job.on_step = bars.step
-            for info in job.run():
-                bars.epoch(info)
-                log(info)
-    except KeyboardInterrupt:
-        err_console.print(f"ockham: {resume_hint(job.out)}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from None
-    metrics(out_console, job.out)
-    typer.echo(f"Report: {job.out / 'report.html'}")
+        yield Processes.world()
+    finally:
+        dist.destroy_process_group()
 
 
 def _build(folder: Path, data: str | None, model: str | None) -> tuple[Any, Any]:

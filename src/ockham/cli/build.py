@@ -30,6 +30,7 @@ from ockham.choose.rules import (
 )
 from ockham.core.files import read_toml
 from ockham.core.likelihood import likelihood_from
+from ockham.core.network import ALONE, Processes
 from ockham.core.posterior import Posterior
 from ockham.errors import DataError, OckhamError, ResultError
 from ockham.fit.priors import FixedPrior
@@ -315,12 +316,13 @@ EVIDENCE_RULES: dict[str, Rule] = {"evidence": EvidenceRule(), "learned-odds": L
 _SLAB_ROUNDS = Rounds(start=0.5, end=0.9, count=5)
 
 
-def build_job(given: Common | Mapping[str, Any], command: str) -> Job:
+def build_job(given: Common | Mapping[str, Any], command: str, processes: Processes = ALONE) -> Job:
     """Everything that the options name, checked.
 
     Args:
         given: options of a method, or what the user gave by name.
         command: line as typed, for the record.
+        processes: those that do the job together.
 
     Raises:
         OckhamError: a name is unknown, a file unreadable, settings contradict each other.
@@ -352,6 +354,7 @@ def build_job(given: Common | Mapping[str, Any], command: str) -> Job:
         hold=training.hold,
         seed=o.seed,
         device=device,
+        processes=processes,
     )
     return Job(
         _with_method(o, recipe),

@@ -21,6 +21,7 @@ __all__ = [
     "Loader",
     "ReadBatch",
     "ReadOutput",
+    "RowsOf",
     "Substituted",
     "batches_of",
     "call",
@@ -125,6 +126,28 @@ class _Steps:
             raise DataError(
                 f"steps_per_epoch={self._steps}, but the loader ends after {count} batches: give at most that many"
             )
+
+
+class RowsOf:
+    """Of every batch of a loader the rows of one process, so that all together make the batches of the loader.
+
+    Args:
+        loader: the same in all processes, in the same order.
+        rank: number of this process; it has the rows rank, rank + count, and so on. Batches with none are left out.
+        count: number of processes.
+    """
+
+    def __init__(self, loader: Loader, rank: int, count: int) -> None:
+        self._loader, self._rows = loader, slice(rank, None, count)
+
+    def __len__(self) -> int:
+        """Batches of the loader."""
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One epoch."""
+        parts = (read_batch(raw).part(self._rows) for raw in self._loader)
+        return (part for part in parts if part.size)
 
 
 def sized(loader: Iterable[Any], steps_per_epoch: int | None = None) -> Loader:

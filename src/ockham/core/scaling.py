@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ockham.core.network import Processes
 from ockham.core.posterior import Gaussian, Posterior
 
 __all__ = ["Head", "TargetStatistics", "find_head", "rescale_", "rescaled"]
@@ -44,6 +45,14 @@ class TargetStatistics:
         self._square = self._square + square + away.square() * self._weight * share
         self._mean = self._mean + away * share
         self._weight = both
+
+    def joined(self, processes: Processes) -> None:
+        """Take in what all processes have seen."""
+        every = processes.gathered(torch.stack([self._weight, self._mean, self._square]))
+        weight, mean, square = every.unbind(1)
+        self._weight = weight.sum(0)
+        self._mean = (weight * mean).sum(0) / self._weight
+        self._square = (square + weight * (mean - self._mean).square()).sum(0)
 
     def columns(self, target: Tensor) -> Tensor:
         """Numbers of a batch as [numbers, outputs], float64."""

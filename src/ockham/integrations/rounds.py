@@ -9,11 +9,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ockham.choose.rules import EvidenceRule, RoundInfo, Rounds, Rule, diagnose, evidence_falls, score
-from ockham.core.network import Ignore, ignored
+from ockham.core.network import Ignore, Processes, ignored
 from ockham.errors import OckhamError, OckhamWarning
 from ockham.fit.optimizer import VariationalOptimizer
 
@@ -69,7 +68,9 @@ class StepRounds:
         """
         if step not in self.due:
             return None
-        loss = _agreed(optimizer, loss)
+        processes = Processes.world()
+        processes.agree(p for group in optimizer.param_groups for p in group["params"])
+        loss = float(processes.gathered(torch.tensor(loss, dtype=torch.float64)).mean())
         ended = isinstance(self.rule, EvidenceRule) and evidence_falls(self.history, self.rounds.patience)
         if ended or any(r.epoch >= step for r in self.history):
             return None
@@ -79,6 +80,7 @@ class StepRounds:
             for text in diagnose(posterior, loss).warnings:
                 warnings.warn(text, OckhamWarning, stacklevel=3)
         keep = self.rule.decide(evidence, self._protected, (self.due.index(step) + 1) / len(self.due))
+        keep = {name: processes.told(mask) for name, mask in keep.items()}
         gain, cost = evidence.gain(keep), evidence.nll_cost(keep)
         energy = -(posterior.n_data * loss + posterior.temperature * optimizer.kl())
         removed = optimizer.remove(keep)
@@ -96,24 +98,6 @@ class StepRounds:
         for saved in state["history"]:
             plain: dict[str, Any] = {k: math.nan if v is None else v for k, v in saved.items()}
             self.history.append(RoundInfo(**plain))
-
-
-def _agreed(optimizer: VariationalOptimizer, loss: float) -> float:
-    """The loss averaged over all processes, so that they decide alike; they must hold the same weights."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return loss
-    weights = [p for group in optimizer.param_groups for p in group["params"]]
-    sums = torch.stack([w.detach().double().mul(i % 97 + 1).sum() for i, w in enumerate(weights)])
-    mine = torch.stack([sums.sum(), sums.new_tensor(loss)])
-    every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(every, mine)
-    apart = [rank for rank, other in enumerate(every) if not torch.equal(other[0], every[0][0])]
-    if apart:
-        raise OckhamError(
-            f"the weights of process {apart[0]} differ from those of process 0: give all the same starting weights and "
-            "the same seed= of the optimizer, and let DistributedDataParallel average the gradients"
-        )
-    return float(torch.stack(every)[:, 1].mean())
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
