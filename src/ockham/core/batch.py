@@ -201,7 +201,10 @@ def read_batch(raw: Any, batch: ReadBatch | None = None) -> Batch:
     dict_keys(['input_ids'])
     """
     if batch is not None:
-        return _by_user(raw, batch)
+        found = _asked(batch, raw, "batch= cannot read what the loader yields")
+        if not isinstance(found, Batch):
+            raise DataError(f"batch= must return ockham.Batch(args, kwargs, target, weight); got {described(found)}")
+        return found
     if isinstance(raw, Batch):
         return raw
     if isinstance(raw, Mapping):
@@ -235,18 +238,14 @@ def inputs_of(x: Any, target: Any = None, weight: Tensor | None = None) -> Batch
     return Batch((x,) if whole else tuple(x), {}, target, weight)
 
 
-def _by_user(raw: Any, batch: ReadBatch) -> Batch:
+def _asked(function: Callable[[Any], Any], given: Any, problem: str) -> Any:
+    """What a function of the user's makes of something; where it cannot, an error that says what it was given."""
     try:
-        found = batch(raw)
+        return function(given)
     except OckhamError:
         raise
     except PYTHON_ERRORS as error:
-        raise DataError(
-            f"batch= cannot read what the loader yields, {described(raw)}: {type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(found, Batch):
-        raise DataError(f"batch= must return ockham.Batch(args, kwargs, target, weight); got {described(found)}")
-    return found
+        raise DataError(f"{problem}, {described(given)}: {type(error).__name__}: {error}") from error
 
 
 def batches_of(loader: Iterable[Any], device: torch.device, batch: ReadBatch | None = None) -> Iterator[Batch]:
@@ -275,16 +274,7 @@ def call(model: Callable[..., Any], batch: Batch, output: ReadOutput | None = No
         raise DataError(
             f"the network cannot take the data's inputs, {_call_of(args, kwargs)}: {type(error).__name__}: {error}"
         ) from error
-    if output is None:
-        return found
-    try:
-        return output(found)
-    except OckhamError:
-        raise
-    except PYTHON_ERRORS as error:
-        raise DataError(
-            f"output= cannot read what the network returns, {described(found)}: {type(error).__name__}: {error}"
-        ) from error
+    return found if output is None else _asked(output, found, "output= cannot read what the network returns")
 
 
 class Substituted:

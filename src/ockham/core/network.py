@@ -171,7 +171,11 @@ def ignored(model: nn.Module, entries: Ignore, *, buffers: bool = False) -> froz
     for entry in several:
         names = _covered(model, entry, every, first)
         if not names:
-            raise OckhamError(f"ignore entry {_shown(entry)} matches no parameter{_near(model, entry, every)}")
+            kind = entry if isinstance(entry, type) else type(entry)
+            shown = repr(entry) if isinstance(entry, str) else kind.__name__
+            if isinstance(entry, Tensor):
+                shown = f"parameter of shape {tuple(entry.shape)}"
+            raise OckhamError(f"ignore entry {shown} matches no parameter{_near(model, entry, every)}")
         found |= names
     return frozenset(found)
 
@@ -201,14 +205,6 @@ def _covered(model: nn.Module, entry: Any, every: dict[str, str], first: dict[Te
             raise OckhamError(f"ignore pattern {entry!r} is not a regular expression: {error}") from error
         return {own for name, own in every.items() if pattern.search(name)}
     return {own for name, own in every.items() if entry in ("", name) or name.startswith(entry + ".")}
-
-
-def _shown(entry: Any) -> str:
-    if isinstance(entry, Tensor):
-        return f"parameter of shape {tuple(entry.shape)}"
-    return (
-        entry.__name__ if isinstance(entry, type) else repr(entry) if isinstance(entry, str) else type(entry).__name__
-    )
 
 
 def _near(model: nn.Module, entry: Any, every: dict[str, str]) -> str:

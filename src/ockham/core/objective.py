@@ -181,8 +181,12 @@ class Objective:
                 counter.add(i, batch)
                 if counter.wants_outputs():
                     counter.look(model, batch.to(device))
-                if i == 0 and n_data is not None:
-                    _check_n_data(n_data, counter.terms)
+                if i == 0 and n_data is not None and not counter.terms <= n_data:
+                    wrong = f"is smaller than one batch ({counter.terms:g} terms)" if n_data > 0 else "must be positive"
+                    raise DataError(
+                        f"n_data = {n_data:g} {wrong}; it is the number of log-likelihood terms of the whole training "
+                        "set"
+                    )
                 if not whole:
                     break
         if processes.count > 1:
@@ -318,10 +322,20 @@ class _Counter:
                     stacklevel=4,
                 )
         if isinstance(self.likelihood, Regression):
-            self._set_units(model, self.likelihood, processes)
+            targets, residuals = (torch.cat(parts) for parts in zip(*self._residuals, strict=True))
+            mean_square, variance = residuals.square().mean(0), (targets - targets.mean(0)).square().mean(0)
+            share = 1 - (mean_square / variance.clamp_min(torch.finfo(torch.float64).tiny)).mean()
+            smallest = 1e-3 * variance.sqrt() + torch.finfo(torch.float32).tiny
+            residual = torch.maximum(mean_square.sqrt(), smallest)
+            # of the first examples of process 0, so that all processes go the same way
+            known = processes.told(torch.cat([(share > _PREDICTS).double().reshape(1), residual]))
+            self._set_units(model, self.likelihood, bool(known[0]), known[1:])
 
-    def _set_units(self, model: nn.Module, likelihood: Regression, processes: Processes) -> None:
-        """Standardised targets where the network's last layer can be rescaled, else the network's own unit."""
+    def _set_units(self, model: nn.Module, likelihood: Regression, explains: bool, residual: Tensor) -> None:
+        """Standardised targets where the network's last layer can be rescaled, else the network's own unit.
+
+        ``explains`` says whether the network predicts the targets as it is, with root mean squares ``residual``.
+        """
         assert self.statistics is not None and self._first is not None
         statistics, first = self.statistics, self._first
         spread = statistics.each()[1]
@@ -332,11 +346,18 @@ class _Counter:
                 outputs=likelihood.outputs_of(first.target),
                 axis=likelihood.axis,
             )
-        known = processes.told(self._explained())  # of the first examples of process 0, so that all go the same way
-        explains, residual = bool(known[0]), known[1:]
         if head is None:
-            if not explains:
-                _warn_far(*statistics.each())
+            mean, spread = statistics.each()
+            far = (spread > 30) | (spread < 1 / 30) | (mean.abs() > 30 * spread)
+            if not explains and bool(far.any()):
+                at = int(far.nonzero()[0])
+                warnings.warn(
+                    f"the targets (mean {float(mean[at]):g}, spread {float(spread[at]):g}) are far from the unit scale,"
+                    " and this network's outputs cannot be rescaled, since no Linear or convolution layer is last: "
+                    "standardise the targets, or end the network in such a layer",
+                    OckhamWarning,
+                    stacklevel=4,
+                )
             noise = residual if explains else statistics.root_mean_square()
             likelihood.set_units(torch.zeros(1), torch.ones(1), statistics.shaped(noise))
             return
@@ -350,15 +371,6 @@ class _Counter:
         self.objective.head = head
         likelihood.set_units(statistics.shaped(location), statistics.shaped(scale), statistics.shaped(noise))
 
-    def _explained(self) -> Tensor:
-        """Whether the network predicts the targets as it is (1 or 0), then its root mean square residual by output."""
-        targets, residuals = (torch.cat(parts) for parts in zip(*self._residuals, strict=True))
-        mean_square = residuals.square().mean(0)
-        variance = (targets - targets.mean(0)).square().mean(0)
-        share = 1 - (mean_square / variance.clamp_min(torch.finfo(torch.float64).tiny)).mean()
-        smallest = 1e-3 * variance.sqrt() + torch.finfo(torch.float32).tiny
-        return torch.cat([(share > _PREDICTS).double().reshape(1), torch.maximum(mean_square.sqrt(), smallest)])
-
 
 _NO_WEIGHT = "all sample weights are zero: there are no data to learn from"
 
@@ -368,29 +380,6 @@ def _check_weight(weight: Tensor | None) -> None:
         raise DataError(
             f"sample weights must be finite and not negative; got {float(weight.min()):g}..{float(weight.max()):g}. "
             "If the third entry of a batch is no weight, pass batch="
-        )
-
-
-def _check_n_data(n_data: float, first: float) -> None:
-    if not n_data > 0:
-        raise DataError(f"n_data counts log-likelihood terms and must be positive; got {n_data}")
-    if first > n_data:
-        raise DataError(
-            f"n_data = {n_data:g} is smaller than one batch ({first:g} terms); it is the number of log-likelihood "
-            "terms of the whole training set"
-        )
-
-
-def _warn_far(mean: Tensor, spread: Tensor) -> None:
-    far = (spread > 30) | (spread < 1 / 30) | (mean.abs() > 30 * spread)
-    if bool(far.any()):
-        at = int(far.nonzero()[0])
-        warnings.warn(
-            f"the targets (mean {float(mean[at]):g}, spread {float(spread[at]):g}) are far from the unit scale, and "
-            "this network's outputs cannot be rescaled, since no Linear or convolution layer is last: standardise the "
-            "targets, or end the network in such a layer",
-            OckhamWarning,
-            stacklevel=5,
         )
 
 
