@@ -132,3 +132,29 @@ def test_what_cannot_go_well_is_refused_before_the_first_step(tmp_path):
     job, _ = trainer(tmp_path, EvidenceCallback(ignore=["clasifier"]))
     with pytest.raises(OckhamError, match="did you mean 'classifier'"):
         job.train()
+
+
+def test_structures_go_in_place_and_the_smaller_model_computes_the_same(tmp_path):
+    from ockham.integrations.transformers import EvidenceCallback
+
+    net = network()
+    first, whole = net, network()
+    rounds = ockham.Rounds(start=0.3, end=0.9, count=3)
+    callback = EvidenceCallback(rounds, structures=ockham.Structures(price=ockham.FlatPrice(30.0), wait=0))
+    job, _ = trainer(tmp_path, callback, net=net, num_train_epochs=2)
+    job.train()
+    assert job.model is first and sum(callback.plan.removed.values(), ())
+    small = dict(net.named_parameters())
+    assert sum(p.numel() for p in small.values()) < sum(p.numel() for p in whole.parameters())
+    for name, p in whole.named_parameters():
+        assert tuple(small[name].shape) == callback.plan.shape(name)
+    for name, g in callback.posterior.items():
+        assert torch.equal(g.mean, small[name].detach()) and bool((g.mean[~g.keep] == 0).all())
+    assert callback.history[-1].kept_share == pytest.approx(
+        callback.posterior.kept() / sum(p.numel() for n, p in whole.named_parameters() if n in callback.posterior)
+    )
+    again, ids = ockham.shrink(network(), callback.plan), Texts(8, 2).ids
+    again.load_state_dict(net.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(net.eval()(input_ids=ids).logits, again.eval()(input_ids=ids).logits)
+    assert (tmp_path / "plan.json").exists()
