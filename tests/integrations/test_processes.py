@@ -59,7 +59,7 @@ def laplace(name, part=slice(None), **more):
 
 
 COMPRESS = {
-    "classes": {"structure": ockham.Structures(price=ockham.FlatPrice(2.0), wait=0), "ignore": "2.bias"},
+    "classes": {"structure": ockham.Structures(price=ockham.FlatPrice(1e3), cap=0.34, wait=0), "ignore": "2.bias"},
     "numbers": {"likelihood": "regression"},
 }
 

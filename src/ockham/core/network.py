@@ -320,7 +320,7 @@ class Processes:
         sums = self.gathered(torch.cat([torch.tensor([terms], dtype=torch.float64), own, there])).sum(0)
         total = float(sums[0])
         parts = [torch.zeros_like(p) if p.grad is None or not terms else p.grad.mul(terms / total) for p in parameters]
-        for kind in {p.dtype for p in parts}:
+        for kind in dict.fromkeys(p.dtype for p in parts):  # a set has another order in every process
             some = [p for p in parts if p.dtype == kind]
             flat = torch.cat([p.reshape(-1) for p in some])
             dist.all_reduce(flat, group=self.group)

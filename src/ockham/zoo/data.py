@@ -135,7 +135,7 @@ def from_arrays(
     series: bool | None = None,
     normalize: Normalize = None,
 ) -> Dataset:
-    """A data set from numpy arrays, checked and standardised as `load_folder` does it.
+    """A data set from arrays (numpy's, tensors, lists), checked and standardised as `load_folder` does it.
 
     Args:
         name: what reports call it.
@@ -150,7 +150,8 @@ def from_arrays(
     Raises:
         DataError: shapes or numbers that do not fit, labels out of range, NaN or infinity.
     """
-    reading = Reading(Part(*train, "train"), None if test is None else Part(*test, "test"), classes)
+    given, held = (None if p is None else tuple(map(np.asarray, p)) for p in (train, test))
+    reading = Reading(Part(*given, "train"), None if held is None else Part(*held, "test"), classes)
     return _from_reading(name, reading, series, normalize)
 
 
