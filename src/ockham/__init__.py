@@ -89,7 +89,7 @@ __all__ = [
 
 _ROOMS = {
     "FixedSpikeSlab": "methods.spike_slab.priors",
-    "MedianRule": "methods.spike_slab.inclusion",
+    "MedianRule": "methods.spike_slab.priors",
     "PerMac": "choose.prices",
     "random_plan": "surgery",
     "Gaussian": "core.posterior",
@@ -98,9 +98,9 @@ _ROOMS = {
     "PerMillisecond": "choose.prices",
     "PerParameter": "choose.prices",
     "LearnedOddsRule": "choose.rules",
-    "by_magnitude": "choose.score",
-    "by_random": "choose.score",
-    "by_snr": "choose.score",
+    "by_magnitude": "choose.rules",
+    "by_random": "choose.rules",
+    "by_snr": "choose.rules",
     "units_of": "choose.units",
     "NonFiniteLossError": "errors",
     "ResultError": "errors",
@@ -111,10 +111,10 @@ _ROOMS = {
     "GroupScale": "fit.priors",
     "LayerScale": "fit.priors",
     "horseshoe": "methods.horseshoe",
-    "Correlated": "methods.laplace.full",
+    "Correlated": "methods.laplace.posterior",
     "LearnedSpikeSlab": "methods.spike_slab.priors",
-    "defaults_for": "run.estimators",
-    "point_estimate": "run.estimators",
+    "defaults_for": "run.compression",
+    "point_estimate": "run.compression",
 }
 
 

@@ -15,7 +15,7 @@ from ockham.core.objective import Objective
 from ockham.errors import DataError, OckhamError, OckhamWarning
 from ockham.evidence.gaussian import delta_f_dense
 from ockham.evidence.kronecker import covariance, delta_f_kronecker_rows
-from ockham.methods.laplace import taps
+from ockham.methods.laplace import curvature as taps
 from ockham.methods.laplace.curvature import ExampleGradients, Score
 
 F64 = torch.float64

@@ -6,7 +6,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from ockham.errors import DataError, OckhamError
 __all__ = [
     "Batch",
     "Loader",
+    "LoaderOptions",
     "ReadBatch",
     "ReadOutput",
     "RowsOf",
@@ -96,6 +97,20 @@ ReadBatch = Callable[[Any], Batch]
 
 ReadOutput = Callable[[Any], Any]
 """Takes what the likelihood compares out of what the network returns, such as ``lambda found: found[0]``."""
+
+
+class LoaderOptions(TypedDict, total=False):
+    """How a loader is read: keywords that every verb takes.
+
+    Attributes:
+        batch: function from what the loader yields to a `Batch`; default: pairs, triples and mappings are understood.
+        output: function that takes what the likelihood compares out of what the network returns.
+        steps_per_epoch: batches of an epoch, for loaders without a length.
+    """
+
+    batch: ReadBatch | None
+    output: ReadOutput | None
+    steps_per_epoch: int | None
 
 
 class Loader(Protocol):

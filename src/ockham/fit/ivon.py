@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError
-from ockham.fit.memory import RunFacts
+from ockham.fit.memory import RunFacts, Schedule, schedule_of
 from ockham.fit.optimizer import VariationalOptimizer
 from ockham.fit.priors import FixedPrior, GroupPrior, Prior
 
@@ -109,10 +109,8 @@ class IVON(VariationalOptimizer):
         prior: Prior | None = None,
         prior_mean: float = 0.0,
         initial_std: float = 1e-2,
-        temperature: float = 1.0,
-        kl_warmup: int = 0,
-        prior_interval: int = 100,
         seed: int = 0,
+        **schedule: Unpack[Schedule],
     ) -> None:
         settings = {
             "n_data": n_data,
@@ -122,9 +120,7 @@ class IVON(VariationalOptimizer):
             "prior": FixedPrior() if prior is None else prior,
             "prior_mean": prior_mean,
             "initial_std": initial_std,
-            "temperature": temperature,
-            "kl_warmup": kl_warmup,
-            "prior_interval": prior_interval,
+            **schedule_of("IVON", schedule),
         }
         super().__init__(params, settings, seed=seed)
 

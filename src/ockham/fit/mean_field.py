@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError
-from ockham.fit.memory import RunFacts, adam_
+from ockham.fit.memory import RunFacts, Schedule, adam_, schedule_of
 from ockham.fit.optimizer import VariationalOptimizer
 from ockham.fit.priors import VECTOR, FixedPrior, GroupPrior, Prior, learn_scales, prior_of, start_scales
 
@@ -72,7 +72,7 @@ class MeanField(VariationalOptimizer):
 
     _vectors: tuple[str, ...] = ("log_std", "exp_avg", "exp_avg_sq", "std_avg", "std_avg_sq")
 
-    def __init__(  # noqa: PLR0913 - the settings of an optimizer, all keywords
+    def __init__(
         self,
         params: Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
         *,
@@ -84,10 +84,8 @@ class MeanField(VariationalOptimizer):
         prior_mean: float = 0.0,
         initial_std: float = 1e-2,
         std_rate: float = 1.0,
-        temperature: float = 1.0,
-        kl_warmup: int = 0,
-        prior_interval: int = 100,
         seed: int = 0,
+        **schedule: Unpack[Schedule],
     ) -> None:
         settings = {
             "n_data": n_data,
@@ -98,9 +96,7 @@ class MeanField(VariationalOptimizer):
             "prior_mean": prior_mean,
             "initial_std": initial_std,
             "std_rate": std_rate,
-            "temperature": temperature,
-            "kl_warmup": kl_warmup,
-            "prior_interval": prior_interval,
+            **schedule_of("MeanField", schedule),
         }
         entries: Any = params if inspect.isgenerator(params) else list(params)  # a generator knows its network
         groups = [] if entries is params else [g for g in entries if isinstance(g, dict)]

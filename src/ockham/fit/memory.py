@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from ockham.errors import OckhamError
+from ockham.errors import OckhamError, check_keywords
 from ockham.fit.priors import GroupPrior, Prior, slice_scales
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ __all__ = [
     "Arena",
     "Piece",
     "RunFacts",
+    "Schedule",
     "Span",
     "adam_",
     "alive_index",
@@ -37,6 +38,7 @@ __all__ = [
     "check_settings",
     "read",
     "renew_",
+    "schedule_of",
     "sliced",
     "spans",
     "write",
@@ -324,6 +326,26 @@ def _carry(
         kept["keep"] = keep
         twin._index[new] = alive_index(keep)
     twin.state[new] = kept | slice_scales(p, group, state, lambda t: take(name, t))
+
+
+class Schedule(TypedDict, total=False):
+    """When and how strongly the KL acts: keywords that every variational optimizer takes.
+
+    Attributes:
+        temperature: T of the posterior, default 1; below 1 it is colder, and its evidence is tempered.
+        kl_warmup: steps over which the KL gets its weight, default 0; learned priors move only after them.
+        prior_interval: steps between two updates of a learned prior, default 100.
+    """
+
+    temperature: float
+    kl_warmup: int
+    prior_interval: int
+
+
+def schedule_of(owner: str, given: Schedule) -> Schedule:
+    """A schedule with its defaults; names the class when a keyword is unknown."""
+    check_keywords(owner, given, Schedule)
+    return {"temperature": 1.0, "kl_warmup": 0, "prior_interval": 100, **given}
 
 
 def check_group(group: Mapping[str, Any], taken: set[str]) -> None:

@@ -33,9 +33,7 @@ from ockham.fit.memory import (
 )
 from ockham.fit.priors import Prior, plain_prior, restored_prior
 
-__all__ = [
-    "VariationalOptimizer",
-]
+__all__ = ["VariationalOptimizer"]
 
 
 class _Block(io.IOBase):

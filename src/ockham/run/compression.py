@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,12 @@ from ockham.choose.rules import (
     evidence_falls,
     score,
 )
-from ockham.core.batch import Loader, ReadBatch, ReadOutput
+from ockham.core.batch import Loader, LoaderOptions
 from ockham.core.likelihood import Likelihood
 from ockham.core.network import ALONE, Ignore, Processes, device_of, ignored, unwrapped
 from ockham.core.objective import Objective
 from ockham.core.posterior import Posterior
-from ockham.errors import OckhamError, OckhamWarning
+from ockham.errors import OckhamError, OckhamWarning, check_keywords
 from ockham.fit.ivon import IVON
 from ockham.fit.mean_field import MeanField
 from ockham.fit.optimizer import VariationalOptimizer
@@ -377,6 +377,7 @@ class Compression:
             physically smaller and training goes on at the lower cost. None: single weights only.
         correlated: score of the last thousands of weights by their marginals under the full covariance of all of them.
             None: one by one.
+        **reading: ``batch``, ``output`` and ``steps_per_epoch``, see `ockham.core.batch.LoaderOptions`.
 
     Raises:
         DataError: the loader is empty, labels out of range, n_data impossible.
@@ -388,7 +389,7 @@ class Compression:
     >>> small = job.result()                                                            # doctest: +SKIP
     """
 
-    def __init__(  # noqa: PLR0913 - the settings of a run, all keywords
+    def __init__(
         self,
         model: nn.Module,
         loader: Iterable[Any],
@@ -402,10 +403,9 @@ class Compression:
         estimator: Estimator | None = None,
         structures: Structures | None = None,
         correlated: Seeing | None = None,
-        batch: ReadBatch | None = None,
-        output: ReadOutput | None = None,
-        steps_per_epoch: int | None = None,
+        **reading: Unpack[LoaderOptions],
     ) -> None:
+        check_keywords("Compression", reading, LoaderOptions)
         self.training = t = training or Training()
         model, processes = unwrapped(model)
         if processes is ALONE and (world := Processes.world().count) > 1:
@@ -420,9 +420,7 @@ class Compression:
             t, rule or EvidenceRule(), rounds or Rounds(), names, estimator or mean_field, structures, correlated
         )
         network = copy.deepcopy(model)
-        reading: dict[str, Any] = {"batch": batch, "output": output, "steps_per_epoch": steps_per_epoch}
-        reading["processes"] = processes
-        task = Task.of(network, loader, likelihood, epochs=t.epochs, n_data=n_data, **reading)
+        task = Task.of(network, loader, likelihood, epochs=t.epochs, n_data=n_data, processes=processes, **reading)
         self.engine = Engine(method, network, task, hold=t.hold, seed=t.seed)
 
     @property
@@ -479,7 +477,7 @@ def compress(
             smaller, with the plan that made it so. Default: single weights only.
         on_progress: function called after every epoch with its `Progress`.
         **settings: keywords of `Compression`: ``likelihood``, ``training``, ``rounds``, ``rule``, ``ignore``,
-            ``n_data``, ``estimator``, ``correlated``.
+            ``n_data``, ``estimator``, ``correlated``, ``batch``, ``output``, ``steps_per_epoch``.
 
     Returns:
         `Compressed`.

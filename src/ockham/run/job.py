@@ -24,6 +24,7 @@ from ockham.core.likelihood import Likelihood, Regression
 from ockham.core.network import ALONE, Processes
 from ockham.core.objective import fit_noise
 from ockham.core.posterior import Posterior
+from ockham.core.seal import weights_fingerprint
 from ockham.errors import DataError, OckhamError
 from ockham.run.engine import Compressed, Engine, EpochInfo, Method, OnStep, RunState, Task
 from ockham.run.folder import (
@@ -77,7 +78,7 @@ from ockham.run.schema import (
     write_result,
 )
 from ockham.run.shift import SEVERITIES
-from ockham.run.weights import fitted, weights_fingerprint
+from ockham.run.weights import fitted
 from ockham.surgery.shrinking import cost, latencies
 from ockham.version import __version__
 from ockham.zoo.data import Batches, Dataset, data_fingerprint

@@ -8,18 +8,18 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from ockham.choose.planning import plan
-from ockham.core.batch import Loader, ReadBatch, ReadOutput
+from ockham.core.batch import Loader, LoaderOptions
 from ockham.core.likelihood import Likelihood, Regression
 from ockham.core.network import device_of, evaluating, seeded
 from ockham.core.objective import Objective, fit_noise, objective_of
 from ockham.core.posterior import Posterior
-from ockham.errors import OckhamError
+from ockham.errors import OckhamError, check_keywords
 from ockham.fit.predict import refresh_batchnorm
 from ockham.methods.gates import lognormal
 from ockham.methods.gates.attach import GATE_RULES, NAME, Gates, attach_gates
@@ -358,6 +358,7 @@ class GateCompression:
         decide: turns scores into masks: `by_threshold`, or a `ParametersLeft`.
         ignore: parameters that stay whole, as for `ockham.attach_gates`.
         n_data: number of summed log-likelihood terms; counted in one pass where not given.
+        **reading: ``batch``, ``output`` and ``steps_per_epoch``, see `ockham.core.batch.LoaderOptions`.
 
     Raises:
         DataError: the loader is empty, labels out of range, n_data impossible.
@@ -380,14 +381,12 @@ class GateCompression:
         decide: Decision = by_threshold,
         ignore: Any = (),
         n_data: float | None = None,
-        batch: ReadBatch | None = None,
-        output: ReadOutput | None = None,
-        steps_per_epoch: int | None = None,
+        **reading: Unpack[LoaderOptions],
     ) -> None:
+        check_keywords("GateCompression", reading, LoaderOptions)
         self.training = t = training or GateTraining()
         self.on_trained: Callable[[Gates], None] | None = None
         network = copy.deepcopy(model)
-        reading: dict[str, Any] = {"batch": batch, "output": output, "steps_per_epoch": steps_per_epoch}
         task = Task.of(network, loader, likelihood, epochs=t.epochs + t.fine_tune, n_data=n_data, **reading)
         self.method = GateRounds(t, example_inputs, rule, decide, ignore, self._look)
         self.engine = Engine(self.method, network, task, hold=t.hold, seed=t.seed)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import singledispatch
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError
-from ockham.fit.memory import Span, adam_, cache_chunks, sliced
+from ockham.fit.memory import Schedule, Span, adam_, cache_chunks, schedule_of, sliced
 from ockham.fit.optimizer import VariationalOptimizer
 from ockham.methods.spike_slab.formulas import (
     gaussian_spike_log_odds,
@@ -268,7 +268,7 @@ class SpikeSlab(VariationalOptimizer):
     _prior_kind = (SlabPrior, "FixedSpikeSlab(0.1)")
     _vectors: tuple[str, ...] = ("log_std", "logit", "exp_avg", "exp_avg_sq", "std_avg", "std_avg_sq")
 
-    def __init__(  # noqa: PLR0913 - the settings of an optimizer, all keywords
+    def __init__(
         self,
         params: Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
         *,
@@ -281,10 +281,8 @@ class SpikeSlab(VariationalOptimizer):
         initial_std: float = 1e-2,
         std_rate: float = 1.0,
         inclusion_rate: float = 0.02,
-        temperature: float = 1.0,
-        kl_warmup: int = 0,
-        prior_interval: int = 100,
         seed: int = 0,
+        **schedule: Unpack[Schedule],
     ) -> None:
         settings = {
             "n_data": n_data,
@@ -297,9 +295,7 @@ class SpikeSlab(VariationalOptimizer):
             "initial_std": initial_std,
             "std_rate": std_rate,
             "inclusion_rate": inclusion_rate,
-            "temperature": temperature,
-            "kl_warmup": kl_warmup,
-            "prior_interval": prior_interval,
+            **schedule_of("SpikeSlab", schedule),
         }
         self._propagation, self._awaits = Propagation(), False
         super().__init__(params, settings, seed=seed)
