@@ -7,6 +7,7 @@ import math
 import os
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,8 +44,11 @@ from ockham.zoo.data import Dataset
 __all__ = ["Bars", "app", "audited", "contents", "evaluation", "main", "metrics", "tensorboard"]
 
 
+_PIPED = 30.0  # seconds between two lines of progress where there is no terminal to draw bars on
+
+
 class Bars:
-    """A bar a stage; silent when the console is not a terminal or quiet is asked for."""
+    """A bar a stage; a line every 30 seconds where the console is no terminal; silent when quiet is asked for."""
 
     def __init__(self, console: Console, *, quiet: bool) -> None:
         columns = (
@@ -57,6 +61,9 @@ class Bars:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
+        self._console, self._lines = console, not quiet and not console.is_terminal
+        self._began: dict[str, float] = {}
+        self._spoke = time.monotonic()
         silent = quiet or not console.is_terminal
         self._progress = Progress(*columns, console=console, transient=False, disable=silent)
         self._tasks: dict[str, TaskID] = {}
@@ -82,6 +89,12 @@ class Bars:
             note += f"  kept {info.kept_share:.2%}"
         self._progress.update(self._tasks[info.stage], completed=info.epoch, note=note)
         self._current = (info.stage, info.epoch)
+        began = self._began.setdefault(info.stage, time.monotonic() - info.seconds)
+        if self._lines and time.monotonic() - self._spoke >= _PIPED:
+            self._spoke = time.monotonic()
+            left = (self._spoke - began) / info.epoch * (info.epochs - info.epoch)
+            line = f"{info.stage}: epoch {info.epoch} of {info.epochs}, {note}, about {left:.0f} s left"
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def step(self, step: int, steps: int, loss: float) -> None:
         """Show a step inside an epoch of the stage that runs."""
