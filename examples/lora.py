@@ -1,7 +1,7 @@
 """Low-rank adapters over a frozen network: the evidence chooses the rank of each.
 
-A network that reads digits is adapted to digits turned by 90 degrees. Adapters of rank 12 are trained under a posterior,
-and ranks that the data do not ask for go. (Adapters of the library `peft` are modules of the same kind.)
+A network that reads digits is adapted to digits turned by 90 degrees. Adapters of rank 12 are trained under a
+posterior, and ranks that the data do not ask for go. (Adapters of the library `peft` are modules of the same kind.)
 """
 
 import warnings
