@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -157,3 +159,15 @@ def test_structures_go_in_place_and_the_smaller_model_computes_the_same(tmp_path
     with torch.no_grad():
         torch.testing.assert_close(net.eval()(input_ids=ids).logits, again.eval()(input_ids=ids).logits)
     assert (tmp_path / "plan.json").exists()
+
+
+def test_small_data_at_temperature_one_are_warned_about(tmp_path):
+    for temperature, told in ((1.0, True), (0.1, False)):
+        net = network()
+        optimizer = ockham.MeanField(net.named_parameters(), n_data=192, lr=3e-3, temperature=temperature)
+        job, _ = trainer(tmp_path, None, net=net, optimizer=optimizer, num_train_epochs=1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            job.train()
+        found = [str(w.message) for w in caught if "may empty whole layers" in str(w.message)]
+        assert bool(found) is told and all("temperature=0.1" in text for text in found)

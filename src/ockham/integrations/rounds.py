@@ -18,6 +18,7 @@ from ockham.core.network import Ignore, Processes, device_of, ignored, unwrapped
 from ockham.core.objective import Objective
 from ockham.errors import OckhamError, OckhamWarning
 from ockham.fit.optimizer import VariationalOptimizer
+from ockham.run.compression import SMALL_DATA
 from ockham.run.structures import Shrinking, Shrunk, example_of
 
 __all__ = ["StepRounds", "variational"]
@@ -103,7 +104,14 @@ class StepRounds:
         evidence = score(optimizer.posterior())
         posterior = evidence.posterior
         if not self.history:
-            for text in diagnose(posterior, loss).warnings:
+            said = list(diagnose(posterior, loss).warnings)
+            if isinstance(self.rule, EvidenceRule) and posterior.temperature == 1 and posterior.n_data < SMALL_DATA:
+                said.append(
+                    f"N = {posterior.n_data:g} data stand against {posterior.size()} weights: at temperature 1 the "
+                    "evidence may empty whole layers. Give the optimizer temperature=0.1, as the command does for "
+                    f"less than {SMALL_DATA} examples, or a budget: rule=ockham.BudgetRule(0.5)"
+                )
+            for text in said:
                 warnings.warn(text, OckhamWarning, stacklevel=3)
         keep = self.rule.decide(evidence, self._protected, (self.due.index(step) + 1) / len(self.due))
         keep = {name: processes.told(mask) for name, mask in keep.items()}
