@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from ockham.choose.rules import Diagnosis, RoundInfo
-from ockham.core.batch import Batch, Loader, ReadBatch, ReadOutput, sized
+from ockham.core.batch import (
+    READ_ONCE,
+    Batch,
+    Loader,
+    ReadBatch,
+    ReadOutput,
+    random_states,
+    restore_random_states,
+    sized,
+)
 from ockham.core.likelihood import Likelihood
 from ockham.core.network import ALONE, Processes, device_of, seeded, train_
 from ockham.core.objective import Objective, objective_of
@@ -166,15 +175,17 @@ class Task:
 
         Raises:
             DataError: the first batch cannot work, the loader has no length or no batches, or n_data is impossible.
-            OckhamError: the network has no parameters, or the likelihood is unknown.
+            OckhamError: the network has nothing to train, or the likelihood is unknown.
         """
         data = sized(loader, steps_per_epoch)
         objective = objective_of(network, likelihood, batch=batch, output=output)
         parameters = list(network.parameters())
+        total, trainable = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+        if not trainable:
+            raise OckhamError("no parameter of the network requires a gradient: call model.requires_grad_() first")
         processes.agree(parameters)
         terms = objective.prepare(network, data, n_data, processes)
         steps = int(processes.gathered(torch.tensor(len(data))).max())
-        total, trainable = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
         return Task(data, objective, terms, epochs, total, trainable, steps, processes)
 
 
@@ -231,7 +242,7 @@ class Engine:
         network: module that is trained in place.
         task: data, likelihood and schedule.
         hold: share of the steps at full learning rate.
-        seed: of shuffling and dropout.
+        seed: seed of shuffling and dropout.
     """
 
     def __init__(self, method: Method, network: nn.Module, task: Task, *, hold: float = 0.5, seed: int = 0) -> None:
@@ -258,10 +269,16 @@ class Engine:
 
     def saved(self) -> dict[str, Any]:
         """Plain values and tensors from which `load` continues to the same bits."""
-        return {"run": self.state.saved(), "method": self.method.saved(self.state)}
+        own = {"run": self.state.saved(), "method": self.method.saved(self.state)}
+        return own | {"loader": random_states(self.task.loader)}
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Continue from `saved` of an engine built with the same arguments."""
+        """Continue from `saved` of an engine built with the same arguments.
+
+        Raises:
+            DataError: the loader holds other random generators than the one before.
+        """
+        restore_random_states(self.task.loader, saved.get("loader", ()))
         self.state = self.method.resumed(self.state, saved["method"]).restored(saved["run"])
 
 
@@ -426,7 +443,7 @@ class Trainer:
         loader: batches of the training data.
         epochs: number planned.
         hold: share of the steps at full learning rate.
-        seed: of shuffling and dropout.
+        seed: seed of shuffling and dropout.
         term: function that a method adds to the mean NLL.
         processes: those that train together; each step has the gradient of their joined batch.
         steps: batches of an epoch; None: the length of the loader.
@@ -450,6 +467,8 @@ class Trainer:
         start, steps, tally = time.perf_counter(), self.steps or len(self.loader), _Tally(state.done)
         if steps == 0:
             raise DataError("the training loader is empty: it has no batches; give it at least one")
+        if not torch.is_grad_enabled():
+            raise OckhamError("training needs gradients, and torch.no_grad() is on: leave that block")
         train_(state.network)
         device = device_of(state.network)
         renew = getattr(getattr(self.loader, "sampler", None), "set_epoch", None)
@@ -458,7 +477,10 @@ class Trainer:
         with seeded(self.seed, state.done, device):
             batches = state.objective.batches(self.loader, device)
             for i, batch in enumerate(self.processes.padded(batches, steps)):
-                self._set_rates(state, (state.done * steps + i) / (self.epochs * steps))
+                progress = (state.done * steps + i) / (self.epochs * steps)
+                factor = 1.0 if progress < self.hold else (1 - progress) / (1 - self.hold)
+                for group, rate in zip(state.optimizer.param_groups, state.rates, strict=True):
+                    group["lr"] = rate * factor
                 tally.add(i, *self._step(state, batch, state.done + i / steps))
                 if on_step is not None and (i % 10 == 0 or i + 1 == steps):
                     on_step(i + 1, steps, tally.loss())
@@ -499,11 +521,6 @@ class Trainer:
             ) from error
         return nll.detach(), right
 
-    def _set_rates(self, state: RunState, progress: float) -> None:
-        factor = 1.0 if progress < self.hold else (1 - progress) / (1 - self.hold)
-        for group, rate in zip(state.optimizer.param_groups, state.rates, strict=True):
-            group["lr"] = rate * factor
-
 
 class _Tally:
     """Losses and right answers of an epoch; looks for NaN every few steps so that accelerators need not wait."""
@@ -524,6 +541,8 @@ class _Tally:
     def loss(self, *, final: bool = False) -> float:
         if final or not self._count:
             self._settle()
+        if final and not self._count:
+            raise DataError(READ_ONCE)
         return self._sum / max(1, self._count)
 
     def accuracy(self) -> float:
