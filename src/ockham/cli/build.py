@@ -109,7 +109,8 @@ class Basic:
     quiet: bool = _option(False, "No progress bars.", RUN)
 
     def __post_init__(self) -> None:
-        for name in (
+        counts = ("epochs", "batch_size", "draws", "rounds", "threads", "round_to", "windows", "window", "calibration")
+        for name in counts:
             "epochs",
             "batch_size",
             "draws",
