@@ -111,16 +111,6 @@ class Basic:
     def __post_init__(self) -> None:
         counts = ("epochs", "batch_size", "draws", "rounds", "threads", "round_to", "windows", "window", "calibration")
         for name in counts:
-            "epochs",
-            "batch_size",
-            "draws",
-            "rounds",
-            "threads",
-            "round_to",
-            "windows",
-            "window",
-            "calibration",
-        ):
             value = getattr(self, name, None)
             if value is not None and value < 1:
                 raise OckhamError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
