@@ -59,10 +59,8 @@ class EvidenceCallback(TrainerCallback, ExportableState):
         structures: Structures | None = None,
         likelihood: str | None = "classification",
     ) -> None:
-        given = {"rounds": rounds, "rule": rule}
-        self._steps = StepRounds(
-            ignore=ignore, structures=structures, **{k: v for k, v in given.items() if v is not None}
-        )  # type: ignore[arg-type]
+        given: dict[str, Any] = {"rounds": rounds, "rule": rule, "structures": structures}
+        self._steps = StepRounds(ignore=ignore, **{k: v for k, v in given.items() if v is not None})
         self._likelihood = likelihood
         self._block: Any = None
         self.posterior: Posterior | None = None

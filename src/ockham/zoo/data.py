@@ -150,8 +150,8 @@ def from_arrays(
     Raises:
         DataError: shapes or numbers that do not fit, labels out of range, NaN or infinity.
     """
-    given, held = (None if p is None else tuple(map(np.asarray, p)) for p in (train, test))
-    reading = Reading(Part(*given, "train"), None if held is None else Part(*held, "test"), classes)
+    held = None if test is None else Part(np.asarray(test[0]), np.asarray(test[1]), "test")
+    reading = Reading(Part(np.asarray(train[0]), np.asarray(train[1]), "train"), held, classes)
     return _from_reading(name, reading, series, normalize)
 
 
