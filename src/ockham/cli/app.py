@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect as python_inspect
 import math
+import os
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +17,7 @@ from types import TracebackType
 from typing import Annotated, Any
 
 import torch
+import torch.distributed as dist
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -35,6 +38,7 @@ from ockham.cli.build import (
     read_config,
 )
 from ockham.core.files import printable, to_plain
+from ockham.core.network import ALONE, Processes
 from ockham.core.posterior import load_posterior
 from ockham.core.seal import sealed
 from ockham.errors import OckhamError, OckhamWarning
@@ -53,8 +57,11 @@ from ockham.zoo.data import Dataset
 __all__ = ["Bars", "app", "audited", "contents", "evaluation", "main", "metrics", "tensorboard"]
 
 
+_PIPED = 30.0  # seconds between two lines of progress where there is no terminal to draw bars on
+
+
 class Bars:
-    """A bar a stage; silent when the console is not a terminal or quiet is asked for.
+    """A bar a stage; a line every 30 seconds where the console is no terminal; silent when quiet is asked for.
 
     Args:
         console: where the bars go.
@@ -73,6 +80,8 @@ class Bars:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
+        self._began: dict[str, float] = {}
+        self._spoke = time.monotonic()
         silent = quiet or not console.is_terminal
         self._progress = Progress(*columns, console=console, transient=False, disable=silent)
         self._lines = None if quiet or console.is_terminal else console
@@ -99,6 +108,12 @@ class Bars:
             note += f"  kept {info.kept_share:.2%}"
         self._progress.update(self._tasks[info.stage], completed=info.epoch, note=note)
         self._current = (info.stage, info.epoch)
+        began = self._began.setdefault(info.stage, time.monotonic() - info.seconds)
+        if self._lines is not None and time.monotonic() - self._spoke >= _PIPED:
+            self._spoke = time.monotonic()
+            left = (self._spoke - began) / info.epoch * (info.epochs - info.epoch)
+            line = f"{info.stage}: epoch {info.epoch} of {info.epochs}, {note}, about {left:.0f} s left"
+            self._lines.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def stage(self, told: PruneProgress) -> None:
         """Show a step of a reduction by blocks: a bar, or a line with the time left where there is no terminal."""
@@ -368,20 +383,40 @@ def _run(options: Basic) -> None:
     assert isinstance(options, Common)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    job = build_job(options, "ockham " + shlex.join(sys.argv[1:]))
-    for note in job.notes:
-        err_console.print(f"note: {note}", style="dim", markup=False, highlight=False)
+    with _beside(options.device) as processes:
+        job = build_job(options, "ockham " + shlex.join(sys.argv[1:]), processes)
+        first = processes.rank == 0
+        for note in job.notes if first else ():
+            err_console.print(f"note: {note}", style="dim", markup=False, highlight=False)
+        quiet, log_dir = options.quiet or not first, options.log_dir if first else None
+        try:
+            with terminated(), Bars(err_console, quiet=quiet) as bars, tensorboard(log_dir) as log:
+                job.on_step = bars.step
+                for info in job.run():
+                    bars.epoch(info)
+                    log(info)
+        except KeyboardInterrupt:
+            if first:
+                err_console.print(f"ockham: {resume_hint(job.out)}", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(130) from None
+    if first:
+        metrics(out_console, job.out)
+        typer.echo(f"Report: {job.out / 'report.html'}")
+
+
+@contextmanager
+def _beside(device: str) -> Iterator[Processes]:
+    """The processes that torchrun started, joined for the time of the block; this one alone without torchrun."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_torchelastic_launched():
+        yield ALONE
+        return
+    if device.startswith("cuda"):
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     try:
-        with terminated(), Bars(err_console, quiet=options.quiet) as bars, tensorboard(options.log_dir) as log:
-            job.on_step = bars.step
-            for info in job.run():
-                bars.epoch(info)
-                log(info)
-    except KeyboardInterrupt:
-        err_console.print(f"ockham: {resume_hint(job.out)}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from None
-    metrics(out_console, job.out)
-    typer.echo(f"Report: {job.out / 'report.html'}")
+        yield Processes.world()
+    finally:
+        dist.destroy_process_group()
 
 
 def _build(folder: Path, data: str | None, model: str | None) -> tuple[Any, Any]:

@@ -30,6 +30,7 @@ from ockham.choose.rules import (
 )
 from ockham.core.files import read_toml
 from ockham.core.likelihood import likelihood_from
+from ockham.core.network import ALONE, Processes
 from ockham.core.posterior import Posterior
 from ockham.errors import DataError, OckhamError, ResultError
 from ockham.fit.priors import FixedPrior
@@ -108,7 +109,8 @@ class Basic:
     quiet: bool = _option(False, "No progress bars.", RUN)
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "draws", "rounds", "threads", "round_to", "windows", "window"):
+        counts = ("epochs", "batch_size", "draws", "rounds", "threads", "round_to", "windows", "window", "calibration")
+        for name in counts:
             value = getattr(self, name, None)
             if value is not None and value < 1:
                 raise OckhamError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
@@ -174,9 +176,12 @@ class OneShotOptions(Common):
 
     posterior: str = _option("kronecker", "kronecker (correlations) or laplace (diagonal).", TRAINING)
     prior_variance: float | None = _option(None, "Of every weight. [fitted]", TRAINING)
+    calibration: int = _option(4000, "Training examples that the curvature is taken from.", TRAINING)
     rule: str = _option("evidence", "evidence, or an order for --keep-share.", REMOVAL)
     structure: bool = _option(False, "Take out whole channels instead of weights.", STRUCTURES)
     macs: float | None = _option(None, "Budget: share of multiply-accumulates that stays.", STRUCTURES)
+    params: float | None = _option(None, "Budget: share of the parameters that stays.", STRUCTURES)
+    latency: float | None = _option(None, "Budget: share of the measured latency that stays.", STRUCTURES)
     unit_price: float | None = _option(None, "Nats a unit must be worth. [0]", STRUCTURES)
     round_to: int = _option(1, "Widths in multiples of this.", STRUCTURES)
 
@@ -331,12 +336,13 @@ EVIDENCE_RULES: dict[str, Rule] = {"evidence": EvidenceRule(), "learned-odds": L
 _SLAB_ROUNDS = Rounds(start=0.5, end=0.9, count=5)
 
 
-def build_job(given: Common | Mapping[str, Any], command: str) -> Job:
+def build_job(given: Common | Mapping[str, Any], command: str, processes: Processes = ALONE) -> Job:
     """Everything that the options name, checked.
 
     Args:
         given: options of a method, or what the user gave by name.
         command: line as typed, for the record.
+        processes: those that do the job together.
 
     Raises:
         OckhamError: a name is unknown, a file unreadable, settings contradict each other.
@@ -371,6 +377,7 @@ def build_job(given: Common | Mapping[str, Any], command: str) -> Job:
         hold=training.hold,
         seed=o.seed,
         device=device,
+        processes=processes,
     )
     return Job(
         _with_method(o, recipe),
@@ -442,18 +449,24 @@ def _(o: OneShotOptions, recipe: Recipe) -> Recipe:
     if o.prior_variance is not None:
         FixedPrior(o.prior_variance)
     structures = _structures(o)
-    if structures is None and o.macs is not None:
-        raise OckhamError("--macs is a budget for whole channels: add --structure, or use --keep-share")
+    budget = _changed(macs=o.macs, params=o.params, latency=o.latency)
+    if structures is None and budget:
+        raise OckhamError(f"--{min(budget)} is a budget for whole channels: add --structure, or use --keep-share")
+    if len(budget) > 1:
+        raise OckhamError(f"one budget at a time: got --{' and --'.join(sorted(budget))}")
     if structures is not None:
         if o.keep_share is not None:
-            raise OckhamError(f"{owner} --structure does not use --keep-share: say --macs")
+            raise OckhamError(f"{owner} --structure does not use --keep-share: say --macs, --params or --latency")
         if structure != "kronecker":
             raise OckhamError(f"--structure needs a posterior with correlations: --posterior kronecker; got {owner}")
         structures = structures if o.unit_price is not None else replace(structures, price=FlatPrice(0.0))
-    if o.macs is not None and not 0 < o.macs <= 1:
-        raise OckhamError(f"--macs is the share of multiply-accumulates that stays, in (0, 1]; got {o.macs}")
-    shot = OneShot(structure, o.keep_share, o.epochs or 0, structures=structures, macs=o.macs)
-    shot = replace(shot, prior_variance=o.prior_variance, **_changed(learning_rate=o.learning_rate))
+    for name, share in budget.items():
+        if not 0 < share <= 1:
+            raise OckhamError(f"--{name} is the share of it that stays, in (0, 1]; got {share}")
+    shot = OneShot(structure, o.keep_share, o.epochs or 0, structures=structures, budget=budget or None)
+    shot = replace(
+        shot, prior_variance=o.prior_variance, calibration=o.calibration, **_changed(learning_rate=o.learning_rate)
+    )
     return replace(recipe, method=OneShotReduction(shot, o.ignore), epochs=shot.epochs, hold=0.0)
 
 

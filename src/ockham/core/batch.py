@@ -26,6 +26,7 @@ __all__ = [
     "LoaderOptions",
     "ReadBatch",
     "ReadOutput",
+    "RowsOf",
     "Substituted",
     "batches_of",
     "call",
@@ -149,6 +150,28 @@ class _Steps:
             raise DataError(
                 f"steps_per_epoch={self._steps}, but the loader ends after {count} batches: give at most that many"
             )
+
+
+class RowsOf:
+    """Of every batch of a loader the rows of one process, so that all together make the batches of the loader.
+
+    Args:
+        loader: the same in all processes, in the same order.
+        rank: number of this process; it has the rows rank, rank + count, and so on. Batches with none are left out.
+        count: number of processes.
+    """
+
+    def __init__(self, loader: Loader, rank: int, count: int) -> None:
+        self._loader, self._rows = loader, slice(rank, None, count)
+
+    def __len__(self) -> int:
+        """Batches of the loader."""
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One epoch."""
+        parts = (read_batch(raw).part(self._rows) for raw in self._loader)
+        return (part for part in parts if part.size)
 
 
 def sized(loader: Iterable[Any], steps_per_epoch: int | None = None) -> Loader:
@@ -277,7 +300,10 @@ def read_batch(raw: Any, batch: ReadBatch | None = None) -> Batch:
     dict_keys(['input_ids'])
     """
     if batch is not None:
-        return _by_user(raw, batch)
+        found = _asked(batch, raw, "batch= cannot read what the loader yields")
+        if not isinstance(found, Batch):
+            raise DataError(f"batch= must return ockham.Batch(args, kwargs, target, weight); got {described(found)}")
+        return found
     if isinstance(raw, Batch):
         return raw
     if isinstance(raw, Mapping):
@@ -311,18 +337,14 @@ def inputs_of(x: Any, target: Any = None, weight: Tensor | None = None) -> Batch
     return Batch((x,) if whole else tuple(x), {}, target, weight)
 
 
-def _by_user(raw: Any, batch: ReadBatch) -> Batch:
+def _asked(function: Callable[[Any], Any], given: Any, problem: str) -> Any:
+    """What a function of the user's makes of something; where it cannot, an error that says what it was given."""
     try:
-        found = batch(raw)
+        return function(given)
     except OckhamError:
         raise
     except PYTHON_ERRORS as error:
-        raise DataError(
-            f"batch= cannot read what the loader yields, {described(raw)}: {type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(found, Batch):
-        raise DataError(f"batch= must return ockham.Batch(args, kwargs, target, weight); got {described(found)}")
-    return found
+        raise DataError(f"{problem}, {described(given)}: {type(error).__name__}: {error}") from error
 
 
 def batches_of(loader: Iterable[Any], device: torch.device, batch: ReadBatch | None = None) -> Iterator[Batch]:
@@ -353,16 +375,7 @@ def call(model: Callable[..., Any], batch: Batch, output: ReadOutput | None = No
         raise DataError(
             f"the network cannot take the data's inputs, {_call_of(args, kwargs)}: {type(error).__name__}: {error}{way}"
         ) from error
-    if output is None:
-        return found
-    try:
-        return output(found)
-    except OckhamError:
-        raise
-    except PYTHON_ERRORS as error:
-        raise DataError(
-            f"output= cannot read what the network returns, {described(found)}: {type(error).__name__}: {error}"
-        ) from error
+    return found if output is None else _asked(output, found, "output= cannot read what the network returns")
 
 
 class Substituted:

@@ -7,7 +7,7 @@ import math
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Real
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -151,23 +151,21 @@ def spans(alive: Sequence[tuple[Tensor, Tensor | None]]) -> list[Span]:
     run: list[Piece] = []
     start = at = 0
     for parameter, index in alive:
-        for piece in _cut(parameter, index, first=size - (at - start), size=size):
+        length = parameter.numel() if index is None else index.numel()
+        if index is None and not parameter.is_contiguous():  # written back through its shape, so never cut
+            pieces = [Piece(parameter, 0, length, None)]
+        else:
+            first = min(size - (at - start), length)
+            edges = [0, *range(first, length, size), length] if length else [0]
+            cuts = [(a, b) for a, b in pairwise(edges) if b > a]
+            pieces = [Piece(parameter, a, b, None if index is None else index[a:b]) for a, b in cuts]
+        for piece in pieces:
             run.append(piece)
             at += piece.stop - piece.start
             if at - start >= size:
                 result.append(Span(start, at, tuple(run)))
                 run, start = [], at
     return [*result, Span(start, at, tuple(run))] if run else result
-
-
-def _cut(parameter: Tensor, index: Tensor | None, *, first: int, size: int) -> list[Piece]:
-    total = parameter.numel() if index is None else index.numel()
-    whole = Piece(parameter, 0, total, index)
-    if index is None and not parameter.is_contiguous():
-        return [whole]  # written back through its shape, so never cut
-    edges = [0, *range(min(first, total), total, size), total] if total else [0]
-    cuts = [replace(whole, start=a, stop=b) for a, b in pairwise(edges) if b > a]
-    return [c if index is None else replace(c, index=index[c.start : c.stop]) for c in cuts]
 
 
 def cache_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -361,7 +361,7 @@ def _principle(result: Result) -> str:
             "form a smaller, ordinary network."
         )
     if kind_of(result) == "one-shot":
-        limited, tuned = settings.keep_share is not None or settings.macs is not None, settings.epochs
+        limited, tuned = settings.limited, settings.epochs
         correlated = method == "kronecker"
         text = "One pass over the training data showed how sure the data make every weight of the network you gave"
         text += ", and which weights can stand in for each other. " if correlated else ". "

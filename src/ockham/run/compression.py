@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from typing import Any, Protocol, Unpack
+from typing import Any, ClassVar, Protocol, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from ockham.choose.rules import (
 )
 from ockham.core.batch import Loader, LoaderOptions
 from ockham.core.likelihood import Likelihood
-from ockham.core.network import Ignore, copied, device_of, ignored
+from ockham.core.network import ALONE, Ignore, Processes, copied, device_of, ignored, unwrapped
 from ockham.core.objective import Objective
 from ockham.core.posterior import Posterior
 from ockham.errors import OckhamError, OckhamWarning, check_keywords
@@ -208,6 +208,8 @@ class WeightRounds(Method):
         correlated: correction of the posterior of a round by correlations; None: as the optimizer has it.
     """
 
+    several: ClassVar[bool] = True
+
     training: Training = field(default_factory=Training)
     rule: Rule = field(default_factory=EvidenceRule)
     rounds: Rounds = field(default_factory=Rounds)
@@ -217,13 +219,19 @@ class WeightRounds(Method):
     correlated: Seeing | None = None
 
     def start(self, network: nn.Module, task: Task) -> RunState:
-        """The posterior before the first step."""
+        """The posterior before the first step.
+
+        Raises:
+            OckhamError: correlated evidence with several processes, each of which has but a part of the data.
+        """
+        if self.correlated is not None and task.processes.count > 1:
+            raise OckhamError("correlated= reads all of the data, and every process has a part: train in one process")
         optimizer = self.estimator(network, self.training, n_data=task.n_data, steps=task.steps)
         protected = ignored(network, self.ignore)
         shrinking, shrunk, rule = None, None, self.rule
         if self.structures is not None:
             inputs = example_of(task.loader, task.objective, device_of(network))
-            shrinking = Shrinking(self.structures, inputs, tuple(sorted(protected)))
+            shrinking = Shrinking(self.structures, inputs, tuple(sorted(protected)), task.processes)
             shrunk, rule = shrinking.start(network), counted(rule, task.trainable)
         own = _Run(task, rule, self.rounds.epochs(task.epochs), protected, shrinking, Removed(shrunk=shrunk))
         return RunState.start(network, task.objective, optimizer, own)
@@ -248,7 +256,8 @@ class WeightRounds(Method):
 
     def _round(self, state: RunState, info: EpochInfo) -> tuple[_Run, RoundInfo]:
         optimizer, own = _posterior_of(state), state.own
-        posterior = optimizer.posterior()
+        posterior, processes = optimizer.posterior(), own.task.processes
+        processes.agree(t for g in posterior.values() for t in (g.mean, g.precision))
         if self.correlated is not None:
             posterior = self.correlated.seen(posterior, state.network, own.task.loader, state.objective)
         evidence, removed = score(posterior), own.removed
@@ -258,6 +267,7 @@ class WeightRounds(Method):
                 warnings.warn(text, OckhamWarning, stacklevel=4)
         total = removed.total or posterior.size()
         keep = _decided(own.rule, evidence, own.protected, (own.due.index(info.epoch) + 1) / len(own.due))
+        keep = {name: processes.told(mask) for name, mask in keep.items()}
         if removed.shrunk is not None:
             shrunk = replace(removed.shrunk, ledger=removed.shrunk.ledger.entered(evidence, keep))
             removed = replace(removed, shrunk=shrunk)
@@ -321,6 +331,7 @@ class WeightRounds(Method):
         own, optimizer = state.own, _posterior_of(state)
         model, posterior, plan = optimizer.plain(copy.deepcopy(state.network)), optimizer.posterior(), None
         refresh_batchnorm(model, own.task.loader, batch=own.task.objective.batch)
+        own.task.processes.mean_(model.buffers())
         shrunk = own.removed.shrunk
         if own.shrinking is not None:
             model, posterior, plan = own.shrinking.finished(shrunk, model.eval(), posterior)
@@ -355,7 +366,8 @@ class Compression:
     """The main job as a loop: iterate over its epochs, look in, stop when you like, then take `result`.
 
     Args:
-        model: your network; a copy is trained.
+        model: your network; a copy is trained. In `torch.nn.parallel.DistributedDataParallel` all its processes train
+            one network on the data of all their loaders, and each gets the result.
         loader: batches of (inputs, targets) with a length.
         likelihood: "classification", "regression", or a `Likelihood` such as `ockham.Loss(function, reduction="mean")`.
         training: settings of the run.
@@ -398,12 +410,20 @@ class Compression:
     ) -> None:
         check_keywords("Compression", reading, LoaderOptions)
         self.training = t = training or Training()
+        model, processes = unwrapped(model)
+        if processes is ALONE and (world := Processes.world().count) > 1:
+            warnings.warn(
+                f"there are {world} processes, and each trains a network of its own on the data of its own loader: "
+                "wrap the network in torch.nn.parallel.DistributedDataParallel to train one together",
+                OckhamWarning,
+                stacklevel=2,
+            )
         network = copied(model)
         names = tuple(sorted(ignored(model, ignore)))
         method = WeightRounds(
             t, rule or EvidenceRule(), rounds or Rounds(), names, estimator or mean_field, structures, correlated
         )
-        task = Task.of(network, loader, likelihood, epochs=t.epochs, n_data=n_data, **reading)
+        task = Task.of(network, loader, likelihood, epochs=t.epochs, n_data=n_data, processes=processes, **reading)
         self.engine = Engine(method, network, task, hold=t.hold, seed=t.seed)
 
     @property

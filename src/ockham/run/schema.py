@@ -188,6 +188,8 @@ class Settings:
         log_odds: prior log odds of keeping a weight, nats: removal is favoured beyond it.
         keep_share: budget, as the share that stays.
         macs: budget, as the share of the multiply-accumulates that stays.
+        params: budget, as the share of the parameters that stays.
+        latency: budget, as the share of the measured latency that stays.
         others: settings of other names.
     """
 
@@ -200,7 +202,14 @@ class Settings:
     log_odds: float | None = None
     keep_share: float | None = None
     macs: float | None = None
+    params: float | None = None
+    latency: float | None = None
     others: Mapping[str, Any] = rest()
+
+    @property
+    def limited(self) -> bool:
+        """Whether a budget decided how much went."""
+        return any(v is not None for v in (self.keep_share, self.macs, self.params, self.latency))
 
     def decision_line(self) -> float:
         """The delta_f in nats beyond which removal was favoured: the prior log odds, as set or as the rule says."""

@@ -16,7 +16,7 @@ from ockham.choose.prices import Structures, unit_costs
 from ockham.choose.rules import score
 from ockham.choose.units import Account, StructureEvidence, choose_units
 from ockham.core.batch import READ_ONCE, Loader, read_batch
-from ockham.core.network import Ignore, device_of, seeded
+from ockham.core.network import ALONE, Ignore, Processes, device_of, seeded
 from ockham.core.objective import Objective
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import DataError, OckhamError, OckhamWarning
@@ -222,11 +222,13 @@ class Shrinking:
         rule: evidence, price and widths.
         inputs: small batch of inputs, for tracing and proof.
         ignore: parameters that stay whole.
+        processes: those that train together; all carry out the plan of process 0.
     """
 
     rule: Structures
     inputs: Any
     ignore: tuple[Any, ...] = ()
+    processes: Processes = ALONE
 
     def start(self, network: nn.Module) -> Shrunk:
         """Before the run.
@@ -258,6 +260,8 @@ class Shrinking:
             }
             evidence = score(optimizer.posterior()).by_group(groups, **options)
             plan = self._choose(network, groups, evidence)
+            if self.processes.count > 1:  # a price in milliseconds differs from process to process
+                plan = Plan.from_json(self.processes.told_bytes(plan.to_json().encode()).decode())
             if not plan.removed:
                 return known, network, optimizer
             small, carried = shrink(network, plan, optimizer=optimizer)

@@ -135,7 +135,7 @@ def from_arrays(
     series: bool | None = None,
     normalize: Normalize = None,
 ) -> Dataset:
-    """A data set from numpy arrays, checked and standardised as `load_folder` does it.
+    """A data set from arrays (numpy's, tensors, lists), checked and standardised as `load_folder` does it.
 
     Args:
         name: name in reports.
@@ -150,7 +150,8 @@ def from_arrays(
     Raises:
         DataError: shapes or numbers that do not fit, labels out of range, NaN or infinity.
     """
-    reading = Reading(Part(*train, "train"), None if test is None else Part(*test, "test"), classes)
+    held = None if test is None else Part(np.asarray(test[0]), np.asarray(test[1]), "test")
+    reading = Reading(Part(np.asarray(train[0]), np.asarray(train[1]), "train"), held, classes)
     return _from_reading(name, reading, series, normalize)
 
 
