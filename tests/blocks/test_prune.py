@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ockham.core.batch import Batch
-from ockham.core.likelihood import Loss
+from ockham.core.likelihood import CausalLanguage, Loss
 from ockham.errors import DataError, OckhamError
 from ockham.methods.blocks.job import PruneProgress, PruneSettings
 from ockham.methods.blocks.prune import prune
@@ -257,6 +257,14 @@ def test_batches_and_outputs_as_people_have_them() -> None:
         likelihood=Loss(error, reduction="sum"),
     )
     assert all(torch.equal(t, again.model.state_dict()[n]) for n, t in done.model.state_dict().items())
+
+
+def test_a_causal_language_model_by_either_name_is_the_same() -> None:
+    model, data = network("llama"), [{"input_ids": w, "labels": w} for w in (ids(seed=s) for s in range(4))]
+    want = prune(model, data, keep_share=0.5, settings=FIXED, likelihood="next-token").model.state_dict()
+    for likelihood in ("causal-lm", CausalLanguage()):
+        found = prune(model, data, keep_share=0.5, settings=FIXED, likelihood=likelihood).model.state_dict()
+        assert all(torch.equal(t, want[n]) for n, t in found.items())
 
 
 def test_the_rise_is_that_of_the_pooled_mean_with_its_paired_error() -> None:

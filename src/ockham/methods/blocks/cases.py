@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from ockham.core.batch import Batch, to_device
-from ockham.core.likelihood import Classification, Likelihood, Regression, likelihood_from
+from ockham.core.likelihood import CausalLanguage, Classification, Likelihood, Regression, likelihood_from
 from ockham.errors import DataError, OckhamError
 
 __all__ = ["Case", "CaseObjective", "answer_tensor", "cases_from", "objective_for"]
@@ -124,7 +124,7 @@ def objective_for(
         if tokens is not None and (target is None or target.shape == tokens.shape) and answer.ndim == 3:
             same = answer.shape[:2] == tokens.shape
             likelihood = "next-token" if same and _causal(model, case, tokens, chosen) else likelihood
-    if likelihood == "next-token":
+    if likelihood in ("next-token", "causal-lm") or isinstance(likelihood, CausalLanguage):
         return CaseObjective(
             "next-token", _next_token, lambda f, c, _: _next_token(f, c)[0], lambda f, c: _next_token(f, c)[1], chosen
         )

@@ -192,7 +192,7 @@ def prune(
             pattern as well, weights go from what the units left.
         budget: ``{"params": "80%"}``, ``{"macs": "70%"}`` or ``{"latency": seconds}``, of the whole network.
         likelihood: "auto" (next tokens of a causal language model, else by the targets; without targets the network's
-            own predictive), "next-token", "classification", "regression", "own", or a `Likelihood`.
+            own predictive), "next-token" or "causal-lm", "classification", "regression", "own", or a `Likelihood`.
         batch: function from an item of the calibration data to inputs, (inputs, targets) or an `ockham.Batch`.
         output: function from what the network returns to one tensor.
         progress: called with a `PruneProgress` as it goes.
