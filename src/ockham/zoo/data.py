@@ -312,7 +312,7 @@ def _build(
     ends = (low.view(-1, 1, 1), high.view(-1, 1, 1)) if colour else (float(low), float(high))
     shape = (train_x.shape[1], train_x.shape[2], train_x.shape[3]) if train_x.ndim == 4 else None
     y, test_y = _targets(train), _targets(test)
-    return Dataset(name, train_x, y, test_x, test_y, names, shape, *ends, mean.float(), std.float(), notes)
+    return Dataset(name, train_x, y, test_x, test_y, names, shape, ends[0], ends[1], mean.float(), std.float(), notes)
 
 
 def _classes(train: Part, test: Part, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
