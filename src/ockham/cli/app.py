@@ -22,11 +22,24 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 from torch import nn
 
-from ockham.cli.build import METHODS, Common, build_job, load_data, load_model, options_of, parse_device, read_config
+from ockham.cli.build import (
+    METHODS,
+    Basic,
+    BlockOptions,
+    Common,
+    build_job,
+    load_data,
+    load_model,
+    options_of,
+    parse_device,
+    read_config,
+)
 from ockham.core.files import printable, to_plain
 from ockham.core.posterior import load_posterior
 from ockham.core.seal import sealed
 from ockham.errors import OckhamError, OckhamWarning
+from ockham.methods.blocks.job import PruneProgress, PruneSettings
+from ockham.methods.blocks.prune import prune_folder
 from ockham.methods.gates.report import gate_sections
 from ockham.methods.spike_slab.audit import audit as audit_network
 from ockham.report.html import write_report
@@ -41,14 +54,20 @@ __all__ = ["Bars", "app", "audited", "contents", "evaluation", "main", "metrics"
 
 
 class Bars:
-    """A bar a stage; silent when the console is not a terminal or quiet is asked for."""
+    """A bar a stage; silent when the console is not a terminal or quiet is asked for.
 
-    def __init__(self, console: Console, *, quiet: bool) -> None:
+    Args:
+        console: where the bars go.
+        quiet: True shows none.
+        unit: what is counted.
+    """
+
+    def __init__(self, console: Console, *, quiet: bool, unit: str = " epochs") -> None:
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description:<14}"),
             BarColumn(),
-            TextColumn("{task.completed:.1f}/{task.total:.0f} epochs"),
+            TextColumn(f"{{task.completed:{'.1f' if unit else '.0f'}}}/{{task.total:.0f}}{unit}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -56,6 +75,7 @@ class Bars:
         )
         silent = quiet or not console.is_terminal
         self._progress = Progress(*columns, console=console, transient=False, disable=silent)
+        self._lines = None if quiet or console.is_terminal else console
         self._tasks: dict[str, TaskID] = {}
         self._current: tuple[str, int] | None = None
 
@@ -79,6 +99,18 @@ class Bars:
             note += f"  kept {info.kept_share:.2%}"
         self._progress.update(self._tasks[info.stage], completed=info.epoch, note=note)
         self._current = (info.stage, info.epoch)
+
+    def stage(self, told: PruneProgress) -> None:
+        """Show a step of a reduction by blocks: a bar, or a line with the time left where there is no terminal."""
+        if told.stage not in self._tasks:
+            self._tasks[told.stage] = self._progress.add_task(told.stage, total=told.total, note="")
+        self._progress.update(self._tasks[told.stage], completed=told.done, total=told.total)
+        if self._lines is not None:
+            self._lines.print(
+                f"{told.stage} {told.done}/{told.total}, {told.seconds:.0f} s, about {told.left:.0f} s left",
+                highlight=False,
+                soft_wrap=True,
+            )
 
     def step(self, step: int, steps: int, loss: float) -> None:
         """Show a step inside an epoch of the stage that runs."""
@@ -259,7 +291,7 @@ def _verb(name: str, text: str, *methods: str, shown: tuple[str, ...]) -> Callab
             new = f"ockham prune --posterior {posterior}"
         if name == "compress" and new is not None:
             _say(f"note: this is now spelt `{new}`", "dim")
-        _run(options)
+        _run_blocks(options) if isinstance(options, BlockOptions) else _run(options)
 
     command.__signature__ = python_inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -291,14 +323,49 @@ _verb(
 )
 _verb(
     "prune",
-    "Reduce a trained network in one shot: a Laplace posterior, one removal, a short refit.",
+    "Reduce a trained network in one shot: by its Laplace posterior, or (--calibrate) a transformers folder by blocks.",
     "one-shot",
-    shown=("one-shot",),
+    shown=("one-shot", "blocks"),
 )
 _verb("gate", "Train with gates on whole structures and remove those by a BMRS rule.", "gates", shown=("gates",))
 
 
-def _run(options: Common) -> None:
+def _run_blocks(o: BlockOptions) -> None:
+    """Reduce a transformers folder on a text, as the options of `ockham prune --calibrate` say."""
+    if o.out is None:
+        raise OckhamError("--out FOLDER is needed: where shall the result go?")
+    if o.model is None or not o.model.startswith("hf:"):
+        raise OckhamError(f"--calibrate is for transformers folders: add --model hf:FOLDER; got --model {o.model}")
+    if o.params is not None and not 0 < o.params <= 1:
+        raise OckhamError(f"--params is the share of all parameters that stays, in (0, 1]; got {o.params}")
+    if o.threads is not None:
+        torch.set_num_threads(o.threads)
+    target: dict[str, Any] = {"keep_share": o.keep_share, "pattern": o.pattern}
+    if o.params is not None:
+        target |= {"structure": "auto", "budget": {"params": f"{100 * o.params}%"}}
+    try:
+        with terminated(), Bars(err_console, quiet=o.quiet, unit="") as bars:
+            found = prune_folder(
+                o.model.removeprefix("hf:"),
+                str(o.calibrate),
+                o.out,
+                target=target,
+                windows=(o.windows, o.window),
+                progress=bars.stage,
+                settings=PruneSettings(ignore=o.ignore, seed=o.seed),
+                overwrite=o.overwrite,
+            )
+    except KeyboardInterrupt:
+        _say(f"ockham: stopped; finished blocks are kept in {printable(o.out)}. Run the same command to go on", "")
+        raise typer.Exit(130) from None
+    _table(out_console, {side: found[side] for side in ("before", "after")})
+    line = f"kept {found['kept']:.2%} of the weights of its blocks in {found['seconds']:.1f} s, seed {o.seed}"
+    out_console.print(line, highlight=False)
+    typer.echo(f"Report: {Path(o.out) / 'report.html'}")
+
+
+def _run(options: Basic) -> None:
+    assert isinstance(options, Common)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     job = build_job(options, "ockham " + shlex.join(sys.argv[1:]))

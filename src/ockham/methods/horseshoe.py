@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ockham.core.network import copied
 from ockham.errors import OckhamError
 from ockham.evidence.gaussian import delta_f
 from ockham.fit.priors import FixedPrior
@@ -205,7 +206,7 @@ def horseshoe(model: nn.Module, *, scale: float = 0.01) -> HorseshoeNetwork:
     """
     if not 0 < scale < math.inf:
         raise OckhamError(f"horseshoe: scale must be positive and finite; got {scale}")
-    return HorseshoeNetwork(copy.deepcopy(model), scale)
+    return HorseshoeNetwork(copied(model), scale)
 
 
 class HorseshoeNetwork(nn.Module):

@@ -28,7 +28,7 @@ from ockham.choose.rules import (
 )
 from ockham.core.batch import Loader, LoaderOptions
 from ockham.core.likelihood import Likelihood
-from ockham.core.network import Ignore, device_of, ignored
+from ockham.core.network import Ignore, copied, device_of, ignored
 from ockham.core.objective import Objective
 from ockham.core.posterior import Posterior
 from ockham.errors import OckhamError, OckhamWarning, check_keywords
@@ -398,11 +398,11 @@ class Compression:
     ) -> None:
         check_keywords("Compression", reading, LoaderOptions)
         self.training = t = training or Training()
+        network = copied(model)
         names = tuple(sorted(ignored(model, ignore)))
         method = WeightRounds(
             t, rule or EvidenceRule(), rounds or Rounds(), names, estimator or mean_field, structures, correlated
         )
-        network = copy.deepcopy(model)
         task = Task.of(network, loader, likelihood, epochs=t.epochs, n_data=n_data, **reading)
         self.engine = Engine(method, network, task, hold=t.hold, seed=t.seed)
 

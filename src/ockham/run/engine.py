@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from ockham.choose.rules import Diagnosis, RoundInfo
-from ockham.core.batch import Batch, Loader, ReadBatch, ReadOutput, sized
+from ockham.core.batch import (
+    READ_ONCE,
+    Batch,
+    Loader,
+    ReadBatch,
+    ReadOutput,
+    random_states,
+    restore_random_states,
+    sized,
+)
 from ockham.core.likelihood import Likelihood
 from ockham.core.network import device_of, seeded, train_
 from ockham.core.objective import Objective, objective_of
@@ -161,14 +170,16 @@ class Task:
 
         Raises:
             DataError: the first batch cannot work, the loader has no length or no batches, or n_data is impossible.
-            OckhamError: the network has no parameters, or the likelihood is unknown.
+            OckhamError: the network has nothing to train, or the likelihood is unknown.
         """
         data = sized(loader, steps_per_epoch)
         objective = objective_of(network, likelihood, batch=batch, output=output)
         terms = objective.prepare(network, data, n_data)
         parameters = list(network.parameters())
-        total = sum(p.numel() for p in parameters)
-        return Task(data, objective, terms, epochs, total, sum(p.numel() for p in parameters if p.requires_grad))
+        total, trainable = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+        if not trainable:
+            raise OckhamError("no parameter of the network requires a gradient: call model.requires_grad_() first")
+        return Task(data, objective, terms, epochs, total, trainable)
 
 
 class Method(ABC):
@@ -250,10 +261,16 @@ class Engine:
 
     def saved(self) -> dict[str, Any]:
         """Plain values and tensors from which `load` continues to the same bits."""
-        return {"run": self.state.saved(), "method": self.method.saved(self.state)}
+        own = {"run": self.state.saved(), "method": self.method.saved(self.state)}
+        return own | {"loader": random_states(self.task.loader)}
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Continue from `saved` of an engine built with the same arguments."""
+        """Continue from `saved` of an engine built with the same arguments.
+
+        Raises:
+            DataError: the loader holds other random generators than the one before.
+        """
+        restore_random_states(self.task.loader, saved.get("loader", ()))
         self.state = self.method.resumed(self.state, saved["method"]).restored(saved["run"])
 
 
@@ -438,6 +455,8 @@ class Trainer:
         start, steps, tally = time.perf_counter(), len(self.loader), _Tally(state.done)
         if steps == 0:
             raise DataError("the training loader is empty: it has no batches; give it at least one")
+        if not torch.is_grad_enabled():
+            raise OckhamError("training needs gradients, and torch.no_grad() is on: leave that block")
         train_(state.network)
         device = device_of(state.network)
         with seeded(self.seed, state.done, device):
@@ -494,6 +513,8 @@ class _Tally:
     def loss(self, *, final: bool = False) -> float:
         if final or not self._count:
             self._settle()
+        if final and not self._count:
+            raise DataError(READ_ONCE)
         return self._sum / max(1, self._count)
 
     def accuracy(self) -> float:

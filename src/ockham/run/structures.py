@@ -15,11 +15,11 @@ from torch.utils import _pytree as pytree
 from ockham.choose.prices import Structures, unit_costs
 from ockham.choose.rules import score
 from ockham.choose.units import Account, StructureEvidence, choose_units
-from ockham.core.batch import Loader, read_batch
+from ockham.core.batch import READ_ONCE, Loader, read_batch
 from ockham.core.network import Ignore, device_of, seeded
 from ockham.core.objective import Objective
 from ockham.core.posterior import Gaussian, Posterior
-from ockham.errors import OckhamError, OckhamWarning
+from ockham.errors import DataError, OckhamError, OckhamWarning
 from ockham.fit.optimizer import VariationalOptimizer
 from ockham.run.engine import StructureInfo
 from ockham.surgery.groups import Groups, Plan, plan_masks
@@ -318,6 +318,9 @@ def traced_again(network: nn.Module, inputs: Any, ignore: Ignore) -> Groups:
 def example_of(loader: Loader, objective: Objective, device: torch.device) -> Any:
     """The first rows of the loader's first inputs, as surgery takes them."""
     with seeded(0, 0, torch.device("cpu")):
-        first = read_batch(next(iter(loader)), objective.batch)
+        raw = next(iter(loader), None)
+    if raw is None:
+        raise DataError(READ_ONCE)
+    first = read_batch(raw, objective.batch)
     few = first.part(slice(0, ROWS)).to(device)
     return dict(few.kwargs) if few.kwargs else few.args

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ockham.choose.planning import plan
 from ockham.core.batch import Loader, LoaderOptions
 from ockham.core.likelihood import Likelihood, Regression
-from ockham.core.network import device_of, evaluating, seeded
+from ockham.core.network import copied, device_of, evaluating, seeded
 from ockham.core.objective import Objective, fit_noise, objective_of
 from ockham.core.posterior import Posterior
 from ockham.errors import OckhamError, check_keywords
@@ -386,7 +386,7 @@ class GateCompression:
         check_keywords("GateCompression", reading, LoaderOptions)
         self.training = t = training or GateTraining()
         self.on_trained: Callable[[Gates], None] | None = None
-        network = copy.deepcopy(model)
+        network = copied(model)
         task = Task.of(network, loader, likelihood, epochs=t.epochs + t.fine_tune, n_data=n_data, **reading)
         self.method = GateRounds(t, example_inputs, rule, decide, ignore, self._look)
         self.engine = Engine(self.method, network, task, hold=t.hold, seed=t.seed)
