@@ -456,7 +456,7 @@ def _measured(model: Any, found: Pruned, windows: Tensor) -> dict[str, dict[str,
         with evaluating_blocks(network) as device:
             cases = cases_from(windows, None, network, device)
             answers.append(torch.cat([case.answer(network, answer_tensor).flatten(0, 1).double() for case in cases]))
-    close = float(torch.cosine_similarity(*answers, dim=-1).mean())
+    close = float(torch.cosine_similarity(answers[0], answers[1], dim=-1).mean())
     return {"before": {"cosine": 1.0}, "after": {"cosine": close}}
 
 
