@@ -232,17 +232,15 @@ def audited(console: Console, folder: Path, data: Dataset, model: nn.Module | No
 def _table(console: Console, columns: dict[str, dict[str, float]]) -> None:
     table = Table("measure", *columns)
     for name in dict.fromkeys(name for column in columns.values() for name in column):
-        table.add_row(_plain(name), *(_number(c.get(name)) for c in columns.values()))
+        values = (column.get(name) for column in columns.values())
+        shown = ("-" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for v in values)
+        table.add_row(_plain(name), *shown)
     console.print(table)
 
 
 def _plain(text: object) -> str:
     """Text from a file for the terminal: neither markup nor control characters."""
     return escape(printable(text))
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Smaller networks by model evidence.")
@@ -287,7 +285,12 @@ def _verb(name: str, text: str, *methods: str, shown: tuple[str, ...]) -> Callab
         if merged.get("out") is None and merged.get("data") is None:
             merged["out"] = {"compress": "runs/digits", "gate": "runs/gates"}.get(name)
         options = options_of({k: v for k, v in merged.items() if v is not None}, *methods)
-        _say_new_spelling(name, merged)
+        posterior, old = merged.get("posterior"), merged.get("method", "")
+        new = {"bmrs": "ockham gate", "spike-slab": "ockham compress --posterior spike-slab"}.get(old)
+        if posterior in ("laplace", "kronecker"):
+            new = f"ockham prune --posterior {posterior}"
+        if name == "compress" and new is not None:
+            _say(f"note: this is now spelt `{new}`", "dim")
         _run_blocks(options) if isinstance(options, BlockOptions) else _run(options)
 
     command.__signature__ = python_inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -311,18 +314,6 @@ def _parameter(option: Any, *, hidden: bool) -> python_inspect.Parameter:
 
 def _keyword(name: str, annotation: Any) -> python_inspect.Parameter:
     return python_inspect.Parameter(name, python_inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
-
-
-def _say_new_spelling(name: str, given: dict[str, Any]) -> None:
-    """Say the new verb once where an old spelling was used."""
-    posterior = given.get("posterior")
-    new = {"bmrs": "ockham gate", "spike-slab": "ockham compress --posterior spike-slab"}.get(given.get("method", ""))
-    if name == "compress" and posterior in ("laplace", "kronecker"):
-        new = f"ockham prune --posterior {posterior}"
-    if name == "compress" and new is not None:
-        err_console.print(
-            f"note: this is now spelt `{new}`", style="dim", markup=False, highlight=False, soft_wrap=True
-        )
 
 
 _verb(
@@ -459,9 +450,7 @@ def main() -> None:
 
 def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **_: Any) -> None:
     if issubclass(category, OckhamWarning):
-        err_console.print(
-            f"warning: {printable(message)}", style="yellow", markup=False, highlight=False, soft_wrap=True
-        )
+        _say(f"warning: {printable(message)}", "yellow")
 
 
 def _say(text: str, style: str) -> None:

@@ -254,18 +254,14 @@ def options_of(given: Mapping[str, Any], method: str | None = None) -> Basic:
     own = {f.name for f in fields(METHODS[method])}
     for name in given:
         if name not in own:
-            raise OckhamError(_refusal(name, f"--method {spelt}" if spelt else _SPOKEN[method], own))
+            others = [_SPOKEN[m] for m, kind in METHODS.items() if name in {f.name for f in fields(kind)}]
+            advice = f"it belongs to {', '.join(f'`{o}`' for o in others)}" if others else "no method has it"
+            near = difflib.get_close_matches(name, own, 1)
+            if near:
+                advice += f"; the nearest here is --{near[0].replace('_', '-')}"
+            owner = f"--method {spelt}" if spelt else _SPOKEN[method]
+            raise OckhamError(f"{owner} does not use --{name.replace('_', '-')}: drop it ({advice})")
     return METHODS[method](**given)
-
-
-def _refusal(name: str, owner: str, own: set[str]) -> str:
-    spelt = "--" + name.replace("_", "-")
-    others = [_SPOKEN[m] for m, kind in METHODS.items() if name in {f.name for f in fields(kind)}]
-    near = difflib.get_close_matches(name, own, 1)
-    advice = f"it belongs to {', '.join(f'`{o}`' for o in others)}" if others else "no method has it"
-    if near:
-        advice += f"; the nearest here is --{near[0].replace('_', '-')}"
-    return f"{owner} does not use {spelt}: drop it ({advice})"
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -285,18 +281,15 @@ def read_config(path: Path) -> dict[str, Any]:
         near = [n for key in unknown for n in difflib.get_close_matches(key, known, 1)]
         meant = f" (did you mean {', '.join(near)}?)" if near else ""
         raise OckhamError(f"--config {path}: unknown keys {', '.join(unknown)}{meant}; known are {', '.join(known)}")
+    allowed = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
     for key, value in table.items():
         if isinstance(value, list):
             table[key] = tuple(value)
-        elif key in known and not _fits(value, str(known[key].type)):
-            raise OckhamError(f"--config {path}: {key} should be {known[key].type}; got {value!r}")
+        elif key in known:
+            kinds = next((types for word, types in allowed.items() if word in str(known[key].type)), (object,))
+            if not isinstance(value, kinds) or (isinstance(value, bool) and not {bool, object} & {*kinds}):
+                raise OckhamError(f"--config {path}: {key} should be {known[key].type}; got {value!r}")
     return table
-
-
-def _fits(value: Any, annotation: str) -> bool:
-    allowed = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
-    wanted = next((types for word, types in allowed.items() if word in annotation), (object,))
-    return isinstance(value, wanted) and (bool in wanted or object in wanted or not isinstance(value, bool))
 
 
 def default_of(option: Field[Any]) -> Any:
@@ -406,7 +399,18 @@ def _(o: EvidenceOptions, recipe: Recipe) -> Recipe:
     prior = None if o.prior_variance is None else FixedPrior(o.prior_variance)
     training = replace(usual, **_changed(prior=prior, temperature=o.temperature))
     rounds = _rounds(o, defaults_for(len(recipe.data.train_x))[1])
-    estimator, rule = _pick("--posterior", o.posterior, ESTIMATORS), _rule(o)
+    estimator = _pick("--posterior", o.posterior, ESTIMATORS)
+    rule: Rule
+    if o.log_odds is not None or o.cap is not None:
+        if o.rule != "evidence" or o.keep_share is not None:
+            raise OckhamError("--log-odds and --cap need --rule evidence and no --keep-share: drop those")
+        rule = EvidenceRule(o.log_odds or 0.0, 1.0 if o.cap is None else o.cap)
+    elif o.keep_share is not None:
+        rule = _pick("--rule", "snr" if o.rule == "evidence" else o.rule, BUDGET_RULES)(o.keep_share, o.seed)
+    elif o.rule in BUDGET_RULES:
+        raise OckhamError(f"--rule {o.rule} needs a budget: add --keep-share 0.05 (the evidence rule needs none)")
+    else:
+        rule = _pick("--rule", o.rule, EVIDENCE_RULES)
     return replace(recipe, method=WeightRounds(training, rule, rounds, o.ignore, estimator, _structures(o)))
 
 
@@ -565,19 +569,6 @@ def _rounds(o: EvidenceOptions | SpikeSlabOptions, usual: Rounds) -> Rounds:
     if o.first_round is not None and not 0 <= o.first_round <= usual.end:
         raise OckhamError(f"--first-round is a share of the epochs, 0 to {usual.end}; got {o.first_round}")
     return replace(usual, **_changed(count=o.rounds, start=o.first_round))
-
-
-def _rule(o: EvidenceOptions) -> Rule:
-    if o.log_odds is not None or o.cap is not None:
-        if o.rule != "evidence" or o.keep_share is not None:
-            raise OckhamError("--log-odds and --cap need --rule evidence and no --keep-share: drop those")
-        return EvidenceRule(o.log_odds or 0.0, 1.0 if o.cap is None else o.cap)
-    if o.keep_share is None:
-        if o.rule in BUDGET_RULES:
-            raise OckhamError(f"--rule {o.rule} needs a budget: add --keep-share 0.05 (the evidence rule needs none)")
-        return _pick("--rule", o.rule, EVIDENCE_RULES)
-    name = "snr" if o.rule == "evidence" else o.rule
-    return _pick("--rule", name, BUDGET_RULES)(o.keep_share, o.seed)
 
 
 def _structures(o: EvidenceOptions | SpikeSlabOptions | OneShotOptions) -> Structures | None:

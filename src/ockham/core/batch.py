@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import FunctionType, ModuleType
 from typing import Any, Protocol, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -17,6 +20,7 @@ from torch.utils import _pytree as pytree
 from ockham.errors import DataError, OckhamError
 
 __all__ = [
+    "READ_ONCE",
     "Batch",
     "Loader",
     "LoaderOptions",
@@ -29,7 +33,9 @@ __all__ = [
     "described",
     "forward",
     "inputs_of",
+    "random_states",
     "read_batch",
+    "restore_random_states",
     "sized",
     "tensor_of",
     "to_device",
@@ -37,6 +43,9 @@ __all__ = [
 
 PYTHON_ERRORS = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, NotImplementedError)
 """What a network, a loss or a function of the user's raises when it is given something it cannot take."""
+
+READ_ONCE = "the loader can be read only once, or is empty: pass a DataLoader or a list of batches, not an iterator"
+"""What is said of a loader that yields nothing in a later pass."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -175,6 +184,81 @@ def sized(loader: Iterable[Any], steps_per_epoch: int | None = None) -> Loader:
     return loader  # type: ignore[return-value]
 
 
+_Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
+
+
+def _generators(loader: Any) -> list[_Generator]:
+    """Random generators that a loader, its sampler, dataset and transforms hold as attributes, in a fixed order."""
+    found: list[_Generator] = []
+    seen: dict[int, Any] = {}
+    queue: list[Any] = [loader]
+    while queue and len(seen) < _LOOKED_INTO:
+        value = queue.pop(0)
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, _Generator):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            queue += value[:_LISTED]
+        elif isinstance(value, dict):
+            queue += itertools.islice(value.values(), _LISTED)
+        elif not isinstance(value, (Tensor, type, ModuleType, FunctionType)):
+            queue += getattr(value, "__dict__", {}).values()
+    return found
+
+
+_LOOKED_INTO, _LISTED = 10_000, 100  # objects in all, and the first of a list: samplers and transforms, not examples
+
+
+def random_states(loader: Any) -> list[Any]:
+    """States of the random generators that a loader holds itself, as plain values and tensors.
+
+    Whoever seeds the global generators does not reach these: a ``generator=`` of a DataLoader or a sampler, a NumPy
+    or Python generator of a dataset or a transform.
+    """
+    states: list[Any] = []
+    for own in _generators(loader):
+        if isinstance(own, torch.Generator):
+            states.append(own.get_state())
+        elif isinstance(own, random.Random):
+            states.append(list(own.getstate()))
+        else:
+            state = own.get_state(legacy=False) if isinstance(own, np.random.RandomState) else own.bit_generator.state
+            states.append(pytree.tree_map(lambda v: v.tolist() if isinstance(v, np.ndarray) else v, dict(state)))
+    return states
+
+
+def restore_random_states(loader: Any, states: Sequence[Any]) -> None:
+    """Put the random generators of a loader where those of `random_states` were.
+
+    Raises:
+        DataError: this loader holds other generators.
+    """
+    own, kinds = _generators(loader), {True: "torch.Generator", False: "generator of NumPy or Python"}
+    here, there = [kinds[isinstance(g, torch.Generator)] for g in own], [kinds[isinstance(s, Tensor)] for s in states]
+    try:
+        if here != there:
+            raise ValueError(
+                f"it holds {', '.join(here) or 'no generator'}, the one before {', '.join(there) or 'none'}"
+            )
+        for generator, state in zip(own, states, strict=True):
+            if isinstance(generator, torch.Generator):
+                generator.set_state(state.cpu())
+            elif isinstance(generator, random.Random):
+                version, numbers, normal = state
+                generator.setstate((version, tuple(numbers), normal))
+            elif isinstance(generator, np.random.RandomState):
+                generator.set_state(state)
+            else:
+                generator.bit_generator.state = state
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise DataError(
+            f"the order of the examples cannot go on where it was, since the random generators of this loader are "
+            f"others: {error}. Build the loader as before, with the same generator="
+        ) from error
+
+
 def read_batch(raw: Any, batch: ReadBatch | None = None) -> Batch:
     """What a loader yields as a `Batch`.
 
@@ -264,8 +348,10 @@ def call(model: Callable[..., Any], batch: Batch, output: ReadOutput | None = No
     except (OckhamError, torch.OutOfMemoryError):
         raise
     except PYTHON_ERRORS as error:
+        lone = "more than 1 value per channel" in str(error)  # of torch's BatchNorm in training
+        way = ". Leave the last, smaller batch out (DataLoader(..., drop_last=True)), or use another batch size" * lone
         raise DataError(
-            f"the network cannot take the data's inputs, {_call_of(args, kwargs)}: {type(error).__name__}: {error}"
+            f"the network cannot take the data's inputs, {_call_of(args, kwargs)}: {type(error).__name__}: {error}{way}"
         ) from error
     if output is None:
         return found

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
+import random
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +19,8 @@ from ockham.errors import OckhamError
 __all__ = [
     "Entry",
     "Ignore",
+    "check_network",
+    "copied",
     "device_of",
     "evaluating",
     "fixed_entries",
@@ -31,6 +36,52 @@ __all__ = [
 def device_of(model: nn.Module) -> torch.device:
     """The device of the first parameter; the CPU for a network without parameters."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def check_network(model: nn.Module) -> None:
+    """Check that a network can be worked with at all, before anything is done with it.
+
+    Raises:
+        OckhamError: it is TorchScript, lies on the device "meta", has no parameters or such that are not finite, or
+            runs in `torch.inference_mode`; says what to do instead.
+    """
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise OckhamError(
+            f"the network is TorchScript ({type(model).__name__}), whose parameters cannot be edited: pass the "
+            "nn.Module that it was made from, and script the result"
+        )
+    if next(model.parameters(), None) is None:
+        raise OckhamError("the model has no parameters")
+    hollow = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    if hollow:
+        raise OckhamError(
+            f"{hollow[0]!r} and {len(hollow) - 1} more tensors lie on the device 'meta', which holds shapes and no "
+            "values: load the weights first (model.to_empty(device=...), then load_state_dict)"
+        )
+    for name, p in model.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter) or bool(p.detach().sum().isfinite()):
+            continue  # one pass without a second tensor; exactly only where it is needed
+        if bad := int((~p.detach().isfinite()).sum()):
+            raise OckhamError(f"parameter {name!r} is NaN or infinite in {bad} of {p.numel()} places: load it again")
+    if torch.is_inference_mode_enabled():
+        raise OckhamError("gradients are needed and torch.inference_mode() is on: leave that block")
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of a network, to be changed at will.
+
+    Raises:
+        OckhamError: it cannot be worked with (see `check_network`), or not be copied.
+    """
+    check_network(model)
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever a module of the user's raises
+        raise OckhamError(
+            f"the network cannot be copied ({type(error).__name__}: {str(error).splitlines()[0]}): it holds something "
+            "else than parameters and buffers. After the old torch.nn.utils.weight_norm or spectral_norm, use those of "
+            "torch.nn.utils.parametrizations, or take them off (torch.nn.utils.remove_weight_norm)"
+        ) from error
 
 
 def frozen_modules(model: nn.Module) -> set[nn.Module]:
@@ -76,11 +127,18 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
 
 @contextmanager
 def seeded(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
-    """Global randomness of (seed, epoch) inside the block, the old state after it."""
+    """Global randomness of (seed, epoch) inside the block, the old state after it: torch's, NumPy's and Python's."""
     devices = [device] if device.type == "cuda" else []
+    number, others = (seed * 1_000_003 + epoch * 7919 + 17) % 2**63, (random.getstate(), np.random.get_state())
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed((seed * 1_000_003 + epoch * 7919 + 17) % 2**63)
-        yield
+        try:
+            torch.manual_seed(number)
+            random.seed(number)
+            np.random.seed(number % 2**32)
+            yield
+        finally:
+            random.setstate(others[0])
+            np.random.set_state(others[1])
 
 
 _PADDED = (nn.Embedding, nn.EmbeddingBag)
@@ -100,9 +158,15 @@ def fixed_entries(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         Mask of the parameter's shape by parameter name; parameters without a fixed entry are left out.
 
+    Raises:
+        OckhamError: a parameter of a Lazy module has no shape yet.
+
     >>> fixed_entries(nn.Sequential(nn.Embedding(4, 2, padding_idx=3)))["0.weight"].tolist()
     [[False, False], [False, False], [False, False], [True, True]]
     """
+    for name, p in model.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise OckhamError(f"parameter {name!r} has no shape yet (a Lazy module): call the network on a batch first")
     claims: dict[Tensor, list[Tensor | None]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():

@@ -29,7 +29,7 @@ from ockham.core.batch import (
     read_batch,
 )
 from ockham.core.likelihood import Likelihood, Loss, Regression, TermLikelihood, aligned, likelihood_from, spread_weight
-from ockham.core.network import device_of, evaluating, keeping_modes, seeded, train_
+from ockham.core.network import check_network, device_of, evaluating, keeping_modes, seeded, train_
 from ockham.core.posterior import Posterior
 from ockham.core.scaling import Head, TargetStatistics, find_head, rescale_, rescaled
 from ockham.errors import DataError, NonFiniteLossError, OckhamError, OckhamWarning
@@ -215,10 +215,10 @@ def objective_of(
     """An objective with a likelihood of its own (a copy, on the model's device), from the façade's arguments.
 
     Raises:
-        OckhamError: an unknown likelihood, a model without parameters, or something else than functions.
+        OckhamError: an unknown likelihood, a network that cannot be worked with (see
+            `ockham.core.network.check_network`), or something else than functions.
     """
-    if next(model.parameters(), None) is None:
-        raise OckhamError("the model has no parameters")
+    check_network(model)
     for name, function in (("batch", batch), ("output", output)):
         if function is not None and not callable(function):
             raise OckhamError(f"{name}= must be a function; got {described(function)}")

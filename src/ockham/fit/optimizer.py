@@ -92,7 +92,15 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         self._pending = False
         self._phase = -1  # place of the current draw in the cycle of the noise
         self._names: dict[Tensor, str] = {}
-        super().__init__(params, defaults)
+        try:
+            super().__init__(params, defaults)
+        except OckhamError:
+            raise
+        except (ValueError, TypeError) as error:  # torch's: nothing to train, results of operations, no tensors
+            raise OckhamError(
+                f"{type(self).__name__}: {error}. Pass model.named_parameters() of a network that has parameters to "
+                "train"
+            ) from error
         if isinstance(owner, nn.Module):
             self.hold(owner)
 
@@ -432,8 +440,9 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
             self._ensure(p, group)
         vectors = {}
         for name in (*self._vectors, "noise") if alive else ():
-            vectors[name] = torch.cat([self.state[p][name] for p in alive])
-            sizes = [self.state[p][name].numel() for p in alive]
+            parts = [self.state[p][name] for p in alive]
+            sizes = [part.numel() for part in parts]
+            vectors[name] = torch.cat(parts, out=parts[0].new_empty(sum(sizes)))  # out=: autocast would cast the noise
             for p, part in zip(alive, vectors[name].split(sizes), strict=True):
                 self.state[p][name] = part
         return Arena(tuple(alive), vectors, tuple(spans([(p, self._index.get(p)) for p in alive])))
@@ -519,6 +528,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
                         self._draw_(arena.at(span)["noise"])
                     for run in runs:
                         self._draw_run(run, arena, group)
+            torch.clear_autocast_cache()  # an autocast around the block may hold casts of the mean
             self._block_began(new)
             self._pending = True
         except BaseException:
@@ -549,6 +559,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
             return
         for run, mean in self._backup:
             write(run, mean)
+        torch.clear_autocast_cache()
         self._block_ended()
         self._backup = None
 

@@ -15,7 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from ockham.choose.rules import Diagnosis, RoundInfo
-from ockham.core.batch import Batch, Loader, ReadBatch, ReadOutput, sized
+from ockham.core.batch import (
+    READ_ONCE,
+    Batch,
+    Loader,
+    ReadBatch,
+    ReadOutput,
+    random_states,
+    restore_random_states,
+    sized,
+)
 from ockham.core.likelihood import Likelihood
 from ockham.core.network import device_of, seeded, train_
 from ockham.core.objective import Objective, objective_of
@@ -161,14 +170,16 @@ class Task:
 
         Raises:
             DataError: the first batch cannot work, the loader has no length or no batches, or n_data is impossible.
-            OckhamError: the network has no parameters, or the likelihood is unknown.
+            OckhamError: the network has nothing to train, or the likelihood is unknown.
         """
         data = sized(loader, steps_per_epoch)
         objective = objective_of(network, likelihood, batch=batch, output=output)
         terms = objective.prepare(network, data, n_data)
         parameters = list(network.parameters())
-        total = sum(p.numel() for p in parameters)
-        return Task(data, objective, terms, epochs, total, sum(p.numel() for p in parameters if p.requires_grad))
+        total, trainable = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+        if not trainable:
+            raise OckhamError("no parameter of the network requires a gradient: call model.requires_grad_() first")
+        return Task(data, objective, terms, epochs, total, trainable)
 
 
 class Method(ABC):
@@ -223,7 +234,7 @@ class Engine:
         network: module that is trained in place.
         task: data, likelihood and schedule.
         hold: share of the steps at full learning rate.
-        seed: of shuffling and dropout.
+        seed: seed of shuffling and dropout.
     """
 
     def __init__(self, method: Method, network: nn.Module, task: Task, *, hold: float = 0.5, seed: int = 0) -> None:
@@ -250,10 +261,16 @@ class Engine:
 
     def saved(self) -> dict[str, Any]:
         """Plain values and tensors from which `load` continues to the same bits."""
-        return {"run": self.state.saved(), "method": self.method.saved(self.state)}
+        own = {"run": self.state.saved(), "method": self.method.saved(self.state)}
+        return own | {"loader": random_states(self.task.loader)}
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Continue from `saved` of an engine built with the same arguments."""
+        """Continue from `saved` of an engine built with the same arguments.
+
+        Raises:
+            DataError: the loader holds other random generators than the one before.
+        """
+        restore_random_states(self.task.loader, saved.get("loader", ()))
         self.state = self.method.resumed(self.state, saved["method"]).restored(saved["run"])
 
 
@@ -418,7 +435,7 @@ class Trainer:
         loader: batches of the training data.
         epochs: number planned.
         hold: share of the steps at full learning rate.
-        seed: of shuffling and dropout.
+        seed: seed of shuffling and dropout.
         term: function that a method adds to the mean NLL.
     """
 
@@ -438,11 +455,16 @@ class Trainer:
         start, steps, tally = time.perf_counter(), len(self.loader), _Tally(state.done)
         if steps == 0:
             raise DataError("the training loader is empty: it has no batches; give it at least one")
+        if not torch.is_grad_enabled():
+            raise OckhamError("training needs gradients, and torch.no_grad() is on: leave that block")
         train_(state.network)
         device = device_of(state.network)
         with seeded(self.seed, state.done, device):
             for i, batch in enumerate(state.objective.batches(self.loader, device)):
-                self._set_rates(state, (state.done * steps + i) / (self.epochs * steps))
+                progress = (state.done * steps + i) / (self.epochs * steps)
+                factor = 1.0 if progress < self.hold else (1 - progress) / (1 - self.hold)
+                for group, rate in zip(state.optimizer.param_groups, state.rates, strict=True):
+                    group["lr"] = rate * factor
                 tally.add(i, *self._step(state, batch, state.done + i / steps))
                 if on_step is not None and (i % 10 == 0 or i + 1 == steps):
                     on_step(i + 1, steps, tally.loss())
@@ -471,11 +493,6 @@ class Trainer:
             ) from error
         return nll.detach(), state.objective.right(output, batch)
 
-    def _set_rates(self, state: RunState, progress: float) -> None:
-        factor = 1.0 if progress < self.hold else (1 - progress) / (1 - self.hold)
-        for group, rate in zip(state.optimizer.param_groups, state.rates, strict=True):
-            group["lr"] = rate * factor
-
 
 class _Tally:
     """Losses and right answers of an epoch; looks for NaN every few steps so that accelerators need not wait."""
@@ -496,6 +513,8 @@ class _Tally:
     def loss(self, *, final: bool = False) -> float:
         if final or not self._count:
             self._settle()
+        if final and not self._count:
+            raise DataError(READ_ONCE)
         return self._sum / max(1, self._count)
 
     def accuracy(self) -> float:
