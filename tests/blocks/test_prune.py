@@ -292,7 +292,12 @@ def test_shots_go_on_where_the_prediction_says_that_everything_may_go() -> None:
     weight = torch.randn(1, 300, 100, generator=torch.Generator().manual_seed(0))
     samples = {"m": cost_sample(weight, 1e-12 * weight.square())}  # a hundredth of a nat in all, it says
     n_data = 20.0 * weight.numel()
-    fired = shots(samples, n_data, lambda k: Shot(k, 0.1 if k < 0.4 else 0.0, 0.0, 1.0, n_data))
+
+    def fire(share: float) -> Shot:  # as predicted, and a hair too much of it
+        cost = predicted(samples, share, n_data)[0]
+        return Shot(share, cost if share < 0.4 else 0.0, 0.0, 0.999999 * n_data * cost, n_data)
+
+    fired = shots(samples, n_data, fire)
     best = best_shot(fired)
     assert fired[0].keep_share < 0.1 and fired[0].nats < 0
     assert best is not None and 0.4 <= best.keep_share < 0.6 and len(fired) <= 4
