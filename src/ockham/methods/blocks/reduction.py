@@ -57,11 +57,11 @@ __all__ = [
     "held_out",
     "inputs_of_stage",
     "loss_of",
-    "prior_of",
     "reduce_blocks_",
     "study",
     "study_damping",
     "surviving_posterior",
+    "typical_precision",
 ]
 
 
@@ -257,11 +257,11 @@ def _reduced(
     volume = freed(target, worth, (inputs, outputs), scale, gone=gone, n_data=orders.n_data)
     cost = loss_increase(change, inputs, outputs, scale)
     kept = 1 - float(gone.float().mean())
-    prior = prior_of(target[..., : gone.shape[-1]])
+    prior = typical_precision(target[..., : gone.shape[-1]])
     return MatrixEvidence(block_map.name, gone.numel(), kept, cost, volume, orders.n_data, prior)
 
 
-def prior_of(weight: Tensor) -> float:
+def typical_precision(weight: Tensor) -> float:
     """Precision of a prior under which a matrix's weights are typical: one over their mean square."""
     return 1 / max(float(weight.double().square().mean()), 1e-30)
 
@@ -299,7 +299,7 @@ def surviving_posterior(
             worth = quadratic(inputs, outputs, damping.get(matrix_kind(key), DEFAULT_DAMPING)).conditional()
             unit = (inputs.diagonal(dim1=-2, dim2=-1).mean(-1) * outputs.diagonal(dim1=-2, dim2=-1).mean(-1)) / scale
             free = weight[..., : weight.shape[-1] - (matrix.bias is not None)]
-            p0 = evidence[key].prior_precision if key in evidence else prior_of(free)
+            p0 = evidence[key].prior_precision if key in evidence else typical_precision(free)
             matrix.write(precision, (p0 + n_data * worth * unit[:, None, None]).expand_as(weight))
             matrix.write(prior, torch.full_like(weight, p0))
         for name in (n for n in parameters if n in held):

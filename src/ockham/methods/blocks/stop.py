@@ -266,6 +266,8 @@ def shots(
         bad = [s.keep_share for s in found if s.nats < 0]
         if good and bad and not max(bad) < share < min(good):
             share = (max(bad) + min(good)) / 2
+        if bad and not good and share < max(bad) + _NEAR:  # the prediction knows nothing: halve what goes
+            share = (max(bad) + 1) / 2
         if any(abs(share - s.keep_share) < _NEAR for s in found):
             break
         shot = fire(share)

@@ -24,7 +24,7 @@ from ockham.choose.prices import Budget, Subject, most_allowed
 from ockham.errors import OckhamError
 from ockham.methods.blocks.cases import Case
 from ockham.methods.blocks.curvature import BlockMap, Stream, weights_of
-from ockham.methods.blocks.reduction import Dense, MatrixEvidence, freed, inputs_of_stage, prior_of
+from ockham.methods.blocks.reduction import Dense, MatrixEvidence, freed, inputs_of_stage, typical_precision
 from ockham.methods.blocks.solve import damped, loss_increase, quadratic
 from ockham.methods.blocks.stop import DEFAULT_DAMPING, matrix_kind
 from ockham.surgery.copies import clone
@@ -296,7 +296,9 @@ def refit_units_(
                 volume = freed(weight, worth, (inputs, outputs), scale, gone=gone, n_data=n_data)
                 cost = loss_increase(small - weight, inputs, outputs, scale)
                 kept = 1 - float(gone.float().mean())
-                found[key] = MatrixEvidence(block_map.name, gone.numel(), kept, cost, volume, n_data, prior_of(weight))
+                found[key] = MatrixEvidence(
+                    block_map.name, gone.numel(), kept, cost, volume, n_data, typical_precision(weight)
+                )
         stream.advance(calls)
         on_block(j + 1, len(dense.maps))
     return found
