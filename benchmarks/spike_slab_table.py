@@ -28,7 +28,8 @@ def _problems(found: Mapping[str, dict]) -> list[str]:
     lines = [
         "## Problems of known truth",
         "",
-        "`SparseBNNRegressor` with its defaults; mean over replicates (each: false / missed).",
+        "`SparseBNNRegressor` as it was fitted before second-order steps (today's: Tables); "
+        "mean over replicates (each: false / missed).",
         "",
         "| problem | replicates | false inputs | missed | each | RMSE (noise 1) | weights | 95 % coverage | CPU s |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -95,6 +96,7 @@ def _uci(found: Mapping[str, dict], anchors: Mapping[str, float]) -> list[str]:
     lines = [
         "## UCI, the given splits",
         "",
+        "The fit before second-order steps (today's: Tables). "
         "Defaults, the target in its own units; mean ± standard deviation over splits. The density of the two point",
         "predictors is a Student's t fitted to their errors on a fifth held out.",
         "",
