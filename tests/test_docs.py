@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,20 @@ import ockham
 
 ROOT = Path(__file__).resolve().parents[1]
 TUTORIAL = ROOT / "docs" / "tutorial.ipynb"
+ROOMS = {path.name for path in (ROOT / "src" / "ockham").iterdir() if path.is_dir()}
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.stem)
+def test_every_source_file_a_page_names_is_there(page: Path) -> None:
+    named = re.findall(
+        r"(?<![\w/.-])((?:src/ockham/|tests/|tools/|benchmarks/|examples/)?[\w/]+\.py)\b", page.read_text()
+    )
+    for name in named:
+        first = name.partition("/")[0]
+        if first in ROOMS:
+            assert (ROOT / "src" / "ockham" / name).exists(), name
+        elif "/" in name and first in ("src", "tests", "tools", "benchmarks", "examples"):
+            assert (ROOT / name).exists(), name
 
 
 def run_notebook(path: Path) -> subprocess.CompletedProcess[str]:

@@ -49,13 +49,13 @@ HEAVY = (
 LINES = 620  # an idea may take some six hundred; a longer file is two
 
 # Ratchets: what was reached. They may fall, not rise.
-ARGUMENTS = 16
+ARGUMENTS = 12
+OF_SCIKIT_LEARN = 16  # its estimators are cloned by the names in their signature, and may have no other keywords
 FACADE = 50
 FILES_AT_MOST = 120
 USED_ONCE = 0.21  # share of functions that are private helpers with one use
-SAME_NAME_ON_PURPOSE = {
-    "EvidenceCallback"
-}  # one a framework: the docs name `integrations.<framework>.EvidenceCallback`
+WALKED = (45, 138)  # files and file-to-file edges of one `compress --structure`, as `tools/walk.py` counts them
+SAME_NAME_ON_PURPOSE = {"EvidenceCallback"}  # one a framework: `integrations.transformers`, `integrations.lightning`
 
 FILES = sorted(SOURCE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
@@ -141,6 +141,13 @@ def test_the_facade_is_sorted_documented_and_small() -> None:
             assert thing.__doc__, f"ockham.{name} has no docstring"
 
 
+def test_names_outside_the_facade_are_found_and_strange_ones_are_not() -> None:
+    for name in ockham._ROOMS:
+        assert getattr(ockham, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = ockham.Nothing
+
+
 def test_everything_public_in_a_module_is_documented() -> None:
     for path, tree in TREES.items():
         assert ast.get_docstring(tree), f"{path} has no docstring"
@@ -172,7 +179,8 @@ def test_functions_take_few_arguments_and_helpers_are_shared() -> None:
                 continue
             functions += 1
             count = len(node.args.args) + len(node.args.kwonlyargs) + len(node.args.posonlyargs)
-            assert count <= ARGUMENTS, f"{path}: {node.name} takes {count}"
+            most = OF_SCIKIT_LEARN if room_of(path) == "tabular" and node.name == "__init__" else ARGUMENTS
+            assert count <= most, f"{path}: {node.name} takes {count}"
             helper = node.name.startswith("_") and not node.name.startswith("__") and not node.decorator_list
             once += helper and len(re.findall(rf"(?<!\w){re.escape(node.name)}\b", text)) <= 2
     assert once / functions <= USED_ONCE, f"{once} of {functions} functions are private helpers used once"
@@ -186,3 +194,12 @@ def test_old_import_paths_still_answer() -> None:
         assert isinstance(module, _MovedModule) or (SOURCE / (old.replace(".", "/") + ".py")).exists(), old
         for name in getattr(module, "__all__", ()):
             getattr(module, name)
+
+
+@pytest.mark.slow
+def test_one_run_walks_through_few_files() -> None:
+    tool = SOURCE.parents[1] / "tools" / "walk.py"
+    done = subprocess.run([sys.executable, str(tool)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    files, _, edges = map(int, re.findall(r"\d+", done.stdout.splitlines()[-1]))
+    assert (files, edges) <= WALKED and edges <= WALKED[1], done.stdout

@@ -43,6 +43,8 @@ def walked(epochs: int) -> tuple[set[str], set[tuple[str, str]], set[tuple[str, 
         here = place(frame) if event == "call" else None
         if here is None:
             return
+        if frame.f_back is not None and frame.f_back.f_code.co_filename.startswith("<frozen importlib"):
+            return  # a finder asked by an import statement
         files.add(here)
         functions.add((here, frame.f_code.co_qualname))
         back = frame.f_back

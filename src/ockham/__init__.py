@@ -31,7 +31,7 @@ from ockham.moved import install as _install_moved
 from ockham.run.compression import Compression, Training, compress
 from ockham.run.engine import Compressed
 from ockham.run.folder import load, save_pretrained
-from ockham.surgery import Plan, export, mask, shrink, trace, verify
+from ockham.surgery import Plan, export, mask, rotate, shrink, trace, verify
 from ockham.version import __version__
 
 __all__ = [
@@ -80,6 +80,7 @@ __all__ = [
     "prune",
     "reduce",
     "refresh_batchnorm",
+    "rotate",
     "save_pretrained",
     "score",
     "shrink",
@@ -89,7 +90,7 @@ __all__ = [
 
 _ROOMS = {
     "FixedSpikeSlab": "methods.spike_slab.priors",
-    "MedianRule": "methods.spike_slab.inclusion",
+    "MedianRule": "methods.spike_slab.priors",
     "PerMac": "choose.prices",
     "random_plan": "surgery",
     "Gaussian": "core.posterior",
@@ -98,9 +99,9 @@ _ROOMS = {
     "PerMillisecond": "choose.prices",
     "PerParameter": "choose.prices",
     "LearnedOddsRule": "choose.rules",
-    "by_magnitude": "choose.score",
-    "by_random": "choose.score",
-    "by_snr": "choose.score",
+    "by_magnitude": "choose.rules",
+    "by_random": "choose.rules",
+    "by_snr": "choose.rules",
     "units_of": "choose.units",
     "NonFiniteLossError": "errors",
     "ResultError": "errors",
@@ -111,10 +112,10 @@ _ROOMS = {
     "GroupScale": "fit.priors",
     "LayerScale": "fit.priors",
     "horseshoe": "methods.horseshoe",
-    "Correlated": "methods.laplace.full",
+    "Correlated": "methods.laplace.posterior",
     "LearnedSpikeSlab": "methods.spike_slab.priors",
-    "defaults_for": "run.estimators",
-    "point_estimate": "run.estimators",
+    "defaults_for": "run.compression",
+    "point_estimate": "run.compression",
 }
 
 

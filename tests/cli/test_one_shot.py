@@ -70,6 +70,8 @@ def test_what_does_not_go_together_is_said(ockham, tmp_path, trained):
     assert done.returncode != 0 and "--structure" in done.stderr
     done = ockham("compress", "--out", "r", *given, "--structure", "--macs", "1.5")
     assert done.returncode != 0 and "(0, 1]" in done.stderr
+    done = ockham("compress", "--out", "r", *given, "--structure", "--params", "0.5", "--latency", "0.5")
+    assert done.returncode != 0 and "one budget at a time" in done.stderr
     other = ("--weights", "w.safetensors", "--posterior", "laplace", "--structure")
     done = ockham("compress", "--out", "r", *other)
     assert done.returncode != 0 and "--posterior kronecker" in done.stderr

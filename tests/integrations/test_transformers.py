@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -132,3 +134,40 @@ def test_what_cannot_go_well_is_refused_before_the_first_step(tmp_path):
     job, _ = trainer(tmp_path, EvidenceCallback(ignore=["clasifier"]))
     with pytest.raises(OckhamError, match="did you mean 'classifier'"):
         job.train()
+
+
+def test_structures_go_in_place_and_the_smaller_model_computes_the_same(tmp_path):
+    from ockham.integrations.transformers import EvidenceCallback
+
+    net = network()
+    first, whole = net, network()
+    rounds = ockham.Rounds(start=0.3, end=0.9, count=3)
+    callback = EvidenceCallback(rounds, structures=ockham.Structures(price=ockham.FlatPrice(30.0), wait=0))
+    job, _ = trainer(tmp_path, callback, net=net, num_train_epochs=2)
+    job.train()
+    assert job.model is first and sum(callback.plan.removed.values(), ())
+    small = dict(net.named_parameters())
+    assert sum(p.numel() for p in small.values()) < sum(p.numel() for p in whole.parameters())
+    assert {n: tuple(p.shape) for n, p in small.items()} == {n: callback.plan.shape(n) for n in small}
+    for name, g in callback.posterior.items():
+        assert torch.equal(g.mean, small[name].detach()) and bool((g.mean[~g.keep] == 0).all())
+    assert callback.history[-1].kept_share == pytest.approx(
+        callback.posterior.kept() / sum(p.numel() for n, p in whole.named_parameters() if n in callback.posterior)
+    )
+    again, ids = ockham.shrink(network(), callback.plan), Texts(8, 2).ids
+    again.load_state_dict(net.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(net.eval()(input_ids=ids).logits, again.eval()(input_ids=ids).logits)
+    assert (tmp_path / "plan.json").exists()
+
+
+def test_small_data_at_temperature_one_are_warned_about(tmp_path):
+    for temperature, told in ((1.0, True), (0.1, False)):
+        net = network()
+        optimizer = ockham.MeanField(net.named_parameters(), n_data=192, lr=3e-3, temperature=temperature)
+        job, _ = trainer(tmp_path, None, net=net, optimizer=optimizer, num_train_epochs=1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            job.train()
+        found = [str(w.message) for w in caught if "may empty whole layers" in str(w.message)]
+        assert bool(found) is told and all("temperature=0.1" in text for text in found)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
@@ -285,3 +287,46 @@ def test_the_size_of_a_span_changes_nothing_but_the_noise(toy64, monkeypatch, li
         assert max(s.stop - s.start for s in opt._arena(opt.param_groups[0]).spans) <= limit  # the patch is felt
     for a, b in zip(whole, run(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_autocast_around_a_block_is_autocast_within_it(toy, kind):
+    """In either order, and around step, posterior, kl and state as well: the very same bits."""
+    moments = []
+    for outside in (True, False):
+        net, opt = toy.make()
+        for _ in range(3):
+            opt.zero_grad()
+            autocast = torch.autocast("cpu", dtype=kind)
+            with ExitStack() as stack:
+                for context in (autocast, opt.sampled())[:: 1 if outside else -1]:
+                    stack.enter_context(context)
+                toy.loss(net).backward()
+            opt.step()
+        with torch.autocast("cpu", dtype=kind) if outside else nullcontext():
+            first, kl = opt.posterior(), opt.kl()
+            opt.load_state_dict(copy.deepcopy(opt.state_dict()))
+            opt.zero_grad()
+            with opt.sampled(), torch.autocast("cpu", enabled=False):
+                toy.loss(net).backward()
+            opt.step()
+        moments.append((kl, [(g.mean, g.precision) for g in (*first.values(), *opt.posterior().values())]))
+    assert moments[0][0] == moments[1][0]
+    for (m, p), (n, q) in zip(moments[0][1], moments[1][1], strict=True):
+        assert torch.equal(m, n) and torch.equal(p, q)
+
+
+def test_a_draw_within_an_autocast_is_no_cast_that_was_kept(toy):
+    """Autocast keeps its casts of weights; those of the mean are no draw, and those of the draw no mean."""
+    toy.needs_draws()
+    net, opt = toy.make(initial_std=0.3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mean = net(toy.x)
+        with opt.sampled():
+            drawn = net(toy.x)
+        opt.zero_grad()
+        with opt.sampled():
+            other = net(toy.x)
+        again = net(toy.x)
+    assert torch.equal(mean, again)
+    assert not torch.equal(mean, drawn) and not torch.equal(drawn, other)

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import ockham
 from ockham.errors import OckhamError
 from ockham.fit.mean_field import MeanField
 from ockham.fit.priors import FixedPrior
@@ -290,3 +291,11 @@ def test_embeddings_attention_and_recurrence_train(toy):
             net(torch.tensor([[0, 3, 5]])).logsumexp(-1).mean().backward()
         opt.step()
     assert set(opt.posterior()) == {n for n, _ in net.named_parameters()}
+
+
+@pytest.mark.parametrize("method", [ockham.MeanField, ockham.IVON, ockham.SpikeSlab])
+def test_an_unknown_keyword_is_refused_with_the_nearest_one(method):
+    with pytest.raises(TypeError, match=rf"{method.__name__}\(\) got .* 'temprature'; did you mean 'temperature"):
+        method(torch.nn.Linear(2, 1).named_parameters(), n_data=10, temprature=0.5)
+    optimizer = method(torch.nn.Linear(2, 1).named_parameters(), n_data=10, temperature=0.5, kl_warmup=7)
+    assert [optimizer.defaults[k] for k in ("temperature", "kl_warmup", "prior_interval")] == [0.5, 7, 100]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -289,3 +291,80 @@ def test_inputs_that_do_not_fit_the_network_are_named() -> None:
     x, y = blobs().dataset.tensors
     with pytest.raises(DataError, match=r"cannot take the data's inputs, float32 \(200, 5\)"):
         ockham.compress(mlp(), [(x[:, :5], y)], training=QUICK)
+
+
+def _numpy_augmented(x, y):
+    class Noisy(torch.utils.data.Dataset):
+        def __init__(self):
+            self.own, self.other = np.random.default_rng(5), random.Random(6)
+
+        def __len__(self):
+            return len(x)
+
+        def __getitem__(self, i):
+            shift = self.own.normal() + self.other.gauss(0, 1) + random.random() + np.random.normal()
+            return x[i] + 0.1 * shift, y[i]
+
+    return DataLoader(Noisy(), 16)
+
+
+def _shuffled(x, y):
+    data, order = TensorDataset(x, y), torch.Generator().manual_seed(3)
+    return DataLoader(data, 16, shuffle=True, generator=order)
+
+
+def _sampled(x, y):
+    data, order = TensorDataset(x, y), torch.Generator().manual_seed(3)
+    sampler = torch.utils.data.WeightedRandomSampler(x[:, 1].sigmoid(), 32, generator=order)
+    return DataLoader(data, batch_sampler=torch.utils.data.BatchSampler(sampler, 16, drop_last=False))
+
+
+def _legacy(x, y):
+    class Rows:
+        def __init__(self):
+            self.rows = np.random.RandomState(4)
+
+        def __len__(self):
+            return 3
+
+        def __iter__(self):
+            for _ in range(3):
+                some = self.rows.permutation(len(x))[:16]
+                yield x[some], y[some]
+
+    return Rows()
+
+
+@pytest.mark.parametrize("made", [_shuffled, _sampled, _numpy_augmented, _legacy])
+def test_a_loaders_own_randomness_goes_on_where_it_was(made, tmp_path):
+    """From a file; the global generators of torch, NumPy and Python are left as they were found."""
+    torch.manual_seed(0)
+    x, training = torch.randn(64, 5), ockham.Training(epochs=4)
+    y = (x[:, 0] > 0).long()
+    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2))
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    whole = ockham.Compression(net, made(x, y), training=training)
+    list(whole)
+    half = ockham.Compression(net, made(x, y), training=training)
+    epochs = iter(half)
+    next(epochs), next(epochs)
+    write_tree(tmp_path / "c", half.state(), kind="checkpoint")
+    rest = ockham.Compression(net, made(x, y), training=training)
+    rest.load(read_tree(tmp_path / "c", kind="checkpoint"))
+    list(rest)
+    for p, q in zip(whole.network.parameters(), rest.network.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert before[:2] == (random.getstate(), np.random.get_state()[1].tolist())
+    assert torch.equal(before[2], torch.get_rng_state())
+
+
+def test_a_loader_with_other_generators_is_refused():
+    torch.manual_seed(0)
+    x = torch.randn(64, 5)
+    y = (x[:, 0] > 0).long()
+    net = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 2))
+    job = ockham.Compression(net, _shuffled(x, y), training=ockham.Training(epochs=2))
+    next(iter(job))
+    for other in (_numpy_augmented, lambda x, y: [(x, y)]):
+        with pytest.raises(DataError, match=r"generator.*torch\.Generator.*same generator="):
+            ockham.Compression(net, other(x, y), training=ockham.Training(epochs=2)).load(job.state())

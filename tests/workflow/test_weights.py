@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import ockham
+from ockham.core.seal import weights_fingerprint
 from ockham.errors import OckhamError, ResultError
 from ockham.run.folder import save_network
-from ockham.run.weights import fitted, huggingface_model, read_weights, weights_fingerprint
+from ockham.run.weights import fitted, huggingface_model, read_weights
 from ockham.zoo.networks import NETWORKS
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from types import FunctionType, ModuleType
+from typing import Any, Protocol, TypedDict
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -17,10 +20,13 @@ from torch.utils import _pytree as pytree
 from ockham.errors import DataError, OckhamError
 
 __all__ = [
+    "READ_ONCE",
     "Batch",
     "Loader",
+    "LoaderOptions",
     "ReadBatch",
     "ReadOutput",
+    "RowsOf",
     "Substituted",
     "batches_of",
     "call",
@@ -28,7 +34,9 @@ __all__ = [
     "described",
     "forward",
     "inputs_of",
+    "random_states",
     "read_batch",
+    "restore_random_states",
     "sized",
     "tensor_of",
     "to_device",
@@ -36,6 +44,9 @@ __all__ = [
 
 PYTHON_ERRORS = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, NotImplementedError)
 """What a network, a loss or a function of the user's raises when it is given something it cannot take."""
+
+READ_ONCE = "the loader can be read only once, or is empty: pass a DataLoader or a list of batches, not an iterator"
+"""What is said of a loader that yields nothing in a later pass."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,6 +108,20 @@ ReadOutput = Callable[[Any], Any]
 """Takes what the likelihood compares out of what the network returns, such as ``lambda found: found[0]``."""
 
 
+class LoaderOptions(TypedDict, total=False):
+    """How a loader is read: keywords that every verb takes.
+
+    Attributes:
+        batch: function from what the loader yields to a `Batch`; default: pairs, triples and mappings are understood.
+        output: function that takes what the likelihood compares out of what the network returns.
+        steps_per_epoch: batches of an epoch, for loaders without a length.
+    """
+
+    batch: ReadBatch | None
+    output: ReadOutput | None
+    steps_per_epoch: int | None
+
+
 class Loader(Protocol):
     """Batches, iterable again and again, of known length."""
 
@@ -125,6 +150,28 @@ class _Steps:
             raise DataError(
                 f"steps_per_epoch={self._steps}, but the loader ends after {count} batches: give at most that many"
             )
+
+
+class RowsOf:
+    """Of every batch of a loader the rows of one process, so that all together make the batches of the loader.
+
+    Args:
+        loader: the same in all processes, in the same order.
+        rank: number of this process; it has the rows rank, rank + count, and so on. Batches with none are left out.
+        count: number of processes.
+    """
+
+    def __init__(self, loader: Loader, rank: int, count: int) -> None:
+        self._loader, self._rows = loader, slice(rank, None, count)
+
+    def __len__(self) -> int:
+        """Batches of the loader."""
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """One epoch."""
+        parts = (read_batch(raw).part(self._rows) for raw in self._loader)
+        return (part for part in parts if part.size)
 
 
 def sized(loader: Iterable[Any], steps_per_epoch: int | None = None) -> Loader:
@@ -160,6 +207,81 @@ def sized(loader: Iterable[Any], steps_per_epoch: int | None = None) -> Loader:
     return loader  # type: ignore[return-value]
 
 
+_Generator = torch.Generator | np.random.Generator | np.random.RandomState | random.Random
+
+
+def _generators(loader: Any) -> list[_Generator]:
+    """Random generators that a loader, its sampler, dataset and transforms hold as attributes, in a fixed order."""
+    found: list[_Generator] = []
+    seen: dict[int, Any] = {}
+    queue: list[Any] = [loader]
+    while queue and len(seen) < _LOOKED_INTO:
+        value = queue.pop(0)
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, _Generator):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            queue += value[:_LISTED]
+        elif isinstance(value, dict):
+            queue += itertools.islice(value.values(), _LISTED)
+        elif not isinstance(value, (Tensor, type, ModuleType, FunctionType)):
+            queue += getattr(value, "__dict__", {}).values()
+    return found
+
+
+_LOOKED_INTO, _LISTED = 10_000, 100  # objects in all, and the first of a list: samplers and transforms, not examples
+
+
+def random_states(loader: Any) -> list[Any]:
+    """States of the random generators that a loader holds itself, as plain values and tensors.
+
+    Whoever seeds the global generators does not reach these: a ``generator=`` of a DataLoader or a sampler, a NumPy
+    or Python generator of a dataset or a transform.
+    """
+    states: list[Any] = []
+    for own in _generators(loader):
+        if isinstance(own, torch.Generator):
+            states.append(own.get_state())
+        elif isinstance(own, random.Random):
+            states.append(list(own.getstate()))
+        else:
+            state = own.get_state(legacy=False) if isinstance(own, np.random.RandomState) else own.bit_generator.state
+            states.append(pytree.tree_map(lambda v: v.tolist() if isinstance(v, np.ndarray) else v, dict(state)))
+    return states
+
+
+def restore_random_states(loader: Any, states: Sequence[Any]) -> None:
+    """Put the random generators of a loader where those of `random_states` were.
+
+    Raises:
+        DataError: this loader holds other generators.
+    """
+    own, kinds = _generators(loader), {True: "torch.Generator", False: "generator of NumPy or Python"}
+    here, there = [kinds[isinstance(g, torch.Generator)] for g in own], [kinds[isinstance(s, Tensor)] for s in states]
+    try:
+        if here != there:
+            raise ValueError(
+                f"it holds {', '.join(here) or 'no generator'}, the one before {', '.join(there) or 'none'}"
+            )
+        for generator, state in zip(own, states, strict=True):
+            if isinstance(generator, torch.Generator):
+                generator.set_state(state.cpu())
+            elif isinstance(generator, random.Random):
+                version, numbers, normal = state
+                generator.setstate((version, tuple(numbers), normal))
+            elif isinstance(generator, np.random.RandomState):
+                generator.set_state(state)
+            else:
+                generator.bit_generator.state = state
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise DataError(
+            f"the order of the examples cannot go on where it was, since the random generators of this loader are "
+            f"others: {error}. Build the loader as before, with the same generator="
+        ) from error
+
+
 def read_batch(raw: Any, batch: ReadBatch | None = None) -> Batch:
     """What a loader yields as a `Batch`.
 
@@ -178,7 +300,10 @@ def read_batch(raw: Any, batch: ReadBatch | None = None) -> Batch:
     dict_keys(['input_ids'])
     """
     if batch is not None:
-        return _by_user(raw, batch)
+        found = _asked(batch, raw, "batch= cannot read what the loader yields")
+        if not isinstance(found, Batch):
+            raise DataError(f"batch= must return ockham.Batch(args, kwargs, target, weight); got {described(found)}")
+        return found
     if isinstance(raw, Batch):
         return raw
     if isinstance(raw, Mapping):
@@ -212,18 +337,14 @@ def inputs_of(x: Any, target: Any = None, weight: Tensor | None = None) -> Batch
     return Batch((x,) if whole else tuple(x), {}, target, weight)
 
 
-def _by_user(raw: Any, batch: ReadBatch) -> Batch:
+def _asked(function: Callable[[Any], Any], given: Any, problem: str) -> Any:
+    """What a function of the user's makes of something; where it cannot, an error that says what it was given."""
     try:
-        found = batch(raw)
+        return function(given)
     except OckhamError:
         raise
     except PYTHON_ERRORS as error:
-        raise DataError(
-            f"batch= cannot read what the loader yields, {described(raw)}: {type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(found, Batch):
-        raise DataError(f"batch= must return ockham.Batch(args, kwargs, target, weight); got {described(found)}")
-    return found
+        raise DataError(f"{problem}, {described(given)}: {type(error).__name__}: {error}") from error
 
 
 def batches_of(loader: Iterable[Any], device: torch.device, batch: ReadBatch | None = None) -> Iterator[Batch]:
@@ -249,19 +370,12 @@ def call(model: Callable[..., Any], batch: Batch, output: ReadOutput | None = No
     except (OckhamError, torch.OutOfMemoryError):
         raise
     except PYTHON_ERRORS as error:
+        lone = "more than 1 value per channel" in str(error)  # of torch's BatchNorm in training
+        way = ". Leave the last, smaller batch out (DataLoader(..., drop_last=True)), or use another batch size" * lone
         raise DataError(
-            f"the network cannot take the data's inputs, {_call_of(args, kwargs)}: {type(error).__name__}: {error}"
+            f"the network cannot take the data's inputs, {_call_of(args, kwargs)}: {type(error).__name__}: {error}{way}"
         ) from error
-    if output is None:
-        return found
-    try:
-        return output(found)
-    except OckhamError:
-        raise
-    except PYTHON_ERRORS as error:
-        raise DataError(
-            f"output= cannot read what the network returns, {described(found)}: {type(error).__name__}: {error}"
-        ) from error
+    return found if output is None else _asked(output, found, "output= cannot read what the network returns")
 
 
 class Substituted:

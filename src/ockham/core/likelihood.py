@@ -234,7 +234,14 @@ class Classification(TermLikelihood):
                 f"classification needs integer labels; got {target.dtype}. Use labels.long() (argmax(1) of one-hot "
                 "rows), or likelihood='regression', 'binary' or ockham.Loss"
             )
-        self.axis = self._axis(output, target)
+        if self.axis is None and output.ndim == target.ndim + 1 and output.ndim > 2:
+            first, last = output.shape[:1] + output.shape[2:] == target.shape, output.shape[:-1] == target.shape
+            if first and last and self._of_object:
+                raise DataError(
+                    f"outputs {tuple(output.shape)} for labels {tuple(target.shape)} may have their classes on axis 1 "
+                    "or on the last: say which by likelihood=ockham.Classification(axis=1) or axis=-1"
+                )
+            self.axis = 1 if first else -1 if last else None
         logits, labels = self._fitted(output, target)
         real, classes = labels[labels != self.ignore_index], logits.shape[1]
         if real.numel() and (int(real.min()) < 0 or int(real.max()) >= classes):
@@ -247,34 +254,19 @@ class Classification(TermLikelihood):
             got = tuple(self.class_weights.shape)
             raise DataError(f"class_weights needs one number a class, ({classes},); got {got}")
 
-    def _axis(self, output: Tensor, target: Tensor) -> Literal[1, -1] | None:
-        if self.axis is not None or output.ndim != target.ndim + 1 or output.ndim == 2:
-            return self.axis
-        first, last = output.shape[:1] + output.shape[2:] == target.shape, output.shape[:-1] == target.shape
-        if first and last and self._of_object:
-            raise DataError(
-                f"outputs {tuple(output.shape)} for labels {tuple(target.shape)} may have their classes on axis 1 or "
-                "on the last: say which by likelihood=ockham.Classification(axis=1) or axis=-1"
-            )
-        return 1 if first else -1 if last else None
-
     def _fitted(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Logits with the classes on axis 1, and labels as int64 without an axis of size 1 too many."""
         labels = target if target.dtype == torch.int64 else target.long()
         if output.ndim == labels.ndim == 2 and labels.shape[1] == 1 != output.shape[1]:
             labels = labels[:, 0]
-        logits = output.movedim(-1, 1) if output.ndim > 2 and self._axis_of(output, labels) == -1 else output
+        first = output.shape[:1] + output.shape[2:] == labels.shape
+        logits = output.movedim(-1, 1) if output.ndim > 2 and (self.axis or (1 if first else -1)) == -1 else output
         if output.ndim < 2 or logits.shape[:1] + logits.shape[2:] != labels.shape:
             raise DataError(
                 f"classification needs logits [N, K, ...] (or [N, ..., K]) for labels [N, ...]; got "
                 f"{tuple(output.shape)} for {tuple(target.shape)}"
             )
         return logits, labels
-
-    def _axis_of(self, output: Tensor, labels: Tensor) -> int:
-        if self.axis is not None:
-            return self.axis
-        return 1 if output.shape[:1] + output.shape[2:] == labels.shape else -1
 
 
 class CausalLanguage(Classification):
@@ -540,11 +532,17 @@ class Loss(Likelihood):
         return value
 
     def _guarded(self, function: Callable[..., Any], *given: Any) -> Any:
-        if len(given) == 3 and not _takes_three(function):
-            raise OckhamError(
-                "the loader yields sample weights, and the function of ockham.Loss takes none: give it a third "
-                "argument, function(output, target, weight)"
-            )
+        if len(given) == 3:  # a third argument must be required: optional ones are class weights and such
+            try:
+                found = inspect.signature(function.forward if isinstance(function, nn.Module) else function).parameters
+            except (TypeError, ValueError):
+                found = {}  # type: ignore[assignment]
+            takes = [p for p in found.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+            if len(takes) < 3 or takes[2].default is not inspect.Parameter.empty:
+                raise OckhamError(
+                    "the loader yields sample weights, and the function of ockham.Loss takes none: give it a third "
+                    "argument, function(output, target, weight)"
+                )
         try:
             return function(*given)
         except (OckhamError, torch.OutOfMemoryError):
@@ -555,16 +553,6 @@ class Loss(Likelihood):
                 f"the function of ockham.Loss cannot take {got}: {type(error).__name__}: {error}. With output= it gets "
                 "another part of the network's answer"
             ) from error
-
-
-def _takes_three(function: Callable[..., Any]) -> bool:
-    """Whether a third argument is required: optional ones, as in `torch.nn.functional`, are class weights and such."""
-    try:
-        found = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
-    except (TypeError, ValueError):
-        return False
-    positional = [p for p in found.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return len(positional) >= 3 and positional[2].default is inspect.Parameter.empty
 
 
 LIKELIHOODS: dict[str, Callable[[], Likelihood]] = {

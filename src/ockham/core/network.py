@@ -1,21 +1,30 @@
-"""What of a network is there and takes part: training modes, names, what the user fixed."""
+"""What of a network is there and takes part: training modes, names, what the user fixed, who trains it."""
 
 from __future__ import annotations
 
+import copy
 import difflib
+import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ockham.errors import OckhamError
 
 __all__ = [
+    "ALONE",
     "Entry",
     "Ignore",
+    "Processes",
+    "check_network",
+    "copied",
     "device_of",
     "evaluating",
     "fixed_entries",
@@ -25,12 +34,59 @@ __all__ = [
     "protected_names",
     "seeded",
     "train_",
+    "unwrapped",
 ]
 
 
 def device_of(model: nn.Module) -> torch.device:
     """The device of the first parameter; the CPU for a network without parameters."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def check_network(model: nn.Module) -> None:
+    """Check that a network can be worked with at all, before anything is done with it.
+
+    Raises:
+        OckhamError: it is TorchScript, lies on the device "meta", has no parameters or such that are not finite, or
+            runs in `torch.inference_mode`; says what to do instead.
+    """
+    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+        raise OckhamError(
+            f"the network is TorchScript ({type(model).__name__}), whose parameters cannot be edited: pass the "
+            "nn.Module that it was made from, and script the result"
+        )
+    if next(model.parameters(), None) is None:
+        raise OckhamError("the model has no parameters")
+    hollow = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
+    if hollow:
+        raise OckhamError(
+            f"{hollow[0]!r} and {len(hollow) - 1} more tensors lie on the device 'meta', which holds shapes and no "
+            "values: load the weights first (model.to_empty(device=...), then load_state_dict)"
+        )
+    for name, p in model.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter) or bool(p.detach().sum().isfinite()):
+            continue  # one pass without a second tensor; exactly only where it is needed
+        if bad := int((~p.detach().isfinite()).sum()):
+            raise OckhamError(f"parameter {name!r} is NaN or infinite in {bad} of {p.numel()} places: load it again")
+    if torch.is_inference_mode_enabled():
+        raise OckhamError("gradients are needed and torch.inference_mode() is on: leave that block")
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of a network, to be changed at will.
+
+    Raises:
+        OckhamError: it cannot be worked with (see `check_network`), or not be copied.
+    """
+    check_network(model)
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # whatever a module of the user's raises
+        raise OckhamError(
+            f"the network cannot be copied ({type(error).__name__}: {str(error).splitlines()[0]}): it holds something "
+            "else than parameters and buffers. After the old torch.nn.utils.weight_norm or spectral_norm, use those of "
+            "torch.nn.utils.parametrizations, or take them off (torch.nn.utils.remove_weight_norm)"
+        ) from error
 
 
 def frozen_modules(model: nn.Module) -> set[nn.Module]:
@@ -76,11 +132,18 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
 
 @contextmanager
 def seeded(seed: int, epoch: int, device: torch.device) -> Iterator[None]:
-    """Global randomness of (seed, epoch) inside the block, the old state after it."""
+    """Global randomness of (seed, epoch) inside the block, the old state after it: torch's, NumPy's and Python's."""
     devices = [device] if device.type == "cuda" else []
+    number, others = (seed * 1_000_003 + epoch * 7919 + 17) % 2**63, (random.getstate(), np.random.get_state())
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed((seed * 1_000_003 + epoch * 7919 + 17) % 2**63)
-        yield
+        try:
+            torch.manual_seed(number)
+            random.seed(number)
+            np.random.seed(number % 2**32)
+            yield
+        finally:
+            random.setstate(others[0])
+            np.random.set_state(others[1])
 
 
 _PADDED = (nn.Embedding, nn.EmbeddingBag)
@@ -100,9 +163,15 @@ def fixed_entries(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         Mask of the parameter's shape by parameter name; parameters without a fixed entry are left out.
 
+    Raises:
+        OckhamError: a parameter of a Lazy module has no shape yet.
+
     >>> fixed_entries(nn.Sequential(nn.Embedding(4, 2, padding_idx=3)))["0.weight"].tolist()
     [[False, False], [False, False], [False, False], [True, True]]
     """
+    for name, p in model.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise OckhamError(f"parameter {name!r} has no shape yet (a Lazy module): call the network on a batch first")
     claims: dict[Tensor, list[Tensor | None]] = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -166,7 +235,11 @@ def ignored(model: nn.Module, entries: Ignore, *, buffers: bool = False) -> froz
     for entry in several:
         names = _covered(model, entry, every, first)
         if not names:
-            raise OckhamError(f"ignore entry {_shown(entry)} matches no parameter{_near(model, entry, every)}")
+            kind = entry if isinstance(entry, type) else type(entry)
+            shown = repr(entry) if isinstance(entry, str) else kind.__name__
+            if isinstance(entry, Tensor):
+                shown = f"parameter of shape {tuple(entry.shape)}"
+            raise OckhamError(f"ignore entry {shown} matches no parameter{_near(model, entry, every)}")
         found |= names
     return frozenset(found)
 
@@ -198,14 +271,6 @@ def _covered(model: nn.Module, entry: Any, every: dict[str, str], first: dict[Te
     return {own for name, own in every.items() if entry in ("", name) or name.startswith(entry + ".")}
 
 
-def _shown(entry: Any) -> str:
-    if isinstance(entry, Tensor):
-        return f"parameter of shape {tuple(entry.shape)}"
-    return (
-        entry.__name__ if isinstance(entry, type) else repr(entry) if isinstance(entry, str) else type(entry).__name__
-    )
-
-
 def _near(model: nn.Module, entry: Any, every: dict[str, str]) -> str:
     if isinstance(entry, str) and not entry.startswith("re:"):
         known = [*every, *(n for n, m in model.named_modules() if n and any(True for _ in m.parameters()))]
@@ -213,3 +278,159 @@ def _near(model: nn.Module, entry: Any, every: dict[str, str]) -> str:
         if close:
             return f"; did you mean {', '.join(map(repr, close))}?"
     return f"; there are {', '.join(list(every)[:8])}{', ...' if len(every) > 8 else ''}"
+
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Processes:
+    """The processes that train one network together, each on its own part of the data.
+
+    All hold the same weights and draw the same noise; gradients are those of the joined batch, and what is removed is
+    decided by process 0. Every method but the properties is to be called by all of them, in the same order.
+
+    Attributes:
+        group: torch's process group; None: this process is alone, and nothing is sent.
+    """
+
+    group: Any = None
+
+    @staticmethod
+    def world() -> Processes:
+        """All processes that torch knows of; this one alone where there is no group."""
+        return Processes(dist.group.WORLD) if dist.is_available() and dist.is_initialized() else ALONE
+
+    @property
+    def rank(self) -> int:
+        """Number of this process, from 0."""
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+    @property
+    def count(self) -> int:
+        """Number of processes."""
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """The values of all processes, of one shape everywhere: [processes, ...], on the device of ``values``."""
+        mine = values.detach().to(self._place)
+        if self.count == 1:
+            return values.detach()[None]
+        every = [torch.empty_like(mine) for _ in range(self.count)]
+        dist.all_gather(every, mine.contiguous(), group=self.group)
+        return torch.stack(every).to(values.device)
+
+    def told(self, values: Tensor) -> Tensor:
+        """The values of process 0, of the shape and type that ``values`` have here."""
+        if self.count == 1:
+            return values
+        plain = values.to(torch.uint8) if values.dtype is torch.bool else values  # gloo sends no booleans
+        sent = plain.detach().to(self._place).contiguous().clone()
+        dist.broadcast(sent, group=self.group, group_src=0)
+        return sent.to(values)
+
+    def told_bytes(self, content: bytes) -> bytes:
+        """The bytes of process 0, however many there are here."""
+        if self.count == 1:
+            return content
+        size = int(self.told(torch.tensor(len(content))))
+        mine = torch.zeros(size, dtype=torch.uint8)
+        if self.rank == 0 and size:
+            mine = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        return self.told(mine).numpy().tobytes()
+
+    def agree(self, tensors: Iterable[Tensor]) -> None:
+        """Compare checksums of what all processes should hold alike.
+
+        Raises:
+            OckhamError: they differ; the processes that differ from process 0 are named. All processes raise.
+        """
+        if self.count == 1:
+            return
+        values = [t.detach().double().nan_to_num(nan=0.5, posinf=0.25, neginf=-0.25) for t in tensors]
+        sums = [torch.stack([v.sum() * (i % 97 + 1), v.square().sum()]).cpu() for i, v in enumerate(values)]
+        every = self.gathered(torch.stack(sums).sum(0) if sums else torch.zeros(2, dtype=torch.float64))
+        apart = [str(rank) for rank, other in enumerate(every) if not torch.equal(other, every[0])]
+        if apart:
+            several = len(apart) > 1
+            raise OckhamError(
+                f"the weights of process{'es' if several else ''} {', '.join(apart)} differ from those of process 0: "
+                "give all the same starting weights and the same seed= of the optimizer, and let "
+                "DistributedDataParallel average the gradients"
+            )
+
+    def mean_(self, tensors: Iterable[Tensor]) -> None:
+        """Replace floating tensors by their mean over all processes, in place; others are left alone."""
+        if self.count > 1:
+            for tensor in (t for t in tensors if t.is_floating_point()):
+                tensor.copy_(self.gathered(tensor).mean(0))
+
+    @torch.no_grad()
+    def join_gradients_(self, parameters: Sequence[Tensor], means: Tensor, terms: float) -> Tensor:
+        """Turn gradients of a mean over this process's terms into those of the mean over the terms of all, in place.
+
+        So unequal batches count by their size, and a process that has no batch left takes part with no terms.
+
+        Args:
+            parameters: those that are trained, in the same order everywhere; a gradient may be missing.
+            means: means over this process's terms, [M], such as the loss.
+            terms: their number; 0 where there is no batch.
+
+        Returns:
+            The means over the terms of all processes, [M].
+        """
+        there = torch.tensor([float(p.grad is not None) for p in parameters], dtype=torch.float64)
+        own = means.detach().double().cpu() * terms if terms else torch.zeros(len(means), dtype=torch.float64)
+        sums = self.gathered(torch.cat([torch.tensor([terms], dtype=torch.float64), own, there])).sum(0)
+        total = float(sums[0])
+        parts = [torch.zeros_like(p) if p.grad is None or not terms else p.grad.mul(terms / total) for p in parameters]
+        for kind in dict.fromkeys(p.dtype for p in parts):  # a set has another order in every process
+            some = [p for p in parts if p.dtype == kind]
+            flat = torch.cat([p.reshape(-1) for p in some])
+            dist.all_reduce(flat, group=self.group)
+            for part, values in zip(some, flat.split([p.numel() for p in some]), strict=True):
+                part.copy_(values.view(part.shape))
+        for p, part, holders in zip(parameters, parts, sums[1 + len(means) :].tolist(), strict=True):
+            p.grad = part if holders else None
+        return (sums[1 : 1 + len(means)] / total).to(means)
+
+    def padded(self, batches: Iterable[_T], steps: int) -> Iterator[_T | None]:
+        """This process's batches, then None, until all processes have made ``steps`` steps.
+
+        Raises:
+            OckhamError: there are several processes and here are more batches than steps.
+        """
+        count = 0
+        for batch in batches:
+            if self.count > 1 and count == steps:
+                raise OckhamError(f"the loader of process {self.rank} yields more batches than its length, {steps}")
+            count += 1
+            yield batch
+        if self.count > 1:
+            yield from (None for _ in range(steps - count))
+
+    @property
+    def _place(self) -> torch.device:
+        nccl = self.group is not None and dist.get_backend(self.group) == "nccl"
+        return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+
+ALONE = Processes()
+"""This process, with nobody beside it."""
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, Processes]:
+    """The network inside `DistributedDataParallel` and the processes that hold it; any other network and `ALONE`.
+
+    Raises:
+        OckhamError: the parameters are sharded over processes (FSDP).
+    """
+    for name, p in model.named_parameters():
+        if hasattr(p, "device_mesh") or type(p).__name__ == "FlatParameter":
+            raise OckhamError(
+                f"parameter {name!r} is sharded over processes (FSDP): whole tensors are needed here. Wrap the network "
+                "in DistributedDataParallel instead"
+            )
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.module, Processes(model.process_group)
+    return model, ALONE

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -29,7 +28,7 @@ from ockham.core.batch import (
     read_batch,
 )
 from ockham.core.likelihood import Likelihood, Loss, Regression, TermLikelihood, aligned, likelihood_from, spread_weight
-from ockham.core.network import device_of, evaluating, keeping_modes, seeded, train_
+from ockham.core.network import ALONE, Processes, check_network, device_of, evaluating, keeping_modes, seeded, train_
 from ockham.core.posterior import Posterior
 from ockham.core.scaling import Head, TargetStatistics, find_head, rescale_, rescaled
 from ockham.errors import DataError, NonFiniteLossError, OckhamError, OckhamWarning
@@ -147,7 +146,13 @@ class Objective:
                     self.check(model, batch, training=False)
                 yield batch
 
-    def prepare(self, model: nn.Module, loader: Iterable[Any], n_data: float | None = None) -> float:
+    def prepare(
+        self,
+        model: nn.Module,
+        loader: Iterable[Any],
+        n_data: float | None = None,
+        processes: Processes = ALONE,
+    ) -> float:
         """Check the first batch, then count the data and learn the targets' units, in one pass.
 
         A regression network that ends in a Linear or convolution layer will learn standardised targets; one that
@@ -157,6 +162,7 @@ class Objective:
             model: to be trained.
             loader: of the training data.
             n_data: number of log-likelihood terms where the user knows it; it is not counted then.
+            processes: those that train the network together, whose data are counted together.
 
         Returns:
             n_data.
@@ -175,11 +181,17 @@ class Objective:
                 counter.add(i, batch)
                 if counter.wants_outputs():
                     counter.look(model, batch.to(device))
-                if i == 0 and n_data is not None:
-                    _check_n_data(n_data, counter.terms)
+                if i == 0 and n_data is not None and not counter.terms <= n_data:
+                    wrong = f"is smaller than one batch ({counter.terms:g} terms)" if n_data > 0 else "must be positive"
+                    raise DataError(
+                        f"n_data = {n_data:g} {wrong}; it is the number of log-likelihood terms of the whole training "
+                        "set"
+                    )
                 if not whole:
                     break
-        counter.finish(model)
+        if processes.count > 1:
+            counter.join(processes)
+        counter.finish(model, processes)
         return counter.terms if n_data is None else float(n_data)
 
     def finished(self, model: nn.Module, posterior: Posterior) -> tuple[nn.Module, Posterior]:
@@ -215,10 +227,10 @@ def objective_of(
     """An objective with a likelihood of its own (a copy, on the model's device), from the façade's arguments.
 
     Raises:
-        OckhamError: an unknown likelihood, a model without parameters, or something else than functions.
+        OckhamError: an unknown likelihood, a network that cannot be worked with (see
+            `ockham.core.network.check_network`), or something else than functions.
     """
-    if next(model.parameters(), None) is None:
-        raise OckhamError("the model has no parameters")
+    check_network(model)
     for name, function in (("batch", batch), ("output", output)):
         if function is not None and not callable(function):
             raise OckhamError(f"{name}= must be a function; got {described(function)}")
@@ -287,7 +299,15 @@ class _Counter:
         columns = self.statistics.columns
         self._residuals.append((columns(batch.target), columns(batch.target.double().cpu() - output.double().cpu())))
 
-    def finish(self, model: nn.Module) -> None:
+    def join(self, processes: Processes) -> None:
+        """Count what all processes have."""
+        own = torch.tensor([self.terms, self.plain, float(self.weighted)], dtype=torch.float64)
+        self.terms, self.plain, weighted = processes.gathered(own).sum(0).tolist()
+        self.weighted = weighted > 0
+        if self.statistics is not None:
+            self.statistics.joined(processes)
+
+    def finish(self, model: nn.Module, processes: Processes) -> None:
         if self.plain == 0 or self.terms == 0:
             empty = "the training loader is empty: it yields no targets"
             raise DataError(_NO_WEIGHT if self.plain else empty)
@@ -302,10 +322,20 @@ class _Counter:
                     stacklevel=4,
                 )
         if isinstance(self.likelihood, Regression):
-            self._set_units(model, self.likelihood)
+            targets, residuals = (torch.cat(parts) for parts in zip(*self._residuals, strict=True))
+            mean_square, variance = residuals.square().mean(0), (targets - targets.mean(0)).square().mean(0)
+            share = 1 - (mean_square / variance.clamp_min(torch.finfo(torch.float64).tiny)).mean()
+            smallest = 1e-3 * variance.sqrt() + torch.finfo(torch.float32).tiny
+            residual = torch.maximum(mean_square.sqrt(), smallest)
+            # of the first examples of process 0, so that all processes go the same way
+            known = processes.told(torch.cat([(share > _PREDICTS).double().reshape(1), residual]))
+            self._set_units(model, self.likelihood, bool(known[0]), known[1:])
 
-    def _set_units(self, model: nn.Module, likelihood: Regression) -> None:
-        """Standardised targets where the network's last layer can be rescaled, else the network's own unit."""
+    def _set_units(self, model: nn.Module, likelihood: Regression, explains: bool, residual: Tensor) -> None:
+        """Standardised targets where the network's last layer can be rescaled, else the network's own unit.
+
+        ``explains`` says whether the network predicts the targets as it is, with root mean squares ``residual``.
+        """
         assert self.statistics is not None and self._first is not None
         statistics, first = self.statistics, self._first
         spread = statistics.each()[1]
@@ -316,10 +346,18 @@ class _Counter:
                 outputs=likelihood.outputs_of(first.target),
                 axis=likelihood.axis,
             )
-        explains, residual = self._explained()
         if head is None:
-            if not explains:
-                _warn_far(*statistics.each())
+            mean, spread = statistics.each()
+            far = (spread > 30) | (spread < 1 / 30) | (mean.abs() > 30 * spread)
+            if not explains and bool(far.any()):
+                at = int(far.nonzero()[0])
+                warnings.warn(
+                    f"the targets (mean {float(mean[at]):g}, spread {float(spread[at]):g}) are far from the unit scale,"
+                    " and this network's outputs cannot be rescaled, since no Linear or convolution layer is last: "
+                    "standardise the targets, or end the network in such a layer",
+                    OckhamWarning,
+                    stacklevel=4,
+                )
             noise = residual if explains else statistics.root_mean_square()
             likelihood.set_units(torch.zeros(1), torch.ones(1), statistics.shaped(noise))
             return
@@ -333,15 +371,6 @@ class _Counter:
         self.objective.head = head
         likelihood.set_units(statistics.shaped(location), statistics.shaped(scale), statistics.shaped(noise))
 
-    def _explained(self) -> tuple[bool, Tensor]:
-        """Whether the network predicts the targets as it is, and its root mean square residuals by output."""
-        targets, residuals = (torch.cat(parts) for parts in zip(*self._residuals, strict=True))
-        mean_square = residuals.square().mean(0)
-        variance = (targets - targets.mean(0)).square().mean(0)
-        share = 1 - (mean_square / variance.clamp_min(torch.finfo(torch.float64).tiny)).mean()
-        smallest = 1e-3 * variance.sqrt() + torch.finfo(torch.float32).tiny
-        return bool(share > _PREDICTS), torch.maximum(mean_square.sqrt(), smallest)
-
 
 _NO_WEIGHT = "all sample weights are zero: there are no data to learn from"
 
@@ -351,29 +380,6 @@ def _check_weight(weight: Tensor | None) -> None:
         raise DataError(
             f"sample weights must be finite and not negative; got {float(weight.min()):g}..{float(weight.max()):g}. "
             "If the third entry of a batch is no weight, pass batch="
-        )
-
-
-def _check_n_data(n_data: float, first: float) -> None:
-    if not n_data > 0:
-        raise DataError(f"n_data counts log-likelihood terms and must be positive; got {n_data}")
-    if first > n_data:
-        raise DataError(
-            f"n_data = {n_data:g} is smaller than one batch ({first:g} terms); it is the number of log-likelihood "
-            "terms of the whole training set"
-        )
-
-
-def _warn_far(mean: Tensor, spread: Tensor) -> None:
-    far = (spread > 30) | (spread < 1 / 30) | (mean.abs() > 30 * spread)
-    if bool(far.any()):
-        at = int(far.nonzero()[0])
-        warnings.warn(
-            f"the targets (mean {float(mean[at]):g}, spread {float(spread[at]):g}) are far from the unit scale, and "
-            "this network's outputs cannot be rescaled, since no Linear or convolution layer is last: standardise the "
-            "targets, or end the network in such a layer",
-            OckhamWarning,
-            stacklevel=5,
         )
 
 
@@ -414,7 +420,6 @@ def fit_noise(model: nn.Module, loader: Iterable[Any], objective: Objective, *, 
             statistics.add(residual * likelihood.scale, torch.ones_like(residual[:1]) if weights is None else weights)
     if not statistics.filled:
         raise DataError("the loader is empty: it yields no targets")
-    sums = torch.stack([statistics.weight * statistics.mean_square(), statistics.weight]).to(device_of(model))
-    if sharded and dist.is_available() and dist.is_initialized():
-        dist.all_reduce(sums)
+    sums = torch.stack([statistics.weight * statistics.mean_square(), statistics.weight])
+    sums = (Processes.world() if sharded else ALONE).gathered(sums).sum(0)
     likelihood.set_noise(statistics.shaped(sums[0] / sums[1]))

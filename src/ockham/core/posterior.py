@@ -367,20 +367,16 @@ def _pack(g: Gaussian) -> dict[str, Any]:
         if bool((at := fixed.nonzero().squeeze(1)).numel()):
             node |= {"fixed_at": at, "fixed": fixed[at]}
     for name in ("prior_precision", "prior_mean"):
-        node[name] = _compact(getattr(g, name))
+        values = getattr(g, name)
+        for dim in range(values.ndim):  # cut to one where they do not change: priors of rows, of whole layers
+            first = values.narrow(dim, 0, 1)
+            if bool((values == first).all()):
+                values = first
+        node[name] = values.contiguous()
     for name in ("marginal_precision", "inclusion"):
         if getattr(g, name) is not None:
             node[name] = getattr(g, name)[g.keep]
     return node
-
-
-def _compact(values: Tensor) -> Tensor:
-    """The same values, each dimension along which they do not change cut to one: priors of rows, of whole layers."""
-    for dim in range(values.ndim):
-        first = values.narrow(dim, 0, 1)
-        if bool((values == first).all()):
-            values = first
-    return values.contiguous()
 
 
 def _expanded(values: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ockham.core.network import Processes
 from ockham.core.posterior import Gaussian, Posterior
 
 __all__ = ["Head", "TargetStatistics", "find_head", "rescale_", "rescaled"]
@@ -44,6 +45,14 @@ class TargetStatistics:
         self._square = self._square + square + away.square() * self._weight * share
         self._mean = self._mean + away * share
         self._weight = both
+
+    def joined(self, processes: Processes) -> None:
+        """Take in what all processes have seen."""
+        every = processes.gathered(torch.stack([self._weight, self._mean, self._square]))
+        weight, mean, square = every.unbind(1)
+        self._weight = weight.sum(0)
+        self._mean = (weight * mean).sum(0) / self._weight
+        self._square = (square + weight * (mean - self._mean).square()).sum(0)
 
     def columns(self, target: Tensor) -> Tensor:
         """Numbers of a batch as [numbers, outputs], float64."""
@@ -205,7 +214,11 @@ def rescaled(posterior: Posterior, head: Head, factor: Tensor, shift: Tensor) ->
         g = moments[head.weight]
         moments[head.weight] = _scaled(g, _rows(factor, g.mean), torch.zeros(1, dtype=torch.float64))
     if head.bias in moments:
-        g = _surely_in(moments[head.bias])
+        g = moments[head.bias]
+        if (pi := g.inclusion) is not None:
+            variance = pi * (1 / g.precision) + pi * (1 - pi) * g.mean.square()
+            precision = torch.where(g.keep, 1 / variance, torch.inf)
+            g = replace(g, mean=pi * g.mean, precision=precision, inclusion=g.keep.to(pi.dtype))
         moments[head.bias] = _scaled(g, factor.to(g.mean.device), shift)
     return replace(posterior, moments=moments)
 
@@ -223,13 +236,3 @@ def _scaled(g: Gaussian, factor: Tensor, shift: Tensor) -> Gaussian:
     marginal = None if g.marginal_precision is None else cast(g.marginal_precision.double() / square)
     precision, prior = cast(g.precision.double() / square), cast(g.prior_precision.double() / square)
     return Gaussian(mean, precision, prior, cast(g.prior_mean.double() * factor + shift), g.keep, marginal, g.inclusion)
-
-
-def _surely_in(g: Gaussian) -> Gaussian:
-    """Where a weight may be zero, the Gaussian with the same mean and variance."""
-    if g.inclusion is None:
-        return g
-    p, variance = g.inclusion, 1 / g.precision
-    variance = p * variance + p * (1 - p) * g.mean.square()
-    precision = torch.where(g.keep, 1 / variance, torch.inf)
-    return replace(g, mean=p * g.mean, precision=precision, inclusion=g.keep.to(p.dtype))

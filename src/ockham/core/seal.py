@@ -16,6 +16,9 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from ockham.core.files import TREE_SCHEMA, inside, open_regular, printable, read_json, sync_folder
 from ockham.errors import OckhamError, OckhamWarning, ResultError
 
@@ -35,6 +38,7 @@ __all__ = [
     "read_seal",
     "sealed",
     "settle_folder",
+    "weights_fingerprint",
 ]
 
 
@@ -407,3 +411,15 @@ class FolderLock:
                 self.path.unlink()
         finally:
             guard.unlink()
+
+
+def weights_fingerprint(state: Mapping[str, Tensor] | None) -> str:
+    """What tells given weights from others: 16 hexadecimal digits of a SHA-256 of names and bytes; "none" for None."""
+    if state is None:
+        return "none"
+    found = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        found.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError
-from ockham.fit.memory import RunFacts
+from ockham.fit.memory import RunFacts, Schedule, schedule_of
 from ockham.fit.optimizer import VariationalOptimizer
 from ockham.fit.priors import FixedPrior, GroupPrior, Prior
 
@@ -108,10 +109,8 @@ class IVON(VariationalOptimizer):
         prior: Prior | None = None,
         prior_mean: float = 0.0,
         initial_std: float = 1e-2,
-        temperature: float = 1.0,
-        kl_warmup: int = 0,
-        prior_interval: int = 100,
         seed: int = 0,
+        **schedule: Unpack[Schedule],
     ) -> None:
         settings = {
             "n_data": n_data,
@@ -121,9 +120,7 @@ class IVON(VariationalOptimizer):
             "prior": FixedPrior() if prior is None else prior,
             "prior_mean": prior_mean,
             "initial_std": initial_std,
-            "temperature": temperature,
-            "kl_warmup": kl_warmup,
-            "prior_interval": prior_interval,
+            **schedule_of("IVON", schedule),
         }
         super().__init__(params, settings, seed=seed)
 
@@ -165,6 +162,7 @@ class IVON(VariationalOptimizer):
         return 1 / max(1 - extra / whole, 0.01) if whole else 1.0
 
     # ------------------------------------------------------------------ the method
+    @override
     def _check_options(self, group: Mapping[str, Any]) -> None:
         name = type(self).__name__
         if group["steps"] is not None and group["steps"] < 1:
@@ -182,6 +180,7 @@ class IVON(VariationalOptimizer):
                 f"{widest:g}"
             )
 
+    @override
     def _take_over(self, given: Mapping[Tensor, Gaussian], posterior: Posterior, group: dict[str, Any]) -> None:
         """The curvature is what the posterior knows beyond *its* prior, as it was at temperature 1.
 
@@ -195,6 +194,7 @@ class IVON(VariationalOptimizer):
         total = sum(float((s["hessian"].double() + s["decay"]).sum()) for s in states)
         group["scale"] = total / max(1, sum(s["hessian"].numel() for s in states))
 
+    @override
     def _start(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         prior = group["prior"].start_precision
         decay = _decay(prior, group)
@@ -210,10 +210,12 @@ class IVON(VariationalOptimizer):
             "left": 1.0,
         }
 
+    @override
     def _std_(self, out: Tensor, vectors: Mapping[str, Tensor], facts: RunFacts, group: dict[str, Any]) -> Tensor:
         torch.add(vectors["hessian"], _decay(facts.prior_precision, group), out=out)
         return out.mul_(group["n_data"] / group["temperature"]).rsqrt_()
 
+    @override
     def _update_(self, mean: Tensor, grad: Tensor, vectors: Mapping[str, Tensor], facts: RunFacts, group: Any) -> None:
         decay, gain = _decay(facts.prior_precision, group), 1 - _beta2(facts.step, group)
         hessian, average, work = vectors["hessian"], vectors["exp_avg"], vectors["second"]
@@ -231,23 +233,23 @@ class IVON(VariationalOptimizer):
             pull.sub_(warm * group["prior_mean"])
         mean.addcdiv_(pull, total, value=-float(group["lr"]) * group["scale"])
 
+    @override
     def _after_step(self, group: dict[str, Any]) -> None:
         for p in (p for p in group["params"] if p.grad is not None and p.requires_grad):
             state = self.state[p]
             state["left"] *= _beta2(state["step"], group)
             if isinstance(group["prior"], FixedPrior) or state["step"] < max(1, group["kl_warmup"]):
                 continue
-            if state["step"] % group["prior_interval"] == 0:
-                self._learn_prior(p, state, group)
-
-    def _learn_prior(self, p: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
-        g = self._gaussian(p, group)
-        moment = float((1 / g.precision[g.keep].double() + (g.mean - group["prior_mean"])[g.keep].double() ** 2).sum())
-        state["prior_precision"] = group["prior"].updated(state["prior_precision"], int(g.keep.sum()), moment)
-        decay = _decay(state["prior_precision"], group)
-        # where the curvature estimate is below zero a wider prior must not make the precision negative
-        state["hessian"].clamp_min_(-0.5 * decay)
-        state["decay"] = decay
+            if state["step"] % group["prior_interval"] != 0:
+                continue
+            g = self._gaussian(p, group)
+            mean = (g.mean - group["prior_mean"])[g.keep].double()
+            moment = float((1 / g.precision[g.keep].double() + mean**2).sum())
+            state["prior_precision"] = group["prior"].updated(state["prior_precision"], int(g.keep.sum()), moment)
+            decay = _decay(state["prior_precision"], group)
+            # where the curvature estimate is below zero a wider prior must not make the precision negative
+            state["hessian"].clamp_min_(-0.5 * decay)
+            state["decay"] = decay
 
 
 def _decay(prior_precision: float, group: Mapping[str, Any]) -> float:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError
-from ockham.fit.memory import RunFacts, adam_
+from ockham.fit.memory import RunFacts, Schedule, adam_, schedule_of
 from ockham.fit.optimizer import VariationalOptimizer
 from ockham.fit.priors import VECTOR, FixedPrior, GroupPrior, Prior, learn_scales, prior_of, start_scales
 
@@ -71,7 +72,7 @@ class MeanField(VariationalOptimizer):
 
     _vectors: tuple[str, ...] = ("log_std", "exp_avg", "exp_avg_sq", "std_avg", "std_avg_sq")
 
-    def __init__(  # noqa: PLR0913 - the settings of an optimizer, all keywords
+    def __init__(
         self,
         params: Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
         *,
@@ -83,10 +84,8 @@ class MeanField(VariationalOptimizer):
         prior_mean: float = 0.0,
         initial_std: float = 1e-2,
         std_rate: float = 1.0,
-        temperature: float = 1.0,
-        kl_warmup: int = 0,
-        prior_interval: int = 100,
         seed: int = 0,
+        **schedule: Unpack[Schedule],
     ) -> None:
         settings = {
             "n_data": n_data,
@@ -97,9 +96,7 @@ class MeanField(VariationalOptimizer):
             "prior_mean": prior_mean,
             "initial_std": initial_std,
             "std_rate": std_rate,
-            "temperature": temperature,
-            "kl_warmup": kl_warmup,
-            "prior_interval": prior_interval,
+            **schedule_of("MeanField", schedule),
         }
         entries: Any = params if inspect.isgenerator(params) else list(params)  # a generator knows its network
         groups = [] if entries is params else [g for g in entries if isinstance(g, dict)]
@@ -109,14 +106,17 @@ class MeanField(VariationalOptimizer):
         super().__init__(entries, settings, seed=seed)
 
     # ------------------------------------------------------------------ the method
+    @override
     def _check_options(self, group: Mapping[str, Any]) -> None:
         if isinstance(group["prior"], GroupPrior) and VECTOR not in self._vectors:
             raise OckhamError("a prior with a scale per structure must be there from the start: build a new MeanField")
 
+    @override
     def _take_over(self, given: Mapping[Tensor, Gaussian], posterior: Posterior, group: dict[str, Any]) -> None:
         for p, g in given.items():
             self.state[p]["log_std"].copy_(g.std[g.keep].log())
 
+    @override
     def _start(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         vectors = {name: parameter.new_zeros(parameter.numel(), requires_grad=False) for name in self._vectors}
         vectors["log_std"].fill_(math.log(group["initial_std"]))
@@ -125,14 +125,17 @@ class MeanField(VariationalOptimizer):
             vectors |= start_scales(parameter, group, vectors[VECTOR].fill_(start))
         return {**vectors, "prior_precision": start}
 
+    @override
     def _prior_of(self, p: Tensor, group: dict[str, Any]) -> Tensor:
         if isinstance(group["prior"], GroupPrior):
             return prior_of(p, group, self.state[p])
         return super()._prior_of(p, group)
 
+    @override
     def _std_(self, out: Tensor, vectors: Mapping[str, Tensor], facts: RunFacts, group: dict[str, Any]) -> Tensor:
         return torch.exp(vectors["log_std"], out=out)
 
+    @override
     def _update_(self, mean: Tensor, grad: Tensor, vectors: Mapping[str, Tensor], facts: RunFacts, group: Any) -> None:
         warm = min(1.0, facts.step / group["kl_warmup"]) if group["kl_warmup"] else 1.0
         weight = float(warm * group["temperature"] / group["n_data"])
@@ -151,6 +154,7 @@ class MeanField(VariationalOptimizer):
         rate *= group["std_rate"]
         adam_(vectors["log_std"], std_grad, vectors["std_avg"], vectors["std_avg_sq"], lr=rate, decay=0.0, **rest)
 
+    @override
     def _after_step(self, group: dict[str, Any]) -> None:
         if isinstance(group["prior"], FixedPrior):
             return
@@ -178,6 +182,7 @@ class MeanField(VariationalOptimizer):
         moments: Tensor = variance + (mean.double() - group["prior_mean"]).square()
         return moments
 
+    @override
     def _kl_of(self, p: Tensor, group: dict[str, Any]) -> float:
         state = self.state[p]
         p0 = state.get(VECTOR, torch.tensor(state["prior_precision"], dtype=torch.float64)).double()

@@ -7,16 +7,16 @@ import math
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from ockham.errors import OckhamError
+from ockham.errors import OckhamError, check_keywords
 from ockham.fit.priors import GroupPrior, Prior, slice_scales
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ __all__ = [
     "Arena",
     "Piece",
     "RunFacts",
+    "Schedule",
     "Span",
     "adam_",
     "alive_index",
@@ -37,6 +38,7 @@ __all__ = [
     "check_settings",
     "read",
     "renew_",
+    "schedule_of",
     "sliced",
     "spans",
     "write",
@@ -149,23 +151,21 @@ def spans(alive: Sequence[tuple[Tensor, Tensor | None]]) -> list[Span]:
     run: list[Piece] = []
     start = at = 0
     for parameter, index in alive:
-        for piece in _cut(parameter, index, first=size - (at - start), size=size):
+        length = parameter.numel() if index is None else index.numel()
+        if index is None and not parameter.is_contiguous():  # written back through its shape, so never cut
+            pieces = [Piece(parameter, 0, length, None)]
+        else:
+            first = min(size - (at - start), length)
+            edges = [0, *range(first, length, size), length] if length else [0]
+            cuts = [(a, b) for a, b in pairwise(edges) if b > a]
+            pieces = [Piece(parameter, a, b, None if index is None else index[a:b]) for a, b in cuts]
+        for piece in pieces:
             run.append(piece)
             at += piece.stop - piece.start
             if at - start >= size:
                 result.append(Span(start, at, tuple(run)))
                 run, start = [], at
     return [*result, Span(start, at, tuple(run))] if run else result
-
-
-def _cut(parameter: Tensor, index: Tensor | None, *, first: int, size: int) -> list[Piece]:
-    total = parameter.numel() if index is None else index.numel()
-    whole = Piece(parameter, 0, total, index)
-    if index is None and not parameter.is_contiguous():
-        return [whole]  # written back through its shape, so never cut
-    edges = [0, *range(min(first, total), total, size), total] if total else [0]
-    cuts = [replace(whole, start=a, stop=b) for a, b in pairwise(edges) if b > a]
-    return [c if index is None else replace(c, index=index[c.start : c.stop]) for c in cuts]
 
 
 def cache_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -326,6 +326,26 @@ def _carry(
         kept["keep"] = keep
         twin._index[new] = alive_index(keep)
     twin.state[new] = kept | slice_scales(p, group, state, lambda t: take(name, t))
+
+
+class Schedule(TypedDict, total=False):
+    """When and how strongly the KL acts: keywords that every variational optimizer takes.
+
+    Attributes:
+        temperature: T of the posterior, default 1; below 1 it is colder, and its evidence is tempered.
+        kl_warmup: steps over which the KL gets its weight, default 0; learned priors move only after them.
+        prior_interval: steps between two updates of a learned prior, default 100.
+    """
+
+    temperature: float
+    kl_warmup: int
+    prior_interval: int
+
+
+def schedule_of(owner: str, given: Schedule) -> Schedule:
+    """A schedule with its defaults; names the class when a keyword is unknown."""
+    check_keywords(owner, given, Schedule)
+    return {"temperature": 1.0, "kl_warmup": 0, "prior_interval": 100, **given}
 
 
 def check_group(group: Mapping[str, Any], taken: set[str]) -> None:

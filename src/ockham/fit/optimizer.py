@@ -33,9 +33,7 @@ from ockham.fit.memory import (
 )
 from ockham.fit.priors import Prior, plain_prior, restored_prior
 
-__all__ = [
-    "VariationalOptimizer",
-]
+__all__ = ["VariationalOptimizer"]
 
 
 class _Block(io.IOBase):
@@ -94,7 +92,15 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         self._pending = False
         self._phase = -1  # place of the current draw in the cycle of the noise
         self._names: dict[Tensor, str] = {}
-        super().__init__(params, defaults)
+        try:
+            super().__init__(params, defaults)
+        except OckhamError:
+            raise
+        except (ValueError, TypeError) as error:  # torch's: nothing to train, results of operations, no tensors
+            raise OckhamError(
+                f"{type(self).__name__}: {error}. Pass model.named_parameters() of a network that has parameters to "
+                "train"
+            ) from error
         if isinstance(owner, nn.Module):
             self.hold(owner)
 
@@ -157,24 +163,25 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         Raises:
             OckhamError: blocks are nested.
         """
-        return _Block(self._block())
 
-    def _block(self) -> Generator[None]:
-        if self._backup is not None:
-            raise OckhamError(
-                "sampled() blocks cannot be nested: leave the first before entering another. A closure given to "
-                "step(closure) runs inside a block already, and so does a training step under Lightning: take this one "
-                "away there"
-            )
-        try:
+        def block() -> Generator[None]:
+            if self._backup is not None:
+                raise OckhamError(
+                    "sampled() blocks cannot be nested: leave the first before entering another. A closure given to "
+                    "step(closure) runs inside a block already, and so does a training step under Lightning: take this "
+                    "one away there"
+                )
             try:
-                self._backup = []
-                self._perturb()
-                yield
+                try:
+                    self._backup = []
+                    self._perturb()
+                    yield
+                finally:
+                    self._restore()
             finally:
-                self._restore()
-        finally:
-            self._restore()  # all of it again where an interrupt hit the first
+                self._restore()  # all of it again where an interrupt hit the first
+
+        return _Block(block())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and outside a `sampled` block end the current draw."""
@@ -216,9 +223,15 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
             for p in group["params"]:
                 if p.requires_grad and p.grad is not None:
                     self.state[p]["step"] += 1
-            for span in arena.spans:
-                for run in self._runs(span, ready=True):
-                    self._step_run(run, arena, group)
+            for run in (run for span in arena.spans for run in self._runs(span, ready=True)):
+                vectors, facts = arena.at(run), self._facts(run)
+                mean = read(run, [x.parameter for x in run.pieces], vectors["mean"])
+                grad = read(run, [x.parameter.grad for x in run.pieces], vectors["third"])  # type: ignore[misc]
+                if (run.start, run.stop) not in arena.drawn:
+                    self._std_(vectors["first"], vectors, facts, group)
+                arena.drawn.discard((run.start, run.stop))  # an update may overwrite it
+                self._update_(mean, grad, vectors, facts, group)
+                write(run, mean)
             self._after_step(group)
         self._pending = False
         return loss
@@ -425,20 +438,20 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
     def _arena(self, group: dict[str, Any]) -> Arena:
         alive = [p for p in group["params"] if p.requires_grad]
         found = self._arenas.get(id(group))
-        if found is None or not found.holds(alive):
-            found = self._arenas[id(group)] = self._pack(alive, group)
-        return found
-
-    def _pack(self, alive: list[Tensor], group: dict[str, Any]) -> Arena:
+        if found is not None and found.holds(alive):
+            return found
         for p in alive:
             self._ensure(p, group)
         vectors = {}
         for name in (*self._vectors, "noise") if alive else ():
-            vectors[name] = torch.cat([self.state[p][name] for p in alive])
-            sizes = [self.state[p][name].numel() for p in alive]
+            parts = [self.state[p][name] for p in alive]
+            sizes = [part.numel() for part in parts]
+            vectors[name] = torch.cat(parts, out=parts[0].new_empty(sum(sizes)))  # out=: autocast would cast the noise
             for p, part in zip(alive, vectors[name].split(sizes), strict=True):
                 self.state[p][name] = part
-        return Arena(tuple(alive), vectors, tuple(spans([(p, self._index.get(p)) for p in alive])))
+        arena = Arena(tuple(alive), vectors, tuple(spans([(p, self._index.get(p)) for p in alive])))
+        self._arenas[id(group)] = arena
+        return arena
 
     def _ensure(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state: dict[str, Any] = self.state[p]
@@ -497,17 +510,6 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
             return [span]
         return [part for part, ok in zip(span.split(), there, strict=True) if ok]
 
-    def _step_run(self, run: Span, arena: Arena, group: dict[str, Any]) -> None:
-        vectors = arena.at(run)
-        mean = read(run, [x.parameter for x in run.pieces], vectors["mean"])
-        grad = read(run, [x.parameter.grad for x in run.pieces], vectors["third"])  # type: ignore[misc]
-        facts = self._facts(run)
-        if (run.start, run.stop) not in arena.drawn:
-            self._std_(vectors["first"], vectors, facts, group)
-        arena.drawn.discard((run.start, run.stop))  # an update may overwrite it
-        self._update_(mean, grad, vectors, facts, group)
-        write(run, mean)
-
     def _perturb(self) -> None:
         assert self._backup is not None
         new = not self._pending
@@ -519,28 +521,24 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
                     runs = [run for run in self._runs(span) if self._perturbs(run)]
                     if new and runs:
                         self._draw_(arena.at(span)["noise"])
-                    for run in runs:
-                        self._draw_run(run, arena, group)
+                    for run in runs:  # mean + std * noise, once the mean is in the backup
+                        vectors = arena.at(run)
+                        mean = vectors["mean"]
+                        place = read(run, [x.parameter for x in run.pieces], mean)
+                        if place is not mean:
+                            mean.copy_(place)
+                        self._backup.append((run, mean))
+                        std = self._std_(vectors["first"], vectors, self._facts(run), group)
+                        noise = vectors["second"].copy_(vectors["noise"])  # first: products of mixed dtypes are slow
+                        write(run, torch.addcmul(mean, std, noise, out=noise))
+                        if arena.small:
+                            arena.drawn.add((run.start, run.stop))
+            torch.clear_autocast_cache()  # an autocast around the block may hold casts of the mean
             self._block_began(new)
             self._pending = True
         except BaseException:
             self._phase = -1 if new else self._phase  # this noise is half made: the next draw is a new one
             raise
-
-    def _draw_run(self, run: Span, arena: Arena, group: dict[str, Any]) -> None:
-        """Write mean + std * noise into the parameters of a run, once the mean is in the backup."""
-        assert self._backup is not None
-        vectors = arena.at(run)
-        mean = vectors["mean"]
-        place = read(run, [x.parameter for x in run.pieces], mean)
-        if place is not mean:
-            mean.copy_(place)
-        self._backup.append((run, mean))
-        std = self._std_(vectors["first"], vectors, self._facts(run), group)
-        noise = vectors["second"].copy_(vectors["noise"])  # converted first: products of mixed dtypes are far slower
-        write(run, torch.addcmul(mean, std, noise, out=noise))
-        if arena.small:
-            arena.drawn.add((run.start, run.stop))
 
     def _draw_(self, noise: Tensor) -> None:
         renew_(noise, self._phase, self._generator(noise.device))
@@ -551,6 +549,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
             return
         for run, mean in self._backup:
             write(run, mean)
+        torch.clear_autocast_cache()
         self._block_ended()
         self._backup = None
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
 from ockham.errors import OckhamError
 from ockham.fit.memory import RunFacts, adam_
@@ -51,21 +52,26 @@ class PointEstimate(VariationalOptimizer):
         own = {"n_data": n_data, "lr": lr, "betas": betas, "eps": eps, "prior_variance": prior_variance}
         super().__init__(params, {**own, "prior_mean": 0.0, "temperature": 1.0}, seed=0)
 
+    @override
     def _check_options(self, group: Mapping[str, Any]) -> None:
         if not (variance := group["prior_variance"]) > 0:
             raise OckhamError(f"{type(self).__name__}: prior_variance must be positive, inf for none; got {variance}")
 
+    @override
     def _start(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         vectors = {name: parameter.new_zeros(parameter.numel(), requires_grad=False) for name in self._vectors}
         finite = group["prior_variance"] < math.inf
         return {**vectors, "prior_precision": 1.0 / group["prior_variance"] if finite else 1.0}
 
+    @override
     def _std_(self, out: Tensor, vectors: Mapping[str, Tensor], facts: RunFacts, group: dict[str, Any]) -> Tensor:
         return out.fill_(facts.prior_precision**-0.5)
 
+    @override
     def _draw_(self, noise: Tensor) -> None:
         """No noise: it stays zero."""
 
+    @override
     def _update_(self, mean: Tensor, grad: Tensor, vectors: Mapping[str, Tensor], facts: RunFacts, group: Any) -> None:
         decay = 1.0 / (group["prior_variance"] * group["n_data"])  # 0 for the flat prior
         rest = {"step": facts.step, "lr": float(group["lr"]), "betas": group["betas"], "eps": group["eps"]}

@@ -47,8 +47,8 @@ class EvidenceCallback(Callback):
         ignore: Ignore = (),
         likelihood: str | None = "classification",
     ) -> None:
-        given = {"rounds": rounds, "rule": rule}
-        self._steps = StepRounds(ignore=ignore, **{k: v for k, v in given.items() if v is not None})  # type: ignore[arg-type]
+        given: dict[str, Any] = {"rounds": rounds, "rule": rule}
+        self._steps = StepRounds(ignore=ignore, **{k: v for k, v in given.items() if v is not None})
         self._likelihood = likelihood
         self._block: Any = None
         self.posterior: Posterior | None = None

@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from ockham.choose.rules import EvidenceRule, RoundInfo, Rounds, Rule, diagnose, evidence_falls, score
-from ockham.core.network import Ignore, ignored
+from ockham.choose.prices import Structures
+from ockham.choose.rules import EvidenceRule, RoundInfo, Rounds, Rule, counted, diagnose, evidence_falls, score
+from ockham.core.likelihood import Classification
+from ockham.core.network import Ignore, Processes, device_of, ignored, unwrapped
+from ockham.core.objective import Objective
 from ockham.errors import OckhamError, OckhamWarning
 from ockham.fit.optimizer import VariationalOptimizer
+from ockham.run.compression import SMALL_DATA
+from ockham.run.structures import Shrinking, Shrunk, example_of
 
 __all__ = ["StepRounds", "variational"]
 
@@ -28,38 +32,60 @@ class StepRounds:
         rounds: schedule, as shares of all steps.
         rule: decides what goes; default the evidence.
         ignore: parameters to protect, as everywhere.
+        structures: how whole units go, too; None: single weights only.
         history: account of every round; ``epoch`` counts steps.
         due: steps (from 1) after which there is a round, once `plan` knows how many steps there are.
+        shrunk: knowledge of the structures that went; None without structures.
     """
 
     rounds: Rounds = field(default_factory=lambda: Rounds(start=0.3, end=0.8, count=8))
     rule: Rule = field(default_factory=EvidenceRule)
     ignore: Ignore = ()
+    structures: Structures | None = None
     history: list[RoundInfo] = field(default_factory=list)
     due: list[int] = field(default_factory=list)
+    shrunk: Shrunk | None = None
     _protected: frozenset[str] = frozenset()
+    _shrinking: Shrinking | None = None
+    _total: int = 0
 
-    def plan(self, model: nn.Module, steps: int) -> None:
+    def plan(self, model: nn.Module, steps: int, loader: Any = None) -> None:
         """Fix the steps after which there is a round.
 
         Args:
             model: the user's, whose parameters ``ignore`` names.
             steps: optimizer steps of the whole run.
+            loader: of the training data; with structures its first batch is the example for tracing.
 
         Raises:
-            OckhamError: the number of steps is not known, or ``ignore`` names nothing.
+            OckhamError: the number of steps is not known, ``ignore`` names nothing, or structures cannot go in place.
+            TraceError: structures are to go and the network cannot be traced.
         """
         if steps < 1:
             raise OckhamError(f"rounds are planned from the number of steps of the run: set it; got {steps}")
         self._protected, self.due = ignored(model, self.ignore), self.rounds.epochs(steps)
+        if self.structures is None:
+            return
+        if Processes.world().count > 1 or unwrapped(model)[0] is not model:
+            raise OckhamError(
+                "structures change the network in place, which a wrapper around it does not see: train in one process, "
+                "or use ockham.compress(DistributedDataParallel(model), ...), which takes them out in several"
+            )
+        inputs = example_of(loader, Objective(Classification()), device_of(model))
+        self._shrinking = Shrinking(self.structures, inputs, tuple(sorted(self._protected)))
+        self.shrunk = self._shrinking.start(model)
+        self.rule = counted(self.rule, sum(p.numel() for p in model.parameters() if p.requires_grad))
 
-    def after_step(self, optimizer: VariationalOptimizer, step: int, loss: float) -> RoundInfo | None:
-        """The round that is due after a step, if one is.
+    def after_step(
+        self, optimizer: VariationalOptimizer, step: int, loss: float, model: nn.Module | None = None
+    ) -> RoundInfo | None:
+        """The round that is due after a step, if one is; with structures network and optimizer shrink in place.
 
         Args:
             optimizer: holds the posterior, outside its `sampled` block.
             step: optimizer steps done so far.
             loss: recent mean NLL, nats, for the free energy; nan where it is not known.
+            model: the network in training, needed with structures.
 
         Returns:
             What the round did, or None.
@@ -69,20 +95,39 @@ class StepRounds:
         """
         if step not in self.due:
             return None
-        loss = _agreed(optimizer, loss)
+        processes = Processes.world()
+        processes.agree(p for group in optimizer.param_groups for p in group["params"])
+        loss = float(processes.gathered(torch.tensor(loss, dtype=torch.float64)).mean())
         ended = isinstance(self.rule, EvidenceRule) and evidence_falls(self.history, self.rounds.patience)
         if ended or any(r.epoch >= step for r in self.history):
             return None
         evidence = score(optimizer.posterior())
         posterior = evidence.posterior
         if not self.history:
-            for text in diagnose(posterior, loss).warnings:
+            said = list(diagnose(posterior, loss).warnings)
+            if isinstance(self.rule, EvidenceRule) and posterior.temperature == 1 and posterior.n_data < SMALL_DATA:
+                said.append(
+                    f"N = {posterior.n_data:g} data stand against {posterior.size()} weights: at temperature 1 the "
+                    "evidence may empty whole layers. Give the optimizer temperature=0.1, as the command does for "
+                    f"less than {SMALL_DATA} examples, or a budget: rule=ockham.BudgetRule(0.5)"
+                )
+            for text in said:
                 warnings.warn(text, OckhamWarning, stacklevel=3)
         keep = self.rule.decide(evidence, self._protected, (self.due.index(step) + 1) / len(self.due))
+        keep = {name: processes.told(mask) for name, mask in keep.items()}
         gain, cost = evidence.gain(keep), evidence.nll_cost(keep)
         energy = -(posterior.n_data * loss + posterior.temperature * optimizer.kl())
-        removed = optimizer.remove(keep)
-        share = (posterior.kept() - removed) / max(1, posterior.size())
+        if self.shrunk is not None:
+            self.shrunk = replace(self.shrunk, ledger=self.shrunk.ledger.entered(evidence, keep))
+        removed, self._total = optimizer.remove(keep), self._total or posterior.size()
+        if self._shrinking is not None and len(self.history) >= self._shrinking.rule.wait:
+            assert self.shrunk is not None and model is not None
+            self.shrunk, small, carried = self._shrinking.shrink(self.shrunk, model, optimizer, step)
+            if small is not model:  # whoever holds the network or the optimizer holds the smaller one then
+                own = {k: v for k, v in vars(model).items() if k in ("forward", "_original_forward")}
+                vars(model).update({**vars(small), **own})
+                vars(optimizer).update(vars(carried))
+        share = optimizer.posterior().kept() / max(1, self._total)
         self.history.append(RoundInfo(step, removed, share, gain, cost, energy))
         return self.history[-1]
 
@@ -96,24 +141,6 @@ class StepRounds:
         for saved in state["history"]:
             plain: dict[str, Any] = {k: math.nan if v is None else v for k, v in saved.items()}
             self.history.append(RoundInfo(**plain))
-
-
-def _agreed(optimizer: VariationalOptimizer, loss: float) -> float:
-    """The loss averaged over all processes, so that they decide alike; they must hold the same weights."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return loss
-    weights = [p for group in optimizer.param_groups for p in group["params"]]
-    sums = torch.stack([w.detach().double().mul(i % 97 + 1).sum() for i, w in enumerate(weights)])
-    mine = torch.stack([sums.sum(), sums.new_tensor(loss)])
-    every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(every, mine)
-    apart = [rank for rank, other in enumerate(every) if not torch.equal(other[0], every[0][0])]
-    if apart:
-        raise OckhamError(
-            f"the weights of process {apart[0]} differ from those of process 0: give all the same starting weights and "
-            "the same seed= of the optimizer, and let DistributedDataParallel average the gradients"
-        )
-    return float(torch.stack(every)[:, 1].mean())
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

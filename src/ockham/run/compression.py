@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,12 @@ from ockham.choose.rules import (
     evidence_falls,
     score,
 )
-from ockham.core.batch import Loader, ReadBatch, ReadOutput
+from ockham.core.batch import Loader, LoaderOptions
 from ockham.core.likelihood import Likelihood
-from ockham.core.network import Ignore, device_of, ignored
+from ockham.core.network import ALONE, Ignore, Processes, copied, device_of, ignored, unwrapped
 from ockham.core.objective import Objective
 from ockham.core.posterior import Posterior
-from ockham.errors import OckhamError, OckhamWarning
+from ockham.errors import OckhamError, OckhamWarning, check_keywords
 from ockham.fit.ivon import IVON
 from ockham.fit.mean_field import MeanField
 from ockham.fit.optimizer import VariationalOptimizer
@@ -63,13 +63,13 @@ class Training:
 
     Attributes:
         epochs: passes over the data, reduction and refitting included.
-        learning_rate: of mean and ln std, at first.
+        learning_rate: learning rate of mean and ln std, at first.
         hold: share of the steps at full learning rate; it falls linearly to zero after them.
-        prior: over every weight.
+        prior: prior of every weight.
         initial_std: starting standard deviation.
-        temperature: of the posterior; 1 is Bayes.
+        temperature: temperature T of the posterior; 1 is Bayes.
         kl_warmup: share of the steps over which the KL gets its weight.
-        seed: of noise, shuffling and dropout.
+        seed: seed of noise, shuffling and dropout.
     """
 
     epochs: int = 30
@@ -200,13 +200,15 @@ class WeightRounds(Method):
 
     Attributes:
         training: settings of the run.
-        rule: decides what goes.
-        rounds: when.
+        rule: decision what goes.
+        rounds: schedule of the removals.
         ignore: parameters to protect.
-        estimator: makes the optimizer.
-        structures: how whole units go; None: single weights only.
-        correlated: another look at the posterior of a round; None: as the optimizer has it.
+        estimator: maker of the optimizer.
+        structures: settings by which whole units go; None: single weights only.
+        correlated: correction of the posterior of a round by correlations; None: as the optimizer has it.
     """
+
+    several: ClassVar[bool] = True
 
     training: Training = field(default_factory=Training)
     rule: Rule = field(default_factory=EvidenceRule)
@@ -217,13 +219,19 @@ class WeightRounds(Method):
     correlated: Seeing | None = None
 
     def start(self, network: nn.Module, task: Task) -> RunState:
-        """The posterior before the first step."""
+        """The posterior before the first step.
+
+        Raises:
+            OckhamError: correlated evidence with several processes, each of which has but a part of the data.
+        """
+        if self.correlated is not None and task.processes.count > 1:
+            raise OckhamError("correlated= reads all of the data, and every process has a part: train in one process")
         optimizer = self.estimator(network, self.training, n_data=task.n_data, steps=task.steps)
         protected = ignored(network, self.ignore)
         shrinking, shrunk, rule = None, None, self.rule
         if self.structures is not None:
             inputs = example_of(task.loader, task.objective, device_of(network))
-            shrinking = Shrinking(self.structures, inputs, tuple(sorted(protected)))
+            shrinking = Shrinking(self.structures, inputs, tuple(sorted(protected)), task.processes)
             shrunk, rule = shrinking.start(network), counted(rule, task.trainable)
         own = _Run(task, rule, self.rounds.epochs(task.epochs), protected, shrinking, Removed(shrunk=shrunk))
         return RunState.start(network, task.objective, optimizer, own)
@@ -248,7 +256,8 @@ class WeightRounds(Method):
 
     def _round(self, state: RunState, info: EpochInfo) -> tuple[_Run, RoundInfo]:
         optimizer, own = _posterior_of(state), state.own
-        posterior = optimizer.posterior()
+        posterior, processes = optimizer.posterior(), own.task.processes
+        processes.agree(t for g in posterior.values() for t in (g.mean, g.precision))
         if self.correlated is not None:
             posterior = self.correlated.seen(posterior, state.network, own.task.loader, state.objective)
         evidence, removed = score(posterior), own.removed
@@ -258,6 +267,7 @@ class WeightRounds(Method):
                 warnings.warn(text, OckhamWarning, stacklevel=4)
         total = removed.total or posterior.size()
         keep = _decided(own.rule, evidence, own.protected, (own.due.index(info.epoch) + 1) / len(own.due))
+        keep = {name: processes.told(mask) for name, mask in keep.items()}
         if removed.shrunk is not None:
             shrunk = replace(removed.shrunk, ledger=removed.shrunk.ledger.entered(evidence, keep))
             removed = replace(removed, shrunk=shrunk)
@@ -273,7 +283,10 @@ class WeightRounds(Method):
                     stacklevel=5,
                 )
         did = RoundInfo(info.epoch, gone, (posterior.kept() - gone) / total, gain, cost, energy)
-        pictures = (*removed.histograms, {"epoch": info.epoch, "delta_f": _histogram(evidence)})
+        # Counts of delta_f in 60 bins over [-25, 5] nats, outliers in the end bins.
+        parts = [delta.float().clamp(-24.999, 4.999).histc(60, -25, 5) for delta in evidence.values()]
+        counts = [int(c) for c in sum(parts[1:], parts[0])] if parts else []
+        pictures = (*removed.histograms, {"epoch": info.epoch, "delta_f": counts})
         removed = replace(removed, history=(*removed.history, did), histograms=pictures, total=total)
         return replace(own, removed=removed), did
 
@@ -318,6 +331,7 @@ class WeightRounds(Method):
         own, optimizer = state.own, _posterior_of(state)
         model, posterior, plan = optimizer.plain(copy.deepcopy(state.network)), optimizer.posterior(), None
         refresh_batchnorm(model, own.task.loader, batch=own.task.objective.batch)
+        own.task.processes.mean_(model.buffers())
         shrunk = own.removed.shrunk
         if own.shrinking is not None:
             model, posterior, plan = own.shrinking.finished(shrunk, model.eval(), posterior)
@@ -352,19 +366,21 @@ class Compression:
     """The main job as a loop: iterate over its epochs, look in, stop when you like, then take `result`.
 
     Args:
-        model: your network; a copy is trained.
+        model: your network; a copy is trained. In `torch.nn.parallel.DistributedDataParallel` all its processes train
+            one network on the data of all their loaders, and each gets the result.
         loader: batches of (inputs, targets) with a length.
         likelihood: "classification", "regression", or a `Likelihood` such as `ockham.Loss(function, reduction="mean")`.
         training: settings of the run.
         rounds: schedule of the removals.
-        rule: decides what goes; default the evidence.
+        rule: decision what goes; default the evidence.
         ignore: parameters to protect: names, "re:" patterns, module names or types.
         n_data: number of summed log-likelihood terms; counted in one pass where not given.
-        estimator: makes the optimizer; default `mean_field`, for baselines `point_estimate`.
-        structures: how whole channels, neurons and heads go, too: after each round network and optimizer become
-            physically smaller and training goes on at the lower cost. None: single weights only.
+        estimator: maker of the optimizer; default `mean_field`, for baselines `point_estimate`.
+        structures: settings by which whole channels, neurons and heads go, too: after each round network and
+            optimizer become physically smaller and training goes on at the lower cost. None: single weights only.
         correlated: score of the last thousands of weights by their marginals under the full covariance of all of them.
             None: one by one.
+        **reading: ``batch``, ``output`` and ``steps_per_epoch``, see `ockham.core.batch.LoaderOptions`.
 
     Raises:
         DataError: the loader is empty, labels out of range, n_data impossible.
@@ -376,7 +392,7 @@ class Compression:
     >>> small = job.result()                                                            # doctest: +SKIP
     """
 
-    def __init__(  # noqa: PLR0913 - the settings of a run, all keywords
+    def __init__(
         self,
         model: nn.Module,
         loader: Iterable[Any],
@@ -390,18 +406,24 @@ class Compression:
         estimator: Estimator | None = None,
         structures: Structures | None = None,
         correlated: Seeing | None = None,
-        batch: ReadBatch | None = None,
-        output: ReadOutput | None = None,
-        steps_per_epoch: int | None = None,
+        **reading: Unpack[LoaderOptions],
     ) -> None:
+        check_keywords("Compression", reading, LoaderOptions)
         self.training = t = training or Training()
+        model, processes = unwrapped(model)
+        if processes is ALONE and (world := Processes.world().count) > 1:
+            warnings.warn(
+                f"there are {world} processes, and each trains a network of its own on the data of its own loader: "
+                "wrap the network in torch.nn.parallel.DistributedDataParallel to train one together",
+                OckhamWarning,
+                stacklevel=2,
+            )
+        network = copied(model)
         names = tuple(sorted(ignored(model, ignore)))
         method = WeightRounds(
             t, rule or EvidenceRule(), rounds or Rounds(), names, estimator or mean_field, structures, correlated
         )
-        network = copy.deepcopy(model)
-        reading: dict[str, Any] = {"batch": batch, "output": output, "steps_per_epoch": steps_per_epoch}
-        task = Task.of(network, loader, likelihood, epochs=t.epochs, n_data=n_data, **reading)
+        task = Task.of(network, loader, likelihood, epochs=t.epochs, n_data=n_data, processes=processes, **reading)
         self.engine = Engine(method, network, task, hold=t.hold, seed=t.seed)
 
     @property
@@ -458,7 +480,7 @@ def compress(
             smaller, with the plan that made it so. Default: single weights only.
         on_progress: function called after every epoch with its `Progress`.
         **settings: keywords of `Compression`: ``likelihood``, ``training``, ``rounds``, ``rule``, ``ignore``,
-            ``n_data``, ``estimator``, ``correlated``.
+            ``n_data``, ``estimator``, ``correlated``, ``batch``, ``output``, ``steps_per_epoch``.
 
     Returns:
         `Compressed`.
@@ -513,15 +535,6 @@ def _decided(rule: Rule, evidence: Evidence, protected: frozenset[str], progress
             wanted = "no such parameter" if expected is None else f"booleans (True = stays) of the shape {expected}"
             raise OckhamError(f"the rule {type(rule).__name__} must give {name!r} {wanted}; got {got}")
     return keep
-
-
-def _histogram(evidence: Evidence) -> list[int]:
-    """Counts of delta_f in 60 bins over [-25, 5] nats, outliers in the end bins."""
-    counts = None
-    for delta in evidence.values():
-        part = delta.float().clamp(-24.999, 4.999).histc(60, -25, 5)
-        counts = part if counts is None else counts + part
-    return [] if counts is None else [int(c) for c in counts]
 
 
 def structures_name(structures: Structures | None) -> str:

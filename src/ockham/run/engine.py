@@ -9,15 +9,24 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ockham.choose.rules import Diagnosis, RoundInfo
-from ockham.core.batch import Batch, Loader, ReadBatch, ReadOutput, sized
+from ockham.core.batch import (
+    READ_ONCE,
+    Batch,
+    Loader,
+    ReadBatch,
+    ReadOutput,
+    random_states,
+    restore_random_states,
+    sized,
+)
 from ockham.core.likelihood import Likelihood
-from ockham.core.network import device_of, seeded, train_
+from ockham.core.network import ALONE, Processes, device_of, seeded, train_
 from ockham.core.objective import Objective, objective_of
 from ockham.core.posterior import Posterior
 from ockham.errors import DataError, NonFiniteLossError, OckhamError
@@ -129,6 +138,8 @@ class Task:
         epochs: number planned.
         parameters: learnable values of the network before.
         trainable: number of these that require a gradient.
+        steps_per_epoch: batches of an epoch; with several processes the most that any of them has.
+        processes: those that train the network together, each with a loader of its own.
     """
 
     loader: Loader
@@ -137,11 +148,13 @@ class Task:
     epochs: int
     parameters: int
     trainable: int
+    steps_per_epoch: int
+    processes: Processes = ALONE
 
     @property
     def steps(self) -> int:
         """Steps of the whole run."""
-        return self.epochs * len(self.loader)
+        return self.epochs * self.steps_per_epoch
 
     @staticmethod
     def of(
@@ -154,6 +167,7 @@ class Task:
         batch: ReadBatch | None = None,
         output: ReadOutput | None = None,
         steps_per_epoch: int | None = None,
+        processes: Processes = ALONE,
     ) -> Task:
         """The task of a user's arguments, checked before any work.
 
@@ -161,14 +175,18 @@ class Task:
 
         Raises:
             DataError: the first batch cannot work, the loader has no length or no batches, or n_data is impossible.
-            OckhamError: the network has no parameters, or the likelihood is unknown.
+            OckhamError: the network has nothing to train, or the likelihood is unknown.
         """
         data = sized(loader, steps_per_epoch)
         objective = objective_of(network, likelihood, batch=batch, output=output)
-        terms = objective.prepare(network, data, n_data)
         parameters = list(network.parameters())
-        total = sum(p.numel() for p in parameters)
-        return Task(data, objective, terms, epochs, total, sum(p.numel() for p in parameters if p.requires_grad))
+        total, trainable = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+        if not trainable:
+            raise OckhamError("no parameter of the network requires a gradient: call model.requires_grad_() first")
+        processes.agree(parameters)
+        terms = objective.prepare(network, data, n_data, processes)
+        steps = int(processes.gathered(torch.tensor(len(data))).max())
+        return Task(data, objective, terms, epochs, total, trainable, steps, processes)
 
 
 class Method(ABC):
@@ -176,6 +194,7 @@ class Method(ABC):
 
     stage: str = "compress"  # name, for progress bars and checkpoints
     shuffle: bool = True  # whether the examples come in a new order every epoch
+    several: ClassVar[bool] = False  # whether several processes can run it together
 
     @abstractmethod
     def start(self, network: nn.Module, task: Task) -> RunState:
@@ -223,12 +242,12 @@ class Engine:
         network: module that is trained in place.
         task: data, likelihood and schedule.
         hold: share of the steps at full learning rate.
-        seed: of shuffling and dropout.
+        seed: seed of shuffling and dropout.
     """
 
     def __init__(self, method: Method, network: nn.Module, task: Task, *, hold: float = 0.5, seed: int = 0) -> None:
         self.method, self.task = method, task
-        self.trainer = Trainer(task.loader, task.epochs, hold, seed, method.term)
+        self.trainer = Trainer(task.loader, task.epochs, hold, seed, method.term, task.processes, task.steps_per_epoch)
         self.state = method.start(network, task)
         self.on_step: OnStep | None = None
 
@@ -250,10 +269,16 @@ class Engine:
 
     def saved(self) -> dict[str, Any]:
         """Plain values and tensors from which `load` continues to the same bits."""
-        return {"run": self.state.saved(), "method": self.method.saved(self.state)}
+        own = {"run": self.state.saved(), "method": self.method.saved(self.state)}
+        return own | {"loader": random_states(self.task.loader)}
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Continue from `saved` of an engine built with the same arguments."""
+        """Continue from `saved` of an engine built with the same arguments.
+
+        Raises:
+            DataError: the loader holds other random generators than the one before.
+        """
+        restore_random_states(self.task.loader, saved.get("loader", ()))
         self.state = self.method.resumed(self.state, saved["method"]).restored(saved["run"])
 
 
@@ -418,8 +443,10 @@ class Trainer:
         loader: batches of the training data.
         epochs: number planned.
         hold: share of the steps at full learning rate.
-        seed: of shuffling and dropout.
+        seed: seed of shuffling and dropout.
         term: function that a method adds to the mean NLL.
+        processes: those that train together; each step has the gradient of their joined batch.
+        steps: batches of an epoch; None: the length of the loader.
     """
 
     loader: Loader
@@ -427,6 +454,8 @@ class Trainer:
     hold: float = 0.5
     seed: int = 0
     term: Term = lambda state, at: None
+    processes: Processes = ALONE
+    steps: int | None = None
 
     def epoch(self, state: RunState, on_step: OnStep | None = None) -> tuple[RunState, EpochInfo]:
         """Train one epoch.
@@ -435,30 +464,49 @@ class Trainer:
             NonFiniteLossError: the loss became NaN or infinite; says at which step.
             DataError: outputs and targets do not fit, or the loader is empty.
         """
-        start, steps, tally = time.perf_counter(), len(self.loader), _Tally(state.done)
+        start, steps, tally = time.perf_counter(), self.steps or len(self.loader), _Tally(state.done)
         if steps == 0:
             raise DataError("the training loader is empty: it has no batches; give it at least one")
+        if not torch.is_grad_enabled():
+            raise OckhamError("training needs gradients, and torch.no_grad() is on: leave that block")
         train_(state.network)
         device = device_of(state.network)
+        renew = getattr(getattr(self.loader, "sampler", None), "set_epoch", None)
+        if renew is not None:  # of a DistributedSampler: without it every epoch has the same order
+            renew(state.done)
         with seeded(self.seed, state.done, device):
-            for i, batch in enumerate(state.objective.batches(self.loader, device)):
-                self._set_rates(state, (state.done * steps + i) / (self.epochs * steps))
+            batches = state.objective.batches(self.loader, device)
+            for i, batch in enumerate(self.processes.padded(batches, steps)):
+                progress = (state.done * steps + i) / (self.epochs * steps)
+                factor = 1.0 if progress < self.hold else (1 - progress) / (1 - self.hold)
+                for group, rate in zip(state.optimizer.param_groups, state.rates, strict=True):
+                    group["lr"] = rate * factor
                 tally.add(i, *self._step(state, batch, state.done + i / steps))
                 if on_step is not None and (i % 10 == 0 or i + 1 == steps):
                     on_step(i + 1, steps, tally.loss())
+        self.processes.mean_(state.network.buffers())
         spent = time.perf_counter() - start
         info = EpochInfo(state.done + 1, tally.loss(final=True), tally.accuracy(), epochs=self.epochs, seconds=spent)
         return replace(state, done=state.done + 1), info
 
-    def _step(self, state: RunState, batch: Batch, at: float) -> tuple[Tensor, Tensor]:
-        optimizer = state.optimizer
+    def _step(self, state: RunState, batch: Batch | None, at: float) -> tuple[Tensor, Tensor]:
+        """One step; without a batch, where other processes still have one."""
+        optimizer, processes = state.optimizer, self.processes
+        nll = right = torch.zeros((), device=device_of(state.network))
         for each in (optimizer, state.noise):
             if each is not None:
                 each.zero_grad()
         with optimizer.sampled() if isinstance(optimizer, VariationalOptimizer) else nullcontext():
-            nll, output = state.objective.loss(state.network, batch)
-            term = self.term(state, at)
-            (nll if term is None else nll + term).backward()
+            if batch is not None:
+                nll, output = state.objective.loss(state.network, batch)
+                term = self.term(state, at)
+                (nll if term is None else nll + term).backward()
+                right = state.objective.right(output, batch)
+        if processes.count > 1:
+            learned = [p for p in (*state.network.parameters(), *state.likelihood.parameters()) if p.requires_grad]
+            means = torch.stack([nll.detach().double().cpu(), right.double().cpu()])
+            terms = 0.0 if batch is None else state.objective.terms(batch)
+            nll, right = processes.join_gradients_(learned, means, terms)
         try:
             for each in (optimizer, state.noise):
                 if each is not None:
@@ -467,14 +515,11 @@ class Trainer:
             if bool(torch.isfinite(nll.detach())):
                 raise
             raise NonFiniteLossError(
-                _not_finite(float(nll.detach()), state.done, round((at - state.done) * len(self.loader)))
+                _not_finite(
+                    float(nll.detach()), state.done, round((at - state.done) * (self.steps or len(self.loader)))
+                )
             ) from error
-        return nll.detach(), state.objective.right(output, batch)
-
-    def _set_rates(self, state: RunState, progress: float) -> None:
-        factor = 1.0 if progress < self.hold else (1 - progress) / (1 - self.hold)
-        for group, rate in zip(state.optimizer.param_groups, state.rates, strict=True):
-            group["lr"] = rate * factor
+        return nll.detach(), right
 
 
 class _Tally:
@@ -496,6 +541,8 @@ class _Tally:
     def loss(self, *, final: bool = False) -> float:
         if final or not self._count:
             self._settle()
+        if final and not self._count:
+            raise DataError(READ_ONCE)
         return self._sum / max(1, self._count)
 
     def accuracy(self) -> float:

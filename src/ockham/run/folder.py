@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import signal
+import tempfile
 import threading
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -32,6 +33,7 @@ from ockham.core.files import (
     write_bytes,
     write_tree,
 )
+from ockham.core.network import Processes
 from ockham.core.posterior import POSTERIOR, Posterior
 from ockham.core.seal import (
     CHECKPOINTS,
@@ -58,6 +60,7 @@ __all__ = [
     "ResultFolder",
     "amend",
     "finite_error",
+    "first_checkpoint",
     "fit_error",
     "layer_rows",
     "load",
@@ -539,3 +542,20 @@ def amend(path: Path, content: bytes) -> None:
         write_bytes(folder.path(path.name), content)
         folder.run = old.run
         folder._put([path.name], old.files, old.job, ())
+
+
+def first_checkpoint(saved: dict[str, Any] | None, processes: Processes) -> dict[str, Any] | None:
+    """The checkpoint that process 0 has, in all processes; they need not see its disk.
+
+    Args:
+        saved: what this process has; None where there is none.
+        processes: those that go on together.
+    """
+    if processes.count == 1:
+        return saved
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "checkpoint"
+        if saved is not None:
+            write_tree(file, saved, kind="checkpoint", durable=False)
+        file.write_bytes(processes.told_bytes(b"" if saved is None else file.read_bytes()))
+        return read_tree(file, kind="checkpoint") if file.stat().st_size else None

@@ -8,29 +8,44 @@ import math
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ockham.choose.units import chain_weights, node_inclusion
+from ockham.core.batch import RowsOf
 from ockham.core.files import Count, Share, from_plain, to_plain
 from ockham.core.likelihood import Likelihood, Regression
+from ockham.core.network import ALONE, Processes
 from ockham.core.objective import fit_noise
 from ockham.core.posterior import Posterior
+from ockham.core.seal import weights_fingerprint
 from ockham.errors import DataError, OckhamError
 from ockham.run.engine import Compressed, Engine, EpochInfo, Method, OnStep, RunState, Task
-from ockham.run.folder import NETWORK, PLAN, POSTERIOR, ResultFolder, layer_rows, save_network, save_plan, stored_values
+from ockham.run.folder import (
+    NETWORK,
+    PLAN,
+    POSTERIOR,
+    ResultFolder,
+    first_checkpoint,
+    layer_rows,
+    save_network,
+    save_plan,
+    stored_values,
+)
 from ockham.run.measure import (
     Predictor,
     corruption_shift,
+    input_map,
     mean_predictor,
     measures,
     ood_auroc,
+    path_inclusion,
     posterior_predictor,
     reliability_of,
 )
@@ -63,7 +78,7 @@ from ockham.run.schema import (
     write_result,
 )
 from ockham.run.shift import SEVERITIES
-from ockham.run.weights import fitted, weights_fingerprint
+from ockham.run.weights import fitted
 from ockham.surgery.shrinking import cost, latencies
 from ockham.version import __version__
 from ockham.zoo.data import Batches, Dataset, data_fingerprint
@@ -77,13 +92,10 @@ __all__ = [
     "analysis",
     "compressed_facts",
     "history",
-    "input_map",
     "network_facts",
-    "path_inclusion",
     "provenance",
     "structure",
 ]
-
 
 _SHIFT_EXAMPLES = 500
 _SHIFT_DRAWS = 10  # twenty corrupted copies of every example are predicted, so fewer draws than for the test set
@@ -121,7 +133,7 @@ def network_facts(model: nn.Module, data: Dataset, noise_variance: Tensor | None
     Args:
         model: network with every weight at its one value.
         data: examples; those of the test part are used.
-        noise_variance: that of a regression, or None for a classifier.
+        noise_variance: noise variance of a regression, or None for a classifier.
         foreign: inputs of another kind.
     """
     predictor = mean_predictor(model, classify=noise_variance is None)
@@ -162,33 +174,6 @@ def _facts(
         "foreign inputs" if foreign.shape[1:] != x.shape[1:] else "test inputs with their pixels permuted",
         input_map(model, data),
     )
-
-
-@torch.no_grad()
-def input_map(model: nn.Module, data: Dataset) -> tuple[tuple[int, ...], ...] | None:
-    """Kept first-layer weights per pixel [H][W], all channels; None if the first layer is no Linear on pixels."""
-    first = next((m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))), None)
-    if data.image_shape is None or not isinstance(first, nn.Linear):
-        return None
-    channels, height, width = data.image_shape
-    if first.in_features != channels * height * width:
-        return None
-    counts = (first.weight != 0).sum(0).view(channels, height, width).sum(0)
-    return tuple(tuple(int(c) for c in row) for row in counts)
-
-
-def path_inclusion(model: nn.Module, posterior: Posterior) -> tuple[float, ...] | None:
-    """Probability that a living path leads from each input to an output (path rule); of plain chains of layers only.
-
-    None where the posterior has no inclusion probabilities, or the network is not one `nn.Sequential` of Linear layers.
-    """
-    layers = [m for m in model.modules() if not list(m.children())]
-    chain = isinstance(model, nn.Sequential) and all(
-        isinstance(m, nn.Linear) or not list(m.parameters()) for m in layers
-    )
-    if not chain or not posterior or any(g.inclusion is None for g in posterior.values()):
-        return None
-    return tuple(round(float(p), 6) for p in node_inclusion(chain_weights(model, posterior)).inputs)
 
 
 def history(result: Compressed) -> History:
@@ -311,16 +296,17 @@ class Recipe:
     """What a job is about: how to build the network, the data, the method and its schedule.
 
     Attributes:
-        build: makes a fresh network; called under the job's seed.
-        likelihood: makes a fresh likelihood.
+        build: function that makes a fresh network; called under the job's seed.
+        likelihood: function that makes a fresh likelihood.
         data: training and test examples.
         batch_size: examples a step.
         method: way to make the network smaller.
         epochs: number of epochs of the method.
         hold: share of the steps at full learning rate.
-        seed: of everything random.
+        seed: seed of everything random.
         device: place of the computation.
         held_out: share of the training examples that the method does not train on, for its own curves.
+        processes: those that do the job together; each trains on its rows of every batch.
     """
 
     build: Callable[[], nn.Module]
@@ -333,6 +319,7 @@ class Recipe:
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     held_out: float = 0.0
+    processes: Processes = ALONE
 
     def network(self) -> nn.Module:
         """A fresh network with the job's own initial weights, on the device; global randomness untouched."""
@@ -360,8 +347,10 @@ class Recipe:
         network, (x, y) = self.network(), self.split(held_out)[0]
         if weights is not None:
             network.load_state_dict(dict(weights))
-        loader = Batches(x, y, self.batch_size, shuffle=method.shuffle)
-        task = Task.of(network, loader, self.likelihood(), epochs=epochs)
+        loader: Any = Batches(x, y, self.batch_size, shuffle=method.shuffle)
+        if self.processes.count > 1:
+            loader = RowsOf(loader, self.processes.rank, self.processes.count)
+        task = Task.of(network, loader, self.likelihood(), epochs=epochs, processes=self.processes)
         return Engine(method, network, task, hold=self.hold, seed=self.seed)
 
 
@@ -373,6 +362,8 @@ class PlainTraining(Method):
         rate: learning rate at first.
         stage: name, for the progress bar and the checkpoint.
     """
+
+    several: ClassVar[bool] = True
 
     rate: float
     stage: str = "adam"
@@ -389,7 +380,7 @@ class PlainTraining(Method):
         model, objective = copy.deepcopy(state.network), state.objective
         if isinstance(objective.likelihood, Regression):
             objective = copy.deepcopy(objective)
-            fit_noise(model, state.own.loader, objective)
+            fit_noise(model, state.own.loader, objective, sharded=state.own.processes.count > 1)
         model, none = objective.finished(model, none)
         return Compressed(model, none, (), state.history, None, none.noise_variance, parameters=parameters)
 
@@ -402,17 +393,19 @@ class PlainTraining(Method):
 class Job:
     """Everything that `ockham compress`, `prune` and `gate` do; iterate over `run` for progress.
 
+    Of several processes the first reads and writes the folder.
+
     Attributes:
         recipe: network, data, method.
         out: result folder.
         builder: label of the network, "zoo:name" or the user's "module:function".
         command: line as typed, for the record.
         weights: tensors to start from instead of from scratch (see `fitted`); they are then also the network "before".
-        baseline: whether the same network is trained by Adam for comparison (skipped when weights are given).
+        baseline: flag, True: the same network is trained by Adam for comparison (skipped when weights are given).
         draws: posterior draws of a prediction.
         ood: foreign inputs for the out-of-distribution measure; None: the test images with their pixels permuted.
-        resume: whether to continue from the checkpoint in ``out``.
-        overwrite: whether a finished result in ``out`` may be replaced.
+        resume: flag, True: go on from the checkpoint in ``out``.
+        overwrite: flag, True: a finished result in ``out`` may be replaced.
         on_step: function called within epochs.
         report: function that writes the report of a folder.
         notes: sentences on what was decided about data and weights, for people.
@@ -435,10 +428,19 @@ class Job:
     _spent: float = 0.0
     _started: float = 0.0
     _told: str = ""
-    _folder: ResultFolder = field(init=False)
+    _folder: ResultFolder | None = None
 
     def __post_init__(self) -> None:
-        """Fit the weights to the network, before anything else is done."""
+        """Fit the weights to the network, before anything else is done.
+
+        Raises:
+            OckhamError: the weights do not fit, or several processes are to do what one can do only.
+        """
+        if self.recipe.processes.count > 1 and not self.recipe.method.several:
+            raise OckhamError(
+                f"{self.recipe.method.name} runs in one process; `ockham compress` with mean-field, ivon, map and "
+                "spike-slab posteriors runs in several"
+            )
         self.notes += self.recipe.data.notes
         if self.weights is not None:
             self.weights, said = fitted(self.recipe.network(), self.weights)
@@ -450,25 +452,30 @@ class Job:
         Raises:
             OckhamError: weights do not fit, the folder cannot be written, a checkpoint of another job.
         """
-        with ResultFolder(self.out, overwrite=self.overwrite, resume=self.resume) as self._folder:
-            if self._folder.finished is None:
-                yield from self._work()
-            else:
-                self._compare(self._folder.finished.job)
-
-    def _work(self) -> Iterator[EpochInfo]:
-        self._started, r = time.monotonic(), self.recipe
-        saved = self._begin()
-        if self.weights is not None:
-            if "adam" not in self._facts:
+        processes = self.recipe.processes
+        folder = ResultFolder(self.out, overwrite=self.overwrite, resume=self.resume)
+        with folder if processes.rank == 0 else nullcontext() as self._folder:
+            seal = None if self._folder is None else self._folder.finished
+            if seal is not None:
+                self._compare(seal.job)
+            if bool(processes.told(torch.tensor(seal is not None))):
+                return
+            self._started, r = time.monotonic(), self.recipe
+            own = None if self._folder is None else self._folder.checkpoint()
+            saved: Mapping[str, Any] = first_checkpoint(own, processes) or {}
+            self._facts, self._spent = {}, 0.0
+            if saved:
+                self._compare(saved["job"])
+                self._facts, self._spent = json.loads(saved["facts"]), float(saved["spent"])
+            if self.weights is None and self.baseline:
+                yield from self._adam(saved)
+            elif self.weights is not None and "adam" not in self._facts:
                 model = r.network()
                 model.load_state_dict(dict(self.weights))
                 self._done("adam", self._before(model, None) | {"source": "given weights"})
-        elif self.baseline:
-            yield from self._adam(saved)
-        engine = r.engine(r.method, epochs=r.epochs, held_out=r.held_out, weights=self.weights)
-        yield from self._go(engine, saved)
-        self._finish(engine)
+            engine = r.engine(r.method, epochs=r.epochs, held_out=r.held_out, weights=self.weights)
+            yield from self._go(engine, saved)
+            self._finish(engine)
 
     # ------------------------------------------------------------------ stages
     def _adam(self, saved: Mapping[str, Any]) -> Iterator[EpochInfo]:
@@ -493,6 +500,8 @@ class Job:
             self._done("adam", before | {"rate": best, "source": "adam"})
 
     def _before(self, model: nn.Module, noise: Tensor | None) -> dict[str, Any]:
+        if self._folder is None:
+            return {}
         probe = self._folder.stage / f".{NETWORK}.before"
         size = save_network(model, probe, builder=self.builder)
         probe.unlink()
@@ -513,15 +522,6 @@ class Job:
             yield info
 
     # ------------------------------------------------------------------ checkpoint
-    def _begin(self) -> Mapping[str, Any]:
-        saved = self._folder.checkpoint()
-        if saved is None:
-            self._facts, self._spent = {}, 0.0
-            return {}
-        self._compare(saved["job"])
-        self._facts, self._spent = json.loads(saved["facts"]), float(saved["spent"])
-        return saved
-
     def _compare(self, job: str) -> None:
         """Refuse to go on with another job, naming what differs."""
         theirs, ours = json.loads(job), json.loads(self._fingerprint())
@@ -550,6 +550,8 @@ class Job:
         return self._spent + time.monotonic() - self._started
 
     def _checkpoint(self, stage: str, state: Mapping[str, Any]) -> None:
+        if self._folder is None:
+            return
         tree = {"job": self._fingerprint(), "stage": stage, "state": state, "spent": self._clock()}
         self._folder.save_checkpoint(tree | {"facts": json.dumps(self._facts)})
 
@@ -559,7 +561,10 @@ class Job:
 
     # ------------------------------------------------------------------ the end
     def _finish(self, engine: Engine) -> None:
-        result, r, new = engine.result(), self.recipe, self._folder.stage
+        result, r = engine.result(), self.recipe
+        if self._folder is None:
+            return
+        new = self._folder.stage
         size = save_network(result.model, new / NETWORK, builder=self.builder)
         if result.posterior:
             result.posterior.save(new / POSTERIOR)
@@ -583,22 +588,13 @@ class Job:
             before_rate=old.get("rate") if old else None,
             draws=1 if not result.posterior or result.posterior.is_point else self.draws,
         )
-        made = provenance(
-            r.data,
-            self._settings(),
-            self.out,
-            command=self.command,
-            builder=self.builder,
-            seed=r.seed,
-            seconds=seconds,
-            device=r.device,
-        )
-        made = replace(made, load=load_lines(self.out, self.builder))
+        told: dict[str, Any] = {"command": self.command, "builder": self.builder, "seed": r.seed, "device": r.device}
+        made = provenance(r.data, self._settings(), self.out, seconds=seconds, **told)
         changed = structure(r.network(), result, r.data.test_x[:1].to(r.device))
         gates = r.method.record(engine.state)
         said = None if gates is None else from_plain(GateFacts, gates)
-        told = (history(result), analysis(result, after, before))
-        write_result(new, Result(metrics, made, *told, structure=changed, gates=said))
+        shown = (history(result), analysis(result, after, before))
+        write_result(new, Result(metrics, made, *shown, structure=changed, gates=said))
         if self.report is not None:
             self.report(new)
         self._folder.commit(job=self._fingerprint())

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ockham.choose.units import chain_weights, node_inclusion
 from ockham.core.posterior import Posterior
 from ockham.errors import DataError
 from ockham.fit.predict import draw_outputs
 from ockham.run.shift import CORRUPTIONS, corrupt
+from ockham.zoo.data import Dataset
 
 __all__ = [
     "ClassificationMeasures",
@@ -34,6 +36,7 @@ __all__ = [
     "ece",
     "ece_equal_mass",
     "gaussian_nll",
+    "input_map",
     "interval_coverage",
     "jaccard",
     "mean_predictor",
@@ -42,6 +45,7 @@ __all__ = [
     "mixture_nll",
     "nll",
     "ood_auroc",
+    "path_inclusion",
     "posterior_predictor",
     "real",
     "regression_summary",
@@ -63,16 +67,9 @@ def real(name: str, values: Tensor) -> Tensor:
 
 
 def by_class(name: str, values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, K, d1, ...] with labels [N, d1, ...] as rows [M, K] with labels [M], one row a label."""
+    """[N, K, d1, ...] with labels [N, d1, ...], indices 0..K-1, as rows [M, K] with labels [M], one row a label."""
     if not values.is_floating_point():
         raise DataError(f"{name} must be floating point; got {values.dtype}")
-    _check_labels(name, values, labels)
-    rows = real(name, values).movedim(1, -1).flatten(0, -2)
-    return rows, labels.detach().to("cpu", torch.int64).flatten()
-
-
-def _check_labels(name: str, values: Tensor, labels: Tensor) -> None:
-    """Labels are class indices 0..K-1, one for every row of classes."""
     shape = tuple(values.shape)
     if values.ndim < 2 or (shape[0], *shape[2:]) != tuple(labels.shape):
         raise DataError(
@@ -86,6 +83,8 @@ def _check_labels(name: str, values: Tensor, labels: Tensor) -> None:
             f"labels run from {int(labels.min())} to {int(labels.max())}, but {name} has {shape[1]} classes "
             f"(0..{shape[1] - 1}); drop padding and ignored examples first"
         )
+    rows = real(name, values).movedim(1, -1).flatten(0, -2)
+    return rows, labels.detach().to("cpu", torch.int64).flatten()
 
 
 def distributions(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -471,7 +470,7 @@ def corruption_shift(
         y: labels [N].
         low: smallest pixel value, per channel or for all.
         high: largest.
-        seed: of the noise.
+        seed: seed of the noise.
     """
     table: dict[str, dict[str, list[float]]] = {}
     for name in CORRUPTIONS:
@@ -493,3 +492,30 @@ def ood_auroc(predictor: Predictor, inside: Tensor, outside: Tensor) -> float:
         return -(logs.exp() * logs.clamp_min(-1e3)).sum(1).reshape(len(x), -1).mean(1)
 
     return auroc(entropy(inside), entropy(outside))
+
+
+@torch.no_grad()
+def input_map(model: nn.Module, data: Dataset) -> tuple[tuple[int, ...], ...] | None:
+    """Kept first-layer weights per pixel [H][W], all channels; None if the first layer is no Linear on pixels."""
+    first = next((m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))), None)
+    if data.image_shape is None or not isinstance(first, nn.Linear):
+        return None
+    channels, height, width = data.image_shape
+    if first.in_features != channels * height * width:
+        return None
+    counts = (first.weight != 0).sum(0).view(channels, height, width).sum(0)
+    return tuple(tuple(int(c) for c in row) for row in counts)
+
+
+def path_inclusion(model: nn.Module, posterior: Posterior) -> tuple[float, ...] | None:
+    """Probability that a living path leads from each input to an output (path rule); of plain chains of layers only.
+
+    None where the posterior has no inclusion probabilities, or the network is not one `nn.Sequential` of Linear layers.
+    """
+    layers = [m for m in model.modules() if not list(m.children())]
+    chain = isinstance(model, nn.Sequential) and all(
+        isinstance(m, nn.Linear) or not list(m.parameters()) for m in layers
+    )
+    if not chain or not posterior or any(g.inclusion is None for g in posterior.values()):
+        return None
+    return tuple(round(float(p), 6) for p in node_inclusion(chain_weights(model, posterior)).inputs)

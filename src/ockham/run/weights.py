@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import io
 import itertools
@@ -22,7 +21,7 @@ from ockham.errors import OckhamError, ResultError
 from ockham.run.folder import NETWORK, finite_error, fit_error, load_state
 from ockham.zoo.files import npz_array, npz_names
 
-__all__ = ["PREFIXES", "fitted", "huggingface_model", "read_weights", "weights_fingerprint"]
+__all__ = ["PREFIXES", "fitted", "huggingface_model", "read_weights"]
 
 PREFIXES = ("module.", "_orig_mod.", "model.")
 """What `DataParallel`, `torch.compile` and Lightning put before the names of weights."""
@@ -219,23 +218,15 @@ def huggingface_model(folder: str | Path) -> nn.Module:
         )
     read_weights(home)
     try:
-        model: nn.Module = getattr(transformers, name).from_pretrained(
-            home, local_files_only=True, use_safetensors=True
+        model, read = getattr(transformers, name).from_pretrained(
+            home, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:
         raise ResultError(
             f"{printable(home)}: transformers cannot build {name} from it ({printable(error)})"
         ) from error
-    return model
-
-
-def weights_fingerprint(state: Mapping[str, Tensor] | None) -> str:
-    """What tells given weights from others: 16 hexadecimal digits of a SHA-256 of names and bytes; "none" for None."""
-    if state is None:
-        return "none"
-    found = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        found.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()[:16]
+    if read["missing_keys"]:
+        lack = ", ".join(sorted(read["missing_keys"])[:6])
+        raise ResultError(f"{printable(home)}: lacks weights of {name}, which would be random ({printable(lack)})")
+    found: nn.Module = model
+    return found

@@ -359,7 +359,7 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
 
         def noise(rows: Floats) -> Floats:
             parts = [s * (f / (f - 2)).sqrt() for _, s, f in self._draws.with_scales(self._numbers(rows))]
-            return torch.cat(parts, 1).numpy() * self._target.units[1]  # type: ignore[no-any-return]
+            return torch.cat(parts, 1).numpy() * self._target.units[1]
 
         facts = Facts(
             title=f"{type(self).__name__}: what it found",

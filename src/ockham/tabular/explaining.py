@@ -88,7 +88,7 @@ def _settings(rows: Floats, encoding: Encoding, feature: int) -> list[tuple[Any,
     return found
 
 
-def _with(rows: Floats, columns: Any, value: Floats) -> Floats:
+def _with(rows: Floats, columns: Any, value: Floats | np.float64) -> Floats:
     changed = rows.copy()
     changed[:, columns] = value
     return changed

@@ -8,18 +8,18 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from ockham.choose.planning import plan
-from ockham.core.batch import Loader, ReadBatch, ReadOutput
+from ockham.core.batch import Loader, LoaderOptions
 from ockham.core.likelihood import Likelihood, Regression
-from ockham.core.network import device_of, evaluating, seeded
+from ockham.core.network import copied, device_of, evaluating, seeded
 from ockham.core.objective import Objective, fit_noise, objective_of
 from ockham.core.posterior import Posterior
-from ockham.errors import OckhamError
+from ockham.errors import OckhamError, check_keywords
 from ockham.fit.predict import refresh_batchnorm
 from ockham.methods.gates import lognormal
 from ockham.methods.gates.attach import GATE_RULES, NAME, Gates, attach_gates
@@ -76,7 +76,7 @@ class Tempered:
     """A multiple of the true weight: the posterior of the data to the power 1/temperature, a price on structures.
 
     Attributes:
-        temperature: 1 is `true_elbo`; above it more structures go, and delta_f is *tempered* evidence.
+        temperature: temperature T. 1 is `true_elbo`; above it more structures go, and delta_f is *tempered* evidence.
     """
 
     temperature: float
@@ -101,7 +101,7 @@ class ParametersLeft:
 
     Attributes:
         parameters: learnable values of the network at the end, gates not counted.
-        full: at the start.
+        full: learnable values of the network at the start.
     """
 
     parameters: int
@@ -125,10 +125,10 @@ class GateTraining:
     """Settings of a run.
 
     Attributes:
-        epochs: with gates.
+        epochs: epochs with gates.
         fine_tune: epochs afterwards, of the plain network with E[theta] folded in.
-        learning_rate: of Adam, for weights, at first.
-        gate_rate: that of the gates over that of the weights.
+        learning_rate: learning rate of Adam, for weights, at first.
+        gate_rate: learning rate of the gates over that of the weights.
         hold: share of the steps at full learning rate; it falls linearly to zero after them.
         kl_weight: `true_elbo`, `Tempered` for a price on structures, or `mean_mean` for reproduction.
         kl_warmup: share of the steps with gates over which the KL gets its weight.
@@ -136,7 +136,7 @@ class GateTraining:
         start: share of the epochs before the first removal.
         shrink_every: removals between physical shrinking; 0 shrinks at the end only.
         noise: `per_example`, or ``per_element`` for reproduction.
-        seed: of noise, shuffling and dropout.
+        seed: seed of noise, shuffling and dropout.
     """
 
     epochs: int = 50
@@ -196,8 +196,8 @@ class GateRounds(Method):
     Attributes:
         training: settings.
         inputs: batch of inputs, for tracing.
-        rule: scores the structures.
-        decide: turns scores into masks: `by_threshold`, or a `ParametersLeft`.
+        rule: function that scores the structures.
+        decide: function from scores to masks: `by_threshold`, or a `ParametersLeft`.
         ignore: parameters that stay whole, as for `ockham.attach_gates`.
         inspect: function of the trained gates before the last decision, whose plain answer the result keeps.
     """
@@ -354,10 +354,11 @@ class GateCompression:
         loader: batches of (inputs, targets) with a length.
         likelihood: "classification", "regression", or a `Likelihood`.
         training: settings.
-        rule: scores the structures.
-        decide: turns scores into masks: `by_threshold`, or a `ParametersLeft`.
+        rule: function that scores the structures.
+        decide: function from scores to masks: `by_threshold`, or a `ParametersLeft`.
         ignore: parameters that stay whole, as for `ockham.attach_gates`.
         n_data: number of summed log-likelihood terms; counted in one pass where not given.
+        **reading: ``batch``, ``output`` and ``steps_per_epoch``, see `ockham.core.batch.LoaderOptions`.
 
     Raises:
         DataError: the loader is empty, labels out of range, n_data impossible.
@@ -380,14 +381,12 @@ class GateCompression:
         decide: Decision = by_threshold,
         ignore: Any = (),
         n_data: float | None = None,
-        batch: ReadBatch | None = None,
-        output: ReadOutput | None = None,
-        steps_per_epoch: int | None = None,
+        **reading: Unpack[LoaderOptions],
     ) -> None:
+        check_keywords("GateCompression", reading, LoaderOptions)
         self.training = t = training or GateTraining()
         self.on_trained: Callable[[Gates], None] | None = None
-        network = copy.deepcopy(model)
-        reading: dict[str, Any] = {"batch": batch, "output": output, "steps_per_epoch": steps_per_epoch}
+        network = copied(model)
         task = Task.of(network, loader, likelihood, epochs=t.epochs + t.fine_tune, n_data=n_data, **reading)
         self.method = GateRounds(t, example_inputs, rule, decide, ignore, self._look)
         self.engine = Engine(self.method, network, task, hold=t.hold, seed=t.seed)
@@ -472,11 +471,11 @@ def gate_sensitivity(
     """Mean square over batches of dL/d ln theta, for the Taylor rule; E[theta] in place of the noise.
 
     Args:
-        gates: of the network.
+        gates: gates of the network.
         loader: batches of the training data.
-        objective: gives L, the mean NLL of a batch; a likelihood will do.
-        batches: how many at most.
-        seed: of shuffling.
+        objective: mean NLL of a batch, L; a likelihood will do.
+        batches: number of batches at most.
+        seed: seed of shuffling.
 
     Returns:
         [gates], float64. Gradients of the parameters are cleared.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -16,7 +17,7 @@ from ockham.choose.correlated import narrowed, removed_in_rounds
 from ockham.choose.planning import plan
 from ockham.choose.prices import Structures
 from ockham.choose.rules import Diagnosis, diagnose
-from ockham.core.batch import ReadBatch, ReadOutput
+from ockham.core.batch import ReadBatch, ReadOutput, read_batch
 from ockham.core.likelihood import Likelihood, Regression
 from ockham.core.network import Ignore, device_of, evaluating, ignored, seeded
 from ockham.core.objective import Objective, fit_noise, objective_of
@@ -288,8 +289,11 @@ class OneShot:
         epochs: number of epochs of refitting, 0 for none.
         learning_rate: rate of refitting.
         structures: price and widths of whole units that go instead of single weights; None: single weights.
-        macs: share of the multiply-accumulates that stays, with structures; None: the evidence decides.
+        budget: resource to the share of it that stays, with structures: one of "macs", "params" (learnable values) and
+            "latency" (measured, batch 64), each of one example; None: the evidence decides.
         prior_variance: variance of the prior over every weight; None: fitted (see `ockham.laplace`).
+        calibration: number of training examples, about, that the curvature is taken from, whole batches at even
+            distances; it is scaled up to all of them.
     """
 
     structure: str
@@ -297,8 +301,9 @@ class OneShot:
     epochs: int = 0
     learning_rate: float = 3e-4
     structures: Structures | None = None
-    macs: float | None = None
+    budget: Mapping[str, float] | None = None
     prior_variance: float | None = None
+    calibration: int = 4000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -342,7 +347,11 @@ class OneShotReduction(Method):
         """Posterior and reduction; what is left is what the refit starts from."""
         s = self.shot
         prior = None if s.prior_variance is None else 1 / s.prior_variance
-        posterior = laplace_of(network, task.loader, task.objective, structure=s.structure, prior=prior)
+        with seeded(0, 0, torch.device("cpu")):
+            examples = read_batch(next(iter(task.loader)), task.objective.batch).size * len(task.loader)
+        some = itertools.islice(task.loader, 0, None, max(1, examples // s.calibration))
+        given: dict[str, Any] = {"structure": s.structure, "prior": prior, "n_data": task.n_data}
+        posterior = laplace_of(network, some, task.objective, **given)
         found = diagnose(posterior)
         if found.warnings:
             warnings.warn(" ".join(found.warnings), OckhamWarning, stacklevel=2)
@@ -353,7 +362,7 @@ class OneShotReduction(Method):
         else:
             example = example_of(task.loader, task.objective, device_of(network))
             groups = trace(network.eval(), example, ignore=tuple(sorted(ignored(network, self.ignore))))
-            budget = None if s.macs is None else {"macs": f"{100 * s.macs}%"}
+            budget = None if s.budget is None else {name: f"{100 * share}%" for name, share in s.budget.items()}
             options: dict[str, Any] = {"price": s.structures.price, "round_to": s.structures.round_to, "budget": budget}
             chosen = plan(groups, posterior, model=network, example_inputs=example, **options)
             moved = compensated(network, posterior, groups, chosen)
@@ -376,7 +385,7 @@ class OneShotReduction(Method):
         """Plain values, for the record."""
         s = self.shot
         own = asdict(replace(s, structures=None)) | {"structures": structures_name(s.structures)}
-        own |= {"keep_share": own.pop("keep")}
+        own |= {"keep_share": own.pop("keep"), "macs": None} | dict(own.pop("budget") or {})
         return {"one_shot": own.pop("structure"), "ignore": repr(self.ignore), **own}
 
     def result(self, state: RunState) -> Compressed:

@@ -1,0 +1,215 @@
+"""A small DistilBERT tells four kinds of text apart: Trainer with AdamW, and with MeanField and EvidenceCallback.
+
+    python benchmarks/fine_tuning.py run --data DATA --seeds 0 1 2
+    python benchmarks/fine_tuning.py table
+
+The texts are bytes of wikitext-2, tiny Shakespeare, two modules of the standard library and a table of numbers
+(`examples/with_transformers.py`); training snippets are of the first halves, test snippets of the second. All rows see
+the same snippets, batches, epochs and schedule. AdamW's learning rate is the best of three on a tenth of the training
+snippets held out, with seed 0; MeanField's is not tuned. A row and seed that is there is not run again.
+"""
+
+# ruff: noqa: E402  the first statement below must come before any import of the library of a neighbour's name
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent]  # transformers.py hides one
+
+import torch
+from torch import Tensor
+
+import ockham
+from ockham.integrations.transformers import EvidenceCallback
+from ockham.run.measure import ece
+
+RESULTS = Path(__file__).parent / "results" / "fine_tuning"
+EXAMPLE = Path(__file__).parents[1] / "examples" / "with_transformers.py"
+LENGTH, EACH, TEST, EPOCHS, BATCH = 48, 240, 250, 8, 32
+ADAM_RATES = (5e-4, 1e-3, 2e-3)
+ENDS = "re:embeddings|classifier"  # what stays: the encoder is what is to become smaller
+
+ROWS: dict[str, dict[str, Any]] = {
+    "AdamW": {},
+    "MeanField": {"rounds": None},
+    "MeanField, evidence": {},
+    "MeanField, evidence, T = 0.1": {"temperature": 0.1},
+    "MeanField, half of the weights": {"rule": 0.5, "temperature": 0.1},
+    "MeanField, evidence and structures": {"structures": True},
+    "MeanField, evidence and structures, T = 0.1": {"structures": True, "temperature": 0.1},
+}
+
+
+def made(seed: int) -> Any:
+    """The network, the same for a seed in all rows."""
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    torch.manual_seed(seed)
+    quiet = {"dropout": 0.0, "attention_dropout": 0.0, "seq_classif_dropout": 0.0}
+    size = {"dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4}
+    config = DistilBertConfig(vocab_size=256, max_position_embeddings=LENGTH, num_labels=4, **size, **quiet)
+    return DistilBertForSequenceClassification(config)
+
+
+def fitted(model: Any, rows: list[dict[str, Tensor]], optimizer: Any, callbacks: list[Any], seed: int) -> list[float]:
+    """Train by the Trainer; seconds of every epoch."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Clock(TrainerCallback):
+        """Notes when epochs begin and end."""
+
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
+
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            """Start."""
+            self.began = time.process_time()
+
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            """Stop."""
+            self.seconds.append(time.process_time() - self.began)
+
+    clock = Clock()
+    rate = optimizer.param_groups[0]["lr"]
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(folder, num_train_epochs=EPOCHS, per_device_train_batch_size=BATCH, seed=seed,
+                                     learning_rate=rate, warmup_steps=20, save_strategy="no", report_to=[],
+                                     disable_tqdm=True, logging_steps=20, use_cpu=True)  # fmt: skip
+        given = {"train_dataset": rows, "optimizers": (optimizer, None), "callbacks": [clock, *callbacks]}
+        Trainer(model, settings, **given).train()
+    return clock.seconds
+
+
+def adamw(model: Any, rate: float) -> Any:
+    """The yardstick."""
+    return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
+
+
+def inputs(rows: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
+    """All snippets, and their labels."""
+    return {"input_ids": torch.stack([r["input_ids"] for r in rows])}, torch.stack([r["labels"] for r in rows])
+
+
+def plain(model: Any, rows: list[dict[str, Tensor]]) -> Tensor:
+    """Class probabilities of a network as it stands."""
+    with torch.no_grad():
+        probabilities: Tensor = model.eval()(**inputs(rows)[0]).logits.softmax(1)
+    return probabilities
+
+
+def facts(probabilities: Tensor, y: Tensor) -> dict[str, float]:
+    """Accuracy, NLL in nats, ECE of 15 bins."""
+    nll = -probabilities.double()[torch.arange(len(y)), y].clamp_min(1e-12).log().mean()
+    right = (probabilities.argmax(1) == y).double().mean()
+    return {"accuracy": float(right), "nll": float(nll), "ece": float(ece(probabilities, y))}
+
+
+def encoder(model: Any) -> dict[str, Tensor]:
+    """Weight matrices of the encoder."""
+    return {n: p for n, p in model.named_parameters() if ".transformer." in n and p.ndim > 1}
+
+
+def measured(row: str, seed: int, train: list[dict[str, Tensor]], test: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """One row and seed."""
+    options, (_, y) = ROWS[row], inputs(test)
+    before = sum(p.numel() for p in encoder(made(seed)).values())
+    if row == "AdamW":
+        cut, tried = len(train) // 10, {}
+        known = RESULTS / "adamw-seed0.json"
+        rates = (json.loads(known.read_text())["rate"],) if known.exists() else ADAM_RATES
+        for rate in rates if len(rates) > 1 else ():
+            model = made(seed)
+            fitted(model, train[cut:], adamw(model, rate), [], seed)
+            tried[rate] = facts(plain(model, train[:cut]), inputs(train[:cut])[1])["nll"]
+        best = min(tried, key=tried.__getitem__) if tried else rates[0]
+        model = made(seed)
+        seconds = fitted(model, train, adamw(model, best), [], seed)
+        return facts(plain(model, test), y) | {"removed": 0.0, "rate": best, "tried": tried, "seconds": seconds}
+    model = made(seed)
+    optimizer = ockham.MeanField(model.named_parameters(), n_data=len(train), lr=2e-3, kl_warmup=100,
+                                 temperature=options.get("temperature", 1.0), seed=seed)  # fmt: skip
+    structures = ockham.Structures() if options.get("structures") else None
+    rule = ockham.BudgetRule(options["rule"]) if "rule" in options else None
+    none = ockham.Rounds(start=0.99, end=1.0, count=1) if "rounds" in options else None
+    stays = "" if "rounds" in options else ENDS  # with everything protected a round removes nothing
+    evidence = EvidenceCallback(none, rule=rule, ignore=stays, structures=structures)
+    seconds = fitted(model, train, optimizer, [evidence], seed)
+    posterior = evidence.posterior
+    assert posterior is not None
+    found = ockham.predict(model, posterior, inputs(test)[0], draws=20)
+    left = sum(int(posterior[n].keep.sum()) for n in encoder(model))
+    widths = {} if evidence.plan is None else {k: [v, v - len(evidence.plan.removed.get(k, ()))]
+                                               for k, v in evidence.plan.widths.items()}  # fmt: skip
+    means = {f"mean network {k}": v for k, v in facts(plain(model, test), y).items()}
+    return facts(found.probabilities, y) | means | {"removed": 1 - left / before, "widths": widths, "seconds": seconds,
+                                                    "rounds": len(evidence.history)}  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> None:
+    """Every row and seed that is not there."""
+    os.environ["OCKHAM_DATA"] = str(args.data)
+    found = importlib.util.spec_from_file_location("with_transformers", EXAMPLE)
+    assert found is not None and found.loader is not None
+    example = importlib.util.module_from_spec(found)
+    found.loader.exec_module(example)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        train, test = example.corpus(EACH, seed=0), example.corpus(TEST, seed=1)
+        for row in args.rows or ROWS:
+            path = RESULTS / f"{row.lower().replace(' ', '-').replace(',', '').replace('=', '')}-seed{seed}.json"
+            if path.exists():
+                continue
+            began = time.process_time()
+            made_of = measured(row, seed, train, test) | {"row": row, "seed": seed}
+            made_of["cpu_seconds"] = time.process_time() - began
+            path.write_text(json.dumps(made_of, indent=1) + "\n")
+            print({k: v for k, v in made_of.items() if k not in ("seconds", "tried")}, flush=True)
+
+
+def table() -> None:
+    """Means over the seeds, as Markdown."""
+    rows = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("*.json"))]
+    head = (
+        "row | seeds | accuracy % | NLL, nats | ECE % | encoder's weights removed % | units left | CPU s, last / first"
+    )
+    lines = [f"| {head} epoch |", "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for name in ROWS:
+        own = [r for r in rows if r["row"] == name]
+        if not own:
+            continue
+        accuracy = ", ".join(f"{100 * r['accuracy']:.1f}" for r in own)
+        nll, wrong, gone = (sum(r[k] for r in own) / len(own) for k in ("nll", "ece", "removed"))
+        widths = ["/".join(str(sum(w[i] for w in r.get("widths", {}).values())) for i in (1, 0)) for r in own]
+        pace = sum(r["seconds"][-1] / r["seconds"][0] for r in own) / len(own)
+        lines.append(f"| {name} | {len(own)} | {accuracy} | {nll:.3f} | {100 * wrong:.1f} | {100 * gone:.1f} | "
+                     f"{', '.join(widths)} | {pace:.2f} |")  # fmt: skip
+    print("\n".join(lines))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    verbs = parser.add_subparsers(required=True)
+    does = verbs.add_parser("run")
+    does.add_argument("--data", type=Path, required=True)
+    does.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    does.add_argument("--rows", nargs="+")
+    does.set_defaults(do=run)
+    verbs.add_parser("table").set_defaults(do=lambda args: table())
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    args.do(args)
+
+
+if __name__ == "__main__":
+    main()

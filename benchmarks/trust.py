@@ -1,0 +1,210 @@
+"""What a result can be trusted for: mutated files, kills, deaths over an old result, interrupts, what sealing costs.
+
+    python benchmarks/trust.py fuzz kills over interrupts cost load [--methods mean-field ivon]
+
+Each part is measured anew and entered into the record; the others stay as they are there. The parts are those of the
+nightly tests (`tests/files/test_fuzz.py`, `tests/cli/test_kills.py`, `tests/posterior/test_interrupts.py`), with the
+numbers that the table names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import chdir, contextmanager, redirect_stderr, redirect_stdout
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+sys.path[:0] = [str(HERE.parent / "tests" / part) for part in ("files", "cli", "posterior")]
+
+INPUTS, FUZZ_SEED = 10_000, 2026
+RANDOM_KILLS, KILL_SEED = 29, 7  # a method; 203 of seven
+INTERRUPTS = 500
+GIGABYTE = 10**9
+
+
+def fuzz(**_: Any) -> dict[str, Any]:
+    import test_fuzz
+
+    began, kinds = time.monotonic(), {}
+    for name in test_fuzz.READERS:
+        count = -(-INPUTS // len(test_fuzz.READERS))
+        with tempfile.TemporaryDirectory() as place:
+            problems = test_fuzz.fuzz(count, FUZZ_SEED, Path(place), (name,))
+        kinds[name] = {"inputs": count, "problems": problems}
+        print(f"{name}: {count} inputs, {len(problems)} problems", *problems, sep="\n  ", flush=True)
+    return {"seed": FUZZ_SEED, "readers": kinds, "seconds": time.monotonic() - began}
+
+
+def _by_method(methods: list[str], before: dict[str, Any], one: Callable[[Path, str], dict[str, Any]]) -> Any:
+    """A record for every method, each made in a folder of its own; those of other methods stay."""
+    found = dict(before)
+    for method in methods:
+        with tempfile.TemporaryDirectory() as place, chdir(place):
+            try:
+                found[method] = one(Path(place), method)
+            except AssertionError as error:
+                found[method] = {"failed": str(error)[-2000:]}
+        print(method, found[method], flush=True)
+    return found
+
+
+def kills(methods: list[str], before: dict[str, Any]) -> Any:
+    import test_kills as t
+
+    def one(place: Path, method: str) -> dict[str, Any]:
+        at, by_chance = place / "boundaries", place / "random"
+        for folder in (at, by_chance):
+            folder.mkdir()
+            t.prepare(folder)
+        with chdir(at):
+            boundaries = t.killed_at_boundaries(at, method)
+        with chdir(by_chance):
+            met = t.killed_at_random(by_chance, method, RANDOM_KILLS, KILL_SEED)
+        same = boundaries + RANDOM_KILLS  # one that ends otherwise fails
+        return {"boundaries": boundaries, "random": RANDOM_KILLS, "met_at_work": met, "same_bits": same}
+
+    return _by_method(methods, before, one)
+
+
+def over(methods: list[str], before: dict[str, Any]) -> Any:
+    import test_kills as t
+
+    def one(place: Path, method: str) -> dict[str, Any]:
+        old, new = t.killed_over_an_old_result(t.prepare(place), method)
+        return {"deaths": old + new, "old_whole": old, "new_whole": new, "neither": 0}
+
+    return _by_method(methods, before, one)
+
+
+def interrupts(**_: Any) -> dict[str, Any]:
+    import test_interrupts
+
+    from conftest import CONTRACTS, Toy
+
+    found = {}
+    for name, contract in CONTRACTS.items():
+        toy, began = Toy(contract), time.monotonic()
+        whole = test_interrupts.interrupted_everywhere(toy, *toy.make(), INTERRUPTS)
+        found[name] = {"interrupts": INTERRUPTS, "all_restored_and_usable": whole, "seconds": time.monotonic() - began}
+        print(name, found[name], flush=True)
+    return found
+
+
+@contextmanager
+def _timed(spent: dict[str, float], targets: dict[str, tuple[Any, str]]) -> Iterator[None]:
+    """Seconds within functions, those within one another counted once."""
+    depth = [0]
+
+    def wrapped(label: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            depth[0] += 1
+            began = time.perf_counter()
+            try:
+                return real(*args, **kwargs)
+            finally:
+                depth[0] -= 1
+                if not depth[0]:
+                    spent[label] = spent.get(label, 0.0) + time.perf_counter() - began
+
+        return call
+
+    patches = [mock.patch.object(at, name, wrapped(label, getattr(at, name))) for label, (at, name) in targets.items()]
+    for patch in patches:
+        patch.start()
+    try:
+        yield
+    finally:
+        for patch in patches:
+            patch.stop()
+
+
+def cost(**_: Any) -> dict[str, Any]:
+    from ockham.cli.app import main
+    from ockham.core import files
+    from ockham.run.folder import ResultFolder
+
+    targets = {
+        "lock and survey": (ResultFolder, "__enter__"),
+        "digests of checkpoints and files": (files, "_digest"),
+        "seal and swap": (ResultFolder, "commit"),
+    }
+    runs = []
+    for _run in range(3):
+        with tempfile.TemporaryDirectory() as place, chdir(place):
+            spent: dict[str, float] = {}
+            sys.argv = ["ockham", "compress", "--out", "r", "--quiet", "--threads", "1"]
+            began = time.perf_counter()
+            with _timed(spent, targets), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+                try:
+                    main()
+                except SystemExit as error:
+                    assert not error.code, error.code
+            whole = time.perf_counter() - began
+        runs.append({"seconds": whole, "spent": spent, "share": sum(spent.values()) / whole})
+        print(runs[-1], flush=True)
+    return {"runs": runs, "share": statistics.median(r["share"] for r in runs)}
+
+
+def load(**_: Any) -> dict[str, Any]:
+    """Seconds for a sealed result of 1 GB, in turn with reading its file; the file is in the system's memory."""
+    import ockham
+    from ockham.run.folder import NETWORK, ResultFolder, save_network
+
+    size = int((GIGABYTE / 4) ** 0.5)
+    pairs = []
+    with tempfile.TemporaryDirectory() as place:
+        model = nn.Sequential(nn.Linear(size, size))
+        with ResultFolder(place) as folder:
+            weight = save_network(model, folder.path(NETWORK), builder="user")
+            folder.commit()
+        for _pair in range(5):
+            began = time.perf_counter()
+            (Path(place) / NETWORK).read_bytes()
+            middle = time.perf_counter()
+            ockham.load(place, model)
+            pairs.append({"read": middle - began, "load": time.perf_counter() - middle})
+            print(pairs[-1], flush=True)
+    return {"bytes": weight, "pairs": pairs, "ratio": statistics.median(p["load"] / p["read"] for p in pairs)}
+
+
+PARTS = {"fuzz": fuzz, "kills": kills, "over": over, "interrupts": interrupts, "cost": cost, "load": load}
+
+
+def main() -> None:
+    import test_kills
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("parts", nargs="+", choices=PARTS)
+    parser.add_argument("--methods", nargs="+", default=list(test_kills.METHODS), choices=test_kills.METHODS)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    path = RESULTS / "trust.json"
+    for part in given.parts:
+        record = json.loads(path.read_text()) if path.exists() else {}
+        about = {"date": datetime.now(UTC).date().isoformat(), "machine": platform.machine(), "cores": os.cpu_count()}
+        about |= {"torch": torch.__version__, "python": platform.python_version()}
+        found = PARTS[part](methods=given.methods, before=record.get(part, {}).get("found", {}))
+        record = json.loads(path.read_text()) if path.exists() else {}  # another part may have ended in the meantime
+        path.write_text(json.dumps(record | {part: about | {"found": found}}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
