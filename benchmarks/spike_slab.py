@@ -372,7 +372,8 @@ def _uci(found: Found) -> list[str]:
         cpu = ", ".join(f"{mean(r[m]['cpu'] for r in rows):.0f}" for m in methods)
         kept = f"{weights:.0f} ({share:.0%}), {noise:.0f}"
         table.append([name, len(rows), f"{anchor:g}", *cells, f"{cover:.3f}", kept, cpu])
-    said = """The fit before second-order steps (today's: Tables). Defaults, the target in its own units; mean ± standard deviation over splits. The density of the two point
+    said = """The fit before second-order steps (today's: Tables).
+Defaults, the target in its own units; mean ± standard deviation over splits. The density of the two point
 predictors is a Student's t fitted to their errors on a fifth held out."""
     head = (
         "set | splits | anchor NLL | NLL: Ockham | MLP | boosting | RMSE: Ockham | MLP | boosting | 95 % coverage | "
