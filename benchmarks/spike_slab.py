@@ -326,7 +326,8 @@ def _problems(found: Found) -> list[str]:
                 f"{title} | {len(rows)} | {false:.2f} | {missed:.2f} | {each} | {rmse:.3f} | {weights:.0f} | "
                 f"{cover:.3f} | {cpu:.0f}"
             )
-    said = "`SparseBNNRegressor` with its defaults; mean over replicates (each: false / missed)."
+    said = "`SparseBNNRegressor` as it was fitted before second-order steps (today's: Tables); "
+    said += "mean over replicates (each: false / missed)."
     head = "problem | replicates | false inputs | missed | each | RMSE (noise 1) | weights | 95 % coverage | CPU s"
     return section("## Problems of known truth", said, head, table)
 
@@ -371,7 +372,8 @@ def _uci(found: Found) -> list[str]:
         cpu = ", ".join(f"{mean(r[m]['cpu'] for r in rows):.0f}" for m in methods)
         kept = f"{weights:.0f} ({share:.0%}), {noise:.0f}"
         table.append([name, len(rows), f"{anchor:g}", *cells, f"{cover:.3f}", kept, cpu])
-    said = """Defaults, the target in its own units; mean ± standard deviation over splits. The density of the two point
+    said = """The fit before second-order steps (today's: Tables).
+Defaults, the target in its own units; mean ± standard deviation over splits. The density of the two point
 predictors is a Student's t fitted to their errors on a fifth held out."""
     head = (
         "set | splits | anchor NLL | NLL: Ockham | MLP | boosting | RMSE: Ockham | MLP | boosting | 95 % coverage | "

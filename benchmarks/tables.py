@@ -1,7 +1,7 @@
 """Tables: seconds of a fit, densities beside rivals on the UCI splits, inputs believed on simulated tables.
 
     python benchmarks/tables.py speed [--size 500x13 1000x18 20000x18 100000x18 500x2000]
-    python benchmarks/tables.py uci --data PATH/uci [--split 0 1 2 3 4] [--method ockham boosting ...]
+    python benchmarks/tables.py uci --data PATH/uci [--set yacht ...] [--split 0 1 2 3 4] [--method ockham boosting ...]
     python benchmarks/tables.py inputs [--seed 0 1 ... 99] [--method ockham lasso ...]
     python benchmarks/tables.py known                            # S1, S2 and Friedman of spike_slab.py
     python benchmarks/tables.py --table
@@ -99,7 +99,7 @@ def run_speed(args: argparse.Namespace) -> None:
 
 def run_uci(args: argparse.Namespace) -> None:
     for split in args.split:
-        for name in UCI:
+        for name in args.set:
             for method in args.method or DENSITIES:
                 if _there(f"uci.{name}.{split}.{method}") or not _installed(method):
                     continue
@@ -451,17 +451,21 @@ def table() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=["speed", "uci", "inputs", "known"])
+    runs = {"speed": run_speed, "uci": run_uci, "inputs": run_inputs, "known": run_known}
+    parser.add_argument("what", nargs="*", help=f"of {', '.join(runs)}")
     parser.add_argument("--data", type=Path, default=Path("."), help="folder of the UCI sets")
     parser.add_argument("--size", nargs="+", default=list(SIZES))
+    parser.add_argument("--set", nargs="+", default=list(UCI), choices=UCI, help="only these of the UCI sets")
     parser.add_argument("--split", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--seed", nargs="+", type=int)
     parser.add_argument("--method", nargs="+", help="only these of the methods")
     parser.add_argument("--table", action="store_true", help="write the Markdown beside the records")
     args = parser.parse_args()
+    if not set(args.what) <= set(runs):
+        parser.error(f"{', '.join(args.what)}: choose from {', '.join(runs)}")
     torch.set_num_threads(1)
     for what in args.what:
-        {"speed": run_speed, "uci": run_uci, "inputs": run_inputs, "known": run_known}[what](args)
+        runs[what](args)
     if args.table:
         (RESULTS.parent / "tables.md").write_text(table())
 

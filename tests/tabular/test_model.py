@@ -20,7 +20,7 @@ from ockham.tabular.likelihoods import (
     resolution,
     student_nll,
 )
-from ockham.tabular.model import Model, Table
+from ockham.tabular.model import Model, Table, which_inputs
 from ockham.tabular.network import Net
 
 
@@ -230,8 +230,17 @@ def test_the_evidence_of_a_linear_model_is_the_exact_one():
     assert got == pytest.approx(exact, abs=1e-6)
 
 
+def test_the_prior_of_inputs_is_the_mean_over_a_shared_chance():
+    """Against the integral over a chance that is Beta(1, inputs); all sets together have probability one."""
+    chance = stats.beta(1, 6)
+    sets = [chance.expect(lambda c, k=k: c**k * (1 - c) ** (6 - k)) for k in range(7)]
+    np.testing.assert_allclose([math.exp(which_inputs(k, 6)) for k in range(7)], sets, rtol=1e-7)
+    assert sum(math.comb(6, k) * s for k, s in enumerate(sets)) == pytest.approx(1.0)
+    assert which_inputs(0, 0) == 0.0 and which_inputs(6, 6) <= which_inputs(5, 6)  # a full set is no refuge
+
+
 def test_beliefs_of_structures_add_up_to_one():
-    """How many of four inputs are used is uniform, which ones is too: all sets together have probability one."""
+    """All sets of inputs together have probability one."""
     slab = dict.fromkeys(Net.linear(3, 1, 0).keep, 1.0)
     table = Table(torch.zeros(1, 3).double(), torch.zeros(1).long(), torch.ones(1).double())
     total = 0.0

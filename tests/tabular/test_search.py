@@ -6,10 +6,12 @@ import itertools
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from ockham.errors import NonFiniteLossError
+from ockham.tabular import SparseBNNRegressor
 from ockham.tabular.fitting import FitPlan, drawn, fit
 from ockham.tabular.inclusion import (
     Effort,
@@ -25,6 +27,7 @@ from ockham.tabular.inclusion import (
 from ockham.tabular.likelihoods import Classes, GaussianNoise
 from ockham.tabular.model import Model, Table
 from ockham.tabular.network import Net
+from ockham.tabular.predicting import Draws
 
 PLAN = FitPlan(hidden=(8,), outputs=1, restarts=1, steps=400, slab_variance=1.0, left_out=0, patience=1, seed=0)
 
@@ -188,7 +191,7 @@ def test_classifiers_of_any_depth(hidden, outputs):
 
 @pytest.mark.parametrize("many", [False, True])
 def test_draws_have_the_moments_of_a_conjugate_posterior(many, monkeypatch):
-    """Next to Gaussian noise of known size; by chains, and by the Gaussian that large tables get (narrower by 1.1)."""
+    """Next to Gaussian noise of known size; by chains, and by the Gaussian that large tables get."""
     x, g = columns(8, 400, 3)
     x[:, 2] = x[:, 1] + 0.5 * x[:, 2]
     y = x @ torch.tensor([1.0, 0.5, -0.3], dtype=torch.float64) + 0.3 * torch.randn(
@@ -206,3 +209,39 @@ def test_draws_have_the_moments_of_a_conjugate_posterior(many, monkeypatch):
     ratio = vectors[:, :4].std(0) / scale
     assert float(ratio.min()) > 0.5 and float(ratio.max()) < 1.25
     assert drawn(state, 3, g)[0].shape == (3, 5)
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_gaussian_draws_predict_by_the_tangent(outputs):
+    """Mean and covariance of the outputs are those of the mode and of J covariance J', however far the draws are."""
+    g = torch.Generator().manual_seed(11)
+    nets = [Net.linear(2, outputs, 1)]
+    weight, bias = torch.randn(3, 2, generator=g, dtype=torch.float64), torch.randn(3, generator=g, dtype=torch.float64)
+    new = {"weight": weight, "bias": bias, "smooth": torch.tensor([True, False, True])}
+    net, vector = nets[0].grown(
+        torch.randn(len(nets[0]), generator=g, dtype=torch.float64),
+        [new | {"out": torch.randn(outputs, 3, generator=g, dtype=torch.float64)}],
+    )
+    x = torch.randn(5, 2, generator=g, dtype=torch.float64)
+    table = Table(x[:0], x[:0, 0].long(), x[:0, 0])
+    model = Model((net,), Classes(), table, 1.0, (dict.fromkeys(net.keep, 1.0),), 0.0, 0)
+    away = 2 * torch.randn(20_000, len(vector), generator=g, dtype=torch.float64)
+    away -= away.mean(0)
+    draws = Draws(model, vector + away, None, vector)
+    got = torch.cat(list(draws.outputs(x)), 1)
+    mode = model.outputs(vector.unsqueeze(0), x)[0]
+    jacobian = torch.func.jacrev(lambda v: model.outputs(v.unsqueeze(0), x)[0])(vector)
+    torch.testing.assert_close(got.mean(0), mode, rtol=1e-3, atol=1e-3)
+    expected = torch.einsum("nkd,de,nke->nk", jacobian, torch.cov(away.T, correction=0), jacobian)
+    torch.testing.assert_close(got.var(0, correction=0), expected, rtol=1e-3, atol=1e-3)
+    plain = torch.cat(list(replace(draws, mode=None).outputs(x)), 1)
+    assert float((plain.var(0) / got.var(0) - 1).abs().max()) > 0.2
+
+
+def test_correlated_inputs_that_do_nothing_do_not_all_stay():
+    """Twenty columns correlated .9, two that matter: a set of all of them was once as likely as all sets of ten."""
+    g = np.random.default_rng(4)
+    x = math.sqrt(0.9) * g.normal(size=(200, 1)) + math.sqrt(0.1) * g.normal(size=(200, 20))
+    y = 2 * x[:, 3] - 1.5 * x[:, 7] + 0.7 * g.normal(size=200)
+    model = SparseBNNRegressor(n_restarts=1, hidden_layer_sizes=(8,), n_draws=1, random_state=0).fit(x, y)
+    assert (model.inclusion_ > 0.5).nonzero()[0].tolist() == [3, 7]

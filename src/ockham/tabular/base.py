@@ -238,7 +238,7 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         state = self._fitted.state
         vectors, acceptance = drawn(state, self.n_draws, torch.Generator().manual_seed(seed))
         empty = replace(state.model, table=table.rows(slice(0)))
-        self._draws = Draws(empty, vectors, acceptance)
+        self._draws = Draws(empty, vectors, acceptance, state.vector if acceptance is None else None)
         self._fitted = replace(self._fitted, state=replace(state, model=empty))
         self.inclusion_ = self._by_feature(self._fitted.inclusion[0].numpy(), self._outside)
         self.n_weights_ = sum(len(net) for net in state.model.nets) - len(state.model.nets[1:])

@@ -203,15 +203,14 @@ def drawn(state: State, draws: int, generator: torch.Generator) -> tuple[Tensor,
     """Vectors [draws, d] from the posterior of a model's weights about its mode, and the acceptance of the chains.
 
     Hamiltonian Monte Carlo; on tables so large that chains would take minutes a Gaussian about the mode, and None.
-    Both take the metric plus a tenth of its diagonal: of directions that the data leave open, in which gains of units
-    make up for each other, a straight line is a tangent only.
+    Chains move by the metric plus a tenth of its diagonal: of directions that the data leave open, in which gains of
+    units make up for each other, a straight line is a tangent only.
     """
-    metric = state.metric + _STIFFEN * state.metric.diagonal().diag()
     if len(state.model.table.x) * len(state.vector) > _MOST_DRAWN:
-        root = torch.linalg.cholesky(metric)
+        root = torch.linalg.cholesky(state.metric)
         noise = torch.randn(len(state.vector), draws, generator=generator, dtype=torch.float64)
         return state.vector + torch.linalg.solve_triangular(root.T, noise, upper=True).T, None
-    chains = min(_CHAINS, draws)
+    chains, metric = min(_CHAINS, draws), state.metric + _STIFFEN * state.metric.diagonal().diag()
     found = hamiltonian(
         state.model.slopes,
         state.vector.expand(chains, -1),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ockham.errors import NonFiniteLossError
-from ockham.tabular.model import Model
+from ockham.tabular.model import Model, which_inputs
 
 __all__ = [
     "Effort",
@@ -152,8 +152,8 @@ def _additions(state: State, t: int, generator: torch.Generator) -> Tensor:
         left = (size[k] - torch.linalg.solve_triangular(root, across[k], upper=False).square().sum(0)).clamp_min(0.0)
         log_factors.append(0.5 * along[k].square() / (left + prior) - 0.5 * (1 + left / prior).log())
     factors = torch.stack(log_factors).amax(0).view(bends + 1, len(free))
-    slots = net.inputs + model.left_out - int(used.sum())
-    odds = math.log((int(used.sum()) + 1) / max(1, slots))
+    count, slots = int(used.sum()), net.inputs + model.left_out
+    odds = which_inputs(count + 1, slots) - which_inputs(count, slots)
     found = torch.zeros(net.inputs, dtype=torch.float64)
     linear = factors[0]
     if bends:  # a priori an input that bends something is a quarter of those that do anything

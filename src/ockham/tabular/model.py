@@ -13,7 +13,7 @@ from torch import Tensor
 from ockham.tabular.likelihoods import RowLikelihood
 from ockham.tabular.network import Net, Pass
 
-__all__ = ["Model", "Table"]
+__all__ = ["Model", "Table", "which_inputs"]
 
 _CHUNK = 8192
 _SHAPE = 2.0  # of the inverse-gamma prior of slab variances
@@ -200,13 +200,13 @@ class Model:
     def belief(self) -> float:
         """Ln prior of the structure and of the slab variances, nats.
 
-        How many inputs are used, and how many weights of a tensor live, are uniform a priori, which ones then is, too;
-        a unit more is half as likely.
+        An input more and a unit more are half as likely each (`which_inputs`); how many weights of a tensor live is
+        uniform a priori, and which ones then is, too.
         """
         found = 0.0
         for t, net in enumerate(self.nets):
             active = int((net.used() > 0).sum())
-            found += _uniform(active, net.inputs + self.left_out)
+            found += which_inputs(active, net.inputs + self.left_out)
             found += _UNIT * sum(net.units)
             for name, mask in net.keep.items():
                 living = int(mask.sum())
@@ -234,6 +234,22 @@ class Model:
                 own[name] = (_SHAPE + 0.5 * len(part)) / (_SHAPE * self._slab(t) + 0.5 * float(part.sum()))
             found.append(own)
         return replace(self, precision=tuple(found))
+
+
+def which_inputs(used: int, inputs: int) -> float:
+    r"""Ln probability of one set of inputs, where each is used with a chance that is Beta(1, inputs) and shared by all.
+
+        ln B(1 + used, 2 inputs - used) - ln B(1, inputs)
+
+    How many are used is then near geometric, 2^-(used + 1). Were it uniform, the set of all inputs would be as likely
+    as all sets of half of them together, and correlated inputs that each do little would all stay.
+
+    References:
+        Castillo & van der Vaart (2012), *Needles and straw in a haystack*, example 2.2.
+    """
+    if inputs == 0:
+        return 0.0
+    return math.lgamma(used + 1) + math.lgamma(2 * inputs - used) - math.lgamma(2 * inputs + 1) + math.log(inputs)
 
 
 def _uniform(living: int, slots: int) -> float:
