@@ -2,11 +2,11 @@
 
     python benchmarks/bmr.py --data PATH [--preset lenet-fashion ...] [--method bmr ...] [--seed 0 1 2] [--table]
 
-Every run is one JSON in benchmarks/results/bmr/ and is skipped when it is there. All methods get the same number of
-steps, the same schedule (constant, then linear to 0 over the last half) and the same search: three learning rates, a
-tenth of the epochs each, chosen on the NLL of the last 10,000 training images, which no run trains on. The test set
-is read once, at the end of a run. Predictions average 20 draws (MAP: none). "seconds" is processor time of the final
-run, "peak MB" the largest resident set of its process. ECE has 20 bins of equal mass, as in the paper.
+All methods get the same number of steps, the same schedule (constant, then linear to 0 over the last half) and the same
+search: three learning rates, a tenth of the epochs each, chosen on the NLL of the last 10,000 training images, which no
+run trains on. The test set is read once, at the end of a run. Predictions average 20 draws (MAP: none). "seconds" is
+processor time of the final run, "peak MB" the largest resident set of its process. ECE has 20 bins of equal mass, as in
+the paper.
 
 map           Adam with the prior as weight decay
 mean-field    MeanField, layer scales c^-2 ~ Gamma(2, 2), 1/10 in hidden layers, 1 in the last
@@ -22,12 +22,10 @@ ivon-bmr      IVON, prior N(0, 0.3), rounds, removal where delta_f > 0
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import resource
 import time
-import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 import ockham
+from harness import DATA, SEEDS, Benchmark, Option, Record, section, span
 from ockham.choose.rules import EvidenceRule, Rule
 from ockham.core.likelihood import Classification
 from ockham.core.posterior import Posterior
@@ -42,12 +41,12 @@ from ockham.evidence.gaussian import beta_log_odds_published, delta_f
 from ockham.fit.optimizer import VariationalOptimizer
 from ockham.fit.priors import FixedPrior, LayerScale
 from ockham.methods.horseshoe import HorseshoeNetwork, fit_horseshoe
-from ockham.run.engine import Reducer, Trainer
+from ockham.run.compression import Training, WeightRounds
+from ockham.run.engine import Engine, Task
 from ockham.run.measure import classification_summary, ece_equal_mass, mean_predictor, posterior_predictor
 from ockham.zoo.data import Batches, Dataset, load_folder
 from ockham.zoo.networks import NETWORKS
 
-RESULTS = Path(__file__).parent / "results" / "bmr"
 HELD_OUT = 10_000
 DRAWS = 20
 
@@ -131,6 +130,10 @@ class Arm:
     rule: Rule | None = None
     rounds: ockham.Rounds | None = None
 
+    def optimizer_(self, network: nn.Module, training: Training, **_: Any) -> VariationalOptimizer:
+        """The one that there is, as an estimator of `WeightRounds`."""
+        return self.optimizer
+
 
 def _scales(network: nn.Module) -> list[dict]:
     """Parameter groups of the first paper: scale 1/10 in hidden layers, 1 in the last."""
@@ -185,16 +188,14 @@ def train(method: str, preset: Preset, data: Dataset, lr: float, epochs: int, se
     arm = build(method, network, lr, len(x), len(loader) * epochs)
     horseshoe = isinstance(arm.network, HorseshoeNetwork)
     likelihood = WithEnergy(arm.network, len(x)) if horseshoe else Classification()
-    trainer = Trainer(arm.network, likelihood, arm.optimizer, loader, epochs=epochs, seed=seed)
-    reducer = None
-    if arm.rule is not None and reduce:
-        reducer = Reducer(arm.optimizer, rule=arm.rule, rounds=arm.rounds or ockham.Rounds(), epochs=epochs)
+    task = Task.of(arm.network, loader, likelihood, epochs=epochs, n_data=len(x))
+    training = Training(epochs=epochs, seed=seed)
+    rounds = WeightRounds(training, arm.rule or EvidenceRule(), arm.rounds or ockham.Rounds(), estimator=arm.optimizer_)
+    engine = Engine(rounds, arm.network, task, seed=seed)
     for _ in range(epochs):
-        info = trainer.epoch()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            done = reducer.after_epoch(info.epoch, info.loss) if reducer is not None else None
-        kept = f", kept {done.kept_share:.4f}" if done else ""
+        step = engine.epoch if reduce and arm.rule is not None else engine.trainer.epoch
+        engine.state, info = step(engine.state)
+        kept = f", kept {info.kept_share:.4f}" if info.round else ""
         print(f"  {method} lr {lr:g} epoch {info.epoch}: {info.loss:.4f} {info.accuracy:.4f}{kept}", flush=True)
     return arm
 
@@ -206,7 +207,7 @@ def predicted(arm: Arm, x: Tensor) -> Tensor:
     return posterior_predictor(arm.network.eval(), arm.optimizer.posterior(), classify=True, draws=DRAWS)(x)
 
 
-def search(method: str, preset: Preset, data: Dataset, seed: int) -> tuple[float, dict[str, float]]:
+def search(method: str, preset: Preset, data: Dataset, seed: int) -> Record:
     """The learning rate with the best NLL on the held-out images after a tenth of the epochs, without removal."""
     found = {}
     x, y = data.train_x[-HELD_OUT:], data.train_y[-HELD_OUT:]
@@ -217,38 +218,31 @@ def search(method: str, preset: Preset, data: Dataset, seed: int) -> tuple[float
         except ockham.NonFiniteLossError:
             nll = math.inf
         found[f"{rate:g}"] = nll if math.isfinite(nll) else 1e9
-    return float(min(found, key=found.__getitem__)), found
+    return {"lr": float(min(found, key=found.__getitem__)), "nll": found}
 
 
-def run(name: str, method: str, seed: int, folder: Path) -> None:
-    path = RESULTS / f"{name}.{method}.{seed}.json"
-    if path.exists():
-        return
+def run(args: argparse.Namespace) -> None:
+    for seed in args.seed:
+        for name in args.preset:
+            for method in args.method:
+                what = {"preset": name, "method": method, "seed": seed}
+                BENCH.record(f"{name}.{method}.{seed}", partial(measured, args.data, *what.values()), **what)
+
+
+def measured(folder: Path, name: str, method: str, seed: int) -> Record:
     preset = PRESETS[name]
     data = load_folder(folder / preset.data)
-    rates = RESULTS / f"{name}.{method}.rate.json"  # searched once, with seed 0
-    if not rates.exists():
-        lr, found = search(method, preset, data, 0)
-        rates.write_text(json.dumps({"lr": lr, "nll": found}, indent=1) + "\n")
-    lr = json.loads(rates.read_text())["lr"]
+    lr = BENCH.record(f"{name}.{method}.rate", partial(search, method, preset, data, 0))["lr"]  # once, with seed 0
     began = time.process_time()
     arm = train(method, preset, data, lr, preset.epochs, seed, reduce=True)
     seconds = time.process_time() - began
     logs = predicted(arm, data.test_x)
-    record = {
-        "preset": name,
-        "method": method,
-        "seed": seed,
-        "epochs": preset.epochs,
-        "lr": lr,
-        "removed": removed(arm),
+    measures = classification_summary(logs, data.test_y).to_dict()
+    return {
+        "preset": name, "method": method, "seed": seed, "epochs": preset.epochs, "lr": lr, "removed": removed(arm),
         "seconds": round(seconds, 1),
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "measures": classification_summary(logs, data.test_y).to_dict()
-        | {"ece_20_mass": ece_equal_mass(logs.exp(), data.test_y, bins=20)},
-    }
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(record, flush=True)
+        "measures": measures | {"ece_20_mass": ece_equal_mass(logs.exp(), data.test_y, bins=20)},
+    }  # fmt: skip
 
 
 def removed(arm: Arm) -> float:
@@ -259,62 +253,35 @@ def removed(arm: Arm) -> float:
     return 1 - posterior.kept() / sum(p.numel() for p in arm.network.parameters())
 
 
-def table() -> str:
-    lines = [
-        "# The first paper's table",
-        "",
-        "`python benchmarks/bmr.py`; means (and ranges) over seeds, last epoch; what the columns mean is said there.",
-        "",
-        "| preset | method | seeds | epochs | lr | accuracy % | NLL | ECE (20 bins of equal mass) | removed % "
-        "| seconds | peak MB |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+def pages() -> dict[str, list[str]]:
+    rows = [
+        _cells(name, method, list(found.values()))
+        for name in PRESETS
+        for method in METHODS
+        if (found := BENCH.records(f"{name}.{method}.[0-9]*"))
     ]
-    for name in PRESETS:
-        for method in METHODS:
-            rows = [json.loads(p.read_text()) for p in sorted(RESULTS.glob(f"{name}.{method}.[0-9]*.json"))]
-            if rows:
-                lines.append(f"| {name} | {method} | {_cells(rows)} |")
-    return "\n".join(lines) + "\n"
+    head = (
+        "preset | method | seeds | epochs | lr | accuracy % | NLL | ECE (20 bins of equal mass) | removed % | seconds "
+        "| peak MB"
+    )
+    said = "`python benchmarks/bmr.py`; means (and ranges) over seeds, last epoch; what the columns mean is said there."
+    return {"bmr.md": section("# The first paper's table", said, head, rows)}
 
 
-def _cells(rows: list[dict]) -> str:
-    def span(values: list[float], digits: int) -> str:
-        text = f"{sum(values) / len(values):.{digits}f}"
-        return text if len(values) == 1 else f"{text} ({min(values):.{digits}f}–{max(values):.{digits}f})"
-
+def _cells(name: str, method: str, rows: list[Record]) -> list[str]:
     m = [r["measures"] for r in rows]
-    cells = [
-        " ".join(str(r["seed"]) for r in rows),
-        str(rows[0]["epochs"]),
-        f"{rows[0]['lr']:g}",
-        span([100 * v["accuracy"] for v in m], 2),
-        span([v["nll"] for v in m], 4),
-        span([v["ece_20_mass"] for v in m], 4),
-        span([100 * r["removed"] for r in rows], 2),
-        span([r["seconds"] for r in rows], 0),
-        span([r["peak_mb"] for r in rows], 0),
-    ]
-    return " | ".join(cells)
+    return [
+        name, method, " ".join(str(r["seed"]) for r in rows), str(rows[0]["epochs"]), f"{rows[0]['lr']:g}",
+        span([v["accuracy"] for v in m], 2, 100), *(span([v[k] for v in m], 4) for k in ("nll", "ece_20_mass")),
+        *(span([r[k] for r in rows], d, t) for k, d, t in (("removed", 2, 100), ("seconds", 0, 1), ("peak_mb", 0, 1))),
+    ]  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("."))
-    parser.add_argument("--preset", nargs="+", default=["lenet-fashion"], choices=PRESETS)
-    parser.add_argument("--method", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--seed", nargs="+", type=int, default=[0])
-    parser.add_argument("--table", action="store_true", help="only write the table")
-    args = parser.parse_args()
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    if not args.table:
-        for seed in args.seed:
-            for preset in args.preset:
-                for method in args.method:
-                    run(preset, method, seed, args.data)
-    text = table()
-    (RESULTS.parent / "bmr.md").write_text(text)
-    print(text)
-
+BENCH = Benchmark(
+    __file__, __doc__, run, pages, data=DATA, seed=SEEDS,
+    preset=Option(["lenet-fashion"], choices=PRESETS), method=Option(list(METHODS), choices=METHODS),
+)  # fmt: skip
+main = BENCH.main
 
 if __name__ == "__main__":
     main()

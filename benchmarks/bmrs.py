@@ -2,10 +2,11 @@
 
     python benchmarks/bmrs.py --data PATH [--setting NAME ...] [--arm NAME ...] [--seed 0 1 2] [--epochs N] [--table]
     python benchmarks/bmrs.py --step-cost
+    python benchmarks/bmrs.py --curves     # the collapse of the SNR rule, epoch by epoch: docs/images/snr_collapse.svg
 
-Every run is one JSON in benchmarks/results/bmrs/ and is skipped when it is there; a run that was interrupted goes on at
-its last epoch. `--validate` trains and measures without the test set (the last 10,000 training images take its place)
-and writes nothing but a line: that is how settings were chosen. The test set is read once, at the end of a run.
+A run that was interrupted goes on at its last epoch. `--validate` trains and measures without the test set (the last
+10,000 training images take its place) and writes nothing but a line: that is how settings were chosen. The test set is
+read once, at the end of a run.
 Arms that only order (l2, mean, taylor, random) get the parameters that the arm `n` of the same seed has left.
 """
 
@@ -18,13 +19,10 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ from torch import Tensor, nn
 
 import ockham
 from bmrs_networks import ViT, lenet5, load_weights, mlp, resnet50, vit_b16
-from ockham.core.files import read_tree, write_tree
+from harness import DATA, SEEDS, Benchmark, Option, Record, interleaved, markdown, section, span, step, write
 from ockham.methods.gates import lognormal
 from ockham.methods.gates.attach import GATE_RULES
 from ockham.methods.gates.noise import per_element
@@ -52,8 +50,9 @@ from ockham.surgery.shrinking import latencies
 from ockham.zoo.data import digits, load_folder
 from ockham.zoo.networks import NETWORKS
 
-RESULTS = Path(__file__).parent / "results" / "bmrs"
 SIDE = 32
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "snr_collapse.svg"
+CURVES = {"published-snr": ("mean-mean KL", "#c2571a"), "snr-elbo": ("KL / N", "#2857b5")}
 
 
 # ------------------------------------------------------------------ settings and data
@@ -170,6 +169,10 @@ class Plan:
     overrides: dict[str, Any]
     weights: Path | None = None
 
+    def key(self, name: str, arm: str) -> str:
+        """Name of the record."""
+        return f"{name}.{arm}.{self.seed}" + (".validated" if self.validate else "")
+
 
 def training_of(setting: Setting, arm: str, plan: Plan) -> tuple[GateTraining, int]:
     """Settings of an arm, and its batch size."""
@@ -191,10 +194,13 @@ def network(setting: Setting, seed: int) -> nn.Module:
     return setting.build()
 
 
-def run(name: str, arm: str, plan: Plan) -> dict[str, Any]:
-    path = RESULTS / f"{name}.{arm}.{plan.seed}.json"
-    if path.exists() and not plan.validate:
-        return json.loads(path.read_text())
+def recorded(name: str, arm: str, plan: Plan) -> Record:
+    settings = {k: v for k, v in asdict(plan).items() if k not in ("data", "weights")}
+    make = functools.partial(measured, name, arm, plan)
+    return BENCH.record(plan.key(name, arm), make, keep=not plan.validate, **settings)
+
+
+def measured(name: str, arm: str, plan: Plan) -> Record:
     setting = SETTINGS[name]
     x, y, test_x, test_y = prepared(plan.data, setting.data)
     if plan.validate:
@@ -204,34 +210,23 @@ def run(name: str, arm: str, plan: Plan) -> dict[str, Any]:
         print(f"left at first values: {load_weights(model, plan.weights)}", file=sys.stderr)
     full = sum(p.numel() for p in model.parameters())
     training, batch = training_of(setting, arm, plan)
-    label = f"{name} {arm} {plan.seed}" + (" validated" if plan.validate else "")
+    label = plan.key(name, arm)
     if arm == "none":
         record, small = adam(model, (x, y), training, batch, label)
     else:
         budget = None
         if arm in ORDERS:
-            budget = ParametersLeft(run(name, "n", plan)["parameters"], full)
+            budget = ParametersLeft(recorded(name, "n", plan)["parameters"], full)
         record, small = gated(model, (x, y), training, batch, arm=arm, budget=budget, label=label)
     before, after = latencies([network(setting, plan.seed).to(setting.device), small], test_x[:1].to(setting.device))
-    typed = " ".join(sys.argv[1:]).replace(str(plan.data), "PATH")
     found = measures(mean_predictor(small, classify=True), test_x, test_y, noise_variance=None)
     left = sum(p.numel() for p in small.parameters())
-    record |= {
+    return record | {
         "setting": name, "arm": arm, "what": ARMS[arm], "seed": plan.seed, "batch": batch,
-        "training": {k: v for k, v in shown(training).items()}, "parameters": left, "parameters_before": full,
+        "training": shown(training), "parameters": left, "parameters_before": full,
         "removed": 1 - left / full, "latency_ms": 1e3 * after,
-        "latency_before_ms": 1e3 * before, **found,
-        "command": f"python benchmarks/bmrs.py {typed}", "validated": plan.validate,
+        "latency_before_ms": 1e3 * before, **found, "validated": plan.validate,
     }  # fmt: skip
-    print(
-        f"{label}: removed {record['removed']:.4f} accuracy {found['accuracy']:.4f} nll {found['nll']:.4f}", flush=True
-    )
-    if not plan.validate:
-        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record | {"commit": git.stdout.strip()}, indent=1) + "\n")
-    checkpoint_of(label).unlink(missing_ok=True)
-    return record
 
 
 def shown(training: GateTraining) -> dict[str, Any]:
@@ -256,16 +251,10 @@ def adam(
             optimizer.param_groups[0]["lr"] = training.learning_rate * min(
                 1.0, (1 - progress) / (1 - training.hold + 1e-9)
             )
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
+            step(model, optimizer, x, y)
         seconds.append(time.process_time() - start)
         print(f"{label}: epoch {epoch + 1}", file=sys.stderr, flush=True)
     return {"epochs": [{"epoch": i + 1, "cpu_seconds": s} for i, s in enumerate(seconds)]}, model.eval()
-
-
-def checkpoint_of(label: str) -> Path:
-    return Path(tempfile.gettempdir()) / f"ockham-bmrs-{label.replace(' ', '.')}.safetensors"
 
 
 def gated(
@@ -286,51 +275,32 @@ def gated(
         decide=budget or by_threshold, n_data=len(data[0]),
     )  # fmt: skip
     given = {**shown(training), "batch": batch, "examples": len(data[0]), "budget": str(budget)}
-    path, settings = checkpoint_of(label), json.dumps(given, sort_keys=True, default=str)
-    cpu: list[float] = []
-    if path.exists():
-        saved = read_tree(path, kind="bmrs-checkpoint")
-        if saved["settings"] == settings:
-            plain = json.loads(saved["plain"])
-            job.load({**saved["state"], **{k: plain[k] for k in ("plans", "history", "layers")}})
-            cpu = plain["cpu"]
+    settings, cpu = json.dumps(given, sort_keys=True, default=str), list[float]()
+    saved = BENCH.saved(label)
+    if saved.get("settings") == settings:
+        job.load(saved["state"])
+        cpu = list(saved["cpu"])
     start = time.process_time()
     for p in job:
         cpu.append(time.process_time() - start)
         print(f"{label}: {p.epoch} nll {p.loss:.4f} kl {p.kl:.0f} acc {p.accuracy:.4f} left {p.parameters} "
               f"{list(p.widths.values())} {cpu[-1]:.1f} s", file=sys.stderr, flush=True)  # fmt: skip
-        state = job.state()
-        plain = {k: state.pop(k) for k in ("plans", "history", "layers")} | {"cpu": cpu}
-        write_tree(
-            path,
-            {"settings": settings, "state": state, "plain": json.dumps(plain)},
-            kind="bmrs-checkpoint",
-            durable=False,
-        )
+        BENCH.save(label, settings=settings, state=job.state(), cpu=cpu)
         start = time.process_time()
-    history = [
-        {
-            "epoch": h.epoch,
-            "loss": h.loss,
-            "kl": h.kl,
-            "training_accuracy": h.accuracy,
-            "parameters": h.parameters,
-            "widths": dict(h.widths),
-        }
-        for h in job.history
-    ]
+    fields = {"epoch": "epoch", "loss": "loss", "kl": "kl", "training_accuracy": "accuracy", "parameters": "parameters"}
+    history = [{k: getattr(h, f) for k, f in fields.items()} | {"widths": dict(h.widths)} for h in job.history]
     epochs = [{**h, "cpu_seconds": s} for h, s in zip(history, cpu, strict=True)]
-    return {"epochs": epochs, "removed_by_the_papers_count": papers_count(model, job)}, job.result()
+    count = papers_count(model, example, job.history[-1].widths)
+    return {"epochs": epochs, "removed_by_the_papers_count": count}, job.result()
 
 
-def papers_count(model: nn.Module, job: GateCompression) -> float:
+def papers_count(model: nn.Module, example: Tensor, left: Mapping[str, int]) -> float:
     """The published count: zeros in weights, columns only where sizes match, gates counted, over everything.
 
     Rows of removed units count, columns of the next layer only where its inputs are the units themselves; biases
     count as never removed; mean and ln std of every gate are in both sums.
     """
-    groups = ockham.trace(model, job._inputs)
-    left = job.history[-1].widths
+    groups = ockham.trace(model, example)
     share: dict[tuple[str, int], float] = {}
     gone = 0
     for group in groups:
@@ -349,54 +319,77 @@ def papers_count(model: nn.Module, job: GateCompression) -> float:
 # ------------------------------------------------------------------ table
 
 
-def table() -> str:
-    lines = [
-        "# Structured pruning by log-normal gates",
-        "",
-        f"Written {datetime.now(UTC):%Y-%m-%d} by `python benchmarks/bmrs.py --table`; torch {torch.__version__}.",
-        "Mean (range) over seeds; last epoch, test set read once, parameters counted on what is physically gone (the",
-        "paper's own count in brackets). Published: mean of 10 seeds, 50 + 10 epochs. `-elbo`: KL / N; without it the",
-        "KL is weighted by the temperature given, chosen on 10,000 held-out training images (`--validate`): evidence",
-        "is tempered there. CPU seconds of the whole run on one thread of a shared machine.",
-        "",
-        "| setting | arm | seeds | epochs | temperature | removed % | accuracy % | NLL | ECE "
-        "| latency before → after, ms | CPU s | published: removed / accuracy |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, setting in SETTINGS.items():
-        for arm in ARMS:
-            found = [json.loads(p.read_text()) for p in sorted(RESULTS.glob(f"{name}.{arm}.*.json"))]
-            if found:
-                lines.append(row(setting, name, arm, found))
-    return "\n".join(lines) + "\n"
+def pages() -> dict[str, list[str]]:
+    found = [(n, a, list(r.values())) for n in SETTINGS for a in ARMS if (r := BENCH.records(f"{n}.{a}.*"))]
+    said = f"""{BENCH.written()}; torch {torch.__version__}.
+Mean (range) over seeds; last epoch, test set read once, parameters counted on what is physically gone (the
+paper's own count in brackets). Published: mean of 10 seeds, 50 + 10 epochs. `-elbo`: KL / N; without it the
+KL is weighted by the temperature given, chosen on 10,000 held-out training images (`--validate`): evidence
+is tempered there. CPU seconds of the whole run on one thread of a shared machine."""
+    head = (
+        "setting | arm | seeds | epochs | temperature | removed % | accuracy % | NLL | ECE "
+        "| latency before → after, ms | CPU s | published: removed / accuracy"
+    )
+    return {"bmrs.md": section("# Structured pruning by log-normal gates", said, head, [cells(*f) for f in found])}
 
 
-def row(setting: Setting, name: str, arm: str, found: list[dict]) -> str:
-    key = arm.removeprefix("published-").removesuffix("-elbo")
-    there = setting.published.get(key)
+def cells(name: str, arm: str, found: list[Record]) -> list[str]:
+    there = SETTINGS[name].published.get(arm.removeprefix("published-").removesuffix("-elbo"))
     weight = found[0]["training"]["kl_weight"]
     temperature = {"true_elbo": "1", "mean_mean": "mean-mean"}.get(
         weight, weight.removeprefix("Tempered(temperature=").rstrip(")")
     )
     epochs = f"{found[0]['training']['epochs']} + {found[0]['training']['fine_tune']}"
     before, after = (statistics.mean(r[k] for r in found) for k in ("latency_before_ms", "latency_ms"))
-    removed = span([100 * r["removed"] for r in found], 2)
+    removed = span([r["removed"] for r in found], 2, 100)
     if "removed_by_the_papers_count" in found[0]:
         removed += f" [{statistics.mean(100 * r['removed_by_the_papers_count'] for r in found):.1f}]"
-    cells = [
+    return [
         name, arm, " ".join(str(r["seed"]) for r in found), epochs,
-        "–" if arm == "none" else temperature, removed, span([100 * r["accuracy"] for r in found], 2),
+        "–" if arm == "none" else temperature, removed, span([r["accuracy"] for r in found], 2, 100),
         span([r["nll"] for r in found], 4), span([r["ece"] for r in found], 4),
         f"{before:.2f} → {after:.2f}",
         span([sum(e["cpu_seconds"] for e in r["epochs"]) for r in found], 0),
         f"{there[0]:.2f} / {there[1]:.2f}" if there else "–",
     ]  # fmt: skip
-    return "| " + " | ".join(cells) + " |"
 
 
-def span(values: list[float], digits: int) -> str:
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+# ------------------------------------------------------------------ the collapse of the SNR rule
+
+
+def picture(setting: str = "mlp-fashion") -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.6, 2.9), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for arm, (label, colour) in CURVES.items():
+        for n, run in enumerate(BENCH.records(f"{setting}.{arm}.*").values()):
+            at = [e["epoch"] for e in run["epochs"]]
+            given = {"color": colour, "alpha": 0.8, "label": label if not n else None}
+            left.plot(at, [100 * e["training_accuracy"] for e in run["epochs"]], **given)
+            right.plot(at, [100 * e["parameters"] / run["parameters_before"] for e in run["epochs"]], **given)
+    left.set(ylabel="training accuracy, %", xlabel="epoch", ylim=(0, 100))
+    right.set(ylabel="parameters left, %", xlabel="epoch", yscale="log")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    left.legend(frameon=False)
+    figure.savefig(PICTURE, metadata={"Date": None})
+
+
+def curves(setting: str = "mlp-fashion") -> list[str]:
+    """The numbers of the picture."""
+    runs = [list(BENCH.records(f"{setting}.{arm}.*").values()) for arm in CURVES]
+
+    def cell(found: list[Record], epoch: int) -> str:
+        at = [(r["epochs"][epoch - 1], r["parameters_before"]) for r in found]
+        accuracy = statistics.mean(100 * e["training_accuracy"] for e, _ in at)
+        return f"{accuracy:.1f} / {statistics.mean(100 * e['parameters'] / n for e, n in at):.2f}"
+
+    last = len(runs[0][0]["epochs"])
+    epochs = [e for e in (1, 2, 3, 4, 5, 7, 10, 15, 20, 25, 50, 60) if e <= last]
+    head = ["after epoch", *(f"{label}: accuracy / left, %" for label, _ in CURVES.values())]
+    return markdown(head, [[epoch, *(cell(found, epoch) for found in runs)] for epoch in epochs])
 
 
 # ------------------------------------------------------------------ the cost of a step
@@ -409,99 +402,84 @@ COSTS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int, float]] = 
 }
 
 
-def step_cost(repeats: float) -> str:
-    """A training step with gates over one without, interleaved in one process; medians of wall and processor time."""
-    lines = [
-        "# Cost of a training step with gates",
-        "",
-        f"`python benchmarks/bmrs.py --step-cost`; torch {torch.__version__}, {torch.get_num_threads()} thread(s), "
-        f"load of the machine {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores. Medians; steps of both arms in turn.",
-        "",
-    ]
-    lines += [
-        "| network | gates | plain, ms | gated, ms | ratio, wall | ratio, processor | bar |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+def steps_of(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> tuple[list[Callable[[], object]], int]:
+    """A training step without gates and one with; the number of gates."""
+    torch.manual_seed(0)
+    x, y = torch.randn(shape), torch.randint(0, 10, (shape[0],))
+    plain = build()
+    wide = copy.deepcopy(plain)
+    gates = ockham.attach_gates(wide, x[:2])
+
+    optimizers = [torch.optim.Adam(m.parameters(), 1e-3, fused=True) for m in (plain, wide)]
+
+    def gated_step() -> None:
+        optimizers[1].zero_grad()
+        (nn.functional.cross_entropy(wide(x), y) + gates.kl() / 50_000).backward()
+        optimizers[1].step()
+
+    return [functools.partial(step, plain, optimizers[0], x, y), gated_step], gates.noise.mean.numel()
+
+
+def step_cost(repeats: float) -> Iterator[str]:
+    """A training step with gates over one without, interleaved in one process; delta_f of a million gates."""
+    yield "# Cost of a training step with gates"
+    yield ""
+    yield f"`python benchmarks/bmrs.py --step-cost`; torch {torch.__version__}, {torch.get_num_threads()} thread(s), "
+    yield f"load of the machine {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores. Medians; steps of both in turn."
+    yield ""
+    rows = []
     for name, (build, shape, steps, bar) in COSTS.items():
-        torch.manual_seed(0)
-        x, y = torch.randn(shape), torch.randint(0, 10, (shape[0],))
-        models = [build()]
-        models.append(copy.deepcopy(models[0]))
-        gates = ockham.attach_gates(models[1], x[:2])
-        optimizers = [torch.optim.Adam(m.parameters(), 1e-3, fused=True) for m in models]
-        times: list[list[tuple[float, float]]] = [[], []]
-        for _ in range(round(steps * repeats) + 3):
-            for arm, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
-                start = time.perf_counter(), time.process_time()
-                optimizer.zero_grad()
-                loss = nn.functional.cross_entropy(model(x), y)
-                (loss + gates.kl() / 50_000 if arm else loss).backward()
-                optimizer.step()
-                times[arm].append((time.perf_counter() - start[0], time.process_time() - start[1]))
-        wall, cpu = ([statistics.median(t[i] for t in side[3:]) for side in times] for i in (0, 1))
-        lines.append(
-            f"| {name} | {gates.noise.mean.numel()} | {1e3 * wall[0]:.1f} | {1e3 * wall[1]:.1f} "
-            f"| {wall[1] / wall[0]:.2f} | "
-            f"{cpu[1] / cpu[0]:.2f} | {bar} |"
+        arms, count = steps_of(build, shape)
+        (w0, c0), (w1, c1) = (
+            [statistics.median(t) for t in side] for side in interleaved(arms, round(steps * repeats), 3)
         )
-    return "\n".join(lines) + "\n\n" + delta_f_cost(round(10 * repeats))
-
-
-def delta_f_cost(repeats: int) -> str:
-    """Milliseconds for the delta_f of a million gates in float32, all parts of their range among them."""
+        rows.append(f"{name} | {count} | {w0:.1f} | {w1:.1f} | {w1 / w0:.2f} | {c1 / c0:.2f} | {bar}")
+    yield from markdown("network | gates | plain, ms | gated, ms | ratio, wall | ratio, processor | bar", rows)
+    yield ""
     generator = torch.Generator().manual_seed(0)
-    mean = 30 * torch.rand(1_000_000, generator=generator) - 25
+    mean = 30 * torch.rand(1_000_000, generator=generator) - 25  # all parts of their range among them
     std = (13 * torch.rand(1_000_000, generator=generator) - 8).exp()
-    lines = ["| score of 10^6 gates, float32 | wall, ms: median (least) | processor, ms: median (least) | bar |"]
-    lines.append("| --- | --- | --- | --- |")
-    for name, score in (
-        ("delta_f_n", lognormal.delta_f_n),
-        ("delta_f_u, 8 bits", lambda m, s: lognormal.delta_f_u(m, s, 8)),
-    ):
-        times = []
-        for _ in range(repeats + 2):
-            start = time.perf_counter(), time.process_time()
-            score(mean, std)
-            times.append((1e3 * (time.perf_counter() - start[0]), 1e3 * (time.process_time() - start[1])))
-        wall, cpu = zip(*times[2:], strict=True)
-        shown = " | ".join(f"{statistics.median(t):.0f} ({min(t):.0f})" for t in (wall, cpu))
-        lines.append(f"| {name} | {shown} | 100 |")
-    return "\n".join(lines) + "\n"
+    scores = {
+        "delta_f_n": functools.partial(lognormal.delta_f_n, mean, std),
+        "delta_f_u, 8 bits": functools.partial(lognormal.delta_f_u, mean, std, 8),
+    }
+    rows = []
+    for name, score in scores.items():
+        (times,) = interleaved([score], round(10 * repeats), 2)
+        rows.append([name, *(f"{statistics.median(t):.0f} ({min(t):.0f})" for t in times), 100])
+    head = "score of 10^6 gates, float32 | wall, ms: median (least) | processor, ms: median (least) | bar"
+    yield from markdown(head, rows)
+    yield ""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("."))
-    parser.add_argument("--setting", nargs="+", default=["digits"], choices=SETTINGS)
-    parser.add_argument("--arm", nargs="+", default=["n"], choices=ARMS)
-    parser.add_argument("--seed", nargs="+", type=int, default=[0])
-    parser.add_argument("--epochs", type=int, help="with gates; default as published")
-    parser.add_argument("--fine-tune", type=int, help="after them; default as published")
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="NAME=NUMBER", help="temperature, rate, batch, gate_rate, start"
-    )
-    parser.add_argument("--weights", type=Path, help="safetensors in the names of timm, for resnet50 and vit")
-    parser.add_argument("--validate", action="store_true")
-    parser.add_argument("--table", action="store_true")
-    parser.add_argument("--step-cost", action="store_true")
-    parser.add_argument("--repeats", type=float, default=1.0)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+def run(args: argparse.Namespace) -> None:
     if args.step_cost:
-        text = "\n".join(step_cost(args.repeats) for _ in range(2))
-        (RESULTS.parent / "bmrs_step_cost.md").write_text(text)
+        text = "\n".join(line for _ in range(2) for line in step_cost(args.repeats))
+        write(BENCH.results / "bmrs_step_cost.md", text + "\n")
         print(text)
         return
+    if args.curves:
+        picture()
+        print("\n".join(curves()))
+        return
     overrides = {k: float(v) for k, v in (pair.split("=") for pair in args.set)}
-    if not args.table:
-        for seed, name, arm in itertools.product(args.seed, args.setting, args.arm):
-            s = SETTINGS[name]
-            fine = s.fine_tune if args.fine_tune is None else args.fine_tune
-            run(name, arm, Plan(seed, args.epochs or s.epochs, fine, args.validate, args.data, overrides, args.weights))
-    if any(RESULTS.glob("*.json")) and not args.validate:
-        (RESULTS.parent / "bmrs.md").write_text(table())
+    for seed, name, arm in itertools.product(args.seed, args.setting, args.arm):
+        s = SETTINGS[name]
+        fine = s.fine_tune if args.fine_tune is None else args.fine_tune
+        plan = Plan(seed, args.epochs or s.epochs, fine, args.validate, args.data, overrides, args.weights)
+        recorded(name, arm, plan)
 
+
+BENCH = Benchmark(
+    __file__, __doc__, run, pages, data=DATA, seed=SEEDS,
+    setting=Option(["digits"], choices=SETTINGS), arm=Option(["n"], choices=ARMS),
+    epochs=Option(None, "with gates; default as published", kind=int),
+    fine_tune=Option(None, "epochs after them; default as published", kind=int),
+    set=Option([], "NAME=NUMBER: temperature, rate, batch, gate_rate, start"),
+    weights=Option(None, "safetensors in the names of timm, for resnet50 and vit", kind=Path),
+    validate=False, step_cost=False, curves=False, repeats=Option(1.0, "times the usual steps of --step-cost"),
+)  # fmt: skip
+main = BENCH.main
 
 if __name__ == "__main__":
     main()

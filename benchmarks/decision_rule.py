@@ -19,18 +19,17 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import itertools
-import json
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import ockham
 from cifar import given, parts
+from harness import DATA, Benchmark, Option, Record, markdown, step
 from ockham.choose.correlated import reduced
 from ockham.choose.rules import by_delta_f, by_snr, score
 from ockham.core.posterior import Posterior
@@ -41,7 +40,7 @@ from ockham.zoo.networks import NETWORKS
 from ockham.zoo.paper import CharTransformer
 from transformer import Windows, corpus, trained
 
-RESULTS = Path(__file__).parent / "results" / "decision_rule"
+METHODS = ("diagonal", "kronecker", "mean-field", "ivon")
 KEEP, ROUNDS = (0.5, 0.3, 0.2, 0.1), 6
 ORDERS = {"delta_f": by_delta_f, "P mean^2": by_snr}
 Batch = tuple[Tensor, Tensor]
@@ -86,9 +85,7 @@ def lenet5(args: argparse.Namespace) -> Subject:
     steps = 3 * len(data.train_x) // 128
     for i, (x, y) in enumerate(itertools.islice(source, steps)):
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, 2 * (1 - i / steps))
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
+        step(model, optimizer, x, y)
     few, test = (cut(x[:2000], y[:2000], 100) for x, y in ((data.train_x, data.train_y), (data.test_x, data.test_y)))
     return Subject(model, few, lambda: endless(data.train_x, data.train_y), test, len(data.train_x), (3e-4, 0.02))
 
@@ -153,10 +150,7 @@ class Trained:
         self._model.train()
         self._done += steps
         for x, y in itertools.islice(self._batches(), self._done - steps, self._done):
-            self._optimizer.zero_grad()
-            with self._optimizer.sampled():
-                nn.functional.cross_entropy(self._model(x), y).backward()
-            self._optimizer.step()
+            step(self._model, self._optimizer, x, y)
 
     @property
     def posterior(self) -> Posterior:
@@ -187,81 +181,85 @@ def down_to(source: Static | Trained, order: Callable, keep: float, rounds: int,
             source.refit()
 
 
-def run(network: str, args: argparse.Namespace) -> None:
-    paths = {m: RESULTS / f"{network}.{m}.json" for m in ("diagonal", "kronecker", "mean-field", "ivon")}
-    if all(p.exists() for p in paths.values()):
-        return
-    subject = SUBJECTS[network](args)
-    free, dense = unscored(subject.model), subject.measured(subject.model)
-    print(network, dense, flush=True)
-    start = Static(subject, "diagonal")
-    for method, path in paths.items():
-        if path.exists():
-            continue
+@dataclass
+class Starts:
+    """The network, and the diagonal posterior that others start from, made once where somebody wants them."""
+
+    network: str
+    args: argparse.Namespace
+
+    @functools.cached_property
+    def subject(self) -> Subject:
+        """The trained network."""
+        return SUBJECTS[self.network](self.args)
+
+    @functools.cached_property
+    def diagonal(self) -> Static:
+        """Its Laplace posterior."""
+        return Static(self.subject, "diagonal")
+
+    def source(self, method: str) -> Static | Trained:
+        """A posterior."""
         torch.manual_seed(0)
-        whole = start if method == "diagonal" else Static(subject, method) if method == "kronecker" else Trained(
-            subject, start.posterior, method, args.steps)  # fmt: skip
-        evidence = score(whole.posterior)
-        good = sum(int((d > 0).sum()) for n, d in evidence.items() if n not in free)
-        share = 1 - good / sum(d.numel() for n, d in evidence.items() if n not in free)
-        record = {"dense": dense, "start": subject.measured(whole.model()), "evidence": share, "rows": []}
-        shares = [*KEEP, share] if share < 1 else list(KEEP)
-        for order, rounds, keep in itertools.product(ORDERS, (1, ROUNDS), shares):
-            if (rounds > 1 and method == "diagonal") or (rounds > 1 and keep == share):
-                continue
-            source = copy.copy(whole) if isinstance(whole, Static) else copy.deepcopy(whole)
-            down_to(source, ORDERS[order], keep, rounds, free)
-            row = {"order": order, "rounds": rounds, "keep": keep, **subject.measured(source.model())}
-            record["rows"].append(row)
-            print(network, method, row, flush=True)
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record | {"steps": args.steps, "torch": torch.__version__}, indent=1) + "\n")
+        if method in ("diagonal", "kronecker"):
+            return self.diagonal if method == "diagonal" else Static(self.subject, method)
+        return Trained(self.subject, self.diagonal.posterior, method, self.args.steps)
 
 
-def table() -> str:
-    lines = [
-        "# In which order weights go",
-        "",
-        "`python benchmarks/decision_rule.py`; what the columns mean is said there. Cells: NLL (accuracy %).",
-        "",
-    ]
+def measured(starts: Starts, method: str) -> Record:
+    subject, whole = starts.subject, starts.source(method)
+    free, evidence = unscored(subject.model), score(whole.posterior)
+    good = sum(int((d > 0).sum()) for n, d in evidence.items() if n not in free)
+    share = 1 - good / sum(d.numel() for n, d in evidence.items() if n not in free)
+    rows: list[Record] = []
+    shares = [*KEEP, share] if share < 1 else list(KEEP)
+    for order, rounds, keep in itertools.product(ORDERS, (1, ROUNDS), shares):
+        if rounds > 1 and (method == "diagonal" or keep == share):
+            continue
+        source = copy.copy(whole) if isinstance(whole, Static) else copy.deepcopy(whole)
+        down_to(source, ORDERS[order], keep, rounds, free)
+        rows.append({"order": order, "rounds": rounds, "keep": keep, **subject.measured(source.model())})
+        print(starts.network, method, rows[-1], flush=True)
+    dense, start = subject.measured(subject.model), subject.measured(whole.model())
+    return {"dense": dense, "start": start, "evidence": share, "rows": rows}
+
+
+def run(args: argparse.Namespace) -> None:
+    for network in args.network:
+        starts = Starts(network, args)
+        for method in METHODS:
+            made = {"steps": args.steps, "dense_steps": args.dense_steps}
+            BENCH.record(f"{network}.{method}", functools.partial(measured, starts, method), **made)
+
+
+def pages() -> dict[str, list[str]]:
+    said = "`python benchmarks/decision_rule.py`; what the columns mean is said there. Cells: NLL (accuracy %)."
+    lines = ["# In which order weights go", "", said, ""]
     for network in SUBJECTS:
-        found = {p.name.split(".")[1]: json.loads(p.read_text()) for p in sorted(RESULTS.glob(f"{network}.*.json"))}
+        found = {key.split(".")[1]: record for key, record in BENCH.records(f"{network}.*").items()}
         if not found:
             continue
-        dense = next(iter(found.values()))["dense"]
-        lines += [f"## {network}, dense {dense['nll']:.3f} ({dense['accuracy']:.2f})", ""]
-        lines += ["| posterior | order | rounds | " + " | ".join(f"{k:.0%} kept" for k in KEEP) + " | evidence |"]
-        lines += ["| --- | --- | --- |" + " --- |" * (len(KEEP) + 1)]
-        for method, record in found.items():
-            for order, rounds in itertools.product(ORDERS, (1, ROUNDS)):
-                rows = {r["keep"]: r for r in record["rows"] if (r["order"], r["rounds"]) == (order, rounds)}
-                if rows:
-                    cells = [f"{rows[k]['nll']:.3f} ({rows[k]['accuracy']:.2f})" for k in KEEP]
-                    own = rows.get(record["evidence"])
-                    said = f"{record['evidence']:.1%}: {own['nll']:.3f} ({own['accuracy']:.2f})" if own else "–"
-                    lines.append(f"| {method} | {order} | {rounds} | " + " | ".join([*cells, said]) + " |")
-        lines.append("")
-    return "\n".join(lines)
+        dense, rows = next(iter(found.values()))["dense"], []
+        for (method, record), order, rounds in itertools.product(found.items(), ORDERS, (1, ROUNDS)):
+            at = {r["keep"]: _cell(r) for r in record["rows"] if (r["order"], r["rounds"]) == (order, rounds)}
+            own = record["evidence"]
+            if at:
+                said = f"{own:.1%}: {at[own]}" if own in at else "–"
+                rows.append([method, order, rounds, *(at[k] for k in KEEP), said])
+        head = ["posterior", "order", "rounds", *(f"{k:.0%} kept" for k in KEEP), "evidence"]
+        lines += [f"## {network}, dense {_cell(dense)}", "", *markdown(head, rows), ""]
+    return {"decision_rule.md": lines}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--network", nargs="+", default=list(SUBJECTS), choices=SUBJECTS)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--dense-steps", type=int, default=3000)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--table", action="store_true")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    warnings.simplefilter("ignore", ockham.OckhamWarning)
-    if not args.table:
-        for network in args.network:
-            run(network, args)
-    if any(RESULTS.glob("*.json")):
-        (RESULTS.parent / "decision_rule.md").write_text(table())
+def _cell(row: Record) -> str:
+    return f"{row['nll']:.3f} ({row['accuracy']:.2f})"
 
+
+BENCH = Benchmark(
+    __file__, __doc__, run, pages, data=DATA, network=Option(list(SUBJECTS), choices=SUBJECTS),
+    steps=Option(300, "of MeanField and IVON"), dense_steps=Option(3000, "of Adam, transformer"),
+)  # fmt: skip
+main = BENCH.main
 
 if __name__ == "__main__":
     main()

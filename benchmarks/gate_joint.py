@@ -26,12 +26,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
+import itertools
 import math
 import statistics
-import sys
-import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,7 @@ from torch import Tensor, nn
 
 import ockham
 from bmrs_networks import lenet5
+from harness import DATA, SEEDS, Benchmark, Option, Record, section
 from ockham.choose.units import unit_evidence
 from ockham.core.posterior import Posterior
 from ockham.evidence.gaussian import delta_f
@@ -49,7 +49,6 @@ from ockham.methods.gates.report import gated_without
 from ockham.zoo.data import Batches, digits
 from ockham.zoo.networks import NETWORKS
 
-RESULTS = Path(__file__).parent / "results" / "gate_joint"
 SHARES = (0.5, 0.7, 0.8, 0.85, 0.9, 0.95)
 PRIORS: dict[str, Callable[[], Any]] = {
     "fixed 1": lambda: ockham.FixedPrior(1.0),
@@ -186,78 +185,58 @@ def accuracy(gates: Gates, keep: Mapping[str, Tensor], x: Tensor, y: Tensor) -> 
         return float(torch.cat([model(part).argmax(1) for part in x.split(1000)]).eq(y).double().mean())
 
 
-def run(setting: str, prior: str, seed: int, root: Path) -> dict[str, Any]:
-    path = RESULTS / f"{setting}.{prior.replace(' ', '-')}.{seed}.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    data, start = held_out(setting, root), time.process_time()
+def measured(setting: str, prior: str, seed: int, root: Path) -> Record:
+    data = held_out(setting, root)
     gates, posterior = trained(setting, prior, seed, data)
-    table, total = scores(gates, posterior, seed), gates.noise.mean.numel()
-    record: dict[str, Any] = {
-        "setting": setting,
-        "prior": prior,
-        "seed": seed,
-        "gates": total,
-        "accuracy": {},
-        "stop": {},
-    }
-    record["whole"] = accuracy(gates, gates.keep, *data[2:])
-    for name, score in table.items():
-        counts = [round(s * total) for s in SHARES]
-        record["accuracy"][name] = [accuracy(gates, keep_of(gates, score, n), *data[2:]) for n in counts]
-    released = table["gate"] + 0.9189385
-    stops = {k: table[k] for k in ("gate", "rate", "weights", "masked", "joint", "sum")} | {
-        "gate as released": released
-    }
-    for name, score in stops.items():
-        gone = int((score >= 0).sum())
-        record["stop"][name] = [gone / total, accuracy(gates, keep_of(gates, score, gone), *data[2:])]
-    record["cpu_seconds"] = time.process_time() - start
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(setting, prior, seed, record["whole"], record["accuracy"], record["stop"], file=sys.stderr, flush=True)
-    return record
+    found, total = scores(gates, posterior, seed), gates.noise.mean.numel()
+
+    def left(score: Tensor, gone: int) -> float:
+        return accuracy(gates, keep_of(gates, score, gone), *data[2:])
+
+    released = {"gate as released": found["gate"] + 0.9189385}
+    stops = {k: found[k] for k in ("gate", "rate", "weights", "masked", "joint", "sum")} | released
+    gone = {k: int((score >= 0).sum()) for k, score in stops.items()}
+    return {
+        "setting": setting, "prior": prior, "seed": seed, "gates": total,
+        "whole": accuracy(gates, gates.keep, *data[2:]),
+        "accuracy": {k: [left(score, round(s * total)) for s in SHARES] for k, score in found.items()},
+        "stop": {k: [gone[k] / total, left(score, gone[k])] for k, score in stops.items()},
+    }  # fmt: skip
 
 
-def table() -> str:
-    records = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("*.json"))]
-    heads = " | ".join(f"{100 * s:.0f} % removed" for s in SHARES)
-    lines = [
-        "# Joint evidence of gate and weights", "",
-        "`python benchmarks/gate_joint.py`; validation accuracy, percent, mean over seeds, after taking structures out",
-        "in the order of each score without refitting; last column: what the score removes by itself (>= 0).", "",
-        f"| setting | prior | seeds | score | {heads} | by itself |", "| --- " * (5 + len(SHARES)) + "|",
-    ]  # fmt: skip
+def run(args: argparse.Namespace) -> None:
+    for seed, setting, prior in itertools.product(args.seed, args.setting, args.prior):
+        what = {"setting": setting, "prior": prior, "seed": seed}
+        BENCH.record(f"{setting}.{prior}.{seed}", partial(measured, root=args.data, **what), **what)
+
+
+def pages() -> dict[str, list[str]]:
+    records = list(BENCH.records().values())
+    said = """\
+`python benchmarks/gate_joint.py`; validation accuracy, percent, mean over seeds, after taking structures out
+in the order of each score without refitting; last column: what the score removes by itself (>= 0)."""
+    rows = []
     for setting, prior in sorted({(r["setting"], r["prior"]) for r in records}):
         found = [r for r in records if (r["setting"], r["prior"]) == (setting, prior)]
         whole = statistics.mean(100 * r["whole"] for r in found)
         for name in (*SCORES, "gate as released"):
-            own = f"| {setting} (nothing removed: {whole:.2f}) | {prior} | {len(found)} | {name} |"
-            at = [100 * statistics.mean(r["accuracy"][name][i] for r in found) if name in SCORES else None
+            at = [f"{100 * statistics.mean(r['accuracy'][name][i] for r in found):.2f}" if name in SCORES else "–"
                   for i in range(len(SHARES))]  # fmt: skip
-            cells = " | ".join("–" if a is None else f"{a:.2f}" for a in at)
             stop = "–"
             if name in found[0]["stop"]:
                 gone, left = (100 * statistics.mean(r["stop"][name][i] for r in found) for i in (0, 1))
                 stop = f"{gone:.1f} % gone, {left:.2f}"
-            lines.append(f"{own} {cells} | {stop} |")
-    return "\n".join(lines) + "\n"
+            rows.append([f"{setting} (nothing removed: {whole:.2f})", prior, len(found), name, *at, stop])
+    heads = [f"{100 * s:.0f} % removed" for s in SHARES]
+    head = ["setting", "prior", "seeds", "score", *heads, "by itself"]
+    return {"gate_joint.md": section("# Joint evidence of gate and weights", said, head, rows)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("."))
-    parser.add_argument("--setting", nargs="+", default=["digits"], choices=("digits", "lenet-mnist"))
-    parser.add_argument("--prior", nargs="+", default=list(PRIORS), choices=PRIORS)
-    parser.add_argument("--seed", nargs="+", type=int, default=[0])
-    given = parser.parse_args()
-    torch.set_num_threads(1)
-    for seed in given.seed:
-        for setting in given.setting:
-            for prior in given.prior:
-                run(setting, prior, seed, given.data)
-    (RESULTS.parent / "gate_joint.md").write_text(table())
-
+BENCH = Benchmark(
+    __file__, __doc__, run, pages, data=DATA, seed=SEEDS,
+    setting=Option(["digits"], choices=("digits", "lenet-mnist")), prior=Option(list(PRIORS), choices=PRIORS),
+)  # fmt: skip
+main = BENCH.main
 
 if __name__ == "__main__":
     main()

@@ -1,20 +1,23 @@
 """A trained network pruned once, without refitting: orders and posteriors at the same shares, and the evidence's own.
 
-    python benchmarks/one_shot.py --data ../shared/data [--network resnet20] [--train 2000] [--test 10000]
+    python benchmarks/one_shot.py --data PATH [--network resnet20] [--train 2000] [--test 10000]
+    python benchmarks/one_shot.py --data PATH --ablation --share 0.8 --seed 0 1 2
 
-CIFAR-10, the given weights; convolution and linear weights, global order. The curvature is taken from the first
-`--train` training images. Every network is evaluated as it is and with the statistics of BatchNorm taken again from the
-same training images. Rows are written as they come; a finished row is not run again.
+CIFAR-10, the given weights; convolution and linear weights, global order. The curvature is taken from `--train`
+training images: the first ones with seed 0, others drawn with another seed. Every network is evaluated as it is and
+with the statistics of BatchNorm taken again from the same training images. `--ablation` crosses every order with every
+way of compensation, so that a gain can be credited to what makes it.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
+import itertools
+import re
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -23,24 +26,25 @@ from torch import nn
 
 import ockham
 from cifar import accuracy, given, parts
+from harness import DATA, SEEDS, Benchmark, Option, Record, section, span
 from ockham.choose.correlated import reduced
+from ockham.choose.rules import BudgetRule, Salience, by_delta_f, by_magnitude, by_snr, score
 from ockham.core.posterior import Posterior
+from ockham.methods.laplace.one_shot import unscored, with_means
 from ockham.zoo.data import Batches
 
-RESULTS = Path(__file__).parent / "results" / "one_shot"
 SHARES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 N_DATA = 50_000
 
-Reduce = Callable[[nn.Module, Posterior, float | None], nn.Module]
 
-
-class Bench:
+class Subject:
     """Data, the dense network, posteriors made once, and the evaluation."""
 
-    def __init__(self, data: Path, network: str, train: int, test: int) -> None:
-        self.train, self.test = parts(data, train, test)
-        self.network = network
-        self.dense = given(data, network)
+    def __init__(self, data: Path, network: str, train: int, test: int, seed: int) -> None:
+        (x, y), self.test = parts(data, train if not seed else None, test)
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)) if seed else torch.arange(len(x))
+        self.train = x[order[:train]], y[order[:train]]
+        self.dense, self.seed = given(data, network), seed
         self._posteriors: dict[str, Posterior] = {}
 
     def posterior(self, structure: str, prior: str, fisher: str) -> Posterior:
@@ -50,20 +54,16 @@ class Bench:
             loader = Batches(*self.train, batch_size=100, shuffle=False)
             began = time.perf_counter()
             self._posteriors[key] = ockham.laplace(
-                self.dense, loader, structure=structure, prior=prior, fisher=fisher, n_data=N_DATA
+                self.dense, loader, structure=structure, prior=prior, fisher=fisher, n_data=N_DATA, seed=self.seed
             )
             print(f"{key}: {time.perf_counter() - began:.0f} s, {ockham.diagnose(self._posteriors[key])}", flush=True)
         return self._posteriors[key]
 
-    def accuracy(self, model: nn.Module) -> float:
-        """Per cent of the test images."""
-        return accuracy(model, self.test)
-
-    def refreshed(self, model: nn.Module) -> nn.Module:
-        """The model with its BatchNorm statistics taken anew, in place."""
-        loader = Batches(*self.train, batch_size=250, shuffle=False)
-        ockham.refresh_batchnorm(model, loader)
-        return model
+    def accuracies(self, model: nn.Module) -> Record:
+        """Per cent of the test images, as the network is and with its BatchNorm statistics taken anew."""
+        fresh = copy.deepcopy(model)
+        ockham.refresh_batchnorm(fresh, Batches(*self.train, batch_size=250, shuffle=False))
+        return {"accuracy": accuracy(model, self.test), "refreshed": accuracy(fresh, self.test)}
 
 
 def matrices(posterior: Posterior) -> list[str]:
@@ -73,7 +73,7 @@ def matrices(posterior: Posterior) -> list[str]:
 def ordered(order: Callable, *, move: bool, model: nn.Module, posterior: Posterior, keep: float | None) -> nn.Module:
     """One global order of weights, in one go; with `move` the survivors are compensated."""
     assert keep is not None
-    evidence, names = ockham.score(posterior), matrices(posterior)
+    evidence, names = score(posterior), matrices(posterior)
     values = order(evidence)
     total = sum(posterior[n].mean.numel() for n in names)
     flat = torch.cat([values[n].double() for n in names])
@@ -95,19 +95,34 @@ def in_rounds(rounds: int, *, model: nn.Module, posterior: Posterior, keep: floa
         return ockham.reduce(model, posterior, keep, rounds=rounds)
 
 
+def ordered_in_rounds(
+    order: Salience, rounds: int, *, model: nn.Module, posterior: Posterior, keep: float
+) -> nn.Module:
+    """The path of `ockham.reduce` under any order: remove some, let the survivors move, score again."""
+    free = unscored(model)
+    scored, spared = (
+        sum(g.mean.numel() for n, g in posterior.items() if (n in free) is side) for side in (False, True)
+    )
+    for i in range(1, rounds + 1):
+        rule = BudgetRule(round(scored * keep ** (i / rounds)) + spared, order)
+        posterior = reduced(posterior, rule.decide(score(posterior), free))
+    return with_means(model, posterior)
+
+
 def plain(order: Callable) -> Callable:
     return partial(ordered, order, move=False)
 
 
 DIAGONAL, KRONECKER = ("diagonal", "mean-square", "monte-carlo"), ("kronecker", "evidence", "monte-carlo")
-METHODS: dict[str, tuple[tuple[str, str, str], Callable]] = {
-    "magnitude": (DIAGONAL, plain(ockham.by_magnitude)),
+Method = tuple[tuple[str, str, str], Callable]
+METHODS: dict[str, Method] = {
+    "magnitude": (DIAGONAL, plain(by_magnitude)),
     "diagonal, P mean^2 (`ockham.reduce`)": (DIAGONAL, partial(in_rounds, 8)),
-    "diagonal, delta_f order": (DIAGONAL, plain(ockham.choose.rules.by_delta_f)),
+    "diagonal, delta_f order": (DIAGONAL, plain(by_delta_f)),
     "diagonal, prior by evidence, P mean^2": (("diagonal", "evidence", "monte-carlo"), partial(in_rounds, 8)),
     "diagonal, empirical Fisher, P mean^2": (("diagonal", "mean-square", "empirical"), partial(in_rounds, 8)),
-    "Kronecker, P mean^2, survivors stay": (KRONECKER, plain(ockham.by_snr)),
-    "Kronecker, magnitude order, compensated once": (KRONECKER, partial(ordered, ockham.by_magnitude, move=True)),
+    "Kronecker, P mean^2, survivors stay": (KRONECKER, plain(by_snr)),
+    "Kronecker, magnitude order, compensated once": (KRONECKER, partial(ordered, by_magnitude, move=True)),
     "Kronecker, P mean^2, compensated once": (KRONECKER, partial(in_rounds, 1)),
     "Kronecker, 4 rounds": (KRONECKER, partial(in_rounds, 4)),
     "Kronecker, 8 rounds (`ockham.reduce`)": (KRONECKER, partial(in_rounds, 8)),
@@ -115,68 +130,95 @@ METHODS: dict[str, tuple[tuple[str, str, str], Callable]] = {
     "Kronecker, empirical Fisher, 8 rounds": (("kronecker", "evidence", "empirical"), partial(in_rounds, 8)),
 }
 STOPS = [name for name, (_, method) in METHODS.items() if method.func is in_rounds]
+ORDERS = {"magnitude": by_magnitude, "P mean^2": by_snr, "delta_f": by_delta_f}
+WAYS: dict[str, Callable[[Salience], Callable]] = {
+    "survivors stay": plain,
+    "compensated once": lambda order: partial(ordered, order, move=True),
+    "compensated, 8 rounds": lambda order: partial(ordered_in_rounds, order, 8),
+}
+ABLATION: dict[str, Method] = {
+    f"{order}, {way}": (KRONECKER, WAYS[way](ORDERS[order])) for order, way in itertools.product(ORDERS, WAYS)
+}
 
 
-def run(bench: Bench, file: Path, only: list[str], shares: list[float]) -> None:
-    rows = json.loads(file.read_text()) if file.is_file() else {}
-    if "dense" not in rows:
-        rows["dense"] = {"accuracy": bench.accuracy(bench.dense)}
-        rows["dense"]["refreshed"] = bench.accuracy(bench.refreshed(copy.deepcopy(bench.dense)))
-    for name, (settings, method) in METHODS.items():
-        for share in [*shares, None] if name in STOPS else shares:
-            key = f"{name} @ {share if share is not None else 'evidence'}"
-            if key in rows or (only and name not in only):
-                continue
-            began = time.perf_counter()
-            keep = None if share is None else 1 - share
-            small = method(model=bench.dense, posterior=bench.posterior(*settings), keep=keep)
-            seconds = time.perf_counter() - began
-            weights = [p for p in small.parameters() if p.ndim > 1]
-            removed = sum(int((p == 0).sum()) for p in weights) / sum(p.numel() for p in weights)
-            rows[key] = {"removed": removed, "seconds": seconds, "accuracy": bench.accuracy(small)}
-            rows[key]["refreshed"] = bench.accuracy(bench.refreshed(small))
-            print(key, rows[key], flush=True)
-            file.write_text(json.dumps(rows, indent=1) + "\n")
+def reduction(subject: Subject, method: Method, share: float | None) -> Record:
+    settings, reduce = method
+    posterior, began = subject.posterior(*settings), time.perf_counter()
+    small = reduce(model=subject.dense, posterior=posterior, keep=None if share is None else 1 - share)
+    seconds = time.perf_counter() - began
+    weights = [p for p in small.parameters() if p.ndim > 1]
+    removed = sum(int((p == 0).sum()) for p in weights) / sum(p.numel() for p in weights)
+    return {"removed": removed, "seconds": seconds, **subject.accuracies(small)}
 
 
-def table(rows: dict, header: str) -> str:
-    lines = [
-        header,
-        "",
-        f"Dense: {rows['dense']['accuracy']:.2f} / {rows['dense']['refreshed']:.2f} %. "
-        "Accuracy, %: as it is / BatchNorm re-estimated.",
-        "",
+def run(args: argparse.Namespace) -> None:
+    for seed in args.seed:
+        subject = Subject(args.data, args.network, args.train, args.test, seed)
+        stem = f"{args.network}-{args.train}-{args.test}" + (f"-seed{seed}" if seed else "")
+        made = partial(BENCH.record, stem, train=args.train, test=args.test, seed=seed)
+        made(lambda s=subject: s.accuracies(s.dense), row="dense")
+        for name, method in (ABLATION if args.ablation else METHODS).items():
+            for share in [*args.share, None] if name in STOPS else args.share:
+                if not args.only or name in args.only:
+                    row = f"{name} @ {share if share is not None else 'evidence'}"
+                    made(partial(reduction, subject, method, share), row=row)
+
+
+def pages() -> dict[str, list[str]]:
+    found = BENCH.records()
+    whole = {f"one_shot/{stem}.md": page(stem, rows) for stem, rows in found.items() if "seed" not in stem}
+    stems: dict[str, list[Mapping[str, Record]]] = {}
+    for stem, rows in found.items():
+        stems.setdefault(re.sub(r"-seed\d+$", "", stem), []).append(rows)
+    orders = {f"one_shot/{stem}-orders.md": ablation(stem, some) for stem, some in stems.items()}
+    return whole | {name: lines for name, lines in orders.items() if lines}
+
+
+def page(stem: str, rows: Mapping[str, Record]) -> list[str]:
+    network, train, test = stem.split("-")
+    dense = f"{rows['dense']['accuracy']:.2f} / {rows['dense']['refreshed']:.2f}"
+    said = f"""`python benchmarks/one_shot.py --network {network} --train {train} --test {test}`
+
+Dense: {dense} %. Accuracy, %: as it is / BatchNorm re-estimated."""
+
+    def cell(name: str, share: float | str) -> str:
+        row = rows.get(f"{name} @ {share}")
+        text = f"{row['accuracy']:.2f} / {row['refreshed']:.2f}" if row else "–"
+        return f"{row['removed']:.1%}: {text}" if row and share == "evidence" else text
+
+    head = ["removed", *(f"{s:.0%}" for s in SHARES), "no target given"]
+    table = [[name, *(cell(name, s) for s in (*SHARES, "evidence"))] for name in METHODS]
+    return section(f"# {network}, CIFAR-10, pruned once, not refitted", said, head, table)
+
+
+def ablation(stem: str, seeds: list[Mapping[str, Record]]) -> list[str]:
+    """Every order with every compensation, mean over the seeds that have the row; no lines where there is none."""
+
+    def cell(name: str, share: float) -> str:
+        some = [rows[f"{name} @ {share}"] for rows in seeds if f"{name} @ {share}" in rows]
+        return f"{span([r['accuracy'] for r in some], 2)}, n = {len(some)}" if some else "–"
+
+    shares = [s for s in SHARES if any(f"{n} @ {s}" in rows for n in ABLATION for rows in seeds)]
+    network, train, test = stem.split("-")
+    title = f"# What makes the gain: {network}, CIFAR-10, pruned once, every order with every compensation"
+    said = f"""`python benchmarks/one_shot.py --ablation --network {network} --train {train} --test {test} --seed 0 1 2`
+
+Accuracy, %, BatchNorm as it is: mean (range) over n seeds of the training images and of the drawn targets.
+All rows read the same Kronecker posterior of a seed; rounds are those of `ockham.reduce`, whose order is P mean^2.
+Its rounds, damping and prior were once chosen on test images; nothing was chosen here."""
+    rows = [
+        [order, way, *(cell(f"{order}, {way}", s) for s in shares)] for order, way in itertools.product(ORDERS, WAYS)
     ]
-    lines += ["| removed | " + " | ".join(f"{s:.0%}" for s in SHARES) + " | no target given |"]
-    lines += ["| --- |" + " --- |" * (len(SHARES) + 1)]
-    for name in METHODS:
-        cells = []
-        for share in (*SHARES, "evidence"):
-            row = rows.get(f"{name} @ {share}")
-            text = f"{row['accuracy']:.2f} / {row['refreshed']:.2f}" if row else "–"
-            cells.append(f"{row['removed']:.1%}: {text}" if row and share == "evidence" else text)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return section(title, said, ["order", "survivors", *(f"{s:.0%} removed" for s in shares)], rows) if shares else []
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--network", default="resnet20")
-    parser.add_argument("--train", type=int, default=2000)
-    parser.add_argument("--test", type=int, default=10_000)
-    parser.add_argument("--only", action="append", default=[])
-    parser.add_argument("--share", type=float, action="append", default=[])
-    args = parser.parse_args()
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    stem = f"{args.network}-{args.train}-{args.test}"
-    file = RESULTS / f"{stem}.json"
-    bench = Bench(args.data, args.network, args.train, args.test)
-    run(bench, file, args.only, args.share or list(SHARES))
-    command = f"python benchmarks/one_shot.py --network {args.network} --train {args.train} --test {args.test}"
-    header = f"# {args.network}, CIFAR-10, pruned once, not refitted\n\n`{command}`"
-    (RESULTS / f"{stem}.md").write_text(table(json.loads(file.read_text()), header))
-
+BENCH = Benchmark(
+    __file__, __doc__, run, pages, data=DATA, seed=SEEDS, network="resnet20",
+    train=Option(2000, "training images for the curvature"), test=Option(10_000, "test images, the first"),
+    share=Option(list(SHARES), "shares removed"), only=Option([], "methods by name"),
+    ablation=Option(False, "every order with every compensation"),
+)  # fmt: skip
+main = BENCH.main
 
 if __name__ == "__main__":
     main()

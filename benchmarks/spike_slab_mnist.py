@@ -10,21 +10,19 @@ A run is resumable: with --minutes it stops at the next epoch and goes on where 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from harness import DATA, SEEDS, Benchmark, Option, Record
 from ockham.choose.prices import FlatPrice, Structures
 from ockham.choose.rules import BudgetRule, Evidence, Rounds, Rule
 from ockham.choose.units import living
-from ockham.core.files import read_tree, write_tree
 from ockham.methods.laplace.posterior import Correlated
 from ockham.methods.spike_slab.optimizer import spike_slab
 from ockham.methods.spike_slab.priors import FixedSpikeSlab, LearnedSpikeSlab, MedianRule
@@ -32,8 +30,6 @@ from ockham.run.compression import Compression, Training
 from ockham.run.folder import stored_values
 from ockham.run.measure import mean_predictor, measures, posterior_predictor
 from ockham.zoo.data import Batches, load_folder
-
-RESULTS = Path(__file__).parent / "results" / "spike_slab"
 
 
 def network(hidden: list[int]) -> nn.Module:
@@ -71,7 +67,7 @@ class LivingBudget(Rule):
         return best
 
 
-def job_of(args: argparse.Namespace, x: torch.Tensor, y: torch.Tensor) -> Compression:
+def job_of(args: argparse.Namespace, seed: int, x: torch.Tensor, y: torch.Tensor) -> Compression:
     p0 = args.inclusion
     prior = LearnedSpikeSlab(slab_variance=args.slab) if not p0 else FixedSpikeSlab(p0, args.slab)
     training = Training(
@@ -80,10 +76,10 @@ def job_of(args: argparse.Namespace, x: torch.Tensor, y: torch.Tensor) -> Compre
         hold=args.hold,
         prior=prior,
         kl_warmup=args.warmup,
-        seed=args.seed,
+        seed=seed,
         temperature=args.temperature,
     )
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seed)
     return Compression(
         network(args.hidden),
         Batches(x, y, args.batch, shuffle=True),
@@ -97,77 +93,55 @@ def job_of(args: argparse.Namespace, x: torch.Tensor, y: torch.Tensor) -> Compre
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--validate", action="store_true")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--hidden", type=int, nargs="+", default=[400, 400])
-    parser.add_argument("--epochs", type=int, default=36)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=5e-3)
-    parser.add_argument("--hold", type=float, default=0.6)
-    parser.add_argument("--warmup", type=float, default=0.2)
-    parser.add_argument("--slab", type=float, default=0.3)
-    parser.add_argument("--inclusion", type=float, default=0.01, help="fixed prior inclusion; 0: learned")
-    parser.add_argument("--keep", type=int, default=899, help="weights that stay; 0: the median model")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--start", type=float, default=0.06)
-    parser.add_argument("--end", type=float, default=0.67)
-    parser.add_argument("--count", type=int, default=23)
-    parser.add_argument("--first", type=int, default=9600, help="weights that the first round leaves")
-    parser.add_argument("--correlated", type=int, default=5000, help="so many living weights are scored together")
-    parser.add_argument("--minutes", type=float, default=1e9)
-    parser.add_argument("--work", type=Path, default=Path("runs/spike_slab_mnist"), help="folder of checkpoints")
-    parser.add_argument("--tag", default="")
-    args = parser.parse_args()
+def measured(args: argparse.Namespace, seed: int, name: str) -> Record:
     began, cpu = time.monotonic(), time.process_time()
-    name = f"mnist{'.validate' if args.validate else ''}{args.tag}.{args.seed}"
-    if (RESULTS / f"{name}.json").exists():
-        return
     data = load_folder(args.data)
     cut = len(data.train_x) - 10_000 if args.validate else len(data.train_x)
-    job = job_of(args, data.train_x[:cut], data.train_y[:cut])
-    checkpoint, spent = args.work / f"{name}.safetensors", 0.0
-    if checkpoint.exists():
-        saved = read_tree(checkpoint, kind="benchmark")
+    job = job_of(args, seed, data.train_x[:cut], data.train_y[:cut])
+    saved, spent = BENCH.saved(name), 0.0
+    if saved:
         spent = saved["spent"]
-        job.load({**saved["state"], **json.loads(saved["plain"])})
+        job.load(saved["state"])
     for p in job:
         print(f"epoch {p.epoch} loss {p.loss:.4f} acc {p.accuracy:.4f} kept {p.kept_share * 478410:.0f}", flush=True)
         if time.monotonic() - began > 60 * args.minutes and p.epoch < args.epochs:
-            state = job.state()
-            plain = json.dumps({k: state.pop(k) for k in ("reducer", "epochs", "structures")})
-            tree = {"state": state, "plain": plain, "spent": spent + time.process_time() - cpu}
-            args.work.mkdir(parents=True, exist_ok=True)
-            write_tree(checkpoint, tree, kind="benchmark")
-            return
+            BENCH.save(name, state=job.state(), spent=spent + time.process_time() - cpu)
+            raise SystemExit(0)
     result = job.result()
     x, y = (data.train_x[cut:], data.train_y[cut:]) if args.validate else (data.test_x, data.test_y)
-    found = {
-        "mean_network": measures(mean_predictor(result.model, classify=True), x, y, noise_variance=None),
-        "posterior": measures(
-            posterior_predictor(result.model, result.posterior, classify=True, draws=50), x, y, noise_variance=None
-        ),
+    predictors = {
+        "mean_network": mean_predictor(result.model, classify=True),
+        "posterior": posterior_predictor(result.model, result.posterior, classify=True, draws=50),
     }
-    record = {
+    found = {k: measures(predict, x, y, noise_variance=None) for k, predict in predictors.items()}
+    return {
         "hidden": args.hidden,
-        "seed": args.seed,
+        "seed": seed,
         "weights": stored_values(result.model),
         "inputs": int(result.posterior["1.weight"].keep.any(0).sum()),
         "error": {k: 100 * (1 - v["accuracy"]) for k, v in found.items()},
         **found,
         "free_energy": [r.free_energy for r in result.rounds],
-        "settings": {k: str(v) for k, v in vars(args).items() if k not in ("data", "work", "minutes", "tag")},
         "cpu_seconds": spent + time.process_time() - cpu,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "torch": torch.__version__,
     }
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(name, record["weights"], record["inputs"], record["error"], flush=True)
-    checkpoint.unlink(missing_ok=True)
 
+
+def run(args: argparse.Namespace) -> None:
+    left_out = ("data", "minutes", "tag", "seed", "threads", "again", "results")
+    settings = {k: v for k, v in vars(args).items() if k not in left_out}
+    for seed in args.seed:
+        name = f"mnist{'.validate' if args.validate else ''}{args.tag}.{seed}"
+        BENCH.record(name, partial(measured, args, seed, name), seed=seed, **settings)
+
+
+BENCH = Benchmark(
+    __file__, __doc__, run, folder="spike_slab", data=DATA, seed=SEEDS, validate=False, hidden=[400, 400], epochs=36,
+    batch=256, lr=5e-3, hold=0.6, warmup=0.2, slab=0.3, inclusion=Option(0.01, "fixed prior inclusion, 0: learned"),
+    keep=Option(899, "weights that stay, 0: the median model"), temperature=1.0, start=0.06, end=0.67, count=23,
+    first=Option(9600, "weights that the first round leaves"), minutes=Option(1e9, "after which a run stops for now"),
+    correlated=Option(5000, "so many living weights are scored together"), tag=Option("", "in the name of the record"),
+)  # fmt: skip
+main = BENCH.main
 
 if __name__ == "__main__":
     main()

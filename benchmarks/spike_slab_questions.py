@@ -4,21 +4,19 @@
     python benchmarks/spike_slab_questions.py shift                            # digits under corruption
     python benchmarks/spike_slab_questions.py lstm transformer --data PATH     # PATH/text/tinyshakespeare/input.txt
     python benchmarks/spike_slab_questions.py depth --data PATH                # ResNet-110 on PATH/cifar10 at 8 x 8
-    python benchmarks/spike_slab_questions.py --figures                        # draw again from the records
+    python benchmarks/spike_slab_questions.py                                 # draw again from the records
 
-A record that is there is not made again. Sizes are stated in every record; none of them is a full-scale study.
+Sizes are stated in every record; none of them is a full-scale study.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -28,6 +26,7 @@ from matplotlib import pyplot as plt
 from torch import Tensor, nn
 
 import ockham
+from harness import DATA, Benchmark, Option, step
 from ockham.choose.rules import BudgetRule, Rounds, score
 from ockham.choose.units import chain_weights, node_inclusion
 from ockham.errors import OckhamWarning
@@ -42,8 +41,7 @@ from ockham.zoo.data import Batches, Dataset, digits, load_folder
 from ockham.zoo.networks import digits_mlp, resnet110
 from ockham.zoo.paper import CharTransformer
 
-HERE = Path(__file__).parent
-RESULTS, IMAGES = HERE / "results" / "spike_slab_questions", HERE.parent / "docs" / "images"
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 RATES, SLABS = (1e-4, 1e-3, 1e-2, 0.1, 0.5), (0.01, 0.1, 1.0, 10.0)
 REFERENCE = (0.1, 1.0)
@@ -199,9 +197,7 @@ def adam_digits(epochs: int) -> nn.Module:
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
         for _ in range(epochs):
             for x, y in Batches(data.train_x, data.train_y, 64, shuffle=True):
-                optimizer.zero_grad()
-                nn.functional.cross_entropy(model(x), y).backward()
-                optimizer.step()
+                step(model, optimizer, x, y)
     return model.eval()
 
 
@@ -285,32 +281,27 @@ def text(args: argparse.Namespace, build: Callable[[int], nn.Module], rate: floa
         for s, k in zip((0.4, 0.5, 0.6, 0.7, 0.8, 0.9), (1, 0.5, 0.25, 0.12, 0.06, 0.03), strict=True)
     }
     rows = []
-    for step, (x, y) in enumerate(windows(train, args.steps + 1, generator)):
-        if step in budgets or step == args.steps:
-            rows.append({"step": step, "weights": options.posterior().kept(), "bits": bits(model, valid)})
+    for i, (x, y) in enumerate(windows(train, args.steps + 1, generator)):
+        if i in budgets or i == args.steps:
+            rows.append({"step": i, "weights": options.posterior().kept(), "bits": bits(model, valid)})
             print(rows[-1], flush=True)
-        if step in budgets:
+        if i in budgets:
             posterior = options.posterior()
             median = MedianRule().decide(score(posterior))
             alive = sum(int(k.sum()) for k in median.values())
-            keep = budgets[step]
+            keep = budgets[i]
             rule = MedianRule() if alive < keep * posterior.size() else BudgetRule(keep)
             options.remove(rule.decide(score(posterior)))
             rows[-1] |= {"median_model": alive, "budget": keep}
         for group in options.param_groups:
-            group["lr"] = rate * min(1.0, 2 * (1 - step / args.steps) + 0.05)
-        options.zero_grad()
-        with options.sampled():
-            nn.functional.cross_entropy(model(x), y).backward()
-        options.step()
+            group["lr"] = rate * min(1.0, 2 * (1 - i / args.steps) + 0.05)
+        step(model, options, x, y)
     layers = {n: [int(g.keep.sum()), g.keep.numel()] for n, g in options.posterior().items()}
     torch.manual_seed(0)
     plain = build(len(symbols))
     optimizer = torch.optim.Adam(plain.parameters(), lr=rate)
     for x, y in windows(train, args.steps, torch.Generator().manual_seed(0)):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(plain(x), y).backward()
-        optimizer.step()
+        step(plain, optimizer, x, y)
     dense = {"weights": sum(p.numel() for p in plain.parameters()), "bits": bits(plain, valid)}
     print("adam", dense, flush=True)
     return {"steps": args.steps, "batch": "32 windows of 64", "rows": rows, "layers": layers, "adam": dense}
@@ -368,9 +359,7 @@ def depth(args: argparse.Namespace) -> dict:
     generator = torch.Generator().manual_seed(1)
     for _ in range(args.steps):
         at = torch.randint(len(x), (64,), generator=generator)
-        adam.zero_grad()
-        nn.functional.cross_entropy(model(x[at]), y[at]).backward()
-        adam.step()
+        step(model, adam, x[at], y[at])
     dense = _accuracy(model, x, test_x, test_y)
     print(f"Adam {dense:.4f}", flush=True)
     options = SpikeSlab(
@@ -380,16 +369,11 @@ def depth(args: argparse.Namespace) -> dict:
     )  # fmt: skip
     options.propagate(model)
     generator, losses = torch.Generator().manual_seed(0), []
-    for step in range(args.steps):
+    for i in range(args.steps):
         at = torch.randint(len(x), (64,), generator=generator)
-        options.zero_grad()
-        with options.sampled():
-            loss = nn.functional.cross_entropy(model(x[at]), y[at])
-            loss.backward()
-        options.step()
-        losses.append(float(loss.detach()))
-        if step % 20 == 0:
-            print(step, losses[-1], flush=True)
+        losses.append(float(step(model, options, x[at], y[at])))
+        if i % 20 == 0:
+            print(i, losses[-1], flush=True)
     posterior = options.posterior()
     before = _accuracy(model, x, test_x, test_y)
     rows = [
@@ -462,7 +446,7 @@ def figures() -> None:
     mpl.rcParams.update(
         {"svg.hashsalt": "ockham", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
     )
-    found = {p.stem: json.loads(p.read_text()) for p in sorted(RESULTS.glob("*.json"))}
+    found = BENCH.records()
     drawn = {"prior": draw_prior, "shift": draw_shift, "depth": draw_depth}
     made = {name: draw(found[name]) for name, draw in drawn.items() if name in found}
     spoken = {name: found[name] for name in ("lstm", "transformer") if name in found}
@@ -474,27 +458,18 @@ def figures() -> None:
         plt.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help=", ".join(QUESTIONS))
-    parser.add_argument("--data", type=Path, default=Path("."))
-    parser.add_argument("--epochs", type=int, default=40)
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--temperature", type=float, default=0.05, help="of the depth question")
-    parser.add_argument("--figures", action="store_true")
-    args = parser.parse_args()
-    RESULTS.mkdir(parents=True, exist_ok=True)
+def run(args: argparse.Namespace) -> None:
+    sizes = {"prior": ["epochs"], "shift": ["epochs"], "depth": ["steps", "temperature"]}
     for what in args.what:
-        if (RESULTS / f"{what}.json").exists():
-            continue
-        began = time.process_time()
-        record = QUESTIONS[what](args)
-        record |= {"cpu_seconds": round(time.process_time() - began, 1), "torch": torch.__version__}
-        record["date"] = datetime.now(UTC).isoformat(timespec="seconds")
-        record["command"] = f"python benchmarks/spike_slab_questions.py {what}"
-        (RESULTS / f"{what}.json").write_text(json.dumps(record, indent=1) + "\n")
+        BENCH.record(what, partial(QUESTIONS[what], args), **{k: vars(args)[k] for k in sizes.get(what, ["steps"])})
     figures()
 
+
+BENCH = Benchmark(
+    __file__, __doc__, run, data=DATA, what=Option([], "questions", choices=QUESTIONS, word=True),
+    epochs=40, steps=600, temperature=Option(0.05, "of the depth question"),
+)  # fmt: skip
+main = BENCH.main
 
 if __name__ == "__main__":
     main()

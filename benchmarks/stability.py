@@ -9,35 +9,32 @@ random sets of the same sizes would share; and the same for input pixels with at
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import warnings
-from datetime import UTC, datetime
+from dataclasses import replace
+from functools import partial
 from itertools import combinations
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import ockham
+from harness import Benchmark, Option, Record, section
+from ockham.run.compression import defaults_for
 from ockham.run.measure import jaccard
 from ockham.zoo.data import digits
 from ockham.zoo.networks import digits_mlp
 
-RESULTS = Path(__file__).parent / "results"
 Keep = dict[str, Tensor]
 
 
 def kept(start: int, seed: int) -> Keep:
     data = digits()
-    training, rounds, batch = ockham.defaults_for(len(data.train_x))
+    training, rounds, batch = defaults_for(len(data.train_x))
     torch.manual_seed(start)
     model = digits_mlp()
     order = torch.Generator().manual_seed(seed)
     loader = DataLoader(TensorDataset(data.train_x, data.train_y), batch, shuffle=True, drop_last=True, generator=order)
-    training = type(training)(**{f: getattr(training, f) for f in training.__slots__} | {"seed": seed})
-    result = ockham.compress(model, loader, training=training, rounds=rounds)
+    result = ockham.compress(model, loader, training=replace(training, seed=seed), rounds=rounds)
     return {name: g.keep for name, g in result.posterior.items()}
 
 
@@ -61,37 +58,36 @@ def overlap(runs: list[Keep]) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
-    seeds = range(parser.parse_args().seeds)
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore", ockham.OckhamWarning)
+def measured(seeds: range) -> Record:
     arms = {"one start": [kept(0, s) for s in seeds], "a start per seed": [kept(s, s) for s in seeds]}
-    found = {
-        f"{n}, {w}": overlap(r) for n, a in arms.items() for w, r in (("weights", a), ("inputs", [*map(pixels, a)]))
+    return {
+        "overlap": {
+            f"{n}, {w}": overlap(r) for n, a in arms.items() for w, r in (("weights", a), ("inputs", [*map(pixels, a)]))
+        }
     }
-    record = {
-        "command": f"python benchmarks/stability.py --seeds {len(seeds)}",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{platform.machine()}, 1 thread",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "overlap": found,
-    }
-    (RESULTS / "stability.json").write_text(json.dumps(record, indent=1) + "\n")
-    lines = [
-        "# Stability of the kept set over seeds",
-        "",
-        f"{record['date'][:10]}, `{record['command']}`, {record['machine']}, torch {torch.__version__}. Digits, the",
-        "command's defaults; mean Jaccard overlap over all pairs of runs, beside random sets of the same sizes.",
-        "",
-        "| runs, what | overlap | by chance | kept |",
-        "| --- | --- | --- | --- |",
-        *(f"| {n} | {f['jaccard']:.3f} | {f['by_chance']:.3f} | {f['kept_share']:.1%} |" for n, f in found.items()),
-    ]
-    (RESULTS / "stability.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
 
+
+def run(args: argparse.Namespace) -> None:
+    BENCH.record("stability", partial(measured, range(args.seeds)), seeds=args.seeds)
+
+
+def pages() -> dict[str, list[str]]:
+    found = BENCH.records("stability")
+    if not found:
+        return {}
+    record, title = found["stability"], "# Stability of the kept set over seeds"
+    made = f"`{record['command']}`, {record['machine']}, torch {record['versions']['torch']}"
+    said = f"""{record["date"][:10]}, {made}. Digits, the
+command's defaults; mean Jaccard overlap over all pairs of runs, beside random sets of the same sizes."""
+    rows = [
+        [n, f"{f['jaccard']:.3f}", f"{f['by_chance']:.3f}", f"{f['kept_share']:.1%}"]
+        for n, f in record["overlap"].items()
+    ]
+    return {"stability.md": section(title, said, "runs, what | overlap | by chance | kept", rows)}
+
+
+BENCH = Benchmark(__file__, __doc__, run, pages, folder="", seeds=Option(5, "runs of every kind"))
+main = BENCH.main
 
 if __name__ == "__main__":
     main()

@@ -12,70 +12,52 @@ a wide network at batch 1 (activations are negligible there), in floats per weig
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 import ockham
+from harness import Benchmark, Option, Record, interleaved, section, step
 from ockham.zoo.networks import NETWORKS
 
-RESULTS = Path(__file__).parent / "results"
 SHAPES = {"lenet_300_100": (1, 28, 28), "lenet5_caffe": (1, 28, 28), "resnet20": (3, 32, 32)}
 STEPS = {"lenet_300_100": 20, "lenet5_caffe": 4, "resnet20": 1}
 N_DATA = 60_000
 
-Step = Callable[[], None]
+Step = Callable[[], object]
+Build = Callable[[nn.Module, torch.Tensor, torch.Tensor], Step]
 
 
-def adam(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
-    optimizer = torch.optim.Adam(net.parameters(), fused=True)
-    return _loop(net, optimizer, nullcontext, x, y)
+def built(make: Callable[[nn.Module], torch.optim.Optimizer]) -> Build:
+    """Steps of a network under an optimizer."""
+    return lambda net, x, y: partial(step, net, make(net), x, y)
 
 
-def mean_field(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
-    optimizer = ockham.MeanField(net.named_parameters(), n_data=N_DATA)
-    return _loop(net, optimizer, optimizer.sampled, x, y)
-
-
-def mean_field_pruned(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
-    optimizer = ockham.MeanField(net.named_parameters(), n_data=N_DATA)
-    generator = torch.Generator().manual_seed(0)
+def pruned(net: nn.Module) -> torch.optim.Optimizer:
+    optimizer, generator = ockham.MeanField(net.named_parameters(), n_data=N_DATA), torch.Generator().manual_seed(0)
     optimizer.remove({n: torch.rand(p.shape, generator=generator) < 0.02 for n, p in net.named_parameters()})
-    return _loop(net, optimizer, optimizer.sampled, x, y)
+    return optimizer
 
 
-def spike_slab(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
-    optimizer = ockham.SpikeSlab(net.named_parameters(), n_data=N_DATA)
-    return _loop(net, optimizer, optimizer.sampled, x, y)
-
-
-def spike_slab_propagated(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
+def propagated(net: nn.Module) -> torch.optim.Optimizer:
     optimizer = ockham.SpikeSlab(net.named_parameters(), n_data=N_DATA)
     optimizer.propagate(net)
-    return _loop(net, optimizer, optimizer.sampled, x, y)
+    return optimizer
 
 
-def ivon_ours(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
-    optimizer = ockham.IVON(net.named_parameters(), n_data=N_DATA)
-    return _loop(net, optimizer, optimizer.sampled, x, y)
-
-
-def ivon(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
+def ivon(net: nn.Module) -> torch.optim.Optimizer:
     import ivon as package
 
     optimizer = package.IVON(net.parameters(), lr=0.1, ess=N_DATA)
-    return _loop(net, optimizer, lambda: optimizer.sampled_params(train=True), x, y)
+    optimizer.sampled = partial(optimizer.sampled_params, train=True)
+    return optimizer
 
 
 def bayesian_torch(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
@@ -85,40 +67,29 @@ def bayesian_torch(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Step:
     dnn_to_bnn(net, {**prior, "type": "Reparameterization", "moped_enable": False})
     optimizer = torch.optim.Adam(net.parameters(), fused=True)
 
-    def step() -> None:
+    def with_kl() -> None:
         optimizer.zero_grad()
         (nn.functional.cross_entropy(net(x), y) + (get_kl_loss(net) or 0.0) / N_DATA).backward()
         optimizer.step()
 
-    return step
+    return with_kl
 
 
-METHODS: dict[str, Callable[[nn.Module, torch.Tensor, torch.Tensor], Step]] = {
-    "Adam (fused)": adam,
-    "ockham.MeanField": mean_field,
-    "ockham.MeanField, 98 % removed": mean_field_pruned,
-    "ockham.IVON": ivon_ours,
-    "ivon-opt": ivon,
+SHARED: dict[str, Build] = {
+    "Adam (fused)": built(lambda net: torch.optim.Adam(net.parameters(), fused=True)),
+    "ockham.MeanField": built(lambda net: ockham.MeanField(net.named_parameters(), n_data=N_DATA)),
+}
+METHODS = SHARED | {
+    "ockham.MeanField, 98 % removed": built(pruned),
+    "ockham.IVON": built(lambda net: ockham.IVON(net.named_parameters(), n_data=N_DATA)),
+    "ivon-opt": built(ivon),
     "bayesian-torch": bayesian_torch,
 }
-
-SLAB: dict[str, Callable[[nn.Module, torch.Tensor, torch.Tensor], Step]] = {
-    "Adam (fused)": adam,
-    "ockham.MeanField": mean_field,
-    "ockham.SpikeSlab, noise in weights": spike_slab,
-    "ockham.SpikeSlab, propagated": spike_slab_propagated,
+SLAB = SHARED | {
+    "ockham.SpikeSlab, noise in weights": built(lambda net: ockham.SpikeSlab(net.named_parameters(), n_data=N_DATA)),
+    "ockham.SpikeSlab, propagated": built(propagated),
 }
 ARMS = {"all": METHODS, "slab": SLAB}
-
-
-def _loop(net: nn.Module, optimizer: torch.optim.Optimizer, block: Callable, x: torch.Tensor, y: torch.Tensor) -> Step:
-    def step() -> None:
-        optimizer.zero_grad()
-        with block():
-            nn.functional.cross_entropy(net(x), y).backward()
-        optimizer.step()
-
-    return step
 
 
 def ratios(network: str, rounds: int, methods: dict[str, Callable]) -> dict[str, dict[str, float]]:
@@ -131,15 +102,9 @@ def ratios(network: str, rounds: int, methods: dict[str, Callable]) -> dict[str,
             arms[name]()
         except ImportError:
             print(f"{name}: not installed, left out", file=sys.stderr)
-    times: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(rounds):
-        for name, step in arms.items():
-            began = time.perf_counter()
-            for _ in range(STEPS[network]):
-                step()
-            times[name].append((time.perf_counter() - began) / STEPS[network])
-    base = statistics.median(times["Adam (fused)"])
-    return {n: {"ms": 1e3 * statistics.median(t), "ratio": statistics.median(t) / base} for n, t in times.items()}
+    repeated = [lambda s=s: [s() for _ in range(STEPS[network])] for s in arms.values()]
+    medians = [statistics.median(wall) / STEPS[network] for wall, _ in interleaved(repeated, rounds)]
+    return {n: {"ms": t, "ratio": t / medians[0]} for n, t in zip(arms, medians, strict=True)}
 
 
 def memory(name: str) -> float:
@@ -160,9 +125,9 @@ def _memory_here(name: str) -> float:
     before = _peak()
     net = nn.Sequential(*(nn.Linear(2000, 2000) for _ in range(6)))
     weights = sum(p.numel() for p in net.parameters())
-    step = build(net, torch.randn(1, 2000), torch.zeros(1, dtype=torch.long))
+    one = build(net, torch.randn(1, 2000), torch.zeros(1, dtype=torch.long))
     for _ in range(5):
-        step()
+        one()
     return (_peak() - before) * 1024 / 4 / weights
 
 
@@ -172,48 +137,41 @@ def _peak() -> int:
     return int(status.split("VmHWM:")[1].split()[0])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--arms", choices=list(ARMS), default="all")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+def measured(arms: str, rounds: int) -> Record:
+    found = {network: ratios(network, rounds, ARMS[arms]) for network in SHAPES}
+    return {"steps": found, "floats_per_weight": {name: memory(name) for name in found["lenet_300_100"]}}
+
+
+def run(args: argparse.Namespace) -> None:
     if args.memory_of:
         print(_memory_here(args.memory_of))
-        return
-    found = {network: ratios(network, args.rounds, ARMS[args.arms]) for network in SHAPES}
-    floats = {name: memory(name) for name in found["lenet_300_100"]}
-    record = {
-        "command": f"python benchmarks/step_cost.py --rounds {args.rounds} --arms {args.arms}",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "steps": found,
-        "floats_per_weight": floats,
-    }
-    RESULTS.mkdir(exist_ok=True)
+        raise SystemExit(0)
     name = "step_cost" if args.arms == "all" else f"step_cost_{args.arms}"
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    (RESULTS / f"{name}.md").write_text(_table(record))
-    print(_table(record))
+    BENCH.record(name, partial(measured, args.arms, args.rounds), arms=args.arms, rounds=args.rounds)
 
 
-def _table(record: dict) -> str:
-    lines = [
-        "# Cost of a training step",
-        "",
-        f"{record['date'][:10]}, `{record['command']}`, {record['machine']},",
-        f"torch {record['versions']['torch']}. Batch 128; "
-        "ratio of medians over interleaved rounds to fused Adam; peak memory in floats per weight.",
-        "",
-        "| method | " + " | ".join(f"{n}: ms (ratio)" for n in record["steps"]) + " | floats per weight |",
-        "| --- |" + " --- |" * (len(record["steps"]) + 1),
+def pages() -> dict[str, list[str]]:
+    return {f"{name}.md": page(record) for name, record in BENCH.records("step_cost*").items()}
+
+
+def page(record: Record) -> list[str]:
+    steps = record["steps"]
+    said = f"""{record["date"][:10]}, `{record["command"]}`, {record["machine"]},
+torch {record["versions"]["torch"]}. Batch 128; ratio of medians over interleaved rounds to fused Adam; peak memory in \
+floats per weight."""
+    rows = [
+        [name, *(f"{s[name]['ms']:.2f} ({s[name]['ratio']:.2f})" for s in steps.values()), f"{floats:.1f}"]
+        for name, floats in record["floats_per_weight"].items()
     ]
-    for name, floats in record["floats_per_weight"].items():
-        cells = [f"{s[name]['ms']:.2f} ({s[name]['ratio']:.2f})" for s in record["steps"].values()]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {floats:.1f} |")
-    return "\n".join(lines) + "\n"
+    head = ["method", *(f"{n}: ms (ratio)" for n in steps), "floats per weight"]
+    return section("# Cost of a training step", said, head, rows)
 
+
+BENCH = Benchmark(
+    __file__, __doc__, run, pages, folder="", threads=0, rounds=Option(30, "of all arms in turn"),
+    arms=Option("all", choices=list(ARMS)), memory_of=Option("", "only the memory of one arm, in this process"),
+)  # fmt: skip
+main = BENCH.main
 
 if __name__ == "__main__":
     main()

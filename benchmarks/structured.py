@@ -18,23 +18,22 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import subprocess
+import functools
+import itertools
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import ockham
-from cifar import accuracy, given, parts
+from cifar import Part, accuracy, given, parts
+from harness import DATA, SEEDS, Benchmark, Option, Record, section, step
 from ockham.surgery.shrinking import cost, latencies
 from ockham.zoo.data import Batches
 from ockham.zoo.networks import NETWORKS
 
-RESULTS = Path(__file__).parent / "results" / "structured"
 SHARES = (0.7, 0.5, 0.35)
 CURVATURE_IMAGES = 2000
 
@@ -58,14 +57,12 @@ def fine_tuned(model: nn.Module, data: tuple[Tensor, Tensor], epochs: float, see
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     order, model = torch.randperm(len(x), generator=generator), model.train()
-    for step in range(steps):
-        at = (step * 128) % (len(x) - 127)
-        if at < 128 and step:
+    for i in range(steps):
+        at = (i * 128) % (len(x) - 127)
+        if at < 128 and i:
             order = torch.randperm(len(x), generator=generator)
         picked = order[at : at + 128]
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(augmented(x[picked], generator)), y[picked]).backward()
-        optimizer.step()
+        step(model, optimizer, augmented(x[picked], generator), y[picked])
         schedule.step()
     return model.eval()
 
@@ -122,74 +119,68 @@ METHODS: dict[str, Callable[..., list[nn.Module]]] = {
 }
 
 
-def run(network: str, method: str, data: Path, epochs: float, seed: int) -> None:
-    paths = {s: RESULTS / f"{network}.{method}.{s:g}.{seed}.json" for s in SHARES}
-    if all(p.exists() for p in paths.values()):
-        return
-    (train, test), dense = parts(data), given(data, network)
+@functools.cache
+def start(network: str, data: Path) -> tuple[tuple[Part, Part], nn.Module]:
+    """Images and the given network."""
+    return parts(data), given(data, network)
+
+
+@functools.cache
+def smaller(network: str, method: str, data: Path) -> tuple[dict[float, nn.Module], float]:
+    """The networks of all shares, and the processor seconds of their choice."""
+    (train, _), dense = start(network, data)
     began = time.process_time()
-    smaller = METHODS[method](dense, train, SHARES)
-    chosen = time.process_time() - began
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    for share, small in zip(SHARES, smaller, strict=False):
-        if paths[share].exists():
-            continue
-        one, macs = test[0][:1], cost(dense, test[0][:1]).macs
-        after = cost(small, one)
-        record = {
-            "network": network, "method": method, "asked": share, "seed": seed, "epochs": epochs,
-            "macs": after.macs / macs, "parameters": after.parameters, "dense": accuracy(dense, test),
-            "at_once": accuracy(small, test),
-        }  # fmt: skip
-        fresh = copy.deepcopy(small)
-        ockham.refresh_batchnorm(fresh, Batches(*(t[:CURVATURE_IMAGES] for t in train), batch_size=250, shuffle=False))
-        record["refreshed"] = accuracy(fresh, test)
-        start = time.process_time()
-        record["fine_tuned"] = accuracy(fine_tuned(small, train, epochs, seed), test)
-        d, s = latencies([dense, small], one, batch=64, repeats=20, warmup=3)
-        record |= {"latency": s / d, "choice_seconds": chosen, "tuning_seconds": time.process_time() - start}
-        record |= {"date": f"{datetime.now(UTC):%Y-%m-%d}", "torch": torch.__version__, "commit": git.stdout.strip()}
-        paths[share].write_text(json.dumps(record, indent=1) + "\n")
-        print(record, flush=True)
+    found = METHODS[method](dense, train, SHARES)
+    return dict(zip(SHARES, found, strict=False)), time.process_time() - began
 
 
-def table() -> str:
-    lines = [
-        "# A trained ResNet made narrower, short fine-tuning",
-        "",
-        "`python benchmarks/structured.py`; CIFAR-10, given weights; one thread; what the columns mean is said there.",
-        "",
-        "| network | method | seed | MACs asked | MACs left | parameters | dense % | at once | BatchNorm anew "
-        "| epochs | fine-tuned % | latency / dense, batch 64 |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+def measured(network: str, method: str, share: float, seed: int, data: Path, epochs: float) -> Record:
+    (train, test), dense = start(network, data)
+    found, chosen = smaller(network, method, data)
+    small, one = copy.deepcopy(found[share]), test[0][:1]
+    fresh, after = copy.deepcopy(small), cost(small, one)
+    ockham.refresh_batchnorm(fresh, Batches(*(t[:CURVATURE_IMAGES] for t in train), batch_size=250, shuffle=False))
+    record = {
+        "network": network, "method": method, "asked": share, "seed": seed, "epochs": epochs,
+        "macs": after.macs / cost(dense, one).macs, "parameters": after.parameters, "dense": accuracy(dense, test),
+        "at_once": accuracy(small, test), "refreshed": accuracy(fresh, test), "choice_seconds": chosen,
+    }  # fmt: skip
+    began = time.process_time()
+    tuned = fine_tuned(small, train, epochs, seed)
+    record |= {"tuning_seconds": time.process_time() - began, "fine_tuned": accuracy(tuned, test)}
+    d, s = latencies([dense, tuned], one, batch=64, repeats=20, warmup=3)
+    return record | {"latency": s / d}
+
+
+def run(args: argparse.Namespace) -> None:
+    for seed, method, share in itertools.product(args.seed, args.method, SHARES):
+        make = functools.partial(measured, args.network, method, share, seed, args.data, args.epochs)
+        BENCH.record(f"{args.network}.{method}.{share:g}.{seed}", make, asked=share, seed=seed, epochs=args.epochs)
+
+
+def pages() -> dict[str, list[str]]:
+    said = (
+        "`python benchmarks/structured.py`; CIFAR-10, given weights; one thread; what the columns mean is said there."
+    )
+    head = (
+        "network | method | seed | MACs asked | MACs left | parameters | dense % | at once | BatchNorm anew | epochs | "
+        "fine-tuned % | latency / dense, batch 64"
+    )
+    rows = [
+        f"{r['network']} | {r['method']} | {r['seed']} | {r['asked']:.0%} | {r['macs']:.1%} | "
+        f"{r['parameters']:,} | {r['dense']:.2f} | {r['at_once']:.2f} | {r['refreshed']:.2f} | {r['epochs']:g} | "
+        f"{r['fine_tuned']:.2f} | {r['latency']:.2f}"
+        for r in sorted(BENCH.records().values(), key=lambda r: (r["network"], -r["asked"], r["method"], r["seed"]))
     ]
-    records = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("*.json"))]
-    for r in sorted(records, key=lambda r: (r["network"], -r["asked"], r["method"], r["seed"])):
-        lines.append(
-            f"| {r['network']} | {r['method']} | {r['seed']} | {r['asked']:.0%} | {r['macs']:.1%} | "
-            f"{r['parameters']:,} | {r['dense']:.2f} | {r['at_once']:.2f} | {r['refreshed']:.2f} | {r['epochs']:g} | "
-            f"{r['fine_tuned']:.2f} | {r['latency']:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
+    return {"structured.md": section("# A trained ResNet made narrower, short fine-tuning", said, head, rows)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--network", default="resnet56", choices=[n for n in NETWORKS if n.startswith("resnet")])
-    parser.add_argument("--method", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--epochs", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--table", action="store_true")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if not args.table:
-        for method in args.method:
-            run(args.network, method, args.data, args.epochs, args.seed)
-    (RESULTS.parent / "structured.md").write_text(table())
-
+BENCH = Benchmark(
+    __file__, __doc__, run, pages, data=DATA, seed=SEEDS,
+    network=Option("resnet56", choices=[n for n in NETWORKS if n.startswith("resnet")]),
+    method=Option(list(METHODS), choices=METHODS), epochs=Option(1.0, "of fine-tuning"),
+)  # fmt: skip
+main = BENCH.main
 
 if __name__ == "__main__":
     main()

@@ -1,11 +1,10 @@
 """Structures by evidence: prices compared, LeNets against the bars, continuous shrinking, latency, tracing.
 
-    python benchmarks/structures.py --data PATH prices|lenet5|lenet300|shrinking|latency|tracing|all [--seed 0 1 2]
+    python benchmarks/structures.py --data PATH prices lenet5 lenet300 shrinking latency tracing [--seed 0 1 2]
     python benchmarks/structures.py --table
 
-Every run is one JSON in benchmarks/results/structures/ and is skipped when it is there. A run of hours writes a
-checkpoint after each epoch beside it and goes on from there. Settings were chosen on the last 10,000 training images
-(`prices`); the test set is read once, at the end of `lenet5`, `lenet300` and `shrinking`.
+An interrupted run goes on at its last epoch. Settings were chosen on the last 10,000 training images (`prices`); the
+test set is read once, at the end of `lenet5`, `lenet300` and `shrinking`.
 """
 
 from __future__ import annotations
@@ -16,24 +15,23 @@ import resource
 import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Callable
-from datetime import UTC, datetime
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import ockham
+from harness import DATA, SEEDS, Benchmark, Option, Record, markdown, step
 from ockham.choose.units import all_masks
-from ockham.core.files import read_tree, write_tree
-from ockham.run.job import structures_name
+from ockham.run.compression import structures_name
 from ockham.surgery.exporting import sparse_linear
 from ockham.surgery.shrinking import cost, latencies
 from ockham.zoo.data import Batches, load_folder
 from ockham.zoo.networks import NETWORKS
 
-RESULTS = Path(__file__).parent / "results" / "structures"
 FIXED, SCALE, HORSESHOE = ockham.FixedPrior(0.3), ockham.GroupScale(0.3), ockham.GroupHorseshoe(0.5)
 AUTO = ockham.Structures()
 MAC = ockham.Structures(price=ockham.PerMac(1e-3))
@@ -61,22 +59,17 @@ def split(folder: Path, held_out: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def train(
-    network: str,
-    data: tuple[Tensor, Tensor, Tensor, Tensor],
-    *,
-    training: ockham.Training,
-    structures: ockham.Structures | None,
-    checkpoint: Path,
-) -> dict:
+    key: str, network: str, data: Path, held_out: int, training: ockham.Training, structures: ockham.Structures | None
+) -> Record:
     """One run, its measures on the judging part, and what the network costs; resumed where it was interrupted."""
-    x, y, other_x, other_y = data
+    x, y, other_x, other_y = split(data / "mnist", held_out)
     torch.manual_seed(training.seed)
     dense = NETWORKS[network]()
     job = ockham.Compression(dense, Batches(x, y, 128, shuffle=True), training=training, structures=structures)
     seconds: list[float] = []
     widths: list[dict[str, int]] = []
-    if checkpoint.exists():
-        saved = read_tree(checkpoint, kind="checkpoint")
+    saved = BENCH.saved(key)
+    if saved:
         job.load(saved["job"])
         seconds, widths = list(saved["seconds"]), list(saved["widths"])
     start = time.perf_counter()
@@ -84,13 +77,9 @@ def train(
         seconds.append(time.perf_counter() - start)
         widths.append(dict(progress.structures.widths) if progress.structures else {})
         print(f"  {progress.epoch}: {progress.loss:.4f} kept {progress.kept_share:.4f} {widths[-1]}", file=sys.stderr)
-        tree = {"job": job.state(), "seconds": seconds, "widths": widths}
-        write_tree(checkpoint, tree, kind="checkpoint", durable=False)
+        BENCH.save(key, job=job.state(), seconds=seconds, widths=widths)
         start = time.perf_counter()
-    result = job.result()
-    record = judged(result, dense, other_x, other_y) | {"epoch_seconds": seconds, "widths": widths}
-    checkpoint.unlink(missing_ok=True)
-    return record
+    return judged(job.result(), dense, other_x, other_y) | {"epoch_seconds": seconds, "widths": widths}
 
 
 def judged(result: ockham.Compressed, dense: nn.Module, x: Tensor, y: Tensor) -> dict:
@@ -118,42 +107,24 @@ def judged(result: ockham.Compressed, dense: nn.Module, x: Tensor, y: Tensor) ->
     return record
 
 
+def recorded(name: str, make: Callable[[], Record], settings: str) -> None:
+    BENCH.record(name, lambda: {"run": name, "settings": settings, "threads": torch.get_num_threads()} | make(),
+                 settings=settings)  # fmt: skip
+
+
 def shown(training: ockham.Training, structures: ockham.Structures | None) -> str:
     """Settings of a run as text."""
     return f"{training}, {structures_name(structures)}"
 
 
-def saved(name: str, make: Callable[[], dict], settings: str) -> dict:
-    """The record of a run, made where it is not there."""
-    path = RESULTS / f"{name.replace(',', '').replace(' ', '-')}.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    print(name, file=sys.stderr, flush=True)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    record = {"run": name, "settings": settings, "date": f"{datetime.now(UTC):%Y-%m-%d}"} | make()
-    record |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "commit": commit.stdout.strip()}
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    return record
-
-
-def prices(data: Path, seeds: list[int], epochs: int) -> None:
+def prices(args: argparse.Namespace) -> None:
     """Priors and prices on LeNet-5-Caffe, judged on validation images."""
     for label, (prior, structures) in PRICES.items():
-        for seed in seeds:
-            training = ockham.Training(epochs=epochs, prior=prior, seed=seed)
+        for seed in args.seed:
+            training = ockham.Training(epochs=args.epochs, prior=prior, seed=seed)
             name = f"prices.{label}.{seed}"
-            saved(
-                name,
-                lambda t=training, s=structures, n=name: train(
-                    "lenet5_caffe",
-                    split(data / "mnist", 10_000),
-                    training=t,
-                    structures=s,
-                    checkpoint=RESULTS / f".{n}",
-                ),
-                shown(training, structures),
-            )
+            make = partial(train, name, "lenet5_caffe", args.data, 10_000, training, structures)
+            recorded(name, make, shown(training, structures))
 
 
 FINAL = {
@@ -162,32 +133,23 @@ FINAL = {
 }
 
 
-def final(which: str, data: Path, seeds: list[int]) -> None:
+def final(which: str, args: argparse.Namespace) -> None:
     """The chosen settings on the test set."""
     network, training, structures = FINAL[which]
-    for seed in seeds:
-        own = ockham.Training(**{f: getattr(training, f) for f in training.__slots__} | {"seed": seed})
-        name = f"{which}.{seed}"
-        saved(
-            name,
-            lambda t=own, n=name: train(
-                network, split(data / "mnist", 0), training=t, structures=structures, checkpoint=RESULTS / f".{n}"
-            ),
-            shown(own, structures),
-        )
+    for seed in args.seed:
+        own, name = replace(training, seed=seed), f"{which}.{seed}"
+        recorded(name, partial(train, name, network, args.data, 0, own, structures), shown(own, structures))
 
 
-def shrinking(data: Path, seeds: list[int]) -> None:
+def shrinking(args: argparse.Namespace) -> None:
     """Continuous shrinking against masks only: two jobs, epoch by epoch in turn, so that both meet the same machine."""
-    for seed in seeds:
-        training = ockham.Training(epochs=30, prior=SCALE, seed=seed)
-        structures = FINAL["lenet5"][2]
-        saved(
-            f"shrinking.{seed}", lambda t=training, s=structures: _interleaved(data, t, s), shown(training, structures)
-        )
+    structures = FINAL["lenet5"][2]
+    for seed in args.seed:
+        training, name = ockham.Training(epochs=30, prior=SCALE, seed=seed), f"shrinking.{seed}"
+        recorded(name, partial(_interleaved, name, args.data, training, structures), shown(training, structures))
 
 
-def _interleaved(data: Path, training: ockham.Training, structures: ockham.Structures) -> dict:
+def _interleaved(key: str, data: Path, training: ockham.Training, structures: ockham.Structures) -> Record:
     x, y, test_x, test_y = split(data / "mnist", 0)
     torch.manual_seed(training.seed)
     dense = NETWORKS["lenet5_caffe"]()
@@ -197,27 +159,20 @@ def _interleaved(data: Path, training: ockham.Training, structures: ockham.Struc
         for k, s in arms.items()
     }
     seconds: dict[str, list[float]] = {k: [] for k in arms}
-    checkpoint = RESULTS / f".shrinking.{training.seed}"
-    if checkpoint.exists():
-        kept = read_tree(checkpoint, kind="checkpoint")
-        seconds = {k: list(v) for k, v in kept["seconds"].items()}
+    saved = BENCH.saved(key)
+    if saved:
+        seconds = {k: list(v) for k, v in saved["seconds"].items()}
         for k, job in jobs.items():
-            job.load(kept[k])
+            job.load(saved["jobs"][k])
     loops = {k: iter(job) for k, job in jobs.items()}
     while len(seconds["shrinking"]) < training.epochs:
         for k, loop in loops.items():
             start = time.perf_counter()
-            progress = next(loop)
+            info = next(loop)
             seconds[k].append(time.perf_counter() - start)
-            print(
-                f"  {k} {progress.epoch}: {seconds[k][-1]:.1f} s, {progress.kept_share:.4f}",
-                file=sys.stderr,
-                flush=True,
-            )
-        tree = {k: job.state() for k, job in jobs.items()} | {"seconds": seconds}
-        write_tree(checkpoint, tree, kind="checkpoint", durable=False)
+            print(f"  {k} {info.epoch}: {seconds[k][-1]:.1f} s, {info.kept_share:.4f}", file=sys.stderr, flush=True)
+        BENCH.save(key, jobs={k: job.state() for k, job in jobs.items()}, seconds=seconds)
     found = {k: judged(job.result(), dense, test_x, test_y) | {"epoch_seconds": seconds[k]} for k, job in jobs.items()}
-    checkpoint.unlink(missing_ok=True)
     return {"arms": found, "ratio": sum(seconds["shrinking"]) / sum(seconds["masks only"])}
 
 
@@ -252,11 +207,10 @@ class Block(nn.Module):
         return torch.relu(self.two(torch.relu(self.one(x))) + self.skip(x))
 
 
-def latency() -> None:
+def latency(args: argparse.Namespace) -> None:
     """Half the multiply-accumulates of a ResNet-style CNN by evidence, widths in steps of 16 and of 1."""
-    saved(
-        "latency", _latency, "budget macs 50%, posterior of 20 steps on noise, std 1e-3 at first: the shapes count here"
-    )
+    said = "budget macs 50%, posterior of 20 steps on noise, std 1e-3 at first: the shapes count here"
+    recorded("latency", _latency, said)
 
 
 def _latency() -> dict:
@@ -267,30 +221,28 @@ def _latency() -> dict:
         model.named_parameters(), n_data=640, initial_std=1e-3
     )  # the budget decides, not E_g < 0
     for _ in range(20):
-        optimizer.zero_grad()
-        with optimizer.sampled():
-            nn.functional.cross_entropy(model(x[:16]), torch.randint(10, (16,))).backward()
-        optimizer.step()
+        step(model, optimizer, x[:16], torch.randint(10, (16,)))
     evidence = ockham.score(optimizer.posterior()).by_group(groups)
     networks, macs = {"dense": model}, {"dense": cost(model, x[:1]).macs}
-    for step in (16, 1):
-        budget = {"budget": {"macs": "50%"}, "round_to": step, "model": model, "example_inputs": x[:2]}
+    for unit in (16, 1):
+        budget = {"budget": {"macs": "50%"}, "round_to": unit, "model": model, "example_inputs": x[:2]}
         plan = ockham.plan(groups, evidence, **budget)
         small = ockham.shrink(model, plan)
         ockham.verify(ockham.mask(model, plan), small, x[:2])
-        networks[f"round_to={step}"], macs[f"round_to={step}"] = small, cost(small, x[:1]).macs
+        networks[f"round_to={unit}"], macs[f"round_to={unit}"] = small, cost(small, x[:1]).macs
     times = dict(zip(networks, latencies(list(networks.values()), x[:1], batch=64, repeats=30), strict=True))
     return {"macs": macs, "latency_64": times, "ratio": {k: t / times["dense"] for k, t in times.items()}}
 
 
-def tracing() -> None:
+def tracing(args: argparse.Namespace) -> None:
     """Time and peak memory of trace and plan for models of real size, each in a process of its own."""
     for name in ("resnet50", "bert", "swin"):
-        saved(f"tracing.{name}", lambda n=name: _fresh_process(n), f"{name}, random weights, batch 2")
+        recorded(f"tracing.{name}", partial(_fresh_process, name), f"{name}, random weights, batch 2")
 
 
-def _fresh_process(name: str) -> dict:
-    done = subprocess.run([sys.executable, __file__, "one-trace", name], capture_output=True, text=True, check=True)
+def _fresh_process(name: str) -> Record:
+    command = [sys.executable, __file__, "--one-trace", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
@@ -326,114 +278,104 @@ def _large(name: str) -> tuple[nn.Module, object]:
     return tf.BertForSequenceClassification(config).eval(), {"input_ids": torch.randint(1, 1000, (2, 16))}
 
 
-def table() -> str:
-    """All records as Markdown."""
-    records = {p.stem: json.loads(p.read_text()) for p in sorted(RESULTS.glob("*.json"))}
+def pages() -> dict[str, list[str]]:
+    records = BENCH.records()
+
+    def some(kind: str) -> list[Record]:
+        return [r for n, r in records.items() if n.startswith(f"{kind}.")]
+
     lines = [
         "# Structures by evidence", "",
-        f"Written {datetime.now(UTC):%Y-%m-%d} by `python benchmarks/structures.py --table`.",
+        f"{BENCH.written()}.",
         "One thread of a shared machine: latencies are medians of networks measured in turn, read their ratios.",
         "Error: 20 posterior draws.",
     ]  # fmt: skip
-    runs = [r for n, r in records.items() if n.startswith("prices.")]
+    runs = sorted(some("prices"), key=lambda r: r["macs"][1])
     if runs:
-        lines += ["", "## Where the price comes from: LeNet-5-Caffe, MNIST, validation images", "", _HEAD, _RULE]
-        lines += [_row(r) for r in sorted(runs, key=lambda r: r["macs"][1])]
+        lines += ["", "## Where the price comes from: LeNet-5-Caffe, MNIST, validation images", "", *_runs(runs)]
     for which, title in (("lenet5", "LeNet-5-Caffe, MNIST, test"), ("lenet300", "LeNet-300-100, MNIST, test")):
-        runs = [r for n, r in records.items() if n.startswith(f"{which}.")]
+        runs = some(which)
         if runs:
-            lines += ["", f"## {title}", "", f"`{runs[0]['settings']}`", "", _HEAD, _RULE, *map(_row, runs)]
-    lines += _shrinking_lines(records) + _small_lines(records)
-    return "\n".join(lines) + "\n"
+            lines += ["", f"## {title}", "", f"`{runs[0]['settings']}`", "", *_runs(runs)]
+    lines += _shrinking_lines(some("shrinking")) + _latency_lines(records) + _tracing_lines(some("tracing"))
+    return {"structures.md": lines}
 
 
-_HEAD = (
-    "| run | error % | mean network | units | kept % | MACs | parameters | latency / dense, batch 64 | batch 1 | "
-    "with CSR, 64 | s |"
-)
-_RULE = "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"
-
-
-def _row(r: dict) -> str:
-    (d64, s64, c64), (d1, s1, _) = r["latency_64"], r["latency_1"]
-    units = "-".join(str(n) for n in r["units"].values())
-    name = r["run"].removeprefix("prices.")
-    return (
-        f"| {name} | {100 * r['error']:.2f} | {100 * r['error_mean_network']:.2f} | {units} | "
-        f"{100 * r['kept']:.2f} | {r['macs'][1]:,} | {r['parameters'][1]:,} | {s64 / d64:.2f} | {s1 / d1:.2f} | "
-        f"{c64 / d64:.2f} | {sum(r['epoch_seconds']):.0f} |"
+def _runs(runs: list[Record]) -> list[str]:
+    rows = []
+    for r in runs:
+        (d64, s64, c64), (d1, s1, _) = r["latency_64"], r["latency_1"]
+        rows.append(
+            f"{r['run'].removeprefix('prices.')} | {100 * r['error']:.2f} | {100 * r['error_mean_network']:.2f} | "
+            f"{'-'.join(map(str, r['units'].values()))} | {100 * r['kept']:.2f} | {r['macs'][1]:,} | "
+            f"{r['parameters'][1]:,} | {s64 / d64:.2f} | {s1 / d1:.2f} | {c64 / d64:.2f} | "
+            f"{sum(r['epoch_seconds']):.0f}"
+        )
+    head = (
+        "run | error % | mean network | units | kept % | MACs | parameters | latency / dense, batch 64 | batch 1 | "
+        "with CSR, 64 | s"
     )
+    return markdown(head, rows)
 
 
-def _shrinking_lines(records: dict[str, dict]) -> list[str]:
-    runs = [r for n, r in records.items() if n.startswith("shrinking.")]
-    if not runs:
-        return []
-    lines = ["", "## Continuous shrinking: LeNet-5-Caffe, 30 epochs, both arms epoch by epoch in turn", ""]
-    lines += ["| run | seconds masks only | shrinking | ratio | last epoch | error % masks only | shrinking | units |"]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
+def _shrinking_lines(runs: list[Record]) -> list[str]:
+    rows = []
     for r in runs:
         a, b = r["arms"]["masks only"], r["arms"]["shrinking"]
         times = [a["epoch_seconds"], b["epoch_seconds"]]
-        lines.append(
-            f"| {r['run']} | {sum(times[0]):.0f} | {sum(times[1]):.0f} | {r['ratio']:.2f} | "
+        rows.append(
+            f"{r['run']} | {sum(times[0]):.0f} | {sum(times[1]):.0f} | {r['ratio']:.2f} | "
             f"{times[1][-1] / times[0][-1]:.2f} | {100 * a['error']:.2f} | {100 * b['error']:.2f} | "
-            f"{'-'.join(map(str, b['units'].values()))} |"
+            f"{'-'.join(map(str, b['units'].values()))}"
         )
-    return lines
+    head = "run | seconds masks only | shrinking | ratio | last epoch | error % masks only | shrinking | units"
+    title = "## Continuous shrinking: LeNet-5-Caffe, 30 epochs, both arms epoch by epoch in turn"
+    return ["", title, "", *markdown(head, rows)] if runs else []
 
 
-def _small_lines(records: dict[str, dict]) -> list[str]:
-    lines = []
-    if "latency" in records:
-        r = records["latency"]
-        lines += ["", "## Latency against multiply-accumulates: a ResNet-style CNN, batch 64", ""]
-        lines += ["| network | MACs | share | latency ms | share |", "| --- | --- | --- | --- | --- |"]
-        for name, macs in r["macs"].items():
-            share, ms = macs / r["macs"]["dense"], 1e3 * r["latency_64"][name]
-            lines.append(f"| {name} | {macs:,} | {share:.2f} | {ms:.1f} | {r['ratio'][name]:.2f} |")
-    runs = [r for n, r in records.items() if n.startswith("tracing.")]
-    if runs:
-        lines += ["", "## Tracing and planning, random weights", ""]
-        lines += ["| network | trace s (CPU s) | with plan s (CPU s) | groups | model MB | growth of the peak MB |"]
-        lines += ["| --- | --- | --- | --- | --- | --- |"]
-        lines += [
-            f"| {r['run'].removeprefix('tracing.')} | {r['trace_seconds']:.1f} ({r['trace_cpu_seconds']:.1f}) | "
-            f"{r['trace_and_plan_seconds']:.1f} ({r['cpu_seconds']:.1f}) | {r['groups']} | {r['model_mb']:.0f} | "
-            f"{r['rss_growth_mb']:.0f} |"
-            for r in runs
-        ]
-    return lines
+def _latency_lines(records: Mapping[str, Record]) -> list[str]:
+    if "latency" not in records:
+        return []
+    r = records["latency"]
+    rows = [
+        f"{name} | {macs:,} | {macs / r['macs']['dense']:.2f} | {1e3 * r['latency_64'][name]:.1f} | "
+        f"{r['ratio'][name]:.2f}"
+        for name, macs in r["macs"].items()
+    ]
+    title = "## Latency against multiply-accumulates: a ResNet-style CNN, batch 64"
+    return ["", title, "", *markdown("network | MACs | share | latency ms | share", rows)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=[])
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--seed", type=int, nargs="+", default=[0])
-    parser.add_argument("--epochs", type=int, default=16, help="of the comparison of prices")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--table", action="store_true")
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    warnings.simplefilter("ignore", ockham.OckhamWarning)
-    if given.what[:1] == ["one-trace"]:
-        print(json.dumps(one_trace(given.what[1])))
-        return
-    jobs: dict[str, Callable[[], None]] = {
-        "prices": lambda: prices(given.data, given.seed, given.epochs),
-        "lenet5": lambda: final("lenet5", given.data, given.seed),
-        "lenet300": lambda: final("lenet300", given.data, given.seed),
-        "shrinking": lambda: shrinking(given.data, given.seed),
-        "latency": latency,
-        "tracing": tracing,
-    }
-    for what in jobs if given.what == ["all"] else given.what:
-        jobs[what]()
-    if given.table:
-        (RESULTS.parent / "structures.md").write_text(table())
-        print(table())
+def _tracing_lines(runs: list[Record]) -> list[str]:
+    rows = [
+        f"{r['run'].removeprefix('tracing.')} | {r['trace_seconds']:.1f} ({r['trace_cpu_seconds']:.1f}) | "
+        f"{r['trace_and_plan_seconds']:.1f} ({r['cpu_seconds']:.1f}) | {r['groups']} | {r['model_mb']:.0f} | "
+        f"{r['rss_growth_mb']:.0f}"
+        for r in runs
+    ]
+    head = "network | trace s (CPU s) | with plan s (CPU s) | groups | model MB | growth of the peak MB"
+    return ["", "## Tracing and planning, random weights", "", *markdown(head, rows)] if runs else []
 
+
+JOBS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "prices": prices, "lenet5": partial(final, "lenet5"), "lenet300": partial(final, "lenet300"),
+    "shrinking": shrinking, "latency": latency, "tracing": tracing,
+}  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.one_trace:
+        print(json.dumps(one_trace(args.one_trace)))
+        raise SystemExit(0)
+    for what in args.what:
+        JOBS[what](args)
+
+
+BENCH = Benchmark(
+    __file__, __doc__, run, pages, data=DATA, seed=SEEDS, what=Option([], "what to measure", choices=JOBS, word=True),
+    epochs=Option(16, "of the comparison of prices"), one_trace=Option("", "trace one network in this process"),
+)  # fmt: skip
+main = BENCH.main
 
 if __name__ == "__main__":
     main()

@@ -12,20 +12,19 @@ repository uses: the given weights have seen all training images, so nothing els
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import time
-import warnings
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import ockham
 from cifar import accuracy, given, parts
+from harness import DATA, SEEDS, Benchmark, Option, Record, section
 from ockham.surgery.shrinking import cost, latencies
 from ockham.zoo.data import Batches
 
-RESULTS = Path(__file__).parent / "results" / "structures_resnet"
 FIXED, SCALE = ockham.FixedPrior(0.3), ockham.GroupScale(0.3)
 ARMS: dict[str, tuple[ockham.FixedPrior | ockham.GroupScale, float | None]] = {
     "single weights only": (FIXED, None),
@@ -37,7 +36,7 @@ ARMS: dict[str, tuple[ockham.FixedPrior | ockham.GroupScale, float | None]] = {
 }
 
 
-def run(arm: str, data: Path, *, epochs: int, count: int, seed: int) -> dict:
+def measured(arm: str, seed: int, data: Path, epochs: int, count: int) -> Record:
     prior, worth = ARMS[arm]
     ((x, y), test), dense = parts(data, count, 5000), given(data, "resnet20")
     test_x, test_y = test
@@ -64,51 +63,39 @@ def run(arm: str, data: Path, *, epochs: int, count: int, seed: int) -> dict:
         "nll": float(-p.gather(1, test_y[:, None]).clamp_min(1e-12).log().mean()), "kept": result.keep_share,
         "macs": after.macs / before.macs, "parameters": after.parameters / before.parameters,
         "latency": times[1] / times[0], "epoch_seconds": seconds, "epochs": epochs, "images": count,
+        "arm": arm, "seed": seed,
     }  # fmt: skip
 
 
-def table() -> str:
-    lines = [
-        "# Where the price of a channel comes from: ResNet-20, CIFAR-10, from the given weights",
-        "",
-        "`python benchmarks/structures_resnet.py`; first 5,000 test images, 20 draws; one thread of a shared machine.",
-        "",
-        "| arm | seed | epochs of images | accuracy % (given weights) | NLL | kept % | MACs | parameters stored | "
-        "latency / dense | s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+def run(args: argparse.Namespace) -> None:
+    for seed, arm in itertools.product(args.seed, args.arm):
+        make = partial(measured, arm, seed, args.data, args.epochs, args.images)
+        BENCH.record(f"{arm}.{seed}", make, arm=arm, seed=seed, epochs=args.epochs, images=args.images)
+
+
+def pages() -> dict[str, list[str]]:
+    title = "# Where the price of a channel comes from: ResNet-20, CIFAR-10, from the given weights"
+    said = (
+        "`python benchmarks/structures_resnet.py`; first 5,000 test images, 20 draws; one thread of a shared machine."
+    )
+    head = (
+        "arm | seed | epochs of images | accuracy % (given weights) | NLL | kept % | MACs | parameters stored | "
+        "latency / dense | s"
+    )
+    rows = [
+        f"{r['arm']} | {r['seed']} | {r['epochs']} of {r['images']:,} | {r['accuracy']:.2f} ({r['given']:.2f}) | "
+        f"{r['nll']:.3f} | {100 * r['kept']:.1f} | {r['macs']:.1%} | {r['parameters']:.1%} | {r['latency']:.2f} | "
+        f"{sum(r['epoch_seconds']):.0f}"
+        for r in sorted(BENCH.records().values(), key=lambda r: -r["macs"])
     ]
-    for path in sorted(RESULTS.glob("*.json"), key=lambda p: -json.loads(p.read_text())["macs"]):
-        r = json.loads(path.read_text())
-        lines.append(
-            f"| {r['arm']} | {r['seed']} | {r['epochs']} of {r['images']:,} | {r['accuracy']:.2f} ({r['given']:.2f}) | "
-            f"{r['nll']:.3f} | {100 * r['kept']:.1f} | {r['macs']:.1%} | {r['parameters']:.1%} | {r['latency']:.2f} | "
-            f"{sum(r['epoch_seconds']):.0f} |"
-        )
-    return "\n".join(lines) + "\n"
+    return {"structures_resnet.md": section(title, said, head, rows)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--arm", nargs="+", default=list(ARMS), choices=ARMS)
-    parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--images", type=int, default=20_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--table", action="store_true")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    warnings.simplefilter("ignore", ockham.OckhamWarning)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    for arm in () if args.table else args.arm:
-        path = RESULTS / f"{arm.replace(',', '').replace(' ', '-')}.{args.seed}.json"
-        if path.exists():
-            continue
-        record = run(arm, args.data, epochs=args.epochs, count=args.images, seed=args.seed)
-        record |= {"arm": arm, "seed": args.seed, "date": f"{datetime.now(UTC):%Y-%m-%d}", "torch": torch.__version__}
-        path.write_text(json.dumps(record, indent=1) + "\n")
-    (RESULTS.parent / "structures_resnet.md").write_text(table())
-
+BENCH = Benchmark(
+    __file__, __doc__, run, pages, data=DATA, seed=SEEDS, arm=Option(list(ARMS), choices=ARMS), epochs=5,
+    images=Option(20_000, "training images"),
+)  # fmt: skip
+main = BENCH.main
 
 if __name__ == "__main__":
     main()

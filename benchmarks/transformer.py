@@ -15,26 +15,23 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import math
-import subprocess
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import ockham
+from harness import DATA, SEEDS, Benchmark, Option, Record, section, step
 from ockham.choose.prices import Price, UnitCosts
 from ockham.choose.units import StructureEvidence
 from ockham.surgery.shrinking import cost
 from ockham.zoo.paper import CharTransformer
 
-RESULTS = Path(__file__).parent / "results" / "transformer"
 EPOCHS, CONTEXT, BATCH = 20, 64, 32
 
 
@@ -113,30 +110,28 @@ def trained(model: nn.Module, loader: Windows, seed: int, rate: float = 2e-3) ->
     optimizer, steps = torch.optim.Adam(model.parameters(), rate, fused=True), len(loader)
     for i, (x, y) in enumerate(loader):
         optimizer.param_groups[0]["lr"] = rate * min(1.0, 2 * (1 - i / steps))
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
+        step(model, optimizer, x, y)
         if i % 500 == 0:
             print(f"  adam {i} of {steps}", flush=True)
     return model.eval()
 
 
-def reduced(model: nn.Module, codes: Tensor, args: argparse.Namespace) -> ockham.Compressed:
+def reduced(model: nn.Module, codes: Tensor, args: argparse.Namespace, seed: int) -> ockham.Compressed:
     """IVON from the network's own curvature, rounds, structures."""
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seed)
     few = list(Windows(codes, 30))
     start = ockham.laplace(model, few, structure="diagonal", n_data=len(codes), prior=1 / args.variance)
 
     def warm(network: nn.Module, training: ockham.Training, *, n_data: float, steps: int) -> ockham.IVON:
         named, prior = list(network.named_parameters()), ockham.FixedPrior(args.variance)
-        optimizer = ockham.IVON(named, n_data=n_data, lr=args.rate, steps=steps, prior=prior, seed=args.seed,
+        optimizer = ockham.IVON(named, n_data=n_data, lr=args.rate, steps=steps, prior=prior, seed=seed,
                                 temperature=args.temperature, initial_std=1e-3, betas=(0.9, args.beta2))  # fmt: skip
         optimizer.start_from(start)
         return optimizer
 
     loader = Windows(codes, args.refit // EPOCHS)
     job = ockham.Compression(
-        model, loader, training=ockham.Training(epochs=EPOCHS, seed=args.seed), estimator=warm, n_data=len(codes),
+        model, loader, training=ockham.Training(epochs=EPOCHS, seed=seed), estimator=warm, n_data=len(codes),
         rounds=ockham.Rounds(start=0.1, end=0.8, count=15, patience=99),
         structures=ockham.Structures(price=HeadsAndUnits(args.price, args.heads_factor)),
     )  # fmt: skip
@@ -151,101 +146,75 @@ def widths(model: nn.Module) -> dict[str, list[int]]:
     return {"heads": heads, "hidden": [b.fc1.out_features for b in model.blocks]}  # type: ignore[union-attr]
 
 
-def run(args: argparse.Namespace) -> None:
-    name = f"{args.blocks}x{args.heads}.{args.steps}.{args.seed}"
-    path = RESULTS / f"{name}.json"
-    if path.exists() and not args.validate:
-        return
+def measured(args: argparse.Namespace, seed: int, key: str) -> Record:
     (codes, valid, test), alphabet = corpus(args.data)
     part = valid if args.validate else test
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seed)
     first = CharTransformer(alphabet, CONTEXT, 128, args.blocks, args.heads)
-    kept = RESULTS.parent / f"transformer.dense.{name}.pt"
-    if kept.exists():
-        first.load_state_dict(torch.load(kept, weights_only=True))
-        dense = first.eval()
+    dense, known = copy.deepcopy(first), BENCH.saved(key)
+    if known:
+        dense.load_state_dict(known["dense"])
     else:
-        dense = trained(copy.deepcopy(first), Windows(codes, args.steps), args.seed)
-        if args.validate:
-            torch.save(dense.state_dict(), kept)
-    print(f"dense {nll(dense, part):.4f}", flush=True)
+        dense = trained(dense, Windows(codes, args.steps), seed)
+        BENCH.save(key, dense=dense.state_dict())
+    print(f"dense {nll(dense.eval(), part):.4f}", flush=True)
     began = time.process_time()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ockham.OckhamWarning)
-        found = reduced(dense, codes, args)
+    found = reduced(dense, codes, args, seed)
     example = codes[:CONTEXT].view(1, -1)
     total = sum(p.numel() for p in dense.parameters())
     alive = sum(int((p != 0).sum()) for p in found.model.parameters())
     record = {
-        "blocks": args.blocks, "heads": args.heads, "steps": args.steps, "refit": args.refit, "price": args.price,
-        "heads_factor": args.heads_factor,
-        "seed": args.seed, "variance": args.variance, "temperature": args.temperature, "rate": args.rate,
-        "beta2": args.beta2, "weights": total, "removed": 1 - alive / total,
+        "weights": total, "removed": 1 - alive / total,
         "parameters": sum(p.numel() for p in found.model.parameters()), "widths": widths(found.model),
         "macs": cost(found.model, example).macs / cost(dense, example).macs,
         "dense": nll(dense, part), "reduced": nll(found.model, part),
         "predictive": predictive_nll(found.model, found.posterior, part), "seconds": time.process_time() - began,
     }  # fmt: skip
     record["loss"] = record["reduced"] / record["dense"] - 1
-    print(record, flush=True)
-    if args.validate:
-        return
-    total_steps = args.steps + args.refit
-    record["longer"] = nll(trained(first, Windows(codes, total_steps), args.seed), part) if args.longer else None
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    record |= {"date": f"{datetime.now(UTC):%Y-%m-%d}", "torch": torch.__version__, "commit": git.stdout.strip()}
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    longer = args.longer and not args.validate
+    steps = Windows(codes, args.steps + args.refit)
+    return record | {"longer": nll(trained(first, steps, seed), part) if longer else None}
 
 
-def table() -> str:
-    lines = [
-        "# A small transformer made smaller",
-        "",
+def run(args: argparse.Namespace) -> None:
+    left_out = ("data", "seed", "longer", "validate", "threads", "again", "results", "table")
+    settings = {k: v for k, v in vars(args).items() if k not in left_out}
+    for seed in args.seed:
+        key = f"{args.blocks}x{args.heads}.{args.steps}.{seed}"
+        make = partial(measured, args, seed, key)
+        BENCH.record(key, lambda m=make, s=seed: settings | {"seed": s} | m(), keep=not args.validate, **settings)
+
+
+def pages() -> dict[str, list[str]]:
+    said = (
         "`python benchmarks/transformer.py`; tiny Shakespeare, NLL in nats per character of the last twentieth; one "
-        "thread.",
-        "",
-        "| blocks x heads | steps | seed | dense NLL | dense, all steps | reduced NLL | change | predictive NLL "
-        "| weights removed | parameters left | MACs left | heads left | hidden left |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "thread."
+    )
+    head = (
+        "blocks x heads | steps | seed | dense NLL | dense, all steps | reduced NLL | change | predictive NLL "
+        "| weights removed | parameters left | MACs left | heads left | hidden left"
+    )
+    rows = [
+        f"{r['blocks']} x {r['heads']} | {r['steps']} + {r['refit']} | {r['seed']} | {r['dense']:.4f} | "
+        f"{'–' if r['longer'] is None else format(r['longer'], '.4f')} | "
+        f"{r['reduced']:.4f} | {r['loss']:+.2%} | {r['predictive']:.4f} | "
+        f"{r['removed']:.1%} | {r['parameters'] / r['weights']:.1%} | {r['macs']:.1%} | "
+        f"{r['widths']['heads']} | {r['widths']['hidden']}"
+        for r in BENCH.records().values()
     ]
-    for path in sorted(RESULTS.glob("*.json")):
-        r = json.loads(path.read_text())
-        said = "–" if r["longer"] is None else f"{r['longer']:.4f}"
-        lines.append(
-            f"| {r['blocks']} x {r['heads']} | {r['steps']} + {r['refit']} | {r['seed']} | {r['dense']:.4f} | {said} | "
-            f"{r['reduced']:.4f} | {r['loss']:+.2%} | {r['predictive']:.4f} | "
-            f"{r['removed']:.1%} | {r['parameters'] / r['weights']:.1%} | {r['macs']:.1%} | "
-            f"{r['widths']['heads']} | {r['widths']['hidden']} |"
-        )
-    return "\n".join(lines) + "\n"
+    return {"transformer.md": section("# A small transformer made smaller", said, head, rows)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--blocks", type=int, default=2)
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=2000, help="of Adam")
-    parser.add_argument("--refit", type=int, default=4500, help="steps of IVON")
-    parser.add_argument("--longer", action="store_true", help="train Adam for all of them, too")
-    parser.add_argument("--variance", type=float, default=0.1, help="of the prior")
-    parser.add_argument("--temperature", type=float, default=0.13)
-    parser.add_argument("--beta2", type=float, default=0.9999, help="of IVON; the curvature starts warm")
-    parser.add_argument("--rate", type=float, default=0.1, help="of IVON")
-    parser.add_argument("--price", type=float, default=2.0, help="nats per parameter that a unit must be worth")
-    parser.add_argument("--heads-factor", type=float, default=5.0, help="times as many that a head must be worth")
-    parser.add_argument("--validate", action="store_true")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--table", action="store_true")
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if not args.table:
-        run(args)
-    if any(RESULTS.glob("*.json")):
-        (RESULTS.parent / "transformer.md").write_text(table())
-
+BENCH = Benchmark(
+    __file__, __doc__, run, pages, data=DATA, seed=SEEDS, blocks=2, heads=16, steps=Option(2000, "of Adam"),
+    refit=Option(4500, "steps of IVON"), longer=Option(False, "train Adam for all of them, too"),
+    variance=Option(0.1, "of the prior"), temperature=0.13,
+    beta2=Option(0.9999, "of IVON; the curvature starts warm"), rate=Option(0.1, "of IVON"),
+    price=Option(2.0, "nats per parameter that a unit must be worth"),
+    heads_factor=Option(5.0, "times as many that a head must be worth"),
+    validate=Option(False, "measure on the part to choose settings on; no record"),
+)  # fmt: skip
+main = BENCH.main
 
 if __name__ == "__main__":
     main()

@@ -14,6 +14,9 @@ is chosen as ours is, on calibration windows held out, and so are ours' settings
 Rivals: magnitude; Wanda (Sun et al. 2023, arXiv 2306.11695: |w| |x|, equal shares in every row); SparseGPT (Frantar &
 Alistarh 2023, arXiv 2301.00774: Algorithm 1 with the released code's mask per 128 columns); FLAP (An et al. 2024, arXiv
 2312.11983: variance of the input times squared norm of the column, standardised by layer, mean of what went as bias).
+Rows called "units" take whole units, and their target is the share of the blocks' parameters that stays. "ours, the
+evidence stops" has no target; its judges are the windows on which rivals choose. With --blocks N only the first N
+blocks are reduced, on a machine that has no time for all; such rows are not comparable with others.
 """
 
 # ruff: noqa: E402  the first statement below must come before any import of the library of this file's name
@@ -28,6 +31,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +42,11 @@ sys.path[:] = [
 import torch
 from torch import Tensor, nn
 
+from ockham.choose.prices import Subject, budget_from
 from ockham.methods.blocks.cases import Case, CaseObjective, cases_from, objective_for
 from ockham.methods.blocks.curvature import Stream, evaluating_blocks, weights_of
 from ockham.methods.blocks.reduction import (
+    MatrixEvidence,
     Orders,
     Study,
     inputs_of_stage,
@@ -50,7 +56,17 @@ from ockham.methods.blocks.reduction import (
     study_damping,
 )
 from ockham.methods.blocks.solve import Damping, NofM
-from ockham.methods.blocks.stop import TERMS_PER_WEIGHT, matrix_kind, shares_for
+from ockham.methods.blocks.stop import (
+    TERMS_PER_WEIGHT,
+    Shot,
+    best_shot,
+    matrix_kind,
+    shares_for,
+    shot_from,
+    shots,
+)
+from ockham.methods.blocks.units import chosen_units, readers_of, refit_units_, unit_curve
+from ockham.surgery import trace
 
 RESULTS = Path(__file__).parent / "results" / "transformers"
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -189,7 +205,7 @@ def layerwise_(
 class Bench:
     """The dense network with one calibration seed's windows and curvature."""
 
-    def __init__(self, work: Path, seed: int, calibration: int, test: int) -> None:
+    def __init__(self, work: Path, seed: int, calibration: int, test: int, blocks: int | None) -> None:
         from transformers import AutoModelForCausalLM
 
         self.work, self.seed = work, seed
@@ -210,12 +226,24 @@ class Bench:
             spared=(),
             on_case=lambda i, n: print(f"curvature {i}/{n}, {time.process_time() - began:.0f} CPU s", flush=True),
         )
+        if blocks is not None:
+            dense, kept = self.found.dense, self.found.dense.maps[:blocks]
+            inside = {k for m in kept for k in m.matrices}
+            self.found = replace(
+                self.found,
+                dense=replace(dense, blocks=dense.blocks[:blocks], maps=kept),
+                samples={k: v for k, v in self.found.samples.items() if k in inside},
+                tried=tuple(j for j in self.found.tried if j < blocks),
+            )
+        self.blocks = blocks
         self.curvature_seconds = time.process_time() - began
         self.dense = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         self._damping: dict[str, Mapping[str, Damping]] = {}
 
     def restore(self) -> None:
-        """The dense weights again."""
+        """The dense weights again, without the biases of `flap`."""
+        for block in self.found.dense.blocks:
+            block.mlp.down_proj.bias = None
         for n, p in self.model.named_parameters():
             p.detach().copy_(self.dense[n])
 
@@ -226,7 +254,8 @@ class Bench:
 
     def damping(self, keep: Mapping[str, float | NofM], label: str) -> Mapping[str, Damping]:
         """Ours, by kind of matrix; kept in a file, since several rows want it."""
-        path = self.work / f"damping-{self.seed}-{len(self.cases)}-{label}.json"
+        part = "" if self.blocks is None else f"-first{self.blocks}"
+        path = self.work / f"damping-{self.seed}-{len(self.cases)}-{label}{part}.json"
         if not path.exists():
             chosen, trials = study_damping(self.found, keep, lambda i, n: print(f"damping {i}/{n}", flush=True))
             rows = {k: [d.inputs, d.outputs] for k, d in chosen.items()}
@@ -267,6 +296,91 @@ def rival(
     return {"lambda": best, "tried": tried}
 
 
+def stopped(bench: Bench, target: str) -> dict[str, Any]:
+    """No target: shots until the share is known at which the evidence ends."""
+    found, n_data = bench.found, TERMS_PER_WEIGHT * bench.found.weights
+    damping = bench.damping(dict(shares_for(found.samples, 0.5)), "0.5")
+    dense = loss_of(bench.model, bench.choice, bench.objective)
+    weights: dict[float, dict[str, Tensor]] = {}
+
+    def fire(share: float) -> Shot:
+        bench.restore()
+        orders = Orders(dict(shares_for(found.samples, share)), damping, n_data)
+        done = reduce_blocks_(bench.model, bench.cases, found.dense, orders, on_block=_told(f"shot {share:.3f}"))
+        volume = sum(e.volume for e in done.values())
+        shot = shot_from(share, dense, loss_of(bench.model, bench.choice, bench.objective), volume, n_data)
+        print(f"  kept {share:.3f}: rise {shot.rise:.4f} +- {shot.rise_error:.4f}, {shot.nats:.0f} nats", flush=True)
+        weights[share] = {n: p.detach().clone() for n, p in bench.model.named_parameters()}
+        return shot
+
+    fired = shots(found.samples, n_data, fire)
+    best = best_shot(fired)
+    bench.restore()
+    for n, p in bench.model.named_parameters():
+        p.detach().copy_(weights[best.keep_share][n] if best is not None else p)
+    told = [{"kept": s.keep_share, "rise": s.rise, "error": s.rise_error, "nats": s.nats} for s in fired]
+    return {"shots": told, "kept": None if best is None else best.keep_share}
+
+
+def units(bench: Bench, target: str, *, even: bool = False, ridge: float = 0.5) -> dict[str, Any]:
+    """Ours: whole units, in the order of their exact joint cost per parameter, and a refit."""
+    dense, example = bench.found.dense, dict(bench.cases[0].kwargs) or bench.cases[0].args
+    groups = trace(bench.model, example)
+    readers = readers_of(groups, dense.maps)
+    curves = [unit_curve(r, dense, 0.01) for r in readers]
+    whole = sum(p.numel() for p in bench.model.parameters())
+    limit = budget_from({"params": whole - (1 - float(target)) * block_parameters(bench)})
+    _, keep = chosen_units(curves, groups, Subject(bench.model, example), limit, uniform=even)
+    evidence: Mapping[str, MatrixEvidence] = refit_units_(
+        bench.model,
+        bench.cases,
+        dense,
+        readers,
+        keep,
+        damping=ridge,
+        n_data=TERMS_PER_WEIGHT * bench.found.weights,
+        on_block=_told("units"),
+    )
+    left = {k: int(v.sum()) for k, v in keep.items()}
+    return {"evidence": sum(e.nats for e in evidence.values()), "left": left, "ridge": ridge}
+
+
+@torch.no_grad()
+def flap(bench: Bench, target: str) -> dict[str, Any]:
+    """MLP units by fluctuation, standardised by layer; what went answers with its mean, as a bias."""
+    readers = [block.mlp.down_proj for block in bench.found.dense.blocks]
+    sums = [torch.zeros(2, m.in_features, dtype=torch.float64) for m in readers]
+    rows = 0
+
+    def note(at: int, x: Tensor) -> None:
+        flat = x.flatten(0, -2).double()
+        sums[at] += torch.stack([flat.sum(0), flat.square().sum(0)])
+
+    handles = [m.register_forward_pre_hook(lambda _, a, i=i: note(i, a[0])) for i, m in enumerate(readers)]
+    for case in bench.cases:
+        case.answer(bench.model, bench.objective.output)
+        rows += next(t.numel() for t in (*case.args, *case.kwargs.values()) if isinstance(t, Tensor))
+    for handle in handles:
+        handle.remove()
+    means = [s[0] / rows for s in sums]
+    scores = [
+        (s[1] / rows - mean.square()) * m.weight.double().square().sum(0)
+        for s, mean, m in zip(sums, means, readers, strict=True)
+    ]
+    alike = torch.cat([(v - v.mean()) / v.std() for v in scores])
+    unit = 3 * readers[0].out_features
+    gone = torch.zeros_like(alike, dtype=torch.bool)
+    gone[alike.argsort()[: round((1 - float(target)) * block_parameters(bench) / unit)]] = True
+    for m, mean, mine in zip(readers, means, gone.split([len(v) for v in scores]), strict=True):
+        m.bias = nn.Parameter((m.weight.double()[:, mine] @ mean[mine]).to(m.weight.dtype), requires_grad=False)
+        m.weight[:, mine] = 0
+    return {"left": [int((~g).sum()) for g in gone.split([len(v) for v in scores])]}
+
+
+def block_parameters(bench: Bench) -> int:
+    return sum(p.numel() for block in bench.found.dense.blocks for p in block.parameters())
+
+
 def targets(bench: Bench, target: str, even: bool) -> dict[str, float | NofM]:
     if target == "2:4":
         return dict.fromkeys(bench.found.samples, NofM(2, 4))
@@ -285,9 +399,17 @@ METHODS: dict[str, Callable[[Bench, str], dict[str, Any]]] = {
     "ours, equal shares": lambda b, t: ours(b, t, even=True),
     "ours, lambda .05 and tau .3 everywhere": lambda b, t: ours(b, t, chosen=False),
     "ours, input side only (tau 1)": lambda b, t: ours(b, t, chosen=False, sides=1.0),
+    "ours, the evidence stops": stopped,
+    "units, ours": units,
+    "units, ours, refit at .2": lambda b, t: units(b, t, ridge=0.2),
+    "units, ours, refit at 1": lambda b, t: units(b, t, ridge=1.0),
+    "units, ours, equally many": lambda b, t: units(b, t, even=True),
+    "units, flap": flap,
     "magnitude": lambda b, t: rival(b, t, solver=lambda _: magnitude, lambdas=(0.0,)),
     "wanda": lambda b, t: rival(b, t, solver=lambda _: wanda, lambdas=(0.0,)),
     "sparsegpt, lambda .01": lambda b, t: rival(b, t, solver=sparsegpt, lambdas=(0.01,)),
+    "sparsegpt, lambda .1": lambda b, t: rival(b, t, solver=sparsegpt, lambdas=(0.1,)),
+    "sparsegpt, lambda .1, ours' shares": lambda b, t: rival(b, t, solver=sparsegpt, lambdas=(0.1,), even=False),
     "sparsegpt": lambda b, t: rival(b, t, solver=sparsegpt, lambdas=LAMBDAS),
     "sparsegpt, ours' shares": lambda b, t: rival(b, t, solver=sparsegpt, lambdas=LAMBDAS, even=False),
 }
@@ -299,10 +421,11 @@ def run(args: argparse.Namespace) -> None:
         bench: Bench | None = None
         for row in (r.strip() for r in args.rows.split(";")):
             name, _, target = row.rpartition(" ")
-            path = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', row.lower()).strip('-')}-seed{seed}.json"
+            part = "" if args.blocks is None else f"-first{args.blocks}"
+            path = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', row.lower()).strip('-')}{part}-seed{seed}.json"
             if path.exists():
                 continue
-            bench = bench or Bench(args.work, seed, args.calibration, args.test)
+            bench = bench or Bench(args.work, seed, args.calibration, args.test, args.blocks)
             print(row, "seed", seed, flush=True)
             began = time.process_time()
             facts = METHODS[name](bench, target)
@@ -310,7 +433,8 @@ def run(args: argparse.Namespace) -> None:
             nll = bench.nll(bench.test)
             facts |= {"method": name, "target": target, "seed": seed, "nll": nll, "perplexity": math.exp(nll)}
             facts |= {"cpu_seconds": seconds, "zeros": bench.zeros(), "calibration_windows": args.calibration}
-            facts |= {"test_windows": args.test, "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+            facts |= {"blocks": args.blocks, "test_windows": args.test}
+            facts |= {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
             path.write_text(json.dumps(facts, indent=1))
             print(
                 json.dumps({k: facts[k] for k in ("method", "target", "perplexity", "cpu_seconds", "zeros")}),
@@ -320,24 +444,31 @@ def run(args: argparse.Namespace) -> None:
 
 
 def table() -> None:
-    """Every row, mean over seeds, as Markdown."""
+    """Every row, mean over seeds, as Markdown: one table for each number of reduced blocks and test windows."""
     rows = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("*.json"))]
-    dense = [r["nll"] for r in rows if r["method"] == "dense"]
-    lines = [
-        "| target | method | perplexity by seed | mean rise over dense | CPU s |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for target in sorted({r["target"] for r in rows}):
-        for name in METHODS:
-            mine = sorted((r for r in rows if (r["method"], r["target"]) == (name, target)), key=lambda r: r["seed"])
+    lines = ["# SmolLM2-135M-Instruct, reduced in one sitting", ""]
+    for blocks, count in sorted({(r.get("blocks") or 0, r["test_windows"]) for r in rows}):
+        here = [r for r in rows if (r.get("blocks") or 0, r["test_windows"]) == (blocks, count)]
+        # the dense network is the same however many blocks are reduced
+        dense = [r["nll"] for r in rows if r["method"] == "dense" and r["test_windows"] == count]
+        what = f"The first {blocks} blocks only" if blocks else "All blocks"
+        lines += [
+            f"{what}; {count} test windows of {WINDOW} tokens, {here[0]['calibration_windows']} for calibration.",
+            "",
+            "| target | method | perplexity by seed | mean rise over dense | CPU s |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for target, name in ((t, n) for t in sorted({r["target"] for r in here}) for n in METHODS):
+            mine = sorted((r for r in here if (r["method"], r["target"]) == (name, target)), key=lambda r: r["seed"])
             if mine:
                 values = [r["perplexity"] for r in mine]
-                rise = sum(values) / len(values) - math.exp(dense[0]) if dense else float("nan")
+                rise = f"{sum(values) / len(values) - math.exp(dense[0]):.2f}" if dense else "–"
                 seconds = sum(r["cpu_seconds"] for r in mine) / len(mine)
                 by_seed = " / ".join(f"{v:.2f}" for v in values)
-                lines.append(f"| {target} | {name} | {by_seed} | {rise:.2f} | {seconds:.0f} |")
+                lines.append(f"| {target} | {name} | {by_seed} | {rise} | {seconds:.0f} |")
+        lines.append("")
     out = RESULTS.with_suffix(".md")
-    out.write_text("\n".join(lines) + "\n")
+    out.write_text("\n".join(lines))
     print("\n".join(lines))
 
 
@@ -350,6 +481,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--calibration", type=int, default=16)
     parser.add_argument("--test", type=int, default=16)
+    parser.add_argument("--blocks", type=int, help="reduce the first so many only")
     args = parser.parse_args()
     if args.verb == "prepare":
         prepare(args.text, args.work)

@@ -54,9 +54,8 @@ OF_SCIKIT_LEARN = 16  # its estimators are cloned by the names in their signatur
 FACADE = 50
 FILES_AT_MOST = 120
 USED_ONCE = 0.21  # share of functions that are private helpers with one use
-SAME_NAME_ON_PURPOSE = {
-    "EvidenceCallback"
-}  # one a framework: the docs name `integrations.<framework>.EvidenceCallback`
+WALKED = (45, 138)  # files and file-to-file edges of one `compress --structure`, as `tools/walk.py` counts them
+SAME_NAME_ON_PURPOSE = {"EvidenceCallback"}  # one a framework: `integrations.transformers`, `integrations.lightning`
 
 FILES = sorted(SOURCE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
@@ -195,3 +194,12 @@ def test_old_import_paths_still_answer() -> None:
         assert isinstance(module, _MovedModule) or (SOURCE / (old.replace(".", "/") + ".py")).exists(), old
         for name in getattr(module, "__all__", ()):
             getattr(module, name)
+
+
+@pytest.mark.slow
+def test_one_run_walks_through_few_files() -> None:
+    tool = SOURCE.parents[1] / "tools" / "walk.py"
+    done = subprocess.run([sys.executable, str(tool)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    files, _, edges = map(int, re.findall(r"\d+", done.stdout.splitlines()[-1]))
+    assert (files, edges) <= WALKED and edges <= WALKED[1], done.stdout

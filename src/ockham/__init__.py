@@ -31,7 +31,7 @@ from ockham.moved import install as _install_moved
 from ockham.run.compression import Compression, Training, compress
 from ockham.run.engine import Compressed
 from ockham.run.folder import load, save_pretrained
-from ockham.surgery import Plan, export, mask, shrink, trace, verify
+from ockham.surgery import Plan, export, mask, rotate, shrink, trace, verify
 from ockham.version import __version__
 
 __all__ = [
@@ -80,6 +80,7 @@ __all__ = [
     "prune",
     "reduce",
     "refresh_batchnorm",
+    "rotate",
     "save_pretrained",
     "score",
     "shrink",

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from ockham.methods.blocks.cases import Case, CaseObjective, cases_from, objective_for
 from ockham.methods.blocks.curvature import Stream, evaluating_blocks, find_blocks, map_of, weights_of
-from ockham.methods.blocks.reduction import Study, study
-from ockham.methods.blocks.solve import Use, Using, add_gram_, symmetric
+from ockham.methods.blocks.reduction import Study, study, surviving_posterior
+from ockham.methods.blocks.solve import Damping, Use, Using, add_gram_, symmetric
+from ockham.methods.blocks.stop import matrix_kind
 
 from .networks import KINDS, batches, ids, network
 
@@ -208,3 +209,25 @@ def test_experts_that_the_first_batch_never_chose_are_known(tmp_path: Path) -> N
     found, _, _ = studied(model, [(x, torch.arange(20) % 4), (-x, torch.arange(20) % 4)], tmp_path)
     assert set(found.samples) == {"0.weights[0]", "0.weights[1]", "1.weights[0]", "1.weights[1]"}
     assert len(found.dense.maps[0].matrices) == 3  # the third is there, and no data reach it
+
+
+def test_the_posterior_is_the_conditional_one_under_the_damped_factors(tmp_path: Path) -> None:
+    model = network("gpt2")
+    found, _, _ = studied(model, batches("gpt2"), tmp_path)
+    block, key = found.dense.maps[1], "transformer.h.1.mlp.c_fc.weight"
+    kinds = {matrix_kind(k): Damping(0.1, 0.4) for k in found.samples}
+    model.get_parameter(key).data[3, 5] = 0.0
+    posterior = surviving_posterior(found, {}, kinds, 1e5, "next-token")
+    a, g = (f[0].double() for f in (found.dense.inputs(block, key), found.dense.outputs(key)))
+    weight = model.get_parameter(key).detach().double().mT  # [outputs, inputs], as the factors have it
+    p0 = 1 / weight.square().mean()
+    mean_a, mean_g = a.diagonal().mean(), g.diagonal().mean()
+    inverse_a = torch.linalg.inv(a / mean_a + 0.1 * torch.eye(len(a)))
+    inverse_g = torch.linalg.inv(0.6 * g / mean_g + 0.4 * torch.eye(len(g)))
+    h = mean_a * mean_g / found.dense.scale(block, key) / torch.outer(inverse_g.diagonal(), inverse_a.diagonal())
+    expected = (p0 + 1e5 * h[:, :-1]).mT
+    got = posterior[key]
+    assert not bool(got.keep[3, 5]) and int((~got.keep).sum()) == 1 and bool(got.precision[3, 5].isinf())
+    torch.testing.assert_close(got.precision[got.keep].double(), expected[got.keep], rtol=2e-3, atol=0.0)
+    bias = posterior[key.replace("weight", "bias")]  # zero at the start, and no less alive
+    torch.testing.assert_close(bias.precision.double(), p0 + 1e5 * h[:, -1], rtol=2e-3, atol=0.0)

@@ -206,7 +206,7 @@ def test_one_step_of_words_for_every_bad_argument() -> None:
     with pytest.raises(DataError, match="cannot take"):
         prune(net, [{"pixels": ids()}], keep_share=0.5)
     with pytest.raises(DataError, match="4 batches"):
-        prune(net, [ids()])
+        prune(net, [ids(1)])
     with pytest.raises(OckhamError, match="matches no parameter"):
         prune(net, data, keep_share=0.5, settings=PruneSettings(ignore=["nothing"]))
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import Result
+from typer.testing import CliRunner
 
+from ockham.cli.app import app
+from ockham.core.posterior import load_posterior
 from ockham.errors import DataError, OckhamError
 from ockham.methods.blocks.job import PruneProgress, PruneSettings
 from ockham.methods.blocks.prune import prune_folder, read_calibration, token_measures, token_windows
@@ -94,5 +99,136 @@ def test_folders_that_hold_no_model(tmp_path: Path) -> None:
     with pytest.raises(OckhamError, match=r"config\.json"):
         prune_folder(tmp_path, tmp_path / "t.txt", tmp_path / "out")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(OckhamError, match="cannot be read"):
+    with pytest.raises(OckhamError, match="architecture"):
         prune_folder(tmp_path, tmp_path / "t.txt", tmp_path / "out")
+    network("t5").save_pretrained(tmp_path / "pairs")
+    with pytest.raises(OckhamError, match="pairs of texts"):
+        prune_folder(tmp_path / "pairs", tmp_path / "t.txt", tmp_path / "out")
+    network("gpt2").save_pretrained(tmp_path / "wordless")
+    with pytest.raises(OckhamError, match="tokenizer"):
+        prune_folder(tmp_path / "wordless", tmp_path / "t.txt", tmp_path / "out")
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["prune", *map(str, arguments)])
+
+
+SHORT = ("--windows", 12, "--window", 32, "--threads", 1)
+
+
+def test_the_command_writes_a_folder_that_loads_and_talks(source: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    given = ("--model", f"hf:{source}", "--calibrate", source / "text.txt", "--out", tmp_path / "out", *SHORT)
+    done = run(*given, "--keep-share", 0.5)
+    assert done.exit_code == 0, done.output
+    assert "reduction 3/3" in done.output and "s left" in done.output and "perplexity" in done.output
+    out = tmp_path / "out"
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["kept"] == pytest.approx(0.5, abs=0.01)
+    small = AutoModelForCausalLM.from_pretrained(out)
+    posterior = load_posterior(out / "posterior.safetensors")
+    names = {n for n, p in small.named_parameters() if ".layers." in n and p.ndim == 2}
+    assert set(posterior) == names
+    for name, g in posterior.items():
+        assert torch.equal(g.keep, small.get_parameter(name) != 0)
+        assert bool((g.precision >= g.prior_precision).all())
+    page = (out / "report.html").read_text()
+    assert "On text held out" in page and f"{metrics['after']['perplexity']:.4f}" in page
+    assert "finished result" in str(run(*given, "--keep-share", 0.7).exception)
+    again = run(*given, "--pattern", "2:4", "--overwrite", "--quiet")
+    assert again.exit_code == 0 and "reduction" not in again.output
+    w = AutoModelForCausalLM.from_pretrained(out).model.layers[0].mlp.up_proj.weight
+    assert bool(((w != 0).reshape(-1, 4).sum(1) <= 2).all())
+
+
+def test_a_share_of_the_parameters_makes_a_narrower_folder(source: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "out"
+    done = run(
+        "--model", f"hf:{source}", "--calibrate", source / "text.txt", "--out", out, *SHORT, "--params", 0.9, "--quiet"
+    )
+    assert done.exit_code == 0, done.output
+    small, metrics = AutoModelForCausalLM.from_pretrained(out), json.loads((out / "metrics.json").read_text())
+    assert metrics["after"]["parameters"] == sum(p.numel() for p in small.parameters())
+    assert 0.8 < metrics["after"]["parameters"] / metrics["before"]["parameters"] <= 0.9
+    assert small.generate(torch.tensor([[4, 5]]), max_new_tokens=3).shape[1] == 5
+    for name, g in load_posterior(out / "posterior.safetensors").items():
+        assert g.mean.shape == small.get_parameter(name).shape
+        assert torch.allclose(g.mean, small.get_parameter(name).float(), rtol=1e-2)
+
+
+@pytest.mark.parametrize("target", [{"keep_share": 0.5}, {}])
+def test_a_stopped_job_on_a_folder_goes_on_at_its_last_block(source: Path, tmp_path: Path, target: dict) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(p: PruneProgress) -> None:
+        if p.stage == "reduction" and p.done == 2:
+            raise Stopped
+
+    # so little data that something may go of a random network
+    settings = PruneSettings(damping=Damping(0.1, 0.5), n_data=100.0)
+    options = {"windows": (12, 32), "target": target, "settings": settings}
+    prune_folder(source, source / "text.txt", tmp_path / "whole", **options)
+    with pytest.raises(Stopped):
+        prune_folder(source, source / "text.txt", tmp_path / "out", progress=stop, **options)
+    blocks = sorted((tmp_path / "out" / "work").rglob("?.safetensors"))
+    written = [b.stat().st_mtime_ns for b in blocks]
+    assert len(blocks) == 2
+    (tmp_path / "out" / "work" / "notes.txt").write_text("not ours")
+
+    def look(p: PruneProgress) -> None:
+        assert p.stage != "curvature"
+        if p.stage == "reduction" and p.done == 3:
+            assert [b.stat().st_mtime_ns for b in blocks] == written
+
+    prune_folder(source, source / "text.txt", tmp_path / "out", progress=look, **options)
+    for name in ("model.safetensors", "posterior.safetensors"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert [p.name for p in (tmp_path / "out" / "work").iterdir()] == ["notes.txt"]
+
+
+def test_an_encoder_is_judged_by_what_it_says(source: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, BertModel
+
+    dense = network("bert")
+    for p in dense.encoder.parameters():
+        p.data.mul_(5 if p.ndim == 2 else 1)  # at its start a BERT says the same of everything
+    dense.save_pretrained(tmp_path / "bert")
+    AutoTokenizer.from_pretrained(source).save_pretrained(tmp_path / "bert")
+    out = tmp_path / "out"
+    metrics = prune_folder(tmp_path / "bert", source / "text.txt", out, target={"keep_share": 0.7}, windows=(12, 32))
+    assert 0.5 < metrics["after"]["cosine"] < 1 == metrics["before"]["cosine"]
+    small = BertModel.from_pretrained(out)
+    assert sum(int((p == 0).sum()) for p in small.encoder.parameters() if p.ndim == 2) > 0
+
+
+def test_what_the_command_refuses(source: Path, tmp_path: Path) -> None:
+    hf, text, out = ("--model", f"hf:{source}"), ("--calibrate", source / "text.txt"), ("--out", tmp_path / "out")
+    for given, match in [
+        ((*hf, *text), "--out"),
+        ((*text, *out), "--model hf:FOLDER"),
+        ((*hf, *out), "--calibrate"),
+        ((*hf, *text, *out, "--epochs", 3), "does not use --epochs"),
+        ((*hf, *text, *out, "--params", 2), "--params"),
+        ((*hf, *text, *out, "--keep-share", 0.5, "--pattern", "2:4"), "not both"),
+        ((*hf, *text, *out, "--keep-share", 1.5), "keep_share"),
+        ((*hf, *text, "--out", source), "model itself"),
+        ((*hf, *out, "--calibrate", tmp_path / "none.txt"), "cannot read"),
+    ]:
+        done = run(*given)
+        assert isinstance(done.exception, OckhamError) and match in str(done.exception), (given, done.output)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_lacks_weights_is_refused(source: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, tmp_path / "model")
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(OckhamError, match="would be random"):
+        prune_folder(tmp_path / "model", source / "text.txt", tmp_path / "out", target={"keep_share": 0.5})

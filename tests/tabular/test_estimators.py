@@ -7,6 +7,7 @@ import warnings
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from sklearn.compose import TransformedTargetRegressor
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
@@ -14,6 +15,7 @@ from sklearn.preprocessing import StandardScaler
 
 from ockham.errors import OckhamWarning
 from ockham.tabular import SparseBNNClassifier, SparseBNNRegressor
+from ockham.tabular.data import duplicates
 
 FAST = {"max_iter": 300, "n_restarts": 1, "hidden_layer_sizes": (8,), "n_draws": 4, "random_state": 0}
 
@@ -73,6 +75,14 @@ def test_constant_and_duplicated_columns(table):
         model = SparseBNNRegressor(**FAST).fit(odd, y)
     assert model.inclusion_[6] == 0 and model.inclusion_[8] == 0
     assert model.inclusion_[7] == model.inclusion_[0] > 0.5
+
+
+def test_balanced_columns_that_differ_in_two_rows_are_no_duplicates():
+    """Standardised both are -1 and 1: their absolute values agree everywhere."""
+    a = torch.tensor([1.0, -1.0]).repeat(100)
+    b = a.clone()
+    b[50], b[51] = -a[50], -a[51]
+    assert duplicates(torch.stack([a, b, -b], 1)).tolist() == [0, 1, 1]
 
 
 @pytest.mark.parametrize("kind", [SparseBNNRegressor, SparseBNNClassifier])

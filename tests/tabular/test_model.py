@@ -14,6 +14,7 @@ from ockham.tabular.likelihoods import (
     Classes,
     Counts,
     GaussianNoise,
+    NoisyClasses,
     Student,
     log_scale,
     resolution,
@@ -120,7 +121,15 @@ def test_growth_changes_nothing_while_output_weights_are_zero(depth):
     assert linear.units == (0,) * depth and len(linear) == 4 and len(Net.linear(3, 1, depth, reads=False)) == 1
 
 
-LIKELIHOODS = [(Classes(), 1), (Classes(), 3), (Counts(), 1), (GaussianNoise(-4.0), 1), (Student(-4.0), 1)]
+LIKELIHOODS = [
+    (Classes(), 1),
+    (Classes(), 3),
+    (NoisyClasses(), 1),
+    (NoisyClasses(), 3),
+    (Counts(0.7), 1),
+    (GaussianNoise(-4.0), 1),
+    (Student(-4.0), 1),
+]
 
 
 def model_of(likelihood, outputs, rows=40, seed=0):
@@ -168,11 +177,13 @@ def test_fisher_information_is_the_mean_square_of_slopes(likelihood, outputs):
     elif isinstance(likelihood, GaussianNoise):
         y = 0.3 + scale * g.normal(size=draws)
     elif isinstance(likelihood, Counts):
-        y = g.poisson(math.exp(0.3), size=draws).astype(float)
+        y = g.poisson(math.exp(0.3 + 0.7), size=draws).astype(float)
     else:
         p = torch.sigmoid(output) if outputs == 1 else output.softmax(0)
         p = [1 - float(p), float(p)] if outputs == 1 else p.tolist()
         y = g.choice(len(p), p=p, size=draws)
+        if likelihood.extras:  # labels out of a hat
+            y = np.where(g.random(draws) < 1 / (1 + math.exp(-1.5)), g.integers(len(p), size=draws), y)
     slope, of_extra = likelihood.slopes(output.expand(1, draws, -1), extra.expand(1, -1), torch.as_tensor(y))
     got, own = likelihood.information(output.unsqueeze(0), extra)
     torch.testing.assert_close(got[0], slope[0].T @ slope[0] / draws, rtol=0.03, atol=0.02)
@@ -236,7 +247,9 @@ def test_beliefs_of_structures_add_up_to_one():
 
 
 def _slabs(model):
-    return sum(model._slab_belief(0, n, int(k.sum())) for n, k in model.nets[0].keep.items() if n != "out.bias")
+    """Inverse gamma of shape and rate 2 at a variance of 1, by the width of its posterior in ln v."""
+    living = [int(k.sum()) for n, k in model.nets[0].keep.items() if n != "out.bias"]
+    return sum(math.log(4) - 2 + 0.5 * math.log(2 * math.pi / (2 + 0.5 * m)) for m in living)
 
 
 def test_a_slab_variance_fits_its_weights():
@@ -256,8 +269,8 @@ def test_student_against_scipy():
     assert float(log_scale(torch.tensor(30.0), -2.0)) == pytest.approx(30.0)
     counts = torch.tensor([0.0, 3.0], dtype=torch.float64)
     output = torch.full((1, 2, 1), 0.4, dtype=torch.float64)
-    got = Counts().nll(output, torch.zeros(1, 0), counts)[0]
-    np.testing.assert_allclose(got, -stats.poisson.logpmf([0, 3], math.exp(0.4)), rtol=1e-12)
+    got = Counts(0.7).nll(output, torch.zeros(1, 0), counts)[0]
+    np.testing.assert_allclose(got, -stats.poisson.logpmf([0, 3], math.exp(1.1)), rtol=1e-12)
 
 
 def test_resolution_is_that_of_rounding():

@@ -46,9 +46,10 @@ def reduced(
     conditional mean, all rows together; the bias moves with them.
 
     Args:
-        posterior: of the full network.
+        posterior: distribution of the weights of the full network.
         keep: parameter name to boolean tensor, True = stays. Names left out are kept.
-        damping: see `ockham.evidence.kronecker.conditional_mean`; None is the exact conditional mean, prior included.
+        damping: ridge as in `ockham.evidence.kronecker.conditional_mean`; None: the exact one,
+            prior included.
 
     Returns:
         Means and masks of the survivors, removed weights exactly zero with infinite precision. Conditioning again is
@@ -64,8 +65,23 @@ def reduced(
         raise OckhamError(f"keep names {unknown[:6]}, which this posterior does not have")
     means = {name: g.mean.masked_fill(g.keep & ~masks[name], 0.0) for name, g in posterior.items()}
     for block in posterior.matrices:
-        means |= _moved(block, posterior, masks, damping)
-    moments = {name: _survivors(g, means[name], masks[name]) for name, g in posterior.items()}
+        stays = block.pack({name: masks[name] for name in block.names})
+        own = {name: posterior[name].mean for name in block.names}
+        packed = block.pack(own)
+        if not bool((packed[~stays] == 0).all()):
+            means |= block.unpack(conditional_mean(packed, block.precision, stays, damping, _TOLERANCE), own)
+    moments = {}
+    for name, g in posterior.items():
+        gone = ~masks[name]
+        moments[name] = replace(
+            g,
+            mean=means[name],
+            precision=g.precision.masked_fill(gone, torch.inf),
+            keep=masks[name],
+            marginal_precision=None
+            if g.marginal_precision is None
+            else g.marginal_precision.masked_fill(gone, torch.inf),
+        )
     return replace(posterior, moments=moments)
 
 
@@ -80,10 +96,10 @@ def removed_in_rounds(
     back), and after ``4 * rounds`` rounds in any case. Where no weight can move (no correlations) one round does it.
 
     Args:
-        posterior: of the full network.
+        posterior: distribution of the weights of the full network.
         keep: share of the scored weights (those not protected) that stays; None: the evidence decides.
         protected: parameters from which nothing goes.
-        rounds: how finely.
+        rounds: number of steps in which the weights go.
 
     Raises:
         OckhamError: a share outside (0, 1], rounds < 1, or a posterior outside the domain of delta_f.
@@ -91,36 +107,14 @@ def removed_in_rounds(
     if rounds < 1:
         raise OckhamError(f"rounds must be at least 1; got {rounds}")
     rounds = rounds if posterior.matrices else 1
-    if keep is None:
-        return _until_the_evidence_ends(posterior, protected, rounds)
-    if not 0 < keep <= 1:
-        raise OckhamError(f"keep is the share of the scored weights that stays, in (0, 1]; got {keep}")
-    scored = sum(int(g.keep.sum()) for name, g in posterior.items() if name not in protected)
-    for i in range(1, rounds + 1):
-        gone = round(scored * (1 - keep ** (i / rounds)))
-        posterior = _without(posterior, protected, scored - gone)
-    return posterior
-
-
-def joint_delta_f(posterior: Posterior, keep: Mapping[str, Tensor]) -> float:
-    """Log evidence change of removing many weights together, nats, a lower bound.
-
-    Weight matrices with correlations count as `ockham.evidence.kronecker.delta_f_kronecker` says, others by their sum.
-
-    Args:
-        posterior: of the full network.
-        keep: parameter name to boolean tensor, True = stays. Names left out are kept.
-    """
-    masks = {name: _mask(name, g, keep) for name, g in posterior.items()}
-    total = score(posterior).gain({n: m for n, m in masks.items() if all(n not in b.names for b in posterior.matrices)})
-    for block in posterior.matrices:
-        means = {name: posterior[name].mean for name in block.names}
-        stays = block.pack({name: masks[name] for name in block.names})
-        total += delta_f_kronecker(block.pack(means), block.precision, stays, _TOLERANCE)
-    return total
-
-
-def _until_the_evidence_ends(posterior: Posterior, protected: Collection[str], rounds: int) -> Posterior:
+    if keep is not None:
+        if not 0 < keep <= 1:
+            raise OckhamError(f"keep is the share of the scored weights that stays, in (0, 1]; got {keep}")
+        scored = sum(int(g.keep.sum()) for name, g in posterior.items() if name not in protected)
+        for i in range(1, rounds + 1):
+            gone = round(scored * (1 - keep ** (i / rounds)))
+            posterior = _without(posterior, protected, scored - gone)
+        return posterior
     if rounds == 1:
         return _round_of_evidence(posterior, protected, 1.0) or posterior
     full, highest = posterior, joint_delta_f(posterior, {})
@@ -133,6 +127,24 @@ def _until_the_evidence_ends(posterior: Posterior, protected: Collection[str], r
             break
         posterior, highest = smaller, joint
     return posterior
+
+
+def joint_delta_f(posterior: Posterior, keep: Mapping[str, Tensor]) -> float:
+    """Log evidence change of removing many weights together, nats, a lower bound.
+
+    Weight matrices with correlations count as `ockham.evidence.kronecker.delta_f_kronecker` says, others by their sum.
+
+    Args:
+        posterior: distribution of the weights of the full network.
+        keep: parameter name to boolean tensor, True = stays. Names left out are kept.
+    """
+    masks = {name: _mask(name, g, keep) for name, g in posterior.items()}
+    total = score(posterior).gain({n: m for n, m in masks.items() if all(n not in b.names for b in posterior.matrices)})
+    for block in posterior.matrices:
+        means = {name: posterior[name].mean for name in block.names}
+        stays = block.pack({name: masks[name] for name in block.names})
+        total += delta_f_kronecker(block.pack(means), block.precision, stays, _TOLERANCE)
+    return total
 
 
 def _round_of_evidence(posterior: Posterior, protected: Collection[str], cap: float) -> Posterior | None:
@@ -152,22 +164,6 @@ def _without(posterior: Posterior, protected: Collection[str], scored_left: int)
     if scored_left + spared == 0:
         raise OckhamError("nothing would be left: keep at least one weight")
     return reduced(posterior, BudgetRule((scored_left + spared) / posterior.size()).decide(evidence, protected))
-
-
-def _moved(
-    block: WeightMatrix, posterior: Posterior, masks: Mapping[str, Tensor], damping: float | None
-) -> dict[str, Tensor]:
-    stays = block.pack({name: masks[name] for name in block.names})
-    means = {name: posterior[name].mean for name in block.names}
-    if bool((block.pack(means)[~stays] == 0).all()):
-        return {}
-    return block.unpack(conditional_mean(block.pack(means), block.precision, stays, damping, _TOLERANCE), means)
-
-
-def _survivors(g: Gaussian, mean: Tensor, keep: Tensor) -> Gaussian:
-    marginal = None if g.marginal_precision is None else g.marginal_precision.masked_fill(~keep, torch.inf)
-    precision = g.precision.masked_fill(~keep, torch.inf)
-    return replace(g, mean=mean, precision=precision, keep=keep, marginal_precision=marginal)
 
 
 def _mask(name: str, g: Gaussian, keep: Mapping[str, Tensor]) -> Tensor:
@@ -197,7 +193,7 @@ class _Reader:
     """Whole columns of a matrix that read the units of a group.
 
     Attributes:
-        matrix: which one.
+        matrix: matrix that reads.
         parts: [units, m], its independent groups in which they stand.
         columns: [units, n], the columns there.
     """
@@ -227,8 +223,8 @@ def score_columns(posterior: Posterior, groups: Iterable[GroupLike]) -> ColumnEv
     (`score_structures`), and cost 1/2 P mean^2.
 
     Args:
-        posterior: with `matrices`, as `ockham.laplace` with Kronecker factors makes it.
-        groups: what `ockham.trace` found.
+        posterior: distribution with `matrices`, as `ockham.laplace` with Kronecker factors makes it.
+        groups: result of `ockham.trace`.
     """
     every, evidence = list(groups), score(posterior)
     base = score_structures(evidence, every, cut=outgoing)
@@ -252,8 +248,8 @@ def narrowed(posterior: Posterior, groups: Iterable[GroupLike], keep: Mapping[st
     """The posterior given that nothing reads some units: their columns zero, the other columns moved to make good.
 
     Args:
-        posterior: of the full network, perhaps narrowed before.
-        groups: what `ockham.trace` found.
+        posterior: distribution of the weights of the full network, perhaps narrowed before.
+        groups: result of `ockham.trace`.
         keep: group id to boolean ``(units,)``, True = stays; groups left out stay whole.
 
     Returns:

@@ -55,9 +55,9 @@ def chosen_in_rounds(
     took *together* is not worth removing; that round is taken back. ``round_to`` is heeded in the last step.
 
     Args:
-        groups: what `trace` found.
-        posterior: with matrices.
-        priced: the price (None: 0) and what units cost, as it needs them.
+        groups: result of `trace`.
+        posterior: distribution with `matrices`.
+        priced: price (None: 0) and costs of a unit, as it needs them.
         limited: the budget, and the network it is measured on; None for none.
         round_to: widths become multiples of it.
 
@@ -65,15 +65,8 @@ def chosen_in_rounds(
         Evidence of every unit (of removed ones as it was when they went), and the choice.
     """
     limit, subject = limited
-    price = priced[0] or FlatPrice(0.0)
     if limit is None or subject is None:
-        return _while_it_pays(groups, posterior, price, priced[1], round_to)
-    return _down_to(groups, posterior, limit, subject, round_to)
-
-
-def _down_to(
-    groups: Groups, posterior: Posterior, limit: Budget, subject: Subject, round_to: int
-) -> tuple[ColumnEvidence, Choice]:
+        return _while_it_pays(groups, posterior, priced[0] or FlatPrice(0.0), priced[1], round_to)
     most, whole = most_allowed(limit, subject, groups), limit.measure(subject, plan_masks(groups, {}))
     rounds = max(1, math.ceil(math.log(min(1.0, most / whole)) / math.log(_STEP)))
     options = {"limit": limit, "subject": subject, "costs": limit.unit_costs(subject, groups)}
@@ -146,14 +139,14 @@ def plan(
         groups: result of `trace`.
         keep: either masks, group id to a boolean tensor ``(units,)``, True = stays (groups left out stay whole); or
             evidence: a posterior, its `score`, or ``evidence.by_group(groups)``.
-        nats: with masks, the evidence of the units, only to be printed and saved.
-        price: with evidence, what a unit must be worth: `LearnedRate` (default), `FlatPrice`, `PerParameter`,
+        nats: evidence of the units, only to be printed and saved; for masks.
+        price: least worth of a unit that stays, for evidence: `LearnedRate` (default), `FlatPrice`, `PerParameter`,
             `PerMac`, `PerMillisecond`. Units that nobody reads go for free.
         budget: ``{"macs": "50%"}``, ``{"params": 1_000_000}``, ``{"latency": 0.004}`` (seconds, batch 64, measured):
             the units worth least per cost go until it is met; its default price beside that is 0.
         round_to: widths become multiples of it, whichever are worth most.
         model: the traced network, for prices per resource and budgets.
-        example_inputs: as for `trace`, for the same.
+        example_inputs: inputs as for `trace`, for the same.
 
     A posterior with correlations inside weight matrices (`ockham.laplace` with "kronecker") is planned for in rounds:
     after each the survivors are scored as if they had moved to make good for what went. Let them move with

@@ -55,7 +55,7 @@ class UnitCosts:
     Attributes:
         parameters: learnable values that go with it.
         macs: multiply-accumulates of one example.
-        milliseconds: of the measured latency of a batch; empty where nobody measured.
+        milliseconds: share of the measured latency of a batch; empty where nobody measured.
     """
 
     parameters: Mapping[str, float]
@@ -102,12 +102,12 @@ class LearnedRate(Price):
 
     def nats(self, evidence: StructureEvidence, costs: UnitCosts) -> dict[str, Tensor]:
         """The same price for all units of a group."""
-        return {key: torch.full_like(e, self._price(e, evidence.gone.get(key, 0))) for key, e in evidence.items()}
-
-    def _price(self, nats: Tensor, gone: int) -> float:
-        every = torch.ones_like(nats, dtype=torch.bool)
-        log_odds = beta_log_odds(-nats, every, keep_count=self.on, remove_count=self.off + gone)
-        return max(0.0, -float(log_odds))
+        prices = {}
+        for key, nats in evidence.items():
+            every, off = torch.ones_like(nats, dtype=torch.bool), self.off + evidence.gone.get(key, 0)
+            log_odds = beta_log_odds(-nats, every, keep_count=self.on, remove_count=off)
+            prices[key] = torch.full_like(nats, max(0.0, -float(log_odds)))
+        return prices
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,8 +210,8 @@ def macs_after(model: nn.Module, plan: Plan, example_inputs: Any) -> int:
 
     Args:
         model: the network the plan is for; left as it is.
-        plan: the edits.
-        example_inputs: as for `trace`; the batch counts.
+        plan: edits to make.
+        example_inputs: inputs as for `trace`; the batch counts.
     """
     arguments = as_arguments(example_inputs)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
@@ -219,7 +219,7 @@ def macs_after(model: nn.Module, plan: Plan, example_inputs: Any) -> int:
     counter = FlopCounterMode(display=False)
     with fake, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        small = clone(model, lambda n, t: _empty(t, plan.shape(n)))
+        small = clone(model, lambda n, t: torch.empty(plan.shape(n), dtype=t.dtype, device=t.device))
         refit(model, small, plan)
         with counter:
             small.eval()(*args, **kwargs)
@@ -241,9 +241,9 @@ def unit_costs(
 
     Args:
         model: the traced network.
-        groups: its groups.
-        example_inputs: as for `trace`.
-        measured: beside parameters, which always are: "macs", "milliseconds".
+        groups: groups of the network.
+        example_inputs: inputs as for `trace`.
+        measured: costs to measure beside parameters, which always are: "macs", "milliseconds".
     """
     whole = plan_masks(groups, {})
     one = {g.id: plan_masks(groups, {g.id: _without(g, 1)}) for g in groups}
@@ -251,7 +251,8 @@ def unit_costs(
     parameters = {key: float(count - parameters_after(model, p)) for key, p in one.items()}
     macs: dict[str, float] = {}
     if "macs" in measured:
-        rows = next((t.shape[0] for t in pytree.tree_leaves(as_arguments(example_inputs)) if _is_batch(t)), 1)
+        leaves = pytree.tree_leaves(as_arguments(example_inputs))
+        rows = next((t.shape[0] for t in leaves if isinstance(t, Tensor) and t.ndim > 0), 1)
         before = macs_after(model, whole, example_inputs)
         macs = {key: (before - macs_after(model, p, example_inputs)) / rows for key, p in one.items()}
     times: dict[str, float] = {}
@@ -270,23 +271,14 @@ def _without(group: Group, count: int) -> Tensor:
     return keep
 
 
-def _is_batch(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.ndim > 0
-
-
-def _empty(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    new = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
-    return nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
-
-
 @dataclass(frozen=True, slots=True)
 class Structures:
     """Structures go by evidence after the single weights of a round, and the network shrinks at once.
 
     Attributes:
-        price: what a unit must be worth, nats.
+        price: least worth of a unit that stays, nats.
         cut: the side of a unit that is scored, `outgoing` or `incoming` of `ockham.choose.units`.
-        inside: which weights of the cut count, `held_weights()` or `all_masks()` of the same module.
+        inside: choice of the weights of a cut that count, `held_weights()` or `all_masks()` of the same module.
         round_to: widths become multiples of it.
         cap: largest share of the units of a group that one round takes, those that nobody reads aside.
         wait: rounds of single weights before the first structures go.
@@ -320,7 +312,7 @@ class Budget(ABC):
 
     Attributes:
         limit: a share of the whole network's (``share`` True) or a number.
-        share: which of the two.
+        share: flag, True where ``limit`` is a share.
     """
 
     limit: float
@@ -434,7 +426,10 @@ def within(
     def fits(rate: float) -> bool:
         return limit.measure(subject, plan_masks(groups, choice(rate).keep)) <= most
 
-    rates = _rates(evidence, prices, costs)
+    # Prices per cost at which a unit goes, rising; 0 first, beyond all of them last.
+    worth = [((e - prices[k]) / costs[k]).clamp(max=1e12) for k, e in evidence.items() if costs[k] > 0]
+    every = torch.cat([*worth, torch.zeros(1, dtype=torch.float64)]).clamp(min=0).unique()
+    rates = [0.0, *torch.nextafter(every, torch.full_like(every, float("inf"))).tolist(), 1e15]
     if not fits(rates[-1]):
         least = limit.measure(subject, plan_masks(groups, choice(rates[-1]).keep))
         raise PlanError(
@@ -447,11 +442,3 @@ def within(
         middle = (low + high) // 2
         low, high = (low, middle) if fits(rates[middle]) else (middle, high)
     return choice(rates[high])
-
-
-def _rates(evidence: StructureEvidence, prices: Mapping[str, Tensor], costs: Mapping[str, float]) -> list[float]:
-    """Prices per cost at which a unit goes, rising; 0 first, beyond all of them last."""
-    worth = [((e - prices[k]) / costs[k]).clamp(max=1e12) for k, e in evidence.items() if costs[k] > 0]
-    every = torch.cat([*worth, torch.zeros(1, dtype=torch.float64)]).clamp(min=0).unique()
-    above = torch.nextafter(every, torch.full_like(every, float("inf")))
-    return [0.0, *above.tolist(), 1e15]

@@ -64,15 +64,21 @@ def smallest(order: Mapping[str, Tensor], candidates: Mapping[str, Tensor], coun
     tensor([False, False,  True])
     """
     single = all(order[name].dtype is torch.float32 for name in candidates)
-    whole = 32 if single else 64
+    whole, real = (32, torch.float32) if single else (64, torch.float64)
+    integer, most = (torch.int32, 0x7FFFFFFF) if single else (torch.int64, 2**63 - 1)
 
     def pieces(name: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Places, keys and which of them are candidates, piece by piece."""
+        """Places, keys and which of them are candidates, piece by piece.
+
+        Keys are integers in the order of the numbers: of a negative one all bits but the sign are turned round.
+        """
         values, free = order[name], candidates[name]
         size = _AT_ONCE if values.device.type == "cpu" else max(1, values.numel())
         for start in range(0, values.numel(), size):
             place = slice(start, start + size)
-            yield place, _keys(values[place], single=single), free[place]
+            finite = values[place].to(real).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+            keys = (finite + 0.0).view(integer)
+            yield place, torch.where(keys < 0, keys ^ most, keys), free[place]
 
     threshold, left = 0, count  # the bits of the threshold so far; how many of those that share them are to be chosen
     for shift in range(whole - _DIGIT, -1, -_DIGIT):
@@ -106,13 +112,6 @@ def _chosen(
                 equal -= on.numel()
             found[name][place] = chosen
     return found
-
-
-def _keys(values: Tensor, *, single: bool) -> Tensor:
-    """Integers in the order of the numbers: of a negative one all bits but the sign are turned round."""
-    real, whole, most = (torch.float32, torch.int32, 0x7FFFFFFF) if single else (torch.float64, torch.int64, 2**63 - 1)
-    keys = (values.to(real).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0).view(whole)
-    return torch.where(keys < 0, keys ^ most, keys)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -273,12 +272,7 @@ def diagnose(posterior: Posterior, nll: float | None = None) -> Diagnosis:
         if ratio.numel() > 1:
             spread += float(ratio.std() / ratio.mean()) * ratio.numel()
     removable = sum(float((d > 0).sum()) for d in score(posterior).values())
-    shares = undetermined / alive, spread / alive, removable / alive
-    cost = noise * posterior.temperature / posterior.n_data
-    return Diagnosis(*shares, _warnings(posterior, *shares), cost, nll)
-
-
-def _warnings(posterior: Posterior, undetermined: float, spread: float, removable: float) -> tuple[str, ...]:
+    undetermined, spread, removable = undetermined / alive, spread / alive, removable / alive
     found = []
     if undetermined > 0.5:
         found.append(
@@ -294,7 +288,8 @@ def _warnings(posterior: Posterior, undetermined: float, spread: float, removabl
         found.append("no weight has evidence for removal; a wider prior asks a stronger question, a budget forces one.")
     if posterior.temperature != 1.0:
         found.append(f"the posterior is tempered (T = {posterior.temperature:g}): its evidence is tempered evidence.")
-    return tuple(found)
+    cost = noise * posterior.temperature / posterior.n_data
+    return Diagnosis(undetermined, spread, removable, tuple(found), cost, nll)
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,9 +363,9 @@ class Rule(ABC):
         """Keep masks by parameter name, already removed weights False.
 
         Args:
-            evidence: of the current posterior.
+            evidence: score of the current posterior.
             protected: parameter names from which nothing goes.
-            progress: 0..1, how far this round is through the planned rounds (1 = last).
+            progress: share of the planned rounds up to this one, 0..1 (1 = last).
         """
 
 

@@ -172,7 +172,7 @@ def all_masks(*, strength: float = 1.0) -> Inside:
     def terms(evidence: Evidence, ledger: Account) -> Mapping[str, Tensor]:
         found = {}
         for name in evidence.posterior:
-            odds = _rate(*_all_weights(evidence, ledger, name), strength)
+            odds = _rate(evidence, ledger, name, strength)
             found[name] = _spread(evidence, name, unit_evidence(evidence[name], odds))
             if name in ledger.delta_f:
                 gone = ~evidence.posterior[name].keep
@@ -191,19 +191,15 @@ def _spread(evidence: Evidence, name: str, living: Tensor) -> Tensor:
     return wide
 
 
-def _all_weights(evidence: Evidence, ledger: Account, name: str) -> tuple[Tensor, int]:
-    """delta_f of the weights where it is known, and the number of removed ones where it is not."""
+def _rate(evidence: Evidence, ledger: Account, name: str, strength: float) -> float:
+    """Log odds that a weight stays, from delta_f where it is known and the removed weights of which it is not."""
     keep = evidence.posterior[name].keep
     known = [evidence[name].double()]
     if name in ledger.delta_f:
         past = ledger.delta_f[name][~keep].double()
         known.append(past[~past.isnan()])
     delta = torch.cat(known)
-    return delta, keep.numel() - delta.numel()
-
-
-def _rate(delta: Tensor, off: int, strength: float) -> float:
-    odds = 0.0
+    off, odds = keep.numel() - delta.numel(), 0.0
     for _ in range(200):
         on = float(torch.sigmoid(odds - delta).sum())
         new = math.log(on + strength) - math.log(delta.numel() - on + off + strength)
@@ -237,10 +233,10 @@ def score_structures(
     """Score the units of traced groups; `Evidence.by_group` is this function.
 
     Args:
-        evidence: of the living weights, after the single weights of this round went.
-        groups: what `ockham.trace` found.
+        evidence: score of the living weights, after the single weights of this round went.
+        groups: result of `ockham.trace`.
         cut: the side that is scored.
-        inside: which weights of the cut count, and where p0 comes from; default `held_weights()`.
+        inside: choice of the weights of a cut that count, and of their p0; default `held_weights()`.
         ledger: delta_f of the removed weights.
         gone: group id to units removed before.
 
@@ -252,7 +248,12 @@ def score_structures(
     alive = {name: g.keep.reshape(-1) for name, g in evidence.posterior.items()}
     nats, held, made = {}, {}, {}
     for group in groups:
-        _check(group, alive)
+        for name, at in (*group.outgoing_cuts(), *group.incoming_cuts()):
+            if name in alive and int(at.max()) >= alive[name].numel():
+                raise OckhamError(
+                    f"group {group.id!r} speaks of weight {int(at.max())} of {name!r}, of which this posterior has "
+                    f"{alive[name].numel()}: trace the network the posterior belongs to"
+                )
         nats[group.id] = summed(cut(group), terms, group.size, unknown=math.inf)
         held[group.id] = summed(cut(group), alive, group.size, unknown=1.0).long()
         matrices = [(n, at) for n, at in group.incoming_cuts() if n not in alive or evidence.posterior[n].mean.ndim > 1]
@@ -291,15 +292,6 @@ def _(source: Posterior, groups: Iterable[GroupLike]) -> StructureEvidence:
     return score_structures(score(source), groups)
 
 
-def _check(group: GroupLike, alive: Mapping[str, Tensor]) -> None:
-    for name, at in (*group.outgoing_cuts(), *group.incoming_cuts()):
-        if name in alive and int(at.max()) >= alive[name].numel():
-            raise OckhamError(
-                f"group {group.id!r} speaks of weight {int(at.max())} of {name!r}, of which this posterior has "
-                f"{alive[name].numel()}: trace the network the posterior belongs to"
-            )
-
-
 def summed(cuts: Collection[tuple[str, Tensor]], values: Mapping[str, Tensor], size: int, *, unknown: float) -> Tensor:
     """Sum over the weights of every unit, each once; a weight without a posterior (a frozen one) counts ``unknown``."""
     total = torch.zeros(size, dtype=torch.float64)
@@ -326,7 +318,7 @@ def units_of(groups: Iterable[GroupLike], shapes: Mapping[str, tuple[int, ...]])
     """Structures as a prior with one scale each wants them: all weights that make a unit share its number.
 
     Args:
-        groups: what `ockham.trace` found.
+        groups: result of `ockham.trace`.
         shapes: parameter name to shape.
 
     Returns:
@@ -337,23 +329,17 @@ def units_of(groups: Iterable[GroupLike], shapes: Mapping[str, tuple[int, ...]])
     start = 0
     for group in groups:
         for name, at in group.incoming_cuts():
-            placed = _numbered(at, shapes[name], start) if name in shapes and name not in found else None
-            if placed is not None:
-                found[name] = placed
+            if name not in shapes or name in found:
+                continue
+            flat = torch.full((math.prod(shapes[name]),), -1)
+            flat[at] = torch.arange(start, start + len(at))[:, None].expand_as(at)
+            for dim, size in enumerate(shapes[name]):
+                rows = flat.view(shapes[name]).movedim(dim, 0).reshape(size, -1)
+                if bool((rows == rows[:, :1]).all()) and bool((rows >= 0).all()):
+                    found[name] = dim, rows[:, 0].clone()
+                    break
         start += group.size
     return found
-
-
-def _numbered(at: Tensor, shape: tuple[int, ...], start: int) -> tuple[int, Tensor] | None:
-    """(dimension, unit of each index) if the positions of the units are whole slices of one dimension, else None."""
-    flat = torch.full((math.prod(shape),), -1)
-    flat[at] = torch.arange(start, start + len(at))[:, None].expand_as(at)
-    wide = flat.view(shape)
-    for dim in range(len(shape)):
-        rows = wide.movedim(dim, 0).reshape(shape[dim], -1)
-        if bool((rows == rows[:, :1]).all()) and bool((rows >= 0).all()):
-            return dim, rows[:, 0].clone()
-    return None
 
 
 _IDLE = -1.0  # nats at most that a unit which nobody reads is worth: it goes, whatever its price
@@ -382,7 +368,7 @@ def choose_units(
     best units are worth most in sum, sum (E_g - price).
 
     Args:
-        evidence: of the units.
+        evidence: score of the units.
         prices: group id to nats ``(units,)``.
         round_to: hardware-friendly multiple, at least 1.
         cap: largest share of the units of a group that goes at once, those that nobody reads aside: units that stand
@@ -398,20 +384,15 @@ def choose_units(
         worth = nats - prices[key]
         worth = torch.where(evidence.held[key] > 0, worth, worth.clamp(max=_IDLE)).clamp(-_MOST, _MOST)
         read = int((evidence.held[key] > 0).sum())
-        count = _width(worth, round_to, least=read - max(1, int(cap * read)) if cap < 1 else 1)
+        least = read - max(1, int(cap * read)) if cap < 1 else 1
+        widths = [w for w in (*range(round_to, len(worth), round_to), len(worth)) if w >= least]
+        sums: list[float] = worth.sort(descending=True).values.cumsum(0)[torch.tensor(widths) - 1].tolist()
+        count = max(w for w, s in zip(widths, sums, strict=True) if s == max(sums))
         keep[key] = torch.zeros(len(worth), dtype=torch.bool)
         keep[key][torch.argsort(worth, descending=True, stable=True)[:count]] = True
         if not bool((worth >= 0).any()):
             forced.append(key)
     return Choice(keep, tuple(forced))
-
-
-def _width(worth: Tensor, round_to: int, least: int) -> int:
-    """The width whose best units are worth most in sum, among multiples of ``round_to`` and the whole group."""
-    every: list[int] = [*range(round_to, worth.numel(), round_to), worth.numel()]
-    widths = [w for w in every if w >= least]
-    sums: list[float] = worth.sort(descending=True).values.cumsum(0)[torch.tensor(widths) - 1].tolist()
-    return max(w for w, s in zip(widths, sums, strict=True) if s == max(sums))
 
 
 NodeRule = Callable[[Tensor, Tensor], Tensor]
@@ -438,7 +419,7 @@ class Nodes:
     """Inclusion of the nodes of a chain.
 
     Attributes:
-        inputs: of each input, shape [inputs]; the importance of a feature.
+        inputs: inclusion of each input, shape [inputs]; the importance of a feature.
         hidden: weight's name to the inclusion of the nodes it *makes* (its outputs), all but the last layer's.
     """
 
@@ -472,12 +453,20 @@ def node_inclusion(
     alive = torch.ones(weights[names[-1]].shape[0], dtype=torch.float64, device=weights[names[-1]].device)
     hidden: dict[str, Tensor] = {}
     for name in reversed(names):
-        pi = _matrix(name, weights[name], len(alive))
-        alive = rule(pi, alive)
-        before = names.index(name) - 1
-        if before >= 0:
-            alive = _folded(alive, weights[names[before]].shape[0], names[before], name)
-            hidden[names[before]] = alive
+        pi = weights[name].double()
+        if pi.ndim < 2 or len(pi) != len(alive):
+            raise OckhamError(f"{name!r}: inclusion of shape [{len(alive)}, inputs] expected; got {tuple(pi.shape)}")
+        kernels = pi.flatten(2) if pi.ndim > 2 else pi.unsqueeze(2)
+        alive = rule(1 - _log_none(kernels).sum(2).exp(), alive)
+        if name != names[0]:
+            before = names[names.index(name) - 1]
+            outputs = weights[before].shape[0]
+            if len(alive) % outputs:
+                raise OckhamError(
+                    f"{before!r} makes {outputs} outputs, {name!r} reads {len(alive)} inputs: not a chain"
+                )
+            alive = 1 - _log_none(alive.view(outputs, -1)).sum(1).exp()  # a node may feed several inputs (flattened)
+            hidden[before] = alive
     kind = weights[names[0]].dtype
     return Nodes(alive.to(kind), {n: hidden[n].to(kind) for n in names[:-1]})
 
@@ -543,17 +532,3 @@ def living(keep: Mapping[str, Tensor], order: Sequence[str] | None = None) -> di
 
 def _log_none(pi: Tensor) -> Tensor:
     return torch.log1p(-pi.clamp(0.0, 1.0))
-
-
-def _matrix(name: str, pi: Tensor, outputs: int) -> Tensor:
-    if pi.ndim < 2 or pi.shape[0] != outputs:
-        raise OckhamError(f"{name!r}: inclusion of shape [{outputs}, inputs] expected; got {tuple(pi.shape)}")
-    kernels = pi.double().flatten(2) if pi.ndim > 2 else pi.double().unsqueeze(2)
-    return 1 - _log_none(kernels).sum(2).exp()
-
-
-def _folded(alive: Tensor, outputs: int, before: str, name: str) -> Tensor:
-    """Inclusion of the nodes before, where each of them feeds several inputs (a flattened image)."""
-    if len(alive) % outputs:
-        raise OckhamError(f"{before!r} makes {outputs} outputs, {name!r} reads {len(alive)} inputs: not a chain")
-    return 1 - _log_none(alive.view(outputs, -1)).sum(1).exp()

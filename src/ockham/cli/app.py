@@ -22,11 +22,24 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Table
 from torch import nn
 
-from ockham.cli.build import METHODS, Common, build_job, load_data, load_model, options_of, parse_device, read_config
+from ockham.cli.build import (
+    METHODS,
+    Basic,
+    BlockOptions,
+    Common,
+    build_job,
+    load_data,
+    load_model,
+    options_of,
+    parse_device,
+    read_config,
+)
 from ockham.core.files import printable, to_plain
 from ockham.core.posterior import load_posterior
 from ockham.core.seal import sealed
 from ockham.errors import OckhamError, OckhamWarning
+from ockham.methods.blocks.job import PruneProgress, PruneSettings
+from ockham.methods.blocks.prune import prune_folder
 from ockham.methods.gates.report import gate_sections
 from ockham.methods.spike_slab.audit import audit as audit_network
 from ockham.report.html import write_report
@@ -41,14 +54,20 @@ __all__ = ["Bars", "app", "audited", "contents", "evaluation", "main", "metrics"
 
 
 class Bars:
-    """A bar a stage; silent when the console is not a terminal or quiet is asked for."""
+    """A bar a stage; silent when the console is not a terminal or quiet is asked for.
 
-    def __init__(self, console: Console, *, quiet: bool) -> None:
+    Args:
+        console: where the bars go.
+        quiet: True shows none.
+        unit: what is counted.
+    """
+
+    def __init__(self, console: Console, *, quiet: bool, unit: str = " epochs") -> None:
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description:<14}"),
             BarColumn(),
-            TextColumn("{task.completed:.1f}/{task.total:.0f} epochs"),
+            TextColumn(f"{{task.completed:{'.1f' if unit else '.0f'}}}/{{task.total:.0f}}{unit}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -56,6 +75,7 @@ class Bars:
         )
         silent = quiet or not console.is_terminal
         self._progress = Progress(*columns, console=console, transient=False, disable=silent)
+        self._lines = None if quiet or console.is_terminal else console
         self._tasks: dict[str, TaskID] = {}
         self._current: tuple[str, int] | None = None
 
@@ -79,6 +99,18 @@ class Bars:
             note += f"  kept {info.kept_share:.2%}"
         self._progress.update(self._tasks[info.stage], completed=info.epoch, note=note)
         self._current = (info.stage, info.epoch)
+
+    def stage(self, told: PruneProgress) -> None:
+        """Show a step of a reduction by blocks: a bar, or a line with the time left where there is no terminal."""
+        if told.stage not in self._tasks:
+            self._tasks[told.stage] = self._progress.add_task(told.stage, total=told.total, note="")
+        self._progress.update(self._tasks[told.stage], completed=told.done, total=told.total)
+        if self._lines is not None:
+            self._lines.print(
+                f"{told.stage} {told.done}/{told.total}, {told.seconds:.0f} s, about {told.left:.0f} s left",
+                highlight=False,
+                soft_wrap=True,
+            )
 
     def step(self, step: int, steps: int, loss: float) -> None:
         """Show a step inside an epoch of the stage that runs."""
@@ -200,17 +232,15 @@ def audited(console: Console, folder: Path, data: Dataset, model: nn.Module | No
 def _table(console: Console, columns: dict[str, dict[str, float]]) -> None:
     table = Table("measure", *columns)
     for name in dict.fromkeys(name for column in columns.values() for name in column):
-        table.add_row(_plain(name), *(_number(c.get(name)) for c in columns.values()))
+        values = (column.get(name) for column in columns.values())
+        shown = ("-" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for v in values)
+        table.add_row(_plain(name), *shown)
     console.print(table)
 
 
 def _plain(text: object) -> str:
     """Text from a file for the terminal: neither markup nor control characters."""
     return escape(printable(text))
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Smaller networks by model evidence.")
@@ -255,8 +285,13 @@ def _verb(name: str, text: str, *methods: str, shown: tuple[str, ...]) -> Callab
         if merged.get("out") is None and merged.get("data") is None:
             merged["out"] = {"compress": "runs/digits", "gate": "runs/gates"}.get(name)
         options = options_of({k: v for k, v in merged.items() if v is not None}, *methods)
-        _say_new_spelling(name, merged)
-        _run(options)
+        posterior, old = merged.get("posterior"), merged.get("method", "")
+        new = {"bmrs": "ockham gate", "spike-slab": "ockham compress --posterior spike-slab"}.get(old)
+        if posterior in ("laplace", "kronecker"):
+            new = f"ockham prune --posterior {posterior}"
+        if name == "compress" and new is not None:
+            _say(f"note: this is now spelt `{new}`", "dim")
+        _run_blocks(options) if isinstance(options, BlockOptions) else _run(options)
 
     command.__signature__ = python_inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -281,18 +316,6 @@ def _keyword(name: str, annotation: Any) -> python_inspect.Parameter:
     return python_inspect.Parameter(name, python_inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _say_new_spelling(name: str, given: dict[str, Any]) -> None:
-    """Say the new verb once where an old spelling was used."""
-    posterior = given.get("posterior")
-    new = {"bmrs": "ockham gate", "spike-slab": "ockham compress --posterior spike-slab"}.get(given.get("method", ""))
-    if name == "compress" and posterior in ("laplace", "kronecker"):
-        new = f"ockham prune --posterior {posterior}"
-    if name == "compress" and new is not None:
-        err_console.print(
-            f"note: this is now spelt `{new}`", style="dim", markup=False, highlight=False, soft_wrap=True
-        )
-
-
 _verb(
     "compress",
     "Train and reduce: fit a posterior, remove what the evidence does not support, refit, report.",
@@ -300,14 +323,49 @@ _verb(
 )
 _verb(
     "prune",
-    "Reduce a trained network in one shot: a Laplace posterior, one removal, a short refit.",
+    "Reduce a trained network in one shot: by its Laplace posterior, or (--calibrate) a transformers folder by blocks.",
     "one-shot",
-    shown=("one-shot",),
+    shown=("one-shot", "blocks"),
 )
 _verb("gate", "Train with gates on whole structures and remove those by a BMRS rule.", "gates", shown=("gates",))
 
 
-def _run(options: Common) -> None:
+def _run_blocks(o: BlockOptions) -> None:
+    """Reduce a transformers folder on a text, as the options of `ockham prune --calibrate` say."""
+    if o.out is None:
+        raise OckhamError("--out FOLDER is needed: where shall the result go?")
+    if o.model is None or not o.model.startswith("hf:"):
+        raise OckhamError(f"--calibrate is for transformers folders: add --model hf:FOLDER; got --model {o.model}")
+    if o.params is not None and not 0 < o.params <= 1:
+        raise OckhamError(f"--params is the share of all parameters that stays, in (0, 1]; got {o.params}")
+    if o.threads is not None:
+        torch.set_num_threads(o.threads)
+    target: dict[str, Any] = {"keep_share": o.keep_share, "pattern": o.pattern}
+    if o.params is not None:
+        target |= {"structure": "auto", "budget": {"params": f"{100 * o.params}%"}}
+    try:
+        with terminated(), Bars(err_console, quiet=o.quiet, unit="") as bars:
+            found = prune_folder(
+                o.model.removeprefix("hf:"),
+                str(o.calibrate),
+                o.out,
+                target=target,
+                windows=(o.windows, o.window),
+                progress=bars.stage,
+                settings=PruneSettings(ignore=o.ignore, seed=o.seed),
+                overwrite=o.overwrite,
+            )
+    except KeyboardInterrupt:
+        _say(f"ockham: stopped; finished blocks are kept in {printable(o.out)}. Run the same command to go on", "")
+        raise typer.Exit(130) from None
+    _table(out_console, {side: found[side] for side in ("before", "after")})
+    line = f"kept {found['kept']:.2%} of the weights of its blocks in {found['seconds']:.1f} s, seed {o.seed}"
+    out_console.print(line, highlight=False)
+    typer.echo(f"Report: {Path(o.out) / 'report.html'}")
+
+
+def _run(options: Basic) -> None:
+    assert isinstance(options, Common)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     job = build_job(options, "ockham " + shlex.join(sys.argv[1:]))
@@ -392,9 +450,7 @@ def main() -> None:
 
 def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **_: Any) -> None:
     if issubclass(category, OckhamWarning):
-        err_console.print(
-            f"warning: {printable(message)}", style="yellow", markup=False, highlight=False, soft_wrap=True
-        )
+        _say(f"warning: {printable(message)}", "yellow")
 
 
 def _say(text: str, style: str) -> None:

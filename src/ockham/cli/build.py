@@ -68,6 +68,8 @@ from ockham.zoo.networks import NETWORKS, suggest
 
 __all__ = [
     "METHODS",
+    "Basic",
+    "BlockOptions",
     "Common",
     "EvidenceOptions",
     "GateOptions",
@@ -92,15 +94,34 @@ DATA, TRAINING, REMOVAL, STRUCTURES, RUN = "Network and data", "Training", "What
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Common:
+class Basic:
     """Options of every method. None means: chosen by the data."""
 
     out: str | None = _option(None, "Result folder.", DATA)
+    model: str | None = _option(None, "Zoo name, hf:FOLDER or package.module:function. [by the data]", DATA)
+    keep_share: float | None = _option(None, "Budget: share that stays. [the evidence decides]", REMOVAL)
+    ignore: tuple[str, ...] = _option((), "Protect: parameter or module name, or re:pattern.", REMOVAL)
+    threads: int | None = _option(None, "CPU threads. [torch's; small data 1]", RUN)
+    seed: int = _option(0, "Of everything random.", RUN)
+    resume: bool = _option(False, "Continue an interrupted run.", RUN)
+    overwrite: bool = _option(False, "Replace a finished result in --out.", RUN)
+    quiet: bool = _option(False, "No progress bars.", RUN)
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "draws", "rounds", "threads", "round_to", "windows", "window"):
+            value = getattr(self, name, None)
+            if value is not None and value < 1:
+                raise OckhamError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Common(Basic):
+    """Options of every method that reads a data set of examples with targets."""
+
     data: str | None = _option(None, "Folder, CSV or Parquet file, or package.module:function. [digits]", DATA)
     target: str | None = _option(None, "Column of a table to predict. [target, label or y]", DATA)
     normalize: str | None = _option(None, "none, or means:stds, as 0.49,0.48:0.25,0.24. [of the data]", DATA)
     max_bytes: int | None = _option(None, "Most bytes of one array or file that is read. [what is free]", DATA)
-    model: str | None = _option(None, "Zoo name or package.module:function. [by the data]", DATA)
     weights: str | None = _option(None, "Start from these: safetensors, npz, torch file or folder.", DATA)
     likelihood: str | None = _option(None, "classification or regression. [by the targets]", DATA)
     ood: str | None = _option(None, "Foreign data for the out-of-distribution measure.", DATA)
@@ -108,22 +129,9 @@ class Common:
     batch_size: int | None = _option(None, "Examples a step. [128; small data 64]", TRAINING)
     learning_rate: float | None = _option(None, "Learning rate at first. [by the method]", TRAINING)
     baseline: bool = _option(True, "Train Adam for comparison.", TRAINING)
-    keep_share: float | None = _option(None, "Budget: share that stays. [the evidence decides]", REMOVAL)
-    ignore: tuple[str, ...] = _option((), "Protect: parameter or module name, or re:pattern.", REMOVAL)
     draws: int = _option(20, "Posterior draws of a prediction.", RUN)
     device: str = _option("cpu", "cpu, cuda, cuda:1, mps.", RUN)
-    threads: int | None = _option(None, "CPU threads. [torch's; small data 1]", RUN)
-    seed: int = _option(0, "Of everything random.", RUN)
-    resume: bool = _option(False, "Continue an interrupted run.", RUN)
-    overwrite: bool = _option(False, "Replace a finished result in --out.", RUN)
     log_dir: str | None = _option(None, "Write TensorBoard scalars here.", RUN)
-    quiet: bool = _option(False, "No progress bars.", RUN)
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "draws", "rounds", "threads", "round_to"):
-            value = getattr(self, name, None)
-            if value is not None and value < 1:
-                raise OckhamError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,10 +190,22 @@ class GateOptions(Common):
     after_training: bool = _option(False, "Remove once, after training, and draw the curves.", REMOVAL)
 
 
-METHODS: dict[str, type[Common]] = {
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockOptions(Basic):
+    """Options of `ockham prune --model hf:FOLDER --calibrate TEXT`: a transformers folder, reduced block by block."""
+
+    calibrate: str | None = _option(None, "Text file, or folder of .txt files, for --model hf:FOLDER.", DATA)
+    windows: int = _option(32, "Windows of the text to calibrate on.", DATA)
+    window: int = _option(512, "Tokens of a window.", DATA)
+    pattern: str | None = _option(None, "2:4, or another n:m along the inputs of each matrix.", REMOVAL)
+    params: float | None = _option(None, "Budget: share of all parameters that stays; whole units go.", STRUCTURES)
+
+
+METHODS: dict[str, type[Basic]] = {
     "evidence": EvidenceOptions,
     "spike-slab": SpikeSlabOptions,
     "one-shot": OneShotOptions,
+    "blocks": BlockOptions,
     "gates": GateOptions,
 }
 """Methods by name, with the options that they take."""
@@ -194,6 +214,7 @@ _SPOKEN = {
     "evidence": "ockham compress",
     "spike-slab": "ockham compress --posterior spike-slab",
     "one-shot": "ockham prune",
+    "blocks": "ockham prune --calibrate",
     "gates": "ockham gate",
 }
 
@@ -205,7 +226,7 @@ class Options(dict[str, Any]):
         super().__init__({k: v for k, v in given.items() if v is not None and v != ()})
 
 
-def options_of(given: Mapping[str, Any], method: str | None = None) -> Common:
+def options_of(given: Mapping[str, Any], method: str | None = None) -> Basic:
     """The options of the method that is asked for, by verb or by an old spelling.
 
     Args:
@@ -221,6 +242,8 @@ def options_of(given: Mapping[str, Any], method: str | None = None) -> Common:
     if spelt not in old:
         raise OckhamError(f"--method {spelt}: unknown; choose from {', '.join(k for k in old if k)}")
     posterior = given.get("posterior")
+    if method == "one-shot" and "calibrate" in given:
+        method = "blocks"
     if method is None:
         by_posterior = {"laplace": "one-shot", "kronecker": "one-shot", "spike-slab": "spike-slab"}
         method = old[spelt] or by_posterior.get(posterior or "", "evidence")
@@ -231,18 +254,14 @@ def options_of(given: Mapping[str, Any], method: str | None = None) -> Common:
     own = {f.name for f in fields(METHODS[method])}
     for name in given:
         if name not in own:
-            raise OckhamError(_refusal(name, f"--method {spelt}" if spelt else _SPOKEN[method], own))
+            others = [_SPOKEN[m] for m, kind in METHODS.items() if name in {f.name for f in fields(kind)}]
+            advice = f"it belongs to {', '.join(f'`{o}`' for o in others)}" if others else "no method has it"
+            near = difflib.get_close_matches(name, own, 1)
+            if near:
+                advice += f"; the nearest here is --{near[0].replace('_', '-')}"
+            owner = f"--method {spelt}" if spelt else _SPOKEN[method]
+            raise OckhamError(f"{owner} does not use --{name.replace('_', '-')}: drop it ({advice})")
     return METHODS[method](**given)
-
-
-def _refusal(name: str, owner: str, own: set[str]) -> str:
-    spelt = "--" + name.replace("_", "-")
-    others = [_SPOKEN[m] for m, kind in METHODS.items() if name in {f.name for f in fields(kind)}]
-    near = difflib.get_close_matches(name, own, 1)
-    advice = f"it belongs to {', '.join(f'`{o}`' for o in others)}" if others else "no method has it"
-    if near:
-        advice += f"; the nearest here is --{near[0].replace('_', '-')}"
-    return f"{owner} does not use {spelt}: drop it ({advice})"
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -262,18 +281,15 @@ def read_config(path: Path) -> dict[str, Any]:
         near = [n for key in unknown for n in difflib.get_close_matches(key, known, 1)]
         meant = f" (did you mean {', '.join(near)}?)" if near else ""
         raise OckhamError(f"--config {path}: unknown keys {', '.join(unknown)}{meant}; known are {', '.join(known)}")
+    allowed = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
     for key, value in table.items():
         if isinstance(value, list):
             table[key] = tuple(value)
-        elif key in known and not _fits(value, str(known[key].type)):
-            raise OckhamError(f"--config {path}: {key} should be {known[key].type}; got {value!r}")
+        elif key in known:
+            kinds = next((types for word, types in allowed.items() if word in str(known[key].type)), (object,))
+            if not isinstance(value, kinds) or (isinstance(value, bool) and not {bool, object} & {*kinds}):
+                raise OckhamError(f"--config {path}: {key} should be {known[key].type}; got {value!r}")
     return table
-
-
-def _fits(value: Any, annotation: str) -> bool:
-    allowed = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
-    wanted = next((types for word, types in allowed.items() if word in annotation), (object,))
-    return isinstance(value, wanted) and (bool in wanted or object in wanted or not isinstance(value, bool))
 
 
 def default_of(option: Field[Any]) -> Any:
@@ -326,10 +342,13 @@ def build_job(given: Common | Mapping[str, Any], command: str) -> Job:
         OckhamError: a name is unknown, a file unreadable, settings contradict each other.
     """
     o = given if isinstance(given, Common) else options_of(given)
+    assert isinstance(o, Common)
     if o.out is None:
         raise OckhamError("--out FOLDER is needed: where shall the result go?")
     if o.learning_rate is not None and not 0 < o.learning_rate < math.inf:
         raise OckhamError(f"--learning-rate must be positive; got {o.learning_rate}")
+    if isinstance(o, OneShotOptions) and o.weights is None and o.data is None and (o.model or "").startswith("hf:"):
+        raise OckhamError(f"--model {o.model}: add --calibrate text.txt, the text that a language model is reduced on")
     if isinstance(o, OneShotOptions) and o.weights is None:
         raise OckhamError(f"--posterior {o.posterior} needs a trained network: add --weights file.safetensors")
     weights = None if o.weights is None else read_weights(o.weights, max_bytes=o.max_bytes)
@@ -380,7 +399,18 @@ def _(o: EvidenceOptions, recipe: Recipe) -> Recipe:
     prior = None if o.prior_variance is None else FixedPrior(o.prior_variance)
     training = replace(usual, **_changed(prior=prior, temperature=o.temperature))
     rounds = _rounds(o, defaults_for(len(recipe.data.train_x))[1])
-    estimator, rule = _pick("--posterior", o.posterior, ESTIMATORS), _rule(o)
+    estimator = _pick("--posterior", o.posterior, ESTIMATORS)
+    rule: Rule
+    if o.log_odds is not None or o.cap is not None:
+        if o.rule != "evidence" or o.keep_share is not None:
+            raise OckhamError("--log-odds and --cap need --rule evidence and no --keep-share: drop those")
+        rule = EvidenceRule(o.log_odds or 0.0, 1.0 if o.cap is None else o.cap)
+    elif o.keep_share is not None:
+        rule = _pick("--rule", "snr" if o.rule == "evidence" else o.rule, BUDGET_RULES)(o.keep_share, o.seed)
+    elif o.rule in BUDGET_RULES:
+        raise OckhamError(f"--rule {o.rule} needs a budget: add --keep-share 0.05 (the evidence rule needs none)")
+    else:
+        rule = _pick("--rule", o.rule, EVIDENCE_RULES)
     return replace(recipe, method=WeightRounds(training, rule, rounds, o.ignore, estimator, _structures(o)))
 
 
@@ -539,19 +569,6 @@ def _rounds(o: EvidenceOptions | SpikeSlabOptions, usual: Rounds) -> Rounds:
     if o.first_round is not None and not 0 <= o.first_round <= usual.end:
         raise OckhamError(f"--first-round is a share of the epochs, 0 to {usual.end}; got {o.first_round}")
     return replace(usual, **_changed(count=o.rounds, start=o.first_round))
-
-
-def _rule(o: EvidenceOptions) -> Rule:
-    if o.log_odds is not None or o.cap is not None:
-        if o.rule != "evidence" or o.keep_share is not None:
-            raise OckhamError("--log-odds and --cap need --rule evidence and no --keep-share: drop those")
-        return EvidenceRule(o.log_odds or 0.0, 1.0 if o.cap is None else o.cap)
-    if o.keep_share is None:
-        if o.rule in BUDGET_RULES:
-            raise OckhamError(f"--rule {o.rule} needs a budget: add --keep-share 0.05 (the evidence rule needs none)")
-        return _pick("--rule", o.rule, EVIDENCE_RULES)
-    name = "snr" if o.rule == "evidence" else o.rule
-    return _pick("--rule", name, BUDGET_RULES)(o.keep_share, o.seed)
 
 
 def _structures(o: EvidenceOptions | SpikeSlabOptions | OneShotOptions) -> Structures | None:

@@ -132,7 +132,7 @@ def subset_log_weights(
         projected: b, shape [p].
         log_rates: (ln p_j, ln(1 - p_j)), each shape [p].
         log_priors: further cost of an included column, shape [p], nats.
-        pivots_count: whether -1/2 ln|A_g| enters.
+        pivots_count: flag, True where -1/2 ln|A_g| enters.
 
     Returns:
         Shape [2^p]; bit p - 1 - j of the index (column 0 is the highest) says whether column j is included.

@@ -127,7 +127,16 @@ def _elementwise(m: Tensor, p: Tensor, p0: Tensor, p1: Tensor, m0: Tensor, m1: T
     if bool(spike.all()) and bool((p1 > 0).all()):
         return _spike(m, p, p0, m0, m1)
     _check_reduced(p, p0, p1)
-    narrow = _narrower(m, p, p0, torch.where(spike, p0, p1), m0, m1)
+    p1 = torch.where(spike, p0, p1)
+    gap, shift, away = p1 - p0, m1 - m0, m1 - m
+    reduced = _sum_without_loss(p, p1, p0)
+    share = p / reduced
+    # P P1 / (P0 Pt) = 1 + x exactly; log1p near one, difference of logs elsewhere.
+    x = ((p - p0) / p0) * (gap / reduced)
+    near = x.abs() < 0.5
+    log = torch.where(near, torch.log1p(torch.where(near, x, 0.0)), _log_ratio(p, p0) - _log_ratio(reduced, p1))
+    across = p0 * shift * (share * (away + m0 - m) - (p1 / reduced) * shift)
+    narrow = 0.5 * log - 0.5 * (share * gap * away * away + across)
     return torch.where(spike, _spike(m, p, p0, m0, m1), narrow) if bool(spike.any()) else narrow
 
 
@@ -299,18 +308,6 @@ def _spike(m: Tensor, p: Tensor, p0: Tensor, m0: Tensor, m1: Tensor) -> Tensor:
     return 0.5 * _log_ratio(p, p0) - 0.5 * (p * (m - m1) * (m - m1) - p0 * (m1 - m0).square())
 
 
-def _narrower(m: Tensor, p: Tensor, p0: Tensor, p1: Tensor, m0: Tensor, m1: Tensor) -> Tensor:
-    gap, shift, away = p1 - p0, m1 - m0, m1 - m
-    reduced = _sum_without_loss(p, p1, p0)
-    share = p / reduced
-    # P P1 / (P0 Pt) = 1 + x exactly; log1p near one, difference of logs elsewhere.
-    x = ((p - p0) / p0) * (gap / reduced)
-    near = x.abs() < 0.5
-    log = torch.where(near, torch.log1p(torch.where(near, x, 0.0)), _log_ratio(p, p0) - _log_ratio(reduced, p1))
-    across = p0 * shift * (share * (away + m0 - m) - (p1 / reduced) * shift)
-    return 0.5 * log - 0.5 * (share * gap * away * away + across)
-
-
 def _sum_without_loss(p: Tensor, p1: Tensor, p0: Tensor) -> Tensor:
     """P + P1 - P0 to the last place, whatever cancels: both roundings are summed beside it (Knuth's two-sum)."""
     gap = p1 - p0
@@ -408,7 +405,7 @@ def beta_log_odds(
         alive: boolean, the weights to sum over.
         keep_count: Beta pseudo-count of kept weights, positive; choose it of the order of the layer's size.
         remove_count: pseudo-count of removed weights, positive.
-        tolerance: stop when the log-odds move less than this.
+        tolerance: move of the log-odds below which the iteration ends, nats.
 
     Returns:
         Scalar float64 tensor: the log-odds of keeping.

@@ -203,8 +203,9 @@ def conditional_mean(
         mean: [groups, outputs, inputs].
         k: precision of the matrix.
         keep: boolean, True = stays, the same shape.
-        damping: None takes d = P0, the posterior as it stands. A number takes d = damping x (mean of the diagonal of
-            G (x) A) instead: the survivors' reduced prior is then all but flat, and they move as the data alone say.
+        damping: ridge d. None takes d = P0, the posterior as it stands. A number takes d = damping x (mean of the
+            diagonal of G (x) A) instead: the survivors' reduced prior is then all but flat, and they move as the
+            data alone say.
         tolerance: relative error at which the iteration ends, in the norm of the quadratic form.
 
     Returns:

@@ -107,17 +107,14 @@ def log_scaled_mass(low: Tensor, high: Tensor) -> Tensor:
     if index.numel() == 0:
         return inside.log().view(low.shape)
     below, above = below[index], above[index]
-    part = _tail_mass(anchor(below, above).abs(), torch.maximum(below.abs(), above.abs()))
-    return torch.where(outside, 1.0, inside).log().index_copy(0, index, part).view(low.shape)
-
-
-def _tail_mass(near: Tensor, far: Tensor) -> Tensor:
+    near, far = anchor(below, above).abs(), torch.maximum(below.abs(), above.abs())
     log_near = log_mills(near)
     power = 0.5 * (far - near) * (far + near)
-    index = (power < _NOTHING).nonzero().squeeze(1)
-    drop = log_mills(far[index]) - log_near[index] - power[index]
+    some = (power < _NOTHING).nonzero().squeeze(1)
+    drop = log_mills(far[some]) - log_near[some] - power[some]
     left = torch.log(-torch.expm1(drop.clamp_max(-1e-300)))
-    return (log_near - _LOG_ROOT_TWO_PI).index_add(0, index, left)
+    tail = (log_near - _LOG_ROOT_TWO_PI).index_add(0, some, left)
+    return torch.where(outside, 1.0, inside).log().index_copy(0, index, tail).view(low.shape)
 
 
 Hazard = tuple[Tensor, Tensor, Tensor]

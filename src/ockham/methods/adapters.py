@@ -67,7 +67,7 @@ def from_moments(
     """
     if mean.keys() != std.keys() or not mean:
         raise OckhamError(f"{source}: mean and std need the same names, at least one; got {list(mean)} and {list(std)}")
-    moments = {name: _gaussian(source, name, m, std[name], _prior_of(source, prior, name)) for name, m in mean.items()}
+    moments = {name: _gaussian(source, name, m, std[name], prior) for name, m in mean.items()}
     if not (n_data > 0 and temperature > 0):
         raise OckhamError(f"{source}: n_data and temperature must be positive; got {n_data} and {temperature}")
     posterior = Posterior(moments, float(n_data), float(temperature), source)
@@ -83,7 +83,7 @@ def from_ivon(optimizer: Any, model: nn.Module, *, n_data: float | None = None, 
 
     Args:
         optimizer: the optimizer after training, not inside its sampling block.
-        model: whose parameters it holds; gives the names.
+        model: network of these parameters; gives the names.
         n_data: number of log-likelihood terms; temperature n_data / ess is derived from it. Default: ess.
         prior: prior precision, only where the optimizer ran without weight decay.
 
@@ -106,7 +106,11 @@ def from_ivon(optimizer: Any, model: nn.Module, *, n_data: float | None = None, 
             raise OckhamError("from_ivon: weight_decay is 0, so there was no prior: pass prior=")
         members = [p for p in group["params"] if p.requires_grad]
         for p, hess in zip(members, _flat_parts(group["hess"], members, "from_ivon: hess"), strict=True):
-            name = _name(names, p, "from_ivon")
+            if p not in names:
+                raise OckhamError(
+                    f"from_ivon: a parameter of shape {tuple(p.shape)} is not the model's; pass the right one"
+                )
+            name = names[p]
             mean[name], std[name] = p.detach(), _std(scale * (hess + decay), f"from_ivon: precision of {name!r}")
             priors[name] = scale * decay
         ess.add(scale)
@@ -137,7 +141,15 @@ def from_laplace(la: Any, model: nn.Module) -> Posterior:
     names = _names_of(params, model, la)
     if not isinstance(flat, Tensor) or float(getattr(la, "n_data", 0) or 0) <= 0:
         raise OckhamError("from_laplace: not fitted; call la.fit(loader) first")
-    conditional, marginal = _laplace_precisions(_attribute(la, "posterior_precision", "from_laplace"))
+    precision = _attribute(la, "posterior_precision", "from_laplace")
+    if not isinstance(precision, Tensor):
+        conditional = _attribute(precision, "diag", "from_laplace")()
+        marginal = 1 / precision.diag(exponent=-1)
+    elif precision.ndim == 1:
+        conditional, marginal = precision, None
+    else:
+        conditional = precision.diagonal()
+        marginal = 1 / torch.linalg.inv(precision.double()).diagonal().to(precision.dtype)
     prior = _attribute(la, "prior_precision_diag", "from_laplace").detach().expand(flat.shape)
     split = [_flat_parts(v, params, "from_laplace") for v in (flat, conditional, prior)]
     rest = _flat_parts(marginal, params, "from_laplace") if marginal is not None else [None] * len(params)
@@ -271,29 +283,19 @@ def _swag_name(name: str) -> str:
     return name.replace("-", ".")
 
 
-def _name(names: Mapping[Tensor, str], p: Tensor, adapter: str) -> str:
-    if p not in names:
-        raise OckhamError(f"{adapter}: a parameter of shape {tuple(p.shape)} is not the model's; pass the right one")
-    return names[p]
-
-
 def _names_of(params: list[Tensor], model: nn.Module, la: Any) -> list[str]:
     for owner in (model, getattr(la, "model", None)):
         if isinstance(owner, nn.Module):
             names: dict[Tensor, str] = {p: n for n, p in owner.named_parameters()}
             found = [names.get(p) for p in params]
             if all(found):
-                prefix = "" if owner is model else _common_prefix(found, model)
-                return [str(n).removeprefix(prefix) for n in found]
+                known = dict(model.named_parameters())
+                for prefix in ("", "model."):
+                    short = [str(n).removeprefix(prefix) for n in found]
+                    if all(n in known for n in short):
+                        return short
+                raise OckhamError(f"from_laplace: parameters {found[:4]} are not the model's")
     raise OckhamError("from_laplace: its parameters are not the model's; pass the network that it was made from")
-
-
-def _common_prefix(found: list[str | None], model: nn.Module) -> str:
-    known = dict(model.named_parameters())
-    for prefix in ("", "model."):
-        if all(str(n).removeprefix(prefix) in known for n in found):
-            return prefix
-    raise OckhamError(f"from_laplace: parameters {found[:4]} are not the model's")
 
 
 def _flat_parts(flat: Any, params: list[Tensor], what: str) -> list[Tensor]:
@@ -304,39 +306,26 @@ def _flat_parts(flat: Any, params: list[Tensor], what: str) -> list[Tensor]:
     return [part.view(p.shape) for part, p in zip(flat.split(sizes), params, strict=True)]
 
 
-def _laplace_precisions(precision: Any) -> tuple[Tensor, Tensor | None]:
-    if isinstance(precision, Tensor) and precision.ndim == 1:
-        return precision, None
-    if isinstance(precision, Tensor):
-        return precision.diagonal(), 1 / torch.linalg.inv(precision.double()).diagonal().to(precision.dtype)
-    return _attribute(precision, "diag", "from_laplace")(), 1 / precision.diag(exponent=-1)
-
-
 def _std(precision: Tensor, what: str) -> Tensor:
     if not bool((precision > 0).all()):
         raise OckhamError(f"{what} is not positive everywhere (minimum {float(precision.min()):g}): no posterior")
     return precision.rsqrt()
 
 
-def _prior_of(source: str, prior: PriorPrecision, name: str) -> Any:
-    if isinstance(prior, Prior):
-        return prior.start_precision
+def _gaussian(source: str, name: str, mean: Tensor, std: Tensor, prior: PriorPrecision) -> Gaussian:
+    own: Any = prior.start_precision if isinstance(prior, Prior) else prior
     if isinstance(prior, Mapping):
         if name not in prior:
             raise OckhamError(f"{source}: the prior has no entry for {name!r}")
-        return prior[name]
-    if prior is None:
+        own = prior[name]
+    elif prior is None:
         raise OckhamError(f"{source}: evidence compares with the prior it was fitted under; pass its precision")
-    return prior
-
-
-def _gaussian(source: str, name: str, mean: Tensor, std: Tensor, prior: Any) -> Gaussian:
     if mean.shape != std.shape:
         raise OckhamError(f"{source}: {name!r} has mean {tuple(mean.shape)} and std {tuple(std.shape)}")
     if not bool((std > 0).all()):
         raise OckhamError(f"{source}: std of {name!r} must be positive; its minimum is {float(std.min()):g}")
     precision = std.double().pow(-2).to(std.dtype)
-    return _checked(source, name, mean, precision, torch.as_tensor(prior, dtype=mean.dtype, device=mean.device), None)
+    return _checked(source, name, mean, precision, torch.as_tensor(own, dtype=mean.dtype, device=mean.device), None)
 
 
 def _checked(

@@ -186,7 +186,7 @@ def horseshoe(model: nn.Module, *, scale: float = 0.01) -> HorseshoeNetwork:
     """A copy of a network whose weight matrices carry the regularised horseshoe prior.
 
     Args:
-        model: trained or not; it is not changed. Its weights are the starting point.
+        model: network, trained or not; it is not changed. Its weights are the starting point.
         scale: global scale, small where few weights are expected to matter.
 
     Returns:
@@ -228,7 +228,17 @@ class HorseshoeNetwork(nn.Module):
         self.base = nn.ParameterDict()
         self.scales = nn.ParameterDict()
         for name, weight in named.items():
-            self._add(self._keys[name], weight.detach(), last=name == self._last)
+            w, key, last = weight.detach(), self._keys[name], name == self._last
+            size, one = w.square().mean().sqrt().clamp_min(1e-3), [1] * w.ndim
+            shapes, start = {"all": one}, {"all": size.log()}
+            if not last:  # the three scales share what it takes to make the weights as large as they are
+                third = (size.log() - self.log_global) / 3
+                shapes |= {"row": [len(w), *one[1:]], "weight": list(w.shape), "slab": one}
+                start = {"all": third, "row": third, "weight": third, "slab": w.new_tensor(_LOG_SLAB)}
+            for kind, shape in shapes.items():
+                self.scales[f"{key}:{kind}"] = nn.Parameter(start[kind].expand(shape).clone())
+            made = size if last else log_horseshoe_scale(size.log(), w.new_tensor(_LOG_SLAB)).exp()
+            self.base[key] = nn.Parameter(w / made)
             weight.requires_grad_(False)
         self.model = model
 
@@ -275,21 +285,6 @@ class HorseshoeNetwork(nn.Module):
             if name in weights:
                 p.copy_(weights[name]).requires_grad_()
         return new
-
-    def _add(self, key: str, weight: Tensor, *, last: bool) -> None:
-        row, one = [weight.shape[0], *[1] * (weight.ndim - 1)], [1] * weight.ndim
-        size = weight.square().mean().sqrt().clamp_min(1e-3)
-        if last:
-            shapes = {"all": one}
-            start = {"all": size.log()}
-        else:  # the three scales share what it takes to make the weights as large as they are
-            shapes = {"all": one, "row": row, "weight": list(weight.shape), "slab": one}
-            third = (size.log() - self.log_global) / 3
-            start = {"all": third, "row": third, "weight": third, "slab": weight.new_tensor(_LOG_SLAB)}
-        for kind, shape in shapes.items():
-            self.scales[f"{key}:{kind}"] = nn.Parameter(start[kind].expand(shape).clone())
-        made = size if last else log_horseshoe_scale(size.log(), weight.new_tensor(_LOG_SLAB)).exp()
-        self.base[key] = nn.Parameter(weight / made)
 
     def _of(self, name: str) -> dict[str, Tensor]:
         prefix = f"{self._keys[name]}:"

@@ -132,7 +132,7 @@ def drawing(
         label: words that a screen reader says in place of the picture.
         height: height of the sheet, inches.
         width: width of the sheet, inches.
-        margins: left, right, bottom, top of the axes, inches; fixed, because measuring texts costs half the time.
+        margins: inches left, right, below and above the axes; fixed, because measuring texts costs half the time.
 
     >>> with drawing("example", "a rising line", 2.0) as sheet:
     ...     lines = sheet.figure.add_subplot().plot([0, 1])
@@ -286,7 +286,7 @@ def histogram(key: str, counts: Sequence[int], *, line: float, label: str) -> st
     Args:
         key: unique name.
         counts: weights in `BINS` bins over [-25, 5] nats.
-        line: removal is favoured to its right, nats.
+        line: place to the right of which removal is favoured, nats.
         label: words for screen readers.
     """
     with drawing(key, label, 2.9, margins=(0.8, 0.25, 0.5, 0.3)) as sheet:

@@ -506,7 +506,7 @@ def render(result: Result, more: More = lambda result: Addition()) -> str:
     """The report as HTML text; the same result gives the same text.
 
     Args:
-        result: everything the folder says.
+        result: content of the folder.
         more: sections and warnings of one method, such as `ockham.methods.gates.report.gate_sections`.
     """
     added = more(result)

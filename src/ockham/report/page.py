@@ -149,10 +149,10 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], *,
     """A table of plain texts.
 
     Args:
-        caption: what the table holds.
+        caption: words on the content of the table.
         header: column names.
         rows: one text per column; a cell that starts with "better" or "worse" is coloured too.
-        words: how many leading columns are text, aligned left; the others are numbers.
+        words: number of leading columns of text, aligned left; the others are numbers.
     """
     head = "".join(f'<th scope="col"{_class("" if i < words else "n")}>{escape(h)}</th>' for i, h in enumerate(header))
     body = ""
@@ -177,9 +177,9 @@ def figure(title: str, svg: str, caption: str = "", *, legend: Sequence[tuple[st
     """A drawn figure on its card.
 
     Args:
-        title: above it.
-        svg: from `ockham.report.figures`.
-        caption: below it.
+        title: words above it.
+        svg: drawing from `ockham.report.figures`.
+        caption: words below it.
         legend: pairs (class of the colour, meaning): "before", "after", "gone", "track", "mark", or "c0" to "c9".
     """
     keys = "".join(f'<span><i class="key {kind}"></i>{escape(meaning)}</span>' for kind, meaning in legend)

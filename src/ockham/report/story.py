@@ -361,7 +361,17 @@ def _principle(result: Result) -> str:
             "form a smaller, ordinary network."
         )
     if kind_of(result) == "one-shot":
-        return _at_once(result, settings)
+        limited, tuned = settings.keep_share is not None or settings.macs is not None, settings.epochs
+        correlated = method == "kronecker"
+        text = "One pass over the training data showed how sure the data make every weight of the network you gave"
+        text += ", and which weights can stand in for each other. " if correlated else ". "
+        text += (
+            "What was worth least went, down to the budget you set" if limited else "What the evidence does not ask for"
+        )
+        text += ", at once" if limited else " went, at once"
+        text += ", and the rest moved to make up for it. " if correlated else ". "
+        text += f"The rest was trained for {tuned} more epochs." if tuned else "No weight was trained any further."
+        return text
     if rule.lower().startswith("budget") or rule.lower() in ("magnitude", "snr", "random") or method == "map":
         return (
             f"Weights were removed by the baseline rule “{rule}”, for comparison, not because of the evidence."
@@ -379,17 +389,6 @@ def _principle(result: Result) -> str:
         "that value. Ockham then asked of each weight whether the data give evidence that it is needed, removed those "
         "that are not, let the others settle, and asked again."
     )
-
-
-def _at_once(result: Result, settings: Settings) -> str:
-    limited, tuned = settings.keep_share is not None or settings.macs is not None, settings.epochs
-    correlated = result.metrics.method == "kronecker"
-    text = "One pass over the training data showed how sure the data make every weight of the network you gave"
-    text += ", and which weights can stand in for each other. " if correlated else ". "
-    text += "What was worth least went, down to the budget you set" if limited else "What the evidence does not ask for"
-    text += ", at once" if limited else " went, at once"
-    text += ", and the rest moved to make up for it. " if correlated else ". "
-    return text + (f"The rest was trained for {tuned} more epochs." if tuned else "No weight was trained any further.")
 
 
 def _drop(result: Result) -> tuple[float | None, float]:

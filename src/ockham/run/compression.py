@@ -63,13 +63,13 @@ class Training:
 
     Attributes:
         epochs: passes over the data, reduction and refitting included.
-        learning_rate: of mean and ln std, at first.
+        learning_rate: learning rate of mean and ln std, at first.
         hold: share of the steps at full learning rate; it falls linearly to zero after them.
-        prior: over every weight.
+        prior: prior of every weight.
         initial_std: starting standard deviation.
-        temperature: of the posterior; 1 is Bayes.
+        temperature: temperature T of the posterior; 1 is Bayes.
         kl_warmup: share of the steps over which the KL gets its weight.
-        seed: of noise, shuffling and dropout.
+        seed: seed of noise, shuffling and dropout.
     """
 
     epochs: int = 30
@@ -200,12 +200,12 @@ class WeightRounds(Method):
 
     Attributes:
         training: settings of the run.
-        rule: decides what goes.
-        rounds: when.
+        rule: decision what goes.
+        rounds: schedule of the removals.
         ignore: parameters to protect.
-        estimator: makes the optimizer.
-        structures: how whole units go; None: single weights only.
-        correlated: another look at the posterior of a round; None: as the optimizer has it.
+        estimator: maker of the optimizer.
+        structures: settings by which whole units go; None: single weights only.
+        correlated: correction of the posterior of a round by correlations; None: as the optimizer has it.
     """
 
     training: Training = field(default_factory=Training)
@@ -273,7 +273,10 @@ class WeightRounds(Method):
                     stacklevel=5,
                 )
         did = RoundInfo(info.epoch, gone, (posterior.kept() - gone) / total, gain, cost, energy)
-        pictures = (*removed.histograms, {"epoch": info.epoch, "delta_f": _histogram(evidence)})
+        # Counts of delta_f in 60 bins over [-25, 5] nats, outliers in the end bins.
+        parts = [delta.float().clamp(-24.999, 4.999).histc(60, -25, 5) for delta in evidence.values()]
+        counts = [int(c) for c in sum(parts[1:], parts[0])] if parts else []
+        pictures = (*removed.histograms, {"epoch": info.epoch, "delta_f": counts})
         removed = replace(removed, history=(*removed.history, did), histograms=pictures, total=total)
         return replace(own, removed=removed), did
 
@@ -357,12 +360,12 @@ class Compression:
         likelihood: "classification", "regression", or a `Likelihood` such as `ockham.Loss(function, reduction="mean")`.
         training: settings of the run.
         rounds: schedule of the removals.
-        rule: decides what goes; default the evidence.
+        rule: decision what goes; default the evidence.
         ignore: parameters to protect: names, "re:" patterns, module names or types.
         n_data: number of summed log-likelihood terms; counted in one pass where not given.
-        estimator: makes the optimizer; default `mean_field`, for baselines `point_estimate`.
-        structures: how whole channels, neurons and heads go, too: after each round network and optimizer become
-            physically smaller and training goes on at the lower cost. None: single weights only.
+        estimator: maker of the optimizer; default `mean_field`, for baselines `point_estimate`.
+        structures: settings by which whole channels, neurons and heads go, too: after each round network and
+            optimizer become physically smaller and training goes on at the lower cost. None: single weights only.
         correlated: score of the last thousands of weights by their marginals under the full covariance of all of them.
             None: one by one.
         **reading: ``batch``, ``output`` and ``steps_per_epoch``, see `ockham.core.batch.LoaderOptions`.
@@ -512,15 +515,6 @@ def _decided(rule: Rule, evidence: Evidence, protected: frozenset[str], progress
             wanted = "no such parameter" if expected is None else f"booleans (True = stays) of the shape {expected}"
             raise OckhamError(f"the rule {type(rule).__name__} must give {name!r} {wanted}; got {got}")
     return keep
-
-
-def _histogram(evidence: Evidence) -> list[int]:
-    """Counts of delta_f in 60 bins over [-25, 5] nats, outliers in the end bins."""
-    counts = None
-    for delta in evidence.values():
-        part = delta.float().clamp(-24.999, 4.999).histc(60, -25, 5)
-        counts = part if counts is None else counts + part
-    return [] if counts is None else [int(c) for c in counts]
 
 
 def structures_name(structures: Structures | None) -> str:

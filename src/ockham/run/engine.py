@@ -234,7 +234,7 @@ class Engine:
         network: module that is trained in place.
         task: data, likelihood and schedule.
         hold: share of the steps at full learning rate.
-        seed: of shuffling and dropout.
+        seed: seed of shuffling and dropout.
     """
 
     def __init__(self, method: Method, network: nn.Module, task: Task, *, hold: float = 0.5, seed: int = 0) -> None:
@@ -435,7 +435,7 @@ class Trainer:
         loader: batches of the training data.
         epochs: number planned.
         hold: share of the steps at full learning rate.
-        seed: of shuffling and dropout.
+        seed: seed of shuffling and dropout.
         term: function that a method adds to the mean NLL.
     """
 
@@ -461,7 +461,10 @@ class Trainer:
         device = device_of(state.network)
         with seeded(self.seed, state.done, device):
             for i, batch in enumerate(state.objective.batches(self.loader, device)):
-                self._set_rates(state, (state.done * steps + i) / (self.epochs * steps))
+                progress = (state.done * steps + i) / (self.epochs * steps)
+                factor = 1.0 if progress < self.hold else (1 - progress) / (1 - self.hold)
+                for group, rate in zip(state.optimizer.param_groups, state.rates, strict=True):
+                    group["lr"] = rate * factor
                 tally.add(i, *self._step(state, batch, state.done + i / steps))
                 if on_step is not None and (i % 10 == 0 or i + 1 == steps):
                     on_step(i + 1, steps, tally.loss())
@@ -489,11 +492,6 @@ class Trainer:
                 _not_finite(float(nll.detach()), state.done, round((at - state.done) * len(self.loader)))
             ) from error
         return nll.detach(), state.objective.right(output, batch)
-
-    def _set_rates(self, state: RunState, progress: float) -> None:
-        factor = 1.0 if progress < self.hold else (1 - progress) / (1 - self.hold)
-        for group, rate in zip(state.optimizer.param_groups, state.rates, strict=True):
-            group["lr"] = rate * factor
 
 
 class _Tally:

@@ -122,7 +122,7 @@ def network_facts(model: nn.Module, data: Dataset, noise_variance: Tensor | None
     Args:
         model: network with every weight at its one value.
         data: examples; those of the test part are used.
-        noise_variance: that of a regression, or None for a classifier.
+        noise_variance: noise variance of a regression, or None for a classifier.
         foreign: inputs of another kind.
     """
     predictor = mean_predictor(model, classify=noise_variance is None)
@@ -312,14 +312,14 @@ class Recipe:
     """What a job is about: how to build the network, the data, the method and its schedule.
 
     Attributes:
-        build: makes a fresh network; called under the job's seed.
-        likelihood: makes a fresh likelihood.
+        build: function that makes a fresh network; called under the job's seed.
+        likelihood: function that makes a fresh likelihood.
         data: training and test examples.
         batch_size: examples a step.
         method: way to make the network smaller.
         epochs: number of epochs of the method.
         hold: share of the steps at full learning rate.
-        seed: of everything random.
+        seed: seed of everything random.
         device: place of the computation.
         held_out: share of the training examples that the method does not train on, for its own curves.
     """
@@ -409,11 +409,11 @@ class Job:
         builder: label of the network, "zoo:name" or the user's "module:function".
         command: line as typed, for the record.
         weights: tensors to start from instead of from scratch (see `fitted`); they are then also the network "before".
-        baseline: whether the same network is trained by Adam for comparison (skipped when weights are given).
+        baseline: flag, True: the same network is trained by Adam for comparison (skipped when weights are given).
         draws: posterior draws of a prediction.
         ood: foreign inputs for the out-of-distribution measure; None: the test images with their pixels permuted.
-        resume: whether to continue from the checkpoint in ``out``.
-        overwrite: whether a finished result in ``out`` may be replaced.
+        resume: flag, True: go on from the checkpoint in ``out``.
+        overwrite: flag, True: a finished result in ``out`` may be replaced.
         on_step: function called within epochs.
         report: function that writes the report of a folder.
         notes: sentences on what was decided about data and weights, for people.
@@ -452,24 +452,24 @@ class Job:
             OckhamError: weights do not fit, the folder cannot be written, a checkpoint of another job.
         """
         with ResultFolder(self.out, overwrite=self.overwrite, resume=self.resume) as self._folder:
-            if self._folder.finished is None:
-                yield from self._work()
-            else:
+            if self._folder.finished is not None:
                 self._compare(self._folder.finished.job)
-
-    def _work(self) -> Iterator[EpochInfo]:
-        self._started, r = time.monotonic(), self.recipe
-        saved = self._begin()
-        if self.weights is not None:
-            if "adam" not in self._facts:
+                return
+            self._started, r = time.monotonic(), self.recipe
+            saved: Mapping[str, Any] = self._folder.checkpoint() or {}
+            self._facts, self._spent = {}, 0.0
+            if saved:
+                self._compare(saved["job"])
+                self._facts, self._spent = json.loads(saved["facts"]), float(saved["spent"])
+            if self.weights is None and self.baseline:
+                yield from self._adam(saved)
+            elif self.weights is not None and "adam" not in self._facts:
                 model = r.network()
                 model.load_state_dict(dict(self.weights))
                 self._done("adam", self._before(model, None) | {"source": "given weights"})
-        elif self.baseline:
-            yield from self._adam(saved)
-        engine = r.engine(r.method, epochs=r.epochs, held_out=r.held_out, weights=self.weights)
-        yield from self._go(engine, saved)
-        self._finish(engine)
+            engine = r.engine(r.method, epochs=r.epochs, held_out=r.held_out, weights=self.weights)
+            yield from self._go(engine, saved)
+            self._finish(engine)
 
     # ------------------------------------------------------------------ stages
     def _adam(self, saved: Mapping[str, Any]) -> Iterator[EpochInfo]:
@@ -514,15 +514,6 @@ class Job:
             yield info
 
     # ------------------------------------------------------------------ checkpoint
-    def _begin(self) -> Mapping[str, Any]:
-        saved = self._folder.checkpoint()
-        if saved is None:
-            self._facts, self._spent = {}, 0.0
-            return {}
-        self._compare(saved["job"])
-        self._facts, self._spent = json.loads(saved["facts"]), float(saved["spent"])
-        return saved
-
     def _compare(self, job: str) -> None:
         """Refuse to go on with another job, naming what differs."""
         theirs, ours = json.loads(job), json.loads(self._fingerprint())

@@ -63,16 +63,9 @@ def real(name: str, values: Tensor) -> Tensor:
 
 
 def by_class(name: str, values: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """[N, K, d1, ...] with labels [N, d1, ...] as rows [M, K] with labels [M], one row a label."""
+    """[N, K, d1, ...] with labels [N, d1, ...], indices 0..K-1, as rows [M, K] with labels [M], one row a label."""
     if not values.is_floating_point():
         raise DataError(f"{name} must be floating point; got {values.dtype}")
-    _check_labels(name, values, labels)
-    rows = real(name, values).movedim(1, -1).flatten(0, -2)
-    return rows, labels.detach().to("cpu", torch.int64).flatten()
-
-
-def _check_labels(name: str, values: Tensor, labels: Tensor) -> None:
-    """Labels are class indices 0..K-1, one for every row of classes."""
     shape = tuple(values.shape)
     if values.ndim < 2 or (shape[0], *shape[2:]) != tuple(labels.shape):
         raise DataError(
@@ -86,6 +79,8 @@ def _check_labels(name: str, values: Tensor, labels: Tensor) -> None:
             f"labels run from {int(labels.min())} to {int(labels.max())}, but {name} has {shape[1]} classes "
             f"(0..{shape[1] - 1}); drop padding and ignored examples first"
         )
+    rows = real(name, values).movedim(1, -1).flatten(0, -2)
+    return rows, labels.detach().to("cpu", torch.int64).flatten()
 
 
 def distributions(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -471,7 +466,7 @@ def corruption_shift(
         y: labels [N].
         low: smallest pixel value, per channel or for all.
         high: largest.
-        seed: of the noise.
+        seed: seed of the noise.
     """
     table: dict[str, dict[str, list[float]]] = {}
     for name in CORRUPTIONS:

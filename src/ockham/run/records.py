@@ -329,8 +329,8 @@ class GateLayer:
         delta_f: change of the log evidence when the structure goes, nats.
         kl: divergence of the gate's posterior from its prior, nats.
         score: number by which the rule decided.
-        keep: whether the structure stayed.
-        no_evidence: whether the posterior is the prior.
+        keep: flags, True where the structure stayed.
+        no_evidence: flags, True where the posterior is the prior.
     """
 
     id: str
@@ -356,7 +356,7 @@ class GatePoint:
     Attributes:
         structures: number of structures removed.
         removed: share of the learnable values that are gone.
-        measures: what the network measured on held-out data.
+        measures: results of the network on held-out data.
     """
 
     structures: Count

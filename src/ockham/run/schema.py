@@ -72,7 +72,7 @@ class Metrics:
         kept: share of the learnable values of the network before that stay.
         seconds: wall time of the whole run.
         seed: seed of all randomness.
-        noise_variance: fitted by a regression, in the targets' unit squared, one number or one per output.
+        noise_variance: noise variance of a regression, in the targets' unit squared, one number or one per output.
         dataset: name of the data.
         network: label of the network, such as "zoo:lenet".
         before_source: origin of the network before: "adam", "given weights", "none", or words for people.
@@ -117,7 +117,7 @@ class Analysis:
     """What the reduced network is like, ``analysis.json``; None where it was not measured or makes no sense.
 
     Attributes:
-        layers: what is left of every parameter tensor.
+        layers: facts of every parameter tensor after the removal.
         reliability: confidence against accuracy.
         input_map: kept first-layer weights per input pixel, rows of one length.
         input_inclusion: probability that a living path leads from each input to an output.
@@ -146,7 +146,7 @@ class Structure:
         groups: width of every group before and after.
         before: costs of a forward pass of the network before, and its dense size in memory.
         after: the same of the reduced network, measured in turn with it.
-        rounds: what each round removed.
+        rounds: units that each round removed.
     """
 
     groups: tuple[GroupRecord, ...]
@@ -246,7 +246,7 @@ class Provenance:
         ockham: version of this library.
         command: line as typed.
         seed: seed of all randomness.
-        date: when it was finished, ISO 8601.
+        date: time at which it was finished, ISO 8601.
         seconds: wall time of the whole run.
         versions: library to its version.
         machine: words for the processor.
@@ -275,11 +275,11 @@ class Result:
 
     Attributes:
         metrics: measures before and after.
-        provenance: how the result was made.
+        provenance: facts on how the result was made.
         history: epochs and rounds.
-        analysis: what the reduced network is like.
-        structure: what the removal of whole units changed.
-        gates: what became of the gates.
+        analysis: description of the reduced network.
+        structure: changes by the removal of whole units.
+        gates: facts of the gates.
     """
 
     metrics: Metrics
@@ -316,7 +316,7 @@ def write_result(folder: str | Path, result: Result) -> None:
     Everything is checked by the rules of `read_result` before the first file is written.
 
     Args:
-        folder: made where it is missing.
+        folder: folder, made where it is missing.
         result: values to write.
 
     Raises:
@@ -350,7 +350,11 @@ def read_result(folder: str | Path) -> Result:
     """
     path = Path(folder)
     head, version = _loaded(path / RESULT)
-    parts: Any = head.get("parts") if version > 1 else _parts_found(path)
+    parts: Any = head.get("parts")
+    if version < 2:  # no list of parts: gates had neither history nor analysis, all else had both
+        gates = _loaded(path / "metrics.json")[0].get("method") == "bmrs"
+        more = ["structure"] * (path / "structure.json").exists()
+        parts = ["metrics", "gates"] if gates else ["metrics", "history", "analysis", *more]
     if not isinstance(parts, list) or "metrics" not in parts or any(name not in [*_PARTS] for name in parts):
         raise ResultError(f"{path / RESULT}: damaged or foreign ({wrong('parts', 'names of parts', parts)})")
     plain = {name: _loaded(path / f"{name}.json")[0] for name in parts}
@@ -375,13 +379,6 @@ def _loaded(path: Path) -> tuple[dict[str, Any], int]:
         reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
         raise ResultError(f"{path}: {reason.removeprefix(f'{path}: ')}") from error
     return content, version
-
-
-def _parts_found(folder: Path) -> list[str]:
-    """Parts of a folder of version 0 or 1: gates had neither history nor analysis, all else had both."""
-    if _loaded(folder / "metrics.json")[0].get("method") == "bmrs":
-        return ["metrics", "gates"]
-    return ["metrics", "history", "analysis"] + ["structure"] * (folder / "structure.json").exists()
 
 
 def _upgrade(folder: Path, head: dict[str, Any], plain: Mapping[str, dict[str, Any]]) -> None:

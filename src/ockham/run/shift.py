@@ -57,7 +57,7 @@ def corrupt(
     Args:
         images: [N, C, H, W], floating point; flat images are reshaped by the caller.
         name: one of `CORRUPTIONS`.
-        severity: 1 (mild) to 5 (strong).
+        severity: strength from 1 (mild) to 5 (strong).
         low: smallest possible value (a number, or [C, 1, 1] where channels differ); results are clamped to it.
         high: largest possible value, likewise. Without both, images count as standardised: a value range of width
             `STANDARDISED_RANGE`, not clamped.
@@ -70,7 +70,15 @@ def corrupt(
     Raises:
         DataError: unknown name or severity, no image tensor, or values outside [low, high].
     """
-    _check_images(images)
+    if images.ndim != 4 or images.numel() == 0:
+        raise DataError(
+            f"corruptions need images [N, C, H, W]; got shape {tuple(images.shape)}; flat images: "
+            "reshape(N, 1, side, side) before and flatten(1) after"
+        )
+    if not images.is_floating_point():
+        raise DataError(f"images must be floating point; got {images.dtype}; divide bytes by 255 first")
+    if not bool(images.isfinite().all()):
+        raise DataError("images have NaN or infinite values")
     if name not in CORRUPTIONS:
         raise DataError(f"unknown corruption {name!r}; known are {', '.join(CORRUPTIONS)}")
     work = images.to(torch.promote_types(images.dtype, torch.float32))
@@ -90,8 +98,15 @@ def gaussian_noise(images: Tensor, severity: int, generator: torch.Generator) ->
 def gaussian_blur(images: Tensor, severity: int, generator: torch.Generator) -> Tensor:
     """Gaussian blur of `BLUR_STD` pixels with mirrored borders: B_H x B_W', which keeps the mean of an image."""
     std = _level(BLUR_STD, severity)
-    rows, columns = (_blur_matrix(size, std).to(images) for size in images.shape[-2:])
-    return rows @ images @ columns.T
+    offsets = torch.arange(-math.ceil(4 * std), math.ceil(4 * std) + 1)
+    weights = torch.softmax(-0.5 * (offsets.double() / std).square(), 0)
+    blurs = []
+    for size in images.shape[-2:]:  # [size, size], cut at 4 std, folded back at the borders; symmetric, rows sum to one
+        source = (torch.arange(size)[:, None] + offsets).remainder(2 * size)
+        source = torch.minimum(source, 2 * size - 1 - source)
+        blur = torch.zeros(size, size, dtype=torch.float64)
+        blurs.append(blur.scatter_add_(1, source, weights.expand(source.shape)).to(images))
+    return blurs[0] @ images @ blurs[1].T
 
 
 def rotation(images: Tensor, severity: int, generator: torch.Generator) -> Tensor:
@@ -119,18 +134,6 @@ def _level(table: tuple[float, ...], severity: int) -> float:
     return table[int(severity) - 1]
 
 
-def _check_images(images: Tensor) -> None:
-    if images.ndim != 4 or images.numel() == 0:
-        raise DataError(
-            f"corruptions need images [N, C, H, W]; got shape {tuple(images.shape)}; flat images: "
-            "reshape(N, 1, side, side) before and flatten(1) after"
-        )
-    if not images.is_floating_point():
-        raise DataError(f"images must be floating point; got {images.dtype}; divide bytes by 255 first")
-    if not bool(images.isfinite().all()):
-        raise DataError("images have NaN or infinite values")
-
-
 def _bounds(images: Tensor, low: float | Tensor | None, high: float | Tensor | None) -> tuple[Tensor, Tensor] | None:
     """The value range as tensors like ``images``; None when it was not given."""
     if low is None and high is None:
@@ -145,15 +148,6 @@ def _bounds(images: Tensor, low: float | Tensor | None, high: float | Tensor | N
         reach = f"{float(images.min()):.4g} to {float(images.max()):.4g}"
         raise DataError(f"images run from {reach}, outside [low, high] = [{low}, {high}]; are they standardised?")
     return lower, upper
-
-
-def _blur_matrix(size: int, std: float) -> Tensor:
-    """Gaussian weights [size, size] cut at 4 std, folded back at the borders; symmetric, rows sum to one."""
-    offsets = torch.arange(-math.ceil(4 * std), math.ceil(4 * std) + 1)
-    weights = torch.softmax(-0.5 * (offsets.double() / std).square(), 0)
-    source = (torch.arange(size)[:, None] + offsets).remainder(2 * size)
-    source = torch.minimum(source, 2 * size - 1 - source)
-    return torch.zeros(size, size, dtype=torch.float64).scatter_add_(1, source, weights.expand(source.shape))
 
 
 def _rotate(images: Tensor, degrees: float) -> Tensor:

@@ -42,7 +42,7 @@ class Origin:
     """Follows plan after plan; knows which units of the first network are left and what the others were worth.
 
     Args:
-        groups: of the network before.
+        groups: groups of the network before.
     """
 
     def __init__(self, groups: Groups) -> None:
@@ -53,8 +53,16 @@ class Origin:
     def follow(self, now: Groups | None, plan: Plan) -> None:
         """Take note of a plan for the network as it is; ``now`` are the groups it was made from, for its nats."""
         for key, units in plan.removed.items():
-            if now is not None and key in plan.nats:
-                self._enter(now, key, units, plan.nats[key])
+            if now is None or key not in plan.nats:
+                continue
+            member = now[key].members[0]
+            places = self._left[member.name][member.dim][member.index[list(units), 0]]
+            nats = torch.tensor(plan.nats[key], dtype=torch.float64)[:, None]
+            for group in self.groups:
+                for other in (m for m in group.members if (m.name, m.dim) == (member.name, member.dim)):
+                    at = (other.index[None, :, :] == places[:, None, None]).any(2)
+                    worth = nats.expand(at.shape)[at]
+                    self._nats[group.id][at.any(0)] = worth[torch.argsort(at.nonzero()[:, 1], stable=True)]
         for name, dims in self._left.items():
             self._left[name] = [left[plan.kept(name, d)] for d, left in enumerate(dims)]
 
@@ -78,15 +86,6 @@ class Origin:
     def load(self, state: Mapping[str, list[float]]) -> None:
         """Nats of `state`; the plans are followed anew."""
         self._nats = {key: torch.tensor(values, dtype=torch.float64) for key, values in state.items()}
-
-    def _enter(self, now: Groups, key: str, units: tuple[int, ...], nats: tuple[float, ...]) -> None:
-        member = now[key].members[0]
-        places = self._left[member.name][member.dim][member.index[list(units), 0]]
-        for group in self.groups:
-            for other in (m for m in group.members if (m.name, m.dim) == (member.name, member.dim)):
-                at = (other.index[None, :, :] == places[:, None, None]).any(2)
-                worth = torch.tensor(nats, dtype=torch.float64)[:, None].expand(at.shape)
-                self._nats[group.id][at.any(0)] = worth[at][torch.argsort(at.nonzero()[:, 1], stable=True)]
 
 
 def fold_constants(
@@ -152,27 +151,25 @@ def _fitting(found: list[Constant], sizes: Mapping[str, int], round_to: int) -> 
 
 
 def _folded(posterior: Posterior, found: list[Constant]) -> dict[str, Gaussian]:
+    """Biases become Gaussians of b + sum_i c_i w_i, independent; kept where a living weight adds, then surely in."""
     moments = dict(posterior)
     for constant in found:
         weight, bias = moments.get(f"{constant.layer}.weight"), moments.get(f"{constant.layer}.bias")
-        if weight is not None and bias is not None:
-            moments[f"{constant.layer}.bias"] = _sum(bias, weight, constant)
+        if weight is None or bias is None:
+            continue
+        value = constant.value.to(weight.mean).view([1, -1] + [1] * (weight.mean.ndim - 2))
+        taken = (weight.keep[:, constant.index] & (value != 0)).flatten(1).any(1)
+        added = (value * weight.expected[:, constant.index]).flatten(1).sum(1)
+        spread = (value.square() * _variance(weight)[:, constant.index]).flatten(1).sum(1)
+        mean = torch.where(taken, bias.expected + added, bias.mean)
+        variance = torch.where(taken, _variance(bias) + spread, bias.std.square())
+        alive = bias.keep | taken
+        inclusion = None if bias.inclusion is None else bias.inclusion.masked_fill(taken, 1.0)
+        precision = torch.where(alive, 1 / variance, torch.inf)
+        moments[f"{constant.layer}.bias"] = Gaussian(
+            mean, precision, bias.prior_precision, bias.prior_mean, alive, inclusion=inclusion
+        )
     return moments
-
-
-def _sum(bias: Gaussian, weight: Gaussian, constant: Constant) -> Gaussian:
-    """The Gaussian of b + sum_i c_i w_i, independent; kept wherever a living weight takes part, and then surely in."""
-    shape = [1, -1] + [1] * (weight.mean.ndim - 2)
-    value = constant.value.to(weight.mean).view(shape)
-    taken = (weight.keep[:, constant.index] & (value != 0)).flatten(1).any(1)
-    added = (value * weight.expected[:, constant.index]).flatten(1).sum(1)
-    spread = (value.square() * _variance(weight)[:, constant.index]).flatten(1).sum(1)
-    mean = torch.where(taken, bias.expected + added, bias.mean)
-    variance = torch.where(taken, _variance(bias) + spread, bias.std.square())
-    alive = bias.keep | taken
-    inclusion = None if bias.inclusion is None else bias.inclusion.masked_fill(taken, 1.0)
-    precision = torch.where(alive, 1 / variance, torch.inf)
-    return Gaussian(mean, precision, bias.prior_precision, bias.prior_mean, alive, inclusion=inclusion)
 
 
 def _variance(g: Gaussian) -> Tensor:
@@ -270,7 +267,10 @@ class Shrinking:
         gone = {key: torch.tensor(units) for key, units in plan.removed.items()}
         nats = sum(float(evidence[key][units].sum()) for key, units in gone.items())
         free = sum(int((evidence.held[key][units] == 0).sum()) for key, units in gone.items())
-        removed, macs = sum(len(units) for units in gone.values()), now.macs // _rows(self.inputs)
+        first = next((t for t in pytree.tree_leaves(self.inputs) if isinstance(t, Tensor) and t.ndim), None)
+        if first is None:
+            raise OckhamError("the loader's inputs hold no tensor with a batch dimension")
+        removed, macs = sum(len(units) for units in gone.values()), now.macs // int(first.shape[0])
         info = StructureInfo(epoch, removed, free, nats, known.origin.widths(), now.parameters, macs)
         return replace(known, history=(*known.history, info)), small, carried
 
@@ -324,10 +324,3 @@ def example_of(loader: Loader, objective: Objective, device: torch.device) -> An
     first = read_batch(raw, objective.batch)
     few = first.part(slice(0, ROWS)).to(device)
     return dict(few.kwargs) if few.kwargs else few.args
-
-
-def _rows(inputs: Any) -> int:
-    first = next((t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.ndim), None)
-    if first is None:
-        raise OckhamError("the loader's inputs hold no tensor with a batch dimension")
-    return int(first.shape[0])

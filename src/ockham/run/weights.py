@@ -218,11 +218,15 @@ def huggingface_model(folder: str | Path) -> nn.Module:
         )
     read_weights(home)
     try:
-        model: nn.Module = getattr(transformers, name).from_pretrained(
-            home, local_files_only=True, use_safetensors=True
+        model, read = getattr(transformers, name).from_pretrained(
+            home, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:
         raise ResultError(
             f"{printable(home)}: transformers cannot build {name} from it ({printable(error)})"
         ) from error
-    return model
+    if read["missing_keys"]:
+        lack = ", ".join(sorted(read["missing_keys"])[:6])
+        raise ResultError(f"{printable(home)}: lacks weights of {name}, which would be random ({printable(lack)})")
+    found: nn.Module = model
+    return found

@@ -26,7 +26,7 @@ from ockham.tabular.explaining import Effect, Facts, bars, effect, paint, progre
 from ockham.tabular.fitting import FitPlan, Fitted, drawn, fit
 from ockham.tabular.model import Table
 from ockham.tabular.predicting import Draws
-from ockham.tabular.targets import Target
+from ockham.tabular.targets import target_for
 
 __all__ = ["SparseBNN"]
 
@@ -95,18 +95,6 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
 
     # ------------------------------------------------------------------ what the two supply
     @abstractmethod
-    def _target_of(self, y: Any, classes: Any) -> Target:
-        """What kind of target this is."""
-
-    @abstractmethod
-    def _more_stock(self, table: Table, x: Floats, target: Floats) -> None:
-        """Attributes and warnings that only one kind of target has; rows [n, q] and targets [n] of the fit."""
-
-    @abstractmethod
-    def _shown(self, rows: Floats) -> Floats:
-        """What each draw says of rows of numbers [n, q], [D, n], in what effects are shown in."""
-
-    @abstractmethod
     def _coverage(self, X: Any, y: Any) -> tuple[Floats, Floats]:  # noqa: N803
         """Nominal and observed shares of rows inside what the model says."""
 
@@ -171,7 +159,8 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         if not weight.sum() > 0:
             raise OckhamError("sample_weight is zero for every row: nothing to fit")
         if first:
-            self._target = self._target_of(y, classes)
+            loss, mistakes = getattr(self, "loss", None), getattr(self, "label_noise", False)
+            self._target = target_for(y, classes, loss=loss, mistakes=mistakes)
         target = self._target.numbers(y)
         counted, effective = counts_for(weight, self.n_effective)
         if effective is not None and self.n_effective is None:
@@ -188,6 +177,13 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
             self._encoding, x = Encoding.of(parts, self._names(), self._target.coded(target, weight), weight)
         else:
             x = self._encoding.apply(parts, self._names())
+        for name in ("batch_size", "learning_rate"):
+            if getattr(self, name) != "deprecated":
+                warnings.warn(
+                    f"{name} no longer does anything: second-order steps need none; leave it out",
+                    FutureWarning,
+                    stacklevel=4,
+                )
         if len(x) < _FEW:
             warnings.warn(
                 f"{len(x)} rows are few: inclusion probabilities will be close to what was believed before the data",
@@ -211,7 +207,6 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         return list(plain.T)
 
     def _fit(self, x: Floats, target: Floats, weight: Floats, *, first: bool) -> Self:
-        rows = x, target
         if first:
             self._sample = x[np.random.default_rng(0).permutation(len(x))[:_SAMPLE]]
         x, target, weight = in_order(x, target, weight)
@@ -225,7 +220,17 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         y = self._target.scaled(target)
         if first:
             self._choose_inputs(inputs, self._target.screened(y), weights)
-        plan = self._plan(len(self._scaling.constant) - len(self._active), seed)
+        hidden = self.hidden_layer_sizes
+        plan = FitPlan(
+            hidden=tuple(int(h) for h in (hidden if np.iterable(hidden) else (hidden,))),
+            outputs=self._target.outputs,
+            restarts=self.n_restarts,
+            steps=self.max_iter,
+            slab_variance=self.slab_variance,
+            left_out=len(self._scaling.constant) - len(self._active),
+            patience=self.n_iter_no_change if self.early_stopping else self.max_iter,
+            seed=seed,
+        )
         table = Table(inputs[:, self._active].double(), y, weights.double())
         with progress(bool(self.verbose)) as on_step:
             before = None if first else self._fitted
@@ -241,7 +246,6 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         self.evidence_curve_ = np.array(self._fitted.curve)
         self.evidence_, self.n_iter_ = state.evidence, state.steps
         self._remarks: list[str] = []
-        self._more_stock(table, *rows)
         return self
 
     def _choose_inputs(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
@@ -266,26 +270,6 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
             self._outside[candidates.numpy()] = torch.sigmoid(found.evidence).numpy()
             candidates = candidates[found.active]
         self._active = candidates
-
-    def _plan(self, left_out: int, seed: int) -> FitPlan:
-        hidden = self.hidden_layer_sizes
-        for name in ("batch_size", "learning_rate"):
-            if getattr(self, name) != "deprecated":
-                warnings.warn(
-                    f"{name} no longer does anything: second-order steps need none; leave it out",
-                    FutureWarning,
-                    stacklevel=5,
-                )
-        return FitPlan(
-            hidden=tuple(int(h) for h in (hidden if np.iterable(hidden) else (hidden,))),
-            outputs=self._target.outputs,
-            restarts=self.n_restarts,
-            steps=self.max_iter,
-            slab_variance=self.slab_variance,
-            left_out=left_out,
-            patience=self.n_iter_no_change if self.early_stopping else self.max_iter,
-            seed=seed,
-        )
 
     def _by_feature(self, inside: Floats, outside: Floats) -> Floats:
         """One number per feature: of its numbers that entered and those that did not, the largest; constants 0."""
@@ -361,28 +345,36 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         """
         check_is_fitted(self)
         used, names = self._used(), self._names()
-        pair, curves = strongest_pair(self._shown, self._sample, self._encoding, used), []
-        if pair is not None:
-            column = int((self._encoding.origin == pair[1]).nonzero()[0][0])
-            for q, word in ((0.1, "low"), (0.5, "middle"), (0.9, "high")):
-                rows = self._sample.copy()
-                rows[:, column] = np.quantile(rows[:, column], q)
-                shown = effect(self._shown, rows, self._encoding, pair[0], names[pair[0]])
-                curves.append((f"{names[pair[1]]} {word}", shown))
+        why, active = [], set(self._active.tolist())
+        for mine in ((self._encoding.origin == j).nonzero()[0] for j in range(len(names))):
+            if self._scaling.constant[mine].all():
+                why.append("it is constant")
+            elif all(self._same_as[i] != i for i in mine):
+                why.append(f"it says the same as {self._encoding.names[self._same_as[mine[0]]]}")
+            elif active.isdisjoint(mine.tolist()):
+                why.append("screening found no evidence for a term of it")
+            else:
+                why.append("without it the evidence is higher")
+        moving = (getattr(self, "noise_inclusion_", np.zeros(0)) > 0.5).nonzero()[0].tolist()
+
+        def noise(rows: Floats) -> Floats:
+            parts = [s * (f / (f - 2)).sqrt() for _, s, f in self._draws.with_scales(self._numbers(rows))]
+            return torch.cat(parts, 1).numpy() * self._target.units[1]
+
         facts = Facts(
             title=f"{type(self).__name__}: what it found",
             names=names,
             inclusion=self.inclusion_,
             weights=self._weights_by_feature(),
-            why=self._why(),
+            why=why,
             tiles=[
                 ("inputs used", str(len(used)), f"of {len(names)}"),
                 ("weights", str(self.n_weights_), "of the network that predicts"),
                 ("evidence", f"{self.evidence_:.1f}", "nats"),
             ],
             effects=[self.effect(j) for j in used],
-            pair=curves,
-            noise=self._noise_effects(),
+            pair=strongest_pair(self._shown, self._sample, self._encoding, used, names),
+            noise=[effect(noise, self._sample, self._encoding, j, names[j]) for j in moving],
             target=self._target.shown_as,
             coverage=None if X is None else self._coverage(X, y),
             remarks=self._remarks,
@@ -400,25 +392,15 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         np.add.at(weights, self._encoding.origin[self._active.numpy()], self._fitted.state.model.nets[0].used().numpy())
         return weights
 
-    def _why(self) -> list[str]:
-        """Why features are not used."""
-        found, numbers = [], self._encoding.names
-        active = set(self._active.tolist())
-        for j in range(self.n_features_in_):
-            mine = (self._encoding.origin == j).nonzero()[0]
-            if self._scaling.constant[mine].all():
-                found.append("it is constant")
-            elif all(self._same_as[i] != i for i in mine):
-                found.append(f"it says the same as {numbers[self._same_as[mine[0]]]}")
-            elif not any(int(i) in active for i in mine):
-                found.append("screening found no evidence for a term of it")
-            else:
-                found.append("without it the evidence is higher")
-        return found
+    def _shown(self, rows: Floats) -> Floats:
+        """What each draw says of rows of numbers [n, q], [D, n], in what effects are shown in."""
+        centre, std = self._target.units
+        said: Floats = torch.cat(list(self._draws.means(self._numbers(rows))), 1).numpy() * std + centre
+        return said
 
-    def _noise_effects(self) -> list[Effect]:
-        """Effects on the size of the noise, where there is one."""
-        return []
+    def _numbers(self, rows: Floats) -> Tensor:
+        """Rows of numbers [n, q] as the networks read them."""
+        return self._scaling.apply(rows)[:, self._active].double()
 
     def _names(self) -> list[str]:
         given = getattr(self, "feature_names_in_", None)
@@ -426,8 +408,7 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
 
     def _inputs(self, X: Any) -> Tensor:  # noqa: N803
         check_is_fitted(self)
-        x = self._encoding.apply(self._parts(X, reset=False), self._names(), self._active.numpy())
-        return self._scaling.apply(x)[:, self._active].double()
+        return self._numbers(self._encoding.apply(self._parts(X, reset=False), self._names(), self._active.numpy()))
 
     def __sklearn_tags__(self) -> Any:
         """Missing entries, categories and sparse matrices are taken as they come."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -117,7 +118,12 @@ def _column(values: Any, kind: str) -> Any:
         return np.where(np.isnat(time), np.nan, time.astype(np.int64) / 86_400e9)
     if kind in ("object", "category", "str") or kind.startswith("string"):
         raw = np.asarray(values, dtype=object)
-        gone = np.array([_is_missing(v) for v in raw.tolist()])
+        gone = np.array(
+            [
+                v is None or type(v).__name__ in ("NAType", "NaTType") or (isinstance(v, float) and math.isnan(v))
+                for v in raw
+            ]
+        )
         try:
             numbers = np.array([np.nan if g else float(v) for v, g in zip(raw.tolist(), gone, strict=True)])
             if kind != "category" and not any(isinstance(v, str) for v in raw.tolist()):
@@ -187,15 +193,6 @@ def _applied(part: Any, column: _Column, name: str) -> Floats:
         return coded
     numbers: Floats = (index[:, None] == np.arange(1, len(column.levels))).astype(np.float64)
     return numbers
-
-
-def _is_missing(value: Any) -> bool:
-    """None, NaN, NaT or pandas' NA."""
-    return (
-        value is None
-        or (type(value).__name__ in ("NAType", "NaTType"))
-        or (isinstance(value, float) and math.isnan(value))
-    )
 
 
 def dense(x: Any) -> Any:
@@ -286,12 +283,14 @@ def duplicates(x: Tensor) -> npt.NDArray[np.intp]:
     n, p = x.shape
     probe = torch.linspace(0, n - 1, min(n, 64)).long()
     keys: dict[bytes, list[int]] = {}
-    first = np.arange(p)
+    signs, first = np.ones(p), np.arange(p)
     for j in range(p):
         column = x[:, j]
-        sign = -1.0 if float(column[column.nonzero()[0]] if bool((column != 0).any()) else 1.0) < 0 else 1.0
-        key = (column[probe] * sign + 0.0).numpy().round(4).tobytes()
-        same = next((i for i in keys.get(key, []) if bool(((x[:, i].abs() - column.abs()).abs() < 1e-5).all())), None)
+        there = column.nonzero()
+        signs[j] = -1.0 if len(there) and float(column[there[0]]) < 0 else 1.0
+        key = (column[probe] * signs[j] + 0.0).numpy().round(4).tobytes()
+        mine, others = column * signs[j], keys.get(key, [])
+        same = next((i for i in others if bool(((x[:, i] * signs[i] - mine).abs() < 1e-5).all())), None)
         if same is None:
             keys.setdefault(key, []).append(j)
         else:
@@ -372,20 +371,11 @@ class _Terms(NamedTuple):
             spread = terms.square().T @ (y.square() * weighted)
             best = torch.maximum(best, _nats((terms.T @ (y * weighted)).square(), spread, n).amax(1) - math.log(p))
         others = torch.arange(p) if everything else torch.tensor(active, dtype=torch.long)
-        for column in y.T:
-            for terms in (self.first, self.second):
-                self._pairs(terms, others, column, best, partner)
-        return best, partner
-
-    def _pairs(self, terms: Tensor, others: Tensor, rest: Tensor, best: Tensor, partner: Tensor) -> None:
-        """Products terms_j first_k, k in others: raise best (of j and of k) and partner where they are better."""
-        n, p = self.first.shape
-        if len(others) == 0:
-            return
-        price = math.log(p * len(others))
-        with_k = self.first[:, others]
-        for start in range(0, p, _BLOCK):
-            block = terms[:, start : start + _BLOCK]
+        if not len(others):
+            return best, partner
+        with_k, price = self.first[:, others], math.log(p * len(others))
+        for rest, terms, start in product(y.T, (self.first, self.second), range(0, p, _BLOCK)):
+            block = terms[:, start : start + _BLOCK]  # products terms_j first_k, k in others
             spread = (block.square() * (self.weight * rest.square()).unsqueeze(1)).T @ with_k.square()
             along = ((block * (self.weight * rest).unsqueeze(1)).T @ with_k).square()
             j = torch.arange(start, start + len(along))
@@ -393,6 +383,7 @@ class _Terms(NamedTuple):
             found = _nats(along, spread, n) - price
             _raise(best, partner, j, *found.max(1), others)
             _raise(best, partner, others, *found.max(0), j)
+        return best, partner
 
     def unexplained(self, target: Tensor, active: list[int]) -> Tensor:
         """What a ridge regression on all terms of the active inputs leaves of the target, standardised."""

@@ -12,16 +12,14 @@ import numpy.typing as npt
 import torch
 from sklearn.base import ClassifierMixin, RegressorMixin, clone
 from sklearn.utils._param_validation import StrOptions
-from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, check_consistent_length, check_is_fitted
 
 from ockham.errors import OckhamError, OckhamWarning
 from ockham.tabular.base import SparseBNN
 from ockham.tabular.data import Floats, outlying
-from ockham.tabular.explaining import Effect, effect
-from ockham.tabular.model import Table
+from ockham.tabular.likelihoods import Classes
 from ockham.tabular.predicting import interval, log_density, moments, noise_std
-from ockham.tabular.targets import ClassTarget, NumberTarget
+from ockham.tabular.targets import ClassTarget, CountTarget, NumberTarget
 
 __all__ = ["SparseBNNClassifier", "SparseBNNRegressor"]
 
@@ -47,7 +45,8 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
         inclusion_by_target_: `inclusion_` of each of several targets, shape [k, n_features_in_].
         noise_std_: standard deviation of the noise (root mean square over rows), in units of the target.
         noise_inclusion_: probability that a feature moves the size of the noise, shape [n_features_in_].
-        noise_freedom_: degrees of freedom of the noise (Student's t), mean over draws; large means Gaussian.
+        noise_freedom_: degrees of freedom of the noise (Student's t), mean over draws; large means Gaussian, and
+            infinity stands for counts.
         acceptance_: mean acceptance of the chains that drew the networks; None where draws are Gaussian about the mode
             (rows times weights exceed 400,000).
         n_iter_: number of second-order steps taken.
@@ -60,7 +59,48 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
     [0, 3]
     """
 
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        **SparseBNN._parameter_constraints,
+        "loss": [StrOptions({"student_t", "poisson"})],
+    }
     _classify = False
+
+    def __init__(  # noqa: PLR0913 - scikit-learn: every setting is a keyword of the constructor
+        self,
+        hidden_layer_sizes: Any = (64,),
+        *,
+        loss: str = "student_t",
+        n_restarts: int = 2,
+        max_iter: int = 3000,
+        batch_size: Any = "deprecated",
+        learning_rate: Any = "deprecated",
+        slab_variance: float = 1.0,
+        max_inputs: int = 24,
+        early_stopping: bool = True,
+        n_iter_no_change: int = 2,
+        n_draws: int = 64,
+        n_effective: float | None = None,
+        warm_start: bool = False,
+        verbose: bool = False,
+        random_state: Any = None,
+    ) -> None:
+        super().__init__(
+            hidden_layer_sizes,
+            n_restarts=n_restarts,
+            max_iter=max_iter,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            slab_variance=slab_variance,
+            max_inputs=max_inputs,
+            early_stopping=early_stopping,
+            n_iter_no_change=n_iter_no_change,
+            n_draws=n_draws,
+            n_effective=n_effective,
+            warm_start=warm_start,
+            verbose=verbose,
+            random_state=random_state,
+        )
+        self.loss = loss
 
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> Self:  # noqa: N803
         """As `SparseBNN.fit`; with targets [n, k] a network is fitted to each, and predictions have k columns."""
@@ -96,7 +136,7 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
             return self._stacked(lambda part: part.predict(X, return_std))
         inputs = self._inputs(X)
         mean, variance = moments(self._draws, inputs)
-        centre, std = self._units()
+        centre, std = self._target.units
         located = mean.numpy() * std + centre
         return (located, variance.sqrt().numpy() * std) if return_std else located
 
@@ -116,7 +156,7 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
             return self._stacked(lambda part: part.predict_interval(X, coverage))  # type: ignore[no-any-return]
         inputs = self._inputs(X)
         lower, upper = interval(self._draws, inputs, coverage)
-        centre, std = self._units()
+        centre, std = self._target.units
         return lower * std + centre, upper * std + centre
 
     def log_density(self, X: Any, y: Any) -> Floats:  # noqa: N803
@@ -137,21 +177,16 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
         inputs = self._inputs(X)
         target = check_array(y, ensure_2d=False, dtype=np.float64)
         check_consistent_length(inputs, target)
-        centre, std = self._units()
-        found: Floats = log_density(self._draws, inputs, torch.from_numpy((target - centre) / std)).numpy() - math.log(
-            std
-        )
+        centre, std = self._target.units
+        scaled = torch.from_numpy((self._target.numbers(target) - centre) / std)
+        found: Floats = log_density(self._draws, inputs, scaled).numpy() - math.log(std)
         return found
 
     @property
     def noise_std_(self) -> float:
         """Root mean square of the noise's standard deviation over the rows of the fit, in units of the target."""
         check_is_fitted(self)
-        return self._noise_std * self._units()[1]
-
-    def _units(self) -> tuple[float, float]:
-        assert isinstance(self._target, NumberTarget)
-        return self._target.units
+        return self._noise_std * self._target.units[1]
 
     def partial_fit(self, X: Any, y: Any, sample_weight: Any = None) -> SparseBNNRegressor:  # noqa: N803
         """Go on with more rows. A sample of at most 10,000 of all rows so far is kept and counts for all of them.
@@ -175,14 +210,18 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
         tags.target_tags.multi_output = True
         return tags
 
-    def _target_of(self, y: Any, classes: Any) -> NumberTarget:
-        return NumberTarget()
-
-    def _more_stock(self, table: Table, x: Floats, target: Floats) -> None:
+    def _fit(self, x: Floats, target: Floats, weight: Floats, *, first: bool) -> Self:
+        super()._fit(x, target, weight, first=first)
+        if isinstance(self._target, CountTarget):
+            self.noise_inclusion_, self.noise_freedom_ = np.zeros(self.n_features_in_), math.inf
+            self.n_noise_weights_ = 0
+            self._noise_std = float(np.sqrt(np.average(self._shown(x).mean(0), weights=weight)))
+            self._remarks.append("counts: Poisson, whose variance is its mean")
+            return self
         self.noise_inclusion_ = self._by_feature(self._fitted.inclusion[1].numpy(), np.zeros(len(self._outside)))
         self.noise_freedom_ = float((2 + self._draws.vectors[:, -1].exp()).mean())
         self.n_noise_weights_ = len(self._fitted.state.model.nets[1]) - 1
-        self._noise_std = noise_std(self._draws, table.x, table.weight)
+        self._noise_std = noise_std(self._draws, self._numbers(x), torch.from_numpy(weight))
         names = self._names()
         moving = ", ".join(names[j] for j in (self.noise_inclusion_ > 0.5).nonzero()[0]) or "nothing"
         self._remarks.append(
@@ -194,11 +233,10 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
         far = outlying(target, np.ones(len(target))).nonzero()[0]
         assert isinstance(self._target, NumberTarget)
         if not self._target.heavy or not len(far):
-            return
-        inputs = self._scaling.apply(x[far])[:, self._active].double()
-        centre, std = self._units()
+            return self
+        centre, std = self._target.units
         places, scales = [], []
-        for location, scale, _ in self._draws.with_scales(inputs):
+        for location, scale, _ in self._draws.with_scales(self._numbers(x[far])):
             places.append(location.mean(0))
             scales.append(scale.mean(0))
         away = np.abs((target[far] - centre) / std - torch.cat(places).numpy()) / torch.cat(scales).numpy()
@@ -212,22 +250,7 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
                 OckhamWarning,
                 stacklevel=4,
             )
-
-    def _shown(self, rows: Floats) -> Floats:
-        inputs = self._scaling.apply(rows)[:, self._active].double()
-        centre, std = self._units()
-        said: Floats = torch.cat([o[..., 0] for o in self._draws.outputs(inputs)], 1).numpy() * std + centre
-        return said
-
-    def _noise_effects(self) -> list[Effect]:
-        def sizes(rows: Floats) -> Floats:
-            inputs = self._scaling.apply(rows)[:, self._active].double()
-            parts = [s * (f / (f - 2)).sqrt() for _, s, f in self._draws.with_scales(inputs)]
-            spread: Floats = torch.cat(parts, 1).numpy() * self._units()[1]
-            return spread
-
-        moving = (self.noise_inclusion_ > 0.5).nonzero()[0]
-        return [effect(sizes, self._sample, self._encoding, int(j), self._names()[j]) for j in moving]
+        return self
 
     def _coverage(self, X: Any, y: Any) -> tuple[Floats, Floats]:  # noqa: N803
         nominal, inside = np.array([0.5, 0.8, 0.9, 0.95, 0.99]), []
@@ -242,7 +265,6 @@ class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
 
     PARAMETERS
     Attributes:
-        classes_: labels, sorted.
         inclusion_: probability that a feature is used, shape [n_features_in_]; as there.
         feature_importances_: the same, under scikit-learn's name.
         n_weights_: weights of the network that predicts.
@@ -254,6 +276,7 @@ class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
     _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
         **SparseBNN._parameter_constraints,
         "class_weight": [dict, StrOptions({"balanced"}), None],
+        "label_noise": ["boolean"],
     }
     _classify = True
 
@@ -272,6 +295,7 @@ class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
         n_draws: int = 64,
         n_effective: float | None = None,
         class_weight: Any = None,
+        label_noise: bool = False,
         warm_start: bool = False,
         verbose: bool = False,
         random_state: Any = None,
@@ -293,16 +317,14 @@ class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
             random_state=random_state,
         )
         self.class_weight = class_weight
+        self.label_noise = label_noise
 
     def predict_proba(self, X: Any) -> npt.NDArray[np.float64]:  # noqa: N803
-        """Posterior predictive probabilities [n, classes], averaged over networks."""
-        inputs, parts = self._inputs(X), []
-        for out in self._draws.outputs(inputs):
-            if out.shape[2] == 1:
-                one = torch.sigmoid(out[..., 0]).mean(0)
-                parts.append(torch.stack([1 - one, one], 1))
-            else:
-                parts.append(out.softmax(2).mean(0))
+        """Posterior predictive probabilities [n, classes] of labels as they are recorded, averaged over networks."""
+        inputs, model = self._inputs(X), self._draws.model
+        assert isinstance(model.likelihood, Classes)
+        extra = model.split(self._draws.vectors)[1]
+        parts = [model.likelihood.probabilities(out, extra).mean(0) for out in self._draws.outputs(inputs)]
         return torch.cat(parts).numpy()
 
     def predict(self, X: Any) -> Any:  # noqa: N803
@@ -314,26 +336,20 @@ class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
         """Go on with more rows; the first call needs all ``classes`` that will ever come."""
         return self._partial_fit(X, y, sample_weight, classes)
 
-    def _target_of(self, y: Any, classes: Any) -> ClassTarget:
-        check_classification_targets(y)
-        self.classes_ = np.unique(y if classes is None else classes)
-        if len(self.classes_) < 2:
-            raise OckhamError(
-                f"{type(self).__name__} needs samples of at least 2 classes in the data, but the data "
-                f"contains only one class: {self.classes_[0]!r}"
-            )
-        return ClassTarget(self.classes_)
+    @property
+    def classes_(self) -> npt.NDArray[Any]:
+        """Labels, sorted."""
+        assert isinstance(self._target, ClassTarget)
+        return self._target.classes
 
-    def _more_stock(self, table: Table, x: Floats, target: Floats) -> None:
-        """Classes have no more than all."""
-
-    def _shown(self, rows: Floats) -> Floats:
-        inputs = self._scaling.apply(rows)[:, self._active].double()
-        parts = [
-            torch.sigmoid(o[..., 0]) if o.shape[2] == 1 else o.softmax(2)[..., -1] for o in self._draws.outputs(inputs)
-        ]
-        said: Floats = torch.cat(parts, 1).numpy()
-        return said
+    @property
+    def label_noise_(self) -> float:
+        """Share of the labels that are wrong, mean over draws; 0 unless ``label_noise`` asks for it."""
+        check_is_fitted(self)
+        if not self._draws.model.likelihood.extras:
+            return 0.0
+        hat = torch.sigmoid(self._draws.vectors[:, -1]).mean()
+        return float(hat) * (1 - 1 / len(self.classes_))
 
     def _coverage(self, X: Any, y: Any) -> tuple[Floats, Floats]:  # noqa: N803
         """Mean probability of the predicted class in bins of it, and how often it is right."""
@@ -360,9 +376,13 @@ CLASS        warm_start: `fit` goes on from the last one instead of starting aga
         verbose: whether to show a progress bar.
         random_state: seed of random units, rows and draws.
 """
+_NUMBER = """        loss: "student_t" for numbers with noise of any tails, "poisson" for counts 0, 1, 2, ...
+"""
 _CLASS = """        class_weight: factors of the classes, "balanced" for equal shares, or None; the sum of all weights
             stays, and probabilities are those of the reweighted table.
+        label_noise: whether some labels may be wrong: a share of them, learned, is then drawn from a hat
+            (`label_noise_` is the share that is wrong), and single impossible labels no longer bend the network.
 """
 for _estimator in (SparseBNNRegressor, SparseBNNClassifier):
-    _own = _CLASS if _estimator is SparseBNNClassifier else ""
+    _own = _CLASS if _estimator is SparseBNNClassifier else _NUMBER
     _estimator.__doc__ = (_estimator.__doc__ or "").replace("PARAMETERS\n", _PARAMETERS.replace("CLASS", _own))

@@ -88,19 +88,33 @@ def _settings(rows: Floats, encoding: Encoding, feature: int) -> list[tuple[Any,
     return found
 
 
-def _with(rows: Floats, columns: Any, value: Floats) -> Floats:
+def _with(rows: Floats, columns: Any, value: Floats | np.float64) -> Floats:
     changed = rows.copy()
     changed[:, columns] = value
     return changed
 
 
-def strongest_pair(ask: Ask, rows: Floats, encoding: Encoding, features: Sequence[int]) -> tuple[int, int] | None:
-    """The two features whose joint effect is least the sum of their own, by the variance that the sum leaves.
+def strongest_pair(
+    ask: Ask, rows: Floats, encoding: Encoding, features: Sequence[int], names: Sequence[str]
+) -> list[tuple[str, Effect]]:
+    """Effects of a feature where another is low, middle and high, of the two whose joint effect is least a sum.
+
+    Judged by the variance that the sum of their own effects leaves.
+
+    Args:
+        ask: what the draws say.
+        rows: rows of numbers that the other features are taken from, [m, q].
+        encoding: where the features' numbers are.
+        features: features to choose from, the likeliest first; five at most are tried.
+        names: names of all features.
+
+    Returns:
+        Label and effect, three of them; none where no two features interact.
 
     References:
         Friedman & Popescu (2008), *Predictive learning via rule ensembles*, section 8.1, without the normalisation.
     """
-    best, found = 0.0, None
+    best, found = 0.0, None  # variance and pair
     for j, k in combinations(features[:_PAIRS_AMONG], 2):
         ends = [_settings(rows, encoding, f) for f in (j, k)]
         ends = [[s[i] for i in np.linspace(0, len(s) - 1, min(3, len(s))).astype(int)] for s in ends]
@@ -108,7 +122,14 @@ def strongest_pair(ask: Ask, rows: Floats, encoding: Encoding, features: Sequenc
         alone = joint - joint.mean(0) - joint.mean(1, keepdims=True) + joint.mean()
         if float(alone.var()) > best:
             best, found = float(alone.var()), (j, k)
-    return found
+    curves: list[tuple[str, Effect]] = []
+    if found is None:
+        return curves
+    column = int((encoding.origin == found[1]).nonzero()[0][0])
+    for q, word in ((0.1, "low"), (0.5, "middle"), (0.9, "high")):
+        at = _with(rows, column, np.quantile(rows[:, column], q))
+        curves.append((f"{names[found[1]]} {word}", effect(ask, at, encoding, found[0], names[found[0]])))
+    return curves
 
 
 def paint(axes: Axes, shown: Effect, colour: str, label: str | None = None) -> None:

@@ -114,7 +114,8 @@ def fit(
         for r in range(plan.restarts):
             begin = replace(begin, steps=steps)
             share = plan.steps * (r + 1) // plan.restarts
-            tried.append(search(begin, 0, most, replace(effort(0, plan.patience, _smooth(r)), steps=share)))
+            smooth = 0.5 if r % 2 else 1.0
+            tried.append(search(begin, 0, most, replace(effort(0, plan.patience, smooth), steps=share)))
             steps = tried[-1].steps
         scores = tuple(s.evidence for s in tried)
         state = replace(max(tried, key=lambda s: s.evidence), steps=steps)
@@ -144,11 +145,6 @@ def fit(
     return Fitted(replace(state, steps=state.steps + before), tuple(inside), tuple(curve), scores)
 
 
-def _smooth(restart: int) -> float:
-    """Share of hyperbolic tangents among the units of a restart."""
-    return 0.5 if restart % 2 else 1.0
-
-
 def _first(table: Table, order: Tensor, rows: int) -> Table:
     return table if len(order) <= rows else table.rows(order[:rows])
 
@@ -175,10 +171,11 @@ def _linear(table: Table, likelihood: RowLikelihood, plan: FitPlan) -> State:
         variance = share @ (table.y - share @ table.y).square()
         if isinstance(likelihood, GaussianNoise):  # heavy tails are there for targets that say nothing about the scale
             centre = 0.5 * math.log(max(float(variance), 1e-12))
-    vector = torch.zeros(sum(len(net) for net in nets) + likelihood.extras, dtype=torch.float64)
+    size = sum(len(net) for net in nets)
+    vector = torch.zeros(size + likelihood.extras, dtype=torch.float64)
+    vector[size:] = likelihood.extra_mean
     if len(nets) == 2:
         vector[len(nets[0])] = centre
-        vector[len(nets[0]) + 1 :] = 2.0
     precision = tuple(dict.fromkeys(net.keep, 1 / plan.slab_variance) for net in nets)
     model = Model(tuple(nets), likelihood, table, plan.slab_variance, precision, centre, plan.left_out)
     return decide(model, vector, _SETTLE)
@@ -189,7 +186,7 @@ def _noisy(state: State, effort: Effort, *, fresh: bool) -> State:
     model, vector = state.model, state.vector
     if isinstance(model.likelihood, GaussianNoise):
         model = replace(model, likelihood=Student(model.likelihood.floor))
-        vector = torch.cat([vector, vector.new_full((1,), 2.0)])
+        vector = torch.cat([vector, vector.new_full((1,), model.likelihood.extra_mean)])
         state = decide(model, vector, _SETTLE, state.steps)
     if fresh:
         begin, old = model.starts[1], model.nets[1]

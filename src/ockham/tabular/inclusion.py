@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -89,7 +90,7 @@ def inclusion_of(
 
 def _neighbours(state: State, t: int) -> tuple[dict[int, State], dict[tuple[int, int], State]]:
     """Models without an input, and with a correlated one in its place, as far as they are not out of the question."""
-    net, x = state.model.nets[t], state.model.table.x
+    net, begin, x = state.model.nets[t], state.model.starts[t], state.model.table.x
     used = (net.used() > 0).nonzero()[:, 0].tolist()
     removals = dict(zip(used, input_removals(state, t), strict=True)) if used else {}
     removed = {j: without_inputs(state, t, [r]) for j, r in removals.items() if r.score > _SURE}
@@ -101,23 +102,18 @@ def _neighbours(state: State, t: int) -> tuple[dict[int, State], dict[tuple[int,
         for j in used:
             close = sorted(free, key=lambda k: -abs(float(alike[j, k])))[:_STANDINS]
             for k in close:
-                if abs(float(alike[j, k])) > _LIKE:
-                    swapped[j, k] = _in_place_of(state, t, j, k, float(alike[j, k]))
+                if abs(float(alike[j, k])) <= _LIKE:
+                    continue
+                dense = net.tensors(state.vector[None, begin : begin + len(net)])
+                keep = {name: mask.clone() for name, mask in net.keep.items()}
+                for name in net.readers:  # what reads j reads k instead
+                    dense[name][0, :, k], keep[name][:, k] = dense[name][0, :, j] * alike[j, k], keep[name][:, j]
+                    keep[name][:, j] = False
+                other = replace(net, keep=keep)
+                weights = torch.cat([dense[n][0].flatten()[c] for n, c in other.cells.items()])
+                vector = torch.cat([state.vector[:begin], weights, state.vector[begin + len(net) :]])
+                swapped[j, k] = decide(state.model.with_net(t, other), vector, 10, state.steps, learn=0)
     return removed, swapped
-
-
-def _in_place_of(state: State, t: int, j: int, k: int, correlation: float) -> State:
-    """The model whose weights of input j read input k instead, at a mode near by."""
-    net, begin = state.model.nets[t], state.model.starts[t]
-    dense = net.tensors(state.vector[None, begin : begin + len(net)])
-    keep = {name: mask.clone() for name, mask in net.keep.items()}
-    for name in net.readers:
-        dense[name][0, :, k], keep[name][:, k] = dense[name][0, :, j] * correlation, keep[name][:, j]
-        keep[name][:, j] = False
-    other = replace(net, keep=keep)
-    weights = torch.cat([dense[n][0].flatten()[c] for n, c in other.cells.items()])
-    vector = torch.cat([state.vector[:begin], weights, state.vector[begin + len(net) :]])
-    return decide(state.model.with_net(t, other), vector, 10, state.steps, learn=0)
 
 
 def _additions(state: State, t: int, generator: torch.Generator) -> Tensor:
@@ -230,39 +226,33 @@ def decide(
     Raises:
         NonFiniteLossError: the energy is not finite where it begins.
     """
-    taken = before
-    for k in range(learn + 1):
-        vector, energy, metric, more = _descended(model, vector, steps, tolerance)
-        taken += more
-        if k < learn:
-            variance = torch.cholesky_inverse(torch.linalg.cholesky(metric)).diagonal()
-            model = model.learned(vector, variance)
-    return State(model, vector, metric, model.evidence(energy, metric), taken)
-
-
-def _descended(model: Model, vector: Tensor, steps: int, tolerance: float) -> tuple[Tensor, float, Tensor, int]:
     here = model.passed(vector)
     if not math.isfinite(here.energy):
         raise NonFiniteLossError(f"the energy of a table's network became {here.energy}; are there huge targets?")
-    slope, metric = model.expand(here)
-    damping, taken = 1e-3, 0
-    while taken < steps and damping < 1e8:
-        damped = metric.clone()
-        damped.diagonal().mul_(1 + damping)
-        root, info = torch.linalg.cholesky_ex(damped)
-        step = -torch.cholesky_solve(slope.unsqueeze(1), root)[:, 0]
-        there = model.passed(here.vector + step) if int(info) == 0 else here
-        gain = here.energy - there.energy
-        if there is here or not gain >= 0:
-            damping *= 8
-            continue
-        expected = -float(slope @ step + 0.5 * step @ (metric @ step))
-        damping = max(damping / 8, 1e-8) if gain > 0.5 * expected else damping * (4 if gain < 0.2 * expected else 1)
-        here, taken = there, taken + 1
+    while True:
         slope, metric = model.expand(here)
-        if gain < tolerance:
-            break
-    return here.vector, here.energy, metric, taken
+        damping, taken = 1e-3, 0
+        while taken < steps and damping < 1e8:
+            damped = metric.clone()
+            damped.diagonal().mul_(1 + damping)
+            root, info = torch.linalg.cholesky_ex(damped)
+            step = -torch.cholesky_solve(slope.unsqueeze(1), root)[:, 0]
+            there = model.passed(here.vector + step) if int(info) == 0 else here
+            gain = here.energy - there.energy
+            if there is here or not gain >= 0:
+                damping *= 8
+                continue
+            expected = -float(slope @ step + 0.5 * step @ (metric @ step))
+            damping = max(damping / 8, 1e-8) if gain > 0.5 * expected else damping * (4 if gain < 0.2 * expected else 1)
+            here, taken = there, taken + 1
+            slope, metric = model.expand(here)
+            if gain < tolerance:
+                break
+        before, learn = before + taken, learn - 1
+        if learn < 0:
+            return State(model, here.vector, metric, model.evidence(here.energy, metric), before)
+        model = model.learned(here.vector, torch.cholesky_inverse(torch.linalg.cholesky(metric)).diagonal())
+        here = model.passed(here.vector)
 
 
 @dataclass(frozen=True, eq=False)
@@ -310,29 +300,22 @@ def drop_idle(state: State, nets: tuple[int, ...]) -> State:
     changed = True
     while changed:
         before = state
-        for t in nets:
-            for kind in kinds:
-                state = _lighter(state, t, kind)
+        for t, kind in product(nets, kinds):
+            found = sorted((r for r in kind(state, t) if r.score > 0), key=lambda r: -r.score)
+            size, begin = math.ceil(len(found) / 3), 0  # a third of them at once where the evidence allows
+            while begin < min(len(found), _REFUSALS):
+                trial = without_inputs(state, t, found[begin : begin + size])
+                if trial.evidence > state.evidence:
+                    state = trial
+                    found = sorted((r for r in kind(state, t) if r.score > 0), key=lambda r: -r.score)
+                    size, begin = math.ceil(len(found) / 3), 0
+                elif size > 1:
+                    size = max(1, size // 3)
+                else:
+                    begin += 1
         changed = state is not before
         if changed:
             state = decide(state.model, state.vector, _TRIAL_STEPS, state.steps)
-    return state
-
-
-def _lighter(state: State, t: int, kind: Callable[[State, int], list[_Removal]]) -> State:
-    """Without the most dispensable of a kind, a third of them at once where the evidence allows, until it does not."""
-    found = sorted((r for r in kind(state, t) if r.score > 0), key=lambda r: -r.score)
-    size, begin = math.ceil(len(found) / 3), 0
-    while begin < min(len(found), _REFUSALS):
-        trial = without_inputs(state, t, found[begin : begin + size])
-        if trial.evidence > state.evidence:
-            state = trial
-            found = sorted((r for r in kind(state, t) if r.score > 0), key=lambda r: -r.score)
-            size, begin = math.ceil(len(found) / 3), 0
-        elif size > 1:
-            size = max(1, size // 3)
-        else:
-            begin += 1
     return state
 
 

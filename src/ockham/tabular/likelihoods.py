@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = [
-    "FREEDOM",
     "Classes",
     "Counts",
     "GaussianNoise",
+    "NoisyClasses",
     "RowLikelihood",
     "Student",
     "log_scale",
@@ -26,8 +26,8 @@ __all__ = [
     "student_nll",
 ]
 
-FREEDOM = 2.0  # prior mean of ln(freedom - 2), of standard deviation 1: some 9 degrees of freedom
 _SMALLEST = 1e-6
+_LARGEST_LOG = 30.0
 _HALF_LOG_12 = 0.5 * math.log(12)
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -36,10 +36,12 @@ class RowLikelihood(ABC):
     """p(target | outputs), of C networks at once.
 
     Attributes:
-        extras: parameters beside the networks' weights; each has a standard normal prior about `extra_start`.
+        extras: number of parameters beside the networks' weights.
+        extra_mean: prior mean of each of them, where a fit begins; their standard deviation is 1.
     """
 
     extras: int = 0
+    extra_mean: float = 0.0
 
     @abstractmethod
     def nll(self, output: Tensor, extra: Tensor, y: Tensor) -> Tensor:
@@ -56,6 +58,13 @@ class RowLikelihood(ABC):
 
 class Classes(RowLikelihood):
     """Class probabilities by softmax; by the logistic function where there is one output for two classes."""
+
+    def probabilities(self, output: Tensor, extra: Tensor) -> Tensor:
+        """Probabilities [C, n, classes] of the labels, of outputs [C, n, K] and extras [C, e]."""
+        if output.shape[2] > 1:
+            return output.softmax(2)
+        one = torch.sigmoid(output)
+        return torch.cat([1 - one, one], 2)
 
     def nll(self, output: Tensor, extra: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy."""
@@ -81,20 +90,72 @@ class Classes(RowLikelihood):
         return torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1), none
 
 
+class NoisyClasses(Classes):
+    r"""Labels of which a share was drawn from a hat.
+
+        p(y = k) = (1 - e) p_k + e / classes,    e = sigmoid(extra)
+
+    with the probabilities p of `Classes`; a priori e is near 5 %.
+    """
+
+    extras = 1
+    extra_mean = -3.0
+
+    def probabilities(self, output: Tensor, extra: Tensor) -> Tensor:
+        """Probabilities [C, n, classes] of the labels as they are recorded."""
+        clean, hat = super().probabilities(output, extra), torch.sigmoid(extra).unsqueeze(2)
+        return (1 - hat) * clean + hat / clean.shape[2]
+
+    def nll(self, output: Tensor, extra: Tensor, y: Tensor) -> Tensor:
+        """-ln p(y)."""
+        chosen = y.expand(len(output), -1).unsqueeze(2)
+        return -self.probabilities(output, extra).gather(2, chosen)[..., 0].log()
+
+    def slopes(self, output: Tensor, extra: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Those without mistakes times the probability that this label is none; and in the extra."""
+        chosen, hat = y.expand(len(output), -1).unsqueeze(2), torch.sigmoid(extra).unsqueeze(2)
+        clean = super().probabilities(output, extra)
+        mine, share = clean.gather(2, chosen), 1 / clean.shape[2]
+        recorded = (1 - hat) * mine + hat * share
+        found = super().slopes(output, extra, y)[0] * (1 - hat) * mine / recorded
+        return found, (mine - share) / recorded * hat * (1 - hat)
+
+    def information(self, output: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean products of the derivatives of ln p(y) over the labels."""
+        outputs, hat = output.unsqueeze(0), float(torch.sigmoid(extra[0]))
+        p = super().probabilities(outputs, extra.unsqueeze(0))[0]
+        recorded = (1 - hat) * p + hat / p.shape[1]
+        moves = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+        moves = (1 - hat) * (moves if output.shape[1] > 1 else moves[:, :, 1:])
+        own = ((p - 1 / p.shape[1]).square() / recorded).sum(1) * (hat * (1 - hat)) ** 2
+        return moves.transpose(1, 2) @ (moves / recorded.unsqueeze(2)), own[:, None, None]
+
+
+@dataclass(frozen=True, slots=True)
 class Counts(RowLikelihood):
-    """Poisson counts; the output is ln of the rate."""
+    """Poisson counts; the output is ln of the rate, less a base.
+
+    Attributes:
+        base: ln of the rate where the output is zero.
+    """
+
+    base: float = 0.0
+
+    def rate(self, output: Tensor) -> Tensor:
+        """Expected counts, of the outputs' shape."""
+        return (output + self.base).clamp(max=_LARGEST_LOG).exp()
 
     def nll(self, output: Tensor, extra: Tensor, y: Tensor) -> Tensor:
         """Rate less y ln rate, plus ln y!."""
-        return output[..., 0].clamp(max=30).exp() - y * output[..., 0] + torch.lgamma(y + 1)
+        return self.rate(output[..., 0]) - y * (output[..., 0] + self.base) + torch.lgamma(y + 1)
 
     def slopes(self, output: Tensor, extra: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Rate less y."""
-        return output.clamp(max=30).exp() - y.unsqueeze(1), output.new_zeros(len(output), len(y), 0)
+        return self.rate(output) - y.unsqueeze(1), output.new_zeros(len(output), len(y), 0)
 
     def information(self, output: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
         """The rate."""
-        return output.clamp(max=30).exp().unsqueeze(2), output.new_zeros(len(output), 0, 0)
+        return self.rate(output).unsqueeze(2), output.new_zeros(len(output), 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +199,7 @@ class Student(RowLikelihood):
 
     floor: float
     extras = 1
+    extra_mean = 2.0  # some 9 degrees of freedom
 
     def nll(self, output: Tensor, extra: Tensor, y: Tensor) -> Tensor:
         """-ln t."""

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ockham.tabular.likelihoods import FREEDOM, RowLikelihood
+from ockham.tabular.likelihoods import RowLikelihood
 from ockham.tabular.network import Net, Pass
 
 __all__ = ["Model", "Table"]
@@ -82,7 +82,7 @@ class Model:
                 bias = name == "out.bias"
                 means += [self.centre if bias and t else 0.0] * len(cells)
                 precisions += [_BIAS_PRECISION[t] if bias else self.precision[t][name]] * len(cells)
-        means += [FREEDOM] * self.likelihood.extras
+        means += [self.likelihood.extra_mean] * self.likelihood.extras
         precisions += [1.0] * self.likelihood.extras
         return torch.tensor(means, dtype=torch.float64), torch.tensor(precisions, dtype=torch.float64)
 
@@ -145,7 +145,11 @@ class Model:
                 block = information[:, column:after, column:after] * data.weight[:, None, None]
                 cut = of_output[0, :, column:after] * data.weight.unsqueeze(1)
                 slope[begin:end] += moves.flatten(0, 1).T @ cut.flatten()
-                metric[begin:end, begin:end] += _gauss_newton(moves, block)
+                if moves.shape[1] == 1:
+                    flat = moves[:, 0]
+                    metric[begin:end, begin:end] += flat.T @ (flat * block[:, 0])
+                else:  # sum_i J_i' L_i J_i
+                    metric[begin:end, begin:end] += moves.flatten(0, 1).T @ (block @ moves).flatten(0, 1)
                 begin, column = end, after
             if self.likelihood.extras:
                 slope[begin:] += (of_extra[0] * data.weight.unsqueeze(1)).sum(0)
@@ -210,15 +214,11 @@ class Model:
                     found += _uniform(living, len(mask) * active)
                 elif name != "out.bias":
                     found += _uniform(living, mask.numel())
-                if name != "out.bias":
-                    found += self._slab_belief(t, name, living)
+                if name != "out.bias":  # density of the slab variance by its posterior's width in ln v, about 0 where
+                    scaled = _SHAPE * self._slab(t) * self.precision[t][name]  # none live
+                    found += _SHAPE * math.log(scaled) - math.lgamma(_SHAPE) - scaled
+                    found += 0.5 * math.log(2 * math.pi / (_SHAPE + 0.5 * living))
         return found
-
-    def _slab_belief(self, t: int, name: str, living: int) -> float:
-        """Ln of the hyper-prior of a slab variance by the width of its posterior in ln v; about 0 where none live."""
-        rate, precision = _SHAPE * self._slab(t), self.precision[t][name]
-        at = _SHAPE * math.log(rate * precision) - math.lgamma(_SHAPE) - rate * precision
-        return at + 0.5 * math.log(2 * math.pi / (_SHAPE + 0.5 * living))
 
     def _slab(self, t: int) -> float:
         return _SLAB_OF_SCALE * self.slab_variance if t else self.slab_variance
@@ -239,11 +239,3 @@ class Model:
 def _uniform(living: int, slots: int) -> float:
     """Ln probability of one set of so many where how many is uniform in 0..slots, and then which."""
     return math.lgamma(living + 1) + math.lgamma(slots - living + 1) - math.lgamma(slots + 2)
-
-
-def _gauss_newton(moves: Tensor, information: Tensor) -> Tensor:
-    r"""Sum_i J_i' L_i J_i, [d, d], of Jacobians [n, K, d] and weighted information [n, K, K]."""
-    if moves.shape[1] == 1:
-        flat = moves[:, 0]
-        return flat.T @ (flat * information[:, 0])
-    return moves.flatten(0, 1).T @ (information @ moves).flatten(0, 1)

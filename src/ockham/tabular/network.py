@@ -137,24 +137,22 @@ class Net:
             if not self.units[i]:
                 break
             read.append(h)
-            h, slope = self._activate(i, affine(h, w[f"hidden.{i}.weight"], w[f"hidden.{i}.bias"]))
+            z = affine(h, w[f"hidden.{i}.weight"], w[f"hidden.{i}.bias"])
+            if self.alike[i]:
+                h = torch.tanh(z)
+                slope = 1 - h.square()
+            else:
+                slope = (z > 0).to(z.dtype)
+                h = z * slope
+            if self.alike[i] is None:
+                smooth, tanh = self.smooth[i], torch.tanh(z)
+                h, slope = torch.where(smooth, tanh, h), torch.where(smooth, 1 - tanh.square(), slope)
             slopes.append(slope)
         read.append(h)
         output = affine(x, w["skip.weight"], w["out.bias"])
         if self.smooth and self.units[-1]:
             output = output + h @ w["out.weight"].transpose(1, 2)
         return Pass(output, w, tuple(read), tuple(slopes))
-
-    def _activate(self, layer: int, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Activation and its derivative."""
-        if self.alike[layer]:
-            h = torch.tanh(z)
-            return h, 1 - h.square()
-        on = (z > 0).to(z.dtype)
-        if self.alike[layer] is False:
-            return z * on, on
-        smooth, h = self.smooth[layer], torch.tanh(z)
-        return torch.where(smooth, h, z * on), torch.where(smooth, 1 - h.square(), on)
 
     def pullback(self, done: Pass, slope: Tensor, x: Tensor) -> Tensor:
         """Gradient [C, d] of a number whose derivative in the outputs is ``slope`` [C, n, K]."""

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.special import stdtr, stdtrit
+from scipy.special import pdtr, stdtr, stdtrit
 from torch import Tensor
 
 from ockham.errors import OckhamError
 from ockham.tabular.data import Floats
-from ockham.tabular.likelihoods import GaussianNoise, Student, log_scale, student_nll
+from ockham.tabular.likelihoods import Classes, Counts, GaussianNoise, Student, log_scale, student_nll
 from ockham.tabular.model import Model
 
 __all__ = ["Chains", "Draws", "hamiltonian", "interval", "log_density", "moments", "noise_std"]
@@ -97,7 +97,7 @@ def hamiltonian(
         raise OckhamError(f"hamiltonian: the energy of a start is {value.tolist()}; begin where the target has density")
     pace, visited, accepted = _Pace(), [], 0.0
     for k in range(warmup + rounds):
-        momentum = _normal(start, generator) @ root.T
+        momentum = torch.randn(start.shape, generator=generator, dtype=start.dtype, device=start.device) @ root.T
         before = value + 0.5 * (momentum @ inverse * momentum).sum(1)
         count = int(torch.randint(leaps[0], leaps[1] + 1, (), generator=generator))
         shrink = 1 - _JITTER * torch.rand(len(start), 1, generator=generator, dtype=start.dtype)
@@ -140,10 +140,6 @@ class _Pace:
         self.settled = min(_LONGEST_STEP, math.exp(self._log_settled))
 
 
-def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=like.dtype, device=like.device)
-
-
 _HALVINGS = 25
 _ROWS = 2048
 
@@ -168,6 +164,15 @@ class Draws:
         for part in x.float().split(_ROWS):
             yield self.model.outputs(vectors, part).double()
 
+    def means(self, x: Tensor) -> Iterator[Tensor]:
+        """What each network expects, [D, rows]: location, rate of counts, or probability of the last class."""
+        likelihood, extra = self.model.likelihood, self.model.split(self.vectors)[1]
+        for output in self.outputs(x):
+            if isinstance(likelihood, Classes):
+                yield likelihood.probabilities(output, extra)[..., -1]
+            else:
+                yield likelihood.rate(output[..., 0]) if isinstance(likelihood, Counts) else output[..., 0]
+
     def with_scales(self, x: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Location, scale [D, rows] and degrees of freedom [D, 1] of a regression, for parts of a table [n, p]."""
         likelihood = self.model.likelihood
@@ -181,6 +186,9 @@ class Draws:
 def moments(draws: Draws, x: Tensor) -> tuple[Tensor, Tensor]:
     """Predictive mean and variance [n] of a regression: disagreement of the networks and noise together."""
     means, variances = [], []
+    if isinstance(draws.model.likelihood, Counts):
+        rate = torch.cat(list(draws.means(x)), 1)
+        return rate.mean(0), rate.var(0, correction=0) + rate.mean(0)
     for location, scale, freedom in draws.with_scales(x):
         means.append(location.mean(0))
         noise = scale.square() * freedom / (freedom - 2)
@@ -195,8 +203,12 @@ def noise_std(draws: Draws, x: Tensor, weight: Tensor) -> float:
 
 
 def log_density(draws: Draws, x: Tensor, y: Tensor) -> Tensor:
-    r"""Ln 1/D sum_d t_f(y; location_d(x), scale_d(x)), nats; [n]."""
-    found, begin = [], 0
+    r"""Ln 1/D sum_d p(y; network d at x), nats, [n]; of a regression t_f(y; location_d(x), scale_d(x))."""
+    found, begin, likelihood = [], 0, draws.model.likelihood
+    if isinstance(likelihood, Counts):
+        extra = draws.model.split(draws.vectors)[1]
+        each = torch.cat(list(draws.outputs(x)), 1)
+        return (-likelihood.nll(each, extra, y)).logsumexp(0) - math.log(len(each))
     for location, scale, freedom in draws.with_scales(x):
         part = y[begin : begin + location.shape[1]]
         begin += len(part)
@@ -208,9 +220,20 @@ def log_density(draws: Draws, x: Tensor, y: Tensor) -> Tensor:
 def interval(draws: Draws, x: Tensor, coverage: float) -> tuple[Floats, Floats]:
     """Quantiles (1 - coverage) / 2 and (1 + coverage) / 2 of the predictive mixture, [n] each.
 
-    By bisection: a quantile of a mixture lies between the least and the greatest of its components'.
+    By bisection: a quantile of a mixture lies between the least and the greatest of its components'. Of counts, the
+    least number with so much probability up to it: the interval holds at least its coverage, both ends included.
     """
     tail, ends = 0.5 * (1 - coverage), []
+    if isinstance(draws.model.likelihood, Counts):
+        rate = torch.cat(list(draws.means(x)), 1).numpy()
+        for q in (tail, 1 - tail):
+            below, least = np.full(rate.shape[1], -1.0), np.ceil(rate.max(0) + 40 * np.sqrt(rate.max(0)) + 40)
+            while (least - below > 1).any():
+                middle = np.floor(0.5 * (below + least))
+                under = pdtr(middle, rate).mean(0) < q
+                below, least = np.where(under, middle, below), np.where(under, least, middle)
+            ends.append(least)
+        return ends[0], ends[1]
     parts = [tuple(t.numpy() for t in part) for part in draws.with_scales(x)]
     for q in (tail, 1 - tail):
         found = []

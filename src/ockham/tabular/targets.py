@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from sklearn.utils.multiclass import check_classification_targets
 from torch import Tensor
 
 from ockham.errors import OckhamError
 from ockham.tabular.data import Floats, Scaling, outlying
-from ockham.tabular.likelihoods import Classes, GaussianNoise, RowLikelihood, Student, resolution
+from ockham.tabular.likelihoods import Classes, Counts, GaussianNoise, NoisyClasses, RowLikelihood, Student, resolution
 
-__all__ = ["ClassTarget", "NumberTarget", "Target"]
+__all__ = ["ClassTarget", "CountTarget", "NumberTarget", "Target", "target_for"]
 
 _CLIP = 5.0  # standard deviations of targets that inputs are screened against, where there are outliers
 
@@ -26,10 +27,12 @@ class Target(ABC):
     Attributes:
         outputs: numbers that the network of the location, or of the classes, gives.
         shown_as: what effects are shown in.
+        units: mean and standard deviation that predictions are in.
     """
 
     outputs: int
     shown_as: str
+    units: tuple[float, float] = (0.0, 1.0)
 
     @abstractmethod
     def numbers(self, y: Any) -> Floats:
@@ -98,10 +101,59 @@ class NumberTarget(Target):
         return Student(resolution(scaled)) if self.heavy else GaussianNoise(resolution(scaled))
 
     @property
-    def units(self) -> tuple[float, float]:
+    def units(self) -> tuple[float, float]:  # type: ignore[override]
         """Mean and standard deviation that standardised targets are in."""
         assert self.scaling is not None
         return float(self.scaling.mean[0]), float(self.scaling.std[0])
+
+
+@dataclass(frozen=True, eq=False)
+class CountTarget(Target):
+    """A count: 0, 1, 2, ...
+
+    Attributes:
+        base: ln of the mean count.
+    """
+
+    base: float = 0.0
+    outputs = 1
+    shown_as = "expected count"
+
+    def numbers(self, y: Any) -> Floats:
+        """Counts as they are.
+
+        Raises:
+            OckhamError: a target is negative or no whole number.
+        """
+        numbers = np.asarray(y, dtype=np.float64)
+        strange = (numbers < 0) | (numbers != np.round(numbers))
+        if strange.any():
+            raise OckhamError(
+                f"loss='poisson' is for counts, 0, 1, 2, ...; got {numbers[strange][0]:.6g} (row "
+                f"{int(strange.argmax())}); leave loss= out for other numbers"
+            )
+        return numbers
+
+    def fitted(self, numbers: Floats, weight: Floats) -> CountTarget:
+        """The same with the mean of these rows."""
+        return replace(self, base=float(np.log((weight @ numbers + 0.5) / weight.sum())))
+
+    def coded(self, numbers: Floats, weight: Floats) -> Floats:
+        """Counts less their mean, [n, 1]."""
+        centred: Floats = numbers - weight @ numbers / weight.sum()
+        return centred[:, None]
+
+    def scaled(self, numbers: Floats) -> Tensor:
+        """Counts as they are."""
+        return torch.from_numpy(numbers)
+
+    def screened(self, scaled: Tensor) -> Tensor:
+        """Square roots: their variance does not grow with the count."""
+        return scaled.sqrt().unsqueeze(1)
+
+    def likelihood(self, scaled: Tensor) -> RowLikelihood:
+        """Poisson."""
+        return Counts(self.base)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,9 +162,11 @@ class ClassTarget(Target):
 
     Attributes:
         classes: labels, sorted.
+        mistakes: whether some labels may be wrong.
     """
 
     classes: npt.NDArray[Any]
+    mistakes: bool = False
 
     @property
     def outputs(self) -> int:  # type: ignore[override]
@@ -158,4 +212,28 @@ class ClassTarget(Target):
 
     def likelihood(self, scaled: Tensor) -> RowLikelihood:
         """Softmax, or the logistic function."""
-        return Classes()
+        return NoisyClasses() if self.mistakes else Classes()
+
+
+def target_for(y: Any, classes: Any, *, loss: str | None, mistakes: bool) -> Target:
+    """Kind of the targets of an estimator.
+
+    Args:
+        y: targets [n].
+        classes: labels that may come; None: those of y.
+        loss: "student_t" or "poisson" of a regression, None of a classification.
+        mistakes: whether some labels may be wrong.
+
+    Raises:
+        OckhamError: a single class.
+    """
+    if loss is not None:
+        return CountTarget() if loss == "poisson" else NumberTarget()
+    check_classification_targets(y)
+    labels = np.unique(y if classes is None else classes)
+    if len(labels) < 2:
+        raise OckhamError(
+            f"a classifier needs samples of at least 2 classes in the data, but the data contains only one class: "
+            f"{labels[0]!r}"
+        )
+    return ClassTarget(labels, mistakes)

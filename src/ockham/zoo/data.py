@@ -40,17 +40,17 @@ class Dataset:
     """Training and test examples, inputs standardised by the training part alone.
 
     Attributes:
-        name: what reports call it.
+        name: name in reports.
         train_x: inputs, float32 [N, C, H, W], [N, T, F] or [N, F].
         train_y: integer labels [N] (classification) or float32 targets [N, ...] in their own units (regression).
-        test_x: as train_x.
-        test_y: as train_y.
+        test_x: inputs of the test part, as train_x.
+        test_y: targets of the test part, as train_y.
         classes: their names; None for regression.
         image_shape: (C, H, W); None where the inputs are no images.
         low: smallest input after standardisation; [C, 1, 1] where an image has several channels.
         high: largest input, likewise.
-        mean: what was taken off the stored inputs, shaped to be broadcast over a batch; None where not known.
-        std: what they were then divided by, likewise.
+        mean: mean that was taken off the stored inputs, shaped to be broadcast over a batch; None where not known.
+        std: standard deviation by which they were then divided, likewise.
         notes: sentences on what was decided in reading, for people.
     """
 
@@ -120,7 +120,7 @@ def digits(seed: int = _SPLIT_SEED) -> Dataset:
     Learning Repository, CC BY 4.0), in the form scikit-learn ships them (BSD-3-Clause).
 
     Args:
-        seed: of the stratified split. It is no seed of a run: leave it, and all runs share one split.
+        seed: seed of the stratified split. It is no seed of a run: leave it, and all runs share one split.
     """
     whole = npz_part(Path(__file__).with_name("digits.npz"), "x", "y")
     return _build("digits", *_hold_out(whole, seed, _HOLD_OUT), None)
@@ -138,12 +138,12 @@ def from_arrays(
     """A data set from numpy arrays, checked and standardised as `load_folder` does it.
 
     Args:
-        name: what reports call it.
+        name: name in reports.
         train: inputs and targets. Inputs are images [N, H, W], [N, C, H, W] or [N, H, W, C] with one or three channels,
             series [N, T, F], or a table [N, F]. Integer targets are labels, float targets regression.
-        test: likewise; without it a stratified fifth of `train` is held out.
+        test: inputs and targets, likewise; without it a stratified fifth of `train` is held out.
         classes: names of the labels 0..K-1; without it each label up to the largest must occur.
-        series: whether three dimensions are steps and features, not rows and columns of grey images; None: they are
+        series: flag, True: three dimensions are steps and features, not rows and columns of grey images; None: they are
             where the numbers are no bytes and the dimensions differ.
         normalize: mean and std, one number per channel, feature or column each; "none"; or None: those of ``train``.
 
@@ -174,8 +174,8 @@ def load_folder(
     Args:
         path: folder, or one .npz, .csv or .parquet file.
         target: name of the column of a table that is to be predicted.
-        series: as for `from_arrays`.
-        normalize: as for `from_arrays`.
+        series: flag as for `from_arrays`.
+        normalize: mean and std as for `from_arrays`.
         max_bytes: most bytes of an array, an image or a table; None: what the machine has free.
 
     Raises:
@@ -290,17 +290,29 @@ def _build(
     train_x, test_x = _inputs(train, series), _inputs(test, series)
     if train_x.shape[1:] != test_x.shape[1:]:
         test.fail(f"inputs must look like the training ones, {tuple(train_x.shape[1:])}; got {tuple(test_x.shape[1:])}")
-    if normalize is None:
-        mean, std = _moments(train, train_x)
+    if normalize is None:  # per channel, feature or column; flat rows of bytes share one mean and one std
+        flat_pixels = train_x.ndim == 2 and train.x.dtype == np.uint8
+        own = train_x.ndim - 1 if train_x.ndim == 3 else 1
+        dims = [d for d in range(train_x.ndim) if d != own or flat_pixels]
+        mean = _mean(train_x, dims)
+        std = _mean(train_x, dims, power=2, off=mean).sqrt_()
+        if not bool(std.isfinite().all()):
+            train.fail("inputs are too large to standardise; scale them")
+        std[std <= 8 * torch.finfo(train_x.dtype).eps * mean.abs()] = 1.0
     else:
         mean, std = _given(train, train_x, normalize)
     train_x, test_x = (x.sub_(mean).div_(std).float() for x in (train_x, test_x))
     if not bool(torch.stack([torch.stack(torch.aminmax(x)) for x in (train_x, test_x)]).isfinite().all()):
         train.fail("inputs are too large to standardise; scale them")
-    low, high = _value_range(train_x, test_x)
+    colour = train_x.ndim == 4 and train_x.shape[1] > 1
+    each = (0, 2, 3) if colour else tuple(range(train_x.ndim))
+    low = torch.minimum(train_x.amin(each), test_x.amin(each))
+    high = torch.maximum(train_x.amax(each), test_x.amax(each))
+    ends: tuple[float | Tensor, float | Tensor]
+    ends = (low.view(-1, 1, 1), high.view(-1, 1, 1)) if colour else (float(low), float(high))
     shape = (train_x.shape[1], train_x.shape[2], train_x.shape[3]) if train_x.ndim == 4 else None
     y, test_y = _targets(train), _targets(test)
-    return Dataset(name, train_x, y, test_x, test_y, names, shape, low, high, mean.float(), std.float(), notes)
+    return Dataset(name, train_x, y, test_x, test_y, names, shape, ends[0], ends[1], mean.float(), std.float(), notes)
 
 
 def _classes(train: Part, test: Part, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
@@ -349,19 +361,6 @@ def _inputs(part: Part, series: bool) -> Tensor:
     return inputs
 
 
-def _moments(part: Part, train: Tensor) -> tuple[Tensor, Tensor]:
-    """Training mean and std, per channel, feature or column; flat rows of bytes share one."""
-    flat_pixels = train.ndim == 2 and part.x.dtype == np.uint8
-    own = train.ndim - 1 if train.ndim == 3 else 1
-    dims = [d for d in range(train.ndim) if d != own or flat_pixels]
-    mean = _mean(train, dims)
-    std = _mean(train, dims, power=2, off=mean).sqrt_()
-    if not bool(std.isfinite().all()):
-        part.fail("inputs are too large to standardise; scale them")
-    std[std <= 8 * torch.finfo(train.dtype).eps * mean.abs()] = 1.0
-    return mean, std
-
-
 def _given(
     part: Part, train: Tensor, normalize: tuple[Sequence[float], Sequence[float]] | str
 ) -> tuple[Tensor, Tensor]:
@@ -387,11 +386,3 @@ def _mean(values: Tensor, dims: list[int], power: int = 1, off: Tensor | None = 
     pieces = (piece if off is None else piece - off for piece in torch.split(values, 256))
     sums = [piece.pow(power).sum(dims, keepdim=True).double() for piece in pieces]
     return (torch.stack(sums).sum(0) / math.prod(values.shape[d] for d in dims)).to(values.dtype)
-
-
-def _value_range(train: Tensor, test: Tensor) -> tuple[float | Tensor, float | Tensor]:
-    """The ends over both parts, as `Dataset.low` and `high` have them."""
-    colour = train.ndim == 4 and train.shape[1] > 1
-    dims = (0, 2, 3) if colour else tuple(range(train.ndim))
-    low, high = torch.minimum(train.amin(dims), test.amin(dims)), torch.maximum(train.amax(dims), test.amax(dims))
-    return (low.view(-1, 1, 1), high.view(-1, 1, 1)) if colour else (float(low), float(high))

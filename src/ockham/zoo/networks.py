@@ -37,7 +37,7 @@ def mlp(sizes: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU) -> 
 
     Args:
         sizes: features of the input, of each hidden layer, of the output.
-        activation: makes the module between two layers.
+        activation: class or function that makes the module between two layers.
 
     Raises:
         OckhamError: fewer than two sizes, or one below 1.
@@ -109,7 +109,7 @@ class ResidualBlock(nn.Module):
     Args:
         inputs: channels in.
         outputs: channels out, `inputs` or more.
-        stride: of the first convolution.
+        stride: stride of the first convolution.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:

@@ -57,7 +57,7 @@ def lenet_tanh(
     """LeNet-5 as published, 6-16-120-84 with tanh and average pooling; 61,706 parameters for grey images.
 
     Args:
-        channels: of the image.
+        channels: channels of the image.
         sizes: channels of the two convolutions, features of the two hidden layers.
         classes: outputs.
     """
@@ -100,8 +100,8 @@ class Attention(nn.Module):
 
     Args:
         dim: features of a token.
-        heads: that share them.
-        causal: whether a token sees only itself and those before it.
+        heads: number of heads that share them.
+        causal: flag, True: a token sees only itself and those before it.
     """
 
     def __init__(self, dim: int, heads: int, causal: bool) -> None:
@@ -140,11 +140,11 @@ class VisionTransformer(nn.Module):
     """ViT of the first paper: patches of 4 x 4, mean over tokens, learned positions.
 
     Args:
-        channels: of the image.
+        channels: channels of the image.
         dim: features of a token.
         blocks: transformer blocks.
-        heads: of attention.
-        hidden: of the MLP in a block.
+        heads: heads of attention.
+        hidden: hidden width of the MLP in a block.
         classes: outputs.
     """
 
@@ -186,11 +186,11 @@ class Mixer(nn.Module):
     """MLP-Mixer of the first paper: patches of 4 x 4.
 
     Args:
-        channels: of the image.
+        channels: channels of the image.
         dim: features of a token.
         blocks: mixer blocks.
         token_hidden: hidden features of the MLP over tokens.
-        channel_hidden: of the MLP over channels.
+        channel_hidden: hidden width of the MLP over channels.
         classes: outputs.
     """
 
@@ -245,7 +245,7 @@ class CharTransformer(nn.Module):
         context: most symbols it sees.
         dim: features of a token.
         blocks: transformer blocks.
-        heads: of attention.
+        heads: heads of attention.
     """
 
     def __init__(self, vocabulary: int, context: int = 64, dim: int = 128, blocks: int = 3, heads: int = 4) -> None:

@@ -69,8 +69,7 @@ def table_parts(path: Path, target: str | None, max_bytes: float | None) -> Read
             lack = [n for n in (*columns, name) if n not in table]
             if lack:
                 raise DataError(f"{printable(file)}: no column {printable(lack[0])}, which the training table has")
-            x = _numbers(file, table, columns, levels)
-            parts.append(Part(x, _coded(file, table[name], classes), str(file)))
+            parts.append(_part(file, {n: table[n] for n in columns}, table[name], levels, classes))
     return Reading(parts[0], parts[1] if len(parts) > 1 else None, classes, notes=tuple(said))
 
 
@@ -143,13 +142,16 @@ def _check_parquet(file: Path, max_bytes: float | None) -> None:
     afford(max(sum(sizes), footer.num_rows * footer.num_columns), file, max_bytes=max_bytes, error=DataError)
 
 
-def _numbers(
-    file: Path, table: Mapping[str, Array], columns: Sequence[str], levels: Mapping[str, Sequence[str]]
-) -> Array:
-    """Columns as floats [N, F]; texts as one column per level, which must be known from training."""
+def _part(
+    file: Path,
+    columns: Mapping[str, Array],
+    target: Array,
+    levels: Mapping[str, Sequence[str]],
+    classes: tuple[str, ...] | None,
+) -> Part:
+    """Columns as floats [N, F], texts as one column per level; targets as labels 0..K-1 or as numbers."""
     found: list[Any] = []
-    for name in columns:
-        column = table[name]
+    for name, column in columns.items():
         if name not in levels:
             if column.dtype.kind not in "buif":
                 raise DataError(f"{printable(file)}: column {printable(name)} holds texts, in training it held numbers")
@@ -162,17 +164,13 @@ def _numbers(
                 f"{printable(file)}: column {printable(name)} holds {printable(repr(strange[0]))}, unknown in training"
             )
         found.append((texts[:, None] == np.array(levels[name])).astype(np.float64))
-    return np.concatenate(found, axis=1)
-
-
-def _coded(file: Path, values: Array, classes: tuple[str, ...] | None) -> Array:
-    """Targets as labels 0..K-1 by the names of the classes, or as numbers."""
+    x = np.concatenate(found, axis=1)
     if classes is None:
-        if values.dtype.kind not in "buif":
+        if target.dtype.kind not in "buif":
             raise DataError(f"{printable(file)}: the target holds texts, in training it held numbers")
-        return values.astype(np.float64)
+        return Part(x, target.astype(np.float64), str(file))
     codes = {name: i for i, name in enumerate(classes)}
-    strange = sorted({str(v) for v in values} - codes.keys())
-    if strange:
-        raise DataError(f"{printable(file)}: class {printable(repr(strange[0]))} is unknown in training")
-    return np.array([codes[str(v)] for v in values])
+    unknown = sorted({str(v) for v in target} - codes.keys())
+    if unknown:
+        raise DataError(f"{printable(file)}: class {printable(repr(unknown[0]))} is unknown in training")
+    return Part(x, np.array([codes[str(v)] for v in target]), str(file))

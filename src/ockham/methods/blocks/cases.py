@@ -7,6 +7,7 @@ predictive, for which no targets are needed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,6 +24,7 @@ from ockham.errors import DataError, OckhamError
 __all__ = ["Case", "CaseObjective", "answer_tensor", "cases_from", "objective_for"]
 
 _POSITIONS = 1024
+_CASES = 8
 _IGNORED = -100
 _PROBE = 16
 
@@ -81,7 +83,10 @@ class CaseObjective:
 def cases_from(
     calibration: Iterable[Any], batch: Callable[[Any], Any] | None, model: nn.Module, device: torch.device
 ) -> list[Case]:
-    """Every batch of the calibration data as cases on the model's device; long token batches are cut along examples.
+    """Every batch of the calibration data as cases on the model's device; token batches are cut along examples.
+
+    Cases are about a thousand tokens long at most, and at least eight where there are so many windows: some of them are
+    held out to judge.
 
     Args:
         calibration: batches; a bare tensor is one of token windows ``[windows, positions]`` or inputs.
@@ -93,12 +98,11 @@ def cases_from(
         DataError: no batches, or items that are no tensors, tuples or mappings.
     """
     items = [calibration] if isinstance(calibration, (Tensor, Mapping)) else calibration
-    found: list[Case] = []
-    for item in items:
-        found += _pieces(_case(_moved(item if batch is None else batch(item), device), model))
+    read = (item if batch is None else batch(item) for item in items)
+    found = [_case(x.to(device) if isinstance(x, Batch) else to_device(x, device), model) for x in read]
     if not found:
         raise DataError("the calibration data are empty: pass at least one batch; some thousand tokens are enough")
-    return found
+    return [piece for case in found for piece in _pieces(case, math.ceil(_CASES / len(found)))]
 
 
 def objective_for(
@@ -113,9 +117,17 @@ def objective_for(
     with torch.no_grad():
         answer = case.answer(model, chosen)
     if likelihood == "auto":
-        likelihood = _guessed(model, case, answer, chosen)
+        tokens, target = _tokens(case), case.target
+        likelihood = "own"
+        if target is not None:
+            likelihood = "regression" if target.is_floating_point() else "classification"
+        if tokens is not None and (target is None or target.shape == tokens.shape) and answer.ndim == 3:
+            same = answer.shape[:2] == tokens.shape
+            likelihood = "next-token" if same and _causal(model, case, tokens, chosen) else likelihood
     if likelihood == "next-token":
-        return CaseObjective("next-token", _next_token, lambda f, c, _: _next_token(f, c)[0], _next_terms, chosen)
+        return CaseObjective(
+            "next-token", _next_token, lambda f, c, _: _next_token(f, c)[0], lambda f, c: _next_token(f, c)[1], chosen
+        )
     if likelihood == "own":
         return CaseObjective("own predictive", None, _own, lambda f, c: len(f), chosen)
     known = likelihood_from(likelihood)
@@ -126,10 +138,6 @@ def objective_for(
         )
     known.check(*_by_class(known, answer, case.target))
     return _with_targets(known, chosen)
-
-
-def _moved(item: Any, device: torch.device) -> Any:
-    return item.to(device) if isinstance(item, Batch) else to_device(item, device)
 
 
 def _case(item: Any, model: nn.Module) -> Case:
@@ -156,14 +164,14 @@ def _case(item: Any, model: nn.Module) -> Case:
     return Case((item,), {}, target)
 
 
-def _pieces(case: Case) -> list[Case]:
-    """The case cut along its examples, so that a piece has about a thousand token positions at most."""
+def _pieces(case: Case, least: int) -> list[Case]:
+    """The case cut along its examples into at least so many pieces, of about a thousand token positions at most."""
     leaves, spec = pytree.tree_flatten((case.args, dict(case.kwargs), case.target, case.mask))
     tensors = [t for t in leaves if isinstance(t, Tensor)]
     tokens = [t for t in tensors if t.ndim == 2 and not t.is_floating_point()]
     if not tokens or any(t.ndim == 0 or len(t) != len(tokens[0]) for t in tensors):
         return [case]
-    each = max(1, _POSITIONS // tokens[0].shape[1])
+    each = max(1, min(_POSITIONS // tokens[0].shape[1], len(tokens[0]) // least))
     parts = [t.split(each) if isinstance(t, Tensor) else None for t in leaves]
     count = len(tokens[0].split(each))
     cut = [[leaf if p is None else p[i] for leaf, p in zip(leaves, parts, strict=True)] for i in range(count)]
@@ -195,17 +203,6 @@ def _tokens(case: Case) -> Tensor | None:
     return given if isinstance(given, Tensor) and given.ndim == 2 and not given.is_floating_point() else None
 
 
-def _guessed(model: nn.Module, case: Case, answer: Tensor, output: Callable[[Any], Tensor]) -> str:
-    tokens, target = _tokens(case), case.target
-    aligned = tokens is not None and answer.ndim == 3 and answer.shape[:2] == tokens.shape
-    labelled = target is not None and tokens is not None and target.shape == tokens.shape
-    if tokens is not None and aligned and (target is None or labelled) and _causal(model, case, tokens, output):
-        return "next-token"
-    if target is None:
-        return "own"
-    return "regression" if target.is_floating_point() else "classification"
-
-
 @torch.no_grad()
 def _causal(model: nn.Module, case: Case, tokens: Tensor, output: Callable[[Any], Tensor]) -> bool:
     """True for a network of as many outputs as tokens that does not look ahead: its first answers ignore the last."""
@@ -221,21 +218,12 @@ def _causal(model: nn.Module, case: Case, tokens: Tensor, output: Callable[[Any]
     return answers[0].shape[-1] > int(tokens.max()) and torch.allclose(answers[0], answers[1], rtol=1e-4, atol=1e-5)
 
 
-def _next_targets(case: Case) -> Tensor:
-    tokens = _tokens(case)
-    given = case.target if case.target is not None else tokens
+def _next_token(answer: Tensor, case: Case) -> tuple[Tensor, int]:
+    given = case.target if case.target is not None else _tokens(case)
     if given is None:
         raise DataError("likelihood 'next-token' needs token ids [examples, positions] as input")
     target = given[:, 1:]
-    return target if case.mask is None else target.masked_fill(~case.mask[:, 1:], _IGNORED)
-
-
-def _next_terms(answer: Tensor, case: Case) -> int:
-    return int((_next_targets(case) != _IGNORED).sum())
-
-
-def _next_token(answer: Tensor, case: Case) -> tuple[Tensor, int]:
-    target = _next_targets(case).flatten()
+    target = (target if case.mask is None else target.masked_fill(~case.mask[:, 1:], _IGNORED)).flatten()
     logits = answer[:, :-1].flatten(0, 1)
     nll = F.cross_entropy(logits.float(), target, ignore_index=_IGNORED, reduction="sum")
     return nll, int((target != _IGNORED).sum())

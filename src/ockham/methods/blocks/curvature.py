@@ -53,7 +53,9 @@ def find_blocks(model: nn.Module, case: Case) -> list[tuple[str, nn.Module]]:
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         inside = any(name == f or name.startswith(f + ".") for f in found)
-        if not inside and isinstance(module, (nn.ModuleList, nn.Sequential)) and _alike(list(module)):
+        if inside or not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) < 2:
+            continue
+        if len({type(c) for c in module}) == 1 and all(any(p.ndim > 1 for p in c.parameters()) for c in module):
             found |= {f"{name}.{i}" if name else str(i): child for i, child in enumerate(module)}
     names = {id(m): n for n, m in found.items()}
     order: list[str] = []
@@ -69,11 +71,6 @@ def find_blocks(model: nn.Module, case: Case) -> list[tuple[str, nn.Module]]:
     if len(order) < 2 or len(set(order)) < len(order):
         return [("", model)]
     return [(n, found[n]) for n in order]
-
-
-def _alike(children: Sequence[nn.Module]) -> bool:
-    kinds = {type(c) for c in children}
-    return len(children) > 1 and len(kinds) == 1 and all(any(p.ndim > 1 for p in c.parameters()) for c in children)
 
 
 @contextmanager
@@ -136,7 +133,23 @@ class Stream:
         """What the block at hand is called with, for each case."""
         if self._blocks[0] is self._model:
             return [(case.args, dict(case.kwargs)) for case in self._cases]
-        return [self._call(i) for i in range(len(self._cases))]
+        found: list[BlockCall] = []
+
+        def stop(*args: Any, **kwargs: Any) -> Any:
+            raise _Reached((args, kwargs))
+
+        for case, answers in zip(self._cases, self._answers, strict=True):
+            given = [lambda *_, i=i, answers=answers, **__: answers[i] for i in range(self.at)]
+            try:
+                with answering(self._blocks[: self.at + 1], [*given, stop]):
+                    self._model(*case.args, **case.kwargs)
+            except _Reached as reached:
+                found.append(reached.call)
+        if len(found) < len(self._cases):
+            raise OckhamError(
+                f"block {self.at} is not reached on some calibration data: the order of blocks depends on them"
+            )
+        return found
 
     @torch.no_grad()
     def advance(self, calls: Sequence[BlockCall]) -> None:
@@ -144,24 +157,13 @@ class Stream:
         for answers, (args, kwargs) in zip(self._answers, calls, strict=True):
             answers[self.at] = self._blocks[self.at](*args, **kwargs)
             for i in [i for i in answers if self._last[i] <= self.at]:
-                answers[i] = pytree.tree_map(_hollow, answers[i])
+                # tensors of the same shape without memory: nothing reads them, and what did would read NaN
+                answers[i] = pytree.tree_map_only(
+                    Tensor,
+                    lambda t: t.new_full((), float("nan") if t.is_floating_point() else 0).expand(t.shape),
+                    answers[i],
+                )
         self.at += 1
-
-    def _call(self, case: int) -> BlockCall:
-        answers = self._answers[case]
-
-        def stop(*args: Any, **kwargs: Any) -> Any:
-            raise _Reached((args, kwargs))
-
-        given = [lambda *_, i=i, **__: answers[i] for i in range(self.at)]
-        with answering(self._blocks[: self.at + 1], [*given, stop]):
-            try:
-                self._model(*self._cases[case].args, **self._cases[case].kwargs)
-            except _Reached as reached:
-                return reached.call
-        raise OckhamError(
-            f"block {self.at} is not reached on some calibration data: the order of blocks depends on them"
-        )
 
     def _last_readers(self) -> list[int]:
         """For each block the last one that reads its answer, directly or through code between them.
@@ -195,14 +197,6 @@ class Stream:
                 stack.callback(b.register_forward_hook(lambda m, a, out, j=j: after(j, out)).remove)
             self._model(*self._cases[0].args, **self._cases[0].kwargs)
         return last
-
-
-def _hollow(leaf: Any) -> Any:
-    """A tensor of the same shape without memory: nothing reads it, and what did would read NaN."""
-    if not isinstance(leaf, Tensor):
-        return leaf
-    value = float("nan") if leaf.is_floating_point() else 0
-    return leaf.new_full((), value).expand(leaf.shape)
 
 
 _INDEX = "index.json"

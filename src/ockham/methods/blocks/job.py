@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,6 +21,7 @@ from ockham.core.batch import Batch
 from ockham.core.files import read_json, write_json
 from ockham.core.likelihood import Likelihood
 from ockham.core.network import Ignore, device_of, protected_names
+from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import DataError, OckhamError, OckhamWarning
 from ockham.fit.predict import refresh_batchnorm
 from ockham.methods.blocks.cases import Case, CaseObjective, cases_from, objective_for
@@ -34,6 +35,7 @@ from ockham.methods.blocks.reduction import (
     reduce_blocks_,
     study,
     study_damping,
+    surviving_posterior,
 )
 from ockham.methods.blocks.solve import Damping, NofM
 from ockham.methods.blocks.stop import (
@@ -49,15 +51,16 @@ from ockham.methods.blocks.stop import (
 from ockham.methods.blocks.units import chosen_units, describable, readers_of, refit_units_, unit_curve
 from ockham.report import page
 from ockham.surgery import Plan, shrink, trace
+from ockham.surgery.shrinking import slice_tensor
 
 __all__ = ["BlockJob", "PruneProgress", "PruneSettings", "Removal", "page_of"]
 
 
 def page_of(facts: Mapping[str, Any]) -> str:
-    """The page.
+    """The page about a reduction.
 
     Args:
-        facts: of `Pruned.facts`.
+        facts: of `Pruned.facts`; under "text", where it is there, what `prune_folder` measured on text held out.
     """
     before, after = facts["nll_before"], facts["nll_after"]
     total = sum(facts["evidence"]["matrices"].values())
@@ -70,49 +73,53 @@ def page_of(facts: Mapping[str, Any]) -> str:
     tiles.append(page.tile("Time", page.seconds(facts["seconds"]), "the whole job"))
     head = page.paragraph("Ockham · a trained network reduced", "eyebrow") + "<h1>What went, and what it cost</h1>"
     head += f'<dl class="tiles">{"".join(tiles)}</dl>'
-    parts = [_shots(facts), _units(facts), _kinds(facts), _blocks(facts)]
-    foot = page.paragraph("Written by Ockham. This file needs no network and contains no scripts.")
-    return page.document("A trained network reduced · Ockham", head, [p for p in parts if p], foot)
-
-
-def _shots(facts: Mapping[str, Any]) -> str:
-    rows = [
-        [
-            page.percent(s["keep_share"], 1),
-            f"{s['rise']:.4f} ± {s['rise_error']:.4f}",
-            page.signed(s["nats"], 0),
-            page.percent(s["certainty"], 0),
+    parts = []
+    if "text" in facts:
+        text, words = facts["text"], {"nll": "NLL, nats a token", "ece": "calibration error of the likeliest token"}
+        rows = [
+            [words.get(k, k.replace("_", " ")), *(f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for v in pair)]
+            for k, pair in ((k, (v, text["after"][k])) for k, v in text["before"].items())
         ]
-        for s in facts["shots"]
-    ]
-    if not rows:
-        return ""
-    text = page.paragraph(
-        "No target was given. Networks of several sizes were judged on data that took no part in their reduction; the "
-        "smallest whose evidence is not below that of the dense network was taken."
-    )
-    header = ["weights kept", "rise of the NLL, nats a term", "evidence, nats", "certainty"]
-    return page.section("stop", "How far the evidence goes", text, page.table("Networks judged", header, rows, words=0))
-
-
-def _units(facts: Mapping[str, Any]) -> str:
+        told = f"Measured on {text['judged_on']}. Most memory used: {page.size(text['peak_bytes'])}."
+        table = page.table("Before and after", ["measure", "before", "after"], rows)
+        parts.append(page.section("text", "On text held out", page.paragraph(told), table))
+    if facts["shots"]:
+        rows = [
+            [
+                page.percent(s["keep_share"], 1),
+                f"{s['rise']:.4f} ± {s['rise_error']:.4f}",
+                page.signed(s["nats"], 0),
+                page.percent(s["certainty"], 0),
+            ]
+            for s in facts["shots"]
+        ]
+        told = (
+            "No target was given. Networks of several sizes were judged on data that took no part in their reduction; "
+            "the smallest whose evidence is not below that of the dense network was taken."
+        )
+        header = ["weights kept", "rise of the NLL, nats a term", "evidence, nats", "certainty"]
+        table = page.table("Networks judged", header, rows, words=0)
+        parts.append(page.section("stop", "How far the evidence goes", page.paragraph(told), table))
     rows = [[k, page.count(w), page.count(left)] for k, (w, left) in facts["units"].items() if left < w]
-    table = page.table("Units", ["group", "before", "after"], rows)
-    return page.section("units", "Units that are gone", table) if rows else ""
-
-
-def _kinds(facts: Mapping[str, Any]) -> str:
-    rows = []
-    for kind, share in facts["shares"]["kinds"].items():
-        trust = facts["damping"].get(kind, {"inputs": None, "outputs": None})
-        rows.append([kind, page.percent(share, 1), *("–" if v is None else f"{v:g}" for v in trust.values())])
-    header = ["kind of matrix", "weights kept", "damping of inputs", "of outputs"]
-    return page.section("kinds", "Kinds of matrices", page.table("Shares", header, rows)) if rows else ""
-
-
-def _blocks(facts: Mapping[str, Any]) -> str:
-    rows = [[name or "the network", page.signed(nats, 0)] for name, nats in facts["evidence"]["blocks"].items()]
-    return page.section("blocks", "Blocks", page.table("Evidence", ["block", "nats"], rows)) if rows else ""
+    if rows:
+        table = page.table("Units", ["group", "before", "after"], rows)
+        parts.append(page.section("units", "Units that are gone", table))
+    if facts["shares"]["kinds"]:
+        rows = []
+        for kind, share in facts["shares"]["kinds"].items():
+            trust = facts["damping"].get(kind, {"inputs": None, "outputs": None})
+            rows.append([kind, page.percent(share, 1), *("–" if v is None else f"{v:g}" for v in trust.values())])
+        header = ["kind of matrix", "weights kept", "damping of inputs", "of outputs"]
+        parts.append(page.section("kinds", "Kinds of matrices", page.table("Shares", header, rows)))
+    if facts["evidence"]["blocks"]:
+        rows = [
+            [name or "the network", page.percent(facts["shares"]["blocks"][name], 1), page.signed(nats, 0)]
+            for name, nats in facts["evidence"]["blocks"].items()
+        ]
+        table = page.table("Blocks", ["block", "weights kept", "evidence, nats"], rows)
+        parts.append(page.section("blocks", "Blocks", table))
+    foot = page.paragraph("Written by Ockham. This file needs no network and contains no scripts.")
+    return page.document("A trained network reduced · Ockham", head, parts, foot)
 
 
 _CURVE_DAMPING = 0.01
@@ -132,6 +139,7 @@ class PruneSettings:
         ignore: parameters to protect: names, "re:" patterns, module names or types.
         seed: seed of drawn targets.
         folder: place where finished work is kept; the same call with the same folder goes on where it was stopped.
+        posterior: True makes a posterior of the weights that stay as well, which takes as much memory as they do.
     """
 
     n_data: float | None = None
@@ -142,6 +150,7 @@ class PruneSettings:
     ignore: Ignore = ()
     seed: int = 0
     folder: str | Path | None = None
+    posterior: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +221,7 @@ class BlockJob:
         self._given, self._batch, self._output = likelihood, batch, output
         self._progress, self._settings = progress, settings or PruneSettings()
         self.likelihood = str(likelihood)
+        self.posterior: Posterior | None = None
 
     def mean_loss(self, model: nn.Module) -> float | None:
         """Mean NLL on the part of the data that judges, nats per term; None where the data have no targets."""
@@ -257,6 +267,16 @@ class BlockJob:
                 n_data=self._settings.n_data or TERMS_PER_WEIGHT * found.weights,
                 on_block=self._teller("reduction"),
             )
+            if self._settings.posterior:
+                n_data = self._settings.n_data or TERMS_PER_WEIGHT * found.weights
+                whole = surviving_posterior(found, evidence, {}, n_data, self.likelihood)
+
+                def cut(name: str, g: Gaussian) -> Gaussian:
+                    cut = {f.name: getattr(g, f.name) for f in fields(g)}
+                    same = {k: v for k, v in cut.items() if isinstance(v, Tensor) and v.shape == g.mean.shape}
+                    return replace(g, **{k: slice_tensor(plan, name, v) for k, v in same.items()})
+
+                self.posterior = replace(whole, moments={n: cut(n, g) for n, g in whole.items()})
         return self._refreshed(shrink(model, plan)), plan, evidence
 
     def without_weights(self, model: nn.Module, keep: float | NofM | None) -> Removal:
@@ -275,12 +295,16 @@ class BlockJob:
             orders = Orders(asked, damping, n_data, self._settings.rounds)
             fired: list[Shot] = []
             if keep is None:
-                evidence, fired = self._until_the_evidence_ends(model, cases, found, orders)
+                evidence, fired = self._until_the_evidence_ends(model, cases, found, orders, folder)
             else:
-                evidence = self._reduced_(model, cases, found, orders, folder / _label(keep))
+                name = f"keep-{keep.n}-of-{keep.m}" if isinstance(keep, NofM) else f"keep-{keep:g}"
+                evidence = self._reduced_(model, cases, found, orders, folder / name)
+            if self._settings.posterior:
+                self.posterior = surviving_posterior(found, evidence, damping, n_data, self.likelihood)
         self._refreshed(model)
-        known = {k for m in found.dense.maps for k in m.matrices}
-        untouched = tuple(sorted(k for k in known if k not in evidence and not self._spared(model, k)))
+        known = {k for m in found.dense.maps for k in m.matrices} - evidence.keys()
+        spared = protected_names(model, self._settings.ignore)
+        untouched = tuple(sorted(k for k in known if k.partition("[")[0] not in spared))
         if untouched and keep != 1 and (keep is not None or evidence):
             warnings.warn(
                 f"{len(untouched)} matrices stay as they are, such as {untouched[0]}: no calibration data reach them, "
@@ -376,7 +400,7 @@ class BlockJob:
         return before | reduce_blocks_(model, cases, dense, orders, done=done, on_block=on_block)
 
     def _until_the_evidence_ends(
-        self, model: nn.Module, cases: Sequence[Case], found: Study, orders: Orders
+        self, model: nn.Module, cases: Sequence[Case], found: Study, orders: Orders, folder: Path
     ) -> tuple[dict[str, MatrixEvidence], list[Shot]]:
         """Shots at several shares, from the dense weights each; the smallest that the evidence allows is left."""
         every, _ = self._data(model)
@@ -397,10 +421,7 @@ class BlockJob:
         def fire(share: float) -> Shot:
             restore(original)
             wanted = Orders(self._kept(found, share), orders.damping, orders.n_data, orders.rounds)
-            tell = self._teller("reduction")
-            done = reduce_blocks_(
-                model, cases, found.dense, wanted, on_block=lambda i, _: tell(i, len(found.dense.blocks))
-            )
+            done = self._reduced_(model, cases, found, wanted, folder / f"shot-{share:.6f}")
             volume = sum(e.volume for e in done.values())
             shot = shot_from(share, dense_loss, loss_of(model, judges, self._objective), volume, orders.n_data)
             if shot.nats >= 0 and share < min(kept, default=1.0):
@@ -420,10 +441,6 @@ class BlockJob:
         refresh_batchnorm(model, loader, batches=len(loader), batch=lambda case: case)
         return model
 
-    def _spared(self, model: nn.Module, key: str) -> bool:
-        spared = protected_names(model, self._settings.ignore)
-        return key.partition("[")[0] in spared
-
     def _teller(self, stage: str) -> Callable[[int, int], None]:
         began = time.perf_counter()
 
@@ -432,7 +449,3 @@ class BlockJob:
                 self._progress(PruneProgress(stage, done, total, time.perf_counter() - began))
 
         return tell
-
-
-def _label(keep: float | NofM) -> str:
-    return f"keep-{keep.n}-of-{keep.m}" if isinstance(keep, NofM) else f"keep-{keep:g}"

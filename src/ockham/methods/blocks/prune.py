@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 import resource
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,19 @@ from torch import Tensor, nn
 
 from ockham.core.files import write_bytes, write_json
 from ockham.core.likelihood import Likelihood
+from ockham.core.posterior import POSTERIOR, Posterior
 from ockham.errors import DataError, OckhamError
 from ockham.methods.blocks.cases import answer_tensor, cases_from
 from ockham.methods.blocks.curvature import evaluating_blocks
-from ockham.methods.blocks.job import BlockJob, PruneProgress, PruneSettings, Removal
+from ockham.methods.blocks.job import BlockJob, PruneProgress, PruneSettings, Removal, page_of
 from ockham.methods.blocks.reduction import MatrixEvidence
 from ockham.methods.blocks.solve import Damping, NofM
 from ockham.methods.blocks.stop import DampingTrial, Shot, matrix_kind
 from ockham.run.folder import save_pretrained
+from ockham.run.weights import huggingface_model
 from ockham.surgery import Plan
 from ockham.surgery.copies import named_tensors
+from ockham.surgery.shrinking import latencies
 
 __all__ = ["BlockEvidence", "Pruned", "prune", "prune_folder", "read_calibration", "token_measures", "token_windows"]
 
@@ -81,6 +85,7 @@ class Pruned:
         after: the same of the new network. Data that a network was calibrated on flatter it a little.
         seconds: time it took.
         untouched: matrices of the blocks from which nothing could go, since no calibration data reach them.
+        posterior: Gaussian of the weights that stay in the blocks' matrices, where `PruneSettings.posterior` asks.
     """
 
     model: nn.Module
@@ -96,12 +101,17 @@ class Pruned:
     after: float | None = None
     seconds: float = 0.0
     untouched: tuple[str, ...] = ()
+    posterior: Posterior | None = None
 
     def facts(self) -> dict[str, Any]:
         """Everything but the network, as plain values for JSON."""
         kinds: dict[str, list[float]] = {}
         for key, share in self.shares.items():
             kinds.setdefault(matrix_kind(key), []).append(share)
+        left: dict[str, list[float]] = {}  # weights kept and weights, by block
+        for m in self.evidence.matrices.values():
+            kept, size = left.get(m.block, [0.0, 0.0])
+            left[m.block] = [kept + m.kept * m.size, size + m.size]
         return {
             "keep_share": self.keep_share,
             "likelihood": self.likelihood,
@@ -109,7 +119,11 @@ class Pruned:
             "nll_after": self.after,
             "seconds": self.seconds,
             "evidence": {"matrices": dict(self.evidence), "blocks": self.evidence.blocks},
-            "shares": {"matrices": dict(self.shares), "kinds": {k: sum(v) / len(v) for k, v in kinds.items()}},
+            "shares": {
+                "matrices": dict(self.shares),
+                "kinds": {k: sum(v) / len(v) for k, v in kinds.items()},
+                "blocks": {k: kept / size for k, (kept, size) in left.items()},
+            },
             "damping": {k: asdict(d) for k, d in self.damping.items()},
             "shots": [asdict(s) | {"nats": s.nats, "certainty": s.certainty} for s in self.shots],
             "units": {k: [w, w - len(self.plan.removed.get(k, ()))] for k, w in self.plan.widths.items()},
@@ -118,17 +132,15 @@ class Pruned:
 
     def report(self, path: str | Path) -> Path:
         """Write one HTML file about the reduction; it needs no network and holds no scripts."""
-        from ockham.methods.blocks.job import page_of
-
         write_bytes(Path(path), page_of(self.facts()).encode())
         return Path(path)
 
     def save(self, folder: str | Path) -> Path:
         """Write a folder: a transformers model as its own class writes it, any other as `ockham.save_pretrained` does.
 
-        ``plan.json`` and ``prune.json`` lie beside the weights. Where layers have become unlike each other no
-        configuration of transformers describes them: load the original and ``ockham.shrink`` it by the plan, then load
-        the weights; ``structure="uneven"`` does that.
+        ``plan.json``, ``prune.json`` and, where there is one, the posterior lie beside the weights. Where layers have
+        become unlike each other no configuration of transformers describes them: load the original and
+        ``ockham.shrink`` it by the plan, then load the weights; ``structure="uneven"`` does that.
         """
         path = Path(folder)
         own = getattr(self.model, "save_pretrained", None)
@@ -138,6 +150,8 @@ class Pruned:
         else:
             save_pretrained(self.model, path, plan=self.plan)
         write_json(path / "prune.json", self.facts())
+        if self.posterior is not None:
+            self.posterior.save(path / POSTERIOR)
         return path
 
 
@@ -203,7 +217,9 @@ def prune(
     small, plan = copy.deepcopy(model), Plan({}, {}, {}, {n: tuple(t.shape) for n, t in named_tensors(model).items()})
     units: dict[str, MatrixEvidence] = {}
     if structure is not None and budget is not None:
-        small, plan, units = job.without_units(small, budget, uniform=_evenly(structure, model))
+        described = callable(getattr(getattr(model, "config", None), "to_dict", None))
+        uniform = structure == "even" or (structure == "auto" and described)
+        small, plan, units = job.without_units(small, budget, uniform=uniform)
     if keep_share is not None or pattern is not None or structure is None:
         done = job.without_weights(small, NofM.parse(pattern) if pattern is not None else keep_share)
     else:
@@ -223,12 +239,8 @@ def prune(
         job.mean_loss(small),
         time.perf_counter() - began,
         done.untouched,
+        job.posterior,
     )
-
-
-def _evenly(structure: str, model: nn.Module) -> bool:
-    described = callable(getattr(getattr(model, "config", None), "to_dict", None))
-    return structure == "even" or (structure == "auto" and described)
 
 
 def _check(
@@ -330,85 +342,127 @@ def prune_folder(
     windows: tuple[int, int] = (_CALIBRATION, _WINDOW),
     progress: Callable[[PruneProgress], None] | None = None,
     settings: PruneSettings | None = None,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Reduce the causal language model in a transformers folder on a text, and write a folder that loads as it did.
+    """Reduce the model in a transformers folder on a text, and write a folder that loads as it did.
+
+    A language model is judged by how it foresees a part of the text that it was not calibrated on; a text encoder by
+    how close what it says of that part stays to what the dense one says.
 
     Args:
         source: folder of the model with its tokenizer.
-        text: calibration text, a file or a folder of .txt files. A part of it is not calibrated on and judges.
-        out: folder to write: the model, its tokenizer, ``metrics.json``, ``report.html``, ``plan.json``,
-            ``prune.json``. Work is kept in ``out/work`` until the end, and a job that was stopped goes on there.
+        text: calibration text, a file or a folder of .txt files.
+        out: folder to write: the model, its tokenizer, ``posterior.safetensors`` (of the weights that stay),
+            ``metrics.json``, ``report.html``, ``plan.json``, ``prune.json``. Work is kept in ``out/work`` until the
+            end, and the same call after a stop goes on there, at the last block that was done.
         target: arguments of `prune` that say how far to go, such as ``{"keep_share": 0.5}``; none lets the evidence
             decide.
         windows: number of calibration windows, and tokens in each.
         progress: called with a `PruneProgress`.
         settings: the finer ones; its ``folder`` is ``out/work`` unless it is given.
+        overwrite: whether a finished result in ``out`` may be replaced; other work in ``out/work`` is dropped then.
 
     Returns:
-        What ``metrics.json`` holds: ``before`` and ``after`` with ``nll``, ``perplexity``, ``accuracy``, ``ece``,
-        ``parameters``, ``nonzero``; ``kept``, ``seconds``, ``peak_bytes``.
+        What ``metrics.json`` holds: ``before`` and ``after`` with ``nll`` (nats a token), ``perplexity``,
+        ``accuracy``, ``ece`` (encoders: ``cosine`` to the dense answers), ``parameters``, ``nonzero``,
+        ``latency_seconds`` (a window); ``kept``, ``seconds``, ``peak_bytes``, ``calibration_tokens``.
 
     Raises:
-        OckhamError: transformers is missing, or the folder holds no causal language model.
+        OckhamError: transformers is missing, the folder holds no model that reads text, arguments contradict each
+            other, or ``out`` holds a finished result.
         DataError: the text is missing or too short.
     """
-    began = time.perf_counter()
+    began, path, target = time.perf_counter(), Path(out), dict(target or {})
+    _check(*(target.get(k) for k in ("keep_share", "pattern", "structure", "budget")))
+    if path.resolve() == Path(source).resolve():
+        raise OckhamError(f"{out} holds the model itself: pass another folder for the result")
+    if (path / "metrics.json").exists() and not overwrite and not (path / "work").exists():
+        raise OckhamError(f"{path} holds a finished result: pass another folder, or --overwrite (overwrite=True)")
+    if overwrite:
+        _cleared(path / "work")
     model, tokenizer, stored = _loaded(Path(source))
-    count, length = windows
-    ids = tokenizer(read_calibration(text), return_tensors="pt", verbose=False).input_ids[0]
-    length = min(length, int(getattr(model.config, "max_position_embeddings", length) or length), len(ids) // 4)
-    every = token_windows(ids, length=max(2, length), count=count + max(1, min(_JUDGING, count // 4)), seed=0)
+    every = _text_windows(model, tokenizer, read_calibration(text), windows, (settings or PruneSettings()).seed)
     judges = max(1, min(_JUDGING, len(every) // 5))
-    path = Path(out)
     path.mkdir(parents=True, exist_ok=True)
-    settings = settings or PruneSettings()
+    settings = replace(settings or PruneSettings(), posterior=True)
     if settings.folder is None:
         settings = replace(settings, folder=path / "work")
-    found = prune(model, every[judges:], **dict(target or {}), progress=progress, settings=settings)
+    found = prune(model, every[judges:], **target, progress=progress, settings=settings)
     found.model.to(stored)  # the numbers are those of the weights that are written
-    metrics = _metrics(model, found, every[:judges]) | {
+    times = latencies([model, found.model.float()], every[:1], repeats=5, warmup=1)
+    sides = _measured(model, found, every[:judges])
+    for side, network, seconds in zip(sides.values(), (model, found.model), times, strict=True):
+        parameters = list(network.parameters())
+        side |= {"parameters": sum(p.numel() for p in parameters), "latency_seconds": seconds}
+        side["nonzero"] = sum(int(p.count_nonzero()) for p in parameters)
+    metrics: dict[str, Any] = sides | {
+        "kept": found.keep_share,
+        "judged_on": f"{judges} windows of the text that took no part in the calibration",
         "seconds": time.perf_counter() - began,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "calibration_tokens": int(every[judges:].numel()),
     }
+    found.model.to(stored)
     found.save(path)
     tokenizer.save_pretrained(str(path))
+    write_bytes(path / "report.html", page_of(found.facts() | {"text": metrics}).encode())
     write_json(path / "metrics.json", metrics)
-    found.report(path / "report.html")
     _cleared(path / "work")
     return metrics
 
 
 def _loaded(source: Path) -> tuple[Any, Any, torch.dtype]:
     """The model in float32, its tokenizer, and the dtype of its files."""
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    except ImportError as error:
-        raise OckhamError("reading a model folder needs transformers: pip install transformers") from error
     if not (source / "config.json").is_file():
         raise OckhamError(f"{source} is no model folder: it has no config.json. Pass a folder of save_pretrained")
+    model: Any = huggingface_model(source)
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise OckhamError(
+            f"{source} holds an encoder-decoder ({type(model).__name__}), which needs pairs of texts, not one: call "
+            "ockham.prune with batches of input_ids and labels"
+        )
     try:
-        config = AutoConfig.from_pretrained(str(source), local_files_only=True)
-        stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-        model = AutoModelForCausalLM.from_pretrained(str(source), local_files_only=True, dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(str(source), local_files_only=True), stored
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise OckhamError(f"{source} cannot be read as a causal language model with its tokenizer: {error}") from error
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=True)
+    except Exception as error:  # missing or damaged files make tokenizers raise a dozen kinds
+        raise OckhamError(
+            f"{source}: its tokenizer cannot be read ({error}). Save it beside the model by tokenizer.save_pretrained"
+        ) from error
+    stored = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return model.float(), tokenizer, stored
 
 
-def _metrics(model: nn.Module, found: Pruned, windows: Tensor) -> dict[str, Any]:
-    def side(network: nn.Module) -> dict[str, float]:
-        parameters = list(network.parameters())
-        counts = {"parameters": sum(p.numel() for p in parameters)}
-        counts["nonzero"] = sum(int(p.count_nonzero()) for p in parameters)
-        return token_measures(copy.deepcopy(network).float(), windows) | counts
+def _text_windows(model: Any, tokenizer: Any, text: str, windows: tuple[int, int], seed: int) -> Tensor:
+    """Windows of the text: some to judge on, then those to calibrate on; shorter where the text or the model is."""
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    if not len(ids):
+        raise DataError("the folder's tokenizer makes no tokens of the text: save the model's own tokenizer beside it")
+    words = getattr(model.config, "vocab_size", None) or model.get_input_embeddings().num_embeddings
+    if len(ids) and int(ids.max()) >= words:
+        raise DataError(f"the tokenizer gives the token {int(ids.max())}, and the model knows {words}: not its own")
+    count, length = windows
+    length = min(length, int(getattr(model.config, "max_position_embeddings", length) or length), len(ids) // 8)
+    return token_windows(ids, length=max(2, length), count=count + max(1, min(_JUDGING, count // 4)), seed=seed)
 
-    return {"before": side(model), "after": side(found.model), "kept": found.keep_share, "judged_on": "text held out"}
+
+@torch.no_grad()
+def _measured(model: Any, found: Pruned, windows: Tensor) -> dict[str, dict[str, float]]:
+    """Dense and reduced network on the windows that judge."""
+    if found.likelihood == "next-token":
+        return {"before": token_measures(model, windows), "after": token_measures(found.model, windows)}
+    answers = []
+    for network in (model, found.model):
+        with evaluating_blocks(network) as device:
+            cases = cases_from(windows, None, network, device)
+            answers.append(torch.cat([case.answer(network, answer_tensor).flatten(0, 1).double() for case in cases]))
+    close = float(torch.cosine_similarity(answers[0], answers[1], dim=-1).mean())
+    return {"before": {"cosine": 1.0}, "after": {"cosine": close}}
 
 
 def _cleared(folder: Path) -> None:
-    """Work that is done with; only files that a reduction writes are taken away."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        path.unlink() if path.is_file() else path.rmdir()
-    if folder.is_dir():
+    """Work that is done with: the folders that a reduction made, nothing else."""
+    for mark in folder.glob("*/job.json"):
+        shutil.rmtree(mark.parent)
+    with suppress(OSError):
         folder.rmdir()

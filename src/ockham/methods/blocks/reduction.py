@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError
 from ockham.methods.blocks.cases import Case, CaseObjective
 from ockham.methods.blocks.curvature import (
@@ -56,9 +57,11 @@ __all__ = [
     "held_out",
     "inputs_of_stage",
     "loss_of",
+    "prior_of",
     "reduce_blocks_",
     "study",
     "study_damping",
+    "surviving_posterior",
 ]
 
 
@@ -123,6 +126,7 @@ class MatrixEvidence:
         cost: rise of the loss, nats per term, by the matrix's curvature and with the survivors moved.
         volume: nats freed, 1/2 sum over the removed of ln(1 + n_data h / P0).
         n_data: terms that the cost counts for.
+        prior_precision: P0, one over the mean square of the trained weights.
     """
 
     block: str
@@ -131,6 +135,7 @@ class MatrixEvidence:
     cost: float
     volume: float
     n_data: float
+    prior_precision: float
 
     @property
     def nats(self) -> float:
@@ -251,7 +256,58 @@ def _reduced(
     gone = (small == 0)[..., : target.shape[-1] - bias]
     volume = freed(target, worth, (inputs, outputs), scale, gone=gone, n_data=orders.n_data)
     cost = loss_increase(change, inputs, outputs, scale)
-    return MatrixEvidence(block_map.name, gone.numel(), 1 - float(gone.float().mean()), cost, volume, orders.n_data)
+    kept = 1 - float(gone.float().mean())
+    prior = prior_of(target[..., : gone.shape[-1]])
+    return MatrixEvidence(block_map.name, gone.numel(), kept, cost, volume, orders.n_data, prior)
+
+
+def prior_of(weight: Tensor) -> float:
+    """Precision of a prior under which a matrix's weights are typical: one over their mean square."""
+    return 1 / max(float(weight.double().square().mean()), 1e-30)
+
+
+@torch.no_grad()
+def surviving_posterior(
+    found: Study,
+    evidence: Mapping[str, MatrixEvidence],
+    damping: Mapping[str, Damping],
+    n_data: float,
+    likelihood: str,
+) -> Posterior:
+    r"""Gaussian of every weight that stays in the matrices of the blocks, the others at their means.
+
+        P_rj = P0 + n_data h_rj,      h_rj = 1 / ([A'^-1]_jj [G'^-1]_rr) in nats per term
+
+    Args:
+        found: the study of the dense network, whose weights are the reduced ones by now.
+        evidence: of the reduction.
+        damping: kind of matrix to its setting.
+        n_data: terms behind the trained weights.
+        likelihood: name of it.
+    """
+    moments: dict[str, Gaussian] = {}
+    for block, block_map in zip(found.dense.blocks, found.dense.maps, strict=True):
+        parameters = weights_of(block, block_map.name)
+        matrices = {k: m for k, m in block_map.matrices.items() if k in found.samples}
+        biases = {m.bias.name for m in matrices.values() if m.bias is not None}
+        held = {m.weight.name for m in matrices.values()} | biases
+        precision = {n: torch.zeros_like(parameters[n], dtype=torch.float32) for n in held}
+        prior = {n: torch.ones_like(p) for n, p in precision.items()}
+        for key, matrix in matrices.items():
+            inputs, outputs = found.dense.inputs(block_map, key), found.dense.outputs(key)
+            weight, scale = matrix.read(parameters), found.dense.scale(block_map, key)
+            worth = quadratic(inputs, outputs, damping.get(matrix_kind(key), DEFAULT_DAMPING)).conditional()
+            unit = (inputs.diagonal(dim1=-2, dim2=-1).mean(-1) * outputs.diagonal(dim1=-2, dim2=-1).mean(-1)) / scale
+            free = weight[..., : weight.shape[-1] - (matrix.bias is not None)]
+            p0 = evidence[key].prior_precision if key in evidence else prior_of(free)
+            matrix.write(precision, (p0 + n_data * worth * unit[:, None, None]).expand_as(weight))
+            matrix.write(prior, torch.full_like(weight, p0))
+        for name in (n for n in parameters if n in held):
+            mean, known = parameters[name].detach().float().clone(), precision[name] > 0
+            keep = known if name in biases else known & (mean != 0)
+            spread = precision[name].masked_fill(~keep, torch.inf)
+            moments[name] = Gaussian(mean, spread, prior[name], mean.new_zeros(()), keep)
+    return Posterior(moments, float(n_data), 1.0, "Laplace (kronecker, by blocks)", likelihood=likelihood)
 
 
 def freed(
@@ -373,34 +429,30 @@ def study_damping(
     found: Study, keep: Mapping[str, float | NofM], on_kind: Callable[[int, int], None]
 ) -> tuple[Mapping[str, Damping], list[DampingTrial]]:
     """The setting for each kind of matrix, and everything that was tried; nothing where no data were held out."""
-    kinds: dict[str, list[tuple[int, str]]] = {}
+    store, kinds = found.dense.store, dict[str, list[tuple[int, str]]]()
     for j in found.tried:
         for key in found.dense.maps[j].matrices:
             if key in found.samples:
                 kinds.setdefault(matrix_kind(key), []).append((j, key))
     chosen, every = {}, []
     for i, (kind, places) in enumerate(kinds.items()):
-        problems = [p for j, key in places[:3] if (p := _problem(found, j, key)) is not None]
+        problems = []
+        for j, key in places[:3]:
+            block_map = found.dense.maps[j]
+            names = f"A:{block_map.source[key]}", f"G:{key}"
+            parts = [tuple(n + end for n in names) for end in ("", ".held")]
+            if not all(store.has(n) for part in parts for n in part):
+                continue
+            matrix = block_map.matrices[key]
+            fit, held = (lambda a=a, g=g: (store.get(a), store.get(g)) for a, g in parts)
+            weight = matrix.read(weights_of(found.dense.blocks[j], block_map.name))
+            scale = store.rows[parts[1][0]] * found.held_terms
+            problems.append(DampingProblem(weight, matrix.bias is not None, fit, held, scale))
         if problems:
             every += chosen_damping(kind, problems, keep[places[0][1]])
             chosen[kind] = min((t for t in every if t.kind == kind), key=lambda t: t.cost).damping
         on_kind(i + 1, len(kinds))
     return chosen, every
-
-
-def _problem(found: Study, j: int, key: str) -> DampingProblem | None:
-    dense, block_map = found.dense, found.dense.maps[j]
-    a, g, store = f"A:{block_map.source[key]}", f"G:{key}", dense.store
-    if not all(store.has(name) for name in (a, g, a + ".held", g + ".held")):
-        return None
-    matrix = block_map.matrices[key]
-    return DampingProblem(
-        matrix.read(weights_of(dense.blocks[j], block_map.name)),
-        matrix.bias is not None,
-        lambda: (store.get(a), store.get(g)),
-        lambda: (store.get(a + ".held"), store.get(g + ".held")),
-        store.rows[a + ".held"] * found.held_terms,
-    )
 
 
 def _maps(model: nn.Module, named: Sequence[tuple[str, nn.Module]], case: Case) -> list[BlockMap]:

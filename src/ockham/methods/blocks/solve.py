@@ -181,7 +181,8 @@ class Using(TorchFunctionMode):
             return None
         p = self._parameters[self._names[at]]
         offset, rest = divmod(tensor.data_ptr() - p.data_ptr(), p.element_size())
-        if rest or offset >= _reach(p) or tensor.dtype != p.dtype:
+        reach = 1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
+        if rest or offset >= reach or tensor.dtype != p.dtype:
             return None
         return Region(self._names[at], tuple(tensor.shape), tensor.stride(), offset)
 
@@ -208,10 +209,6 @@ def _as_written() -> Iterator[None]:
         vars(F)["has_torch_function"] = held
 
 
-def _reach(p: Tensor) -> int:
-    return 1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
-
-
 def _given(args: Any, kwargs: Any, index: int, name: str, default: Any = None) -> Any:
     return args[index] if index < len(args) else kwargs.get(name, default)
 
@@ -230,22 +227,6 @@ def _dense(mode: Using, x: Tensor, weight: Any, bias: Any, *, transposed: bool) 
     return Use(matrix, x, rows, lambda g: g.reshape(1, -1, g.shape[-1]))
 
 
-def _linear(mode: Using, args: Any, kwargs: Any) -> Use | None:
-    x, weight = _given(args, kwargs, 0, "input"), _given(args, kwargs, 1, "weight")
-    return _dense(mode, x, weight, _given(args, kwargs, 2, "bias"), transposed=False)
-
-
-def _addmm(mode: Using, args: Any, kwargs: Any) -> Use | None:
-    if kwargs.get("alpha", 1) != 1 or kwargs.get("beta", 1) != 1:
-        return None
-    return _dense(mode, args[1], args[2], args[0], transposed=True)
-
-
-def _matmul(mode: Using, args: Any, kwargs: Any) -> Use | None:
-    weight = _given(args, kwargs, 1, "other", kwargs.get("mat2"))
-    return _dense(mode, args[0], weight, None, transposed=True)
-
-
 def _convolution(mode: Using, args: Any, kwargs: Any) -> Use | None:
     x, weight, bias = (_given(args, kwargs, i, n) for i, n in enumerate(("input", "weight", "bias")))
     groups = _given(args, kwargs, 6, "groups", 1)
@@ -259,7 +240,9 @@ def _convolution(mode: Using, args: Any, kwargs: Any) -> Use | None:
 
     def rows() -> Tensor:
         columns = _windows(x.detach(), weight.shape[2:], _each(stride, d), _each(dilation, d), padding)
-        flat = _rows(columns.unflatten(1, (groups, -1)), d)
+        columns = columns.unflatten(1, (groups, -1))  # [N, groups, channels, *positions, *kernel]
+        order = [1, 0, *range(3, 3 + d), 2, *range(3 + d, 3 + 2 * d)]
+        flat = columns.permute(order).flatten(2 + d).flatten(1, 1 + d)
         return flat if matrix.bias is None else F.pad(flat, (0, 1), value=1.0)
 
     def gradients(g: Tensor) -> Tensor:
@@ -289,16 +272,23 @@ def _windows(x: Tensor, kernel: Any, stride: tuple[int, ...], dilation: tuple[in
     return x
 
 
-def _rows(x: Tensor, d: int) -> Tensor:
-    """``[N, groups, channels, *positions, *kernel]`` as ``[groups, rows, inputs]``."""
-    order = [1, 0, *range(3, 3 + d), 2, *range(3 + d, 3 + 2 * d)]
-    return x.permute(order).flatten(2 + d).flatten(1, 1 + d)
-
-
 _READERS: dict[Any, Callable[[Using, Any, Any], Use | None]] = {
-    F.linear: _linear,
-    torch.addmm: _addmm,
-    **dict.fromkeys([torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__], _matmul),
+    F.linear: lambda mode, args, kwargs: _dense(
+        mode,
+        *(_given(args, kwargs, i, n) for i, n in enumerate(("input", "weight", "bias"))),
+        transposed=False,
+    ),
+    torch.addmm: lambda mode, args, kwargs: (
+        None
+        if kwargs.get("alpha", 1) != 1 or kwargs.get("beta", 1) != 1
+        else _dense(mode, args[1], args[2], args[0], transposed=True)
+    ),
+    **dict.fromkeys(
+        [torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__],
+        lambda mode, args, kwargs: _dense(
+            mode, args[0], _given(args, kwargs, 1, "other", kwargs.get("mat2")), None, transposed=True
+        ),
+    ),
     **dict.fromkeys([torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d], _convolution),
 }
 
@@ -459,23 +449,18 @@ def sparse_matrix(
     for i in range(1, rounds + 1):
         value = (moved.square() * worth)[..., :free].masked_fill(~stays[..., :free], -1.0)
         gone = round(value.numel() * (1 - share ** (i / rounds)))
-        stays[..., :free] = _staying(value, gone, pattern)
+        flat = value.flatten()
+        if pattern is not None:  # only so many of a run go as the pattern lets go
+            runs = value.reshape(-1, pattern.m)
+            may = torch.zeros_like(runs, dtype=torch.bool)
+            may.scatter_(1, runs.topk(pattern.m - pattern.n, 1, largest=False).indices, True)
+            flat = flat.masked_fill(~may.flatten(), torch.inf)
+            gone = min(gone, int(may.sum()))
+        left = torch.ones_like(flat, dtype=torch.bool)
+        left[flat.topk(gone, largest=False).indices] = False
+        stays[..., :free] = left.view(value.shape)
         moved = _on_support(target, curvature, stays, moved, steps[i == rounds], top=top)
     return moved
-
-
-def _staying(value: Tensor, gone: int, pattern: NofM | None) -> Tensor:
-    """All but the ``gone`` lowest; with a pattern only so many of a run go as the pattern lets go."""
-    flat = value.flatten()
-    if pattern is not None:
-        runs = value.reshape(-1, pattern.m)
-        may = torch.zeros_like(runs, dtype=torch.bool)
-        may.scatter_(1, runs.topk(pattern.m - pattern.n, 1, largest=False).indices, True)
-        flat = flat.masked_fill(~may.flatten(), torch.inf)
-        gone = min(gone, int(may.sum()))
-    stays = torch.ones_like(flat, dtype=torch.bool)
-    stays[flat.topk(gone, largest=False).indices] = False
-    return stays.view(value.shape)
 
 
 def _on_support(

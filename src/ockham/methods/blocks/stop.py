@@ -248,11 +248,20 @@ def shots(
 
     Returns:
         The shots in order.
+
+    Raises:
+        OckhamError: there are no samples.
     """
+    if not samples:
+        raise OckhamError("there is nothing that may go")
     found: list[Shot] = []
     scale = 1.0
     while len(found) < most:
-        share = _root(samples, n_data, scale)
+        low, share = _LEAST, _MOST
+        for _ in range(30):  # where volume = n_data x scale x cost
+            middle = (low + share) / 2
+            cost, volume = predicted(samples, middle, n_data)
+            low, share = (low, middle) if volume >= n_data * scale * cost else (middle, share)
         good = [s.keep_share for s in found if s.nats >= 0]
         bad = [s.keep_share for s in found if s.nats < 0]
         if good and bad and not max(bad) < share < min(good):
@@ -269,15 +278,3 @@ def best_shot(found: Sequence[Shot]) -> Shot | None:
     """The smallest network whose evidence is not below the dense one's; None where there is none."""
     good = [s for s in found if s.nats >= 0]
     return min(good, key=lambda s: s.keep_share, default=None)
-
-
-def _root(samples: Mapping[str, CostSample], n_data: float, scale: float) -> float:
-    """Share that stays at which volume = n_data x scale x cost, by bisection."""
-    if not samples:
-        raise OckhamError("there is nothing that may go")
-    low, high = _LEAST, _MOST
-    for _ in range(30):
-        middle = (low + high) / 2
-        cost, volume = predicted(samples, middle, n_data)
-        low, high = (low, middle) if volume >= n_data * scale * cost else (middle, high)
-    return high

@@ -24,8 +24,8 @@ from ockham.choose.prices import Budget, Subject, most_allowed
 from ockham.errors import OckhamError
 from ockham.methods.blocks.cases import Case
 from ockham.methods.blocks.curvature import BlockMap, Stream, weights_of
-from ockham.methods.blocks.reduction import Dense, MatrixEvidence, freed, inputs_of_stage
-from ockham.methods.blocks.solve import BlockMatrix, damped, loss_increase, quadratic
+from ockham.methods.blocks.reduction import Dense, MatrixEvidence, freed, inputs_of_stage, prior_of
+from ockham.methods.blocks.solve import damped, loss_increase, quadratic
 from ockham.methods.blocks.stop import DEFAULT_DAMPING, matrix_kind
 from ockham.surgery.copies import clone
 from ockham.surgery.groups import Groups, Plan, plan_masks
@@ -90,15 +90,10 @@ def readers_of(groups: Groups, maps: Sequence[BlockMap]) -> list[UnitReader]:
         j, key, matrix = places[member.name]
         inside = all(m.name.startswith(maps[j].name) for m in group.members)
         if inside and key == member.name and member.dim == (0 if matrix.transposed else 1) and not member.makes:
-            spread = _columns_per_channel(matrix)
+            spread = torch.Size(matrix.weight.size[2:]).numel()  # the kernel of a convolution, 1 elsewhere
             columns = member.index.unsqueeze(-1) * spread + torch.arange(spread)
             found.append(UnitReader(group.id, j, key, columns.flatten(1)))
     return found
-
-
-def _columns_per_channel(matrix: BlockMatrix) -> int:
-    """Columns of one input channel: the size of the kernel of a convolution, 1 elsewhere."""
-    return int(torch.Size(matrix.weight.size[2:]).numel())
 
 
 def describable(readers: Sequence[UnitReader], groups: Groups, model: nn.Module) -> list[UnitReader]:
@@ -301,7 +296,7 @@ def refit_units_(
                 volume = freed(weight, worth, (inputs, outputs), scale, gone=gone, n_data=n_data)
                 cost = loss_increase(small - weight, inputs, outputs, scale)
                 kept = 1 - float(gone.float().mean())
-                found[key] = MatrixEvidence(block_map.name, gone.numel(), kept, cost, volume, n_data)
+                found[key] = MatrixEvidence(block_map.name, gone.numel(), kept, cost, volume, n_data, prior_of(weight))
         stream.advance(calls)
         on_block(j + 1, len(dense.maps))
     return found

@@ -72,7 +72,13 @@ class Wiring:
 
 def wire(model: nn.Module, groups: Groups, wanted: list[str], example_inputs: Any) -> Wiring:
     """Number the units of the wanted groups and find what reads them."""
-    owners, called = _owners(model), _called(model, example_inputs)
+    names, called = canonical_names(model), _called(model, example_inputs)
+    owners: dict[
+        str, list[tuple[str, str]]
+    ] = {}  # parameter, by its first name: every (module path, name) that holds it
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(names[id(parameter)], []).append((path, name))
     skipped = {k: why for k in wanted if (why := _obstacle(model, groups[k], owners))}
     places, start = {}, 0
     for key in wanted:
@@ -162,16 +168,6 @@ def _axis(module: nn.Module, dim: int) -> int | None:
     return -1 if type(module).__name__ == "Conv1D" and dim == 0 else None
 
 
-def _owners(model: nn.Module) -> dict[str, list[tuple[str, str]]]:
-    """Parameter, by its first name, to all (module path, name in it) that hold it."""
-    names = canonical_names(model)
-    found: dict[str, list[tuple[str, str]]] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            found.setdefault(names[id(parameter)], []).append((path, name))
-    return found
-
-
 @torch.no_grad()
 def _called(model: nn.Module, example_inputs: Any) -> set[str]:
     """Paths of the modules that run as modules, on one forward in evaluation mode."""
@@ -223,8 +219,8 @@ class Gates:
         groups: the structures, as `ockham.trace` finds them.
         places: group id to the places of its gates in ``noise.mean``; groups without gates are missing.
         skipped: group id to the reason why it has no gates.
-        example_inputs: as given.
-        ignore: as given.
+        example_inputs: inputs that the network was traced with.
+        ignore: names of what stays whole.
     """
 
     model: nn.Module
@@ -248,7 +244,7 @@ class Gates:
 
         Args:
             rule: a function (`ockham.methods.gates.rules`), or its name in the command.
-            sensitivity: for the Taylor rule, mean square of dL/d ln theta per gate; default from the gradients that
+            sensitivity: mean square, for the Taylor rule, of dL/d ln theta per gate; default from the gradients that
                 the weights have now.
 
         Raises:
@@ -267,25 +263,21 @@ class Gates:
         layer = torch.zeros(n.mean.numel(), dtype=torch.long, device=n.mean.device)
         for i, places in enumerate(self.places.values()):
             layer[places] = i
-        found = self.log_gradients().square() if sensitivity is None and self._has_gradients() else sensitivity
-        return GateTable(n.mean.double(), n.std.double(), n.low, n.high, layer, self._norms(), found)
+        if sensitivity is None:
+            read = {name for g in self.places for name, _ in self.groups[g].outgoing_cuts()}
+            if all(self.model.get_parameter(name).grad is not None for name in read):
+                sensitivity = self.log_gradients().square()
+        squares = {k: p.detach().double().square() for k, p in self.model.named_parameters()}
+        norms = self._by_unit({g: self.groups[g].incoming_cuts() for g in self.places}, squares).sqrt()
+        for places in self.places.values():
+            norms[places] /= norms[places].mean().clamp_min(1e-30)
+        return GateTable(n.mean.double(), n.std.double(), n.low, n.high, layer, norms, sensitivity)
 
     @torch.no_grad()
     def log_gradients(self) -> Tensor:
         """dL/d ln theta at the weights' gradients of now: sum of w dL/dw over what reads each structure."""
         products = {k: p * p.grad for k, p in self.model.named_parameters() if p.grad is not None}
         return self._by_unit({g: self.groups[g].outgoing_cuts() for g in self.places}, products)
-
-    def _has_gradients(self) -> bool:
-        read = {name for g in self.places for name, _ in self.groups[g].outgoing_cuts()}
-        return all(self.model.get_parameter(name).grad is not None for name in read)
-
-    def _norms(self) -> Tensor:
-        squares = {k: p.detach().double().square() for k, p in self.model.named_parameters()}
-        norms = self._by_unit({g: self.groups[g].incoming_cuts() for g in self.places}, squares).sqrt()
-        for places in self.places.values():
-            norms[places] /= norms[places].mean().clamp_min(1e-30)
-        return norms
 
     def _by_unit(self, cuts: Mapping[str, list[tuple[str, Tensor]]], values: Mapping[str, Tensor]) -> Tensor:
         total = torch.zeros_like(self.noise.mean, dtype=torch.float64)
@@ -394,13 +386,14 @@ def attach_gates(
     and load the state.
 
     Args:
-        model: changed: hooks and a submodule are added. Any network that `ockham.trace` can read.
-        example_inputs: as for `ockham.trace`; the network runs once on them, in evaluation mode.
-        layers: only groups with a member in one of these modules or parameters (names, or "re:" patterns).
-        ignore: what stays whole, as for `ockham.trace`.
+        model: network, changed: hooks and a submodule are added. Any network that `ockham.trace` can read.
+        example_inputs: inputs as for `ockham.trace`; the network runs once on them, in evaluation mode.
+        layers: places of the gates: only groups with a member in one of these modules or parameters
+            (names, or "re:" patterns).
+        ignore: names of what stays whole, as for `ockham.trace`.
         noise: `ockham.methods.gates.noise.per_example` (one draw per example and structure), or ``per_element``, the
             paper's released code.
-        generator: of the noise; None is torch's global one, as for dropout.
+        generator: source of the noise; None is torch's global one, as for dropout.
 
     Returns:
         The gates.

@@ -66,8 +66,8 @@ def kl(mean: Tensor, std: Tensor, *, low: float = LOW, high: float = HIGH) -> Te
         KL = ln(high - low) - ln std - ln Z - 1/2 ln(2 pi e) - [alpha phi(alpha) - beta phi(beta)] / (2 Z)
 
     Args:
-        mean: of the uncut normal, any shape.
-        std: its standard deviation, positive, broadcastable.
+        mean: mean of the uncut normal, any shape.
+        std: standard deviation of the uncut normal, positive, broadcastable.
         low: lower end of ln theta.
         high: upper end.
 
@@ -100,8 +100,8 @@ def moment(mean: Tensor, std: Tensor, order: float, *, low: float = LOW, high: f
         E[theta^k] = exp(k mean + k^2 std^2 / 2) [Phi(beta - k std) - Phi(alpha - k std)] / Z,    k = order
 
     Args:
-        mean: of the uncut normal, any shape.
-        std: its standard deviation, positive, broadcastable.
+        mean: mean of the uncut normal, any shape.
+        std: standard deviation of the uncut normal, positive, broadcastable.
         order: k, any real number; 1 is what a gate multiplies by at test time.
         low: lower end of ln theta.
         high: upper end.
@@ -127,8 +127,8 @@ def snr(mean: Tensor, std: Tensor, *, low: float = LOW, high: float = HIGH) -> T
         SNR = 1 / sqrt(expm1(ln E[theta^2] - 2 ln E[theta]))
 
     Args:
-        mean: of the uncut normal, any shape.
-        std: its standard deviation, positive, broadcastable.
+        mean: mean of the uncut normal, any shape.
+        std: standard deviation of the uncut normal, positive, broadcastable.
         low: lower end of ln theta.
         high: upper end.
 
@@ -163,8 +163,8 @@ def sample(mean: Tensor, std: Tensor, uniform: Tensor, *, low: float = LOW, high
         dy/dstd  = z - [(1-u) alpha phi(alpha) + u beta phi(beta)] / phi(z),    z = (y - mean) / std
 
     Args:
-        mean: of the uncut normal, any shape.
-        std: its standard deviation, positive, broadcastable.
+        mean: mean of the uncut normal, any shape.
+        std: standard deviation of the uncut normal, positive, broadcastable.
         uniform: numbers in [0, 1], broadcastable; no gradient.
         low: lower end of ln theta.
         high: upper end.
@@ -204,8 +204,8 @@ def delta_f_n(mean: Tensor, std: Tensor, *, reduced_std: float = 1e-6, low: floa
     normalising constant is missing there.
 
     Args:
-        mean: of the uncut normal, any shape.
-        std: its standard deviation, positive, broadcastable.
+        mean: mean of the uncut normal, any shape.
+        std: standard deviation of the uncut normal, positive, broadcastable.
         reduced_std: t, standard deviation of the reduced prior.
         low: lower end of ln theta, and the mode of the reduced prior.
         high: upper end.
@@ -268,9 +268,9 @@ def delta_f_u(
     2^-23 *against* removal; ``reduced_low=low`` mends that.
 
     Args:
-        mean: of the uncut normal, any shape.
-        std: its standard deviation, positive, broadcastable.
-        bits: 8 and 4 in the paper.
+        mean: mean of the uncut normal, any shape.
+        std: standard deviation of the uncut normal, positive, broadcastable.
+        bits: number of bits, 8 and 4 in the paper.
         reduced_low: a'.
         low: lower end of ln theta.
         high: upper end.

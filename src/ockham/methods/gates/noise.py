@@ -81,11 +81,11 @@ class GateNoise(nn.Module):
 
     Args:
         count: number of gates.
-        readers: where they act.
+        readers: weights whose inputs they multiply.
         noise: `per_example` (the model) or `per_element` (the released code of BMRS).
         low: lower end of ln theta.
         high: upper end.
-        generator: of the noise; None is torch's global one, as for dropout.
+        generator: source of the noise; None is torch's global one, as for dropout.
     """
 
     mean: Tensor
@@ -169,10 +169,18 @@ class GateNoise(nn.Module):
         """Living gates (None: all of them), places, ends of their runs; anew when gates were removed or moved."""
         stamp = (id(self.keep), self.keep._version, self.keep.numel())
         if self._cache is None or self._cache[0] != stamp:
-            alive = None if bool(self.keep.all()) else self.keep.nonzero().squeeze(1)
-            places = [self._place(i) for i in range(len(self.readers))]
+            alive, total = None if bool(self.keep.all()) else self.keep.nonzero().squeeze(1), int(self.keep.sum())
+            rank, places = torch.where(self.keep, self.keep.cumsum(0) - 1, total), []
+            for reader in range(len(self.readers)):
+                keys = self.positions(reader)
+                index = torch.where(keys != _UNGATED, rank[self.indices(keys.clamp_min(0))], total + 1)
+                start, count = int(index[0]), int(index[-1] - index[0]) + 1
+                repeat = index.numel() // count if count > 0 else 0
+                run = torch.arange(start, start + count, device=index.device) if count > 0 else index[:0]
+                in_order = int(index.max()) < total and torch.equal(run.repeat_interleave(max(1, repeat)), index)
+                places.append(Place(start, count, repeat, None) if in_order else Place(0, 0, 0, index))
             runs = [p for p in places if p.index is None]
-            ends = sorted({0, int(self.keep.sum()), *(end for p in runs for end in (p.start, p.start + p.count))})
+            ends = sorted({0, total, *(end for p in runs for end in (p.start, p.start + p.count))})
             self._cache = (stamp, alive, places, ends)
         return self._cache[1:]
 
@@ -180,17 +188,6 @@ class GateNoise(nn.Module):
         """Means and stds of the living gates."""
         alive = self._layout()[0]
         return (self.mean, self.std) if alive is None else (self.mean[alive], self.std[alive])
-
-    def _place(self, reader: int) -> Place:
-        keys, alive = self.positions(reader), int(self.keep.sum())
-        rank = torch.where(self.keep, self.keep.cumsum(0) - 1, alive)
-        gated = keys != _UNGATED
-        index = torch.where(gated, rank[self.indices(keys.clamp_min(0))], alive + 1)
-        start, count = int(index[0]), int(index[-1] - index[0]) + 1
-        repeat = index.numel() // count if count > 0 else 0
-        run = torch.arange(start, start + count, device=index.device) if count > 0 else index[:0]
-        in_order = int(index.max()) < alive and torch.equal(run.repeat_interleave(max(1, repeat)), index)
-        return Place(start, count, repeat, None) if in_order else Place(0, 0, 0, index)
 
     def draw(self, rows: int) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Theta of the living gates for a number of examples [rows, gates], and the same split at the ends of runs.
@@ -200,17 +197,17 @@ class GateNoise(nn.Module):
         rows = rows if self.training else 1
         if self._draws is not None and rows in self._draws:
             return self._draws[rows]
-        theta = self._sampled(rows) if self.training else self.expected()[self.keep].unsqueeze(0)
+        if self.training:
+            mean, std = self._living()
+            uniform = torch.rand(rows, mean.numel(), generator=self.generator, device=mean.device, dtype=mean.dtype)
+            theta = lognormal.sample(mean, std, uniform, low=self.low, high=self.high)
+        else:
+            theta = self.expected()[self.keep].unsqueeze(0)
         ends = self._layout()[2]
         found = theta, theta.split([b - a for a, b in itertools.pairwise(ends)], 1)
         if self._draws is not None:
             self._draws[rows] = found
         return found
-
-    def _sampled(self, rows: int) -> Tensor:
-        mean, std = self._living()
-        uniform = torch.rand(rows, mean.numel(), generator=self.generator, device=mean.device, dtype=mean.dtype)
-        return lognormal.sample(mean, std, uniform, low=self.low, high=self.high)
 
     def theta(self, rows: int, place: Place) -> Tensor:
         """Theta at the positions of a reader, [rows, positions]; with a run, [rows, gates of the run]."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ockham.choose.planning import plan
 from ockham.methods.gates.attach import Gates
-from ockham.methods.gates.rules import GateEvidence, GateRule
+from ockham.methods.gates.rules import GateRule
 from ockham.report import page
 from ockham.report.figures import AFTER, BEFORE, GONE, INK, PALETTE, drawing, integers, percents, thousands, ylabel
 from ockham.report.html import Addition
@@ -49,9 +49,9 @@ class CurvePoint:
     """One compression.
 
     Attributes:
-        structures: removed.
+        structures: number of removed ones.
         removed: share of the learnable values that are physically gone.
-        measures: of the network there, E[theta] in place of the noise, no refit.
+        measures: results of the network there, E[theta] in place of the noise, no refit.
     """
 
     structures: int
@@ -64,8 +64,8 @@ class Curve:
     """One rule.
 
     Attributes:
-        points: from nothing removed to one structure a group.
-        stop: where the rule stops by itself; with nothing removed for rules that only order.
+        points: compressions from nothing removed to one structure a group.
+        stop: place where the rule stops by itself; nothing removed for rules that only order.
     """
 
     points: tuple[CurvePoint, ...]
@@ -85,26 +85,23 @@ def compression_curve(
     Choose a rule and a place on held-out data: reading the test set at every point is choosing on it.
 
     Args:
-        gates: of a trained network.
-        rules: by name.
-        measure: what to measure; the network is in evaluation mode then.
+        gates: gates of a trained network.
+        rules: rules by name.
+        measure: function of the network, which is in evaluation mode then.
         points: number of compressions, besides the stop.
-        sensitivity: for the Taylor rule, see `ockham.methods.gates.training.gate_sensitivity`.
+        sensitivity: result of `ockham.methods.gates.training.gate_sensitivity`, for the Taylor rule.
 
     Returns:
         Name to curve.
     """
-    return {
-        name: _curve(gates, gates.evidence(rule, sensitivity=sensitivity), measure, points)
-        for name, rule in rules.items()
-    }
-
-
-def _curve(gates: Gates, evidence: GateEvidence, measure: MeasureNetwork, points: int) -> Curve:
     most = sum(len(p) - 1 for p in gates.places.values())
     counts = sorted({round(most * math.sin(0.5 * math.pi * i / max(1, points - 1))) for i in range(points)})
-    found = tuple(_point(gates, evidence.matched(n), measure) for n in counts)
-    return Curve(found, _point(gates, evidence.keep, measure))
+    curves = {}
+    for name, rule in rules.items():
+        evidence = gates.evidence(rule, sensitivity=sensitivity)
+        found = tuple(_point(gates, evidence.matched(n), measure) for n in counts)
+        curves[name] = Curve(found, _point(gates, evidence.keep, measure))
+    return curves
 
 
 def _point(gates: Gates, keep: Mapping[str, Tensor], measure: MeasureNetwork) -> CurvePoint:

@@ -41,8 +41,8 @@ class GateTable:
     """What a rule sees, one entry per gate, float64.
 
     Attributes:
-        mean: of the uncut normal posterior of ln theta.
-        std: its standard deviation.
+        mean: mean of the uncut normal posterior of ln theta.
+        std: standard deviation of the uncut normal posterior.
         low: lower end of ln theta.
         high: upper end.
         layer: number of the group of structures that the gate belongs to.
@@ -158,7 +158,14 @@ class GateEvidence:
     @property
     def keep(self) -> dict[str, Tensor]:
         """Booleans [units] by group id, True = stays. The last structure of a group always stays."""
-        return {k: _at_least_one(self.alive[k] & (s < 0), s, self.alive[k]) for k, s in self.score.items()}
+        found = {}
+        for key, score in self.score.items():
+            alive = self.alive[key]
+            found[key] = alive & (score < 0)
+            if bool(alive.any()) and not bool(found[key].any()):
+                best = int(torch.where(alive, score, math.inf).argmin())
+                found[key] = torch.arange(score.numel(), device=score.device) == best
+        return found
 
     @property
     def no_evidence(self) -> dict[str, Tensor]:
@@ -169,7 +176,7 @@ class GateEvidence:
         """Keep masks with a given number of structures removed in all, by order of score.
 
         Args:
-            removed: how many, those removed before included.
+            removed: number of structures, those removed before included.
 
         Returns:
             As `keep`; fewer go where every group is down to one structure.
@@ -196,19 +203,12 @@ class GateEvidence:
         return "\n".join(lines)
 
 
-def _at_least_one(keep: Tensor, score: Tensor, alive: Tensor) -> Tensor:
-    if bool(keep.any()) or not bool(alive.any()):
-        return keep
-    best = int(torch.where(alive, score, math.inf).argmin())
-    return torch.arange(keep.numel(), device=keep.device) == best
-
-
 def gate_evidence(table: GateTable, rule: GateRule, groups: Mapping[str, Tensor], alive: Tensor) -> GateEvidence:
     """Score all gates by a rule.
 
     Args:
-        table: of all gates.
-        rule: see `GateRule`.
+        table: facts of all gates.
+        rule: function from a table to scores.
         groups: group id to places [units] in the table.
         alive: booleans [gates].
 

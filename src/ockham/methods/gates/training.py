@@ -76,7 +76,7 @@ class Tempered:
     """A multiple of the true weight: the posterior of the data to the power 1/temperature, a price on structures.
 
     Attributes:
-        temperature: 1 is `true_elbo`; above it more structures go, and delta_f is *tempered* evidence.
+        temperature: temperature T. 1 is `true_elbo`; above it more structures go, and delta_f is *tempered* evidence.
     """
 
     temperature: float
@@ -101,7 +101,7 @@ class ParametersLeft:
 
     Attributes:
         parameters: learnable values of the network at the end, gates not counted.
-        full: at the start.
+        full: learnable values of the network at the start.
     """
 
     parameters: int
@@ -125,10 +125,10 @@ class GateTraining:
     """Settings of a run.
 
     Attributes:
-        epochs: with gates.
+        epochs: epochs with gates.
         fine_tune: epochs afterwards, of the plain network with E[theta] folded in.
-        learning_rate: of Adam, for weights, at first.
-        gate_rate: that of the gates over that of the weights.
+        learning_rate: learning rate of Adam, for weights, at first.
+        gate_rate: learning rate of the gates over that of the weights.
         hold: share of the steps at full learning rate; it falls linearly to zero after them.
         kl_weight: `true_elbo`, `Tempered` for a price on structures, or `mean_mean` for reproduction.
         kl_warmup: share of the steps with gates over which the KL gets its weight.
@@ -136,7 +136,7 @@ class GateTraining:
         start: share of the epochs before the first removal.
         shrink_every: removals between physical shrinking; 0 shrinks at the end only.
         noise: `per_example`, or ``per_element`` for reproduction.
-        seed: of noise, shuffling and dropout.
+        seed: seed of noise, shuffling and dropout.
     """
 
     epochs: int = 50
@@ -196,8 +196,8 @@ class GateRounds(Method):
     Attributes:
         training: settings.
         inputs: batch of inputs, for tracing.
-        rule: scores the structures.
-        decide: turns scores into masks: `by_threshold`, or a `ParametersLeft`.
+        rule: function that scores the structures.
+        decide: function from scores to masks: `by_threshold`, or a `ParametersLeft`.
         ignore: parameters that stay whole, as for `ockham.attach_gates`.
         inspect: function of the trained gates before the last decision, whose plain answer the result keeps.
     """
@@ -354,8 +354,8 @@ class GateCompression:
         loader: batches of (inputs, targets) with a length.
         likelihood: "classification", "regression", or a `Likelihood`.
         training: settings.
-        rule: scores the structures.
-        decide: turns scores into masks: `by_threshold`, or a `ParametersLeft`.
+        rule: function that scores the structures.
+        decide: function from scores to masks: `by_threshold`, or a `ParametersLeft`.
         ignore: parameters that stay whole, as for `ockham.attach_gates`.
         n_data: number of summed log-likelihood terms; counted in one pass where not given.
         **reading: ``batch``, ``output`` and ``steps_per_epoch``, see `ockham.core.batch.LoaderOptions`.
@@ -471,11 +471,11 @@ def gate_sensitivity(
     """Mean square over batches of dL/d ln theta, for the Taylor rule; E[theta] in place of the noise.
 
     Args:
-        gates: of the network.
+        gates: gates of the network.
         loader: batches of the training data.
-        objective: gives L, the mean NLL of a batch; a likelihood will do.
-        batches: how many at most.
-        seed: of shuffling.
+        objective: mean NLL of a batch, L; a likelihood will do.
+        batches: number of batches at most.
+        seed: seed of shuffling.
 
     Returns:
         [gates], float64. Gradients of the parameters are cleared.

@@ -52,8 +52,8 @@ class HostCut(NamedTuple):
     """Normals of y = ln theta, cut off to [low, high], in units of their std.
 
     Attributes:
-        mean: of the uncut normal, [gates].
-        std: its standard deviation.
+        mean: mean of the uncut normal, [gates].
+        std: standard deviation of the uncut normal.
         alpha: (low - mean) / std.
         beta: (high - mean) / std.
         near: distance of the nearer end where the mode lies outside, else 0.
@@ -340,7 +340,9 @@ class _Far(NamedTuple):
         sign = np.where(at_low, 1.0, -1.0)
         start, std, away = tensors(like, np.where(at_low, q.low, q.high), sign * q.std, sign)
         wide = like.new_empty(0, dtype=torch.float64) if like.device.type != "mps" else like
-        rest = tensors(wide, _rest(q))[0] if q.power.min() < _NOTHING else None
+        rest = None
+        if q.power.min() < _NOTHING:  # (1 - Phi(f)) / (1 - Phi(n)) for the far end f
+            rest = tensors(wide, np.exp(host_log_mills(q.far) - host_log_mills(q.near) - q.power))[0]
         mirrored = away > 0 if at_low.any() else None
         return cls(tensors(wide, q.near)[0], (slope, bend, twist), start, std, away, mirrored, rest)
 
@@ -358,12 +360,6 @@ class _Far(NamedTuple):
         change = far_change(self.near, self.hazard, distance)
         by_mean, stretched = (grad * change).sum(0), (grad * distance).sum(0)
         return by_mean, self.away * (stretched + self.near.to(by_mean.dtype) * by_mean)
-
-
-def _rest(q: HostCut) -> HostArray:
-    """(1 - Phi(f)) / (1 - Phi(n)) for the far end f."""
-    found: HostArray = np.exp(host_log_mills(q.far) - host_log_mills(q.near) - q.power)
-    return found
 
 
 _Part = tuple[Tensor | None, _Near | _Far]

@@ -62,8 +62,17 @@ def matrices_of(model: nn.Module, names: frozenset[str]) -> dict[str, MatrixSums
             if p is None or p.ndim < 2 or first.get(p) not in names or sum(q is p for q in owners) > 1:
                 continue
             layout = _layout(module, local, p)
-            if layout is not None and max(layout[1:]) <= _LARGEST:
-                found[first[p]] = _empty(module, p, layout, first, names)
+            if layout is None or max(layout[1:]) > _LARGEST:
+                continue
+            groups, outputs, inputs = layout
+            packed = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+            hooked = isinstance(module, nn.Linear | _Conv) and not packed
+            bias = first.get(getattr(module, "bias", None)) if hooked else None  # type: ignore[arg-type]
+            bias = bias if bias in names else None
+            wide = inputs + (bias is not None)
+            options: dict[str, Any] = {"dtype": torch.float64, "device": p.device}
+            a, g = torch.zeros(groups, wide, wide, **options), torch.zeros(groups, outputs, outputs, **options)
+            found[first[p]] = MatrixSums(first[p], bias, groups, a, g, module=module if hooked else None)
     return found
 
 
@@ -104,21 +113,6 @@ def _layout(module: nn.Module, local: str, p: Tensor) -> tuple[int, int, int] | 
     return None
 
 
-def _empty(
-    module: nn.Module, p: Tensor, layout: tuple[int, int, int], first: Mapping[Any, str], names: frozenset[str]
-) -> MatrixSums:
-    groups, outputs, inputs = layout
-    hooked = isinstance(module, nn.Linear | _Conv) and not isinstance(
-        module, nn.modules.linear.NonDynamicallyQuantizableLinear
-    )
-    bias = first.get(getattr(module, "bias", None)) if hooked else None
-    bias = bias if bias in names else None
-    wide = inputs + (bias is not None)
-    options: dict[str, Any] = {"dtype": torch.float64, "device": p.device}
-    a, g = torch.zeros(groups, wide, wide, **options), torch.zeros(groups, outputs, outputs, **options)
-    return MatrixSums(first[p], bias, groups, a, g, module=module if hooked else None)
-
-
 def _hook(sums: MatrixSums, weight: float) -> Any:
     def forward(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
         columns = _columns(module, args[0].detach())
@@ -130,7 +124,15 @@ def _hook(sums: MatrixSums, weight: float) -> Any:
             output.register_hook(backward)
 
     def backward(gradient: Tensor) -> None:
-        g = _grouped(sums.module, gradient.detach(), sums.groups)
+        g = gradient.detach()
+        if isinstance(sums.module, nn.Linear):
+            g = g.reshape(1, -1, g.shape[-1])
+        else:
+            assert isinstance(sums.module, _Conv)
+            g = g if g.ndim == len(sums.module.kernel_size) + 2 else g.unsqueeze(0)
+            n, c = g.shape[:2]
+            g = g.reshape(n, sums.groups, c // sums.groups, -1).permute(1, 0, 3, 2)
+            g = g.reshape(sums.groups, -1, c // sums.groups)
         sums.outputs += weight * (g.mT @ g).double()
 
     return forward
@@ -144,39 +146,16 @@ def _columns(module: nn.Module, x: Tensor) -> Tensor:
     d, groups = len(module.kernel_size), module.groups
     x = x if x.ndim == d + 2 else x.unsqueeze(0)
     for axis in range(d):
-        x = _windows(
-            _padded(module, x, axis), axis + 2, module.dilation[axis], module.kernel_size[axis], module.stride[axis]
-        )
+        reach = module.dilation[axis] * (module.kernel_size[axis] - 1)
+        if module.padding == "same":
+            ends = (reach // 2, reach - reach // 2)
+        else:
+            ends = (0, 0) if module.padding == "valid" else (int(module.padding[axis]),) * 2
+        x = F.pad(x.movedim(axis + 2, -1), ends).movedim(-1, axis + 2)
+        x = x.unfold(axis + 2, reach + 1, module.stride[axis])[..., :: module.dilation[axis]]  # a view
     x = x.unflatten(1, (groups, -1))  # [N, groups, channels, *positions, *kernel]; positions last copies fastest
     order = [1, 2, *range(3 + d, 3 + 2 * d), 0, *range(3, 3 + d)]
     return x.permute(order).flatten(2 + d).flatten(1, 1 + d)
-
-
-def _padded(module: _Conv, x: Tensor, axis: int) -> Tensor:
-    return F.pad(x.movedim(axis + 2, -1), _padding(module, axis)).movedim(-1, axis + 2)
-
-
-def _padding(module: _Conv, axis: int) -> tuple[int, int]:
-    if module.padding == "valid":
-        return 0, 0
-    if module.padding == "same":
-        total = module.dilation[axis] * (module.kernel_size[axis] - 1)
-        return total // 2, total - total // 2
-    return int(module.padding[axis]), int(module.padding[axis])
-
-
-def _windows(x: Tensor, dim: int, dilation: int, size: int, stride: int) -> Tensor:
-    """Sliding windows along one dimension, the window as a new last dimension; a view."""
-    return x.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
-
-
-def _grouped(module: nn.Module | None, g: Tensor, groups: int) -> Tensor:
-    """Gradients of the outputs, [groups, rows, outputs]."""
-    if isinstance(module, nn.Linear):
-        return g.reshape(1, -1, g.shape[-1])
-    g = g if isinstance(module, _Conv) and g.ndim == len(module.kernel_size) + 2 else g.unsqueeze(0)
-    n, c = g.shape[:2]
-    return g.reshape(n, groups, c // groups, -1).permute(1, 0, 3, 2).reshape(groups, -1, c // groups)
 
 
 _CHUNK_NUMBERS = 1 << 24

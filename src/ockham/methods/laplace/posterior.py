@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -162,35 +162,41 @@ def laplace_posterior(
         source: what the posterior says about where it comes from.
     """
     weights = {n: p.detach().clone(memory_format=torch.contiguous_format) for n, p in model.named_parameters()}
-    factor = n_data / curvature.terms
+    factor, fixed = n_data / curvature.terms, fixed_entries(model)
+    untouched = {name for name, d in curvature.diagonal.items() if not bool(d.any())}
+    untouched |= {n for n, s in curvature.matrices.items() if not (bool(s.outputs.any()) and bool(s.inputs.any()))}
+    if untouched:
+        warnings.warn(
+            f"no gradient reaches {sorted(untouched)[:6]} on these data: they get no posterior and are left alone",
+            OckhamWarning,
+            stacklevel=3,
+        )
     moments: dict[str, Gaussian] = {}
     blocks = []
-    untouched, fixed = _untouched(curvature), fixed_entries(model)
     for sums in (s for s in curvature.matrices.values() if s.weight not in untouched):
-        block = _block(sums, weights, factor, prior)
+        # A summed, G averaged: their product is the curvature of the whole data
+        outputs_factor = factor / max(sums.rows, torch.finfo(torch.float64).tiny) * sums.outputs
+        block = WeightMatrix(sums.weight, sums.bias, factorised(sums.inputs, outputs_factor, 1.0))
+        fitted = prior(block.precision.curvature, block.pack(weights))
+        block = replace(block, precision=replace(block.precision, prior_precision=fitted))
         blocks.append(block)
-        moments |= _correlated(block, weights)
-    fixed = fixed_entries(model)
+        conditional = block.unpack(conditional_precision(block.precision), weights)
+        marginal = block.unpack(1 / marginal_variance(block.precision), weights)
+        for name in block.names:
+            moments[name] = _gaussian(weights[name], conditional[name], fitted, marginal[name])
     for name, diagonal in ((n, d) for n, d in curvature.diagonal.items() if n not in untouched):
         h, free = factor * diagonal, ~fixed[name] if name in fixed else slice(None)
-        moments[name] = _independent(weights[name], h, prior(h[free], weights[name][free]))
+        p0 = prior(h[free], weights[name][free])
+        moments[name] = _gaussian(weights[name], (h + p0).to(weights[name].dtype), p0, None)
     for name in fixed.keys() & moments.keys():
-        moments[name] = _without(moments[name], fixed[name])
+        # weights that the network holds fixed are known: no spread, and nothing to remove
+        g, known = moments[name], fixed[name]
+        spread = None if g.marginal_precision is None else g.marginal_precision.masked_fill(known, torch.inf)
+        moments[name] = replace(
+            g, precision=g.precision.masked_fill(known, torch.inf), keep=~known, marginal_precision=spread
+        )
     ordered = {name: moments[name] for name in weights if name in moments}
     return Posterior(ordered, float(n_data), 1.0, source, tuple(blocks))
-
-
-def _untouched(curvature: Curvature) -> set[str]:
-    """Parameters without any gradient on these data; they have no posterior, and a warning says so."""
-    names = {name for name, d in curvature.diagonal.items() if not bool(d.any())}
-    names |= {n for n, s in curvature.matrices.items() if not (bool(s.outputs.any()) and bool(s.inputs.any()))}
-    if names:
-        warnings.warn(
-            f"no gradient reaches {sorted(names)[:6]} on these data: they get no posterior and are left alone",
-            OckhamWarning,
-            stacklevel=4,
-        )
-    return names
 
 
 def _pass(
@@ -262,33 +268,6 @@ def _names(model: nn.Module) -> list[str]:
             "the model has no parameters that require a gradient: there is nothing to have a posterior of"
         )
     return names
-
-
-def _block(sums: MatrixSums, weights: Mapping[str, Tensor], factor: float, prior: FittedPrior) -> WeightMatrix:
-    # A summed, G averaged: their product is the curvature of the whole data
-    outputs_factor = factor / max(sums.rows, torch.finfo(torch.float64).tiny) * sums.outputs
-    block = WeightMatrix(sums.weight, sums.bias, factorised(sums.inputs, outputs_factor, 1.0))
-    fitted = prior(block.precision.curvature, block.pack(weights))
-    return replace(block, precision=replace(block.precision, prior_precision=fitted))
-
-
-def _correlated(block: WeightMatrix, weights: Mapping[str, Tensor]) -> dict[str, Gaussian]:
-    conditional = block.unpack(conditional_precision(block.precision), weights)
-    marginal = block.unpack(1 / marginal_variance(block.precision), weights)
-    return {
-        name: _gaussian(weights[name], conditional[name], block.precision.prior_precision, marginal[name])
-        for name in block.names
-    }
-
-
-def _independent(weight: Tensor, curvature: Tensor, prior_precision: float) -> Gaussian:
-    return _gaussian(weight, (curvature + prior_precision).to(weight.dtype), prior_precision, None)
-
-
-def _without(g: Gaussian, fixed: Tensor) -> Gaussian:
-    """Weights that the network holds fixed are known: no spread, and nothing to remove."""
-    marginal = None if g.marginal_precision is None else g.marginal_precision.masked_fill(fixed, torch.inf)
-    return replace(g, precision=g.precision.masked_fill(fixed, torch.inf), keep=~fixed, marginal_precision=marginal)
 
 
 def _gaussian(weight: Tensor, precision: Tensor, prior_precision: float, marginal: Tensor | None) -> Gaussian:
@@ -407,13 +386,10 @@ class Correlated:
         score = Score(objective, empirical=not isinstance(objective.likelihood, TermLikelihood))
         with evaluating(model) as device:
             generator = torch.Generator(device).manual_seed(posterior.kept())
-            batches = self._some(objective.checked(loader, model))
+            batches, count = [], 0
+            for batch in objective.checked(loader, model):
+                batches.append(batch)
+                count += batch.size
+                if count >= self.examples:
+                    break
             return with_marginals(posterior, *living_curvature(model, posterior, batches, score, generator))
-
-    def _some(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        count = 0
-        for batch in batches:
-            yield batch
-            count += batch.size
-            if count >= self.examples:
-                return

@@ -40,8 +40,8 @@ class AuditedWeight:
     """One weight of the last layer.
 
     Attributes:
-        output: row.
-        unit: column.
+        output: row of the weight.
+        unit: column of the weight.
         claimed: inclusion by the posterior.
         exact: probability by enumeration.
         correlated: probability by expectation propagation over all living units, which knows correlations.
@@ -60,7 +60,7 @@ class Audit:
 
     Attributes:
         parameter: name of the audited weight matrix.
-        weights: those that were enumerated, most doubtful first.
+        weights: enumerated weights, most doubtful first.
         correlation: largest absolute correlation between features of living units, as the likelihood sees them.
         fixed_points: number of fixed points of the paired posterior from 16 starts, most over the outputs; more than
             one means that a claim can depend on where training began.
@@ -120,7 +120,8 @@ def audit(
     is replaced by its quadratic at the network's prediction, the other outputs held.
 
     Args:
-        model: ends in a Linear layer; its parameters hold the posterior mean. Used in evaluation mode, left as it was.
+        model: network that ends in a Linear layer; its parameters hold the posterior mean. Used in evaluation
+            mode, left as it was.
         posterior: distribution of its parameters, with inclusion of its own or without (then `ockham.inclusion` at
             ``log_odds``).
         x: inputs of all training examples (or a large part: the data's weight is scaled to the posterior's n_data):
@@ -148,7 +149,8 @@ def audit(
     rows, highest, most = [], 0.0, 1
     for k in range(target.shape[1]):
         root = (curvature[:, k] * scale).sqrt().unsqueeze(1)
-        one = _Output(features * root, (target[:, k] - _bias(layer, k)) * root[:, 0], gaussian, claims, k, log_odds)
+        bias = 0.0 if layer.bias is None else float(layer.bias.detach()[k])
+        one = _Output(features * root, (target[:, k] - bias) * root[:, 0], gaussian, claims, k, log_odds)
         rows += one.rows()
         highest, most = max(highest, one.correlation()), max(most, one.fixed_points())
     rows.sort(key=lambda w: abs(w.claimed - 0.5))
@@ -166,21 +168,16 @@ class _Output:
         self.mean = gaussian.expected[output][self.alive].double()
         self.slab = 1 / torch.broadcast_to(gaussian.prior_precision, gaussian.mean.shape)[output][self.alive].double()
         self.x, self.y = x[:, self.alive], y
-        self.odds = self._prior_odds(gaussian, log_odds)
-
-    def _prior_odds(self, gaussian: Gaussian, log_odds: float) -> float:
-        """What the posterior believed before the data: its claims less their evidence; the median is robust."""
+        self.odds = log_odds
         if gaussian.inclusion is None or not len(self.alive):
-            return log_odds
-        here = gaussian.keep[self.output]
-        variance = 1 / gaussian.precision[self.output][here].double()
-        evidence = (
-            0.5 * (variance / self.slab).log() + 0.5 * gaussian.mean[self.output][here].double().square() / variance
-        )
+            return
+        # What the posterior believed before the data: its claims less their evidence; the median is robust.
+        here = gaussian.keep[output]
+        variance = 1 / gaussian.precision[output][here].double()
+        evidence = 0.5 * (variance / self.slab).log() + 0.5 * gaussian.mean[output][here].double().square() / variance
         doubtful = (self.claims > 1e-4) & (self.claims < 1 - 1e-4)
-        if not bool(doubtful.any()):
-            return log_odds
-        return float((torch.logit(self.claims) - evidence)[doubtful].median().clamp(-12, 12))
+        if bool(doubtful.any()):
+            self.odds = float((torch.logit(self.claims) - evidence)[doubtful].median().clamp(-12, 12))
 
     def rows(self) -> list[AuditedWeight]:
         """Enumerate the most doubtful; the others stay at their mean."""
@@ -248,10 +245,6 @@ def _working(outputs: Tensor, y: Tensor, noise_variance: float | Tensor | None) 
     curvature = (p * (1 - p)).clamp_min(1e-6)
     onehot = nn.functional.one_hot(y.reshape(-1), outputs.shape[1]).double()
     return outputs + (onehot - p) / curvature, curvature
-
-
-def _bias(layer: nn.Linear, output: int) -> float:
-    return 0.0 if layer.bias is None else float(layer.bias.detach()[output])
 
 
 def _warnings(found: Audit) -> tuple[str, ...]:

@@ -59,7 +59,7 @@ def inclusion_paired(
         projected: h, shape [p].
         log_odds: logit of the prior inclusion, scalar or [p].
         slab_variance: v, scalar or [p].
-        starts: the first from m = 0, pi = 1/2, the others random.
+        starts: number of starts, the first from m = 0, pi = 1/2, the others random.
         seed: number that starts those.
         sweeps: passes over the coordinates, at most.
 
@@ -91,22 +91,20 @@ def inclusion_paired(
             pi[:, j] = torch.sigmoid(base[j] + 0.5 * mean[:, j].square() / variance[j])
         if bool((pi - before).abs().max() < 1e-10):
             break
-    return _mixed(pi, _elbo(precision, projected, (mean, variance, pi), odds, slab))
+    return _mixed(precision, projected, (mean, variance, pi), odds, slab)
 
 
-def _elbo(
+def _mixed(
     precision: Tensor, projected: Tensor, moments: tuple[Tensor, Tensor, Tensor], odds: Tensor, slab: Tensor
-) -> Tensor:
+) -> Paired:
+    """Fixed points of different evidence bound, one each, weighted by exp(bound)."""
     mean, variance, pi = moments
     expected = pi * mean
     spread = weight_variance(mean, variance, pi)
     fit = expected @ projected - 0.5 * ((expected @ precision) * expected).sum(1) - 0.5 * spread @ precision.diagonal()
     cost = slab_kl(mean, variance.expand_as(mean), 1 / slab)
     rates = torch.sigmoid(odds).log(), torch.sigmoid(-odds).log()
-    return fit - spike_slab_kl(pi, cost, *rates).sum(1)
-
-
-def _mixed(pi: Tensor, elbo: Tensor) -> Paired:
+    elbo = fit - spike_slab_kl(pi, cost, *rates).sum(1)
     order = elbo.argsort(descending=True)
     own = [int(order[0])]
     for i in order[1:].tolist():

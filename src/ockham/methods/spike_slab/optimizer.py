@@ -55,13 +55,12 @@ def _(layer: nn.Linear, x: Tensor, variances: dict[Tensor, Tensor]) -> Tensor:
     return F.linear(x.square(), variances[layer.weight], _bias(layer, variances))
 
 
-def _conv(layer: Any, x: Tensor, variances: dict[Tensor, Tensor]) -> Tensor:
+@variance_of_output.register(nn.Conv1d)
+@variance_of_output.register(nn.Conv2d)
+@variance_of_output.register(nn.Conv3d)
+def _(layer: Any, x: Tensor, variances: dict[Tensor, Tensor]) -> Tensor:
     variance: Tensor = layer._conv_forward(x.square(), variances[layer.weight], _bias(layer, variances))
     return variance
-
-
-for _kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-    variance_of_output.register(_kind, _conv)
 
 
 def _bias(layer: Any, variances: dict[Tensor, Tensor]) -> Tensor | None:
@@ -87,6 +86,9 @@ class Propagation:
             for p in module.parameters(recurse=False):
                 owners.setdefault(p, []).append(module)
 
+        # Attention reads the weights of its projections; their forward is never called.
+        attention = (m for m in model.modules() if isinstance(m, nn.MultiheadAttention))
+        inside = {m for a in attention for m in a.modules() if m is not a}
         hook = _Hook(self, noise)
         for module in model.modules():
             own = list(module.parameters(recurse=False))
@@ -95,7 +97,7 @@ class Propagation:
                 continue
             if getattr(module, "weight", None) not in held:
                 continue  # computed from other parameters, as by torch.nn.utils.prune
-            if module in _inside_attention(model):
+            if module in inside:
                 continue
             self.layers.append(module)
             self.parameters += own
@@ -134,11 +136,6 @@ def without_noise(model: nn.Module) -> nn.Module:
     return model
 
 
-def _inside_attention(model: nn.Module) -> set[nn.Module]:
-    """Projections whose forward is never called: attention reads their weights."""
-    return {m for a in model.modules() if isinstance(a, nn.MultiheadAttention) for m in a.modules() if m is not a}
-
-
 @dataclass(frozen=True, slots=True)
 class SlabFacts:
     """What all weights of a run share.
@@ -149,8 +146,8 @@ class SlabFacts:
         log_slab_variance: E[ln v1].
         log_rate: E ln p0.
         log_rest: E ln(1 - p0).
-        propagated: whether the noise enters through pre-activations.
-        driven: whether inclusion follows the gradient instead of the running moments.
+        propagated: flag, True where the noise enters through pre-activations.
+        driven: flag, True where inclusion follows the gradient instead of the running moments.
     """
 
     step: int
@@ -307,8 +304,8 @@ class SpikeSlab(VariationalOptimizer):
         variance F(x^2, V). Gradients are far less noisy; other parameters go on as before.
 
         Args:
-            model: holds the parameters of this optimizer; its forward hooks stay until `release`.
-            update: of the inclusion in these layers, `by_moments` or `by_gradient` of
+            model: network of this optimizer's parameters; its forward hooks stay until `release`.
+            update: rule for the inclusion in these layers, `by_moments` or `by_gradient` of
                 `ockham.methods.spike_slab.optimizer`.
                 The gradient is exact and needs batches large enough that N
                 times a gradient's noise stays below the evidence; moments are robust (measured: docs/decisions.md).
@@ -446,28 +443,25 @@ class SpikeSlab(VariationalOptimizer):
     def _update_(self, mean: Tensor, grad: Tensor, vectors: Mapping[str, Tensor], facts: Any, group: Any) -> None:
         names = (*self._vectors, "noise", "first", "second")
         for m, g, *rest in cache_chunks(mean, grad, *(vectors[n] for n in names)):
-            self._update_chunk(m, g, dict(zip(names, rest, strict=True)), facts, group)
-
-    def _update_chunk(self, mean: Tensor, grad: Tensor, vectors: Mapping[str, Tensor], facts: Any, group: Any) -> None:
-        pi, variance = torch.sigmoid(vectors["logit"]), (2 * vectors["log_std"]).exp()
-        slab = mean / pi
-        if facts.propagated:
-            variance_grad = vectors["variance_grad"]
-        else:
-            noise = vectors["second"].copy_(vectors["noise"])
-            variance_grad = noise.mul_(grad).div_(vectors["first"].mul_(2).clamp_min_(1e-30))
-        here = Run(slab, variance, pi, grad, variance_grad)
-        pull = kl_share(facts.step, group) * group["temperature"] / group["n_data"]
-        mean_grad, std_grad = here.gradients(pull, facts.prior_precision)
-        towards = (by_gradient if facts.driven else by_moments)(here, vectors["logit"], facts, group)
-        rest: dict[str, Any] = {"step": facts.step, "betas": group["betas"], "eps": group["eps"], "decay": 0.0}
-        rate = float(group["lr"])
-        adam_(slab, mean_grad, vectors["exp_avg"], vectors["exp_avg_sq"], lr=rate, **rest)
-        rate *= group["std_rate"]
-        adam_(vectors["log_std"], std_grad, vectors["std_avg"], vectors["std_avg_sq"], lr=rate, **rest)
-        rate = group["inclusion_rate"] * float(group["lr"]) / group["peak_lr"]
-        logit = vectors["logit"].add_(towards, alpha=rate).clamp_(-_LOGIT_LIMIT, _LOGIT_LIMIT)
-        torch.mul(slab, torch.sigmoid(logit), out=mean)
+            v = dict(zip(names, rest, strict=True))
+            pi, variance = torch.sigmoid(v["logit"]), (2 * v["log_std"]).exp()
+            slab = m / pi
+            if facts.propagated:
+                variance_grad = v["variance_grad"]
+            else:
+                noise = v["second"].copy_(v["noise"])
+                variance_grad = noise.mul_(g).div_(v["first"].mul_(2).clamp_min_(1e-30))
+            here = Run(slab, variance, pi, g, variance_grad)
+            pull = kl_share(facts.step, group) * group["temperature"] / group["n_data"]
+            mean_grad, std_grad = here.gradients(pull, facts.prior_precision)
+            towards = (by_gradient if facts.driven else by_moments)(here, v["logit"], facts, group)
+            adam: dict[str, Any] = {"step": facts.step, "betas": group["betas"], "eps": group["eps"], "decay": 0.0}
+            rate = float(group["lr"])
+            adam_(slab, mean_grad, v["exp_avg"], v["exp_avg_sq"], lr=rate, **adam)
+            adam_(v["log_std"], std_grad, v["std_avg"], v["std_avg_sq"], lr=rate * group["std_rate"], **adam)
+            rate = group["inclusion_rate"] * rate / group["peak_lr"]
+            logit = v["logit"].add_(towards, alpha=rate).clamp_(-_LOGIT_LIMIT, _LOGIT_LIMIT)
+            torch.mul(slab, torch.sigmoid(logit), out=m)
 
     @torch.no_grad()
     def _after_step(self, group: dict[str, Any]) -> None:
@@ -476,15 +470,12 @@ class SpikeSlab(VariationalOptimizer):
             return
         for p in (p for p in group["params"] if p.grad is not None and p.requires_grad):
             if (state := self.state[p])["step"] >= group["kl_warmup"] and state["step"] % group["prior_interval"] == 0:
-                self._learn(p, state, prior)
-
-    def _learn(self, p: Tensor, state: dict[str, Any], prior: SlabPrior) -> None:
-        mean, variance, pi = self._moments(p)
-        included, moment = float(pi.sum()), float((pi * (mean.square() + variance)).sum())
-        rates = state["log_rate"], state["log_rest"]
-        state["log_rate"], state["log_rest"] = prior.updated_rates(rates, included, p.numel() - included)
-        state["prior_precision"] = prior.updated(state["prior_precision"], included, moment)
-        state["log_slab_variance"] = prior.log_slab_variance(state["prior_precision"], included)
+                mean, variance, pi = self._moments(p)
+                included, moment = float(pi.sum()), float((pi * (mean.square() + variance)).sum())
+                rates = state["log_rate"], state["log_rest"]
+                state["log_rate"], state["log_rest"] = prior.updated_rates(rates, included, p.numel() - included)
+                state["prior_precision"] = prior.updated(state["prior_precision"], included, moment)
+                state["log_slab_variance"] = prior.log_slab_variance(state["prior_precision"], included)
 
     def _moments(self, p: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Slab mean, slab variance and inclusion of the living weights, float64."""

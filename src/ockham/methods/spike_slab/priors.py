@@ -96,7 +96,7 @@ class LearnedSpikeSlab(SlabPrior):
         keep_count: a of the Beta.
         remove_count: b of the Beta.
         shape: c of the inverse-gamma; large holds v1 where it is.
-        spike_variance: 0 (default) is the Dirac spike.
+        spike_variance: variance of the spike; 0 (default) is the Dirac spike.
     """
 
     inclusion: float = 0.5
@@ -177,8 +177,17 @@ def inclusion(posterior: Posterior, log_odds: float | Mapping[str, float] = 0.0)
     >>> inclusion(Posterior({"w": g}, n_data=10))["w"].round(decimals=3)
     tensor([0.0910, 1.0000])
     """
-    odds = _odds_by_name(posterior, log_odds)
-    return {name: _of(name, g, odds[name]) for name, g in posterior.items()}
+    given = dict(log_odds) if isinstance(log_odds, Mapping) else dict.fromkeys(posterior, float(log_odds))
+    unknown = [n for n in given if n not in posterior]
+    if unknown:
+        raise OckhamError(f"log_odds names parameters the posterior does not have: {unknown[:6]}")
+    for name, value in given.items():
+        if not math.isfinite(value):
+            raise OckhamError(
+                f"log_odds must be finite nats, ln p/(1-p) of the prior inclusion (ln .9/.1 = 2.2); got {value} "
+                f"for {name!r}. To keep or drop a parameter whatever the data say, leave it out or remove it"
+            )
+    return {name: _of(name, g, float(given.get(name, 0.0))) for name, g in posterior.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,17 +231,3 @@ def _of(name: str, g: Gaussian, log_odds: float) -> Tensor:
     odds = inclusion_log_odds(g.mean[g.keep], 1 / precision[g.keep], log_odds, 1 / prior[g.keep])
     result[g.keep] = torch.sigmoid(odds)
     return result
-
-
-def _odds_by_name(posterior: Posterior, log_odds: float | Mapping[str, float]) -> dict[str, float]:
-    given = dict(log_odds) if isinstance(log_odds, Mapping) else dict.fromkeys(posterior, float(log_odds))
-    unknown = [n for n in given if n not in posterior]
-    if unknown:
-        raise OckhamError(f"log_odds names parameters the posterior does not have: {unknown[:6]}")
-    for name, value in given.items():
-        if not math.isfinite(value):
-            raise OckhamError(
-                f"log_odds must be finite nats, ln p/(1-p) of the prior inclusion (ln .9/.1 = 2.2); got {value} "
-                f"for {name!r}. To keep or drop a parameter whatever the data say, leave it out or remove it"
-            )
-    return {n: float(given.get(n, 0.0)) for n in posterior}
