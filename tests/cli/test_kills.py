@@ -261,10 +261,15 @@ def test_the_same_job_only_is_resumed(home: Path) -> None:
     (home / "w.safetensors").write_bytes(weights)
     assert command(*prune, "--resume") == 0 and command(*prune, "--resume") == 0
     assert command(*common("mean-field", "m"), before=dying(2)) == 77
-    (home / "log").write_text("")
-    assert command(*common("ivon", "m"), "--resume") == 2
-    said = (home / "log").read_text().replace("\n", " ")
-    assert "mean-field" in said and "ivon" in said
+    for other, names in (
+        (common("ivon", "m"), ("mean-field", "ivon")),
+        ((*common("mean-field", "m"), "--learning-rate", "0.5"), ("learning_rate was 0.003, is 0.5",)),
+        ((*common("mean-field", "m"), "--batch-size", "17"), ("batch_size was", "is 17")),
+    ):
+        (home / "log").write_text("")
+        assert command(*other, "--resume") == 2
+        said = (home / "log").read_text().replace("\n", " ")
+        assert "belongs to another job" in said and all(name in said for name in names)
     data = np.load(home / "data" / "train.npz")
     np.savez(home / "data" / "train.npz", x=data["x"], y=1 - data["y"])
     (home / "log").write_text("")

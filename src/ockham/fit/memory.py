@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import operator
 from collections import defaultdict
@@ -13,7 +14,8 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from ockham.errors import OckhamError, check_keywords
@@ -36,6 +38,7 @@ __all__ = [
     "check_group",
     "check_keep",
     "check_settings",
+    "compare_processes",
     "read",
     "renew_",
     "schedule_of",
@@ -418,6 +421,41 @@ def check_settings(owner: str, s: Mapping[str, Any], kind: type = Prior, example
         raise OckhamError(f"{owner}: betas must lie in [0, 1); got {s['betas']}")
     if "prior" in s and not isinstance(s["prior"], kind):
         raise OckhamError(f"{owner}: prior must be a {kind.__name__} such as ockham.{example}; got {s['prior']!r}")
+
+
+def compare_processes(parameters: Sequence[Tensor], numbers: Mapping[str, float]) -> None:
+    """Where `DistributedDataParallel` trains the parameters, compare what must be alike in all of its processes.
+
+    Gradients are averaged there and nothing else: from another seed or other weights each process would go its own way
+    without a word.
+
+    Args:
+        parameters: those of this process; their means, outside of a draw.
+        numbers: what else must be alike, by name.
+
+    Raises:
+        OckhamError: they differ; in all processes, naming the values of two.
+    """
+    if not parameters or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    wrapper, first = nn.parallel.DistributedDataParallel, parameters[0]
+    holders = (o for o in gc.get_objects() if issubclass(type(o), wrapper))  # torch keeps no list of them
+    group = next((w.process_group for w in holders if any(p is first for p in w.parameters())), None)
+    if group is None:
+        return
+    sums = [t.detach().double().sum() * (i % 97 + 1) for i, t in enumerate(parameters)]
+    every = {**numbers, "sum of the weights": float(torch.stack(sums).sum())}
+    mine = torch.tensor(list(every.values()), dtype=torch.float64, device=first.device)
+    theirs = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(theirs, mine, group=group)
+    for rank, other in enumerate(theirs):
+        for name, zero, value in zip(every, theirs[0].tolist(), other.tolist(), strict=True):
+            if zero != value:
+                raise OckhamError(
+                    f"processes that train one network (DistributedDataParallel) differ in {name}: process 0 has "
+                    f"{zero:.17g}, process {rank} {value:.17g}. Give the optimizer the same seed=, n_data= (of the "
+                    "data of all) and starting weights in every process"
+                )
 
 
 _FUSED = {"cpu", "cuda", "mps", "xpu"}

@@ -25,6 +25,7 @@ from ockham.fit.memory import (
     check_group,
     check_keep,
     check_settings,
+    compare_processes,
     read,
     renew_,
     sliced,
@@ -90,6 +91,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         self._arenas: dict[int, Arena] = {}
         self._backup: list[tuple[Span, Tensor]] | None = None
         self._pending = False
+        self._compared = False  # whether other processes of the same network are known to hold the same
         self._phase = -1  # place of the current draw in the cycle of the noise
         self._names: dict[Tensor, str] = {}
         try:
@@ -201,7 +203,8 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
 
         Raises:
             OckhamError: no draw belongs to these gradients (the backward pass ran outside `sampled`), or one is NaN or
-                infinite (`skip_nonfinite` leaves such a step out instead); nothing has moved then.
+                infinite (`skip_nonfinite` leaves such a step out instead); or, at the first step, another process that
+                trains the same network has another seed or other weights. Nothing has moved then.
         """
         loss = None
         if closure is not None:
@@ -217,6 +220,10 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
             self._pending, self.skipped = False, self.skipped + 1
             return loss
         self._free_what_is_trained()
+        if not self._compared:
+            held, first = list(self._names), self.param_groups[0]
+            compare_processes(held, {"seed": self._seed, "n_data": first["n_data"], "draws so far": self._phase})
+            self._compared = True
         self._before_step()
         for group in self.param_groups:
             arena = self._arena(group)
@@ -414,6 +421,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
                 saved["prior"] = restored_prior(saved["prior"], own["prior"])
         super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
         self._pending, self._phase, self._seed = sampler["pending"], sampler["phase"], sampler["seed"]
+        self._compared = False
         self._generators = {}
         for device, saved in sampler["generators"].items():
             self._generator(torch.device(device)).set_state(saved.cpu())
