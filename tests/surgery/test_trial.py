@@ -18,11 +18,11 @@ class EmptyPart(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 10)
-        self.head, self.rest = nn.Linear(10, 7, bias=False), nn.Linear(7, 0, bias=False)
+        self.head, self.rest = nn.Linear(10, 7, bias=False), nn.Parameter(torch.zeros(0, 7))
 
     def forward(self, x):
         y = self.b(self.a(x).relu()).relu()
-        return y @ torch.cat([self.head.weight.t(), self.rest.weight], 0)
+        return y @ torch.cat([self.head.weight.t(), self.rest], 0)
 
 
 def test_a_parameter_without_elements_is_no_trouble() -> None:

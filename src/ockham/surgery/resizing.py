@@ -245,10 +245,11 @@ def _sliced(mode: Resizing, x: Tensor, dim: int, item: slice) -> slice:
     for i, edit in mode.fitting("slice", x, dim):
         size = int(x.shape[dim])
         before, after = next(((o, n) for d, o, n in edit.sizes if d == dim), (size, size))
-        open_alike = (asked.start in (None, 0), asked.stop is None) == (edit.old[0] == 0, edit.old[1] == before)
+        begins = asked.start == 0 or (asked.start is None) == (edit.old[0] == 0)  # a computed start may be 0
+        ends = asked.stop is not None or edit.old[1] == before
         if asked.indices(before)[:2] == edit.old:
             written.append((i, edit.new))
-        elif asked.indices(after)[:2] == edit.new or open_alike:
+        elif asked.indices(after)[:2] == edit.new or (begins and ends):
             computed.append((i, edit.new))
     found = written or computed
     return slice(*mode.choose(found)) if found else item
