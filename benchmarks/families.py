@@ -39,8 +39,8 @@ from ockham.surgery.groups import plan_masks
 RESULTS = Path(__file__).parent / "results" / "families"
 SEEDS = (0, 1, 2)
 TOLERANCE = 1e-4
-REPEATED = ("not built", "too slow")
-"""Verdicts that say nothing of Ockham: such an architecture is tried again."""
+REPEATED = ("not built", "too slow", "raw exception", "wrong")
+"""Verdicts that are not to last: such an architecture is tried again."""
 
 TIMM = """
 resnet10t resnet14t resnet18 resnetv2_18 resnext26ts seresnext26ts ecaresnet26t botnet26t_256 halonet26t lambda_resnet26t

@@ -82,7 +82,7 @@ def onnx_latency(model: nn.Module, example_inputs: Any, *, batch: int = 1, repea
         ExportError: when the network cannot be written, or ONNX Runtime is missing or takes other inputs.
     """
     try:
-        import onnxruntime
+        import onnxruntime  # type: ignore[import-untyped,unused-ignore]
     except ImportError as error:
         raise ExportError(f"timing in ONNX Runtime needs another package: {error}; pip install onnxruntime") from error
     given = with_rows(example_inputs, batch)

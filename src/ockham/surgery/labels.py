@@ -235,17 +235,17 @@ def match(left: Value, right: Value, ledger: Labels, *, reason: str) -> tuple[li
         if set(dims[0]) & set(dims[1]) and dims[0] != dims[1]:
             for side, k, own in zip(sides, (i, j), dims, strict=True):
                 side[k] = ledger.collapse(side[k], own[1:], reason)
-    left, right = ([f for f in side if f.numel() > 1] for side in sides)
+    ours, theirs = ([f for f in side if f.numel() > 1] for side in sides)
     joint = []
-    for f in left:
-        twin = next((g for g in right if varying(g) == varying(f)), None)
+    for f in ours:
+        twin = next((g for g in theirs if varying(g) == varying(f)), None)
         if twin is None:
             joint.append(ledger.collapse(f, [d for d in varying(f) if sizes[1][d] > 1], reason))
         else:
             ledger.unify(f, twin, reason)
-            right = [g for g in right if g is not twin]
+            theirs = [g for g in theirs if g is not twin]
             joint.append(twin if ledger.is_loose(f) else f)
-    joint += [ledger.collapse(g, [d for d in varying(g) if sizes[0][d] > 1], reason) for g in right]
+    joint += [ledger.collapse(g, [d for d in varying(g) if sizes[0][d] > 1], reason) for g in theirs]
     shape = tuple(max(a, b) if 0 not in (a, b) else 0 for a, b in zip(*sizes, strict=True))
     return [f for f in joint if f.numel() > 1], shape
 

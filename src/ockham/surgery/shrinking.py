@@ -452,10 +452,11 @@ def verify(
     """
     generator = generator or torch.Generator().manual_seed(0)
     arguments = as_arguments(example_inputs)
-    pair, cast = [clone(m, lambda _, t: t.detach().clone()).double().eval() for m in (masked, small)], to_double
+    cast: Callable[[Arguments], Arguments] = to_double
+    pair = [clone(m, lambda _, t: t.detach().clone()).eval() for m in (masked, small)]
     try:
         for model in pair:
-            outputs(model, to_double(arguments))
+            outputs(model.double(), to_double(arguments))
     except Exception:  # in the models' own dtype, then
         pair = [clone(m, lambda _, t: t.detach().clone()).eval() for m in (masked, small)]
         cast = copy.copy

@@ -175,7 +175,7 @@ class Walker:
             source, index = node.args
             found = known.get(source) if isinstance(source, fx.Node) else None
             listed = isinstance(found, list) and isinstance(index, int) and index < len(found)
-            return found[index] if listed else Value(shapes_of(node.meta.get("val")))  # type: ignore[index,return-value]
+            return found[index] if listed else Value(shapes_of(node.meta.get("val")))  # type: ignore[index]
         call = Call(op_name(node.target), node, known, ledger, self.sites)
         inner = _subgraph(node)
         if inner is not None:

@@ -164,8 +164,7 @@ def concatenation(call: Call) -> Value:
     rows = []  # labels along `dim`, part by part
     for part in parts:
         found = [f for f in part.factors if varying(f) == (dim,)]
-        shape = [part.shape[d] if d == dim else 1 for d in range(len(part.shape))]
-        rows.append(found[0] if found else torch.full(shape, -1))
+        rows.append(found[0] if found else torch.full([n if d == dim else 1 for d, n in enumerate(part.shape)], -1))
     laid = torch.cat(rows, dim)
     across = [Value((*p.shape[:dim], 1, *p.shape[dim + 1 :]), _others(p, dim, call)) for p in parts]
     joint = across[0]
