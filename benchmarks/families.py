@@ -4,7 +4,9 @@ The right answer never comes from Ockham: the original network runs at full size
 Every network has run once before it is traced, as in use. For three plans, in which every group loses a share of its own
 between 0 and 90 %, outputs are compared in evaluation and in training mode, on a second batch, and on padded masks.
 
-    python benchmarks/families.py [NAME ...] [--list] [--limit 240] [--library timm|transformers]
+    python benchmarks/families.py [NAME ...] [--list] [--limit 240] [--library timm|transformers] [--again]
+
+What was recorded stays as it is unless it is named or ``--again`` is given, so that a run can be taken up where it ended.
 
 Networks of transformers are built from small configurations; those of timm need the package ``timm`` (torchvision is not
 needed: what timm imports of it is stood in for). Nothing is downloaded.
@@ -37,6 +39,8 @@ from ockham.surgery.groups import plan_masks
 RESULTS = Path(__file__).parent / "results" / "families"
 SEEDS = (0, 1, 2)
 TOLERANCE = 1e-4
+REPEATED = ("not built", "too slow", "raw exception", "wrong")
+"""Verdicts that are not to last: such an architecture is tried again."""
 
 TIMM = """
 resnet10t resnet14t resnet18 resnetv2_18 resnext26ts seresnext26ts ecaresnet26t botnet26t_256 halonet26t lambda_resnet26t
@@ -61,6 +65,12 @@ TEXT = {
     "intermediate_size": 48, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     "type_vocab_size": 2, "head_dim": 8,
 }  # fmt: skip
+IMAGE = {"image_size": 32, "patch_size": 4, "num_labels": 5, "num_channels": 3}
+PAIR = {
+    "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+}  # fmt: skip
+ROUTED = {"n_routed_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}  # fmt: skip
 DECODERS = {
     "llama": {}, "mistral": {"sliding_window": 6}, "qwen2": {}, "qwen3": {}, "gemma": {}, "gemma2": {}, "phi": {}, "phi3": {},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8},
@@ -73,26 +83,34 @@ DECODERS = {
     "mixtral": {"num_local_experts": 4}, "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24},
     "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2}, "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "granitemoe": {"num_local_experts": 4}, "phimoe": {"num_local_experts": 4}, "mamba": {"state_size": 4}, "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1},
-    "falcon_mamba": {"state_size": 4}, "rwkv": {"attention_hidden_size": 32}, "recurrent_gemma": {"lru_width": 32}, "jamba": {"num_experts": 4, "mamba_d_state": 4},
-    "bamba": {}, "gpt_oss": {"num_local_experts": 4}, "dbrx": {}, "lfm2": {},
+    "falcon_mamba": {"state_size": 4}, "rwkv": {"attention_hidden_size": 32}, "recurrent_gemma": {"lru_width": 32, "num_hidden_layers": 3}, "jamba": {"num_experts": 4, "mamba_d_state": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4},
+    "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_state": 8, "mamba_n_groups": 1}, "gpt_oss": {"num_local_experts": 4}, "dbrx": {"d_model": 32, "n_heads": 4, "n_layers": 2, "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0}, "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2}}, "lfm2": {},
+    "glm4": {}, "olmo3": {}, "gemma3_text": {}, "seed_oss": {}, "arcee": {}, "ernie4_5": {}, "hunyuan_v1_dense": {}, "apertus": {}, "nanochat": {}, "cohere2": {}, "diffllama": {}, "bitnet": {},
+    "vaultgemma": {}, "gpt_neox_japanese": {}, "doge": {}, "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2}, "dots1": {**ROUTED}, "ernie4_5_moe": {"moe_num_experts": 4, "moe_intermediate_size": 24, "moe_k": 2},
+    "deepseek_v2": {**ROUTED, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4}, "minimax": {"num_local_experts": 4}, "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+    "granitemoeshared": {"num_local_experts": 4, "shared_intermediate_size": 24}, "jetmoe": {"num_local_experts": 4, "kv_channels": 8}, "granitemoehybrid": {"num_local_experts": 4, "mamba_n_heads": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 24},
+    "zamba2": {"mamba_d_state": 8, "mamba_ngroups": 1, "n_mamba_heads": 8, "num_mem_blocks": 1, "layers_block_type": ["mamba", "hybrid"], "attention_head_dim": 16, "attention_hidden_size": 64}, "lfm2_moe": {"num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2, "layer_types": ["conv", "full_attention"]},
+    "qwen3_next": {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24, "num_experts_per_tok": 2, "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"]},
 }  # fmt: skip
 ENCODERS = {
     "bert": {}, "roberta": {}, "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}, "albert": {"embedding_size": 16},
     "electra": {"embedding_size": 16}, "deberta": {}, "deberta-v2": {}, "mpnet": {}, "camembert": {}, "xlm-roberta": {}, "funnel": {"d_model": 32, "d_inner": 48, "n_head": 4, "d_head": 8, "block_sizes": [1, 1]},
-    "convbert": {"embedding_size": 32}, "squeezebert": {}, "mobilebert": {"true_hidden_size": 32, "intra_bottleneck_size": 32, "embedding_size": 32, "num_feedforward_networks": 2},
+    "convbert": {"embedding_size": 32}, "squeezebert": {"embedding_size": 32}, "mobilebert": {"true_hidden_size": 32, "intra_bottleneck_size": 32, "embedding_size": 32, "num_feedforward_networks": 2},
     "ernie": {}, "nystromformer": {}, "roformer": {}, "megatron-bert": {}, "layoutlm": {}, "esm": {"mask_token_id": 3}, "modernbert": {}, "fnet": {}, "ibert": {}, "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
-    "nomic_bert": {}, "eurobert": {}, "data2vec-text": {}, "rembert": {"input_embedding_size": 16, "output_embedding_size": 16}, "canine": {}, "lilt": {},
+    "nomic_bert": {}, "eurobert": {}, "data2vec-text": {}, "rembert": {"input_embedding_size": 16, "output_embedding_size": 16}, "canine": {}, "lilt": {"hidden_size": 48},
+    "longformer": {"attention_window": 4}, "big_bird": {"attention_type": "original_full"}, "splinter": {}, "luke": {"entity_vocab_size": 10, "entity_emb_size": 16}, "xmod": {"languages": ["en_XX"], "default_language": "en_XX"}, "roberta-prelayernorm": {},
+    "flaubert": {"emb_dim": 32, "n_layers": 2, "n_heads": 4}, "xlm": {"emb_dim": 32, "n_layers": 2, "n_heads": 4}, "modernbert-decoder": {}, "bert-generation": {}, "mra": {}, "yoso": {}, "tapas": {}, "visual_bert": {}, "xlm-roberta-xl": {},
 }  # fmt: skip
 SEQUENCE = {
     "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}, "bart": {}, "mbart": {}, "pegasus": {}, "marian": {}, "blenderbot": {},
     "m2m_100": {}, "longt5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}, "umt5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}, "plbart": {},
 }  # fmt: skip
 IMAGES = {
-    "vit": {}, "deit": {}, "beit": {}, "dinov2": {}, "swin": {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}, "swinv2": {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4},
+    "vit": {}, "deit": {"architectures": ["DeiTForImageClassification"]}, "beit": {}, "dinov2": {}, "swin": {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4}, "swinv2": {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4},
     "convnext": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}, "convnextv2": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}, "resnet": {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1]},
     "regnet": {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1], "groups_width": 8}, "mobilenet_v1": {"depth_multiplier": 0.25}, "mobilenet_v2": {"depth_multiplier": 0.35}, "segformer": {"hidden_sizes": [16, 32], "depths": [1, 1], "num_attention_heads": [1, 2], "num_encoder_blocks": 2, "sr_ratios": [2, 1], "patch_sizes": [3, 3], "strides": [2, 2], "mlp_ratios": [2, 2]},
-    "poolformer": {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}, "cvt": {"embed_dim": [8, 16, 16], "num_heads": [1, 2, 2], "depth": [1, 1, 1]}, "pvt_v2": {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 2]}, "levit": {"hidden_sizes": [16, 24, 32], "key_dim": [4, 4, 4], "depths": [1, 1, 1], "num_attention_heads": [2, 3, 4]},
-    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.3}, "vit_msn": {}, "ijepa": {}, "focalnet": {"embed_dim": 16, "depths": [1, 1], "focal_levels": [1, 1], "focal_windows": [3, 3]}, "hiera": {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "num_query_pool": 1}, "bit": {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}, "yolos": {"num_detection_tokens": 4}, "dpt": {},
+    "poolformer": {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}, "cvt": {"embed_dim": [8, 16, 16], "num_heads": [1, 2, 2], "depth": [1, 2, 3]}, "pvt_v2": {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 2]}, "levit": {"architectures": ["LevitForImageClassification"], "image_size": 64, "patch_size": 16, "hidden_sizes": [16, 24, 32], "key_dim": [4, 4, 4], "depths": [1, 1, 1], "num_attention_heads": [2, 3, 4]},
+    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "hidden_dim": 320}, "vit_msn": {}, "ijepa": {}, "focalnet": {"embed_dim": 16, "depths": [1, 1], "focal_levels": [1, 1], "focal_windows": [3, 3]}, "hiera": {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2], "num_query_pool": 1, "image_size": [64, 64], "patch_size": [7, 7]}, "bit": {"num_groups": 8, "embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1]}, "yolos": {"image_size": [32, 32], "num_detection_tokens": 4}, "dpt": {},
 }  # fmt: skip
 
 
@@ -149,6 +167,46 @@ def _timm(name: str) -> tuple[nn.Module, list[Any]]:
     return net, [(torch.randn(2, 3, side, side),), (torch.randn(3, 3, side, side),)]
 
 
+MIXTURES = (
+    "moe",
+    "mixtral",
+    "gpt_oss",
+    "dbrx",
+    "flex_olmo",
+    "dots1",
+    "deepseek",
+    "minimax",
+    "jamba",
+    "granitemoehybrid",
+)
+HYBRIDS = ("recurrent_gemma", "bamba", "lfm2", "zamba2", "qwen3_next", "diffllama")
+RECURRENT = ("mamba", "rwkv")
+MIXED = (
+    "botnet halonet lambda coat maxvit mobilevit efficientformer levit efficientvit edgenext fastvit repvit tiny_vit cvt "
+    "nextvit caformer visformer convit shvit swiftformer mvit"
+).split()
+PLAIN = (
+    "vit deit beit eva02 cait xcit crossvit pit_ twins swin nest gcvit davit hiera volo tnt mixer gmlp resmlp sequencer "
+    "samvit pvt dinov2 segformer ijepa yolos dpt focalnet poolformer metaformer"
+).split()
+
+
+def family_of(name: str) -> str:
+    """Return the family under which an architecture counts in the table of means."""
+    kind, _, own = name.partition(":")
+    if kind == "decoder":
+        for family, names in (("mixture of experts", MIXTURES), ("hybrid", HYBRIDS), ("recurrent", RECURRENT)):
+            if any(n in own for n in names):
+                return family
+        return "decoder"
+    if kind in ("encoder", "seq2seq"):
+        return kind
+    for family, names in (("hybrid vision", MIXED), ("vision transformer", PLAIN)):
+        if own.startswith(tuple(names)):
+            return family
+    return "convolutional"
+
+
 SMALL = tuple(
     """resnet resnext seresnext ecaresnet res2ne skresnet wide_ resnest csp cs3 darknet densenet dla dpn dm_ nf_ regnet repvgg
     mobileone vgg mobilenet mnasnet efficientnet tf_eff tinynet fbnet spnas hardcore mixnet rexnet ghost lcnet semnas hrnet
@@ -159,24 +217,26 @@ SIZED = ("vit_tiny", "deit3", "deit_", "swin_tiny", "mixer", "gmlp", "resmlp", "
 
 
 def _transformer(kind: str, name: str, own: dict[str, Any]) -> tuple[nn.Module, list[Any]]:
-    here = str(Path(__file__).parent)
-    sys.path[:] = [p for p in sys.path if p not in (here, "")]  # a benchmark beside this one is called transformers
+    here = Path(__file__).resolve().parent  # a benchmark beside this one is called transformers
+    sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != here]
+    if not hasattr(sys.modules.get("transformers"), "AutoConfig"):
+        sys.modules.pop("transformers", None)
     import transformers as library
 
     config = library.AutoConfig.for_model(name)
     fixed = {k for k in TEXT if isinstance(getattr(type(config), k, None), property)}
-    known = {k: v for k, v in TEXT.items() if hasattr(config, k) and k not in fixed}
-    images = {"image_size": 32, "patch_size": 4, "num_labels": 5, "num_channels": 3}
-    known |= {k: v for k, v in images.items() if hasattr(config, k)} if kind == "image" else {}
-    spare = {k: v for k, v in (("d_model", 32), ("encoder_layers", 2), ("decoder_layers", 2), ("encoder_attention_heads", 4), ("decoder_attention_heads", 4), ("encoder_ffn_dim", 48), ("decoder_ffn_dim", 48)) if hasattr(config, k)}  # fmt: skip
-    config = library.AutoConfig.for_model(name, **{**known, **(spare if kind == "seq2seq" else {}), **own})
+    fixed |= {k for k, other in config.attribute_map.items() if other in own}
+    sizes = {**TEXT, **(IMAGE if kind == "image" else {}), **(PAIR if kind == "seq2seq" else {})}
+    known = {k: v for k, v in sizes.items() if hasattr(config, k) and k not in fixed}
+    config = library.AutoConfig.for_model(name, **{**known, **own})
     if kind == "image":
         net = (
             library.AutoModelForImageClassification.from_config(config)
             if name not in ("yolos", "dpt")
             else library.AutoModel.from_config(config)
         )
-        return net, [{"pixel_values": torch.randn(n, 3, 32, 32)} for n in (2, 3)]
+        side = 64 if name in ("levit", "hiera") else 32
+        return net, [{"pixel_values": torch.randn(n, 3, side, side)} for n in (2, 3)]
     maker = {"decoder": "AutoModelForCausalLM", "encoder": "AutoModelForMaskedLM", "seq2seq": "AutoModelForSeq2SeqLM"}[
         kind
     ]
@@ -293,6 +353,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--again", action="store_true", help="try once more what is recorded")
     parser.add_argument("--limit", type=int, default=240, help="seconds of CPU time for one network")
     parser.add_argument("--library", choices=["timm", "transformers"])
     given = parser.parse_args()
@@ -306,6 +367,8 @@ def main() -> None:
             continue
         if given.list:
             print(name)
+            continue
+        if name in rows and rows[name]["verdict"] not in REPEATED and not (given.again or given.names):
             continue
         signal.setitimer(signal.ITIMER_PROF, given.limit)
         try:
@@ -342,7 +405,14 @@ def table(rows: dict[str, Any]) -> str:
     for name, row in sorted(rows.items()):
         cells = [row.get(k, "") for k in ("verdict", "groups", "kept_at_60", "worst", "trace_cpu_s", "why")]
         lines.append(f"| {name} | " + " | ".join(str(c).replace("|", "/").replace("\n", " ") for c in cells) + " |")
-    return "\n".join([f"# Families\n\n{head}.\n", *lines, ""])
+    kept: dict[str, list[float]] = {}
+    for name, row in rows.items():
+        if "kept_at_60" in row:
+            kept.setdefault(family_of(name), []).append(row["kept_at_60"])
+    means = ["| family | architectures | parameters kept at a 60 % cut, mean | largest |", "| --- | --- | --- | --- |"]
+    for family, own in sorted(kept.items()):
+        means.append(f"| {family} | {len(own)} | {sum(own) / len(own):.3f} | {max(own):.3f} |")
+    return "\n".join([f"# Families\n\n{head}.\n", *means, "", *lines, ""])
 
 
 if __name__ == "__main__":

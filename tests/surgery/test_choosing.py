@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 import ockham
+from ockham.choose import prices
 from ockham.choose.prices import budget_from, macs_after, parameters_after, unit_costs
 from ockham.choose.units import choose_units
 from ockham.errors import OckhamWarning
 from ockham.surgery import PlanError
+from ockham.surgery.exporting import onnx_latency
 from ockham.surgery.shrinking import cost, latencies
 
 
@@ -130,6 +132,44 @@ def test_a_latency_budget_is_measured() -> None:
     dense, small = latencies([model, ockham.shrink(model, plan)], x, batch=64, repeats=30)
     assert 0 < len(plan.removed["0.weight:0"]) < 2048
     assert small < 0.85 * dense  # the share was met when it was measured; a busy machine may blur it here
+
+
+def test_a_latency_budget_may_be_timed_in_onnx_runtime(traced, monkeypatch) -> None:
+    model, groups = traced
+    weighed = lambda net, x, batch: 1e-6 * sum(p.numel() for p in net.parameters())  # noqa: E731
+    monkeypatch.setattr(prices, "onnx_latency", weighed)
+    options = {"budget": {"latency": "50%", "runtime": "onnxruntime"}, "model": model, "example_inputs": X}
+    plan = ockham.plan(groups, posterior_of(model), **options)
+    whole = sum(p.numel() for p in model.parameters())
+    assert 0.3 * whole < parameters_after(model, plan) <= 0.5 * whole
+    for wrong in ({"latency": "50%", "runtime": "java"}, {"macs": "50%", "runtime": "torch"}):
+        with pytest.raises(PlanError, match=r"runtime|budget names"):
+            budget_from(wrong)
+
+
+def test_a_network_is_timed_in_onnx_runtime_and_left_as_it_is() -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = small_cnn().train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    assert 0 < onnx_latency(model, (X,), batch=5, repeats=3, warmup=1) < 10
+    assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_the_multiple_of_widths_is_measured(traced, monkeypatch) -> None:
+    model, groups = traced
+
+    def seconds(model, plan, x, runtime):
+        whole = all((plan.widths[k] - len(plan.removed.get(k, ()))) % 4 == 0 for k in plan.widths)
+        return (1.0 if whole else 1.5) * macs_after(model, plan, x)
+
+    monkeypatch.setattr(prices, "latency_after", seconds)
+    assert prices.multiple_that_pays(prices.Subject(model, X), groups) == 4
+    options = {"price": ockham.FlatPrice(1.0), "round_to": "auto"}
+    plan = ockham.plan(groups, posterior_of(model), model=model, example_inputs=X, **options)
+    assert all((w - len(plan.removed.get(k, ()))) % 4 == 0 for k, w in plan.widths.items())
+    with pytest.raises(PlanError, match="round_to='auto' is measured"):
+        ockham.plan(groups, posterior_of(model), **options)
 
 
 def test_a_budget_that_cannot_be_met_names_the_least(traced) -> None:

@@ -29,11 +29,7 @@ def build(name):
     return model, x
 
 
-_DERIVED = pytest.mark.xfail(reason="a size derived in code from a narrower stream: the small network does not run")
-_NETS = [pytest.param(name, marks=_DERIVED) if name in ("nano", "timm") else name for name in ZOO]
-
-
-@pytest.mark.parametrize("name", _NETS)
+@pytest.mark.parametrize("name", ZOO)
 def test_masked_equals_shrunk(name):
     model, x, groups = traced(name)
     for ratio in (0.1, 0.3, 0.5, 0.7):
@@ -42,11 +38,8 @@ def test_masked_equals_shrunk(name):
             assert gap <= 1e-5, (ratio, seed)
 
 
-_AGAIN = pytest.mark.xfail(reason="a narrower GroupNorm is not traced a second time: its groups stay")
-
-
 @pytest.mark.filterwarnings("ignore:nothing of this network can be removed")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=_AGAIN) if n == "groupnorm" else n for n in ZOO])
+@pytest.mark.parametrize("name", ZOO)
 def test_a_small_network_can_be_shrunk_again(name):
     model, x, groups = traced(name)
     small = shrink(model, random_plan(groups, 0.3, generator=torch.Generator().manual_seed(0)))

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+
+from ockham.core.network import keeping_modes
 
 
 def canonical_names(model: nn.Module) -> dict[int, str]:
@@ -99,6 +101,16 @@ def as_arguments(example_inputs: Any) -> Arguments:
     return (example_inputs,), {}
 
 
+def with_rows(example_inputs: Any, batch: int) -> Any:
+    """Return example inputs in which every tensor is repeated or cut to `batch` rows; numbers stay as they are."""
+
+    def rows(tensor: Tensor) -> Tensor:
+        index = torch.arange(batch, device=tensor.device)
+        return tensor.index_select(0, index % tensor.shape[0]) if tensor.ndim else tensor
+
+    return pytree.tree_map_only(Tensor, rows, example_inputs)
+
+
 def tensors_of(out: Any) -> list[Tensor]:
     """Return the tensors in what a network returned, without the caches of language models."""
     if isinstance(out, Tensor):
@@ -179,7 +191,8 @@ class Still(TorchFunctionMode):
         if func in DROPOUTS:
             return args[0] if args else kwargs["input"]
         if func is F.scaled_dot_product_attention:
-            return func(*args[:4], **{**_named(args[4:]), **kwargs, "dropout_p": 0.0})
+            rest = dict(zip(("dropout_p", "is_causal"), args[4:], strict=False))
+            return func(*args[:4], **{**rest, **kwargs, "dropout_p": 0.0})
         if func is F.rrelu:
             return F.leaky_relu(args[0] if args else kwargs["input"], 0.25)
         out = func(*args, **kwargs)
@@ -191,10 +204,6 @@ class Still(TorchFunctionMode):
     @staticmethod
     def _normal(out: Tensor, mean: Any = 0.0, std: Any = 1.0, *_: Any) -> Tensor:
         return torch.zeros_like(out) + mean + 0.5 * std if isinstance(std, (Tensor, float)) else out.fill_(0.5)
-
-
-def _named(rest: tuple[Any, ...]) -> dict[str, Any]:
-    return dict(zip(("dropout_p", "is_causal"), rest, strict=False))
 
 
 @contextlib.contextmanager
@@ -240,6 +249,26 @@ def layers_of(model: nn.Module, arguments: Arguments) -> dict[str, Tensor]:
         for handle in handles:
             handle.remove()
     return found
+
+
+def given_to(model: nn.Module, layers: Collection[str], arguments: Arguments) -> dict[str, list[Tensor]]:
+    """Return what each of some submodules is given first, call by call, in one forward in evaluation mode."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def keeper(name: str) -> Any:
+        def keep(_module: nn.Module, args: Any) -> None:
+            seen.setdefault(name, []).append(args[0].detach())
+
+        return keep
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(keeper(name)) for name in layers]
+    try:
+        with keeping_modes(model):
+            outputs(model.eval(), arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
 
 
 def place_of_failure(model: nn.Module, arguments: Arguments) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
 
 from ockham.errors import OckhamError
-from ockham.surgery.copies import as_arguments
+from ockham.surgery.copies import as_arguments, given_to, with_rows
 
 __all__ = []
 
@@ -43,14 +44,20 @@ def export(model: nn.Module, path: str | Path, example_inputs: Any) -> Path:
         ExportError: for another ending, a missing package, or a model which cannot be exported.
     """
     path = Path(path)
-    writers = {".onnx": _onnx, ".pt2": _pt2}
-    if path.suffix not in writers:
+    if path.suffix not in (".onnx", ".pt2"):
         raise ExportError(f"cannot export to {path.name!r}: expected a path ending in .onnx or .pt2")
     modes = {name: module.training for name, module in model.named_modules()}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            writers[path.suffix](_program(model.eval(), example_inputs), path)
+            program = _program(model.eval(), example_inputs)
+            if path.suffix == ".pt2":
+                torch.export.save(program, path)
+                return path
+            written = torch.onnx.export(program, dynamo=True)
+            if written is None:
+                raise ExportError("the ONNX exporter returned nothing")
+            written.save(str(path))
     except ImportError as error:
         raise ExportError(
             f"exporting to {path.suffix} needs another package: {error}; pip install onnxscript"
@@ -61,10 +68,49 @@ def export(model: nn.Module, path: str | Path, example_inputs: Any) -> Path:
     return path
 
 
+def onnx_latency(model: nn.Module, example_inputs: Any, *, batch: int = 1, repeats: int = 20, warmup: int = 5) -> float:
+    """Measure the median time of a forward pass in ONNX Runtime on the CPU in seconds, warm.
+
+    Args:
+        model: any network that `export` can write as ONNX; left as it is.
+        example_inputs: as for `trace`; every tensor is repeated or cut to `batch` rows.
+        batch: number of rows.
+        repeats: number of timed passes.
+        warmup: number of passes before.
+
+    Raises:
+        ExportError: when the network cannot be written, or ONNX Runtime is missing or takes other inputs.
+    """
+    try:
+        import onnxruntime  # type: ignore[import-untyped,unused-ignore]
+    except ImportError as error:
+        raise ExportError(f"timing in ONNX Runtime needs another package: {error}; pip install onnxruntime") from error
+    given = with_rows(example_inputs, batch)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        file = export(model, Path(folder) / "network.onnx", given)
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    names = [held.name for held in session.get_inputs()]
+    values = [t.detach().numpy() for t in pytree.tree_leaves(as_arguments(given)) if isinstance(t, Tensor)]
+    if len(names) != len(values):
+        raise ExportError(f"the ONNX network takes {len(names)} inputs ({', '.join(names)}); got {len(values)} tensors")
+    times = []
+    for _ in range(warmup + repeats):
+        start = time.perf_counter()
+        session.run(None, dict(zip(names, values, strict=True)))
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[warmup:])
+
+
 def _program(model: nn.Module, example_inputs: Any) -> torch.export.ExportedProgram:
     args, kwargs = as_arguments(example_inputs)
     failures = []
-    choices: tuple[Any, ...] = (_batch_dims((args, kwargs)), None)
+    batches = torch.export.ShapesCollection()  # the first dimension of every input tensor is dynamic
+    for tensor in pytree.tree_leaves((args, kwargs)):
+        if isinstance(tensor, Tensor) and tensor.ndim:
+            batches[tensor] = {0: torch.export.Dim.AUTO}
+    choices: tuple[Any, ...] = (batches, None)
     for dynamic in choices:
         try:
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
@@ -73,26 +119,6 @@ def _program(model: nn.Module, example_inputs: Any) -> torch.export.ExportedProg
     raise ExportError(f"{type(model).__name__} cannot be exported: {str(failures[-1]).splitlines()[0]}") from failures[
         -1
     ]
-
-
-def _batch_dims(arguments: Any) -> torch.export.ShapesCollection:
-    """Make the first dimension of every input tensor dynamic."""
-    shapes = torch.export.ShapesCollection()
-    for tensor in pytree.tree_leaves(arguments):
-        if isinstance(tensor, torch.Tensor) and tensor.ndim:
-            shapes[tensor] = {0: torch.export.Dim.AUTO}
-    return shapes
-
-
-def _onnx(program: torch.export.ExportedProgram, path: Path) -> None:
-    written = torch.onnx.export(program, dynamo=True)
-    if written is None:
-        raise ExportError("the ONNX exporter returned nothing")
-    written.save(str(path))
-
-
-def _pt2(program: torch.export.ExportedProgram, path: Path) -> None:
-    torch.export.save(program, path)
 
 
 class ExecutionError(OckhamError):
@@ -162,10 +188,11 @@ def sparse_linear(
         repeats: timed passes per layer and form.
     """
     small = copy.deepcopy(model).eval()
-    inputs = _layer_inputs(small, example_inputs)
+    layers = [n for n, m in small.named_modules() if type(m) is nn.Linear and m.weight.device.type == "cpu"]
+    inputs = given_to(small, layers, as_arguments(example_inputs))
     held = [id(p) for m in small.modules() for p in m.parameters(recurse=False)]
     times: dict[str, LayerTime] = {}
-    for name, x in inputs.items():
+    for name, (x, *_) in inputs.items():
         layer = small.get_submodule(name)
         assert isinstance(layer, nn.Linear)
         zeros = float((layer.weight == 0).float().mean())
@@ -180,29 +207,6 @@ def sparse_linear(
             setattr(small.get_submodule(parent), leaf, sparse)
     small.train(model.training)
     return small, times
-
-
-def _layer_inputs(model: nn.Module, example_inputs: Any) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    handles = []
-    for name, module in model.named_modules():
-        if type(module) is nn.Linear and module.weight.device.type == "cpu":
-            handles.append(module.register_forward_pre_hook(_keeper(found, name)))
-    args, kwargs = as_arguments(example_inputs)
-    try:
-        with torch.no_grad():
-            model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def _keeper(found: dict[str, Tensor], name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def keep(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        found.setdefault(name, args[0])
-
-    return keep
 
 
 def _median(layer: nn.Module, x: Tensor, repeats: int) -> float:

@@ -159,12 +159,10 @@ class Groups:
         reasons: dict[str, list[str]] = defaultdict(list)
         for (name, dim), why in self.frozen.items():
             reasons[why.replace(f" in {name.rpartition('.')[0]} ", " ")].append(f"{name}:{dim}")
-        return "\n".join([*lines, *(f"stays: {_some(names)} ({why})" for why, names in reasons.items())])
-
-
-def _some(names: list[str], most: int = 6) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+        for why, names in reasons.items():
+            more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+            lines.append(f"stays: {', '.join(names[:6])}{more} ({why})")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -199,7 +197,9 @@ def build(
         made: boolean over atoms, True where a weight both makes and is read.
         shapes: shape of every tensor of the model.
     """
-    why = _first_reason(root, frozen)
+    why = torch.full((root.numel(),), len(frozen))  # of each component: the number of its first reason to stay
+    for number in reversed(range(len(frozen))):
+        why[root[frozen[number][0]]] = number
     stays = {
         (axis.name, axis.dim): frozen[int(reason)][1]
         for axis in axes
@@ -209,9 +209,9 @@ def build(
     groups: dict[str, Group] = {}
     roots: dict[str, Tensor] = {}
     for family, numbers in families:
-        group = _renamed(
-            _group([axes[n] for n in numbers], root, family=family, sides=(consumed, made), shapes=shapes), groups
-        )
+        group = _group([axes[n] for n in numbers], root, family=family, sides=(consumed, made), shapes=shapes)
+        same = sum(other.split("#")[0] == group.id for other in groups)
+        group = replace(group, id=f"{group.id}#{same + 1}") if same else group
         if not any(member.consumes for member in group.members):
             _freeze(stays, group, "is read by nothing that could be taken out with it")
         elif group.size > 1:
@@ -219,14 +219,6 @@ def build(
         else:
             _freeze(stays, group, "is a single unit: nothing would be left")
     return Groups(groups, stays, shapes, roots)
-
-
-def _first_reason(root: Tensor, frozen: list[tuple[Tensor, str]]) -> Tensor:
-    """Return, for each component, the index of the first reason to keep it; ``len(frozen)`` for none."""
-    why = torch.full((root.numel(),), len(frozen))
-    for number in reversed(range(len(frozen))):
-        why[root[frozen[number][0]]] = number
-    return why
 
 
 def _families(axes: list[Axis], root: Tensor, *, free: Tensor) -> list[tuple[Tensor, list[int]]]:
@@ -278,12 +270,6 @@ def _group(
     kind = "channel" if max(learned, default=1) == 1 else "block"
     held = {m.name: shapes[m.name] for m in members}
     return Group(f"{made.name}:{made.dim}", kind, family.numel(), tuple(members), held)
-
-
-def _renamed(group: Group, taken: Mapping[str, Group]) -> Group:
-    """Return the group under an id nobody has yet: ``name:dim``, ``name:dim#2``, ..."""
-    same = sum(other.split("#")[0] == group.id for other in taken)
-    return replace(group, id=f"{group.id}#{same + 1}") if same else group
 
 
 PLAN_SCHEMA = 1
@@ -365,16 +351,18 @@ class Plan:
         }
         modules = dict.fromkeys(e.module for e in (*self.edits, *other.edits))
         own = {m: [[e for e in plan.edits if e.module == m] for plan in (self, other)] for m in modules}
+        counts: dict[str, dict[int, int]] = {}
+        for m in dict.fromkeys([*self.counts, *other.counts]):
+            first, second = self.counts.get(m, {}), other.counts.get(m, {})
+            fresh = {a: b for a, b in second.items() if a not in first.values()}  # stands in the code as it is
+            counts[m] = {**fresh, **{a: second.get(b, b) for a, b in first.items()}}
         return replace(
             self,
             removed=removed,
             widths=widths,
             cuts=cuts,
-            edits=tuple(e for first, second in own.values() for e in compose(first, second)),
-            counts={
-                m: _counted(self.counts.get(m, {}), other.counts.get(m, {}))
-                for m in dict.fromkeys([*self.counts, *other.counts])
-            },
+            edits=tuple(e for pair in own.values() for e in compose(*pair)),
+            counts=counts,
             spared=tuple(dict.fromkeys((*self.spared, *other.spared))),
             nats={key: self.nats[key] for key in self.nats if removed[key] == self.removed[key]},
             caches={**self.caches, **other.caches},
@@ -405,7 +393,48 @@ class Plan:
         Raises:
             PlanError: for text that is not a plan, is damaged, or comes from a newer version.
         """
-        return _read(text)
+        try:
+            data: dict[str, Any] = json.loads(text)
+            told = data.pop("sha256", None)  # plans of earlier versions, and those written by hand, have none
+            if data.get("kind") != "ockham-plan":
+                raise PlanError("this is not an Ockham plan")
+            if int(data["schema"]) > PLAN_SCHEMA:
+                raise PlanError(
+                    f"the plan has schema {data['schema']}, this version reads up to {PLAN_SCHEMA}: upgrade Ockham"
+                )
+            strange = data.keys() - {f.name for f in fields(Plan)} - {"schema", "kind", "fingerprint"}
+            if strange:  # perhaps a name that was "sha256"
+                raise PlanError(f"the plan is damaged or was changed: unknown field {min(strange)!r}")
+            plan = Plan(
+                removed={k: tuple(v) for k, v in data["removed"].items()},
+                widths={k: int(v) for k, v in data["widths"].items()},
+                cuts={n: {int(d): tuple(i) for d, i in c.items()} for n, c in data["cuts"].items()},
+                shapes={n: tuple(s) for n, s in data["shapes"].items()},
+                edits=tuple(Edit.from_data(e) for e in data["edits"]),
+                counts={m: {int(a): int(b) for a, b in c.items()} for m, c in data["counts"].items()},
+                spared=tuple(data["spared"]),
+                nats={k: tuple(v) for k, v in data["nats"].items()},
+                caches={k: tuple(v) for k, v in data.get("caches", {}).items()},
+            )
+            for name, dim, gone in ((n, d, i) for n, cut in plan.cuts.items() for d, i in cut.items()):
+                size = plan.shapes[name][dim]
+                inside = all(isinstance(i, int) and 0 <= i < size for i in gone)
+                if not inside or not len(set(gone)) == len(gone) < size:
+                    raise PlanError(
+                        f"the plan is damaged: {name}:{dim} has {size} indices and cannot lose {list(gone)}"
+                    )
+        except PlanError:
+            raise
+        except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError, ValueError) as error:
+            raise PlanError(f"the plan is damaged: {type(error).__name__}: {error}") from error
+        if plan.fingerprint != data["fingerprint"]:
+            raise PlanError("the plan is damaged: its shapes do not match its fingerprint")
+        if told is not None and told != _digest(data):
+            raise PlanError(
+                "the plan is damaged or was changed: its SHA-256 is another. "
+                "After a change by hand, take that field out"
+            )
+        return plan
 
     def __str__(self) -> str:
         lines = [f"plan {self.fingerprint[:12]}"]
@@ -421,14 +450,6 @@ def _joined(size: int, first: tuple[int, ...], second: tuple[int, ...]) -> tuple
     """Return the indices out of `size` that are gone after `first`, and `second` of what that left."""
     left = sorted(set(range(size)) - set(first))
     return tuple(sorted({*first, *(left[i] for i in second)}))
-
-
-def _counted(first: Mapping[int, int], second: Mapping[int, int]) -> dict[int, int]:
-    """Return sizes before to sizes after two plans; a size only the second one changes stands in the code as it is."""
-    return {
-        **{a: b for a, b in second.items() if a not in first.values()},
-        **{a: second.get(b, b) for a, b in first.items()},
-    }
 
 
 def _ranges(indices: tuple[int, ...]) -> str:
@@ -450,52 +471,6 @@ def fingerprint(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _read(text: str) -> Plan:
-    try:
-        data: dict[str, Any] = json.loads(text)
-        told = data.pop("sha256", None)  # plans of earlier versions, and those written by hand, have none
-        if data.get("kind") != "ockham-plan":
-            raise PlanError("this is not an Ockham plan")
-        if int(data["schema"]) > PLAN_SCHEMA:
-            raise PlanError(
-                f"the plan has schema {data['schema']}, this version reads up to {PLAN_SCHEMA}: upgrade Ockham"
-            )
-        strange = data.keys() - {f.name for f in fields(Plan)} - {"schema", "kind", "fingerprint"}
-        if strange:  # perhaps a name that was "sha256"
-            raise PlanError(f"the plan is damaged or was changed: unknown field {min(strange)!r}")
-        plan = Plan(
-            removed={k: tuple(v) for k, v in data["removed"].items()},
-            widths={k: int(v) for k, v in data["widths"].items()},
-            cuts={n: {int(d): tuple(i) for d, i in c.items()} for n, c in data["cuts"].items()},
-            shapes={n: tuple(s) for n, s in data["shapes"].items()},
-            edits=tuple(Edit.from_data(e) for e in data["edits"]),
-            counts={m: {int(a): int(b) for a, b in c.items()} for m, c in data["counts"].items()},
-            spared=tuple(data["spared"]),
-            nats={k: tuple(v) for k, v in data["nats"].items()},
-            caches={k: tuple(v) for k, v in data.get("caches", {}).items()},
-        )
-        _check_bounds(plan)
-    except PlanError:
-        raise
-    except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError, ValueError) as error:
-        raise PlanError(f"the plan is damaged: {type(error).__name__}: {error}") from error
-    if plan.fingerprint != data["fingerprint"]:
-        raise PlanError("the plan is damaged: its shapes do not match its fingerprint")
-    if told is not None and told != _digest(data):
-        raise PlanError(
-            "the plan is damaged or was changed: its SHA-256 is another. After a change by hand, take that field out"
-        )
-    return plan
-
-
-def _check_bounds(plan: Plan) -> None:
-    for name, cut in plan.cuts.items():
-        for dim, gone in cut.items():
-            size = plan.shapes[name][dim]
-            if not all(isinstance(i, int) and 0 <= i < size for i in gone) or not len(set(gone)) == len(gone) < size:
-                raise PlanError(f"the plan is damaged: {name}:{dim} has {size} indices and cannot lose {list(gone)}")
 
 
 def check_model(plan: Plan, model: nn.Module) -> None:
@@ -530,7 +505,13 @@ def plan_masks(groups: Groups, keep: Mapping[str, Tensor], *, nats: Mapping[str,
         PlanError: for unknown groups, masks of another dtype or shape, or a mask that keeps nothing.
     """
     for key, mask in keep.items():
-        _check_mask(groups, key, mask)
+        if key not in groups.groups:
+            raise PlanError(f"no group {key!r}; known: {', '.join(list(groups.groups)[:5])}, ...")
+        size, shape = groups[key].size, tuple(mask.shape)
+        if mask.dtype != torch.bool or shape != (size,):
+            raise PlanError(f"keep[{key!r}] is {mask.dtype} of shape {shape}; expected torch.bool of ({size},)")
+        if not bool(mask.any()):
+            raise PlanError(f"keep[{key!r}] removes all {size} units; at least one must stay")
     gone = {k: tuple((~keep[k]).nonzero().flatten().tolist()) for k in groups.groups if k in keep}
     gone = {k: v for k, v in gone.items() if v}
     cuts: dict[str, dict[int, list[int]]] = {}
@@ -557,16 +538,6 @@ def _gone(groups: Groups, removed: Mapping[str, tuple[int, ...]]) -> Tensor:
     return torch.cat(found) if found else torch.empty(0, dtype=torch.long)
 
 
-def _check_mask(groups: Groups, key: str, mask: Tensor) -> None:
-    if key not in groups.groups:
-        raise PlanError(f"no group {key!r}; known: {', '.join(list(groups.groups)[:5])}, ...")
-    size = groups[key].size
-    if mask.dtype != torch.bool or tuple(mask.shape) != (size,):
-        raise PlanError(f"keep[{key!r}] is {mask.dtype} of shape {tuple(mask.shape)}; expected torch.bool of ({size},)")
-    if not bool(mask.any()):
-        raise PlanError(f"keep[{key!r}] removes all {size} units; at least one must stay")
-
-
 def random_plan(groups: Groups, ratio: float, *, generator: torch.Generator | None = None) -> Plan:
     """Build a plan that removes a random share `ratio` of the units of every group (at least one unit stays).
 
@@ -580,11 +551,9 @@ def random_plan(groups: Groups, ratio: float, *, generator: torch.Generator | No
     """
     if not 0 <= ratio <= 1:
         raise PlanError(f"ratio is {ratio}; expected a share between 0 and 1")
-    return plan_masks(groups, {g.id: _random_mask(g, ratio, generator) for g in groups})
-
-
-def _random_mask(group: Group, ratio: float, generator: torch.Generator | None) -> Tensor:
-    count = min(round(ratio * group.size), group.size - 1)
-    mask = torch.ones(group.size, dtype=torch.bool)
-    mask[torch.randperm(group.size, generator=generator)[:count]] = False
-    return mask
+    keep = {}
+    for group in groups:
+        keep[group.id] = torch.ones(group.size, dtype=torch.bool)
+        count = min(round(ratio * group.size), group.size - 1)
+        keep[group.id][torch.randperm(group.size, generator=generator)[:count]] = False
+    return plan_masks(groups, keep)

@@ -13,7 +13,7 @@ turns them into numbers (`Edit`), and `resizing.py` applies the numbers while th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -230,37 +230,24 @@ def match(left: Value, right: Value, ledger: Labels, *, reason: str) -> tuple[li
     rank = max(len(left.shape), len(right.shape))
     sizes = [(1,) * (rank - len(v.shape)) + v.shape for v in (left, right)]
     sides = [[drop_leading(f, rank) for f in v.factors] for v in (left, right)]
-    _narrow(sides, ledger, reason)
-    joint = _pair(sides, sizes, ledger, reason)
-    return joint, tuple(max(a, b) if 0 not in (a, b) else 0 for a, b in zip(*sizes, strict=True))
-
-
-def _narrow(sides: list[list[Tensor]], ledger: Labels, reason: str) -> None:
-    """Collapse factors to their first dimension where they overlap a factor of other dimensions."""
-    left, right = sides
-    for i, j in itertools.product(range(len(left)), range(len(right))):
-        f, g = left[i], right[j]
-        df, dg = varying(f), varying(g)
-        if set(df) & set(dg) and df != dg:
-            left[i] = ledger.collapse(f, df[1:], reason)
-            right[j] = ledger.collapse(g, dg[1:], reason)
-
-
-def _pair(sides: list[list[Tensor]], sizes: list[tuple[int, ...]], ledger: Labels, reason: str) -> list[Tensor]:
-    left, right = ([f for f in side if f.numel() > 1] for side in sides)
-    joint, used = [], set()
-    for f in left:
-        twin = next((j for j, g in enumerate(right) if varying(g) == varying(f)), None)
-        if twin is not None:
-            ledger.unify(f, right[twin], reason)
-            used.add(twin)
-            joint.append(right[twin] if ledger.is_loose(f) else f)
-        else:
+    for i, j in itertools.product(range(len(sides[0])), range(len(sides[1]))):
+        dims = [varying(f) for f in (sides[0][i], sides[1][j])]
+        if set(dims[0]) & set(dims[1]) and dims[0] != dims[1]:
+            for side, k, own in zip(sides, (i, j), dims, strict=True):
+                side[k] = ledger.collapse(side[k], own[1:], reason)
+    ours, theirs = ([f for f in side if f.numel() > 1] for side in sides)
+    joint = []
+    for f in ours:
+        twin = next((g for g in theirs if varying(g) == varying(f)), None)
+        if twin is None:
             joint.append(ledger.collapse(f, [d for d in varying(f) if sizes[1][d] > 1], reason))
-    for j, g in enumerate(right):
-        if j not in used:
-            joint.append(ledger.collapse(g, [d for d in varying(g) if sizes[0][d] > 1], reason))
-    return [f for f in joint if f.numel() > 1]
+        else:
+            ledger.unify(f, twin, reason)
+            theirs = [g for g in theirs if g is not twin]
+            joint.append(twin if ledger.is_loose(f) else f)
+    joint += [ledger.collapse(g, [d for d in varying(g) if sizes[0][d] > 1], reason) for g in theirs]
+    shape = tuple(max(a, b) if 0 not in (a, b) else 0 for a, b in zip(*sizes, strict=True))
+    return [f for f in joint if f.numel() > 1], shape
 
 
 def components(count: int, edges: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -421,17 +408,28 @@ def argument(node: fx.Node, name: str, *otherwise: Any) -> Any:
     raise LookupError(f"{node.target} was given no argument {name!r}")
 
 
+Maker = Callable[[Note, dict[int, Tensor], Tensor], Site | None]
+MAKERS: dict[str, Maker] = {}
+"""Kind of a place to what makes its site from a note, the components along its input, and those of all atoms."""
+
+
+def _makes(*kinds: str) -> Callable[[Maker], Maker]:
+    """Enter a function in `MAKERS` for some kinds of places."""
+
+    def enter(maker: Maker) -> Maker:
+        MAKERS.update(dict.fromkeys(kinds, maker))
+        return maker
+
+    return enter
+
+
 def settled(notes: list[Note], root: Tensor) -> list[Site]:
     """Return the notes with components instead of atoms, in the order of the graph."""
-    makers = {
-        "norm": _whole, "grouped": _whole, "mean": _whole, "var": _whole, "layer_norm": _whole, "rms_norm": _whole,
-        "view": _view, "expand": _view, "unflatten": _unflatten, "split": _split, "pad": _pad, "slice": _slice,
-        "group_norm": _grouped,
-    }  # fmt: skip
-    sites = (makers[KINDS[n.name]](n, _dims(n.before, root), root) for n in notes if n.name in KINDS)
+    sites = (MAKERS[KINDS[n.name]](n, _dims(n.before, root), root) for n in notes if n.name in KINDS)
     return [site for site in sites if site is not None]
 
 
+@_makes("norm", "grouped", "mean", "var", "layer_norm", "rms_norm")
 def _whole(note: Note, before: dict[int, Tensor], root: Tensor) -> Site:
     """Return the site of an op that counts the elements along some dimensions: only those matter."""
     kind, rank = KINDS[note.name], len(note.before.shape)
@@ -450,6 +448,7 @@ def reduced_axes(node: fx.Node, rank: int) -> list[int]:
     return [d % max(rank, 1) for d in ([dim] if isinstance(dim, int) else dim)]
 
 
+@_makes("group_norm")
 def _grouped(note: Note, before: dict[int, Tensor], root: Tensor) -> Site:
     shape, sizes = note.before.shape, argument(note.node, "sizes", None)
     groups = int(argument(note.node, "num_groups", 1))
@@ -457,6 +456,7 @@ def _grouped(note: Note, before: dict[int, Tensor], root: Tensor) -> Site:
     return Site(note.module, "group_norm", shape, before, old, {}, 1, call=note.call)
 
 
+@_makes("view", "expand")
 def _view(note: Note, before: dict[int, Tensor], root: Tensor) -> Site:
     result, op, shape = _result(note), KINDS[note.name], note.before.shape
     after = _dims(result, root)
@@ -474,6 +474,7 @@ def _result(note: Note) -> Value:
     return note.after
 
 
+@_makes("unflatten")
 def _unflatten(note: Note, before: dict[int, Tensor], root: Tensor) -> Site:
     rank = len(note.before.shape)
     dim, count = int(argument(note.node, "dim")) % rank, len(argument(note.node, "sizes"))
@@ -482,6 +483,7 @@ def _unflatten(note: Note, before: dict[int, Tensor], root: Tensor) -> Site:
     return Site(note.module, "unflatten", note.before.shape, before, old, after, dim, call=note.call)
 
 
+@_makes("split")
 def _split(note: Note, before: dict[int, Tensor], root: Tensor) -> Site | None:
     assert isinstance(note.after, list)
     dim = int(argument(note.node, "dim")) % len(note.before.shape)
@@ -489,6 +491,7 @@ def _split(note: Note, before: dict[int, Tensor], root: Tensor) -> Site | None:
     return Site(note.module, "split", note.before.shape, before, parts, {}, dim, call=note.call)
 
 
+@_makes("slice")
 def _slice(note: Note, before: dict[int, Tensor], root: Tensor) -> Site | None:
     shape = note.before.shape
     dim = int(argument(note.node, "dim")) % len(shape)
@@ -500,6 +503,7 @@ def _slice(note: Note, before: dict[int, Tensor], root: Tensor) -> Site | None:
     return Site(note.module, "slice", shape, before, bounds, {}, dim, call=note.call)
 
 
+@_makes("pad")
 def _pad(note: Note, before: dict[int, Tensor], root: Tensor) -> Site | None:
     """Return the site of a padding of one labelled dimension."""
     pads, shape = list(argument(note.node, "pad")), note.before.shape
@@ -537,14 +541,12 @@ def edits_of(sites: tuple[Site, ...], gone: Tensor) -> tuple[Edit, ...]:
         own = edit if edit is not None and edit.changes else _rival(site, changed.get(site.module, []))
         if own is not None:
             found.setdefault(site.module, []).append(own)
-    return tuple(edit for edits in found.values() for edit in _once(edits))
-
-
-def _once(edits: list[Edit]) -> list[Edit]:
-    """Return `edits` each once, unless two of them are about inputs alike: then their order tells them apart."""
-    distinct = list(dict.fromkeys(edits))
-    looks = {(e.op, e.rank, e.dim, tuple((d, n) for d, _, n in e.sizes)) for e in distinct}
-    return distinct if len(looks) == len(distinct) else edits
+    result: list[Edit] = []
+    for edits in found.values():  # each once, unless two of them are about inputs alike: then their order tells
+        distinct = list(dict.fromkeys(edits))
+        looks = {(e.op, e.rank, e.dim, tuple((d, n) for d, _, n in e.sizes)) for e in distinct}
+        result += distinct if len(looks) == len(distinct) else edits
+    return tuple(result)
 
 
 def _rival(site: Site, edits: list[Edit]) -> Edit | None:
@@ -569,7 +571,13 @@ def _edit(site: Site, gone: Tensor) -> Edit | None:
     stays = {d: ~torch.isin(v, gone) for d, v in site.before.items()}
     sizes = tuple((d, site.shape[d], int(k.sum())) for d, k in sorted(stays.items()) if not bool(k.all()))
     if site.op in ("slice", "split", "group_norm"):
-        return _edit_cut(site, stays[site.dim], sizes) if sizes and site.dim in stays else None
+        if not sizes or site.dim not in stays:
+            return None
+        below = torch.cat([torch.zeros(1, dtype=torch.long), stays[site.dim].long().cumsum(0)])
+        ends = torch.tensor(site.old if site.op == "slice" else (0, *site.old))
+        left = below[ends if site.op == "slice" else ends.cumsum(0)]
+        bounds = tuple((left if site.op == "slice" else left.diff()).tolist())
+        return Edit(site.module, site.op, len(site.shape), sizes, site.dim, site.old, bounds, site.call)
     new: list[int | None] = [None] * len(site.old)
     old: list[int | None] = [None] * len(site.old)
     for dim, roots in site.after.items():
@@ -579,16 +587,6 @@ def _edit(site: Site, gone: Tensor) -> Edit | None:
     for dim in site.fixed:
         old[dim] = new[dim] = site.old[dim]
     return Edit(site.module, site.op, len(site.shape), sizes, site.dim, tuple(old), tuple(new), site.call)
-
-
-def _edit_cut(site: Site, stays: Tensor, sizes: tuple[tuple[int, int, int], ...]) -> Edit:
-    below = torch.cat([torch.zeros(1, dtype=torch.long), stays.long().cumsum(0)])
-    if site.op == "slice":
-        new = tuple(int(below[i]) for i in site.old)
-    else:
-        ends = torch.tensor(site.old).cumsum(0)
-        new = tuple(int(below[end] - below[end - n]) for end, n in zip(ends.tolist(), site.old, strict=True))
-    return Edit(site.module, site.op, len(site.shape), sizes, site.dim, site.old, new, site.call)
 
 
 COUNTS = frozenset(

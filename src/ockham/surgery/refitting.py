@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ockham.core.network import keeping_modes
-from ockham.surgery.copies import as_arguments
+from ockham.surgery.copies import as_arguments, given_to
 from ockham.surgery.groups import Group, Groups, Member, Plan, PlanError, plan_masks
 from ockham.surgery.labels import COUNTS, Edit
 from ockham.surgery.resizing import attach
@@ -62,7 +62,7 @@ def constants(
     """
     readers = {key: _readers(model, groups[key]) for key, mask in candidates.items() if bool(mask.any())}
     wanted = {layer for found in readers.values() for layer, _ in found or ()}
-    seen = _inputs(model, wanted, example_inputs)
+    seen = given_to(model, wanted, as_arguments(example_inputs))
     result = []
     for key, found in readers.items():
         for unit in candidates[key].nonzero().flatten().tolist() if found else ():
@@ -106,26 +106,6 @@ def _readers(model: nn.Module, group: Group) -> list[tuple[str, Member]] | None:
     return found
 
 
-def _inputs(model: nn.Module, layers: set[str], example_inputs: Any) -> dict[str, list[Tensor]]:
-    seen: dict[str, list[Tensor]] = {}
-
-    def keeper(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _module, args: seen.setdefault(name, []).append(args[0].detach())
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(keeper(name)) for name in layers]
-    modes = {module: module.training for module in model.modules()}
-    args, kwargs = as_arguments(example_inputs)
-    try:
-        with torch.no_grad():
-            model.eval()(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes.items():
-            module.training = training
-    return seen
-
-
 def _constant(
     model: nn.Module, key: str, unit: int, layer: str, member: Member, seen: Mapping[str, list[Tensor]]
 ) -> Constant | None:
@@ -138,14 +118,12 @@ def _constant(
     low, high = rows.min(1).values, rows.max(1).values
     if bool((high - low > _SPREAD * torch.maximum(low.abs(), high.abs())).any()):
         return None
-    padded = isinstance(module, _ConvNd) and (module.padding_mode != "zeros" or any(_sides(module.padding)))
+    padded = isinstance(module, _ConvNd) and (
+        module.padding_mode != "zeros" or module.padding not in ("valid", (0,) * (module.weight.ndim - 2))
+    )
     if padded and bool((rows != 0).any()):
         return None
     return Constant(key, unit, layer, index.to(rows.device), rows.mean(1))
-
-
-def _sides(padding: Any) -> tuple[int, ...]:
-    return (1,) if padding == "same" else () if padding == "valid" else tuple(padding)
 
 
 def plan_unread(groups: Groups, keep: Mapping[str, Tensor]) -> Plan:
@@ -163,7 +141,13 @@ def plan_unread(groups: Groups, keep: Mapping[str, Tensor]) -> Plan:
     Raises:
         PlanError: a mask is not boolean or of another shape than the parameter.
     """
-    alive = {name: _checked(groups, name, mask).clone() for name, mask in keep.items()}
+    for name, mask in keep.items():
+        if mask.dtype is not torch.bool or tuple(mask.shape) != groups.shapes.get(name):
+            raise PlanError(
+                f"keep[{name!r}] must be boolean (True = stays) of shape {groups.shapes.get(name, 'of no parameter')}; "
+                f"got {mask.dtype} of shape {tuple(mask.shape)}"
+            )
+    alive = {name: mask.cpu().clone() for name, mask in keep.items()}
     stays = {g.id: torch.ones(g.size, dtype=torch.bool) for g in groups if g.outgoing_cuts()}
     changed = True
     while changed:
@@ -174,7 +158,9 @@ def plan_unread(groups: Groups, keep: Mapping[str, Tensor]) -> Plan:
                 read[int(before.nonzero()[0])] = True
             if not torch.equal(read, before):
                 changed = True
-                _silence(groups[key], alive, ~read)
+                for name, positions in groups[key].incoming_cuts():  # what makes these units is of no use any more
+                    if name in alive:
+                        alive[name].view(-1)[positions[~read].reshape(-1)] = False
                 stays[key] = read
     return plan_masks(groups, stays)
 
@@ -189,22 +175,6 @@ def _read(group: Group, alive: Mapping[str, Tensor]) -> Tensor:
     return found
 
 
-def _silence(group: Group, alive: dict[str, Tensor], gone: Tensor) -> None:
-    """The weights that make these units are of no use any more."""
-    for name, positions in group.incoming_cuts():
-        if name in alive:
-            alive[name].view(-1)[positions[gone].reshape(-1)] = False
-
-
-def _checked(groups: Groups, name: str, mask: Tensor) -> Tensor:
-    if mask.dtype is not torch.bool or tuple(mask.shape) != groups.shapes.get(name):
-        raise PlanError(
-            f"keep[{name!r}] must be boolean (True = stays) of shape {groups.shapes.get(name, 'of no parameter')}; "
-            f"got {mask.dtype} of shape {tuple(mask.shape)}"
-        )
-    return mask.cpu()
-
-
 def refit(model: nn.Module, small: nn.Module, plan: Plan) -> None:
     """Make the attributes of `small` (sliced tensors in it) consistent; `model` is the network before.
 
@@ -213,26 +183,25 @@ def refit(model: nn.Module, small: nn.Module, plan: Plan) -> None:
     with keeping_modes(model), keeping_modes(small):
         for module in (*model.modules(), *small.modules()):
             module.training = False
-        _refit(model, small, plan)
-
-
-def _refit(model: nn.Module, small: nn.Module, plan: Plan) -> None:
-    before = dict(model.named_modules())
-    for name, module in small.named_modules():
-        _recompute(module)
-        adapt(module, before[name])
-    for path, sizes in plan.counts.items():
-        _recount(small.get_submodule(path), sizes)
-    for path, names in plan.caches.items():
-        for name in names:
-            getattr(small.get_submodule(path), name).clear()
-    edits: dict[str, list[Edit]] = defaultdict(list)
-    for edit in plan.edits:
-        edits[edit.module].append(edit)
-    after = dict(small.named_modules())
-    for path, own in edits.items():
-        if not isinstance(after[path], nn.MultiheadAttention):
-            attach(after[path], own)
+        before, after = dict(model.named_modules()), dict(small.named_modules())
+        for name, module in after.items():
+            _recompute(module)
+            adapt(module, before[name])
+        for path, names in plan.caches.items():
+            for name in names:
+                getattr(after[path], name).clear()
+        edits: dict[str, list[Edit]] = defaultdict(list)
+        for edit in plan.edits:
+            edits[edit.module].append(edit)
+        for path in dict.fromkeys([*plan.counts, *edits]):
+            module, sizes = small.get_submodule(path), plan.counts.get(path, {})
+            if isinstance(module, nn.MultiheadAttention):
+                continue
+            for name in COUNTS & vars(module).keys():  # numbers of heads, or the width of all of them
+                held = getattr(module, name)
+                setattr(module, name, sizes.get(held, held) if type(held) is int else held)
+            if path in edits:
+                attach(module, edits[path])
 
 
 def _recompute(module: nn.Module) -> None:
@@ -247,20 +216,17 @@ def _recompute(module: nn.Module) -> None:
             setattr(module, name, direction.detach())
 
 
-def _recount(module: nn.Module, sizes: Mapping[int, int]) -> None:
-    """Correct attributes which count heads or hold the width of all of them."""
-    if isinstance(module, nn.MultiheadAttention):
-        return
-    for name in COUNTS & set(vars(module)):
-        held = getattr(module, name)
-        if isinstance(held, int) and held in sizes:
-            setattr(module, name, sizes[held])
-
-
 @singledispatch
 def adapt(module: nn.Module, before: nn.Module) -> None:
-    """Correct the attributes of one module from its new shapes and the module before."""
-    _by_name(module)
+    """Correct the attributes of one module from its new shapes and the module before.
+
+    Here those of the ``Conv1D`` of transformers, which keeps (in, out) as ``nx`` and ``nf``; other classes have theirs.
+    """
+    weight = getattr(module, "weight", None)
+    if hasattr(module, "nf") and weight is not None and weight.ndim == 2:
+        module.nf = weight.shape[1]
+        if hasattr(module, "nx"):
+            module.nx = weight.shape[0]
 
 
 @adapt.register
@@ -329,6 +295,8 @@ def _(module: nn.RNNBase, before: nn.RNNBase) -> None:
     module.hidden_size = sizes["weight_ih_l0"][0] * before.hidden_size // getattr(before, "weight_ih_l0").shape[0]  # noqa: B009
     if before.proj_size:
         module.proj_size = sizes["weight_hr_l0"][0]
+        if module.hidden_size <= module.proj_size and type(module) is nn.LSTM:
+            module.__class__ = ReducedLSTM
 
 
 @adapt.register
@@ -341,13 +309,26 @@ def _(module: nn.MultiheadAttention, before: nn.MultiheadAttention) -> None:
     reduce_attention(module, before)
 
 
-def _by_name(module: nn.Module) -> None:
-    """Correct the ``Conv1D`` of transformers, which keeps (in, out) as ``nx`` and ``nf``."""
-    weight = getattr(module, "weight", None)
-    if hasattr(module, "nf") and weight is not None and weight.ndim == 2:
-        module.nf = weight.shape[1]
-        if hasattr(module, "nx"):
-            module.nx = weight.shape[0]
+class ReducedLSTM(nn.LSTM):
+    """`nn.LSTM` with as many projected units as hidden ones, or more, which torch cannot run.
+
+    It computes hidden units whose weights are zero in addition, which stay zero. Made by `shrink`, never built.
+    """
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        """Run over a (packed) sequence; arguments and results are those of `nn.LSTM.forward`."""
+        more = self.proj_size + 1 - self.hidden_size
+        self._update_flat_weights()
+        weights = []
+        for name in self._flat_weights_names:
+            weight, row = getattr(self, name), (0, 0) if "weight" in name else ()
+            wide = F.pad(weight, (0, more)) if "weight_hr" in name else None
+            weights.append(F.pad(weight.unflatten(0, (4, -1)), (*row, 0, more)).flatten(0, 1) if wide is None else wide)
+        twin = nn.LSTM.__new__(nn.LSTM)
+        twin.__dict__ = {**vars(self), "hidden_size": self.hidden_size + more, "_flat_weights": weights}
+        given = None if hx is None else (hx[0], F.pad(hx[1], (0, more)))
+        out, (h, c) = nn.LSTM.forward(twin, input, given)
+        return out, (h, c[..., : self.hidden_size])
 
 
 class ReducedAttention(nn.MultiheadAttention):
@@ -375,7 +356,11 @@ class ReducedAttention(nn.MultiheadAttention):
         if not self.batch_first:
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
         q, k, v = self._project(query, key, value)
-        bias = self._bias(key_padding_mask, attn_mask, q)
+        bias = None if key_padding_mask is None else _as_float(key_padding_mask, q)[:, None, None, :]
+        if attn_mask is not None:
+            mask = _as_float(attn_mask, q)
+            mask = mask if mask.dim() == 2 else mask.reshape(q.shape[0], -1, *mask.shape[1:])
+            bias = mask if bias is None else bias + mask
         if bias is not None and bias.shape[-1] < k.shape[2]:  # nothing forbids the learned or zero positions
             bias = F.pad(bias, (0, k.shape[2] - bias.shape[-1]))
         out, weights = self._attend(q, k, v, bias=bias, need_weights=need_weights)
@@ -406,16 +391,6 @@ class ReducedAttention(nn.MultiheadAttention):
             return F.pad(heads, (0, 0, 0, 1))
         own = bias.reshape(1, 1, -1, self.head_dim).transpose(1, 2)
         return torch.cat([heads, own.expand(heads.shape[0], -1, -1, -1)], 2)
-
-    def _bias(self, padding: Tensor | None, mask: Tensor | None, q: Tensor) -> Tensor | None:
-        """Add the two masks, as numbers broadcastable to ``(batch, heads, query, key)``."""
-        found = []
-        if padding is not None:
-            found.append(_as_float(padding, q)[:, None, None, :])
-        if mask is not None:
-            mask = _as_float(mask, q)
-            found.append(mask if mask.dim() == 2 else mask.reshape(q.shape[0], -1, *mask.shape[1:]))
-        return sum(found[1:], found[0]) if found else None
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None, need_weights: bool

@@ -100,10 +100,29 @@ class Resizing(TorchFunctionMode):
         found = self.fitting(op, x, dim)
         known = [(i, new) for i, e in found if (new := _replaced(e, plain)) is not None]
         if not known and op != "expand":
-            known = [(i, _forced(e, plain)) for i, e in found if len(e.new) == len(asked) and e.old != e.new]
+            forced = [(i, e.new) for i, e in found if len(e.new) == len(asked) and e.old != e.new]
+            known = [
+                (i, tuple(a if n is None or a == -1 else n for a, n in zip(plain, new, strict=True)))
+                for i, new in forced
+            ]
         if not known:
             return asked
         return tuple(a if p == n else n for a, p, n in zip(asked, plain, self.choose(known), strict=True))
+
+
+Handler = Callable[[Resizing, Any, tuple[Any, ...], dict[str, Any]], Any]
+HANDLERS: dict[Any, Handler] = {}
+"""Function of torch to what calls it with other numbers."""
+
+
+def _handles(*functions: Any) -> Callable[[Handler], Handler]:
+    """Enter a handler in `HANDLERS`; functions this version of torch does not have are None."""
+
+    def enter(handler: Handler) -> Handler:
+        HANDLERS.update({f: handler for f in functions if f is not None})
+        return handler
+
+    return enter
 
 
 def _plain(number: Any) -> Any:
@@ -125,34 +144,23 @@ def _replaced(edit: Edit, asked: Sizes) -> Sizes | None:
     return tuple(out)
 
 
-def _forced(edit: Edit, asked: Sizes) -> Sizes:
-    return tuple(a if n is None or a == -1 else n for a, n in zip(asked, edit.new, strict=True))
-
-
-def _sizes(args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Sizes | None:
-    found: Any = args if args else (kwargs.get(name),)
-    if len(found) == 1 and isinstance(found[0], (tuple, list)):
-        found = found[0]
-    return tuple(found) if all(_is_size(n) for n in found) else None
-
-
-def _is_size(number: Any) -> bool:
-    return isinstance(number, (int, torch.SymInt)) or (isinstance(number, Tensor) and number.ndim == 0)
-
-
 def _given(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:
     """Return the arguments after the first one by their names, None where not given."""
     return [kwargs.get(name, args[i] if i < len(args) else None) for i, name in enumerate(names, 1)]
 
 
+@_handles(torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.Tensor.expand)
 def _view(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     op = "expand" if func is torch.Tensor.expand else "view"
-    asked = _sizes(args[1:], kwargs, "shape" if func in (torch.reshape, torch.Tensor.reshape) else "size")
-    if asked is None:
+    name = "shape" if func in (torch.reshape, torch.Tensor.reshape) else "size"
+    asked: Any = args[1:] or (kwargs.get(name),)
+    asked = asked[0] if len(asked) == 1 and isinstance(asked[0], (tuple, list)) else asked
+    if not all(isinstance(n, (int, torch.SymInt)) or (isinstance(n, Tensor) and n.ndim == 0) for n in asked):
         return func(*args, **kwargs)
-    return func(args[0], mode.view(op, args[0], asked))
+    return func(args[0], mode.view(op, args[0], tuple(asked)))
 
 
+@_handles(torch.Tensor.unflatten, torch.unflatten)
 def _unflatten(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     dim, sizes = _given(args, kwargs, "dim", "sizes")
     if not isinstance(dim, int):
@@ -160,6 +168,8 @@ def _unflatten(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[st
     return func(args[0], dim, mode.view("unflatten", args[0], tuple(sizes), dim % args[0].ndim))
 
 
+@_handles(torch.split, torch.Tensor.split, torch.Tensor.split_with_sizes, torch.split_with_sizes)
+@_handles(torch.chunk, torch.Tensor.chunk, torch.tensor_split, torch.Tensor.tensor_split)
 def _split(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x = args[0]
     names = ("split_size_or_sections", "split_size", "split_sizes", "chunks", "indices_or_sections", "sections")
@@ -195,6 +205,7 @@ def _asks(func: Any, how: Any, edit: Edit) -> bool:
     return bool(how == wanted)
 
 
+@_handles(torch.narrow, torch.Tensor.narrow)
 def _narrow(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, (dim, start, length) = args[0], _given(args, kwargs, "dim", "start", "length")
     if not all(isinstance(n, int) for n in (dim, start, length)):
@@ -203,6 +214,7 @@ def _narrow(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     return torch.narrow(x, dim, cut.start, cut.stop - cut.start)
 
 
+@_handles(F.pad)
 def _pad(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, pads = args[0], list(args[1] if len(args) > 1 else kwargs["pad"])
     for i in range(0, len(pads), 2):
@@ -210,6 +222,7 @@ def _pad(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     return func(x, pads, *args[2:], **{k: v for k, v in kwargs.items() if k != "pad"})
 
 
+@_handles(torch.Tensor.__getitem__, torch.Tensor.__setitem__)
 def _item(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Read or write ``x[...]`` with slices at other bounds."""
     x, index = args[:2]
@@ -228,18 +241,21 @@ def _sliced(mode: Resizing, x: Tensor, dim: int, item: slice) -> slice:
     if item.start is None and item.stop is None:
         return item
     asked = slice(*(_plain(b) for b in (item.start, item.stop)))
-    known, computed = [], []
+    written, computed = [], []
     for i, edit in mode.fitting("slice", x, dim):
         size = int(x.shape[dim])
         before, after = next(((o, n) for d, o, n in edit.sizes if d == dim), (size, size))
-        if asked.indices(before)[:2] == edit.old or asked.indices(after)[:2] == edit.new:
-            known.append((i, edit.new))
-        elif (asked.start in (None, 0)) == (edit.old[0] == 0) and (asked.stop is None) == (edit.old[1] == before):
+        begins = asked.start == 0 or (asked.start is None) == (edit.old[0] == 0)  # a computed start may be 0
+        ends = asked.stop is not None or edit.old[1] == before
+        if asked.indices(before)[:2] == edit.old:
+            written.append((i, edit.new))
+        elif asked.indices(after)[:2] == edit.new or (begins and ends):
             computed.append((i, edit.new))
-    found = known or computed
+    found = written or computed
     return slice(*mode.choose(found)) if found else item
 
 
+@_handles(torch.mean, torch.Tensor.mean)
 def _mean(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     out, x = func(*args, **kwargs), args[0]
     dims = _dims(_given(args, kwargs, "dim")[0], x.ndim)
@@ -255,6 +271,7 @@ def _dims(dim: Any, rank: int) -> list[int]:
     return [d % rank for d in ([dim] if isinstance(dim, int) else dim)]
 
 
+@_handles(torch.var, torch.Tensor.var, torch.std, torch.Tensor.std)
 def _variance(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, found = args[0], mode.fitting("var", args[0])
     given = {**dict(zip(("dim", "unbiased", "keepdim"), args[1:], strict=False)), **kwargs}
@@ -275,13 +292,9 @@ def _variance(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str
 
 def _absent(mode: Resizing, x: Tensor, dims: Sequence[int], found: SizedEdits) -> int:
     """Return how many elements along `dims` are gone, which were zero."""
-    now = math.prod(int(x.shape[d]) for d in dims)
-    before = [(i, math.prod({**{d: int(x.shape[d]) for d in dims}, **_old(e, dims)}.values())) for i, e in found]
-    return int(mode.choose(before)) - now if before else 0
-
-
-def _old(edit: Edit, dims: Sequence[int]) -> dict[int, int]:
-    return {d: old for d, old, _ in edit.sizes if d in dims}
+    now = {d: int(x.shape[d]) for d in dims}
+    before = [(i, math.prod({**now, **{d: old for d, old, _ in e.sizes if d in dims}}.values())) for i, e in found]
+    return int(mode.choose(before)) - math.prod(now.values()) if before else 0
 
 
 def _moments(x: Tensor, dims: Sequence[int], absent: int) -> tuple[Tensor, Tensor]:
@@ -298,6 +311,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+@_handles(F.layer_norm, torch.layer_norm)
 def _layer_norm(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, (sizes, weight, bias, eps) = args[0], _given(args, kwargs, "normalized_shape", "weight", "bias", "eps")
     dims = list(range(x.ndim - len(sizes), x.ndim))
@@ -313,6 +327,7 @@ def _layer_norm(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[s
     return out if bias is None else out + bias
 
 
+@_handles(F.rms_norm, torch.rms_norm)
 def _rms_norm(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, (sizes, weight, eps) = args[0], _given(args, kwargs, "normalized_shape", "weight", "eps")
     dims = list(range(x.ndim - len(sizes), x.ndim))
@@ -328,6 +343,7 @@ def _rms_norm(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str
     return out if weight is None else out * weight
 
 
+@_handles(F.group_norm, torch.group_norm)
 def _group_norm(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     x, (_, weight, bias, eps) = args[0], _given(args, kwargs, "num_groups", "weight", "bias", "eps")
     fitting = mode.fitting("group_norm", x, 1)
@@ -359,6 +375,7 @@ def _uneven_norm() -> Any:
     return uneven_norm
 
 
+@_handles(getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None))
 def _grouped_product(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Pad what a grouped product multiplies to rows of whole 16 bytes, which its kernels ask for."""
     x, weight = args[:2]
@@ -370,43 +387,21 @@ def _grouped_product(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: d
     return func(x, weight, *args[2:], **kwargs)[..., :n]
 
 
-Handler = Callable[[Resizing, Any, tuple[Any, ...], dict[str, Any]], Any]
-HANDLERS: dict[Any, Handler] = {
-    **dict.fromkeys((torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.Tensor.expand), _view),
-    **dict.fromkeys((torch.Tensor.unflatten, torch.unflatten), _unflatten),
-    **dict.fromkeys((torch.split, torch.Tensor.split, torch.Tensor.split_with_sizes, torch.split_with_sizes), _split),
-    **dict.fromkeys((torch.chunk, torch.Tensor.chunk, torch.tensor_split, torch.Tensor.tensor_split), _split),
-    **dict.fromkeys((torch.narrow, torch.Tensor.narrow), _narrow),
-    **dict.fromkeys((torch.mean, torch.Tensor.mean), _mean),
-    **dict.fromkeys((torch.var, torch.Tensor.var, torch.std, torch.Tensor.std), _variance),
-    **dict.fromkeys((F.layer_norm, torch.layer_norm), _layer_norm),
-    **dict.fromkeys((F.rms_norm, torch.rms_norm), _rms_norm),
-    **dict.fromkeys((F.group_norm, torch.group_norm), _group_norm),
-    **dict.fromkeys(
-        [f for f in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if f], _grouped_product
-    ),
-    F.pad: _pad,
-    torch.Tensor.__getitem__: _item,
-    torch.Tensor.__setitem__: _item,
-}
-
-
-def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    base, edits = self.__dict__["_resized"]
-    with Resizing(edits):
-        return base.forward(self, *args, **kwargs)
-
-
-def _reduce(self: nn.Module, protocol: Any) -> Any:
-    return _empty, (self.__dict__["_resized"][0],), self.__dict__
-
-
 @functools.cache
 def resized_class(base: Any) -> type[nn.Module]:
     """Return the subclass of `base` whose forward runs under `Resizing`; it can be pickled where `base` can."""
-    made = {"forward": functools.wraps(base.forward)(_forward), "__reduce_ex__": _reduce, "__module__": base.__module__}
-    own = {**made, "__doc__": base.__doc__, "__qualname__": base.__qualname__}
-    kind: type[nn.Module] = type(base.__name__, (base,), own)
+
+    @functools.wraps(base.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        held, edits = self.__dict__["_resized"]
+        with Resizing(edits):
+            return held.forward(self, *args, **kwargs)
+
+    def reduced(self: nn.Module, protocol: Any) -> Any:
+        return _empty, (self.__dict__["_resized"][0],), self.__dict__
+
+    own = {"forward": forward, "__reduce_ex__": reduced, "__module__": base.__module__, "__doc__": base.__doc__}
+    kind: type[nn.Module] = type(base.__name__, (base,), {**own, "__qualname__": base.__qualname__})
     return kind
 
 

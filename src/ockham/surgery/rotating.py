@@ -76,7 +76,13 @@ def _rotate_(twin: nn.Module, group: Group, arguments: Arguments) -> None:
         own = made[name].untyped_storage().data_ptr()
         readers = [n for n in linear if n in given and given[n].untyped_storage().data_ptr() == own]
         apart += _fold_(twin, name, readers)
-    q = torch.linalg.eigh(_moment([given[n] for n in norms], centred=centred))[1].flip(1)
+    width = group.size
+    moment = torch.zeros(width, width, dtype=torch.float64)  # of the normalised stream, over all norms
+    for flat in (given[n].detach().double().flatten(0, -2) for n in norms):
+        rows = flat - flat.mean(-1, keepdim=True) if centred else flat
+        z = rows / (rows.square().mean(-1, keepdim=True).sqrt() + 1e-12)
+        moment += (z.T @ z / len(z)).cpu()
+    q = torch.linalg.eigh(moment / len(norms))[1].flip(1)
     done: set[tuple[int, int]] = set()
     for member in parts:
         tensor: Tensor = twin.get_parameter(member.name)
@@ -136,7 +142,10 @@ def _fold_(twin: nn.Module, path: str, readers: list[str]) -> list[Tensor]:
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     if weight is None:
         raise RotationError(f"{path} has no gain of its own")
-    gain = _effective_gain(norm, weight)
+    gain = weight.detach().clone()
+    if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):  # perhaps it multiplies by one plus its weight
+        with torch.no_grad():
+            gain = norm(100 * torch.ones_like(weight)[None])[0].detach().to(weight.dtype)
     apart: list[Tensor] = []
     held = [id(p) for m in twin.modules() for p in m._parameters.values() if p is not None]
     for name in readers:
@@ -160,25 +169,3 @@ def _fold_(twin: nn.Module, path: str, readers: list[str]) -> list[Tensor]:
     else:
         weight.data.sub_(gain - 1)  # a gain of one, whether the norm multiplies by its weight or by one plus it
     return apart
-
-
-def _effective_gain(norm: nn.Module, weight: Tensor) -> Tensor:
-    """Return what the norm multiplies each coordinate by: its weight, or one plus it."""
-    if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
-        return weight.detach().clone()
-    x = 100 * torch.ones_like(weight)[None]
-    with torch.no_grad():
-        gain: Tensor = norm(x)[0].detach().to(weight.dtype)
-    return gain
-
-
-def _moment(streams: list[Tensor], *, centred: bool) -> Tensor:
-    """Return the mean over norms of ``z^T z / n`` for the normalised stream z, in float64."""
-    width = streams[0].shape[-1]
-    total = torch.zeros(width, width, dtype=torch.float64)
-    for stream in streams:
-        flat = stream.detach().double().flatten(0, -2)
-        flat = flat - flat.mean(-1, keepdim=True) if centred else flat
-        z = flat / (flat.square().mean(-1, keepdim=True).sqrt() + 1e-12)
-        total += (z.T @ z / len(z)).cpu()
-    return total / len(streams)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import statistics
 import time
 import warnings
@@ -29,6 +30,7 @@ from ockham.surgery.copies import (
     outputs,
     still,
     to_double,
+    with_rows,
 )
 from ockham.surgery.groups import Plan, PlanError, check_model
 from ockham.surgery.refitting import refit
@@ -123,10 +125,17 @@ def _built(kind: type[nn.Module], config: Any) -> dict[str, tuple[int, ...]] | N
 def _same(kind: type[nn.Module], config: Any, small: nn.Module, fields: dict[str, int]) -> bool:
     """Does the model built from `config` compute what `small` does, before and after its own configuration changes?"""
     generator = torch.Generator().manual_seed(0)
+
+    def noisy(_: str, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
+            return tensor.detach().clone()
+        noise = torch.randn(tensor.shape, generator=generator).to(tensor)
+        return 1 + 0.2 * noise if tensor.ndim < 2 else noise * (1.3 / max(1, math.prod(tensor.shape[1:])) ** 0.5)
+
     try:
         with torch.random.fork_rng(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            twin = clone(small, lambda _, t: _noisy(t, generator)).eval()
+            twin = clone(small, noisy).eval()
             fresh = kind(copy.deepcopy(config)).to(next(small.parameters())).eval()
             fresh.load_state_dict(twin.state_dict())
         inputs = _inputs(small)
@@ -138,16 +147,6 @@ def _same(kind: type[nn.Module], config: Any, small: nn.Module, fields: dict[str
         return max(difference(expected, outputs(m, ((), inputs))) for m in (twin, fresh)) < 1e-4
     except Exception:  # whatever keeps the comparison from being made: the configuration stays as it is
         return False
-
-
-def _noisy(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    if not isinstance(tensor, nn.Parameter) or not tensor.is_floating_point():
-        return tensor.detach().clone()
-    noise = torch.randn(tensor.shape, generator=generator).to(tensor)
-    if tensor.ndim < 2:
-        return 1 + 0.2 * noise
-    scaled: Tensor = noise * (1.3 / tensor[0].numel() ** 0.5)
-    return scaled
 
 
 def _inputs(small: Any) -> dict[str, Tensor] | None:
@@ -229,7 +228,8 @@ def latencies(
 
     Arguments and result are those of `latency`, one number per network.
     """
-    args, kwargs = pytree.tree_map_only(Tensor, lambda t: _rows(t, batch), as_arguments(example_inputs))
+    args, kwargs = as_arguments(with_rows(example_inputs, batch))
+    on_gpu = any(isinstance(t, Tensor) and t.is_cuda for t in pytree.tree_leaves((args, kwargs)))
     modes = {module: module.training for model in models for module in model.modules()}
     times: list[list[float]] = [[] for _ in models]
     try:
@@ -240,26 +240,14 @@ def latencies(
                 for model, own in zip(models, times, strict=True):
                     start = time.perf_counter()
                     model(*args, **kwargs)
-                    _wait(args, kwargs)
+                    if on_gpu:  # kernels run behind the caller's back
+                        torch.cuda.synchronize()
                     if step >= warmup:
                         own.append(time.perf_counter() - start)
     finally:
         for module, training in modes.items():
             module.training = training
     return [statistics.median(own) for own in times]
-
-
-def _rows(tensor: Tensor, batch: int) -> Tensor:
-    if tensor.ndim == 0:
-        return tensor
-    index = torch.arange(batch, device=tensor.device) % tensor.shape[0]
-    return tensor.index_select(0, index)
-
-
-def _wait(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Wait for the device: kernels on a GPU run behind the caller's back."""
-    if any(isinstance(t, Tensor) and t.is_cuda for t in pytree.tree_leaves((args, kwargs))):
-        torch.cuda.synchronize()
 
 
 @runtime_checkable
@@ -293,16 +281,9 @@ def slice_tensor(plan: Plan, name: str, tensor: Tensor) -> Tensor:
     out = tensor.detach()
     for dim in plan.cuts.get(name, {}):
         out = out.index_select(dim, plan.kept(name, dim).to(out.device))
-    return out.clone(memory_format=_format(tensor))
-
-
-def _format(tensor: Tensor) -> torch.memory_format:
-    """Return the memory format `tensor` clearly has."""
-    if tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    if tensor.ndim == 5 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last_3d):
-        return torch.channels_last_3d
-    return torch.contiguous_format
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim, torch.contiguous_format)
+    own = not tensor.is_contiguous() and tensor.is_contiguous(memory_format=last)
+    return out.clone(memory_format=last if own else torch.contiguous_format)
 
 
 def masked_tensor(plan: Plan, name: str, tensor: Tensor) -> Tensor:
@@ -471,7 +452,14 @@ def verify(
     """
     generator = generator or torch.Generator().manual_seed(0)
     arguments = as_arguments(example_inputs)
-    pair, cast = _doubled(masked, small, arguments)
+    cast: Callable[[Arguments], Arguments] = to_double
+    pair = [clone(m, lambda _, t: t.detach().clone()).eval() for m in (masked, small)]
+    try:
+        for model in pair:
+            outputs(model.double(), to_double(arguments))
+    except Exception:  # in the models' own dtype, then
+        pair = [clone(m, lambda _, t: t.detach().clone()).eval() for m in (masked, small)]
+        cast = copy.copy
     worst = 0.0
     for number in range(draws + 1):
         given = cast(arguments if number == 0 else _drawn(arguments, generator))
@@ -495,7 +483,7 @@ def _run(model: nn.Module, arguments: Arguments, which: str, *, optional: bool =
         ) from error
 
 
-def _without_noise(pair: tuple[nn.Module, nn.Module], arguments: Arguments, gap: float, *, tolerance: float) -> float:
+def _without_noise(pair: Sequence[nn.Module], arguments: Arguments, gap: float, *, tolerance: float) -> float:
     """Return the difference with randomness switched off, if the forward is random; else say what differs."""
     masked, small = pair
     random = difference(outputs(masked, arguments, seed=0), outputs(masked, arguments, seed=1)) > 0
@@ -514,19 +502,6 @@ def _without_noise(pair: tuple[nn.Module, nn.Module], arguments: Arguments, gap:
     )
     noise = " The forward is random (two runs of the masked network differ): switch sampling off." if random else ""
     raise MismatchError(f"masked and shrunk outputs differ by {gap:.2e} (tolerance {tolerance:.0e}); {layer}{noise}")
-
-
-def _doubled(
-    masked: nn.Module, small: nn.Module, arguments: Arguments
-) -> tuple[tuple[nn.Module, nn.Module], Callable[[Arguments], Arguments]]:
-    """Return copies in float64 and evaluation mode with a cast for inputs; in the models' own dtype if that fails."""
-    own, double = (tuple(clone(m, lambda _, t: t.detach().clone()).eval() for m in (masked, small)) for _ in range(2))
-    try:
-        for model in double:
-            outputs(model.double(), to_double(arguments))
-        return double, to_double
-    except Exception:
-        return own, lambda given: given
 
 
 def _drawn(arguments: Arguments, generator: torch.Generator) -> Arguments:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
@@ -32,7 +34,7 @@ from ockham.surgery.copies import (
     tensors_of,
     to_double,
 )
-from ockham.surgery.groups import Axis, Group, Groups, Plan, build, plan_masks
+from ockham.surgery.groups import Axis, Groups, Plan, build, plan_masks
 from ockham.surgery.labels import Labels, Note, Value, along, settle_labels, settled
 from ockham.surgery.ops import ALWAYS, RULES
 from ockham.surgery.refitting import refit
@@ -213,9 +215,16 @@ def _one_more(arguments: Arguments) -> Arguments | None:
 def _twins(model: nn.Module, groups: Groups, arguments: Arguments) -> Iterator[tuple[nn.Module, Arguments, float]]:
     """Yield copies to try, the most telling ones first: random weights before its own, float64 before its own dtype."""
     generator = torch.Generator().manual_seed(0)
-    for values in (_random, _perturbed):
+
+    def perturbed(_: str, tensor: Tensor) -> Tensor:
+        own = tensor.detach().clone()
+        if not tensor.is_floating_point() or not isinstance(tensor, nn.Parameter):
+            return own
+        return own * (1 + 0.2 * torch.randn(tensor.shape, generator=generator).to(tensor))
+
+    for values in (lambda n, t: _random(n, t, generator), perturbed):
         for double in (True, False):
-            twin = clone(model, lambda n, t, values=values: values(n, t, generator))  # type: ignore[misc]
+            twin = clone(model, values)
             for path, names in groups.caches.items():
                 for name in names:
                     getattr(twin.get_submodule(path), name).clear()
@@ -235,21 +244,13 @@ def _random(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
     noise = torch.randn(tensor.shape, generator=generator)
     if tensor.ndim >= 2:
         kernel = tensor.ndim > 2 and tensor.shape[-1] <= 11
-        fan = tensor[0].numel() if tensor.ndim == 2 or kernel else tensor.shape[-1]
+        fan = math.prod(tensor.shape[1:]) if tensor.ndim == 2 or kernel else tensor.shape[-1]
         noise = noise * 1.3 / max(1, fan) ** 0.5
     elif "bias" in leaf or leaf == "running_mean":
         noise = 0.3 * noise
     else:
         noise = torch.rand(tensor.shape, generator=generator) + 0.5
     return noise.to(tensor)
-
-
-def _perturbed(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the model's own values with a little noise."""
-    if not tensor.is_floating_point() or not isinstance(tensor, nn.Parameter):
-        return tensor.detach().clone()
-    noise = torch.randn(tensor.shape, generator=generator).to(tensor)
-    return tensor.detach() * (1 + 0.2 * noise)
 
 
 def tried(groups: Groups, trial: TrialPair, touching: Mapping[str, Collection[str]]) -> Groups:
@@ -264,30 +265,24 @@ def tried(groups: Groups, trial: TrialPair, touching: Mapping[str, Collection[st
     """
     if not len(groups):
         return groups
-    search = _Search(trial, touching, _trial_masks(groups))
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.rand(len(groups), generator=generator)
+    few = torch.rand(len(groups), generator=generator) < 0.5
+    alike = torch.full_like(shares, 0.35)
+    # a share of its own for each; as many in all that are alike; hardly anything left of about half of them
+    masks: list[Keep] = [{} for _ in range(3)]
+    for keep, lost in zip(masks, (0.2 + 0.5 * shares, alike, torch.where(few, 1.0, 0.3 * shares)), strict=True):
+        for group, share in zip(groups, lost.tolist(), strict=True):
+            count = min(max(round(share * group.size), 1), group.size - 1)
+            keep[group.id] = torch.ones(group.size, dtype=torch.bool)
+            keep[group.id][torch.randperm(group.size, generator=generator)[:count]] = False
+    search = _Search(trial, touching, masks)
     bare = replace(groups, heads=())
     for variant in (groups, bare):
         if search.problem(variant, list(variant.groups)) is None:
             return variant
     found = [search.without_guilty(variant) for variant in (groups, bare)]
     return max(found, key=lambda g: sum(group.size for group in g))
-
-
-def _trial_masks(groups: Groups) -> list[Keep]:
-    """Return masks of two kinds: every group loses a share of its own; all groups lose equally many, others each."""
-    generator = torch.Generator().manual_seed(0)
-    uneven, alike = {}, {}
-    for group in groups:
-        share = 0.2 + 0.5 * float(torch.rand((), generator=generator))
-        uneven[group.id] = _mask(group, round(share * group.size), generator)
-        alike[group.id] = _mask(group, round(0.35 * group.size), generator)
-    return [uneven, alike]
-
-
-def _mask(group: Group, count: int, generator: torch.Generator) -> Tensor:
-    keep = torch.ones(group.size, dtype=torch.bool)
-    keep[torch.randperm(group.size, generator=generator)[: min(max(count, 1), group.size - 1)]] = False
-    return keep
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -318,7 +313,11 @@ class _Search:
             suspects = [k for k in left if k in here]
             found = self._alone(groups, suspects) if 0 < len(suspects) < len(left) else {}
             bad |= found or self._alone(groups, left) or self._together(groups, left, suspects)
-        return _frozen(groups, bad)
+        frozen = dict(groups.frozen)
+        for key, found_problem in bad.items():
+            for member in groups[key].members:
+                frozen.setdefault((member.name, member.dim), f"cannot shrink: {found_problem.reason}")
+        return replace(groups, groups={k: g for k, g in groups.groups.items() if k not in bad}, frozen=frozen)
 
     def _alone(self, groups: Groups, keys: list[str]) -> dict[str, TrialProblem]:
         """Return the groups of `keys` which go wrong on their own, by halving."""
@@ -339,14 +338,6 @@ class _Search:
             else:
                 bad[key] = problem
         return bad
-
-
-def _frozen(groups: Groups, bad: Mapping[str, TrialProblem]) -> Groups:
-    frozen = dict(groups.frozen)
-    for key, problem in bad.items():
-        for member in groups[key].members:
-            frozen.setdefault((member.name, member.dim), f"cannot shrink: {problem.reason}")
-    return replace(groups, groups={k: g for k, g in groups.groups.items() if k not in bad}, frozen=frozen)
 
 
 Caches = Mapping[str, tuple[str, ...]]
@@ -381,8 +372,10 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Ignore = ()) -> Grou
     notes: list[Note] = []
     program = _export(model, arguments, caches, training=False)
     read = _walk(model, program, ledger, notes, placed)
-    if any(axis.name not in read for axis in axes):
-        read |= _also_training(model, arguments, caches, ledger, notes, placed)
+    passing = {name for module in model.modules() for name in module._non_persistent_buffers_set}
+    if any(axis.name not in read and axis.name.rpartition(".")[2] not in passing for axis in axes):  # in training only?
+        with contextlib.suppress(TraceError):
+            read |= _walk(model, _export(model, arguments, caches, training=True), ledger, notes, placed)
     for axis in axes:
         atoms = torch.arange(axis.start, axis.start + axis.size)
         if axis.name in held:
@@ -416,8 +409,12 @@ def _walk(
         if node.op == "placeholder":
             target = held.get(node.name)
             tensor = every.get(target) if target is not None else None
-            known[node] = placed[names[id(tensor)]] if tensor is not None else _unlabelled(node)
-            if tensor is not None and node.users:
+            if tensor is None:
+                shape = shapes_of(node.meta.get("val"))
+                known[node] = Value(shape if isinstance(shape, tuple) else ())
+                continue
+            known[node] = placed[names[id(tensor)]]
+            if node.users:
                 read.add(names[id(tensor)])
     try:
         results = Walker(RULES, ALWAYS, ledger, notes).walk(program.graph, known)
@@ -430,22 +427,6 @@ def _walk(
         for value in result if isinstance(result, list) else [result]:
             ledger.freeze_value(value, "is an output of the network")
     return read
-
-
-def _also_training(
-    model: nn.Module,
-    arguments: Arguments,
-    caches: Caches,
-    ledger: Labels,
-    notes: list[Note],
-    placed: dict[str, Value],
-) -> set[str]:
-    """Follow the graph in training mode, too: some parameters are used only there."""
-    try:
-        program = _export(model, arguments, caches, training=True)
-    except TraceError:
-        return set()
-    return _walk(model, program, ledger, notes, placed)
 
 
 def _grouped(
@@ -516,7 +497,7 @@ def _emptied(model: nn.Module, caches: Caches) -> None:
 
 
 def _export(model: nn.Module, arguments: Arguments, caches: Caches, *, training: bool) -> torch.export.ExportedProgram:
-    twin = clone(model, lambda _, t: _alias(t)).train(training)
+    twin = clone(model, lambda _, t: t.detach()).train(training)  # on the same memory: tracing writes nothing
     _emptied(twin, caches)
     forward = twin.forward
     twin.forward = functools.wraps(forward)(lambda *args, **kwargs: tuple(tensors_of(forward(*args, **kwargs))))
@@ -537,13 +518,6 @@ def _export(model: nn.Module, arguments: Arguments, caches: Caches, *, training:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _alias(tensor: Tensor) -> Tensor:
-    """Return a tensor on the same memory (nothing is copied; tracing writes nothing)."""
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
-    return tensor.detach()
-
-
 def _axes(model: nn.Module, ledger: Labels) -> tuple[list[Axis], dict[str, Value]]:
     """Give atoms to every dimension of every floating-point tensor of the model."""
     axes, values = [], {}
@@ -557,8 +531,3 @@ def _axes(model: nn.Module, ledger: Labels) -> tuple[list[Axis], dict[str, Value
                 factors.append(along(atoms, tensor.ndim, dim))
         values[name] = Value(tuple(tensor.shape), tuple(factors), zero=learned, learned=True)
     return axes, values
-
-
-def _unlabelled(node: fx.Node) -> Value:
-    shape = shapes_of(node.meta.get("val"))
-    return Value(shape if isinstance(shape, tuple) else ())

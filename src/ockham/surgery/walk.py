@@ -172,7 +172,10 @@ class Walker:
 
     def _step(self, node: fx.Node, known: dict[fx.Node, Values], ledger: Labels) -> Values:
         if node.target is operator.getitem:
-            return _item(node, known)
+            source, index = node.args
+            found = known.get(source) if isinstance(source, fx.Node) else None
+            listed = isinstance(found, list) and isinstance(index, int) and index < len(found)
+            return found[index] if listed else Value(shapes_of(node.meta.get("val")))  # type: ignore[index]
         call = Call(op_name(node.target), node, known, ledger, self.sites)
         inner = _subgraph(node)
         if inner is not None:
@@ -188,17 +191,14 @@ class Walker:
         rule = self.rules.get(call.name, self.rules.get(bare))
         result = call.freeze_all(UNKNOWN) if rule is None else _applied(rule, call)
         if call.tensors() and all(value.learned for value in call.tensors()):
-            result = _learned(result)
-        self._remember(call, result)
+            values = [replace(v, learned=True) for v in (result if isinstance(result, list) else [result])]
+            result = values if isinstance(result, list) else values[0]
+        own = self.ledger.touched.setdefault(place(node)[0], [])  # labels met in the forward of this module
+        for value in (*call.tensors(), *(result if isinstance(result, list) else [result])):
+            own.extend(f.flatten() for f in value.factors)
         if call.name.endswith("_") and not call.name.endswith("__"):
             _taint(node, result, known)
         return result
-
-    def _remember(self, call: Call, result: Values) -> None:
-        """Write down which labels were met in the forward of which module."""
-        own = self.ledger.touched.setdefault(place(call.node)[0], [])
-        for value in (*call.tensors(), *(result if isinstance(result, list) else [result])):
-            own.extend(f.flatten() for f in value.factors)
 
     def _inline(self, call: Call, inner: fx.Graph) -> Values:
         """Walk a subgraph (autocast and no_grad regions) with the arguments of the call."""
@@ -223,15 +223,6 @@ def _live(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _item(node: fx.Node, known: Mapping[fx.Node, Values]) -> Values:
-    """Return one of several results."""
-    source, index = node.args
-    found = known.get(source) if isinstance(source, fx.Node) else None
-    if isinstance(found, list) and isinstance(index, int) and index < len(found):
-        return found[index]
-    return Value(shapes_of(node.meta.get("val")))
-
-
 def _taint(node: fx.Node, result: Values, known: dict[fx.Node, Values]) -> None:
     """An op in place changed a tensor and what it is a view of: zeros of removed units may be gone there."""
     value = result[0] if isinstance(result, list) else result
@@ -247,12 +238,6 @@ def _taint(node: fx.Node, result: Values, known: dict[fx.Node, Values]) -> None:
         source = inputs[0] if viewed and inputs else None
 
 
-def _learned(result: Values) -> Values:
-    if isinstance(result, list):
-        return [replace(value, learned=True) for value in result]
-    return replace(result, learned=True)
-
-
 def _applied(rule: OperatorRule, call: Call) -> Values:
     """Apply a rule; a result that does not fit the op's true shapes means it was not understood: frozen."""
     try:
@@ -261,15 +246,12 @@ def _applied(rule: OperatorRule, call: Call) -> Values:
         return call.freeze_all(f"a use of this op that could not be followed ({str(error).splitlines()[0]})")
     values = result if isinstance(result, list) else [result]
     shapes = call.shapes() if isinstance(call.shapes(), list) else [call.shapes()]
-    if all(_fits(value, shape) for value, shape in zip(values, shapes, strict=False)):
-        return result
-    return call.freeze_all("a use of this op that could not be followed")
-
-
-def _fits(value: Value, shape: tuple[int, ...]) -> bool:
-    return value.shape == shape and all(
-        f.ndim == len(shape) and all(a in (1, b) for a, b in zip(f.shape, shape, strict=True)) for f in value.factors
-    )
+    for value, shape in zip(values, shapes, strict=False):
+        ranks = all(f.ndim == len(shape) for f in value.factors)
+        sized = ranks and all(a in (1, b) for f in value.factors for a, b in zip(f.shape, shape, strict=True))
+        if value.shape != shape or not sized:
+            return call.freeze_all("a use of this op that could not be followed")
+    return result
 
 
 def op_name(target: Any) -> str:

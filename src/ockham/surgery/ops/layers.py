@@ -246,7 +246,11 @@ def recurrent(call: Call) -> list[Value]:
         below = carried.repeat(directions)
     for state, labels in zip(states, (carried, hidden) if lstm else (carried,), strict=True):
         call.ledger.unify(channels(state, len(state.shape) - 1, call), labels, call.reason("starts from a given state"))
-    return _outputs(call, below, (carried, hidden) if lstm else (carried,))
+    ends = (below, carried, hidden) if lstm else (below, carried)
+    return [
+        Value(s, (along(k, len(s), -1),) if k.numel() > 1 else (), True)
+        for s, k in zip(call.shapes(), ends, strict=True)
+    ]
 
 
 def _cell(call: Call, weights: list[Value], below: Tensor, *, hidden: Tensor, carried: Tensor) -> None:
@@ -267,15 +271,6 @@ def _cell(call: Call, weights: list[Value], below: Tensor, *, hidden: Tensor, ca
             columns = axis(extra, 1)
             call.ledger.consumed.append(columns)
             call.ledger.unify(columns, hidden, reason)
-
-
-def _outputs(call: Call, top: Tensor, states: tuple[Tensor, ...]) -> list[Value]:
-    shapes = call.shapes()
-    assert isinstance(shapes, list)
-    labels = (top, *states)
-    return [
-        Value(s, (along(k, len(s), -1),) if k.numel() > 1 else (), True) for s, k in zip(shapes, labels, strict=True)
-    ]
 
 
 def cell(call: Call) -> Value | list[Value]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch import Tensor, fx
+from torch import fx
 
-from ockham.surgery.labels import Labels, Value, along, match, reduced_axes, tidy, varying
+from ockham.surgery.labels import Value, along, match, reduced_axes, tidy, varying
 
 if TYPE_CHECKING:
     from ockham.surgery.walk import Call, Values
@@ -70,18 +70,15 @@ def _keeps_zero(call: Call) -> bool:
 def binary(call: Call) -> Values:
     """Element-wise function of several tensors: what lies on top of each other lives and dies together."""
     tensors = call.tensors()
-    if call.name.rstrip("_") in DIVISIONS and _divisor_vanishes(call):
-        return call.freeze_all("a division by something that is zero where a unit was removed")
+    if call.name.rstrip("_") in DIVISIONS:
+        below = call.tensor("tensor2") if call.name.startswith("addcdiv") else call.tensor("other")
+        if below is not None and below.zero and below.factors:
+            return call.freeze_all("a division by something that is zero where a unit was removed")
     out = tensors[0]
     for other in tensors[1:]:
         factors, shape = match(out, other, call.ledger, reason=call.reason("meets a tensor of fixed size"))
         out = tidy(shape, factors, False, call.ledger, call.reason("two structures meet in one dimension"))
     return Value(out.shape, out.factors, _zero(call, tensors, out))
-
-
-def _divisor_vanishes(call: Call) -> bool:
-    below = call.tensor("tensor2") if call.name.startswith("addcdiv") else call.tensor("other")
-    return below is not None and below.zero and bool(below.factors)
 
 
 def _zero(call: Call, tensors: list[Value], out: Value) -> bool:
@@ -146,17 +143,12 @@ def reduction(call: Call) -> Values:
             factors.append(call.ledger.collapse(factor, dims, reason))
     kept = [f for f in factors if f.numel() > 1]
     zero = x.zero and call.name in ADDING and call.name not in ("var", "std")
-    result = call.like_outputs(lambda shape: _squeezed(kept, dims, shape, zero))
+    if kept and kept[0].ndim != len(call.shape()):
+        kept = [f.squeeze(tuple(dims)) for f in kept]
+    result = call.like_outputs(lambda shape: Value(shape, tuple(kept), zero))
     if call.name in COUNTING:
         call.note(x if exact else Value(x.shape), result)
     return result
-
-
-def _squeezed(factors: list[Tensor], dims: list[int], shape: tuple[int, ...], zero: bool) -> Value:
-    rank = len(shape)
-    if factors and factors[0].ndim != rank:
-        factors = [f.squeeze(tuple(dims)) for f in factors]
-    return Value(shape, tuple(factors), zero)
 
 
 def gated(call: Call) -> Value:
@@ -184,14 +176,18 @@ def contract(left: Value, right: Value, equation: str, call: Call) -> Value:
     letters = "".join(dict.fromkeys(one + two))
     a, b = _spread(left, one, letters), _spread(right, two, letters)
     for side, value in ((a, left), (b, right)):
-        if value.learned:
-            call.ledger.consumed.extend(_contracted(side, letters, out))
+        plain = [f for f in side.factors if value.learned and len(varying(f)) == 1]
+        call.ledger.consumed.extend(f.flatten() for f in plain if letters[varying(f)[0]] not in out)
     factors, shape = match(a, b, call.ledger, reason=call.reason("multiplies it with a tensor of fixed size"))
-    zero = left.zero or right.zero
-    kept = [f for f in (_consume(f, letters, out, zero=zero, call=call) for f in factors) if f.numel() > 1]
+    reason, kept = call.reason("contracts this dimension with something never zero"), []
+    for factor in factors:
+        summed = [d for d in varying(factor) if letters[d] not in out]
+        if summed and len(varying(factor)) == 1 and (left.zero or right.zero):
+            continue
+        kept.append(call.ledger.collapse(factor, summed, reason))
     order = [letters.index(c) for c in out]
     gone = [i for i, c in enumerate(letters) if c not in out]
-    moved = [f.permute(order + gone).reshape([f.shape[i] for i in order]) for f in kept]
+    moved = [f.permute(order + gone).reshape([f.shape[i] for i in order]) for f in kept if f.numel() > 1]
     return tidy(tuple(shape[i] for i in order), moved, left.zero or right.zero, call.ledger, call.reason("product"))
 
 
@@ -206,28 +202,13 @@ def _spread(value: Value, names: str, letters: str) -> Value:
     return Value(tuple(place(value.shape)), factors, value.zero)
 
 
-def _contracted(side: Value, letters: str, out: str) -> list[Tensor]:
-    return [f.flatten() for f in side.factors if len(varying(f)) == 1 and letters[varying(f)[0]] not in out]
-
-
-def _consume(factor: Tensor, letters: str, out: str, *, zero: bool, call: Call) -> Tensor:
-    gone = [d for d in varying(factor) if letters[d] not in out]
-    if gone and len(varying(factor)) == 1 and zero:
-        return factor.narrow(gone[0], 0, 1)
-    return call.ledger.collapse(factor, gone, call.reason("contracts this dimension with something never zero"))
-
-
 def linear(call: Call) -> Value:
     """X W^T + b with W ``(out, in)``."""
     x, weight = call.need("input"), call.need("weight")
     lead = "abcdefghijkl"[: len(x.shape) - 1]
-    out = contract(x, weight, f"{lead}z,yz->{lead}y", call) if len(weight.shape) == 2 else _vector(x, weight, call)
+    rows = "y" if len(weight.shape) == 2 else ""
+    out = contract(x, weight, f"{lead}z,{rows}z->{lead}{rows}", call)
     return add_bias(out, call.tensor("bias"), -1, call)
-
-
-def _vector(x: Value, weight: Value, call: Call) -> Value:
-    lead = "abcdefghijkl"[: len(x.shape) - 1]
-    return contract(x, weight, f"{lead}z,z->{lead}", call)
 
 
 def add_bias(out: Value, bias: Value | None, dim: int, call: Call) -> Value:
@@ -328,7 +309,13 @@ def attention(call: Call) -> Value:
     """scaled_dot_product_attention on ``(..., heads, length, width)``: whole heads (groups of heads under GQA)."""
     q, k, v = (_heads(call.need(n), call) for n in ("query", "key", "value"))
     if call.get("enable_gqa", False):
-        k, v = (_repeat(x, q.shape[-3], call.ledger) for x in (k, v))
+
+        def repeated(x: Value) -> Value:
+            times, shape = q.shape[-3] // x.shape[-3], (*x.shape[:-3], q.shape[-3], *x.shape[-2:])
+            factors = (f.repeat_interleave(times, -3) if f.shape[-3] > 1 else f for f in x.factors)
+            return Value(shape, tuple(factors), x.zero)
+
+        k, v = repeated(k), repeated(v)
     reason = call.reason("attends with heads that do not match")
     flat = [Value((*x.shape[:-2], 1, 1), x.factors) for x in (q, k, v)]
     mask = call.tensor("attn_mask")
@@ -346,10 +333,3 @@ def _heads(x: Value, call: Call, whole: bool = False) -> Value:
     reason = call.reason("attends: only whole heads can go")
     factors = [call.ledger.collapse(f, [rank - 2, rank - 1], reason) for f in x.factors]
     return Value(x.shape, tuple(f for f in factors if f.numel() > 1), x.zero and not whole)
-
-
-def _repeat(x: Value, heads: int, ledger: Labels) -> Value:
-    """Repeat the heads of keys or values as grouped-query attention does."""
-    dim, times = len(x.shape) - 3, heads // x.shape[-3]
-    factors = tuple(f.repeat_interleave(times, dim) if f.shape[dim] > 1 else f for f in x.factors)
-    return Value((*x.shape[:-3], heads, *x.shape[-2:]), factors, x.zero)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from ockham.surgery.walk import Call, Values
 
 VIEWING = frozenset({"view", "reshape", "unflatten", "_unsafe_view", "flatten", "view_as", "reshape_as", "ravel"})
+POSITIONAL = frozenset({"select", "unbind", "roll", "unfold", "diagonal", "rot90"})
+"""Ops that address positions of a dimension by number: no unit along it may go."""
 LARGEST_INDEX = 2**24
 """Most labels that are ever laid out for one op; one that needs more is frozen."""
 
@@ -23,7 +25,11 @@ def movement(call: Call) -> Value | list[Value]:
     x = call.first()
     moved = [_moved(call, f, x.shape) for f in x.factors]
     reason = call.reason("folds two structures into one dimension")
-    _hold(call, x)
+    repeated = call.name == "repeat_interleave" and not isinstance(call.get("repeats", None), int)
+    stepped = call.name == "slice" and call.get("step", 1) != 1
+    if call.name in POSITIONAL or stepped or repeated:
+        held, dims = call.reason("addresses this dimension by position"), _dims_of(call, len(x.shape))
+        call.ledger.held.extend((f, d, held) for f in x.factors for d in dims if f.shape[d] > 1)
     if isinstance(call.shapes(), list):
         parts = [list(m) for m in moved]
         outs = [
@@ -59,16 +65,6 @@ def _dims_of(call: Call, rank: int) -> list[int]:
         found = [call.get("dim1"), call.get("dim2")]
     found = [found] if isinstance(found, int) else found
     return [d % rank for d in found] if found else list(range(rank))
-
-
-def _hold(call: Call, x: Value) -> None:
-    """Note dimensions whose positions the op addresses by number: no unit along them may go."""
-    repeated = call.name == "repeat_interleave" and not isinstance(call.get("repeats", None), int)
-    stepped = call.name == "slice" and call.get("step", 1) != 1
-    if call.name in ("select", "unbind", "roll", "unfold", "diagonal", "rot90") or stepped or repeated:
-        reason = call.reason("addresses this dimension by position")
-        dims = _dims_of(call, len(x.shape))
-        call.ledger.held.extend((f, d, reason) for f in x.factors for d in dims if f.shape[d] > 1)
 
 
 def shuffle(call: Call) -> Value:
@@ -159,26 +155,24 @@ def concatenation(call: Call) -> Value:
     dim = int(call.get("dim"))
     if call.name == "stack":
         dim %= len(parts[0].shape) + 1
-        parts = [_unsqueezed(p, dim) for p in parts]
+        parts = [
+            Value((*p.shape[:dim], 1, *p.shape[dim:]), tuple(f.unsqueeze(dim) for f in p.factors), p.zero)
+            for p in parts
+        ]
     parts = [p for p in parts if p.shape != (0,)]
     dim %= len(parts[0].shape)
-    side = _beside(parts, dim)
-    across = [Value(_flat(p.shape, dim), _others(p, dim, call)) for p in parts]
+    rows = []  # labels along `dim`, part by part
+    for part in parts:
+        found = [f for f in part.factors if varying(f) == (dim,)]
+        rows.append(found[0] if found else torch.full([n if d == dim else 1 for d, n in enumerate(part.shape)], -1))
+    laid = torch.cat(rows, dim)
+    across = [Value((*p.shape[:dim], 1, *p.shape[dim + 1 :]), _others(p, dim, call)) for p in parts]
     joint = across[0]
     for other in across[1:]:
         factors, shape = match(joint, other, call.ledger, reason=call.reason("joins it with a tensor of fixed size"))
         joint = Value(shape, tuple(factors))
     zero = all(p.zero for p in parts if p.factors)
-    return tidy(call.shape(), [*side, *joint.factors], zero, call.ledger, call.reason("joins two structures"))
-
-
-def _unsqueezed(value: Value, dim: int) -> Value:
-    shape = (*value.shape[:dim], 1, *value.shape[dim:])
-    return Value(shape, tuple(f.unsqueeze(dim) for f in value.factors), value.zero)
-
-
-def _flat(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:
-    return tuple(1 if d == dim else n for d, n in enumerate(shape))
+    return tidy(call.shape(), [laid, *joint.factors], zero, call.ledger, call.reason("joins two structures"))
 
 
 def _others(value: Value, dim: int, call: Call) -> tuple[Tensor, ...]:
@@ -190,17 +184,6 @@ def _others(value: Value, dim: int, call: Call) -> tuple[Tensor, ...]:
         elif len(varying(factor)) > 1:
             out.append(call.ledger.collapse(factor, [dim], call.reason("joins it with other positions")))
     return tuple(out)
-
-
-def _beside(parts: list[Value], dim: int) -> list[Tensor]:
-    rank = len(parts[0].shape)
-    rows = []
-    for part in parts:
-        found = [f for f in part.factors if varying(f) == (dim,)]
-        shape = [part.shape[d] if d == dim else 1 for d in range(rank)]
-        rows.append(found[0] if found else torch.full(shape, -1))
-    joined = torch.cat(rows, dim)
-    return [joined] if bool((joined >= 0).any()) else []
 
 
 def indexing(call: Call) -> Values:
