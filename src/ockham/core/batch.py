@@ -290,7 +290,7 @@ def read_batch(raw: Any, batch: ReadBatch | None = None) -> Batch:
     keyword inputs, as tokenizers and data collators make them.
 
     Args:
-        raw: as the loader yields it.
+        raw: item as the loader yields it.
         batch: function of the user's that reads everything else.
 
     Raises:
@@ -357,8 +357,8 @@ def call(model: Callable[..., Any], batch: Batch, output: ReadOutput | None = No
     """What a network answers to a batch, or what ``output`` takes out of it.
 
     Args:
-        model: called as it stands, in its own mode.
-        batch: on its device.
+        model: network called as it stands, in its own mode.
+        batch: batch on its device.
         output: function of the user's, for networks whose answer holds more than the likelihood needs.
 
     Raises:
@@ -382,7 +382,7 @@ class Substituted:
     """A network called with other parameters and buffers, without touching its own.
 
     Args:
-        model: called in its own mode.
+        model: network called in its own mode.
         tensors: parameters and buffers by name; names left out keep their values, tied ones share theirs.
     """
 

@@ -47,7 +47,7 @@ class Objective:
     """A likelihood and the two functions by which a user may say how batches and outputs are read.
 
     Attributes:
-        likelihood: on the network's device; its own parameters (a noise) are trained with the network.
+        likelihood: likelihood on the network's device; its own parameters (a noise) are trained with the network.
         batch: function from what the loader yields to a `Batch`, or None.
         output: function from what the network returns to what the likelihood compares, or None.
         head: last layer of a regression network that learns standardised targets, once `prepare` has found it.
@@ -108,8 +108,8 @@ class Objective:
         """Whether a first batch can work at all; the network is left as it was.
 
         Args:
-            model: called once without gradients, in training mode where it is to be trained.
-            batch: on the model's device.
+            model: network called once without gradients, in training mode where it is to be trained.
+            batch: batch on the model's device.
             training: or read in evaluation mode, for verbs that do not train.
 
         Returns:
@@ -159,8 +159,8 @@ class Objective:
         already predicts them in their own unit is put into standardised units, in place. `finished` undoes it.
 
         Args:
-            model: to be trained.
-            loader: of the training data.
+            model: network to be trained.
+            loader: loader of the training data.
             n_data: number of log-likelihood terms where the user knows it; it is not counted then.
             processes: those that train the network together, whose data are counted together.
 
@@ -199,7 +199,7 @@ class Objective:
 
         Args:
             model: a copy that is handed out.
-            posterior: of its weights.
+            posterior: posterior of its weights.
         """
         posterior = replace(posterior, likelihood=self.likelihood.kind)
         if not isinstance(self.likelihood, Regression):

@@ -130,7 +130,7 @@ def find_head(model: nn.Module, answer: Callable[[], Tensor], *, outputs: int, a
     It is tried, not read from the code: with other weights the same batch must give the outputs so changed.
 
     Args:
-        model: in evaluation mode; it is as before afterwards.
+        model: network in evaluation mode; it is as before afterwards.
         answer: calls it on some batch.
         outputs: how many there are.
         axis: axis of the answer that counts them.
@@ -191,8 +191,8 @@ def rescale_(model: nn.Module, head: Head, factor: Tensor, shift: Tensor) -> Non
     """Change a network in place so that its outputs become ``factor f + shift``.
 
     Args:
-        model: has the head.
-        head: from `find_head`.
+        model: network that has the head.
+        head: head from `find_head`.
         factor: one number a row, or one for all.
         shift: likewise; without a bias it is not used.
     """

@@ -279,7 +279,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         posterior's own prior, `SpikeSlab` standard deviation and inclusion.
 
         Args:
-            posterior: of any source.
+            posterior: posterior of any source.
 
         Raises:
             OckhamError: a name or a shape does not fit, or called inside `sampled`.

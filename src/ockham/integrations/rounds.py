@@ -55,7 +55,7 @@ class StepRounds:
         Args:
             model: the user's, whose parameters ``ignore`` names.
             steps: optimizer steps of the whole run.
-            loader: of the training data; with structures its first batch is the example for tracing.
+            loader: loader of the training data; with structures its first batch is the example for tracing.
 
         Raises:
             OckhamError: the number of steps is not known, ``ignore`` names nothing, or structures cannot go in place.

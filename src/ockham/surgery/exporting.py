@@ -35,7 +35,7 @@ def export(model: nn.Module, path: str | Path, example_inputs: Any) -> Path:
     Args:
         model: any traceable network.
         path: where to; the ending says which format.
-        example_inputs: as for `trace`.
+        example_inputs: inputs as for `trace`.
 
     Returns:
         The path.
@@ -73,7 +73,7 @@ def onnx_latency(model: nn.Module, example_inputs: Any, *, batch: int = 1, repea
 
     Args:
         model: any network that `export` can write as ONNX; left as it is.
-        example_inputs: as for `trace`; every tensor is repeated or cut to `batch` rows.
+        example_inputs: inputs as for `trace`; every tensor is repeated or cut to `batch` rows.
         batch: number of rows.
         repeats: number of timed passes.
         warmup: number of passes before.
@@ -183,7 +183,7 @@ def sparse_linear(
 
     Args:
         model: network with zeros in its weights; left as it is.
-        example_inputs: as for `trace`; the batch size is the one to be fast at.
+        example_inputs: inputs as for `trace`; the batch size is the one to be fast at.
         margin: how much faster CSR must be.
         repeats: timed passes per layer and form.
     """

@@ -104,7 +104,7 @@ class Groups:
     """All structures of a model that can be removed, and why the others cannot.
 
     Attributes:
-        groups: by `Group.id`.
+        groups: groups by `Group.id`.
         frozen: (tensor name, dimension) to the reason why it (or some of it) stays.
         shapes: shape of every parameter and buffer of the model.
         units: group id to the settled component of each unit, shape ``(units,)``.

@@ -352,7 +352,7 @@ class Edit:
 
     Attributes:
         module: path of the module.
-        op: as in `Site`.
+        op: operation, as in `Site`.
         rank: number of dimensions of the input.
         sizes: (dimension, size before, size after) of the input's labelled dimensions.
         dim: the dimension cut, or -1.

@@ -56,8 +56,8 @@ def constants(
 
     Args:
         model: evaluated, left as it is.
-        groups: of the model.
-        example_inputs: as for `trace`; a few rows are enough, since candidates have no living input.
+        groups: groups of the model.
+        example_inputs: inputs as for `trace`; a few rows are enough, since candidates have no living input.
         candidates: group id to boolean ``(units,)``: units whose making weights are all zero.
     """
     readers = {key: _readers(model, groups[key]) for key, mask in candidates.items() if bool(mask.any())}

@@ -191,7 +191,7 @@ def cost(model: nn.Module, example_inputs: Any) -> Cost:
 
     Args:
         model: any network; it runs once, in evaluation mode, and is left as it is.
-        example_inputs: as for `trace`; the batch counts.
+        example_inputs: inputs as for `trace`; the batch counts.
     """
     args, kwargs = as_arguments(example_inputs)
     tensors = named_tensors(model)
@@ -213,7 +213,7 @@ def latency(model: nn.Module, example_inputs: Any, *, batch: int = 1, repeats: i
 
     Args:
         model: any network; runs in evaluation mode and is left as it is.
-        example_inputs: as for `trace`; every tensor is repeated or cut to `batch` rows.
+        example_inputs: inputs as for `trace`; every tensor is repeated or cut to `batch` rows.
         batch: number of rows.
         repeats: number of timed passes.
         warmup: number of passes before.
@@ -438,7 +438,7 @@ def verify(
     Args:
         masked: result of `mask`.
         small: result of `shrink`, for the same plan.
-        example_inputs: as for `trace`; used as they are and `draws` times with random values instead (floats of the
+        example_inputs: inputs as for `trace`; used as they are, and `draws` times with random values (floats of the
             same scale, integers reshuffled; masks stay as they are).
         draws: number of random inputs; one on which the masked network does not run is left out.
         tolerance: largest difference that counts as equal.

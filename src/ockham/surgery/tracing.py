@@ -69,8 +69,8 @@ class ByValues(TrialPair):
 
     Attributes:
         model: network with the values to try.
-        arguments: of a call.
-        modes: in which it runs with nothing removed: False evaluation, True training.
+        arguments: arguments of a call.
+        modes: modes in which it runs with nothing removed: False evaluation, True training.
         tolerance: largest difference that counts as equal.
         more: arguments of a call with one example more, if the network takes them.
     """
@@ -121,7 +121,7 @@ class ByShapes(TrialPair):
 
     Attributes:
         model: the network.
-        arguments: of a call.
+        arguments: arguments of a call.
         expected: sizes of the outputs with nothing removed; None where even that cannot be tried.
     """
 

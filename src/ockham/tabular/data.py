@@ -46,7 +46,7 @@ class _Column:
     """How one column becomes numbers.
 
     Attributes:
-        levels: of a category; None for numbers, truth values and times.
+        levels: levels of a category; None for numbers, truth values and times.
         means: target means of each level, [levels, k], where there are more levels than columns for them.
         fill: number in the place of missing ones.
         missing: whether missing entries get a column of their own.
@@ -69,7 +69,7 @@ class Encoding:
     Attributes:
         columns: one per column of the table.
         origin: column of the table that each column of numbers comes from, [q].
-        names: of the columns of numbers.
+        names: names of the columns of numbers.
     """
 
     columns: tuple[_Column, ...]
@@ -309,7 +309,7 @@ class Screened(NamedTuple):
 
     Attributes:
         active: their indices, ascending.
-        evidence: of every input after what entered was explained away, nats; shape [p].
+        evidence: evidence of every input after what entered was explained away, nats; shape [p].
     """
 
     active: Tensor
@@ -327,7 +327,7 @@ def screen(x: Tensor, target: Tensor, weight: Tensor, *, most: int = 24) -> Scre
     Args:
         x: standardised inputs [n, p].
         target: [n, k], several columns for several classes; the best counts.
-        weight: of the examples [n].
+        weight: weight of the examples [n].
         most: inputs that may enter by evidence; at least four do.
     """
     rows = torch.arange(len(x)) if len(x) <= _ROWS else torch.linspace(0, len(x) - 1, _ROWS).long()

@@ -152,13 +152,13 @@ class Facts:
     """What the page of a model says.
 
     Attributes:
-        title: of the page.
+        title: title of the page.
         names: features.
         inclusion: probability that each is used.
         weights: living weights that read each.
         why: why a feature is not used, one text each, empty for those that are.
         tiles: (label, value, aside) of the head.
-        effects: of the features that are used, the likeliest first.
+        effects: effects of the features that are used, the likeliest first.
         pair: effects of one feature where another is low, middle and high, with the label of each; may be empty.
         noise: effects on the standard deviation of the noise.
         target: what the effects are in.

@@ -84,10 +84,10 @@ def fit(
 
     Args:
         table: the data.
-        likelihood: of the targets; one with a scale begins with equal noise.
+        likelihood: likelihood of the targets; one with a scale begins with equal noise.
         plan: settings.
         start: fit to go on from, instead of restarts.
-        on_step: called now and then.
+        on_step: function called now and then.
 
     Raises:
         NonFiniteLossError: the energy became NaN or infinite.

@@ -218,7 +218,7 @@ def decide(
     Args:
         model: the model.
         vector: where to begin, [d].
-        steps: at most so many, each time.
+        steps: most steps, each time.
         before: steps taken before, for the count.
         learn: times that slab variances are learned.
         tolerance: nats below which a step is the last.
@@ -264,7 +264,7 @@ class Effort:
         steps: second-order steps after which no attempt begins.
         generator: source of random units.
         smooth: share of hyperbolic tangents among them.
-        on_state: called with every state on the way.
+        on_state: function called with every state on the way.
     """
 
     patience: int

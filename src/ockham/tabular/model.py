@@ -50,7 +50,7 @@ class Model:
 
     Attributes:
         nets: network of the location or of class logits; of a regression the network of the scale, too.
-        likelihood: of the targets.
+        likelihood: likelihood of the targets.
         table: the data.
         slab_variance: centre of the prior of slab variances.
         precision: slab precision by tensor name, per network.

@@ -36,7 +36,7 @@ class Chains:
     Attributes:
         draws: [rounds, C, d].
         acceptance: mean probability of acceptance; 0.8 is aimed at.
-        step_size: of a leap, in units of the metric's standard deviations.
+        step_size: length of a leap, in units of the metric's standard deviations.
     """
 
     draws: Tensor

@@ -116,7 +116,7 @@ class Stream:
     Args:
         model: the network, in evaluation mode; its weights may change between calls.
         cases: what it is run on.
-        blocks: of `find_blocks`.
+        blocks: blocks of `find_blocks`.
     """
 
     def __init__(self, model: nn.Module, cases: Sequence[Case], blocks: Sequence[nn.Module]) -> None:
@@ -207,7 +207,7 @@ class BlockMap:
     """The matrices of a block in the order of their use.
 
     Attributes:
-        name: of the block.
+        name: name of the block.
         matrices: key to matrix.
         stages: keys of matrices that can be reduced together, in order; what goes into a later stage depends on the
             earlier ones.
@@ -365,11 +365,11 @@ def add_curvature_(
 
     Args:
         store: sums; keys are ``A:`` or ``G:``, then the matrix's key, then its ``part``.
-        model: as `prepared` leaves it.
+        model: network as `prepared` leaves it.
         case: examples.
         objective: the likelihood.
-        blocks: with their maps.
-        generator: of drawn targets.
+        blocks: blocks with their maps.
+        generator: generator of drawn targets.
         part: end of the keys of some matrices.
 
     Returns:

@@ -60,7 +60,7 @@ def page_of(facts: Mapping[str, Any]) -> str:
     """The page about a reduction.
 
     Args:
-        facts: of `Pruned.facts`; under "text", where it is there, what `prune_folder` measured on text held out.
+        facts: facts of `Pruned.facts`; under "text", where it is there, what `prune_folder` measured on text held out.
     """
     before, after = facts["nll_before"], facts["nll_after"]
     total = sum(facts["evidence"]["matrices"].values())
@@ -200,11 +200,11 @@ class BlockJob:
     """One call of `prune`: its data and settings, and the steps.
 
     Args:
-        calibration: as for `prune`, like all that follow.
+        calibration: data as for `prune`, like all that follow.
         likelihood: name or value.
         batch: function from an item to inputs or (inputs, targets), or None.
         output: function from what a network returns to a tensor, or None.
-        progress: called as it goes, or None.
+        progress: function called as it goes, or None.
         settings: the finer ones.
     """
 

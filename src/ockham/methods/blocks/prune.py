@@ -195,7 +195,7 @@ def prune(
             own predictive), "next-token" or "causal-lm", "classification", "regression", "own", or a `Likelihood`.
         batch: function from an item of the calibration data to inputs, (inputs, targets) or an `ockham.Batch`.
         output: function from what the network returns to one tensor.
-        progress: called with a `PruneProgress` as it goes.
+        progress: function called with a `PruneProgress` as it goes.
         settings: the finer ones.
 
     Returns:
@@ -358,7 +358,7 @@ def prune_folder(
         target: arguments of `prune` that say how far to go, such as ``{"keep_share": 0.5}``; none lets the evidence
             decide.
         windows: number of calibration windows, and tokens in each.
-        progress: called with a `PruneProgress`.
+        progress: function called with a `PruneProgress`.
         settings: the finer ones; its ``folder`` is ``out/work`` unless it is given.
         overwrite: whether a finished result in ``out`` may be replaced; other work in ``out/work`` is dropped then.
 

@@ -70,8 +70,8 @@ class Dense:
     """What is known of the dense network.
 
     Attributes:
-        blocks: in the order of their use.
-        maps: of their matrices.
+        blocks: blocks in the order of their use.
+        maps: maps of their matrices.
         store: sums of the backward pass.
         terms: log-likelihood terms that they are of.
     """
@@ -104,7 +104,7 @@ class Orders:
         keep: key to the share or pattern that stays; matrices left out stay as they are.
         damping: kind of matrix to its setting.
         n_data: terms behind the trained weights, for the evidence.
-        rounds: of removal.
+        rounds: rounds of removal.
         steps: conjugate gradient steps after a round and after the last.
     """
 
@@ -160,12 +160,12 @@ def reduce_blocks_(
     """Reduce the matrices of every block in place.
 
     Args:
-        model: as `prepared` leaves it; its weights are still the dense ones, except in the first ``done`` blocks.
+        model: network as `prepared` leaves it; its weights are still dense, except in the first ``done`` blocks.
         cases: calibration data.
         dense: its blocks and curvature.
         orders: what to do.
         done: blocks that are reduced already.
-        on_block: called after each block.
+        on_block: function called after each block.
 
     Returns:
         Evidence of each reduced matrix.
@@ -280,7 +280,7 @@ def surviving_posterior(
 
     Args:
         found: the study of the dense network, whose weights are the reduced ones by now.
-        evidence: of the reduction.
+        evidence: evidence of the reduction.
         damping: kind of matrix to its setting.
         n_data: terms behind the trained weights.
         likelihood: name of it.
@@ -317,7 +317,7 @@ def freed(
 
     Args:
         weight: trained matrix, ``[groups, outputs, inputs]``, perhaps with a bias as last column.
-        worth: of `Quadratic.conditional`: h in units of the mean diagonal of the curvature.
+        worth: worth of `Quadratic.conditional`: h in units of the mean diagonal of the curvature.
         factors: A and G, summed.
         scale: rows x terms.
         gone: True where a weight went, without the bias.
@@ -388,13 +388,13 @@ def study(
     """Find the blocks and take the curvature of the dense network, one pass forward and back.
 
     Args:
-        model: as `prepared` leaves it.
+        model: network as `prepared` leaves it.
         cases: calibration data.
         objective: the likelihood.
-        folder: for the sums; where they lie there complete, no pass is made.
-        seed: of drawn targets.
+        folder: folder for the sums; where they lie there complete, no pass is made.
+        seed: seed of drawn targets.
         spared: parameters from which nothing goes.
-        on_case: called with (cases done, cases).
+        on_case: function called with (cases done, cases).
 
     Raises:
         OckhamError: no weight matrix is found in the blocks.

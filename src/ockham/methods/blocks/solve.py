@@ -142,8 +142,8 @@ class Using(TorchFunctionMode):
 
     Args:
         parameters: name to parameter, two-dimensional ones or more; biases among them too.
-        visitor: called with each use and its result. It may raise to end the forward pass.
-        before: called with the use before the product is made; it may raise as well.
+        visitor: function called with each use and its result. It may raise to end the forward pass.
+        before: function called with the use before the product is made; it may raise as well.
     """
 
     def __init__(
@@ -434,7 +434,7 @@ def sparse_matrix(
 
     Args:
         target: the trained matrix, ``[groups, outputs, inputs]``.
-        curvature: of `quadratic`.
+        curvature: curvature of `quadratic`.
         worth: its `Quadratic.conditional`.
         keep: share of the weights that stays, over the whole matrix, or a pattern along the inputs.
         bias: True where the last column is a bias, which stays.
@@ -497,7 +497,7 @@ def _preconditioner(curvature: Quadratic, keep: Tensor, vectors: Tensor, values:
     of a third of the steps reach the same minimum.
 
     Args:
-        curvature: of the matrix.
+        curvature: curvature of the matrix.
         keep: 1 where a weight stays, 0 elsewhere.
         vectors: V, ``[groups, inputs, k]``, of `_top`.
         values: L, ``[groups, k]``.

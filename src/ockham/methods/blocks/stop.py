@@ -241,7 +241,7 @@ def shots(
     """Reduce again and again until the share at which delta_f is zero is known to about 1.5 points.
 
     Args:
-        samples: of what weights cost one by one.
+        samples: samples of the costs of single weights.
         n_data: terms behind the trained weights.
         fire: function from a share that stays to a network reduced to it, judged.
         most: shots at most.

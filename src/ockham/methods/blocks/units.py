@@ -68,7 +68,7 @@ class UnitCurve:
     """Units in the order in which they go.
 
     Attributes:
-        reader: of the units.
+        reader: reader of the units.
         order: unit numbers.
         costs: nats per term of each removal, given those before it.
     """
@@ -164,7 +164,7 @@ def chosen_units(
     """The units that go under one threshold of cost per resource, so that a budget is met.
 
     Args:
-        curves: of `unit_curve`.
+        curves: curves of `unit_curve`.
         groups: what `ockham.trace` found.
         subject: the network and example inputs, on which the budget is measured.
         limit: the budget.
@@ -262,14 +262,14 @@ def refit_units_(
     """Zero the columns that read units which go, and refit the others, block by block in place.
 
     Args:
-        model: as `prepared` leaves it.
+        model: network as `prepared` leaves it.
         cases: calibration data.
         dense: blocks and their matrices.
-        readers: of the units.
+        readers: readers of the units.
         keep: group id to the mask of the units that stay.
         damping: l of the refit.
         n_data: terms behind the trained weights, for the evidence.
-        on_block: called with (blocks done, blocks).
+        on_block: function called with (blocks done, blocks).
 
     Returns:
         Evidence of each matrix that reads fewer units now.

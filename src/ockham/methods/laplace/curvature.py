@@ -81,8 +81,8 @@ def tapped(sums: Mapping[str, MatrixSums], weight: float = 1.0) -> Iterator[None
     """Add what passes the modules in this block, forward and backward, to their sums.
 
     Args:
-        sums: of `matrices_of`; those without a module are left to `gradient_factors_`.
-        weight: of a row of gradients; 1 where the loss is a sum.
+        sums: sums of `matrices_of`; those without a module are left to `gradient_factors_`.
+        weight: weight of a row of gradients; 1 where the loss is a sum.
     """
     handles = [s.module.register_forward_hook(_hook(s, weight)) for s in sums.values() if s.module is not None]
     try:
@@ -212,7 +212,7 @@ class ExampleGradients:
     """Gradients of single examples with respect to some parameters of a network, by vmap or, failing that, one by one.
 
     Args:
-        model: in evaluation mode; it is not changed.
+        model: network in evaluation mode; it is not changed.
         names: parameters to differentiate; all others are constants.
         score: which gradients.
     """

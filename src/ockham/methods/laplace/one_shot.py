@@ -179,7 +179,7 @@ def reduce(
 
     Args:
         model: the network that the posterior belongs to. It is not changed.
-        posterior: from any source.
+        posterior: posterior from any source.
         keep: share of the scored weights that stays. None: the evidence decides, weights go while delta_f > 0.
         ignore: parameters to protect: names, "re:" patterns, module names or types.
         rounds: how finely, where weights are correlated.

@@ -123,10 +123,10 @@ def diagonal_curvature(
     """Squared gradients of single examples, for every parameter that requires a gradient.
 
     Args:
-        model: in evaluation mode, all its parameters on one device.
-        batches: on that device, one pass.
+        model: network in evaluation mode, all its parameters on one device.
+        batches: batches on that device, one pass.
         score: which gradients.
-        generator: of the drawn targets, on that device.
+        generator: generator of the drawn targets, on that device.
 
     Raises:
         DataError: there are no batches, or the network cannot take them.
@@ -156,7 +156,7 @@ def laplace_posterior(
 
     Args:
         model: the trained network.
-        curvature: of one pass; it is scaled to ``n_data``.
+        curvature: curvature of one pass; it is scaled to ``n_data``.
         n_data: number of log-likelihood terms of the whole training set.
         prior: fits a prior precision per tensor or matrix.
         source: what the posterior says about where it comes from.
@@ -287,11 +287,11 @@ def living_curvature(
     """Sum of g g' over the examples of one pass, g the gradient with respect to all living weights.
 
     Args:
-        model: in evaluation mode, at the means of the posterior.
+        model: network in evaluation mode, at the means of the posterior.
         posterior: says which weights are alive; their order is its own, row-major inside a parameter.
-        batches: on the model's device.
+        batches: batches on the model's device.
         score: which gradients.
-        generator: of the drawn targets, on that device.
+        generator: generator of the drawn targets, on that device.
 
     Returns:
         [n, n], float64, and the number of log-likelihood terms seen.
@@ -328,7 +328,7 @@ def with_marginals(posterior: Posterior, curvature: Tensor, terms: float) -> Pos
 
     Args:
         posterior: means, prior precisions and masks; what it said of precision stays beside the marginals.
-        curvature: from `living_curvature`.
+        curvature: curvature from `living_curvature`.
         terms: what that pass saw.
     """
     alive = [(name, g) for name, g in posterior.items() if bool(g.keep.any())]
@@ -359,7 +359,7 @@ class Correlated:
 
     Attributes:
         weights: rounds that begin with at most so many living weights do it; the price is a matrix of their square.
-        examples: of the training data that the curvature is taken from, at least.
+        examples: least number of training examples that the curvature is taken from.
     """
 
     weights: int = 5000
@@ -375,10 +375,10 @@ class Correlated:
         """The posterior with marginals where few enough weights live, else as it is.
 
         Args:
-            posterior: of a round.
-            model: at its means.
-            loader: of the training data.
-            objective: of the run: Monte Carlo curvature where targets can be drawn from its likelihood, else the
+            posterior: posterior of a round.
+            model: network at its means.
+            loader: loader of the training data.
+            objective: objective of the run; Monte Carlo curvature if targets can be drawn from its likelihood, else the
                 empirical one.
         """
         if not 0 < posterior.kept() <= self.weights:
