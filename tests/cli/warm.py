@@ -11,9 +11,11 @@ import runpy
 import sys
 import warnings
 
+import networkx  # noqa: F401 - what every child finds imported, as are the next
 import torch
+import torch._dynamo
 
-import ockham.cli.app  # noqa: F401 - what every child finds imported
+import ockham.cli.app  # noqa: F401
 
 torch.set_num_threads(1)
 
