@@ -1,7 +1,7 @@
 """Low-rank adapters over a frozen network: the evidence chooses the rank of each.
 
 A network that reads digits is adapted to digits turned by 90 degrees. Adapters of rank 12 are trained under a
-posterior, and ranks that are not worth forty nats to the evidence go. (Adapters of the library `peft` are modules of the same kind.)
+posterior, and ranks that the data do not ask for go. (Adapters of the library `peft` are modules of the same kind.)
 """
 
 import warnings
@@ -52,10 +52,7 @@ def main() -> None:
     network = nn.Sequential(*(LoRA(m, RANK) if isinstance(m, nn.Linear) else m for m in base))
     loader = DataLoader(TensorDataset(turned, data.train_y), 64, shuffle=True)
     training = ockham.Training(epochs=40, learning_rate=3e-3, prior=ockham.FixedPrior(0.1))
-    worth = ockham.Structures(
-        price=ockham.FlatPrice(40.0)
-    )  # nats that a rank must be worth; by default next to nothing
-    small = ockham.compress(network, loader, training=training, structure=worth)
+    small = ockham.compress(network, loader, training=training, structure="auto")
     ranks = [m.up.in_features for m in small.model if isinstance(m, LoRA)]
     # --8<-- [end:compress]
 
