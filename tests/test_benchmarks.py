@@ -32,6 +32,8 @@ def script(name):
     """A script as a module, under a name that no library has."""
     label = f"benchmark_{name}"
     if label not in sys.modules:
+        if str(FOLDER) not in sys.path:  # families and structures take it out, to find the library transformers
+            sys.path.append(str(FOLDER))
         spec = importlib.util.spec_from_file_location(label, FOLDER / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         sys.modules[label] = module

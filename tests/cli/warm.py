@@ -17,8 +17,6 @@ import torch._dynamo
 
 import ockham.cli.app  # noqa: F401
 
-torch.set_num_threads(1)
-
 
 def run(job: dict) -> None:
     """Become the command, in a child; never returns."""
@@ -44,8 +42,10 @@ def run(job: dict) -> None:
     os._exit(code)
 
 
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        run(json.loads(line))
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            run(json.loads(line))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)

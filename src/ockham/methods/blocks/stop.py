@@ -149,7 +149,7 @@ class DampingProblem:
 def matrix_kind(key: str) -> str:
     """A matrix's name with N for its numbers: those that differ by depth or expert only are of one kind.
 
-    >>> kind_of("model.layers.12.mlp.experts.down_proj[3]"), kind_of("layer2.0.conv1.weight")
+    >>> matrix_kind("model.layers.12.mlp.experts.down_proj[3]"), matrix_kind("layer2.0.conv1.weight")
     ('model.layers.N.mlp.experts.down_proj[N]', 'layer2.N.conv1.weight')
     """
     return re.sub(r"(?<![^.\[])\d+(?![^.\]])", "N", key)
