@@ -1,5 +1,9 @@
 """A table as it comes: which columns matter, how the target moves, and SHAP values beside it (pip install shap)."""
 
+import importlib.util
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
@@ -17,8 +21,11 @@ def main() -> None:
 
     effect = model.effect("age")
     print(f"age from {effect.values[0]:.1f} to {effect.values[-1]:.1f}: {effect.mean[-1] - effect.mean[0]:+.2f}")
-    print("page:", model.report("table.html", *held_out))
-    print("SHAP, mean size of a column's share:", shares(model, table))
+    with tempfile.TemporaryDirectory() as folder:
+        page = model.report(Path(folder) / "table.html", *held_out)
+        print(f"a page of {page.stat().st_size / 1e3:.0f} kB")
+    if importlib.util.find_spec("shap"):
+        print("SHAP, mean size of a column's share:", shares(model, table))
 
 
 def shares(model: SparseBNNRegressor, table: pd.DataFrame) -> dict[str, float]:
