@@ -45,6 +45,8 @@ from ockham.surgery.walk import Values, Walker, shapes_of
 Keep = dict[str, Tensor]
 LARGEST_TRIAL = 2**28
 """Number of parameters up to which values are compared; three copies in float64 are made."""
+LARGEST_INPUT = 2**19
+"""Number of input values up to which the trial runs with one example more, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class ByValues(TrialPair):
         arguments: arguments of a call.
         modes: modes in which it runs with nothing removed: False evaluation, True training.
         tolerance: largest difference that counts as equal.
-        more: arguments of a call with one example more, if the network takes them.
+        more: arguments of a call with another number of examples, if the network takes them.
     """
 
     model: nn.Module
@@ -182,7 +184,7 @@ def prepared(model: nn.Module, groups: Groups, arguments: Arguments) -> TrialPai
             except Exception:
                 continue
             if all(bool(t.isfinite().any()) for t in first if t.numel()):
-                more = _one_more(given)
+                more = _other_batch(given)
                 modes = (False, True) if _runs(twin, given, training=True) else (False,)
                 return ByValues(twin, given, modes, tolerance, more if more and _runs(twin, more) else None)
     try:
@@ -203,12 +205,19 @@ def _runs(twin: nn.Module, arguments: Arguments, *, training: bool = False) -> b
     return True
 
 
-def _one_more(arguments: Arguments) -> Arguments | None:
-    """Return arguments with the first example twice: no number of examples may stand in the plan."""
-    sizes = {t.shape[0] for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor) and t.ndim}
-    if len(sizes) != 1 or sizes == {0}:
+def _other_batch(arguments: Arguments) -> Arguments | None:
+    """Return arguments with the first example twice: no number of examples may stand in the plan.
+
+    Of large inputs only the first example is taken, and of a single large one nothing: memory would double.
+    """
+    found = [t for t in pytree.tree_leaves(arguments) if isinstance(t, Tensor) and t.ndim]
+    sizes = {t.shape[0] for t in found}
+    large = sum(t.numel() for t in found) > LARGEST_INPUT
+    if len(sizes) != 1 or sizes == {0} or (large and sizes == {1}):
         return None
-    result: Arguments = pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t[:1]]) if t.ndim else t, arguments)
+    result: Arguments = pytree.tree_map_only(
+        Tensor, lambda t: t if not t.ndim else t[:1] if large else torch.cat([t, t[:1]]), arguments
+    )
     return result
 
 
