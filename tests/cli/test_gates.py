@@ -79,6 +79,7 @@ def test_a_damaged_folder_is_refused(folder, tmp_path):
         read_result(tmp_path)
 
 
+@pytest.mark.slow
 def test_interrupted_and_resumed_ends_the_same(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(whole)

@@ -79,6 +79,7 @@ def test_what_does_not_go_together_is_said(ockham, tmp_path, trained):
     assert done.returncode != 0 and "--keep-share" in done.stderr
 
 
+@pytest.mark.slow
 def test_kronecker_takes_units_to_a_budget_of_operations(ockham, tmp_path, trained):
     save_file(trained, tmp_path / "w.safetensors")
     given = (

@@ -33,6 +33,7 @@ def test_digits_with_inclusion_probabilities(ockham, tmp_path):
     assert "likelier used than not" in page and "sum of inclusion probabilities" in page
 
 
+@pytest.mark.slow
 def test_structures_go_with_the_median_model(ockham, tmp_path):
     given = ("--method", "spike-slab", "--epochs", "40", "--no-baseline", "--quiet", "--structure")
     done = ockham("compress", "--out", "r", *given)
@@ -65,6 +66,7 @@ def test_the_network_is_handed_out_without_hooks_and_training_goes_on():
     assert [p.epoch for p in job] == [2, 3]
 
 
+@pytest.mark.slow
 def test_log_odds_are_the_prior_and_a_budget_is_met(ockham, tmp_path):
     given = ("--method", "spike-slab", "--epochs", "12", "--no-baseline", "--quiet")
     done = ockham("compress", "--out", "r", *given, "--log-odds", "-4", "--keep-share", "0.02")

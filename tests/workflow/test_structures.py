@@ -125,7 +125,7 @@ def test_it_loads_from_the_folder_by_the_ordinary_constructor(result: ockham.Com
 PRIORS = {"fixed": ockham.FixedPrior(1.0), "group": ockham.GroupScale(1.0), "spike-slab": FixedSpikeSlab(0.1, 1.0)}
 
 
-@pytest.mark.parametrize("kind", PRIORS)
+@pytest.mark.parametrize("kind", ["fixed", *(pytest.param(k, marks=pytest.mark.slow) for k in PRIORS if k != "fixed")])
 def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path, kind: str) -> None:
     training = ockham.Training(epochs=12, learning_rate=2e-2, prior=PRIORS[kind])
     settings = {"training": training, "rounds": ROUNDS, "estimator": spike_slab if kind == "spike-slab" else None}
@@ -148,6 +148,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path: Path, kind: str) 
         assert one.rounds == two.rounds
 
 
+@pytest.mark.slow
 def test_masked_only_and_shrunk_training_go_the_same_way() -> None:
     # with a price of 0 only units go that nobody reads: training them on or not changes nothing that matters
     def train(structures: ockham.Structures | None) -> list[float]:
