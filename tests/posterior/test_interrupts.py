@@ -185,6 +185,8 @@ def test_a_norm_that_overflows_is_no_gradient_that_is_no_number(mean_field):
         mean_field.loss(net).backward()
     net[0].weight.grad.fill_(3e38)
     opt.step()
+    assert opt.skipped == 0
+    assert all(bool(p.isfinite().all()) for p in net.parameters())
 
 
 def test_the_state_is_not_saved_from_inside_a_block(toy):

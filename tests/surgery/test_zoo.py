@@ -51,6 +51,19 @@ def test_a_small_network_can_be_shrunk_again(name):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:nothing of this network can be removed")
+@pytest.mark.parametrize("name", ZOO)
+def test_a_small_network_can_be_shrunk_again_and_again(name):
+    model, x = build(name)
+    for seed in range(3):
+        groups = trace(model, x)
+        if seed < 2:
+            assert {g.id for g in groups} <= set(MUST[name])
+        assert worst_difference(model, groups, x, ratio=0.3, seed=seed)[0] <= 1e-5
+        model = shrink(model, random_plan(groups, 0.3, generator=torch.Generator().manual_seed(seed)))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ZOO)
 def test_masked_equals_shrunk_twenty_seeds(name):
     model, x, groups = traced(name)
