@@ -37,6 +37,7 @@ class PointEstimate(VariationalOptimizer):
         OckhamError: a setting out of range.
     """
 
+    _divisible = True
     _vectors = ("exp_avg", "exp_avg_sq")
 
     def __init__(
