@@ -37,9 +37,9 @@ __all__ = [
     "holders",
     "ignored",
     "keeping_modes",
+    "own_rows",
     "protected_names",
     "rows_here",
-    "rows_of",
     "seeded",
     "sharded_as",
     "train_",
@@ -449,7 +449,7 @@ def rows_here(tensor: Tensor) -> Tensor:
     return rows
 
 
-def rows_of(parameter: Tensor, whole: Tensor) -> Tensor:
+def own_rows(parameter: Tensor, whole: Tensor) -> Tensor:
     """This process's rows of a tensor shaped like a parameter, or broadcastable to it."""
     if not hasattr(parameter, "device_mesh") or hasattr(whole, "device_mesh"):
         return rows_here(whole)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from ockham.core.network import Processes, holders, rows_here, rows_of, sharded_as, whole
+from ockham.core.network import Processes, holders, own_rows, rows_here, sharded_as, whole
 from ockham.errors import OckhamError, check_keywords
 from ockham.fit.priors import GroupPrior, Prior, slice_scales
 
@@ -425,8 +425,8 @@ def fitted_state(p: Tensor, state: Mapping[str, Any], vectors: Sequence[str]) ->
         dense = mine[name]
         if dense.numel() != keep.numel():  # of the living weights only
             dense = dense.new_zeros(keep.shape).masked_scatter_(keep, dense)
-        mine[name] = rows_of(p, dense.view(keep.shape))
-    keep = rows_of(p, keep.bool())
+        mine[name] = own_rows(p, dense.view(keep.shape))
+    keep = own_rows(p, keep.bool())
     mine |= {name: mine[name][keep] for name in vectors}
     left = int(holders(p).summed((~keep).sum()))
     return {k: v for k, v in mine.items() if k != "keep"} | ({"keep": keep} if left else {})

@@ -18,8 +18,8 @@ from ockham.core.network import (
     finite_gradients,
     fixed_entries,
     holders,
+    own_rows,
     rows_here,
-    rows_of,
     sharded_as,
     whole,
 )
@@ -292,13 +292,13 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
             self._ensure(p, self._group_of(p))
             fixed = ~g.keep & (g.mean != 0)
             if bool(fixed.any()):
-                self._held[p] = alive_index(rows_of(p, fixed.to(p.device)))
+                self._held[p] = alive_index(own_rows(p, fixed.to(p.device)))
             if not bool(g.keep.all()):
                 self._remove_from(p, g.keep)
-            rows_here(p).copy_(rows_of(p, g.mean))
+            rows_here(p).copy_(own_rows(p, g.mean))
         for group in self.param_groups:
             held = [p for p in group["params"] if self._names[p] in posterior]
-            given = {p: posterior[self._names[p]].map(partial(rows_of, p)) for p in held}
+            given = {p: posterior[self._names[p]].map(partial(own_rows, p)) for p in held}
             if given:
                 self._take_over(given, posterior, group)
         self._arenas.clear()  # they may remember standard deviations
@@ -346,7 +346,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         by_name = dict(model.named_parameters())
         for name, fixed in fixed_entries(model).items():
             if (p := by_name[name]) in self._names:
-                self._held[p] = alive_index(rows_of(p, fixed))
+                self._held[p] = alive_index(own_rows(p, fixed))
                 if self.state.get(p):
                     self._remove_from(p, ~fixed)
 
@@ -432,7 +432,8 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         for saved, own in zip(groups, self.param_groups, strict=False):  # torch raises where the numbers differ
             if isinstance(saved.get("prior"), dict):
                 saved["prior"] = restored_prior(saved["prior"], own["prior"])
-        keys, states = {str(key): key for group in groups for key in group["params"]}, {}
+        states: dict[Any, dict[str, Any]] = {}
+        keys = {str(key): key for group in groups for key in group["params"]}
         for key, value in state_dict["state"].items():  # distributed.checkpoint puts plain values under "0"
             states.setdefault(keys.get(str(key), key), {}).update(value)
         super().load_state_dict({"state": states, "param_groups": groups})
@@ -529,8 +530,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
             self._phase = (self._phase + 1) % CYCLE if new else self._phase
             for group, arena in zip(self.param_groups, arenas, strict=True):
                 if new and arena.divided is not None:
-                    noise = arena.vectors["noise"]
-                    arena.divided.renew_(noise, self._phase, self._generator(noise.device))
+                    self._draw_(arena.vectors["noise"], arena.divided)
                 for span in arena.spans:
                     runs = [run for run in self._runs(span) if self._perturbs(run)]
                     if new and runs and arena.divided is None:
@@ -554,8 +554,8 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
             self._phase = -1 if new else self._phase  # this noise is half made: the next draw is a new one
             raise
 
-    def _draw_(self, noise: Tensor) -> None:
-        renew_(noise, self._phase, self._generator(noise.device))
+    def _draw_(self, noise: Tensor, divided: Divided | None = None) -> None:
+        (divided.renew_ if divided else renew_)(noise, self._phase, self._generator(noise.device))
 
     def _restore(self) -> None:
         """Put the mean back; repeatable, since an interrupt may stop it anywhere."""
@@ -600,7 +600,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
     def _remove_from(self, p: Tensor, keep: Tensor) -> int:
         group = self._group_of(p)
         state, old = self._ensure(p, group), self._index.get(p)
-        flat = rows_of(p, keep).to(p.device).reshape(-1)
+        flat = own_rows(p, keep).to(p.device).reshape(-1)
         stays = flat if old is None else flat[old]
         gone = int(holders(p).summed((~stays).sum()))
         if not gone:
