@@ -75,7 +75,9 @@ def trained(model: nn.Module, rank: int = 0, count: int = 1, folder: str | None 
             evidence = ockham.score(optimizer.posterior())  # gathered: the same in every process
             optimizer.remove(ockham.EvidenceRule().decide(evidence))
     if folder is not None:
-        dcp.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=f"{folder}/checkpoint")
+        dcp.save(
+            {"model": model.state_dict(), "optimizer": optimizer.state_dict()}, checkpoint_id=f"{folder}/checkpoint"
+        )
     # --8<-- [end:loop]
     return optimizer.posterior()
 

@@ -21,6 +21,8 @@ from torch.distributed.fsdp import fully_shard
 import ockham
 from ockham.errors import OckhamError
 from ockham.fit.point import PointEstimate
+from ockham.surgery.groups import plan_masks
+from ockham.surgery.shrinking import mask
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -73,6 +75,28 @@ def steps(model, optimizer, which, rank=0, count=1):
             optimizer.remove(halves)
 
 
+def shrunk(model, optimizer):
+    """Uneven widths, and not those that the processes would like."""
+    groups = ockham.trace(network(), (X[:2], IDS[:2])).separate
+    keep = {g.id: torch.arange(g.size) % (3 + at) != 1 for at, g in enumerate(groups)}
+    plan = plan_masks(groups, keep)
+    assert len(plan.removed) >= 2
+    small, carried = ockham.shrink(model, plan, optimizer=optimizer)
+    return mask(model, plan), small, carried
+
+
+def smaller(model, rank=0, count=1):
+    """Steps, the units out, steps again."""
+    optimizer = MAKERS["mean-field"](model.named_parameters())
+    steps(model, optimizer, range(REMOVAL + 2), rank, count)
+    model.eval()
+    masked, small, carried = shrunk(model, optimizer)
+    torch.testing.assert_close(small(X, IDS), masked(X, IDS), rtol=1e-10, atol=1e-10)
+    small.train()
+    steps(small, carried, range(REMOVAL + 2, STEPS), rank, count)
+    return small, carried
+
+
 def facts(optimizer):
     return optimizer.posterior(), optimizer.kl()
 
@@ -105,6 +129,10 @@ def worker(rank, count, folder, port):
         keep(folder / f"{name}-loaded.{rank}", optimizer)
     functions(mesh, rank, count, folder)
     started(mesh, rank, count, folder)
+    small, optimizer = smaller(divided(mesh), rank, count)
+    assert type(small).__name__ == "FSDPNet" and type(small.second).__name__ == "FSDPLinear"
+    assert type(small.last) is nn.Linear and hasattr(small.last.weight, "device_mesh")
+    keep(folder / f"shrunk.{rank}", optimizer)
     (folder / f"said.{rank}").write_text("\n".join(told(call) for call in refusals(mesh, rank, count)))
     dist.destroy_process_group()
 
@@ -259,6 +287,13 @@ def test_a_run_of_whole_tensors_goes_on_sharded(folder, whole):
     alike(folder, "started", facts(fresh))
 
 
+def test_units_go_on_shards_as_in_one_process(folder):
+    small, optimizer = smaller(network())
+    posterior, kl = facts(optimizer)
+    assert small.first.out_features < 71 and small.second.out_features < 61
+    alike(folder, "shrunk", (posterior, kl))
+
+
 def test_every_block_gathers_its_own_draw_and_after_it_the_mean(folder):
     for rank in range(2):
         before, drawn, again, after = torch.load(folder / f"draws.{rank}")
@@ -287,3 +322,4 @@ def test_four_processes_do_the_same(tmp_path, whole):
         alike(folder, name, whole[name], 4)
     alike(folder, "ivon-loaded", whole["ivon"], 4)
     alike(folder, "functions", whole["mean-field"], 4)
+    alike(folder, "shrunk", facts(smaller(network())[1]), 4)

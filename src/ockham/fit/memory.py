@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from ockham.core.network import Processes, holders, own_rows, rows_here, sharded_as, whole
+from ockham.core.network import Processes, dividers, holders, own_rows, rows_here, sharded_as, whole
 from ockham.errors import OckhamError, check_keywords
 from ockham.fit.priors import GroupPrior, Prior, slice_scales
 
@@ -372,10 +372,12 @@ def sliced(optimizer: VariationalOptimizer, parameters: Mapping[str, Tensor], ta
     twin._index, twin._arenas = {}, {}
     twin._generators = {d: g.clone_state() for d, g in optimizer._generators.items()}
     twin._names = {parameters[name]: name for name in optimizer._names.values()}
+    twin._dividers = dividers(twin._names) if optimizer._dividers else []
     twin._held = {}
     for p, at in optimizer._held.items():
-        fixed = torch.zeros(p.numel(), dtype=torch.bool, device=p.device).index_fill(0, at, True).view(p.shape)
-        twin._held[parameters[optimizer._names[p]]] = alive_index(take(optimizer._names[p], fixed))
+        fixed = torch.zeros_like(rows_here(p), dtype=torch.bool).view(-1).index_fill(0, at, True)
+        name, fixed = optimizer._names[p], whole(sharded_as(p, fixed.view(rows_here(p).shape)))
+        twin._held[parameters[name]] = alive_index(own_rows(parameters[name], take(name, fixed)).to(p.device))
     shapes = {name: tuple(p.shape) for p, name in optimizer._names.items()}
     for group in optimizer.param_groups:
         fresh = {k: copy.deepcopy(v) for k, v in group.items() if k not in ("params", "prior")}
@@ -395,13 +397,17 @@ def _carry(
     name, state = optimizer._names[p], optimizer.state[p]
     new = next(q for q, n in twin._names.items() if n == name)
     old_keep = optimizer._keep_of(p)
-    keep = take(name, old_keep)
+
+    def taken(rows: Tensor) -> Tensor:
+        return own_rows(new, take(name, whole(sharded_as(p, rows)))).to(new.device)
+
+    keep = taken(old_keep)
     vectors = (*optimizer._vectors, "noise")
     kept = {k: copy.deepcopy(v) for k, v in state.items() if k not in vectors and k != "keep"}
     for vector in vectors:
-        wide = torch.zeros(p.shape, dtype=state[vector].dtype, device=p.device)
+        wide = torch.zeros(old_keep.shape, dtype=state[vector].dtype, device=p.device)
         wide[old_keep] = state[vector]
-        kept[vector] = take(name, wide)[keep]
+        kept[vector] = taken(wide)[keep]
     if not bool(keep.all()):
         kept["keep"] = keep
         twin._index[new] = alive_index(keep)
