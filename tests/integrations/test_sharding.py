@@ -148,6 +148,12 @@ def functions(mesh, rank, count, folder):
     model = divided(mesh)
     optimizer = MAKERS["mean-field"](model.named_parameters())
     steps(model, optimizer, range(REMOVAL + 2), rank, count)
+    plain = network()
+    alone = MAKERS["mean-field"](plain.named_parameters())
+    alone.start_from(optimizer.posterior())  # the means
+    alone.load_state_dict(optimizer.state_dict())
+    steps(plain, alone, range(REMOVAL + 2, STEPS))
+    keep(folder / f"alone.{rank}", alone)
     weights, state = get_state_dict(model, optimizer)
     model = divided(mesh)
     optimizer = MAKERS["mean-field"](model.named_parameters())
@@ -269,10 +275,35 @@ def test_sharded_training_with_a_removal_is_that_of_one_process(folder, whole, n
 
 
 @pytest.mark.parametrize(
-    ("name", "method"), [("mean-field-loaded", "mean-field"), ("ivon-loaded", "ivon"), ("functions", "mean-field")]
+    ("name", "method"),
+    [
+        ("mean-field-loaded", "mean-field"),
+        ("ivon-loaded", "ivon"),
+        ("functions", "mean-field"),
+        ("alone", "mean-field"),
+    ],
 )
 def test_a_distributed_checkpoint_goes_on_as_if_there_had_been_none(folder, whole, name, method):
     alike(folder, name, whole[method])
+
+
+def test_a_checkpoint_of_two_processes_goes_on_in_one(folder, whole, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    try:
+        model = divided(init_device_mesh("cpu", (1,)))
+        optimizer = MAKERS["mean-field"](model.named_parameters())
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        dcp.load(state, checkpoint_id=folder / "mean-field.dcp")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        steps(model, optimizer, range(REMOVAL + 2, STEPS))
+        keep(tmp_path / "one.0", optimizer)
+    finally:
+        dist.destroy_process_group()
+    alike(tmp_path, "one", whole["mean-field"], 1)
 
 
 def test_a_run_of_whole_tensors_goes_on_sharded(folder, whole):
