@@ -19,7 +19,7 @@ from ockham.core.objective import Objective
 from ockham.core.posterior import Posterior
 from ockham.errors import OckhamError, OckhamWarning
 from ockham.fit.optimizer import VariationalOptimizer
-from ockham.run.compression import SMALL_DATA
+from ockham.run.compression import SMALL_DATA, decided
 from ockham.run.structures import Shrinking, Shrunk, example_of
 
 __all__ = ["StepRounds", "variational"]
@@ -115,7 +115,7 @@ class StepRounds:
                 )
             for text in said:
                 warnings.warn(text, OckhamWarning, stacklevel=3)
-        keep = self.rule.decide(evidence, self._protected, (self.due.index(step) + 1) / len(self.due))
+        keep = decided(self.rule, evidence, self._protected, (self.due.index(step) + 1) / len(self.due))
         keep = {name: processes.told(mask) for name, mask in keep.items()}
         gain, cost = evidence.gain(keep), evidence.nll_cost(keep)
         energy = -(posterior.n_data * loss + posterior.temperature * optimizer.kl())
