@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ockham.core.network import keeping_modes
+from ockham.core.network import copied, keeping_modes
 
 
 def canonical_names(model: nn.Module) -> dict[int, str]:
@@ -55,7 +54,7 @@ def clone(
             for tensor in tensors_in(held):
                 if id(tensor) not in memo and (others is not None or not tensor.is_leaf):
                     memo[id(tensor)] = tensor.detach().clone() if others is None else others(tensor)
-    return copy.deepcopy(model, memo)
+    return copied(model, memo)
 
 
 def tensors_in(held: Any) -> Iterator[Tensor]:

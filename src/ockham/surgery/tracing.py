@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from ockham.core.network import Ignore, ignored
+from ockham.core.network import Ignore, check_network, ignored
 from ockham.errors import OckhamWarning, TraceError
 from ockham.surgery.copies import (
     Arguments,
@@ -371,8 +371,10 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Ignore = ()) -> Grou
 
     Raises:
         TraceError: when the model cannot be exported (control flow that depends on data, inputs that do not fit).
-        OckhamError: when an entry of `ignore` matches nothing.
+        OckhamError: when an entry of `ignore` matches nothing, or the network cannot be worked with (see
+            `ockham.core.network.check_network`).
     """
+    check_network(model, meta=True, values=False)
     arguments = as_arguments(example_inputs)
     held = ignored(model, ignore, buffers=True)
     caches = _refilled(model, arguments)

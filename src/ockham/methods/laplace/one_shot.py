@@ -19,7 +19,7 @@ from ockham.choose.prices import Structures
 from ockham.choose.rules import Diagnosis, diagnose
 from ockham.core.batch import ReadBatch, ReadOutput, read_batch
 from ockham.core.likelihood import Likelihood, Regression
-from ockham.core.network import Ignore, device_of, evaluating, ignored, seeded
+from ockham.core.network import Ignore, check_network, copied, device_of, evaluating, ignored, seeded
 from ockham.core.objective import Objective, fit_noise, objective_of
 from ockham.core.posterior import POINT, Gaussian, Posterior
 from ockham.errors import OckhamError, OckhamWarning
@@ -195,6 +195,7 @@ def reduce(
     >>> int((reduce(net, posterior, keep=0.5).weight == 0).sum())
     4
     """
+    check_network(model)
     _fitting(model, posterior)
     protected = unscored(model, ignore)
     if not any(name not in protected for name in posterior):
@@ -258,7 +259,7 @@ def _fitting(model: nn.Module, posterior: Posterior) -> None:
 @torch.no_grad()
 def with_means(model: nn.Module, posterior: Posterior) -> nn.Module:
     """A copy of a network with the means of a posterior for its weights."""
-    new = copy.deepcopy(model)
+    new = copied(model)
     for name, p in new.named_parameters():
         if name in posterior:
             p.copy_(posterior[name].mean)
