@@ -31,7 +31,7 @@ from torch import nn
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
-sys.path[:0] = [str(HERE.parent / "tests" / part) for part in ("files", "cli", "posterior")]
+sys.path[:0] = [str(HERE.parent / "tests" / part) for part in ("files", "cli")]
 
 METHODS = ("mean-field", "ivon", "map", "spike-slab", "gates", "laplace", "kronecker")
 INPUTS, FUZZ_SEED = 10_000, 2026
@@ -96,6 +96,7 @@ def over(methods: list[str], before: dict[str, Any]) -> Any:
 
 
 def interrupts(**_: Any) -> dict[str, Any]:
+    sys.path.insert(0, str(HERE.parent / "tests" / "posterior"))  # its conftest, before that of another folder
     import test_interrupts
 
     from conftest import CONTRACTS, Toy

@@ -7,6 +7,7 @@ import json
 import math
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -24,8 +25,8 @@ from ockham.core.likelihood import Likelihood, Regression
 from ockham.core.network import ALONE, Processes
 from ockham.core.objective import fit_noise
 from ockham.core.posterior import Posterior
-from ockham.core.seal import weights_fingerprint
-from ockham.errors import DataError, OckhamError
+from ockham.core.seal import network_fingerprint, surroundings, weights_fingerprint
+from ockham.errors import DataError, OckhamError, OckhamWarning
 from ockham.run.engine import Compressed, Engine, EpochInfo, Method, OnStep, RunState, Task
 from ockham.run.folder import (
     NETWORK,
@@ -466,6 +467,13 @@ class Job:
             self._facts, self._spent = {}, 0.0
             if saved:
                 self._compare(saved["job"])
+                if saved.get("surroundings", surroundings()) != surroundings():
+                    warnings.warn(
+                        f"{self.out}: the run began with {saved['surroundings']} and goes on with {surroundings()}; it "
+                        "ends with a result as good, and not with the same bits",
+                        OckhamWarning,
+                        stacklevel=2,
+                    )
                 self._facts, self._spent = json.loads(saved["facts"]), float(saved["spent"])
             if self.weights is None and self.baseline:
                 yield from self._adam(saved)
@@ -526,6 +534,7 @@ class Job:
         """Refuse to go on with another job, naming what differs."""
         theirs, ours = json.loads(job), json.loads(self._fingerprint())
         other = [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]
+        other = ["method"] if "method" in other else other  # whose settings have no equals
         if other:
             changed = ", ".join(f"{k} was {theirs.get(k)}, is {ours.get(k)}" for k in other)
             raise OckhamError(
@@ -538,8 +547,11 @@ class Job:
             return self._told
         data = self.recipe.data
         names = {"data": data.name, "data content": data_fingerprint(data), "network": self.builder}
+        names |= {"network's code": network_fingerprint(self.recipe.network())}
         names |= {"weights": weights_fingerprint(self.weights)}
-        self._told = json.dumps(self._settings() | names | {"baseline": self.baseline}, sort_keys=True)
+        names |= {"foreign inputs": weights_fingerprint(None if self.ood is None else {"x": self.ood})}
+        ours = self._settings() | names | {"baseline": self.baseline, "draws": self.draws}
+        self._told = json.dumps(ours, sort_keys=True)
         return self._told
 
     def _settings(self) -> dict[str, Any]:
@@ -553,6 +565,7 @@ class Job:
         if self._folder is None:
             return
         tree = {"job": self._fingerprint(), "stage": stage, "state": state, "spent": self._clock()}
+        tree |= {"surroundings": surroundings()}
         self._folder.save_checkpoint(tree | {"facts": json.dumps(self._facts)})
 
     def _done(self, name: str, facts: dict[str, Any]) -> None:

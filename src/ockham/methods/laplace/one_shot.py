@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
+import numbers
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -160,11 +162,11 @@ def laplace_of(
         generator = torch.Generator(device).manual_seed(seed + rank)
         curvature = _STRUCTURES[structure](model, objective.checked(loader, model), score, generator)
     curvature = joined(curvature) if sharded else curvature
-    terms = float(curvature.terms if n_data is None else n_data)
-    if not terms > 0:
+    terms: object = curvature.terms if n_data is None else n_data
+    if not isinstance(terms, numbers.Real) or not 0 < float(terms) < math.inf:
         raise OckhamError(f"n_data counts log-likelihood terms and must be positive; got {n_data}")
     source = f"Laplace ({structure}, {fisher})"
-    found = laplace_posterior(model, curvature, n_data=terms, prior=fit, source=source)
+    found = laplace_posterior(model, curvature, n_data=float(terms), prior=fit, source=source)
     return replace(found, likelihood=objective.likelihood.kind, noise_variance=objective.likelihood.noise_variance)
 
 
