@@ -56,6 +56,7 @@ class Resizing(TorchFunctionMode):
         super().__init__()
         self.edits = tuple(edits)
         self.at = 0
+        self.mean = torch.zeros(())  # the last one that counts removed elements
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -100,11 +101,10 @@ class Resizing(TorchFunctionMode):
         found = self.fitting(op, x, dim)
         known = [(i, new) for i, e in found if (new := _replaced(e, plain)) is not None]
         if not known and op != "expand":
-            forced = [(i, e.new) for i, e in found if len(e.new) == len(asked) and e.old != e.new]
-            known = [
-                (i, tuple(a if n is None or a == -1 else n for a, n in zip(plain, new, strict=True)))
-                for i, new in forced
-            ]
+            for i, e in found:
+                if len(e.new) == len(asked) and e.old != e.new:
+                    sizes = tuple(a if n is None or a == -1 else n for a, n in zip(plain, e.new, strict=True))
+                    known += [(i, sizes)] if _meant(e, plain, sizes, x.numel()) else []
         if not known:
             return asked
         return tuple(a if p == n else n for a, p, n in zip(asked, plain, self.choose(known), strict=True))
@@ -142,6 +142,16 @@ def _replaced(edit: Edit, asked: Sizes) -> Sizes | None:
             return None
         out[i] = new
     return tuple(out)
+
+
+def _meant(edit: Edit, asked: Sizes, sizes: Sizes, count: int) -> bool:
+    """May `sizes` be meant where the code asks for numbers that `edit` does not know, of a tensor of `count` elements?
+
+    They must fit; and if the numbers asked for do so, too, one that changes must be among them.
+    """
+    fit = [math.prod(s) == count if -1 not in s else count % (math.prod(s) or -1) == 0 for s in (sizes, asked)]
+    among = any(None is not o != n and a in (o, n) for o, n, a in zip(edit.old, edit.new, asked, strict=True))
+    return fit[0] and (among or not fit[1])
 
 
 def _given(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:
@@ -257,12 +267,20 @@ def _sliced(mode: Resizing, x: Tensor, dim: int, item: slice) -> slice:
 
 @_handles(torch.mean, torch.Tensor.mean)
 def _mean(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Keep on dividing by the number before; a variance written out holds the mean of what is gone, squared."""
     out, x = func(*args, **kwargs), args[0]
     dims = _dims(_given(args, kwargs, "dim")[0], x.ndim)
-    found = mode.fitting("mean", x)
-    shares = [(i, math.prod(new / old for d, old, new in e.sizes if d in dims)) for i, e in found]
-    share = mode.choose(shares) if shares else 1.0
-    return out if share == 1 else out * share
+    found = [
+        (i, (e.op, math.prod(new / old for d, old, new in e.sizes if d in dims)))
+        for i, e in sorted(mode.fitting("mean", x) + mode.fitting("centred", x))
+    ]
+    op, share = mode.choose(found) if found else ("", 1.0)
+    if share == 1 or _tracing.get():
+        return out
+    if op == "centred":
+        return out * share + mode.mean.reshape(out.shape).square() * (1 - share)
+    mode.mean = out * share
+    return mode.mean
 
 
 def _dims(dim: Any, rank: int) -> list[int]:

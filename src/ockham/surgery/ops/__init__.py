@@ -43,7 +43,7 @@ RULES: dict[str, OperatorRule] = {
     **dict.fromkeys(("cat", "concat", "concatenate", "stack"), shapes.concatenation),
     **dict.fromkeys(("constant_pad_nd", "pad"), shapes.padding),
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"), shapes.shuffle),
-    "index": shapes.indexing,
+    **dict.fromkeys(("index", "index_put"), shapes.indexing),
     **dict.fromkeys(("index_select", "gather"), shapes.gathering),
     **dict.fromkeys(("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy"), shapes.scattering),
     "linear": pointwise.linear,
