@@ -287,11 +287,14 @@ def settle_labels(ledger: Labels, count: int) -> Tensor:
         edges += extra.edges
 
 
+FACTORIES = ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
 SPLITS = dict.fromkeys(["split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"], "split")
 KINDS: dict[str, str] = {
     "view": "view", "reshape": "view", "_unsafe_view": "view", "unflatten": "unflatten", "expand": "expand",
     "pad": "pad", "constant_pad_nd": "pad", "slice": "slice", "narrow": "slice", **SPLITS,
-    "batch_norm": "norm", "instance_norm": "norm", "mean": "mean", "centred_mean": "centred", "var": "var", "std": "var",
+    **dict.fromkeys(FACTORIES, "factory"),
+    "batch_norm": "norm", "instance_norm": "norm", "var": "var", "std": "var",
+    "mean": "mean", "centred_mean": "centred",
     "_grouped_mm": "grouped", "grouped_mm": "grouped", "grouped_mm_fallback": "grouped",
     "layer_norm": "layer_norm", "rms_norm": "rms_norm", "group_norm": "group_norm", "uneven_norm": "group_norm",
 }  # fmt: skip
@@ -480,6 +483,12 @@ def _result(note: Note) -> Value:
     return note.after
 
 
+@_makes("factory")
+def _factory(note: Note, before: dict[int, Tensor], root: Tensor) -> Site:
+    result = _result(note)
+    return Site(note.module, "factory", (), {}, result.shape, _dims(result, root), -1, call=note.call)
+
+
 @_makes("unflatten")
 def _unflatten(note: Note, before: dict[int, Tensor], root: Tensor) -> Site:
     rank = len(note.before.shape)
@@ -553,10 +562,10 @@ def edits_of(sites: tuple[Site, ...], gone: Tensor) -> tuple[Edit, ...]:
         for edit in edits:
             calls.setdefault(edit.call, []).append(replace(edit, call=0))
         first, *others = calls.values()
-        edits = edits if any(other != first for other in others) else first  # all calls of a module alike
-        distinct = list(dict.fromkeys(edits))
+        own = edits if any(other != first for other in others) else first  # all calls of a module alike
+        distinct = list(dict.fromkeys(own))
         looks = {(e.op, e.rank, e.dim, tuple((d, n) for d, _, n in e.sizes)) for e in distinct}
-        result += distinct if len(looks) == len(distinct) else edits
+        result += distinct if len(looks) == len(distinct) else own
     return tuple(result)
 
 
@@ -592,7 +601,9 @@ def _edit(site: Site, gone: Tensor) -> Edit | None:
     new: list[int | None] = [None] * len(site.old)
     old: list[int | None] = [None] * len(site.old)
     for dim, roots in site.after.items():
-        old[dim], new[dim] = site.old[dim], int((~torch.isin(roots, gone)).sum())
+        left = int((~torch.isin(roots, gone)).sum())
+        if site.op != "factory" or left < site.old[dim]:  # of new tensors, numbers of examples and positions, too
+            old[dim], new[dim] = site.old[dim], left
     if old == new and site.old:
         return None
     for dim in site.fixed:

@@ -64,7 +64,8 @@ class Resizing(TorchFunctionMode):
         """Run `func`, with other numbers where an edit says so."""
         kwargs = kwargs or {}
         handler = HANDLERS.get(func)
-        if handler is None or not args or not isinstance(args[0], Tensor):
+        makes = handler is _factory
+        if handler is None or not (makes or (args and isinstance(args[0], Tensor))):
             return func(*args, **kwargs)
         return handler(self, func, args, kwargs)
 
@@ -168,6 +169,21 @@ def _view(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     if not all(isinstance(n, (int, torch.SymInt)) or (isinstance(n, Tensor) and n.ndim == 0) for n in asked):
         return func(*args, **kwargs)
     return func(args[0], mode.view(op, args[0], tuple(asked)))
+
+
+@_handles(torch.zeros, torch.ones, torch.full, torch.empty)
+@_handles(torch.Tensor.new_zeros, torch.Tensor.new_ones, torch.Tensor.new_full, torch.Tensor.new_empty)
+def _factory(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Make a tensor of other sizes where those of the code are of a width that went."""
+    before = args[: func.__name__.startswith("new_")]
+    sizes = args[len(before) :] or (kwargs.get("size"),)
+    listed = isinstance(sizes[0], (tuple, list))
+    asked = tuple(map(_plain, sizes[0] if listed else sizes))
+    found = [(i, n) for i, e in enumerate(mode.edits) if e.op == "factory" and (n := _replaced(e, asked)) is not None]
+    if not found:
+        return func(*args, **kwargs)
+    rest = {k: v for k, v in kwargs.items() if k != "size"}
+    return func(*before, mode.choose(found), *(sizes[1:] if listed else ()), **rest)
 
 
 @_handles(torch.Tensor.unflatten, torch.unflatten)

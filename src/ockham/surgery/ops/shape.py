@@ -12,7 +12,7 @@ from ockham.surgery.labels import SPLITS, VIEWS, Value, along, compressed, drop_
 from ockham.surgery.ops.pointwise import covers
 
 if TYPE_CHECKING:
-    from ockham.surgery.walk import Call, Values
+    from ockham.surgery.walk import Call
 
 VIEWING = frozenset({"view", "reshape", "unflatten", "_unsafe_view", "flatten", "view_as", "reshape_as", "ravel"})
 POSITIONAL = frozenset({"select", "unbind", "roll", "unfold", "diagonal", "rot90"})
@@ -149,7 +149,10 @@ def fresh(call: Call, value: Value, dims: list[int]) -> Value:
 def factory(call: Call) -> Value:
     """zeros, ones, full: constant along every dimension, so their sizes follow whatever they meet."""
     shape = call.shape()
-    return fresh(call, Value(shape, (), False), [d for d, n in enumerate(shape) if n > 1])
+    nothing = call.name.endswith("zeros") or call.get("fill_value", None) == 0
+    out = fresh(call, Value(shape, (), nothing), [d for d, n in enumerate(shape) if n > 1])
+    call.note(Value(()), out)
+    return out
 
 
 def concatenation(call: Call) -> Value:
