@@ -89,6 +89,8 @@ def caches_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 CACHES = frozenset({"past_key_values", "cache_params", "past_key_value", "mems"})
 """Outputs of language models that hold what the next call may use again: they are no result."""
+BESIDE_LOGITS = CACHES | {"encoder_last_hidden_state", "state"}
+"""Outputs that are no result where there are logits: what a decoder was given, the state of a recurrent network."""
 
 
 def as_arguments(example_inputs: Any) -> Arguments:
@@ -117,7 +119,8 @@ def tensors_of(out: Any) -> list[Tensor]:
     if "Cache" in type(out).__name__:
         return []
     if isinstance(out, Mapping):
-        return [t for key, part in out.items() if key not in CACHES for t in tensors_of(part)]
+        inner = BESIDE_LOGITS if "logits" in out else CACHES
+        return [t for key, part in out.items() if key not in inner for t in tensors_of(part)]
     if isinstance(out, (list, tuple)):
         return [t for part in out for t in tensors_of(part)]
     if dataclasses.is_dataclass(out) and not isinstance(out, type):
