@@ -23,6 +23,7 @@ __all__ = [
     "CutOf",
     "GroupLike",
     "Inside",
+    "Multiples",
     "NodeRule",
     "Nodes",
     "StructureEvidence",
@@ -35,6 +36,7 @@ __all__ = [
     "held_weights",
     "incoming",
     "living",
+    "multiple_of",
     "node_inclusion",
     "outgoing",
     "score_structures",
@@ -359,8 +361,17 @@ class Choice:
     forced: tuple[str, ...]
 
 
+Multiples = int | Mapping[str, int]
+"""What widths are multiples of: one number, or group id to a number (groups left out: 1)."""
+
+
+def multiple_of(round_to: Multiples, key: str) -> int:
+    """The number of which the width of one group is a multiple."""
+    return round_to if isinstance(round_to, int) else round_to.get(key, 1)
+
+
 def choose_units(
-    evidence: StructureEvidence, prices: Mapping[str, Tensor], *, round_to: int = 1, cap: float = 1.0
+    evidence: StructureEvidence, prices: Mapping[str, Tensor], *, round_to: Multiples = 1, cap: float = 1.0
 ) -> Choice:
     """Keep the units with E_g >= price; remove those that nobody reads; keep at least one (or ``round_to``).
 
@@ -370,14 +381,14 @@ def choose_units(
     Args:
         evidence: score of the units.
         prices: group id to nats ``(units,)``.
-        round_to: hardware-friendly multiple, at least 1.
+        round_to: hardware-friendly multiple, at least 1; or one a group.
         cap: largest share of the units of a group that goes at once, those that nobody reads aside: units that stand
             in for each other look dispensable one by one, so leave time to refit.
 
     Raises:
         OckhamError: ``round_to`` below 1 or ``cap`` no share.
     """
-    if round_to < 1 or not 0 < cap <= 1:
+    if min((multiple_of(round_to, key) for key in evidence), default=1) < 1 or not 0 < cap <= 1:
         raise OckhamError(f"round_to is at least 1 and cap a share in (0, 1]; got {round_to} and {cap}")
     keep, forced = {}, []
     for key, nats in evidence.items():
@@ -385,7 +396,8 @@ def choose_units(
         worth = torch.where(evidence.held[key] > 0, worth, worth.clamp(max=_IDLE)).clamp(-_MOST, _MOST)
         read = int((evidence.held[key] > 0).sum())
         least = read - max(1, int(cap * read)) if cap < 1 else 1
-        widths = [w for w in (*range(round_to, len(worth), round_to), len(worth)) if w >= least]
+        multiple = multiple_of(round_to, key)
+        widths = [w for w in (*range(multiple, len(worth), multiple), len(worth)) if w >= least]
         sums: list[float] = worth.sort(descending=True).values.cumsum(0)[torch.tensor(widths) - 1].tolist()
         count = max(w for w, s in zip(widths, sums, strict=True) if s == max(sums))
         keep[key] = torch.zeros(len(worth), dtype=torch.bool)

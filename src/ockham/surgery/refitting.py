@@ -19,7 +19,7 @@ from ockham.core.network import keeping_modes
 from ockham.surgery.copies import as_arguments, given_to
 from ockham.surgery.groups import Group, Groups, Member, Plan, PlanError, plan_masks
 from ockham.surgery.labels import COUNTS, Edit
-from ockham.surgery.resizing import attach
+from ockham.surgery.resizing import Skipped, attach
 
 __all__ = ["Constant", "constants", "fold", "plan_unread"]
 
@@ -202,6 +202,14 @@ def refit(model: nn.Module, small: nn.Module, plan: Plan) -> None:
                 setattr(module, name, sizes.get(held, held) if type(held) is int else held)
             if path in edits:
                 attach(module, edits[path])
+        for path, what in ((p, w) for branch in plan.dropped for p, w in branch.modules.items()):
+            parent, _, leaf = path.rpartition(".")
+            owner, stand = small.get_submodule(parent), Skipped(what).train(before[path].training)
+            setattr(owner, leaf, stand)
+            plain = {n: v for n, v in vars(before[path]).items() if n[0] != "_" and isinstance(v, (bool, int, float, str))}
+            vars(stand).update(plain | dict.fromkeys(before[path]._parameters))  # a forward may ask for them
+            if isinstance(owner, nn.TransformerEncoderLayer):
+                owner.activation_relu_or_gelu = 0  # keeps it off the fused path, which wants all weights
 
 
 def _recompute(module: nn.Module) -> None:

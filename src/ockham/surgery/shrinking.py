@@ -62,7 +62,7 @@ def settle_config(model: nn.Module, small: nn.Module, plan: Plan) -> bool:
         True when the configuration was changed and describes `small` now.
     """
     config = getattr(small, "config", None)
-    if config is None or not callable(getattr(config, "to_dict", None)) or not plan.removed:
+    if config is None or not callable(getattr(config, "to_dict", None)) or not (plan.removed or plan.dropped):
         return False
     wanted = _shapes(small)
     if sum(t.numel() for t in named_tensors(small).values()) > LARGEST_VALUES:
@@ -288,6 +288,8 @@ def slice_tensor(plan: Plan, name: str, tensor: Tensor) -> Tensor:
 
 def masked_tensor(plan: Plan, name: str, tensor: Tensor) -> Tensor:
     """Return a copy of `tensor` with zeros in all that the plan removes from it."""
+    if name in plan.lost:
+        return torch.zeros_like(tensor)
     out = tensor.detach().clone()
     for dim, gone in plan.cuts.get(name, {}).items():
         out.index_fill_(dim, torch.tensor(gone, device=out.device), 0)
@@ -299,7 +301,8 @@ def mask(model: nn.Module, plan: Plan) -> Any:
 
     Zeroed are the weights that make a unit (with bias and norm affine) and those which read it, so the copy computes
     the function of the network without the unit: whatever constant a norm or an activation would leave behind
-    (bias -> BatchNorm -> ReLU) meets zero weights. No constant is ever left to fold. Running statistics stay.
+    (bias -> BatchNorm -> ReLU) meets zero weights. No constant is ever left to fold. Running statistics stay. Of a
+    branch that goes as a whole every parameter is zero.
 
     Raises:
         PlanError: when the plan is for another model.
@@ -347,7 +350,8 @@ def shrink(
     if optimizer is not None:
         extras.append(shrink_optimizer(model, small, plan, optimizer=optimizer))
     if posterior is not None:
-        extras.append({n: slice_values(plan, n, value) for n, value in posterior.items()})
+        lost = plan.lost
+        extras.append({n: slice_values(plan, n, value) for n, value in posterior.items() if n not in lost})
     if scheduler is not None:
         follower = copy.copy(scheduler)
         follower.optimizer = extras[0]
@@ -383,11 +387,16 @@ def shrink_optimizer(
     names = canonical_names(model)
     after = dict(small.named_parameters())
     if isinstance(optimizer, Sliceable):
+        if plan.dropped:
+            raise PlanError(
+                f"a {type(optimizer).__name__} cannot lose whole branches ({plan.dropped[0].id}, ...). Shrink without the "
+                "optimizer, with posterior=, and start a new one from what that returns"
+            )
         carried: torch.optim.Optimizer = optimizer.sliced(after, lambda name, tensor: slice_tensor(plan, name, tensor))
         if isinstance(carried, Follower):
             carried.follow(small)
         return carried
-    memo: dict[int, Any] = {id(p): after[names[id(p)]] for p in model.parameters()}
+    memo: dict[int, Any] = {id(p): after.get(names[id(p)]) for p in model.parameters()}
     twin = object.__new__(type(optimizer))
     own = {k: v for k, v in vars(optimizer).items() if k not in ("state", "param_groups", "step") and "hook" not in k}
     twin.__dict__.update(copy.deepcopy(own, memo))
@@ -398,9 +407,12 @@ def shrink_optimizer(
         if any(id(p) not in names for p in group["params"]):
             raise PlanError("the optimizer holds a parameter that is not one of this model")
         fresh = {k: copy.deepcopy(v, memo) for k, v in group.items() if k != "params"}
-        twin.param_groups.append({"params": [after[names[id(p)]] for p in group["params"]], **fresh})
+        kept = [after[names[id(p)]] for p in group["params"] if names[id(p)] in after]
+        twin.param_groups.append({"params": kept, **fresh})
     for parameter, state in optimizer.state.items():
         name = names[id(parameter)]
+        if name not in after:  # it went with a branch
+            continue
         twin.state[after[name]] = {k: _state(plan, name, v) for k, v in state.items()}
     return twin
 

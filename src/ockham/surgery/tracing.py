@@ -38,8 +38,9 @@ from ockham.surgery.groups import Axis, Groups, Plan, build, plan_masks
 from ockham.surgery.labels import Labels, Note, Value, along, settle_labels, settled
 from ockham.surgery.ops import ALWAYS, RULES
 from ockham.surgery.refitting import refit
-from ockham.surgery.resizing import plain_norms
+from ockham.surgery.resizing import Branch, plain_norms
 from ockham.surgery.shrinking import masked_tensor, slice_tensor
+from ockham.surgery.streams import residual_branches
 from ockham.surgery.walk import Values, Walker, shapes_of
 
 Keep = dict[str, Tensor]
@@ -294,6 +295,23 @@ def tried(groups: Groups, trial: TrialPair, touching: Mapping[str, Collection[st
     return max(found, key=lambda g: sum(group.size for group in g))
 
 
+def _proved(groups: Groups, found: Mapping[str, Branch], trial: TrialPair) -> dict[str, Branch]:
+    """Return the branches without which the network computes what it does with zeros in their weights."""
+
+    def works(keys: Collection[str]) -> bool:
+        some, gone = replace(groups, branches=found), dict.fromkeys(keys, torch.tensor([False]))
+        few = {g.id: torch.arange(g.size) % 3 > 0 for g in groups}  # units beside them, too
+        return all(trial.problem(plan_masks(some, {**units, **gone})) is None for units in ({}, few))
+
+    left = list(found)
+    halves = (left, left[::2], left[1::2])
+    if not all(works(half) for half in halves if half):
+        left = [key for key in left if works([key])]
+        if not works(left):
+            left = []
+    return {key: found[key] for key in left}
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Search:
     """Which groups are to blame."""
@@ -352,7 +370,7 @@ class _Search:
 Caches = Mapping[str, tuple[str, ...]]
 
 
-def trace(model: nn.Module, example_inputs: Any, *, ignore: Ignore = ()) -> Groups:
+def trace(model: nn.Module, example_inputs: Any, *, ignore: Ignore = (), depth: bool = False) -> Groups:
     """Find the structures of `model` that can be removed, and say why the others cannot.
 
     The model is exported with fake tensors in evaluation mode (and in training mode where parts of it run only there);
@@ -365,6 +383,7 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Ignore = ()) -> Grou
         example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments; the trial runs on them.
         ignore: what stays whole: names of modules or parameters, ``"re:..."`` patterns on names of parameters, module
             types, modules, or parameters.
+        depth: whether residual branches (x + branch(x)) are looked for that can go as a whole; ``.branches`` has them.
 
     Returns:
         The groups; ``.frozen`` maps (tensor, dimension) to a reason.
@@ -393,8 +412,13 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Ignore = ()) -> Grou
             ledger.freeze(atoms, "is not used in the traced forward")
     groups, touching = _grouped(model, axes, ledger, notes)
     groups = replace(groups, caches=caches)
-    groups = tried(groups, prepared(model, groups, arguments), touching) if len(groups) else groups
-    if not len(groups):
+    trial = prepared(model, groups, arguments) if len(groups) or depth else None
+    groups = tried(groups, trial, touching) if trial and len(groups) else groups
+    if isinstance(trial, ByValues) and depth:
+        found = residual_branches(model, program.graph, arguments)
+        free = {key: b for key, b in found.items() if not held & set(b.tensors)}
+        groups = replace(groups, branches=_proved(groups, free, trial))
+    if not len(groups) and not groups.branches:
         first = next((f"{name}, dimension {dim}: {why}" for (name, dim), why in groups.frozen.items()), "no parameters")
         warnings.warn(f"nothing of this network can be removed; {first}", OckhamWarning, stacklevel=2)
     return groups

@@ -1,21 +1,158 @@
-"""Rotation of a residual stream: its coordinates become the directions that matter, so that the others can go.
+"""Residual streams: the branches beside them, which can go as a whole, and their rotation.
 
+A rotation makes coordinates of the directions that matter, so that the others can go.
 RMSNorm(x Q) = RMSNorm(x) Q for an orthogonal Q once the gains are folded into what reads them (Ashkboos et al. 2024,
 "SliceGPT", eq. 2 and section 3.2); LayerNorm is RMSNorm of a stream whose mean is zero, which the writers can see to.
 """
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+from os.path import commonprefix
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ockham.errors import OckhamError
-from ockham.surgery.copies import Arguments, as_arguments, clone, difference, outputs, still, to_double
+from ockham.surgery.copies import (
+    Arguments,
+    as_arguments,
+    canonical_names,
+    clone,
+    difference,
+    outputs,
+    still,
+    to_double,
+)
 from ockham.surgery.groups import Group, Groups, Member
+from ockham.surgery.resizing import Branch
 
 TOLERANCE = 1e-5
+
+
+ADDITIONS = frozenset({torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor})
+SAME = frozenset({torch.ops.aten.to.dtype, torch.ops.aten.to.dtype_layout, torch.ops.aten.to.device, torch.ops.aten.contiguous.default})
+"""Operators that return their input where it is what they should make of it."""
+
+
+def residual_branches(model: nn.Module, graph: fx.Graph, arguments: Arguments) -> dict[str, Branch]:
+    """Find what is computed from a stream and added to it by modules that do nothing else; by `Branch.id`.
+
+    These are candidates: whether the network without one computes what it does with zeros in its weights, is tried by
+    `ockham.trace`. Of attention that keeps keys and values (modules with a ``layer_idx``) the first stays, since a cache
+    counts its tokens there. Of nested branches the innermost are found.
+
+    Args:
+        model: network that was exported.
+        graph: graph of its export.
+        arguments: arguments of a call: what a module returns is looked at.
+    """
+    nodes = list(graph.nodes)
+    bit = {node: 1 << i for i, node in enumerate(nodes)}
+    before: dict[fx.Node, int] = {}  # bits of what a node is computed from, and of the inputs of the network among it
+    after = dict.fromkeys(nodes, 0)
+    for node in nodes:
+        before[node] = 0
+        for given in node.all_input_nodes:
+            before[node] |= before[given] | bit[given]
+    for node in reversed(nodes):
+        for user in node.users:
+            after[node] |= after[user] | bit[user]
+    fed = sum(bit[n] for n in nodes if n.op == "placeholder" and not n.name.startswith(("p_", "b_", "c_")))
+    ends = sum(bit[n] for n in nodes if n.op == "output")
+    live = sum(bit[n] for n in nodes if after[n] & ends)  # the others are checks of shapes and types
+    own = _nodes_of_modules(nodes, bit, sum(bit[n] for n in nodes if before[n] & fed and bit[n] & live))
+    modules = dict(model.named_modules(remove_duplicate=False))
+    holding = {path: bool(_held(module)) for path, module in modules.items()}
+    own = {path: at for path, at in own.items() if path in modules}
+    found: list[tuple[int, dict[str, int]]] = []
+    for node in nodes:
+        pair = [a for a in node.args[:2] if isinstance(a, fx.Node)]
+        if node.target not in ADDITIONS or len(pair) < 2 or node.kwargs or len({_value(n)[0] for n in (node, *pair)}) > 1:
+            continue
+        for stream, added in (pair, pair[::-1]):
+            while stream.target in SAME and _value(stream.args[0]) == _value(stream):
+                stream = stream.args[0]  # the same tensor, which export knows by its last name
+            region = after[stream] & (before[added] | bit[added])
+            inner = any(region & other == other for other, _ in found)
+            users = sum(bit[n] for n in nodes if any(bit[given] & region for given in n.all_input_nodes))
+            closed = not users & (live | ends) & ~(region | bit[node])
+            if region & bit[added] and not inner and closed:
+                parts = {path: at for path, at in own.items() if at & region == at and holding[path]}
+                if parts:
+                    found.append((region, {p: at for p, at in parts.items() if p.rpartition(".")[0] not in parts}))
+    return _as_branches(model, [parts for _, parts in found], arguments)
+
+
+def _value(node: Any) -> tuple[tuple[int, ...], torch.dtype | None]:
+    """Return shape and type of what a node computes."""
+    value = node.meta.get("val")
+    return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else ((), None)
+
+
+def _nodes_of_modules(nodes: list[fx.Node], bit: Mapping[fx.Node, int], moving: int) -> dict[str, int]:
+    """Return path of a module to its nodes that depend on the network's inputs."""
+    found: dict[str, int] = {}
+    for node in nodes:
+        for path, _ in (node.meta.get("nn_module_stack") or {}).values():
+            path = str(path).partition("@")[0]
+            if path and bit[node] & moving:
+                found[path] = found.get(path, 0) | bit[node]
+    return found
+
+
+def _as_branches(model: nn.Module, found: list[dict[str, int]], arguments: Arguments) -> dict[str, Branch]:
+    """Return branches of the modules with tensors among those found, in the order in which they run."""
+    names = canonical_names(model)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    results = _results(model, {p for parts in found for p in parts}, arguments)
+    first: dict[type[nn.Module], int] = {}
+    for module in modules.values():
+        number = getattr(module, "layer_idx", None)
+        if isinstance(number, int):
+            first[type(module)] = min(number, first.get(type(module), number))
+    places = Counter(names[id(t)] for module in modules.values() for t in _held(module, deep=False))
+    commons = [commonprefix([p.split(".") for p in parts]) for parts in found]
+    branches = {}
+    for parts, common in zip(found, commons, strict=True):
+        last = max(parts, key=lambda p: parts[p].bit_length(), default="")
+        inside = [m for p in parts for m in modules[p].modules()]
+        counted = any(getattr(m, "layer_idx", None) == first.get(type(m), -1) for m in inside)
+        if not parts or counted or not parts.keys() <= results.keys():
+            continue
+        here = Counter(names[id(t)] for m in dict.fromkeys(inside) for t in _held(m, deep=False))
+        lost = tuple(name for name, count in here.items() if count == places[name])  # not tied to one that stays
+        key = ".".join(common) if common and commons.count(common) == 1 else last
+        words = {p: f"{'zero' if p == last else 'same'}{results[p]}" for p in sorted(parts, key=lambda p: parts[p])}
+        if lost and key not in branches:
+            branches[key] = Branch(key, lost, words)
+    return branches
+
+
+def _held(module: nn.Module, *, deep: bool = True) -> list[Tensor]:
+    return [*module.parameters(recurse=deep), *module.buffers(recurse=deep)]
+
+
+def _results(model: nn.Module, paths: set[str], arguments: Arguments) -> dict[str, str]:
+    """Return for modules that return a tensor, or a tuple that starts with one: " " and how many there are, or ""."""
+    found: dict[str, str] = {}
+    twin: nn.Module = clone(model, lambda _, t: t.detach().clone()).eval()
+
+    def keeper(path: str) -> Any:
+        def keep(_module: nn.Module, _args: Any, out: Any) -> None:
+            if isinstance(out, Tensor):
+                found[path] = ""
+            elif type(out) is tuple and isinstance(out[0], Tensor):
+                found[path] = f" {len(out)}"
+
+        return keep
+
+    for path in paths:
+        twin.get_submodule(path).register_forward_hook(keeper(path))
+    outputs(twin, arguments)
+    return found
 
 
 class RotationError(OckhamError):
