@@ -6,12 +6,12 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from ockham.choose.correlated import ColumnEvidence, narrowed, removed_together, score_columns
+from ockham.choose.correlated import ColumnEvidence, narrowed, removed_together, score_columns, with_branches
 from ockham.choose.prices import (
     Budget,
     FlatPrice,
@@ -25,6 +25,7 @@ from ockham.choose.prices import (
     multiples_that_pay,
     within,
 )
+from ockham.choose.rules import Evidence
 from ockham.choose.units import Choice, Multiples, StructureEvidence, choose_units, structures_from
 from ockham.core.posterior import Posterior
 from ockham.errors import OckhamWarning
@@ -72,8 +73,9 @@ def chosen_in_rounds(
     rounds = max(1, math.ceil(math.log(min(1.0, most / whole)) / math.log(_STEP)))
     options = {"limit": limit, "subject": subject, "costs": limit.unit_costs(subject, groups)}
     told, now, held = None, posterior, None
+    branches = {key: b.parameters for key, b in groups.branches.items()}
     for i in range(1, rounds + 1):
-        evidence = score_columns(now, groups)
+        evidence = cast(ColumnEvidence, with_branches(score_columns(now, groups), posterior, branches))
         told = _remembered(told, evidence)
         held = held or evidence.held
         last, allowed = i == rounds, whole * (most / whole) ** (i / rounds)
@@ -108,7 +110,11 @@ def _while_it_pays(
         left, now = dict(keep), narrowed(now, groups, keep)
     decided = {key: torch.where(mask, torch.inf, -torch.inf) for key, mask in left.items()}
     flat = {key: torch.zeros(len(mask), dtype=torch.float64) for key, mask in left.items()}
-    return told, choose_units(replace(told, nats=decided), flat, round_to=round_to)
+    units = choose_units(replace(told, nats=decided), flat, round_to=round_to)
+    every = with_branches(told, posterior, {key: b.parameters for key, b in groups.branches.items()})
+    whole = every.only(groups.branches)
+    keep = {**units.keep, **choose_units(whole, price.nats(whole, costs)).keep}
+    return cast(ColumnEvidence, every), Choice(keep, units.forced)
 
 
 def _ordered(evidence: ColumnEvidence, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -160,6 +166,9 @@ def plan(
     `ockham.compensate` before shrinking. With a budget the units go that cost the fewest nats of NLL, not those with
     the least evidence. Groups whose units share the statistics of a norm stay (`Groups.sharing`): masks may take them.
 
+    Residual branches of ``trace(..., depth=True)`` go as a whole where the evidence of all their weights together is
+    below their price, or worth least per cost under a budget; for that ``keep`` is a posterior or its `score`.
+
     Returns:
         The plan; at least one unit of every group (or ``round_to``) stays, and a warning says where none was wanted.
 
@@ -190,6 +199,9 @@ def plan(
     if isinstance(keep, Posterior) and keep.matrices:
         return _told(groups, *chosen_in_rounds(groups, keep, (price, costs), (limit, subject), round_to=round_to))
     evidence = structures_from(keep, groups)
+    if isinstance(keep, (Posterior, Evidence)):
+        known = keep if isinstance(keep, Posterior) else keep.posterior
+        evidence = with_branches(evidence, known, {key: b.parameters for key, b in groups.branches.items()})
     if limit is None or subject is None:
         choice = choose_units(evidence, (price or LearnedRate()).nats(evidence, costs), round_to=round_to)
         return _told(groups, evidence, choice)

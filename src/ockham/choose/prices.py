@@ -283,7 +283,7 @@ def multiples_that_pay(subject: Subject, groups: Groups, *, runtime: str | None 
     times = 64 / max(1, next((t.shape[0] for t in tensors), 1))
     found = {}
     for group in groups:
-        widest = min((k for cuts in layers[group.id].values() for k in cuts.values()), default=1)
+        widest = min(m.index.shape[1] for m in group.members)  # indices of a unit where it has fewest
         found[group.id] = most = 2 ** int(math.log2(max(1, min(_USUAL // widest, group.size // 2))))
         timed = [(p, c) for p, c in layers[group.id].items() if p in given and isinstance(given[p][0], Tensor)]
         if widest >= MULTIPLES[-1] or group.size < MULTIPLES[-1] or not timed:
@@ -303,10 +303,10 @@ def multiples_that_pay(subject: Subject, groups: Groups, *, runtime: str | None 
 
 
 def fitting_multiple(seconds: Mapping[int, float]) -> int | None:
-    """The smallest multiple m of which odd ones save what is due, less an eighth of the whole step.
+    """The smallest multiple m of which odd ones save what is due, less a tenth of the whole step.
 
     Between two friendly widths, a and a + span, the time should grow evenly: m fits where t(w) is at most t(a) +
-    ((w - a) / span + 1/8) (t(a + span) - t(a)) for w = a + m and w = a + span - m. If none fits, it is the span.
+    ((w - a) / span + 1/10) (t(a + span) - t(a)) for w = a + m and w = a + span - m. If none fits, it is the span.
 
     Args:
         seconds: width to time, for a, a + span (8 or 16) and, of 1, 2, 4, 8 those that are less, m more or less.
@@ -322,7 +322,7 @@ def fitting_multiple(seconds: Mapping[int, float]) -> int | None:
     step = seconds[top] - seconds[base]
     if step < max(0.05 * seconds[top], 2e-5):
         return None
-    fits = {w: t <= seconds[base] + step * ((w - base) / (top - base) + 0.125) for w, t in seconds.items()}
+    fits = {w: t <= seconds[base] + step * ((w - base) / (top - base) + 0.1) for w, t in seconds.items()}
     return next(m for m in MULTIPLES if base + m == top or (fits[base + m] and fits[top - m]))
 
 
@@ -378,7 +378,7 @@ def unit_costs(
     measured: Collection[str] = ("macs",),
     runtime: str = "torch",
 ) -> UnitCosts:
-    """What one unit of each group costs, the others as they are.
+    """What one unit of each group, and each residual branch, costs, the others as they are.
 
     Multiply-accumulates come from a count without the unit, milliseconds (batch 64) from a measurement without half of
     the group, divided by the number of units taken out.
@@ -392,6 +392,7 @@ def unit_costs(
     """
     whole = plan_masks(groups, {})
     one = {g.id: plan_masks(groups, {g.id: _without(g, 1)}) for g in groups}
+    one |= {key: plan_masks(groups, {key: torch.tensor([False])}) for key in groups.branches}
     count = parameters_after(model, whole)
     parameters = {key: float(count - parameters_after(model, p)) for key, p in one.items()}
     macs: dict[str, float] = {}
@@ -403,11 +404,11 @@ def unit_costs(
     times: dict[str, float] = {}
     if "milliseconds" in measured:
         dense = latency_after(model, whole, example_inputs, runtime=runtime)
-        for group in groups:
-            half = max(1, group.size // 2)
-            plan = plan_masks(groups, {group.id: _without(group, half)})
+        for key, plan in one.items():
+            half = 1 if key in groups.branches else max(1, groups[key].size // 2)
+            plan = plan if half == 1 else plan_masks(groups, {key: _without(groups[key], half)})
             after = latency_after(model, plan, example_inputs, runtime=runtime)
-            times[group.id] = max(0.0, 1e3 * (dense - after) / half)
+            times[key] = max(0.0, 1e3 * (dense - after) / half)
     return UnitCosts(parameters, macs, times)
 
 

@@ -123,6 +123,7 @@ class StructureEvidence(Mapping[str, Tensor]):
             biases and norm affines); 0: its output is a constant.
         gone: group id to the number of units removed before, for a learned rate.
         n_data: number of log-likelihood terms, for `per_example`.
+        whole: ids of residual branches among the keys, of one unit each, which may go.
     """
 
     nats: Mapping[str, Tensor]
@@ -130,6 +131,7 @@ class StructureEvidence(Mapping[str, Tensor]):
     made: Mapping[str, Tensor]
     gone: Mapping[str, int]
     n_data: float
+    whole: frozenset[str] = frozenset()
 
     def only(self, keys: Collection[str]) -> Self:
         """The evidence of some groups."""
@@ -373,7 +375,7 @@ def multiple_of(round_to: Multiples, key: str) -> int:
 def choose_units(
     evidence: StructureEvidence, prices: Mapping[str, Tensor], *, round_to: Multiples = 1, cap: float = 1.0
 ) -> Choice:
-    """Keep the units with E_g >= price; remove those that nobody reads; keep at least one (or ``round_to``).
+    """Keep the units with E_g >= price; remove those that nobody reads; keep at least one (or ``round_to``) of a group.
 
     With ``round_to`` the width of a group becomes a multiple of it (or stays whole): of all such widths the one whose
     best units are worth most in sum, sum (E_g - price).
@@ -394,6 +396,9 @@ def choose_units(
     for key, nats in evidence.items():
         worth = nats - prices[key]
         worth = torch.where(evidence.held[key] > 0, worth, worth.clamp(max=_IDLE)).clamp(-_MOST, _MOST)
+        if key in evidence.whole:
+            keep[key] = worth >= 0
+            continue
         read = int((evidence.held[key] > 0).sum())
         least = read - max(1, int(cap * read)) if cap < 1 else 1
         multiple = multiple_of(round_to, key)

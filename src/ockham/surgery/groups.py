@@ -313,7 +313,7 @@ class Plan:
     @property
     def lost(self) -> frozenset[str]:
         """Names of the tensors that go with a whole branch."""
-        return frozenset(name for branch in self.dropped for name in branch.tensors)
+        return frozenset(name for branch in self.dropped for name in (*branch.parameters, *branch.buffers))
 
     @property
     def fingerprint(self) -> str:

@@ -457,18 +457,21 @@ class Branch:
 
     Attributes:
         id: path of the module that holds it and nothing else, or of the one that computes what is added.
-        tensors: parameters and buffers that go with it.
+        parameters: names of the parameters that go with it.
+        buffers: names of the buffers that go with it.
         modules: path of a module in it to what stands there afterwards, "same" (returns its input) or "zero" (returns
             zeros of the shape of its input), and the number of its results where it returns a tuple ("zero 2").
     """
 
     id: str
-    tensors: tuple[str, ...]
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
     modules: Mapping[str, str]
 
     def to_data(self) -> dict[str, Any]:
         """Return plain values."""
-        return {"id": self.id, "tensors": list(self.tensors), "modules": dict(self.modules)}
+        names = {"parameters": list(self.parameters), "buffers": list(self.buffers)}
+        return {"id": self.id, **names, "modules": dict(self.modules)}
 
     @staticmethod
     def from_data(data: Mapping[str, Any]) -> Branch:
@@ -476,7 +479,7 @@ class Branch:
         modules = {str(path): str(word) for path, word in data["modules"].items()}
         for word in modules.values():
             Skipped(word)
-        return Branch(str(data["id"]), tuple(map(str, data["tensors"])), modules)
+        return Branch(str(data["id"]), *(tuple(map(str, data[k])) for k in ("parameters", "buffers")), modules)
 
 
 class Skipped(nn.Identity):

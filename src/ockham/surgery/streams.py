@@ -126,9 +126,11 @@ def _as_branches(model: nn.Module, found: list[dict[str, int]], arguments: Argum
         lost = tuple(name for name, count in here.items() if count == places[name])  # not tied to one that stays
         key = ".".join(common) if common and commons.count(common) == 1 else last
         words = {p: f"{'zero' if p == last else 'same'}{results[p]}" for p in sorted(parts, key=lambda p: parts[p])}
-        if lost and key not in branches:
-            branches[key] = Branch(key, lost, words)
-    return branches
+        if key not in branches:
+            learned = {n for n, p in model.named_parameters()}
+            two = tuple(n for n in lost if n in learned), tuple(n for n in lost if n not in learned)
+            branches[key] = Branch(key, *two, words)
+    return {key: branch for key, branch in branches.items() if branch.parameters}
 
 
 def _held(module: nn.Module, *, deep: bool = True) -> list[Tensor]:

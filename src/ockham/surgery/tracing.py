@@ -416,7 +416,7 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Ignore = (), depth: 
     groups = tried(groups, trial, touching) if trial and len(groups) else groups
     if isinstance(trial, ByValues) and depth:
         found = residual_branches(model, program.graph, arguments)
-        free = {key: b for key, b in found.items() if not held & set(b.tensors)}
+        free = {key: b for key, b in found.items() if not held & {*b.parameters, *b.buffers}}
         groups = replace(groups, branches=_proved(groups, free, trial))
     if not len(groups) and not groups.branches:
         first = next((f"{name}, dimension {dim}: {why}" for (name, dim), why in groups.frozen.items()), "no parameters")
