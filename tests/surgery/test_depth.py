@@ -95,7 +95,7 @@ def made(name):
 def test_a_network_without_branches_is_the_masked_one(name):
     net, x, wanted = made(name)
     before = copy.deepcopy(net.state_dict())
-    groups = trace(net, x, depth=True)
+    groups = trace(net, x, whole=["branches"])
     assert set(groups.branches) == wanted and not trace(net, x).branches
     tried = set()
     for seed in range(6):
@@ -121,8 +121,8 @@ def test_a_network_without_branches_is_the_masked_one(name):
 
 def test_what_zeros_do_not_silence_is_no_branch():
     net, x, _ = made("gated")
-    assert set(trace(net, x, depth=True, ignore=["up"]).branches) == {"again"}
-    few = trace(net, x, depth=True).branches
+    assert set(trace(net, x, whole=["branches"], ignore=["up"]).branches) == {"again"}
+    few = trace(net, x, whole=["branches"]).branches
     assert not {"cosine", "first", "last"} & set(few)  # a constant is left, or a weight that another branch uses
     assert set(few["down"].parameters) == {f"{m}.{n}" for m in ("norm", "up", "gate", "down") for n in ("weight", "bias")}
 
@@ -132,7 +132,7 @@ def test_plans_follow_each_other_and_carry_optimizer_and_posterior():
     optimizer = torch.optim.Adam(net.parameters())
     net(x).sum().backward()
     optimizer.step()
-    groups = trace(net, x, depth=True)
+    groups = trace(net, x, whole=["branches"])
     first = plan_masks(groups, {"cells.1": torch.tensor([False]), "cells.0.one.weight:0": torch.arange(8) > 2})
     values = {n: p.detach() for n, p in net.named_parameters()}
     middle, carried, cut = shrink(net, first, optimizer=optimizer, posterior=values)
@@ -140,7 +140,7 @@ def test_plans_follow_each_other_and_carry_optimizer_and_posterior():
     assert sum(len(g["params"]) for g in carried.param_groups) == len(cut) == len(carried.state)
     middle(x).sum().backward()
     carried.step()
-    again = trace(middle, x, depth=True)
+    again = trace(middle, x, whole=["branches"])
     assert set(again.branches) == {"cells.0", "cells.2"}
     second = plan_masks(again, {"cells.2": torch.tensor([False]), "cells.0.one.weight:0": torch.arange(5) != 1})
     both = ockham.Plan.from_json(first.then(second).to_json())
@@ -159,7 +159,7 @@ def test_plans_follow_each_other_and_carry_optimizer_and_posterior():
 
 def test_a_variational_optimizer_refuses_to_lose_a_branch():
     net, x, _ = made("cells")
-    groups = trace(net, x, depth=True)
+    groups = trace(net, x, whole=["branches"])
     optimizer = ockham.MeanField(net.named_parameters(), n_data=10)
     with pytest.raises(PlanError, match="cannot lose whole branches"):
         shrink(net, plan_masks(groups, {"cells.1": torch.tensor([False])}), optimizer=optimizer)
@@ -223,7 +223,7 @@ class Beside(nn.Module):
 def test_a_branch_goes_where_all_its_weights_are_worth_less_than_the_price(fitted, structure):
     net, x, y = fitted
     posterior = ockham.laplace(net, [(x, y)], structure=structure, prior=1.0, n_data=20_000)
-    groups = trace(net, x[:2], depth=True)
+    groups = trace(net, x[:2], whole=["branches"])
     names = {key: b.parameters for key, b in groups.branches.items()}
     found = with_branches(structures_from(posterior, groups), posterior, names)
     assert found.whole == {"1", "2", "3"}
@@ -251,7 +251,7 @@ def test_a_branch_goes_where_all_its_weights_are_worth_less_than_the_price(fitte
 def test_a_budget_takes_branches_beside_units(fitted, structure):
     net, x, y = fitted
     posterior = ockham.laplace(net, [(x, y)], structure=structure, prior=1.0, n_data=20_000)
-    groups = trace(net, x[:2], depth=True)
+    groups = trace(net, x[:2], whole=["branches"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ockham.OckhamWarning)
         plan = ockham.plan(groups, posterior, budget={"params": 20}, model=net, example_inputs=x[:2])
@@ -265,7 +265,7 @@ def test_a_branch_with_a_weight_that_has_no_posterior_stays(fitted):
     net, x, y = fitted
     posterior = ockham.laplace(net, [(x, y)], structure="diagonal", prior=1.0)
     some = replace(posterior, moments={n: v for n, v in posterior.items() if n != "2.down.bias"})
-    groups = trace(net, x[:2], depth=True)
+    groups = trace(net, x[:2], whole=["branches"])
     names = {key: b.parameters for key, b in groups.branches.items()}
     found = with_branches(structures_from(some, groups), some, names)
     assert math.isinf(float(found["2"])) and math.isfinite(float(found["1"]))
@@ -280,7 +280,7 @@ def test_a_decoder_without_some_attention_generates_as_without_a_cache():
         num_key_value_heads=1, pad_token_id=0, eos_token_id=None, bos_token_id=1,
     )  # fmt: skip
     net, ids = transformers.LlamaForCausalLM(config).eval(), torch.randint(3, 50, (2, 7))
-    groups = trace(net, {"input_ids": ids}, depth=True)
+    groups = trace(net, {"input_ids": ids}, whole=["branches"])
     assert "model.layers.0.self_attn" not in groups.branches  # a cache counts its tokens there
     gone = ("model.layers.1.self_attn", "model.layers.2.mlp", "model.layers.2.self_attn")
     plan = plan_masks(groups, dict.fromkeys(gone, torch.tensor([False])))

@@ -243,7 +243,7 @@ def score_columns(posterior: Posterior, groups: Iterable[GroupLike]) -> ColumnEv
             costs, changes = blocks[reader.matrix.weight].scored(reader)
             nats[group.id] -= changes
             cost[group.id] += costs
-    return ColumnEvidence(nats, base.held, base.made, base.gone, base.n_data, cost=cost)
+    return ColumnEvidence(nats, base.held, base.made, base.gone, base.n_data, least=base.least, cost=cost)
 
 
 def with_branches(

@@ -166,7 +166,7 @@ def plan(
     `ockham.compensate` before shrinking. With a budget the units go that cost the fewest nats of NLL, not those with
     the least evidence. Groups whose units share the statistics of a norm stay (`Groups.sharing`): masks may take them.
 
-    Residual branches of ``trace(..., depth=True)`` go as a whole where the evidence of all their weights together is
+    Residual branches of ``trace(..., whole=["branches"])`` go as a whole where the evidence of all their weights together is
     below their price, or worth least per cost under a budget; for that ``keep`` is a posterior or its `score`.
 
     Returns:
@@ -191,7 +191,7 @@ def plan(
             raise PlanError("round_to='auto' is measured on the network: pass model= and example_inputs=")
         round_to = multiples_that_pay(subject, groups, runtime=getattr(limit, "runtime", None))
         while limit is not None and max(round_to.values(), default=1) > 1:  # a budget comes before friendly widths
-            least = {g.id: torch.arange(g.size) < min(round_to[g.id], g.size) for g in groups}
+            least = {g.id: torch.arange(g.size) < max(g.least, min(round_to[g.id], g.size)) for g in groups}
             if limit.measure(subject, plan_masks(groups, least)) <= most_allowed(limit, subject, groups):
                 break
             round_to = {key: max(1, multiple // 2) for key, multiple in round_to.items()}

@@ -405,7 +405,7 @@ def unit_costs(
     if "milliseconds" in measured:
         dense = latency_after(model, whole, example_inputs, runtime=runtime)
         for key, plan in one.items():
-            half = 1 if key in groups.branches else max(1, groups[key].size // 2)
+            half = 1 if key in groups.branches else max(1, min(groups[key].size // 2, groups[key].size - groups[key].least))
             plan = plan if half == 1 else plan_masks(groups, {key: _without(groups[key], half)})
             after = latency_after(model, plan, example_inputs, runtime=runtime)
             times[key] = max(0.0, 1e3 * (dense - after) / half)

@@ -124,6 +124,7 @@ class StructureEvidence(Mapping[str, Tensor]):
         gone: group id to the number of units removed before, for a learned rate.
         n_data: number of log-likelihood terms, for `per_example`.
         whole: ids of residual branches among the keys, of one unit each, which may go.
+        least: group id to the number of units that have to stay, where that is more than one.
     """
 
     nats: Mapping[str, Tensor]
@@ -132,6 +133,7 @@ class StructureEvidence(Mapping[str, Tensor]):
     gone: Mapping[str, int]
     n_data: float
     whole: frozenset[str] = frozenset()
+    least: Mapping[str, int] = field(default_factory=dict)
 
     def only(self, keys: Collection[str]) -> Self:
         """The evidence of some groups."""
@@ -247,7 +249,7 @@ def score_structures(
     Raises:
         OckhamError: a cut names a parameter of another shape than the posterior's: trace the network it belongs to.
     """
-    found = (inside or held_weights())(evidence, ledger or Account())
+    groups, found = list(groups), (inside or held_weights())(evidence, ledger or Account())
     terms = {name: values.reshape(-1) for name, values in found.items()}
     alive = {name: g.keep.reshape(-1) for name, g in evidence.posterior.items()}
     nats, held, made = {}, {}, {}
@@ -260,9 +262,12 @@ def score_structures(
                 )
         nats[group.id] = summed(cut(group), terms, group.size, unknown=math.inf)
         held[group.id] = summed(cut(group), alive, group.size, unknown=1.0).long()
+        if getattr(group, "router", ""):  # nothing of it reads an expert that is silent, but its tokens would go to others
+            held[group.id] = held[group.id].clamp(min=1)
         matrices = [(n, at) for n, at in group.incoming_cuts() if n not in alive or evidence.posterior[n].mean.ndim > 1]
         made[group.id] = summed(matrices, alive, group.size, unknown=1.0).long()
-    return StructureEvidence(nats, held, made, dict(gone or {}), evidence.posterior.n_data)
+    least = {group.id: getattr(group, "least", 1) for group in groups}
+    return StructureEvidence(nats, held, made, dict(gone or {}), evidence.posterior.n_data, least=least)
 
 
 @singledispatch
@@ -400,7 +405,7 @@ def choose_units(
             keep[key] = worth >= 0
             continue
         read = int((evidence.held[key] > 0).sum())
-        least = read - max(1, int(cap * read)) if cap < 1 else 1
+        least = max(evidence.least.get(key, 1), read - max(1, int(cap * read)) if cap < 1 else 1)
         multiple = multiple_of(round_to, key)
         widths = [w for w in (*range(multiple, len(worth), multiple), len(worth)) if w >= least]
         sums: list[float] = worth.sort(descending=True).values.cumsum(0)[torch.tensor(widths) - 1].tolist()

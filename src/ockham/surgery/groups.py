@@ -52,6 +52,9 @@ class Group:
         size: number of units.
         members: the dimensions that shrink together.
         shapes: shape of every tensor in `members`.
+        least: number of units that have to stay.
+        router: name of the weight whose rows choose among the units; "" for none. What it does not choose is as if it
+            were not there, but zeros in a unit are no such thing: `mask` sets its row's result to minus infinity.
     """
 
     id: str
@@ -59,6 +62,8 @@ class Group:
     size: int
     members: tuple[Member, ...]
     shapes: Mapping[str, tuple[int, ...]]
+    least: int = 1
+    router: str = ""
 
     def outgoing(self, unit: int) -> CutTensors:
         """Return the weights which read `unit`: a list of (parameter, flat positions), each parameter once."""
@@ -112,7 +117,7 @@ class Groups:
         heads: all places that split or join dimensions, for attributes such as `num_heads`.
         spared: tensors which `mask` leaves alone, because zeros in them are no zeros (directions of a weight norm).
         caches: module path to its attributes with tensors from earlier forwards; the small network starts without.
-        branches: residual branches by `Branch.id`, each of which can go as a whole (`trace` with ``depth=True``).
+        branches: residual branches by `Branch.id`, each of which can go as a whole (`trace` with ``whole``).
     """
 
     groups: Mapping[str, Group]
@@ -297,6 +302,7 @@ class Plan:
         nats: group id to the evidence of its removed units, if it was given (same order as `removed`).
         caches: module path to its attributes with tensors from earlier forwards; the small network starts without.
         dropped: residual branches that go as a whole.
+        routers: weights whose rows choose among units, where some of these go.
     """
 
     removed: Mapping[str, tuple[int, ...]]
@@ -309,6 +315,7 @@ class Plan:
     nats: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     caches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     dropped: tuple[Branch, ...] = ()
+    routers: tuple[str, ...] = ()
 
     @property
     def lost(self) -> frozenset[str]:
@@ -378,6 +385,7 @@ class Plan:
             nats={key: self.nats[key] for key in self.nats if removed.get(key) == self.removed.get(key)},
             caches={**self.caches, **other.caches},
             dropped=(*self.dropped, *other.dropped),
+            routers=tuple(dict.fromkeys((*self.routers, *other.routers))),
         )
 
     def to_json(self) -> str:
@@ -396,8 +404,8 @@ class Plan:
             "nats": {k: list(v) for k, v in self.nats.items()},
             "caches": {k: list(v) for k, v in self.caches.items()},
         }
-        if self.dropped:  # earlier versions refuse a plan with a field they do not know
-            content["dropped"] = [b.to_data() for b in self.dropped]
+        whole = {"dropped": [b.to_data() for b in self.dropped], "routers": list(self.routers)}
+        content |= {k: v for k, v in whole.items() if v}  # earlier versions refuse a plan with a field they do not know
         return json.dumps(content | {"sha256": _digest(content)})
 
     @staticmethod
@@ -430,10 +438,11 @@ class Plan:
                 nats={k: tuple(v) for k, v in data["nats"].items()},
                 caches={k: tuple(v) for k, v in data.get("caches", {}).items()},
                 dropped=tuple(Branch.from_data(b) for b in data.get("dropped", ())),
+                routers=tuple(map(str, data.get("routers", ()))),
             )
-            strange = plan.lost - plan.shapes.keys()
+            strange = {*plan.lost, *plan.routers} - plan.shapes.keys()
             if strange:
-                raise PlanError(f"the plan is damaged: a branch holds {min(strange)!r}, which the network has not")
+                raise PlanError(f"the plan is damaged: the network has no {min(strange)!r}")
             for name, dim, gone in ((n, d, i) for n, cut in plan.cuts.items() for d, i in cut.items()):
                 size = plan.shapes[name][dim]
                 inside = all(isinstance(i, int) and 0 <= i < size for i in gone)
@@ -537,8 +546,10 @@ def plan_masks(groups: Groups, keep: Mapping[str, Tensor], *, nats: Mapping[str,
         size, shape = groups[key].size, tuple(mask.shape)
         if mask.dtype != torch.bool or shape != (size,):
             raise PlanError(f"keep[{key!r}] is {mask.dtype} of shape {shape}; expected torch.bool of ({size},)")
-        if not bool(mask.any()):
-            raise PlanError(f"keep[{key!r}] removes all {size} units; at least one must stay")
+        if int(mask.sum()) < groups[key].least:
+            number = "all" if not bool(mask.any()) else int((~mask).sum())
+            few = "one" if groups[key].least == 1 else str(groups[key].least)
+            raise PlanError(f"keep[{key!r}] removes {number} of {size} units; at least {few} must stay".replace("all of", "all"))
     gone = {k: tuple((~keep[k]).nonzero().flatten().tolist()) for k in groups.groups if k in keep}
     gone = {k: v for k, v in gone.items() if v}
     cuts: dict[str, dict[int, list[int]]] = {}
@@ -559,6 +570,7 @@ def plan_masks(groups: Groups, keep: Mapping[str, Tensor], *, nats: Mapping[str,
         nats=said,
         caches=groups.caches,
         dropped=tuple(b for key, b in groups.branches.items() if key in every),
+        routers=tuple(groups[key].router for key in gone if groups[key].router),
     )
 
 
@@ -583,7 +595,7 @@ def random_plan(groups: Groups, ratio: float, *, generator: torch.Generator | No
     keep = {}
     for group in groups:
         keep[group.id] = torch.ones(group.size, dtype=torch.bool)
-        count = min(round(ratio * group.size), group.size - 1)
+        count = min(round(ratio * group.size), group.size - group.least)
         keep[group.id][torch.randperm(group.size, generator=generator)[:count]] = False
     gone = torch.randperm(len(groups.branches), generator=generator)[: round(ratio * len(groups.branches))].tolist()
     keep |= {key: torch.tensor([i not in gone]) for i, key in enumerate(groups.branches)}

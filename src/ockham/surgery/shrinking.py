@@ -33,7 +33,8 @@ from ockham.surgery.copies import (
     with_rows,
 )
 from ockham.surgery.groups import Plan, PlanError, check_model
-from ockham.surgery.refitting import refit
+from ockham.surgery.refitting import EXPERTS, refit
+from ockham.surgery.resizing import closed_class
 
 HEADS = (
     "num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads", "num_kv_heads", "n_head_kv",
@@ -42,9 +43,9 @@ HEADS = (
 """Fields that count heads, of queries or of keys and values."""
 WIDTHS = (
     "intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim", "dff",
-    "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_hidden_size", "d_inner",
+    "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_hidden_size", "d_inner", *EXPERTS,
 )  # fmt: skip
-"""Fields that hold the inner width of feed-forward layers or experts."""
+"""Fields that hold the inner width of feed-forward layers or experts, or the number of experts."""
 LARGEST_VALUES = 2**28
 """Number of parameters up to which a model is built from a configuration to see what it computes."""
 
@@ -73,6 +74,10 @@ def settle_config(model: nn.Module, small: nn.Module, plan: Plan) -> bool:
         for name, value in fields.items():
             setattr(trial, name, value)
         if _built(type(model), trial) == wanted and (hollow or _same(type(model), trial, small, fields)):
+            counts = {getattr(config, name): fields[name] for name in EXPERTS & fields.keys()}
+            for module in small.modules():  # the loss that balances experts asks the whole model for their number
+                for name in EXPERTS & vars(module).keys():
+                    setattr(module, name, counts.get(getattr(module, name), getattr(module, name)))
             for name, value in fields.items():
                 setattr(config, name, value)
             return True
@@ -302,14 +307,26 @@ def mask(model: nn.Module, plan: Plan) -> Any:
     Zeroed are the weights that make a unit (with bias and norm affine) and those which read it, so the copy computes
     the function of the network without the unit: whatever constant a norm or an activation would leave behind
     (bias -> BatchNorm -> ReLU) meets zero weights. No constant is ever left to fold. Running statistics stay. Of a
-    branch that goes as a whole every parameter is zero.
+    branch that goes as a whole every parameter is zero. Experts that go are never chosen: their logits are minus
+    infinity in the copy, so that the others share the tokens as they do once the rows of the router are gone.
 
     Raises:
         PlanError: when the plan is for another model.
     """
     check_model(plan, model)
+    return masked_copy(model, plan)
+
+
+def masked_copy(model: nn.Module, plan: Plan) -> Any:
+    """Return what `mask` does; the model is known to be the plan's."""
     zeroed = {name for name, _ in model.named_parameters()} - set(plan.spared)
-    return clone(model, lambda n, t: masked_tensor(plan, n, t) if n in zeroed else t.detach().clone())
+    twin = clone(model, lambda n, t: masked_tensor(plan, n, t) if n in zeroed else t.detach().clone())
+    for name in plan.routers:
+        path, _, leaf = name.rpartition(".")
+        router = twin.get_submodule(path)
+        router.__dict__["_closed"] = (leaf, plan.cuts[name][0])
+        router.__class__ = closed_class(type(router))
+    return twin
 
 
 def shrink(

@@ -157,6 +157,42 @@ def _results(model: nn.Module, paths: set[str], arguments: Arguments) -> dict[st
     return found
 
 
+def expert_groups(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[Group]:
+    """Find experts that a router chooses among: its rows and the slices of what holds the experts, batched, go together.
+
+    Sought are blocks with a child whose tensors all count experts first, some of them of three dimensions, and a child
+    with ``top_k`` and one weight of a row an expert. As many experts as a token is given to have to stay. Without an
+    expert, the network is one whose router never chooses it, *not* one in which it adds zero: its tokens go to others.
+
+    Args:
+        model: network as it is traced.
+        shapes: shape of every tensor of it.
+    """
+    names, found = canonical_names(model), []
+    for block in model.modules():
+        for experts in block.children():
+            held = {names[id(t)]: t for t in _held(experts)}
+            counts = {t.shape[0] for t in held.values() if t.ndim}
+            if len(counts) != 1 or not any(t.ndim == 3 for t in held.values()):
+                continue
+            size = counts.pop()
+            for router in block.children():
+                rows = {names[id(t)]: t for t in _held(router) if t.ndim and t.shape[0] == size}
+                weights = [n for n, t in rows.items() if t.ndim == 2 and getattr(router, "weight", None) is t]
+                top = getattr(router, "top_k", getattr(block, "top_k", None))
+                if router is experts or len(weights) != 1 or not isinstance(top, int) or not 0 < top < size:
+                    continue
+                down = {n for n, t in held.items() if t.ndim == 3 and ("down" in n.rpartition(".")[2] or "w2" in n)}
+                index = torch.arange(size)[:, None]
+                members = tuple(
+                    Member(n, 0, index, n in (down or held), n not in down, isinstance(t, nn.Parameter))
+                    for n, t in {**held, **rows}.items()
+                )
+                own = {m.name: shapes[m.name] for m in members}
+                found.append(Group(f"{next(iter(held))}:0", "expert", size, members, own, top, weights[0]))
+    return found
+
+
 class RotationError(OckhamError):
     """A stream cannot be rotated; the text says what stands in the way."""
 
