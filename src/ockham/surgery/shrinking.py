@@ -325,6 +325,9 @@ def masked_copy(model: nn.Module, plan: Plan) -> Any:
         path, _, leaf = name.rpartition(".")
         router = twin.get_submodule(path)
         router.__dict__["_closed"] = (leaf, plan.cuts[name][0])
+        for other, t in (*router.named_parameters(), *router.named_buffers()):
+            if other not in (leaf, "bias") and f"{path}.{other}" in plan.cuts:  # a bias for choosing alone
+                t.data[list(plan.cuts[name][0])] = -math.inf
         router.__class__ = closed_class(type(router))
     return twin
 

@@ -180,9 +180,10 @@ def expert_groups(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> li
                 rows = {names[id(t)]: t for t in _held(router) if t.ndim and t.shape[0] == size}
                 weights = [n for n, t in rows.items() if t.ndim == 2 and getattr(router, "weight", None) is t]
                 top = getattr(router, "top_k", getattr(block, "top_k", None))
-                if router is experts or len(weights) != 1 or not isinstance(top, int) or not 0 < top < size:
+                apart = max(int(getattr(m, "n_group", 1) or 1) for m in (block, router))  # experts by fixed groups
+                if router is experts or len(weights) != 1 or not isinstance(top, int) or not 0 < top < size or apart > 1:
                     continue
-                down = {n for n, t in held.items() if t.ndim == 3 and ("down" in n.rpartition(".")[2] or "w2" in n)}
+                down = {n for n in held if any(word in n.rpartition(".")[2] for word in ("down", "w2"))}  # they speak
                 index = torch.arange(size)[:, None]
                 members = tuple(
                     Member(n, 0, index, n in (down or held), n not in down, isinstance(t, nn.Parameter))
