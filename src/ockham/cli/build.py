@@ -109,7 +109,7 @@ class Basic:
     quiet: bool = _option(False, "No progress bars.", RUN)
 
     def __post_init__(self) -> None:
-        counts = ("epochs", "batch_size", "draws", "rounds", "threads", "round_to", "windows", "window", "calibration")
+        counts = ("epochs", "batch_size", "draws", "rounds", "threads", "windows", "window", "calibration")
         for name in counts:
             value = getattr(self, name, None)
             if value is not None and value < 1:
@@ -148,7 +148,7 @@ class _Variational(Common):
     log_odds: float | None = _option(None, "ln P(keep)/P(remove) of a weight before the data. [0]", REMOVAL)
     structure: bool = _option(False, "Take out whole channels, neurons and heads, too.", STRUCTURES)
     unit_price: float | None = _option(None, "Nats a unit must be worth. [learned]", STRUCTURES)
-    round_to: int = _option(1, "Widths in multiples of this.", STRUCTURES)
+    round_to: str | int | None = _option(None, "Widths in multiples of this; auto: measured. [auto]", STRUCTURES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,7 +183,7 @@ class OneShotOptions(Common):
     params: float | None = _option(None, "Budget: share of the parameters that stays.", STRUCTURES)
     latency: float | None = _option(None, "Budget: share of the measured latency that stays.", STRUCTURES)
     unit_price: float | None = _option(None, "Nats a unit must be worth. [0]", STRUCTURES)
-    round_to: int = _option(1, "Widths in multiples of this.", STRUCTURES)
+    round_to: str | int | None = _option(None, "Widths in multiples of this; auto: measured. [auto]", STRUCTURES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -291,7 +291,8 @@ def read_config(path: Path) -> dict[str, Any]:
         if isinstance(value, list):
             table[key] = tuple(value)
         elif key in known:
-            kinds = next((types for word, types in allowed.items() if word in str(known[key].type)), (object,))
+            words = str(known[key].type).split(" | ")
+            kinds = tuple(kind for word in words for kind in allowed.get(word, ())) or (object,)
             if not isinstance(value, kinds) or (isinstance(value, bool) and not {bool, object} & {*kinds}):
                 raise OckhamError(f"--config {path}: {key} should be {known[key].type}; got {value!r}")
     return table
@@ -586,12 +587,15 @@ def _rounds(o: EvidenceOptions | SpikeSlabOptions, usual: Rounds) -> Rounds:
 
 def _structures(o: EvidenceOptions | SpikeSlabOptions | OneShotOptions) -> Structures | None:
     if not o.structure:
-        if o.unit_price is not None or o.round_to != 1:
+        if o.unit_price is not None or o.round_to is not None:
             raise OckhamError("--unit-price and --round-to are about structures: add --structure")
         return None
     usual = Structures()
     price = usual.price if o.unit_price is None else FlatPrice(o.unit_price)
-    return replace(usual, price=price, round_to=o.round_to)
+    widths = "auto" if o.round_to is None else str(o.round_to)
+    if widths != "auto" and not (widths.isdecimal() and int(widths) >= 1):
+        raise OckhamError(f"--round-to is auto or a whole number, at least 1; got {o.round_to}")
+    return replace(usual, price=price, round_to="auto" if widths == "auto" else int(widths))
 
 
 def _imported(option: str, source: str) -> Callable[[], Any]:

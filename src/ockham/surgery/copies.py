@@ -254,12 +254,13 @@ def layers_of(model: nn.Module, arguments: Arguments) -> dict[str, Tensor]:
 
 
 def given_to(model: nn.Module, layers: Collection[str], arguments: Arguments) -> dict[str, list[Tensor]]:
-    """Return what each of some submodules is given first, call by call, in one forward in evaluation mode."""
+    """Return the tensor that each of some submodules is given first, call by call, in a forward in evaluation mode."""
     seen: dict[str, list[Tensor]] = {}
 
     def keeper(name: str) -> Any:
         def keep(_module: nn.Module, args: Any) -> None:
-            seen.setdefault(name, []).append(args[0].detach())
+            if args and isinstance(args[0], Tensor):
+                seen.setdefault(name, []).append(args[0].detach())
 
         return keep
 

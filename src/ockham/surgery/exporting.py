@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import functools
+import math
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
 
@@ -101,6 +104,61 @@ def onnx_latency(model: nn.Module, example_inputs: Any, *, batch: int = 1, repea
         session.run(None, dict(zip(names, values, strict=True)))
         times.append(time.perf_counter() - start)
     return statistics.median(times[warmup:])
+
+
+def layer_times(layers: Sequence[tuple[nn.Module, Tensor]], runtime: str, *, repeats: int = 10) -> list[float]:
+    """Measure Linear layers or convolutions side by side: seconds of the fastest of `repeats` passes of each, warm.
+
+    Args:
+        layers: pairs of a layer and its input.
+        runtime: "torch" or "onnxruntime"; the latter runs float32 on the CPU.
+        repeats: number of timed passes of each, all in turn.
+
+    Raises:
+        ImportError: ONNX Runtime or onnx is not installed.
+    """
+    calls = [functools.partial(layer, x) if runtime == "torch" else _onnx_call(layer, x) for layer, x in layers]
+    on_gpu = runtime == "torch" and any(x.is_cuda for _, x in layers)
+    times = [math.inf] * len(calls)
+    with torch.no_grad():
+        for step in range(repeats + 2):
+            for i, call in enumerate(calls):
+                start = time.perf_counter()
+                call()
+                if on_gpu:
+                    torch.cuda.synchronize()
+                times[i] = min(times[i], time.perf_counter() - start) if step >= 2 else math.inf
+    return times
+
+
+def _onnx_call(layer: nn.Module, x: Tensor) -> Callable[[], Any]:
+    """Return a call of ONNX Runtime that runs this layer alone on `x`."""
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    weight, bias = (None if t is None else t.detach() for t in (layer.weight, layer.bias))
+    assert isinstance(weight, Tensor)
+    if isinstance(layer, _ConvNd):
+        padding = (0,) * (weight.ndim - 2) if isinstance(layer.padding, str) else layer.padding
+        how = {"strides": layer.stride, "dilations": layer.dilation, "pads": (*padding, *padding)}
+        nodes = [helper.make_node("Conv", ["x", "w"] if bias is None else ["x", "w", "b"], ["y"], **how)]
+    else:
+        weight = weight.T if isinstance(layer, nn.Linear) else weight
+        nodes = [helper.make_node("MatMul", ["x", "w"], ["y" if bias is None else "m"])]
+        nodes += [] if bias is None else [helper.make_node("Add", ["m", "b"], ["y"])]
+    held = {"w": weight, **({} if bias is None else {"b": bias})}
+    graph = helper.make_graph(
+        nodes,
+        "layer",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(x.shape))],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * x.ndim)],
+        [numpy_helper.from_array(t.contiguous().numpy(), name) for name, t in held.items()],
+    )
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return functools.partial(session.run, None, {"x": x.detach().numpy()})
 
 
 def _program(model: nn.Module, example_inputs: Any) -> torch.export.ExportedProgram:

@@ -19,11 +19,13 @@ from ockham.core.network import keeping_modes
 from ockham.surgery.copies import as_arguments, given_to
 from ockham.surgery.groups import Group, Groups, Member, Plan, PlanError, plan_masks
 from ockham.surgery.labels import COUNTS, Edit
-from ockham.surgery.resizing import attach
+from ockham.surgery.resizing import Skipped, attach
 
 __all__ = ["Constant", "constants", "fold", "plan_unread"]
 
 
+EXPERTS = frozenset({"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"})
+"""Attributes and fields that hold a number of experts."""
 _SPREAD = 1e-5  # of a constant over examples and places, relative: rounding of what is equal in exact arithmetic
 
 
@@ -148,7 +150,7 @@ def plan_unread(groups: Groups, keep: Mapping[str, Tensor]) -> Plan:
                 f"got {mask.dtype} of shape {tuple(mask.shape)}"
             )
     alive = {name: mask.cpu().clone() for name, mask in keep.items()}
-    stays = {g.id: torch.ones(g.size, dtype=torch.bool) for g in groups if g.outgoing_cuts()}
+    stays = {g.id: torch.ones(g.size, dtype=torch.bool) for g in groups if g.outgoing_cuts() and not g.router}
     changed = True
     while changed:
         changed = False
@@ -187,6 +189,9 @@ def refit(model: nn.Module, small: nn.Module, plan: Plan) -> None:
         for name, module in after.items():
             _recompute(module)
             adapt(module, before[name])
+        for path in {name.rpartition(".")[0].rpartition(".")[0] for name in plan.routers}:
+            for name in (p for p in after if p == path or p.rpartition(".")[0] == path):
+                _count_experts(after[name], before[name])
         for path, names in plan.caches.items():
             for name in names:
                 getattr(after[path], name).clear()
@@ -202,6 +207,24 @@ def refit(model: nn.Module, small: nn.Module, plan: Plan) -> None:
                 setattr(module, name, sizes.get(held, held) if type(held) is int else held)
             if path in edits:
                 attach(module, edits[path])
+        for path, what in ((p, w) for branch in plan.dropped for p, w in branch.modules.items()):
+            parent, _, leaf = path.rpartition(".")
+            owner, stand = small.get_submodule(parent), Skipped(what).train(before[path].training)
+            setattr(owner, leaf, stand)
+            plain = {n: v for n, v in vars(before[path]).items() if n[0] != "_" and isinstance(v, (bool, int, float, str))}
+            vars(stand).update(plain | dict.fromkeys(before[path]._parameters))  # a forward may ask for them
+            if isinstance(owner, nn.TransformerEncoderLayer):
+                owner.activation_relu_or_gelu = 0  # keeps it off the fused path, which wants all weights
+
+
+def _count_experts(module: nn.Module, before: nn.Module) -> None:
+    """Correct the number of experts that a router, the experts or their block hold."""
+    for name in EXPERTS & vars(module).keys():
+        held = getattr(before, name)
+        pairs = zip(module.parameters(), before.parameters(), strict=True)
+        now = {new.shape[0] for new, old in pairs if old.ndim == 3 or (old.ndim == 2 and old.shape[0] == held)}
+        if len(now) == 1:
+            setattr(module, name, now.pop())
 
 
 def _recompute(module: nn.Module) -> None:

@@ -12,8 +12,8 @@ import contextlib
 import contextvars
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -483,3 +483,98 @@ def _follow(first: Edit, second: Edit) -> Edit | None:
     start = tuple(b if a is None else a for a, b in zip(first.old, second.old, strict=True))
     end = tuple(a if b is None else b for a, b in zip(first.new, second.new, strict=True))
     return replace(first, sizes=tuple((d, *pair) for d, pair in sorted(sizes.items())), old=start, new=end)
+
+
+class Closing(TorchFunctionMode):
+    """Inside, some rows of a router's weight yield minus infinity: what they stand for is never chosen.
+
+    Args:
+        weight: the router's weight.
+        closed: numbers of the rows.
+    """
+
+    def __init__(self, weight: Tensor, closed: Sequence[int]) -> None:
+        super().__init__()
+        self.weight, self.closed = weight, list(closed)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run `func`; products with the weight lose the rows."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        given = (*args, *kwargs.values())
+        if func is not F.linear or not any(a is self.weight for a in given):
+            return out
+        return out.index_fill(-1, torch.tensor(self.closed, device=out.device), -math.inf)
+
+
+@functools.cache
+def closed_class(base: Any) -> type[nn.Module]:
+    """Return the subclass of a router's class whose forward runs under `Closing`."""
+
+    @functools.wraps(base.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        leaf, closed = self.__dict__["_closed"]
+        with Closing(getattr(self, leaf), closed):
+            return base.forward(self, *args, **kwargs)
+
+    kind: type[nn.Module] = type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
+    return kind
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A residual branch, which is computed from a stream and added to it: x + branch(x). It can go as a whole.
+
+    Attributes:
+        id: path of the module that holds it and nothing else, or of the one that computes what is added.
+        parameters: names of the parameters that go with it.
+        buffers: names of the buffers that go with it.
+        modules: path of a module in it to what stands there afterwards, "same" (returns its input) or "zero" (returns
+            zeros of the shape of its input), and the number of its results where it returns a tuple ("zero 2").
+    """
+
+    id: str
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    modules: Mapping[str, str]
+
+    def to_data(self) -> dict[str, Any]:
+        """Return plain values."""
+        names = {"parameters": list(self.parameters), "buffers": list(self.buffers)}
+        return {"id": self.id, **names, "modules": dict(self.modules)}
+
+    @staticmethod
+    def from_data(data: Mapping[str, Any]) -> Branch:
+        """Read what `to_data` wrote."""
+        modules = {str(path): str(word) for path, word in data["modules"].items()}
+        for word in modules.values():
+            Skipped(word)
+        return Branch(str(data["id"]), *(tuple(map(str, data[k])) for k in ("parameters", "buffers")), modules)
+
+
+class Skipped(nn.Identity):
+    """Stands where a module of a removed branch was: passes its first tensor on, or zeros like it.
+
+    Args:
+        what: "same" or "zero", and the number of results where the module returned a tuple; those after the first are
+            None.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        word, _, count = what.partition(" ")
+        if word not in ("same", "zero") or not (count.isdecimal() or count == ""):
+            raise ValueError(f"a removed module is 'same' or 'zero', perhaps with a number of results; got {what!r}")
+        self.what, self.zero, self.results = what, word == "zero", int(count or 0)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the first tensor of the arguments, or zeros of its shape."""
+        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        first = torch.zeros_like(first) if self.zero else first
+        return first if not self.results else (first, *(None,) * (self.results - 1))
+
+    def extra_repr(self) -> str:
+        """Return what it does."""
+        return self.what
