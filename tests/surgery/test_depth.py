@@ -57,7 +57,11 @@ class Gated(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.norm, self.up, self.gate, self.down = nn.LayerNorm(6), *(nn.Linear(6, 9) for _ in range(2)), nn.Linear(9, 6)
+        self.norm, self.up, self.gate, self.down = (
+            nn.LayerNorm(6),
+            *(nn.Linear(6, 9) for _ in range(2)),
+            nn.Linear(9, 6),
+        )
         self.cosine, self.first, self.last = Cosine(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
         self.again = nn.Linear(6, 6)
         self.last.weight = self.first.weight
@@ -124,7 +128,9 @@ def test_what_zeros_do_not_silence_is_no_branch():
     assert set(trace(net, x, whole=["branches"], ignore=["up"]).branches) == {"again"}
     few = trace(net, x, whole=["branches"]).branches
     assert not {"cosine", "first", "last"} & set(few)  # a constant is left, or a weight that another branch uses
-    assert set(few["down"].parameters) == {f"{m}.{n}" for m in ("norm", "up", "gate", "down") for n in ("weight", "bias")}
+    assert set(few["down"].parameters) == {
+        f"{m}.{n}" for m in ("norm", "up", "gate", "down") for n in ("weight", "bias")
+    }
 
 
 def test_plans_follow_each_other_and_carry_optimizer_and_posterior():

@@ -262,7 +262,9 @@ def score_structures(
                 )
         nats[group.id] = summed(cut(group), terms, group.size, unknown=math.inf)
         held[group.id] = summed(cut(group), alive, group.size, unknown=1.0).long()
-        if getattr(group, "router", ""):  # nothing of it reads an expert that is silent, but its tokens would go to others
+        if getattr(
+            group, "router", ""
+        ):  # nothing of it reads an expert that is silent, but its tokens would go to others
             held[group.id] = held[group.id].clamp(min=1)
         matrices = [(n, at) for n, at in group.incoming_cuts() if n not in alive or evidence.posterior[n].mean.ndim > 1]
         made[group.id] = summed(matrices, alive, group.size, unknown=1.0).long()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import difflib
+import gc
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from ockham.errors import OckhamError
 
@@ -24,17 +26,25 @@ __all__ = [
     "Ignore",
     "Processes",
     "check_network",
+    "compare_processes",
     "copied",
     "device_of",
+    "dividers",
     "evaluating",
+    "finite_gradients",
     "fixed_entries",
     "frozen_modules",
+    "holders",
     "ignored",
     "keeping_modes",
+    "own_rows",
     "protected_names",
+    "rows_here",
     "seeded",
+    "sharded_as",
     "train_",
     "unwrapped",
+    "whole",
 ]
 
 
@@ -216,14 +226,14 @@ def fixed_entries(model: nn.Module) -> dict[str, Tensor]:
 def _claim(module: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
     """What one module says of its parameter; None where it fixes nothing."""
     if isinstance(module, _PADDED) and name == "weight" and module.padding_idx is not None:
-        fixed = torch.zeros_like(parameter, dtype=torch.bool)
+        fixed = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
         fixed[module.padding_idx] = True
         return fixed
     mask = module._buffers.get(f"{name.removesuffix('_orig')}_mask")
     if mask is None or mask.shape != parameter.shape or not bool(((mask == 0) | (mask == 1)).all()):
         return None
     fixed = (mask == 0).to(parameter.device)
-    return fixed if name.endswith("_orig") else fixed & (parameter == 0)
+    return fixed if name.endswith("_orig") else fixed & (whole(parameter.detach()) == 0).to(fixed.device)
 
 
 Entry = str | type[nn.Module] | nn.Module | Tensor
@@ -348,6 +358,14 @@ class Processes:
         dist.all_gather(every, mine.contiguous(), group=self.group)
         return torch.stack(every).to(values.device)
 
+    def summed(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in the type and on the device of ``values``."""
+        if self.count == 1:
+            return values.detach()
+        total = values.detach().to(self._place, copy=True).contiguous()
+        dist.all_reduce(total, group=self.group)
+        return total.to(values.device)
+
     def told(self, values: Tensor) -> Tensor:
         """The values of process 0, of the shape and type that ``values`` have here."""
         if self.count == 1:
@@ -445,6 +463,127 @@ class Processes:
 
 ALONE = Processes()
 """This process, with nobody beside it."""
+
+
+def holders(parameter: Tensor) -> Processes:
+    """The processes among which `fully_shard` has divided the rows of a parameter; this one alone for any other."""
+    return Processes(parameter.device_mesh.get_group()) if hasattr(parameter, "device_mesh") else ALONE
+
+
+@torch.no_grad()
+def rows_here(tensor: Tensor) -> Tensor:
+    """The rows of a sharded tensor (a DTensor) that this process holds, in its memory; any other tensor itself."""
+    rows: Tensor = tensor.to_local() if hasattr(tensor, "device_mesh") else tensor  # type: ignore[attr-defined]
+    return rows
+
+
+def own_rows(parameter: Tensor, whole: Tensor) -> Tensor:
+    """This process's rows of a tensor shaped like a parameter, or broadcastable to it."""
+    if not hasattr(parameter, "device_mesh") or hasattr(whole, "device_mesh"):
+        return rows_here(whole)
+    if whole.ndim < parameter.ndim or len(whole) != len(parameter):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    placed = whole.detach().to(parameter.device_mesh.device_type)
+    return rows_here(distribute_tensor(placed, parameter.device_mesh, parameter.placements, src_data_rank=None))  # type: ignore[attr-defined]
+
+
+def sharded_as(parameter: Tensor, rows: Tensor) -> Tensor:
+    """The sharded tensor of a parameter's shape of which this process holds these rows; or the rows."""
+    if not hasattr(parameter, "device_mesh"):
+        return rows
+    from torch.distributed.tensor import DTensor
+
+    mesh, places = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    stride = torch.empty(parameter.shape, device="meta").stride()
+    return DTensor.from_local(rows.contiguous(), mesh, places, run_check=False, shape=parameter.shape, stride=stride)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All rows of a sharded tensor, on the CPU; any other tensor itself."""
+    if not hasattr(tensor, "device_mesh"):
+        return tensor
+    plain = tensor.to(torch.uint8) if tensor.dtype is torch.bool else tensor  # gloo sends no booleans
+    gathered: Tensor = plain.full_tensor()  # type: ignore[attr-defined]
+    return gathered.to("cpu", tensor.dtype)
+
+
+def compare_processes(parameters: Sequence[Tensor], numbers: Mapping[str, float]) -> None:
+    """Where several processes train the parameters together, compare what must be alike in all of them.
+
+    Under `DistributedDataParallel` gradients are averaged and nothing else, under `fully_shard` each process steps on
+    its own rows: from another seed or other weights each would go its own way without a word.
+
+    Args:
+        parameters: those of this process; their means, outside of a draw.
+        numbers: what else must be alike, by name.
+
+    Raises:
+        OckhamError: they differ; in all processes, naming the values of two.
+    """
+    if not parameters or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    wrapper, first, every = nn.parallel.DistributedDataParallel, parameters[0], dict(numbers)
+    processes = holders(first)
+    if processes is ALONE:
+        everything = (o for o in gc.get_objects() if issubclass(type(o), wrapper))  # torch keeps no list of them
+        group = next((w.process_group for w in everything if any(p is first for p in w.parameters())), None)
+        if group is None:
+            return
+        processes = Processes(group)
+        sums = [t.detach().double().sum() * (i % 97 + 1) for i, t in enumerate(parameters)]
+        every["sum of the weights"] = float(torch.stack(sums).sum())
+    theirs = processes.gathered(torch.tensor(list(every.values()), dtype=torch.float64)).tolist()
+    for rank, other in enumerate(theirs):
+        for name, zero, value in zip(every, theirs[0], other, strict=True):
+            if zero != value:
+                raise OckhamError(
+                    f"processes that train one network together differ in {name}: process 0 has "
+                    f"{zero:.17g}, process {rank} {value:.17g}. Give the optimizer the same seed=, n_data= (of the "
+                    "data of all) and starting weights in every process"
+                )
+
+
+def dividers(parameters: Iterable[Tensor]) -> list[Any]:
+    """The modules whose parameters, these among them, `fully_shard` has divided."""
+    from torch.distributed.fsdp import FSDPModule
+
+    wanted = set(parameters)
+    modules = [o for o in gc.get_objects() if issubclass(type(o), FSDPModule)]  # torch keeps no list of them
+    return [m for m in modules if any(p in wanted for p in m.parameters())]
+
+
+def finite_gradients(parameters: Mapping[str, Tensor], *, skip: bool) -> bool:
+    """Whether the gradients of named parameters are finite numbers in all processes that hold them together.
+
+    One norm over all gradients costs a read of them; only where it overflows each is looked at.
+
+    Args:
+        parameters: those that have a gradient.
+        skip: whether the answer may be no; else that is an error.
+
+    Raises:
+        OckhamError: a gradient is sparse, or, unless ``skip``, NaN or infinite; says whose.
+    """
+    found = {name: rows_here(p.grad) for name, p in parameters.items() if p.grad is not None}
+    for name, grad in found.items():
+        if grad.is_sparse:
+            raise OckhamError(f"parameter {name!r} has a sparse gradient; build its Embedding with sparse=False")
+    processes = holders(next(iter(parameters.values()), torch.empty(0)))
+    norm = get_total_norm(found.values()) if found else torch.zeros(())
+    if not processes.summed((~norm.isfinite()).double()):
+        return True
+    counts = processes.summed(torch.stack([(~g.isfinite()).sum() for g in found.values()])).tolist()
+    bad = {name: int(count) for name, count in zip(found, counts, strict=True) if count}
+    if bad and not skip:
+        first = next(iter(bad))
+        raise OckhamError(
+            f"the gradient of {first!r} is NaN or infinite in {bad[first]} of {parameters[first].numel()} places"
+            f"{f' (so are those of {len(bad) - 1} more parameters)' if len(bad) > 1 else ''}; nothing was updated. "
+            "Look for NaN in the data, lower lr, or set optimizer.skip_nonfinite = True to leave such steps out"
+        )
+    return not bad
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, Processes]:

@@ -549,7 +549,9 @@ def plan_masks(groups: Groups, keep: Mapping[str, Tensor], *, nats: Mapping[str,
         if int(mask.sum()) < groups[key].least:
             number = "all" if not bool(mask.any()) else int((~mask).sum())
             few = "one" if groups[key].least == 1 else str(groups[key].least)
-            raise PlanError(f"keep[{key!r}] removes {number} of {size} units; at least {few} must stay".replace("all of", "all"))
+            raise PlanError(
+                f"keep[{key!r}] removes {number} of {size} units; at least {few} must stay".replace("all of", "all")
+            )
     gone = {k: tuple((~keep[k]).nonzero().flatten().tolist()) for k in groups.groups if k in keep}
     gone = {k: v for k, v in gone.items() if v}
     cuts: dict[str, dict[int, list[int]]] = {}

@@ -211,7 +211,9 @@ def refit(model: nn.Module, small: nn.Module, plan: Plan) -> None:
             parent, _, leaf = path.rpartition(".")
             owner, stand = small.get_submodule(parent), Skipped(what).train(before[path].training)
             setattr(owner, leaf, stand)
-            plain = {n: v for n, v in vars(before[path]).items() if n[0] != "_" and isinstance(v, (bool, int, float, str))}
+            plain = {
+                n: v for n, v in vars(before[path]).items() if n[0] != "_" and isinstance(v, (bool, int, float, str))
+            }
             vars(stand).update(plain | dict.fromkeys(before[path]._parameters))  # a forward may ask for them
             if isinstance(owner, nn.TransformerEncoderLayer):
                 owner.activation_relu_or_gelu = 0  # keeps it off the fused path, which wants all weights

@@ -33,7 +33,14 @@ TOLERANCE = 1e-5
 
 
 ADDITIONS = frozenset({torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor})
-SAME = frozenset({torch.ops.aten.to.dtype, torch.ops.aten.to.dtype_layout, torch.ops.aten.to.device, torch.ops.aten.contiguous.default})
+SAME = frozenset(
+    {
+        torch.ops.aten.to.dtype,
+        torch.ops.aten.to.dtype_layout,
+        torch.ops.aten.to.device,
+        torch.ops.aten.contiguous.default,
+    }
+)
 """Operators that return their input where it is what they should make of it."""
 
 
@@ -70,7 +77,12 @@ def residual_branches(model: nn.Module, graph: fx.Graph, arguments: Arguments) -
     found: list[tuple[int, dict[str, int]]] = []
     for node in nodes:
         pair = [a for a in node.args[:2] if isinstance(a, fx.Node)]
-        if node.target not in ADDITIONS or len(pair) < 2 or node.kwargs or len({_value(n)[0] for n in (node, *pair)}) > 1:
+        if (
+            node.target not in ADDITIONS
+            or len(pair) < 2
+            or node.kwargs
+            or len({_value(n)[0] for n in (node, *pair)}) > 1
+        ):
             continue
         for stream, added in (pair, pair[::-1]):
             while stream.target in SAME and _value(stream.args[0]) == _value(stream):
@@ -181,7 +193,13 @@ def expert_groups(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> li
                 weights = [n for n, t in rows.items() if t.ndim == 2 and getattr(router, "weight", None) is t]
                 top = getattr(router, "top_k", getattr(block, "top_k", None))
                 apart = max(int(getattr(m, "n_group", 1) or 1) for m in (block, router))  # experts by fixed groups
-                if router is experts or len(weights) != 1 or not isinstance(top, int) or not 0 < top < size or apart > 1:
+                if (
+                    router is experts
+                    or len(weights) != 1
+                    or not isinstance(top, int)
+                    or not 0 < top < size
+                    or apart > 1
+                ):
                     continue
                 down = {n for n in held if any(word in n.rpartition(".")[2] for word in ("down", "w2"))}  # they speak
                 index = torch.arange(size)[:, None]
