@@ -473,7 +473,7 @@ class Compression:
         correlated: Seeing | None = None,
         **reading: Unpack[LoaderOptions],
     ) -> None:
-        check_keywords("Compression", reading, LoaderOptions)
+        check_keywords("Compression", reading, LoaderOptions, Training, Rounds)
         self.training = t = training or Training()
         model, processes = unwrapped(model)
         if processes is ALONE and (world := Processes.world().count) > 1:
