@@ -451,6 +451,11 @@ class Job:
             yield from self._go(engine, saved)
             self._finish(engine)
 
+    @property
+    def before(self) -> Mapping[str, Any] | None:
+        """What is known of the network that the run is compared with, plain values; None until it was measured."""
+        return self._facts.get("adam")
+
     # ------------------------------------------------------------------ stages
     def _adam(self, saved: Mapping[str, Any]) -> Iterator[EpochInfo]:
         """Train the yardstick: rate, number of epochs and temperature are chosen on a tenth of the training examples.
