@@ -108,7 +108,9 @@ def test_a_network_without_experts_is_that_whose_router_never_chooses_them(top_k
     assert [(g.id, g.size, g.least) for g in experts] == [(KEYS[0], 5, top_k), (KEYS[1], 4, top_k)]
     assert not any(g.kind == "expert" for g in trace(net, X[:4]))
     for gone in (((1,), (0, 3)), ((0, 2, 4) if top_k == 2 else (0, 1, 2, 4), (2,))):
-        keep = {k: torch.tensor([i not in lost for i in range(n)]) for k, lost, n in zip(KEYS, gone, (5, 4), strict=True)}
+        keep = {
+            k: torch.tensor([i not in lost for i in range(n)]) for k, lost, n in zip(KEYS, gone, (5, 4), strict=True)
+        }
         plan = ockham.Plan.from_json(plan_masks(groups, keep).to_json())
         masked, small = mask(net, plan), shrink(net, plan)
         for rows in (X, X[:7]):
@@ -119,7 +121,11 @@ def test_a_network_without_experts_is_that_whose_router_never_chooses_them(top_k
         verify(masked, small, X)
         for block, lost, n in zip(small.blocks, gone, (5, 4), strict=True):
             left = n - len(lost)
-            assert {p.shape[0] for p in block.parameters()} == {left} == {block.router.num_experts, block.experts.num_experts}
+            assert (
+                {p.shape[0] for p in block.parameters()}
+                == {left}
+                == {block.router.num_experts, block.experts.num_experts}
+            )
     assert difference(without(net, ((1,), ()), X), outputs(net, X)) > 1e-3  # some token was its
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
@@ -128,7 +134,9 @@ def test_experts_go_beside_widths_and_in_a_second_plan():
     net = mixture()
     groups = trace(net, X[:4], whole=["experts"])
     widths = [g for g in groups if g.kind != "expert"]
-    keep = {g.id: torch.arange(g.size) % 3 > 0 for g in widths} | {KEYS[0]: torch.tensor([True, False, True, True, True])}
+    keep = {g.id: torch.arange(g.size) % 3 > 0 for g in widths} | {
+        KEYS[0]: torch.tensor([True, False, True, True, True])
+    }
     first = plan_masks(groups, keep)
     assert widths and first.routers == ("blocks.0.router.weight",)
     middle = shrink(net, first)

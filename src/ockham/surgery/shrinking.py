@@ -328,7 +328,8 @@ def masked_copy(model: nn.Module, plan: Plan) -> Any:
         for other, t in (*router.named_parameters(), *router.named_buffers()):
             if other not in (leaf, "bias") and f"{path}.{other}" in plan.cuts:  # a bias for choosing alone
                 t.data[list(plan.cuts[name][0])] = -math.inf
-        router.__class__ = closed_class(type(router))
+        kind: Any = type(router)
+        router.__class__ = closed_class(kind)
     return twin
 
 
@@ -409,8 +410,8 @@ def shrink_optimizer(
     if isinstance(optimizer, Sliceable):
         if plan.dropped:
             raise PlanError(
-                f"a {type(optimizer).__name__} cannot lose whole branches ({plan.dropped[0].id}, ...). Shrink without the "
-                "optimizer, with posterior=, and start a new one from what that returns"
+                f"a {type(optimizer).__name__} cannot lose whole branches ({plan.dropped[0].id}, ...). Shrink without "
+                "the optimizer, with posterior=, and start a new one from what that returns"
             )
         carried: torch.optim.Optimizer = optimizer.sliced(after, lambda name, tensor: slice_tensor(plan, name, tensor))
         if isinstance(carried, Follower):
