@@ -267,17 +267,53 @@ def test_sharded_parameters_are_refused_by_name():
         ockham.compress(net, [(X, LABELS)])
 
 
-@pytest.mark.slow
-def test_the_command_under_torchrun(tmp_path):
-    np.savez(tmp_path / "data.npz", x=X.numpy().astype("float32"), y=LABELS.numpy())
-    command = ["compress", "--data", str(tmp_path / "data.npz"), "--epochs", "4", "--no-baseline", "--draws", "2"]
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ockham"]
+NETS = """
+import os
+from torch import nn
+
+class Net(nn.Sequential):
+    left = int(os.environ.get("STOP_AFTER", "-1"))  # forward passes of training until this process dies
+
+    def forward(self, x):
+        Net.left -= self.training
+        if Net.left == 0:
+            os._exit(9)
+        return super().forward(x)
+
+def net():
+    return Net(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2))
+"""
+
+
+def typed(folder, out, *more, processes=0, **environment):
+    """The command in ``folder``, under torchrun where there are processes."""
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"] if processes else []
+    settings = {"epochs": 8, "batch-size": 9, "learning-rate": 0.03, "rounds": 3, "unit-price": 20, "draws": 2}
+    given = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    command = ["compress", "--data", "data.npz", "--model", "nets:net", "--structure", "--no-baseline", *given]
     source = str(Path(ockham.__file__).resolve().parents[1])
-    environment = {**os.environ, "PYTHONPATH": source, "OMP_NUM_THREADS": "1"}
-    for given, out in ((start, "two"), ([sys.executable, "-m", "ockham"], "one")):
-        done = subprocess.run([*given, *command, "--out", str(tmp_path / out)], capture_output=True, text=True,
-                              check=False, env=environment)  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("Report:") == 1
-    one, two = (ockham.load_posterior(tmp_path / out) for out in ("one", "two"))
-    alike(two, one, rtol=1e-3, atol=1e-3)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([source, "."]), **environment}
+    return subprocess.run([sys.executable, "-m", *launch, "ockham", *command, "--out", out, *more], cwd=folder,
+                          capture_output=True, text=True, check=False, env=environment)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_command_under_torchrun_stopped_and_resumed_takes_out_the_units_that_one_process_does(tmp_path):
+    """Batches of nine and a last one of one row: uneven, and at the end of an epoch the second process has none."""
+    np.savez(tmp_path / "data.npz", x=X.numpy().astype("float32"), y=LABELS.numpy())
+    (tmp_path / "nets.py").write_text(NETS)
+    alone = typed(tmp_path, "one")
+    assert alone.returncode == 0, alone.stderr
+    stopped = typed(tmp_path, "two", processes=2, STOP_AFTER="45")
+    assert stopped.returncode != 0 and not (tmp_path / "two" / "network.safetensors").exists()
+    done = typed(tmp_path, "two", "--resume", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Report:") == 1
+    one, two = (ockham.Plan.from_json((tmp_path / out / "plan.json").read_text()) for out in ("one", "two"))
+    assert one.removed == two.removed
+    assert 0 < sum(map(len, one.removed.values())) < 16
+    plain = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2))
+    small, again = (ockham.load(tmp_path / out, model=plain) for out in ("one", "two"))
+    assert sum(p.numel() for p in again.parameters()) < 4 * 16 + 16 + 16 * 2 + 2
+    torch.testing.assert_close(again(X.float()), small(X.float()), rtol=1e-3, atol=1e-3)
+    alike(*(ockham.load_posterior(tmp_path / out) for out in ("two", "one")), rtol=1e-3, atol=1e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from torch import nn
 
 import ockham
 from ockham.choose import prices
-from ockham.choose.prices import budget_from, macs_after, parameters_after, unit_costs
+from ockham.choose.prices import UnitShare, budget_from, macs_after, parameters_after, unit_costs
 from ockham.choose.units import choose_units
-from ockham.errors import OckhamWarning
+from ockham.errors import OckhamError, OckhamWarning
 from ockham.surgery import PlanError, exporting
 from ockham.surgery.exporting import layer_times, onnx_latency
 from ockham.surgery.shrinking import cost, latencies
@@ -77,6 +78,24 @@ def test_a_plan_from_a_posterior_removes_what_its_price_says(traced) -> None:
     again = ockham.Plan.from_json(plans[0].to_json())
     assert "nats" in str(again) and "3.weight:0: 16 -> 8" in str(again)
     ockham.verify(ockham.mask(traced[0], again), ockham.shrink(traced[0], again), X)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.6])
+def test_a_share_of_every_group_goes_whatever_its_units_are_worth_and_however_many_went_before(traced, share) -> None:
+    model, groups = traced
+    evidence = ockham.score(posterior_of(model)).by_group(groups, gone={"3.weight:0": 4})
+    plan = ockham.plan(groups, evidence, price=UnitShare(share))
+    for group in groups:
+        before = 4 if group.id == "3.weight:0" else 0
+        want = int(share * (group.size + before)) - before
+        gone = plan.removed.get(group.id, ())
+        assert len(gone) == max(want, int((evidence[group.id] < 0).sum()))
+        left = [u for u in range(group.size) if u not in gone]
+        assert not gone or float(evidence[group.id][list(gone)].max()) <= float(evidence[group.id][left].min())
+    unknown = replace(evidence, nats={k: torch.full_like(v, torch.inf) for k, v in evidence.items()})
+    assert all(bool((v == 0).all()) for v in UnitShare(share).nats(unknown, None).values())
+    with pytest.raises(OckhamError, match="share must lie between 0 and 1; got 25"):
+        UnitShare(25)
 
 
 def test_masks_are_plans_as_before_and_take_no_price(traced) -> None:

@@ -48,6 +48,7 @@ __all__ = [
     "Structures",
     "Subject",
     "UnitCosts",
+    "UnitShare",
     "budget_from",
     "costs_for",
     "fitting_multiple",
@@ -198,6 +199,34 @@ class PerMillisecond(Price):
     def nats(self, evidence: StructureEvidence, costs: UnitCosts) -> dict[str, Tensor]:
         """``per_millisecond`` times the measured time of a unit."""
         return _each(evidence, costs.milliseconds, self.per_millisecond, "milliseconds")
+
+
+@dataclass(frozen=True, slots=True)
+class UnitShare(Price):
+    """The price at which a stated share of the units of every group has gone: those of least evidence, group by group.
+
+    For posteriors whose nats rank units and are no odds, as those at a temperature below 1: a price in nats says little
+    there. Units removed before count; where ``cap`` of `Structures` lets fewer go at once, later rounds take the rest.
+
+    Attributes:
+        share: share of the units of the first network, rounded down to whole units.
+    """
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise OckhamError(f"UnitShare: share must lie between 0 and 1; got {self.share}")
+
+    def nats(self, evidence: StructureEvidence, costs: UnitCosts) -> dict[str, Tensor]:
+        """Half way from the last unit that goes to the next; 0 once enough have gone or where nothing is known."""
+        prices = {}
+        for key, nats in evidence.items():
+            gone, known = evidence.gone.get(key, 0), nats[nats.isfinite()].sort().values
+            more = min(len(known), math.floor(self.share * (len(nats) + gone) + 1e-9) - gone)
+            around = [*known[more - 1 : more + 1].tolist(), float(known[-1]) + 1][:2] if more > 0 else [0.0]
+            prices[key] = torch.full_like(nats, max(0.0, sum(around) / len(around)))
+        return prices
 
 
 def _each(evidence: StructureEvidence, cost: Mapping[str, float], rate: float, what: str) -> dict[str, Tensor]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import difflib
+import gc
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from ockham.errors import OckhamError
 
@@ -24,17 +26,25 @@ __all__ = [
     "Ignore",
     "Processes",
     "check_network",
+    "compare_processes",
     "copied",
     "device_of",
+    "dividers",
     "evaluating",
+    "finite_gradients",
     "fixed_entries",
     "frozen_modules",
+    "holders",
     "ignored",
     "keeping_modes",
+    "own_rows",
     "protected_names",
+    "rows_here",
     "seeded",
+    "sharded_as",
     "train_",
     "unwrapped",
+    "whole",
 ]
 
 
@@ -43,44 +53,71 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def check_network(model: nn.Module) -> None:
+def check_network(model: nn.Module, *, meta: bool = False, values: bool = True) -> None:
     """Check that a network can be worked with at all, before anything is done with it.
 
+    Args:
+        model: the network, or what was given for one.
+        meta: permission for tensors of the device "meta", which have no values.
+        values: check of the values too: there are parameters, all are finite, and gradients can be taken.
+
     Raises:
-        OckhamError: it is TorchScript, lies on the device "meta", has no parameters or such that are not finite, or
-            runs in `torch.inference_mode`; says what to do instead.
+        OckhamError: it is no `torch.nn.Module`, is TorchScript, lies on the device "meta", waits for its first input
+            to know its sizes, has no parameters or such that are not finite, or runs in `torch.inference_mode`; says
+            what to do instead.
     """
+    given: object = model
+    if not isinstance(given, nn.Module):
+        kind = given.__name__ if isinstance(given, type) else type(given).__name__
+        raise OckhamError(f"a network is a torch.nn.Module; got {kind}: pass the module itself")
     if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
         raise OckhamError(
             f"the network is TorchScript ({type(model).__name__}), whose parameters cannot be edited: pass the "
             "nn.Module that it was made from, and script the result"
         )
+    states: tuple[tuple[Callable[[Any], bool], str], ...] = (
+        (
+            nn.parameter.is_lazy,
+            "are of Lazy modules and have no sizes yet: call the network once with an example first",
+        ),
+        (
+            lambda t: t.is_meta and not meta,
+            "lie on the device 'meta', which holds shapes and no values: load the weights first "
+            "(model.to_empty(device=...), then load_state_dict)",
+        ),
+    )
+    for without, way_out in states:
+        names = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if without(t)]
+        if names:
+            raise OckhamError(f"{names[0]!r} and {len(names) - 1} more tensors {way_out}")
+    if not values:
+        return
     if next(model.parameters(), None) is None:
-        raise OckhamError("the model has no parameters")
-    hollow = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
-    if hollow:
-        raise OckhamError(
-            f"{hollow[0]!r} and {len(hollow) - 1} more tensors lie on the device 'meta', which holds shapes and no "
-            "values: load the weights first (model.to_empty(device=...), then load_state_dict)"
-        )
-    for name, p in model.named_parameters():
-        if isinstance(p, nn.parameter.UninitializedParameter) or bool(p.detach().sum().isfinite()):
-            continue  # one pass without a second tensor; exactly only where it is needed
-        if bad := int((~p.detach().isfinite()).sum()):
+        packed = [n for n, m in model.named_modules() if "quantized" in type(m).__module__]
+        why = f": {packed[0]!r} is quantized; pass the network before that" if packed else ""
+        raise OckhamError(f"the model has no parameters{why}")
+    for name, p in model.named_parameters():  # one pass without a second tensor; exactly only where it is needed
+        if not p.detach().sum().isfinite() and (bad := int((~p.detach().isfinite()).sum())):
             raise OckhamError(f"parameter {name!r} is NaN or infinite in {bad} of {p.numel()} places: load it again")
     if torch.is_inference_mode_enabled():
         raise OckhamError("gradients are needed and torch.inference_mode() is on: leave that block")
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A copy of a network, to be changed at will.
+
+    Args:
+        model: the network.
+        memo: copies that are made already, by `id` of the original, as `copy.deepcopy` takes them; with them the
+            network is not checked.
 
     Raises:
         OckhamError: it cannot be worked with (see `check_network`), or not be copied.
     """
-    check_network(model)
+    if memo is None:
+        check_network(model)
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, memo)
     except Exception as error:  # whatever a module of the user's raises
         raise OckhamError(
             f"the network cannot be copied ({type(error).__name__}: {str(error).splitlines()[0]}): it holds something "
@@ -189,14 +226,14 @@ def fixed_entries(model: nn.Module) -> dict[str, Tensor]:
 def _claim(module: nn.Module, name: str, parameter: Tensor) -> Tensor | None:
     """What one module says of its parameter; None where it fixes nothing."""
     if isinstance(module, _PADDED) and name == "weight" and module.padding_idx is not None:
-        fixed = torch.zeros_like(parameter, dtype=torch.bool)
+        fixed = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
         fixed[module.padding_idx] = True
         return fixed
     mask = module._buffers.get(f"{name.removesuffix('_orig')}_mask")
     if mask is None or mask.shape != parameter.shape or not bool(((mask == 0) | (mask == 1)).all()):
         return None
     fixed = (mask == 0).to(parameter.device)
-    return fixed if name.endswith("_orig") else fixed & (parameter == 0)
+    return fixed if name.endswith("_orig") else fixed & (whole(parameter.detach()) == 0).to(fixed.device)
 
 
 Entry = str | type[nn.Module] | nn.Module | Tensor
@@ -219,11 +256,12 @@ def ignored(model: nn.Module, entries: Ignore, *, buffers: bool = False) -> froz
 
     Raises:
         OckhamError: an entry covers nothing (the nearest names are given), is of another type, or is a pattern that is
-            no regular expression.
+            no regular expression; or the network cannot be worked with (see `check_network`).
 
     >>> sorted(ignored(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "0"))
     ['0.bias', '0.weight']
     """
+    check_network(model, meta=True, values=False)
     first: dict[Tensor, str] = {}
     every: dict[str, str] = {}
     pairs = list(model.named_parameters(remove_duplicate=False))
@@ -319,6 +357,14 @@ class Processes:
         every = [torch.empty_like(mine) for _ in range(self.count)]
         dist.all_gather(every, mine.contiguous(), group=self.group)
         return torch.stack(every).to(values.device)
+
+    def summed(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in the type and on the device of ``values``."""
+        if self.count == 1:
+            return values.detach()
+        total = values.detach().to(self._place, copy=True).contiguous()
+        dist.all_reduce(total, group=self.group)
+        return total.to(values.device)
 
     def told(self, values: Tensor) -> Tensor:
         """The values of process 0, of the shape and type that ``values`` have here."""
@@ -419,12 +465,134 @@ ALONE = Processes()
 """This process, with nobody beside it."""
 
 
+def holders(parameter: Tensor) -> Processes:
+    """The processes among which `fully_shard` has divided the rows of a parameter; this one alone for any other."""
+    return Processes(parameter.device_mesh.get_group()) if hasattr(parameter, "device_mesh") else ALONE
+
+
+@torch.no_grad()
+def rows_here(tensor: Tensor) -> Tensor:
+    """The rows of a sharded tensor (a DTensor) that this process holds, in its memory; any other tensor itself."""
+    rows: Tensor = tensor.to_local() if hasattr(tensor, "device_mesh") else tensor  # type: ignore[attr-defined]
+    return rows
+
+
+def own_rows(parameter: Tensor, whole: Tensor) -> Tensor:
+    """This process's rows of a tensor shaped like a parameter, or broadcastable to it."""
+    if not hasattr(parameter, "device_mesh") or hasattr(whole, "device_mesh"):
+        return rows_here(whole)
+    if whole.ndim < parameter.ndim or len(whole) != len(parameter):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    placed = whole.detach().to(parameter.device_mesh.device_type)
+    return rows_here(distribute_tensor(placed, parameter.device_mesh, parameter.placements, src_data_rank=None))  # type: ignore[attr-defined]
+
+
+def sharded_as(parameter: Tensor, rows: Tensor) -> Tensor:
+    """The sharded tensor of a parameter's shape of which this process holds these rows; or the rows."""
+    if not hasattr(parameter, "device_mesh"):
+        return rows
+    from torch.distributed.tensor import DTensor
+
+    mesh, places = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+    stride = torch.empty(parameter.shape, device="meta").stride()
+    return DTensor.from_local(rows.contiguous(), mesh, places, run_check=False, shape=parameter.shape, stride=stride)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All rows of a sharded tensor, on the CPU; any other tensor itself."""
+    if not hasattr(tensor, "device_mesh"):
+        return tensor
+    plain = tensor.to(torch.uint8) if tensor.dtype is torch.bool else tensor  # gloo sends no booleans
+    gathered: Tensor = plain.full_tensor()  # type: ignore[attr-defined]
+    return gathered.to("cpu", tensor.dtype)
+
+
+def compare_processes(parameters: Sequence[Tensor], numbers: Mapping[str, float]) -> None:
+    """Where several processes train the parameters together, compare what must be alike in all of them.
+
+    Under `DistributedDataParallel` gradients are averaged and nothing else, under `fully_shard` each process steps on
+    its own rows: from another seed or other weights each would go its own way without a word.
+
+    Args:
+        parameters: those of this process; their means, outside of a draw.
+        numbers: what else must be alike, by name.
+
+    Raises:
+        OckhamError: they differ; in all processes, naming the values of two.
+    """
+    if not parameters or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    wrapper, first, every = nn.parallel.DistributedDataParallel, parameters[0], dict(numbers)
+    processes = holders(first)
+    if processes is ALONE:
+        everything = (o for o in gc.get_objects() if issubclass(type(o), wrapper))  # torch keeps no list of them
+        group = next((w.process_group for w in everything if any(p is first for p in w.parameters())), None)
+        if group is None:
+            return
+        processes = Processes(group)
+        sums = [t.detach().double().sum() * (i % 97 + 1) for i, t in enumerate(parameters)]
+        every["sum of the weights"] = float(torch.stack(sums).sum())
+    theirs = processes.gathered(torch.tensor(list(every.values()), dtype=torch.float64)).tolist()
+    for rank, other in enumerate(theirs):
+        for name, zero, value in zip(every, theirs[0], other, strict=True):
+            if zero != value:
+                raise OckhamError(
+                    f"processes that train one network together differ in {name}: process 0 has "
+                    f"{zero:.17g}, process {rank} {value:.17g}. Give the optimizer the same seed=, n_data= (of the "
+                    "data of all) and starting weights in every process"
+                )
+
+
+def dividers(parameters: Iterable[Tensor]) -> list[Any]:
+    """The modules whose parameters, these among them, `fully_shard` has divided."""
+    from torch.distributed.fsdp import FSDPModule
+
+    wanted = set(parameters)
+    modules = [o for o in gc.get_objects() if issubclass(type(o), FSDPModule)]  # torch keeps no list of them
+    return [m for m in modules if any(p in wanted for p in m.parameters())]
+
+
+def finite_gradients(parameters: Mapping[str, Tensor], *, skip: bool) -> bool:
+    """Whether the gradients of named parameters are finite numbers in all processes that hold them together.
+
+    One norm over all gradients costs a read of them; only where it overflows each is looked at.
+
+    Args:
+        parameters: those that have a gradient.
+        skip: whether the answer may be no; else that is an error.
+
+    Raises:
+        OckhamError: a gradient is sparse, or, unless ``skip``, NaN or infinite; says whose.
+    """
+    found = {name: rows_here(p.grad) for name, p in parameters.items() if p.grad is not None}
+    for name, grad in found.items():
+        if grad.is_sparse:
+            raise OckhamError(f"parameter {name!r} has a sparse gradient; build its Embedding with sparse=False")
+    processes = holders(next(iter(parameters.values()), torch.empty(0)))
+    norm = get_total_norm(found.values()) if found else torch.zeros(())
+    if not processes.summed((~norm.isfinite()).double()):
+        return True
+    counts = processes.summed(torch.stack([(~g.isfinite()).sum() for g in found.values()])).tolist()
+    bad = {name: int(count) for name, count in zip(found, counts, strict=True) if count}
+    if bad and not skip:
+        first = next(iter(bad))
+        raise OckhamError(
+            f"the gradient of {first!r} is NaN or infinite in {bad[first]} of {parameters[first].numel()} places"
+            f"{f' (so are those of {len(bad) - 1} more parameters)' if len(bad) > 1 else ''}; nothing was updated. "
+            "Look for NaN in the data, lower lr, or set optimizer.skip_nonfinite = True to leave such steps out"
+        )
+    return not bad
+
+
 def unwrapped(model: nn.Module) -> tuple[nn.Module, Processes]:
     """The network inside `DistributedDataParallel` and the processes that hold it; any other network and `ALONE`.
 
     Raises:
-        OckhamError: the parameters are sharded over processes (FSDP).
+        OckhamError: the parameters are sharded over processes (FSDP), or it is no network.
     """
+    check_network(model, meta=True, values=False)
     for name, p in model.named_parameters():
         if hasattr(p, "device_mesh") or type(p).__name__ == "FlatParameter":
             raise OckhamError(

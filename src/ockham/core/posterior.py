@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
@@ -99,14 +99,16 @@ class Gaussian:
                 if not (least <= low and high <= most):
                     raise OckhamError(f"Gaussian: {name} must be {what} everywhere; it lies between {low} and {high}")
 
+    def map(self, change: Callable[[Tensor], Tensor]) -> Gaussian:
+        """The same moments, every tensor put through a function."""
+        optional = (self.marginal_precision, self.inclusion)
+        marginal, inclusion = (None if t is None else change(t) for t in optional)
+        prior = change(self.prior_precision), change(self.prior_mean)
+        return Gaussian(change(self.mean), change(self.precision), *prior, change(self.keep), marginal, inclusion)
+
     def to(self, device: torch.device | str) -> Gaussian:
         """The same moments on a device."""
-        optional = (self.marginal_precision, self.inclusion)
-        marginal, inclusion = (None if t is None else t.to(device) for t in optional)
-        prior = self.prior_precision.to(device), self.prior_mean.to(device)
-        return Gaussian(
-            self.mean.to(device), self.precision.to(device), *prior, self.keep.to(device), marginal, inclusion
-        )
+        return self.map(lambda t: t.to(device))
 
     @property
     def scored_precision(self) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from ockham.core.network import ALONE, holders
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError
 from ockham.fit.memory import RunFacts, Schedule, schedule_of
@@ -96,6 +97,7 @@ class IVON(VariationalOptimizer):
     0.994
     """
 
+    _divisible = True
     _vectors = ("hessian", "exp_avg")
 
     def __init__(
@@ -134,6 +136,11 @@ class IVON(VariationalOptimizer):
         about 1 + 1/2 (1 - b2) N / (T B) with B terms a batch: small batches of large data, a cold posterior and a
         fast b2 inflate. q is that of the last gradient; without one the inflation is 1.
         """
+        if any(holders(p) is not ALONE for p in self._names):
+            raise OckhamError(
+                "health() of parameters that are sharded over processes is not known: look at the precisions of "
+                "posterior(), which gathers them"
+            )
         states = [self.state[p] for p in self._names if self.state.get(p, {}).get("step", 0) > 0]
         steps = max((s["step"] for s in states), default=0)
         left = max((s["left"] for s in states), default=1.0)
@@ -190,9 +197,12 @@ class IVON(VariationalOptimizer):
             prior = torch.broadcast_to(g.prior_precision, g.mean.shape)
             curvature = (g.precision - prior)[g.keep] * (posterior.temperature / group["n_data"])
             self.state[p]["hessian"].copy_(curvature.clamp_min(0))
-        states = [self.state[p] for p in given]
-        total = sum(float((s["hessian"].double() + s["decay"]).sum()) for s in states)
-        group["scale"] = total / max(1, sum(s["hessian"].numel() for s in states))
+        sums = torch.zeros(2, dtype=torch.float64)
+        for state in (self.state[p] for p in given):
+            precision = state["hessian"].double() + state["decay"]
+            sums += torch.stack([precision.sum(), precision.new_tensor(len(precision))]).cpu()
+        total, count = holders(next(iter(given))).summed(sums).tolist()
+        group["scale"] = total / max(1, count)
 
     @override
     def _start(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:

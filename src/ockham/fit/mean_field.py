@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from ockham.core.network import holders, rows_here
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError
 from ockham.fit.memory import RunFacts, Schedule, adam_, schedule_of
@@ -70,6 +71,7 @@ class MeanField(VariationalOptimizer):
     ['bias', 'weight']
     """
 
+    _divisible = True
     _vectors: tuple[str, ...] = ("log_std", "exp_avg", "exp_avg_sq", "std_avg", "std_avg_sq")
 
     def __init__(
@@ -98,7 +100,9 @@ class MeanField(VariationalOptimizer):
             "std_rate": std_rate,
             **schedule_of("MeanField", schedule),
         }
-        entries: Any = params if inspect.isgenerator(params) else list(params)  # a generator knows its network
+        entries: Any = (
+            params if inspect.isgenerator(params) or not isinstance(params, Iterable) else list(params)
+        )  # a generator knows its network
         groups = [] if entries is params else [g for g in entries if isinstance(g, dict)]
         given = [settings["prior"], *(g.get("prior") for g in groups)]
         if any(isinstance(prior, GroupPrior) for prior in given):
@@ -168,16 +172,17 @@ class MeanField(VariationalOptimizer):
         for p in ready:
             state = self.state[p]
             if state["step"] >= group["kl_warmup"] and state["step"] % group["prior_interval"] == 0:
-                moment = float(self._moments(p, group).sum())
-                count = state["log_std"].numel()
-                state["prior_precision"] = group["prior"].updated(state["prior_precision"], count, moment)
+                each = self._moments(p, group)
+                moment, count = holders(p).summed(torch.stack([each.sum(), each.new_tensor(len(each))])).tolist()
+                state["prior_precision"] = group["prior"].updated(state["prior_precision"], int(count), moment)
                 if VECTOR in state:
                     state[VECTOR].fill_(state["prior_precision"])
 
     def _moments(self, p: Tensor, group: dict[str, Any]) -> Tensor:
         """E[(w - m0)^2] of the living weights, float64."""
         index = self._index.get(p)
-        mean = p.detach().reshape(-1) if index is None else p.detach().reshape(-1)[index]
+        mean = rows_here(p).detach().reshape(-1)
+        mean = mean if index is None else mean[index]
         variance = (2 * self.state[p]["log_std"].double()).exp()
         moments: Tensor = variance + (mean.double() - group["prior_mean"]).square()
         return moments
@@ -188,4 +193,5 @@ class MeanField(VariationalOptimizer):
         p0 = state.get(VECTOR, torch.tensor(state["prior_precision"], dtype=torch.float64)).double()
         logs = float(state["log_std"].double().sum())
         fit = float((p0 * self._moments(p, group)).sum())
-        return 0.5 * fit - logs - 0.5 * float((1 + p0.log()).expand(state["log_std"].shape).sum())
+        found = 0.5 * fit - logs - 0.5 * float((1 + p0.log()).expand(state["log_std"].shape).sum())
+        return float(holders(p).summed(torch.tensor(found, dtype=torch.float64)))

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import copy
-import gc
+import io
 import math
 import operator
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from numbers import Real
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.adam import adam
 
+from ockham.core.network import Processes, dividers, holders, own_rows, rows_here, sharded_as, whole
 from ockham.errors import OckhamError, check_keywords
 from ockham.fit.priors import GroupPrior, Prior, slice_scales
 
@@ -28,6 +28,8 @@ __all__ = [
     "CYCLE",
     "WORK",
     "Arena",
+    "Block",
+    "Divided",
     "Piece",
     "RunFacts",
     "Schedule",
@@ -38,7 +40,6 @@ __all__ = [
     "check_group",
     "check_keep",
     "check_settings",
-    "compare_processes",
     "read",
     "renew_",
     "schedule_of",
@@ -97,14 +98,14 @@ class Piece:
 
     def flat(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
         """The run's values of a tensor shaped like the parameter; a view where possible, else a copy (in ``out``)."""
-        flat = tensor.detach().reshape(-1)
+        flat = rows_here(tensor).detach().reshape(-1)
         if self.index is None:
             return flat[self.start : self.stop]
         return torch.index_select(flat, 0, self.index, out=out)
 
     def put(self, values: Tensor) -> None:
         """Write the run's values into the parameter; nothing to do where they are a view of it."""
-        target = self.parameter.detach()
+        target = rows_here(self.parameter).detach()
         if self.index is None and target.is_contiguous():
             place = target.view(-1)[self.start : self.stop]
             if place.data_ptr() != values.data_ptr():
@@ -145,17 +146,21 @@ def alive_index(keep: Tensor) -> Tensor:
     return keep.reshape(-1).nonzero().squeeze(1)
 
 
-def spans(alive: Sequence[tuple[Tensor, Tensor | None]]) -> list[Span]:
-    """Cut the arena of (parameter, index of survivors or None) into spans of bounded, about equal length."""
-    total = sum(p.numel() if index is None else index.numel() for p, index in alive)
-    limit = _CPU_SPAN if not alive or alive[0][0].device.type == "cpu" else _ACCELERATOR_SPAN
+def spans(alive: Sequence[tuple[Tensor, Tensor | None]], device: torch.device | None = None) -> list[Span]:
+    """Cut the arena of (parameter, index of survivors or None) into spans of bounded, about equal length.
+
+    Bounded for the device of the first parameter, or for another.
+    """
+    total = sum(rows_here(p).numel() if index is None else index.numel() for p, index in alive)
+    kind = "cpu" if not alive else (device or alive[0][0].device).type
+    limit = _CPU_SPAN if kind == "cpu" else _ACCELERATOR_SPAN
     size = -(-total // max(1, -(-total // limit)))
     result: list[Span] = []
     run: list[Piece] = []
     start = at = 0
     for parameter, index in alive:
-        length = parameter.numel() if index is None else index.numel()
-        if index is None and not parameter.is_contiguous():  # written back through its shape, so never cut
+        length = rows_here(parameter).numel() if index is None else index.numel()
+        if index is None and not rows_here(parameter).is_contiguous():  # written back through its shape, so never cut
             pieces = [Piece(parameter, 0, length, None)]
         else:
             first = min(size - (at - start), length)
@@ -209,6 +214,58 @@ class RunFacts:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Divided:
+    """Where the living weights that this process holds stand among those of all, where parameters are sharded.
+
+    Attributes:
+        processes: those that hold the parameters of the arena together.
+        runs: (first position here, one past the last, first position among all) of each parameter's rows.
+        edges: ends of the spans that one process with all weights would cut, so that the noise is that of one process.
+    """
+
+    processes: Processes
+    runs: tuple[tuple[int, int, int], ...]
+    edges: tuple[int, ...]
+
+    @classmethod
+    def of(cls, parameters: Sequence[Tensor], counts: Sequence[int]) -> Divided | None:
+        """The division of these parameters, of which so many weights live here; None where they are not sharded."""
+        if not parameters or not hasattr(parameters[0], "device_mesh"):
+            return None
+        processes = holders(parameters[0])
+        every = processes.gathered(torch.tensor(counts))  # [processes, parameters]
+        totals, before = every.sum(0).tolist(), every[: processes.rank].sum(0).tolist()
+        stand_ins = [(torch.empty(total, device="meta"), None) for total in totals]
+        here, there, runs = 0, 0, []
+        for count, total, others in zip(counts, totals, before, strict=True):
+            runs.append((here, here + count, there + others))
+            here, there = here + count, there + total
+        return cls(processes, tuple(runs), (0, *(x.stop for x in spans(stand_ins, parameters[0].device))))
+
+    def renew_(self, noise: Tensor, phase: int, generator: torch.Generator) -> None:
+        """`renew_` of the noise of all processes together, of which each takes its part; sends half of it every turn.
+
+        Every process draws all of it, a span at a time: the generator is the same everywhere.
+        """
+        if phase % 2:
+            noise.neg_()
+            return
+        for start, stop in pairwise(self.edges):
+            mine = [
+                (slice(a + max(0, start - g), min(b, a + stop - g)), max(g, start) - start) for a, b, g in self.runs
+            ]
+            parts = [(part, at) for part, at in mine if part.start < part.stop]
+            whole = noise.new_zeros(stop - start)
+            if phase == CYCLE // 2 and len(whole) >= _SHORT:  # it is rotated, so all of the noise before is needed
+                for part, at in parts:
+                    whole[at : at + part.stop - part.start] = noise[part]
+                whole = self.processes.summed(whole.float()).to(noise.dtype)
+            renew_(whole, phase, generator)
+            for part, at in parts:
+                noise[part] = whole[at : at + part.stop - part.start]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Arena:
     """State vectors of all living weights of a group, their division into spans, and memory to work in.
 
@@ -220,6 +277,7 @@ class Arena:
     parameters: tuple[Tensor, ...]
     vectors: Mapping[str, Tensor]
     spans: tuple[Span, ...]
+    divided: Divided | None = None
     drawn: set[tuple[int, int]] = field(default_factory=set)
     _views: dict[tuple[int, int], dict[str, Tensor]] = field(default_factory=dict)
     _work: dict[str, Tensor] = field(default_factory=dict)
@@ -266,6 +324,25 @@ class Arena:
         return self._work[name]
 
 
+class Block(io.IOBase):
+    """A generator as a context. `io.IOBase` leaves it in C: no interrupt falls between the body and its ``finally``.
+
+    A block that is dropped without having been left, by an interrupt between two bytecodes, is closed just so.
+    """
+
+    def __init__(self, steps: Generator[None]) -> None:
+        self._steps = steps
+        self.close = steps.close  # type: ignore[method-assign]
+
+    def __enter__(self) -> None:  # type: ignore[override]
+        try:
+            next(self._steps)
+            del self  # an interrupt from here to the body drops the block, whatever holds this frame
+        except BaseException:
+            self.close()  # noqa: F821 - there is no bytecode between that and the end of the try
+            raise
+
+
 Take = Callable[[str, Tensor], Tensor]
 """(Parameter name, tensor of the parameter's old shape) to what stays of it."""
 
@@ -295,10 +372,12 @@ def sliced(optimizer: VariationalOptimizer, parameters: Mapping[str, Tensor], ta
     twin._index, twin._arenas = {}, {}
     twin._generators = {d: g.clone_state() for d, g in optimizer._generators.items()}
     twin._names = {parameters[name]: name for name in optimizer._names.values()}
+    twin._dividers = dividers(twin._names) if optimizer._dividers else []
     twin._held = {}
     for p, at in optimizer._held.items():
-        fixed = torch.zeros(p.numel(), dtype=torch.bool, device=p.device).index_fill(0, at, True).view(p.shape)
-        twin._held[parameters[optimizer._names[p]]] = alive_index(take(optimizer._names[p], fixed))
+        fixed = torch.zeros_like(rows_here(p), dtype=torch.bool).view(-1).index_fill(0, at, True)
+        name, fixed = optimizer._names[p], whole(sharded_as(p, fixed.view(rows_here(p).shape)))
+        twin._held[parameters[name]] = alive_index(own_rows(parameters[name], take(name, fixed)).to(p.device))
     shapes = {name: tuple(p.shape) for p, name in optimizer._names.items()}
     for group in optimizer.param_groups:
         fresh = {k: copy.deepcopy(v) for k, v in group.items() if k not in ("params", "prior")}
@@ -318,17 +397,45 @@ def _carry(
     name, state = optimizer._names[p], optimizer.state[p]
     new = next(q for q, n in twin._names.items() if n == name)
     old_keep = optimizer._keep_of(p)
-    keep = take(name, old_keep)
+
+    def taken(rows: Tensor) -> Tensor:
+        return own_rows(new, take(name, whole(sharded_as(p, rows)))).to(new.device)
+
+    keep = taken(old_keep)
     vectors = (*optimizer._vectors, "noise")
     kept = {k: copy.deepcopy(v) for k, v in state.items() if k not in vectors and k != "keep"}
     for vector in vectors:
-        wide = torch.zeros(p.shape, dtype=state[vector].dtype, device=p.device)
+        wide = torch.zeros(old_keep.shape, dtype=state[vector].dtype, device=p.device)
         wide[old_keep] = state[vector]
-        kept[vector] = take(name, wide)[keep]
+        kept[vector] = taken(wide)[keep]
     if not bool(keep.all()):
         kept["keep"] = keep
         twin._index[new] = alive_index(keep)
     twin.state[new] = kept | slice_scales(p, group, state, lambda t: take(name, t))
+
+
+def divided_state(p: Tensor, state: Mapping[str, Any], keep: Tensor, vectors: Sequence[str]) -> dict[str, Any]:
+    """The state of a sharded parameter as `torch.distributed.checkpoint` knows it: sharded tensors of its shape."""
+    wide = {n: state[n].new_zeros(keep.shape).masked_scatter_(keep, state[n]) for n in vectors}
+    return {**state, **{n: sharded_as(p, values) for n, values in {**wide, "keep": keep}.items()}}
+
+
+def fitted_state(p: Tensor, state: Mapping[str, Any], vectors: Sequence[str]) -> dict[str, Any]:
+    """The state of a parameter as its optimizer keeps it, saved by any number of processes: `divided_state` undone."""
+    read = rows_here if hasattr(p, "device_mesh") else whole
+    mine = {name: read(value) if hasattr(value, "device_mesh") else value for name, value in state.items()}
+    keep = mine.get("keep")
+    if keep is None:
+        keep = torch.ones(p.shape, dtype=torch.bool, device=p.device)
+    for name in vectors:
+        dense = mine[name]
+        if dense.numel() != keep.numel():  # of the living weights only
+            dense = dense.new_zeros(keep.shape).masked_scatter_(keep, dense)
+        mine[name] = own_rows(p, dense.view(keep.shape))
+    keep = own_rows(p, keep.bool())
+    mine |= {name: mine[name][keep] for name in vectors}
+    left = int(holders(p).summed((~keep).sum()))
+    return {k: v for k, v in mine.items() if k != "keep"} | ({"keep": keep} if left else {})
 
 
 class Schedule(TypedDict, total=False):
@@ -351,8 +458,13 @@ def schedule_of(owner: str, given: Schedule) -> Schedule:
     return {"temperature": 1.0, "kl_warmup": 0, "prior_interval": 100, **given}
 
 
-def check_group(group: Mapping[str, Any], taken: set[str]) -> None:
+def check_group(group: Mapping[str, Any], taken: Mapping[Tensor, str], divisible: bool) -> None:
     """Named parameters, each once, of a kind that can be perturbed.
+
+    Args:
+        group: parameter group.
+        taken: parameters that the optimizer holds already, with their names.
+        divisible: whether the method knows parameters that are sharded over processes.
 
     Raises:
         OckhamError: otherwise; says which and what to do.
@@ -362,21 +474,47 @@ def check_group(group: Mapping[str, Any], taken: set[str]) -> None:
     names, params = group["param_names"], group["params"]
     if len(set(params)) != len(params):
         raise OckhamError("duplicate parameters: name a tied weight once, as named_parameters() does")
-    again = sorted({n for n in names if n in taken or names.count(n) > 1})
+    again = sorted({n for n in names if n in taken.values() or names.count(n) > 1})
     if again:
         raise OckhamError(f"parameter names must differ, also between groups; twice: {again[:6]}")
     for name, p in zip(names, params, strict=True):
-        if hasattr(p, "device_mesh"):
-            raise OckhamError(
-                f"parameter {name!r} is a DTensor, sharded over processes (FSDP2): this optimizer needs whole tensors. "
-                "Train with DistributedDataParallel instead, or build the optimizer before fully_shard"
-            )
+        if problem := _undivided(p, next(iter(taken), params[0]), group, divisible):
+            raise OckhamError(f"parameter {name!r} {problem}")
         if p.dtype not in (torch.float32, torch.float64):
             raise OckhamError(
                 f"parameter {name!r} is {p.dtype}: variational inference needs float32 or float64 parameters, since a "
                 "perturbation is lost in a shorter format. Keep float32 weights and use torch.autocast for speed; "
                 "freeze parameters of other types (requires_grad_(False)) and leave them out"
             )
+
+
+def _undivided(p: Tensor, first: Tensor, group: Mapping[str, Any], divisible: bool) -> str:
+    """Why a parameter as it is sharded (or not) cannot be trained; empty where it can."""
+    mesh: Any = getattr(p, "device_mesh", None)
+    places: tuple[Any, ...] = getattr(p, "placements", ())
+    if mesh != getattr(first, "device_mesh", None):
+        return (
+            "is sharded otherwise than the first parameter: let fully_shard(model), after those of its blocks, divide "
+            "all of them over one mesh, and leave out what it shall ignore"
+        )
+    if mesh is None:
+        return ""
+    if not divisible:
+        return (
+            "is a DTensor, sharded over processes (FSDP2): of the variational optimizers MeanField, IVON and "
+            "PointEstimate step on shards. Use one of them, or DistributedDataParallel"
+        )
+    if mesh.ndim != 1 or not places[0].is_shard(0):
+        return (
+            f"is sharded as {places} over {mesh.ndim} dimensions: rows over one dimension are known here, as "
+            "fully_shard(model, mesh=init_device_mesh(device, (processes,))) divides them"
+        )
+    if isinstance(group.get("prior"), GroupPrior):
+        return (
+            f"is sharded over processes (FSDP2), and {type(group['prior']).__name__} needs whole tensors: take a prior "
+            "with one scale per tensor, such as ockham.LayerScale()"
+        )
+    return ""
 
 
 def check_keep(name: str, mask: Tensor, by_name: Mapping[str, Tensor]) -> None:
@@ -421,41 +559,6 @@ def check_settings(owner: str, s: Mapping[str, Any], kind: type = Prior, example
         raise OckhamError(f"{owner}: betas must lie in [0, 1); got {s['betas']}")
     if "prior" in s and not isinstance(s["prior"], kind):
         raise OckhamError(f"{owner}: prior must be a {kind.__name__} such as ockham.{example}; got {s['prior']!r}")
-
-
-def compare_processes(parameters: Sequence[Tensor], numbers: Mapping[str, float]) -> None:
-    """Where `DistributedDataParallel` trains the parameters, compare what must be alike in all of its processes.
-
-    Gradients are averaged there and nothing else: from another seed or other weights each process would go its own way
-    without a word.
-
-    Args:
-        parameters: those of this process; their means, outside of a draw.
-        numbers: what else must be alike, by name.
-
-    Raises:
-        OckhamError: they differ; in all processes, naming the values of two.
-    """
-    if not parameters or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return
-    wrapper, first = nn.parallel.DistributedDataParallel, parameters[0]
-    holders = (o for o in gc.get_objects() if issubclass(type(o), wrapper))  # torch keeps no list of them
-    group = next((w.process_group for w in holders if any(p is first for p in w.parameters())), None)
-    if group is None:
-        return
-    sums = [t.detach().double().sum() * (i % 97 + 1) for i, t in enumerate(parameters)]
-    every = {**numbers, "sum of the weights": float(torch.stack(sums).sum())}
-    mine = torch.tensor(list(every.values()), dtype=torch.float64, device=first.device)
-    theirs = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(theirs, mine, group=group)
-    for rank, other in enumerate(theirs):
-        for name, zero, value in zip(every, theirs[0].tolist(), other.tolist(), strict=True):
-            if zero != value:
-                raise OckhamError(
-                    f"processes that train one network (DistributedDataParallel) differ in {name}: process 0 has "
-                    f"{zero:.17g}, process {rank} {value:.17g}. Give the optimizer the same seed=, n_data= (of the "
-                    "data of all) and starting weights in every process"
-                )
 
 
 _FUSED = {"cpu", "cuda", "mps", "xpu"}

@@ -3,29 +3,41 @@
 from __future__ import annotations
 
 import inspect
-import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
-from ockham.core.network import fixed_entries
+from ockham.core.network import (
+    compare_processes,
+    dividers,
+    finite_gradients,
+    fixed_entries,
+    holders,
+    own_rows,
+    rows_here,
+    sharded_as,
+    whole,
+)
 from ockham.core.posterior import Gaussian, Posterior, gaussian_kl
 from ockham.errors import OckhamError
 from ockham.fit.memory import (
     CYCLE,
     Arena,
+    Block,
+    Divided,
     RunFacts,
     Span,
     alive_index,
     check_group,
     check_keep,
     check_settings,
-    compare_processes,
+    divided_state,
+    fitted_state,
     read,
     renew_,
     sliced,
@@ -37,25 +49,6 @@ from ockham.fit.priors import Prior, plain_prior, restored_prior
 __all__ = ["VariationalOptimizer"]
 
 
-class _Block(io.IOBase):
-    """A generator as a context. `io.IOBase` leaves it in C: no interrupt falls between the body and its ``finally``.
-
-    A block that is dropped without having been left, by an interrupt between two bytecodes, is closed just so.
-    """
-
-    def __init__(self, steps: Generator[None]) -> None:
-        self._steps = steps
-        self.close = steps.close  # type: ignore[method-assign]
-
-    def __enter__(self) -> None:  # type: ignore[override]
-        try:
-            next(self._steps)
-            del self  # an interrupt from here to the body drops the block, whatever holds this frame
-        except BaseException:
-            self.close()  # noqa: F821 - there is no bytecode between that and the end of the try
-            raise
-
-
 class VariationalOptimizer(torch.optim.Optimizer, ABC):
     """Gaussian variational inference in the shape of a `torch.optim.Optimizer`.
 
@@ -65,6 +58,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
     """
 
     _vectors: tuple[str, ...] = ()  # names of the state vectors, one number per living weight
+    _divisible: ClassVar[bool] = False  # whether it steps on the rows of parameters that are sharded over processes
     _prior_kind: ClassVar[tuple[type, str]] = (Prior, "FixedPrior(1.0)")  # what the option ``prior`` must be, as shown
 
     skip_nonfinite = False
@@ -94,6 +88,8 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         self._compared = False  # whether other processes of the same network are known to hold the same
         self._phase = -1  # place of the current draw in the cycle of the noise
         self._names: dict[Tensor, str] = {}
+        self._dividers: list[Any] = []  # modules divided by fully_shard, which may hold whole weights of an old draw
+        self._came = True  # whether gradients were there when the block ended
         try:
             super().__init__(params, defaults)
         except OckhamError:
@@ -183,7 +179,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
             finally:
                 self._restore()  # all of it again where an interrupt hit the first
 
-        return _Block(block())
+        return Block(block())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear gradients, and outside a `sampled` block end the current draw."""
@@ -211,12 +207,13 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
             with torch.enable_grad(), self.sampled():
                 loss = closure()
         self._outside("step")
-        if not self._pending:
+        if not self._pending or (self._dividers and not self._came):  # fully_shard gathers the mean after the block
             raise OckhamError(
                 "step() without a draw: run forward and backward inside `with optimizer.sampled():`, "
                 "call zero_grad() before that block and not between it and step()"
             )
-        if not self._gradients_are_finite():
+        ready = {n: p for p, n in self._names.items() if p.grad is not None and p.requires_grad}
+        if not finite_gradients(ready, skip=self.skip_nonfinite):
             self._pending, self.skipped = False, self.skipped + 1
             return loss
         self._free_what_is_trained()
@@ -295,12 +292,13 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
             self._ensure(p, self._group_of(p))
             fixed = ~g.keep & (g.mean != 0)
             if bool(fixed.any()):
-                self._held[p] = alive_index(fixed.to(p.device))
+                self._held[p] = alive_index(own_rows(p, fixed.to(p.device)))
             if not bool(g.keep.all()):
                 self._remove_from(p, g.keep)
-            p.copy_(g.mean)
+            rows_here(p).copy_(own_rows(p, g.mean))
         for group in self.param_groups:
-            given = {p: posterior[self._names[p]] for p in group["params"] if self._names[p] in posterior}
+            held = [p for p in group["params"] if self._names[p] in posterior]
+            given = {p: posterior[self._names[p]].map(partial(own_rows, p)) for p in held}
             if given:
                 self._take_over(given, posterior, group)
         self._arenas.clear()  # they may remember standard deviations
@@ -348,13 +346,13 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         by_name = dict(model.named_parameters())
         for name, fixed in fixed_entries(model).items():
             if (p := by_name[name]) in self._names:
-                self._held[p] = alive_index(fixed)
+                self._held[p] = alive_index(own_rows(p, fixed))
                 if self.state.get(p):
                     self._remove_from(p, ~fixed)
 
     def keep(self) -> dict[str, Tensor]:
         """Boolean masks, True = alive, of every parameter that requires a gradient."""
-        return {n: self._keep_of(p) for p, n in self._names.items() if p.requires_grad}
+        return {n: whole(sharded_as(p, self._keep_of(p))) for p, n in self._names.items() if p.requires_grad}
 
     def sliced(self, parameters: Mapping[str, Tensor], take: Callable[[str, Tensor], Tensor]) -> VariationalOptimizer:
         """A copy over the parameters of a smaller network; see `ockham.fit.memory.sliced`."""
@@ -379,13 +377,19 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            check_group(group, set(self._names.values()))
+            check_group(group, self._names, self._divisible)
             self._check(group)
         except OckhamError:
             self.param_groups.pop()
             raise
         self._names.update(zip(group["params"], group["param_names"], strict=True))
         self._pending, self._phase = False, -1
+        if hasattr(
+            group["params"][0], "device_mesh"
+        ):  # torch.distributed.checkpoint wants a state before the first step
+            self._dividers = dividers(self._names)
+            for p in (p for p in group["params"] if p.requires_grad):
+                self._ensure(p, group)
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's state plus that of the noise, all of it tensors and plain values (`torch.load` needs no pickle).
@@ -399,8 +403,16 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         state["param_groups"] = [
             {k: plain_prior(v) if isinstance(v, Prior) else v for k, v in g.items()} for g in groups
         ]
+        order = [p for group in self.param_groups for p in group["params"]]
+        if self._dividers:
+            self._generator(order[0].device)  # torch.distributed.checkpoint loads what is there already
         noise = {str(d): g.get_state() for d, g in self._generators.items()}
         state["sampler"] = {"pending": self._pending, "phase": self._phase, "seed": self._seed, "generators": noise}
+        if self._dividers:
+            vectors, there = (*self._vectors, "noise"), [at for at, value in state["state"].items() if value]
+            full = {at: divided_state(p := order[at], self.state[p], self._keep_of(p), vectors) for at in there}
+            state["state"] = full
+            state["param_groups"][0]["sampler"] = state["sampler"]  # its state_dict functions keep nothing but groups
         return state
 
     @torch.no_grad()
@@ -412,14 +424,19 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
                 library nor this optimizer has. Or called inside `sampled`.
         """
         self._outside("load_state_dict")
-        if "sampler" not in state_dict:
-            raise OckhamError(f"this is not the state of a {type(self).__name__}: it has no 'sampler' entry")
-        sampler = state_dict["sampler"]
         groups = [dict(group) for group in state_dict["param_groups"]]
+        sampler = [group.pop("sampler") for group in groups if "sampler" in group]
+        sampler = state_dict.get("sampler", *sampler)
+        if sampler is None:
+            raise OckhamError(f"this is not the state of a {type(self).__name__}: it has no 'sampler' entry")
         for saved, own in zip(groups, self.param_groups, strict=False):  # torch raises where the numbers differ
             if isinstance(saved.get("prior"), dict):
                 saved["prior"] = restored_prior(saved["prior"], own["prior"])
-        super().load_state_dict({"state": state_dict["state"], "param_groups": groups})
+        states: dict[Any, dict[str, Any]] = {}
+        keys = {str(key): key for group in groups for key in group["params"]}
+        for key, value in state_dict["state"].items():  # distributed.checkpoint puts plain values under "0"
+            states.setdefault(keys.get(str(key), key), {}).update(value)
+        super().load_state_dict({"state": states, "param_groups": groups})
         self._pending, self._phase, self._seed = sampler["pending"], sampler["phase"], sampler["seed"]
         self._compared = False
         self._generators = {}
@@ -427,12 +444,14 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
             self._generator(torch.device(device)).set_state(saved.cpu())
         self._index.clear()
         self._arenas.clear()
-        order = [p for group in self.param_groups for p in group["params"]]
-        for at, saved_state in state_dict["state"].items():
-            state = self.state[order[at]]  # torch cast it to the parameter's dtype; masks and noise have their own
+        every, vectors = (p for group in self.param_groups for p in group["params"]), (*self._vectors, "noise")
+        for p, saved_state in ((p, states[key]) for key, p in zip(keys.values(), every, strict=True) if key in states):
+            state = self.state[p]  # torch cast it to the parameter's dtype; masks and noise have their own
             state.update({k: state[k].to(v.dtype) for k, v in saved_state.items() if isinstance(v, Tensor)})
+            if self._dividers or hasattr(state["noise"], "device_mesh"):
+                self.state[p] = state = fitted_state(p, state, vectors)
             if "keep" in state:
-                self._index[order[at]] = alive_index(state["keep"])
+                self._index[p] = alive_index(state["keep"])
 
     # ------------------------------------------------------------------ inside
     def _check(self, options: Mapping[str, Any]) -> None:
@@ -457,53 +476,36 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
             vectors[name] = torch.cat(parts, out=parts[0].new_empty(sum(sizes)))  # out=: autocast would cast the noise
             for p, part in zip(alive, vectors[name].split(sizes), strict=True):
                 self.state[p][name] = part
-        arena = Arena(tuple(alive), vectors, tuple(spans([(p, self._index.get(p)) for p in alive])))
+        divided = Divided.of(alive, [self.state[p]["noise"].numel() for p in alive])
+        arena = Arena(tuple(alive), vectors, tuple(spans([(p, self._index.get(p)) for p in alive])), divided)
         self._arenas[id(group)] = arena
         return arena
 
     def _ensure(self, p: Tensor, group: dict[str, Any]) -> dict[str, Any]:
         state: dict[str, Any] = self.state[p]
         if not state:
-            state.update(self._start(p, group))
+            state.update(self._start(rows_here(p), group))
             state["step"] = 0
-            state["noise"] = torch.zeros(p.numel(), dtype=torch.half, device=p.device)
+            state["noise"] = torch.zeros(rows_here(p).numel(), dtype=torch.half, device=p.device)
             self._phase = -1  # there is no noise to go on from: the next draw is a new one
             if p in self._held:
                 self._remove_from(p, self._keep_of(p))
         return state
 
-    def _gradients_are_finite(self) -> bool:
-        """Whether all gradients are finite numbers; if not, and such steps are not to be left out, an error says whose.
-
-        One norm over all gradients costs a read of them; only where it overflows each is looked at.
-        """
-        named = {n: p.grad for p, n in self._names.items() if p.grad is not None and p.requires_grad}
-        for name, grad in named.items():
-            if grad.is_sparse:
-                raise OckhamError(f"parameter {name!r} has a sparse gradient; build its Embedding with sparse=False")
-        if not named or bool(get_total_norm(named.values()).isfinite()):
-            return True
-        bad = {n: int((~g.isfinite()).sum()) for n, g in named.items() if not bool(g.isfinite().all())}
-        if bad and not self.skip_nonfinite:
-            first = next(iter(bad))
-            raise OckhamError(
-                f"the gradient of {first!r} is NaN or infinite in {bad[first]} of {named[first].numel()} places"
-                f"{f' (so are those of {len(bad) - 1} more parameters)' if len(bad) > 1 else ''}; nothing was updated. "
-                "Look for NaN in the data, lower lr, or set optimizer.skip_nonfinite = True to leave such steps out"
-            )
-        return not bad
-
     def _free_what_is_trained(self) -> None:
         """Entries held fixed that get a gradient after all are weights as any other, from this step on."""
-        for p in [p for p, at in self._held.items() if p.grad is not None and bool(p.grad.reshape(-1)[at].any())]:
+        for p, at in tuple(self._held.items()):
+            if p.grad is None or not holders(p).summed(rows_here(p.grad).reshape(-1)[at].any().double()):
+                continue
             state, group = self.state[p], self._group_of(p)
             old = self._keep_of(p).reshape(-1)
             new = old.index_fill(0, self._held.pop(p), True)
-            fresh = self._start(p, group) | {"noise": torch.zeros(p.numel(), dtype=torch.half, device=p.device)}
+            noise = torch.zeros(len(old), dtype=torch.half, device=p.device)
+            fresh = self._start(rows_here(p), group) | {"noise": noise}
             for name in (*self._vectors, "noise"):
                 fresh[name][old] = state[name]
                 state[name] = fresh[name][new]
-            state["keep"] = new.view(p.shape)
+            state["keep"] = new.view(rows_here(p).shape)
             self._index[p] = alive_index(new)
             self._arenas.pop(id(group), None)
 
@@ -521,13 +523,17 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
     def _perturb(self) -> None:
         assert self._backup is not None
         new = not self._pending
+        for module in self._dividers:
+            module.reshard()
         arenas = [self._arena(group) for group in self.param_groups]
         try:
             self._phase = (self._phase + 1) % CYCLE if new else self._phase
             for group, arena in zip(self.param_groups, arenas, strict=True):
+                if new and arena.divided is not None:
+                    self._draw_(arena.vectors["noise"], arena.divided)
                 for span in arena.spans:
                     runs = [run for run in self._runs(span) if self._perturbs(run)]
-                    if new and runs:
+                    if new and runs and arena.divided is None:
                         self._draw_(arena.at(span)["noise"])
                     for run in runs:  # mean + std * noise, once the mean is in the backup
                         vectors = arena.at(run)
@@ -548,8 +554,8 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
             self._phase = -1 if new else self._phase  # this noise is half made: the next draw is a new one
             raise
 
-    def _draw_(self, noise: Tensor) -> None:
-        renew_(noise, self._phase, self._generator(noise.device))
+    def _draw_(self, noise: Tensor, divided: Divided | None = None) -> None:
+        (divided.renew_ if divided else renew_)(noise, self._phase, self._generator(noise.device))
 
     def _restore(self) -> None:
         """Put the mean back; repeatable, since an interrupt may stop it anywhere."""
@@ -558,6 +564,9 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         for run, mean in self._backup:
             write(run, mean)
         torch.clear_autocast_cache()
+        for module in self._dividers:
+            module.reshard()
+        self._came = any(p.grad is not None for p in self._names)
         self._block_ended()
         self._backup = None
 
@@ -570,7 +579,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         keep: Tensor | None = self.state.get(p, {}).get("keep")
         if keep is not None:
             return keep.clone()
-        every: Tensor = torch.ones(p.shape, dtype=torch.bool, device=p.device)
+        every: Tensor = torch.ones(rows_here(p).shape, dtype=torch.bool, device=p.device)
         if p in self._held:
             every.view(-1)[self._held[p]] = False
         return every
@@ -579,31 +588,33 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
     def _gaussian(self, p: Tensor, group: dict[str, Any]) -> Gaussian:
         state, keep = self.state[p], self._keep_of(p)
         facts = self._facts_of(state)
-        precision = torch.full_like(p.detach(), torch.inf, memory_format=torch.contiguous_format)
-        std = self._std_(p.new_empty(state["noise"].numel()), state, facts, group)
+        mean = rows_here(p).detach().clone(memory_format=torch.contiguous_format)
+        precision = torch.full_like(mean, torch.inf)
+        std = self._std_(mean.new_empty(state["noise"].numel()), state, facts, group)
         precision[keep] = std.double().pow(-2).to(p.dtype)
-        mean = p.detach().clone(memory_format=torch.contiguous_format)
-        prior_mean = torch.tensor(group["prior_mean"], dtype=p.dtype, device=p.device)
-        return Gaussian(mean, precision, self._prior_of(p, group), prior_mean, keep)
+        mean, precision, keep = (whole(sharded_as(p, rows)) for rows in (mean, precision, keep))
+        prior_mean = torch.tensor(group["prior_mean"], dtype=p.dtype)
+        return Gaussian(mean, precision, self._prior_of(p, group).to(mean.device), prior_mean.to(mean.device), keep)
 
     @torch.no_grad()
     def _remove_from(self, p: Tensor, keep: Tensor) -> int:
         group = self._group_of(p)
         state, old = self._ensure(p, group), self._index.get(p)
-        flat = keep.to(p.device).reshape(-1)
+        flat = own_rows(p, keep).to(p.device).reshape(-1)
         stays = flat if old is None else flat[old]
-        if bool(stays.all()):
+        gone = int(holders(p).summed((~stays).sum()))
+        if not gone:
             return 0
         for name in (*self._vectors, "noise"):
             state[name] = state[name][stays]
-        state["keep"] = flat.view(p.shape) & self._keep_of(p)
+        state["keep"] = flat.view(rows_here(p).shape) & self._keep_of(p)
         self._index[p] = alive_index(state["keep"])
         self._arenas.pop(id(group), None)
         zero = ~state["keep"]
         if p in self._held:
             zero.view(-1)[self._held[p]] = False
-        p.masked_fill_(zero, 0.0)
-        return int((~stays).sum())
+        rows_here(p).masked_fill_(zero, 0.0)
+        return gone
 
     def _group_of(self, p: Tensor) -> dict[str, Any]:
         return next(g for g in self.param_groups if any(q is p for q in g["params"]))

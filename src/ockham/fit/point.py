@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ockham.errors import OckhamError
-from ockham.fit.memory import RunFacts, adam_
+from ockham.fit.memory import Divided, RunFacts, adam_
 from ockham.fit.optimizer import VariationalOptimizer
 
 __all__ = [
@@ -37,6 +37,7 @@ class PointEstimate(VariationalOptimizer):
         OckhamError: a setting out of range.
     """
 
+    _divisible = True
     _vectors = ("exp_avg", "exp_avg_sq")
 
     def __init__(
@@ -68,7 +69,7 @@ class PointEstimate(VariationalOptimizer):
         return out.fill_(facts.prior_precision**-0.5)
 
     @override
-    def _draw_(self, noise: Tensor) -> None:
+    def _draw_(self, noise: Tensor, divided: Divided | None = None) -> None:
         """No noise: it stays zero."""
 
     @override

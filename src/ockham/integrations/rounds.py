@@ -95,14 +95,13 @@ class StepRounds:
         """
         if step not in self.due:
             return None
-        processes = Processes.world()
-        processes.agree(p for group in optimizer.param_groups for p in group["params"])
+        processes, posterior = Processes.world(), optimizer.posterior()
+        processes.agree(t for g in posterior.values() for t in (g.mean, g.precision))
         loss = float(processes.gathered(torch.tensor(loss, dtype=torch.float64)).mean())
         ended = isinstance(self.rule, EvidenceRule) and evidence_falls(self.history, self.rounds.patience)
         if ended or any(r.epoch >= step for r in self.history):
             return None
-        evidence = score(optimizer.posterior())
-        posterior = evidence.posterior
+        evidence = score(posterior)
         if not self.history:
             said = list(diagnose(posterior, loss).warnings)
             if isinstance(self.rule, EvidenceRule) and posterior.temperature == 1 and posterior.n_data < SMALL_DATA:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ockham.core.network import keeping_modes
+from ockham.core.network import copied, keeping_modes, whole
 
 
 def canonical_names(model: nn.Module) -> dict[int, str]:
@@ -40,13 +39,15 @@ def clone(
 
     Tensors which modules hold as plain attributes, or in lists and dictionaries, are ``others(tensor)`` where given.
 
+    A network divided by `fully_shard` is copied as it was before, with whole tensors; all its processes take part.
+
     Tied tensors stay tied, hooks and plain attributes are copied as `copy.deepcopy` does; the data of replaced tensors
     are not copied. Computed tensors held as attributes (``weight`` under `torch.nn.utils.prune`) are copied
     detached; the hook that made them makes them anew. Parameters stay parameters and keep ``requires_grad``.
     """
     memo: dict[int, Any] = {}
     for name, tensor in named_tensors(model).items():
-        new = replace(name, tensor)
+        new = replace(name, whole(tensor))
         if isinstance(tensor, nn.Parameter) and not isinstance(new, nn.Parameter):
             new = nn.Parameter(new, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = new
@@ -55,7 +56,53 @@ def clone(
             for tensor in tensors_in(held):
                 if id(tensor) not in memo and (others is not None or not tensor.is_leaf):
                     memo[id(tensor)] = tensor.detach().clone() if others is None else others(tensor)
-    return copy.deepcopy(model, memo)
+    with undivided(model):
+        return copied(model, memo)
+
+
+@contextlib.contextmanager
+def undivided(model: nn.Module) -> Iterator[None]:
+    """Inside, modules have the classes, hooks and attributes they had before `fully_shard`; tensors stay divided."""
+    changed = []
+    try:
+        for module in [m for m in model.modules() if "_is_fsdp_managed_module" in vars(m)]:
+            kind, own = type(module), dict(vars(module))
+            changed.append((module, kind, own))
+            for name, value in own.items():
+                if name.startswith(("__composable_api_", "_is_fsdp", "_fsdp_")):
+                    del vars(module)[name]
+                elif name.endswith("_hooks"):
+                    vars(module)[name] = type(value)((k, hook) for k, hook in value.items() if not _divides(hook))
+            if hasattr(module, "_get_fsdp_state"):
+                module.__class__ = next(base for base in kind.__bases__ if issubclass(base, nn.Module))
+        yield
+    finally:
+        for module, kind, own in changed:
+            module.__class__ = kind
+            vars(module).update(own)
+
+
+def _divides(hook: Any) -> bool:
+    return str(getattr(getattr(hook, "hook", hook), "__module__", "")).startswith("torch.distributed.fsdp")
+
+
+def divided_like(model: nn.Module, small: nn.Module) -> None:
+    """Divide a network of whole tensors over the processes as `fully_shard` has divided another, module by module."""
+    names = {module: name for name, module in model.named_modules()}
+    blocks = [m for m in names if hasattr(m, "_get_fsdp_state")]
+    states: dict[Any, list[str]] = {}
+    for module in reversed(blocks):  # blocks before what they are part of
+        states.setdefault(module._get_fsdp_state(), []).append(names[module])
+    for state, own in states.items():
+        from torch.distributed.fsdp import fully_shard
+
+        modules = [small.get_submodule(name) for name in reversed(own)]
+        group = state._fsdp_param_group
+        options = {} if group is None else {"offload_policy": group.offload_policy}
+        if not state._auto_reshard_after_forward and group is not None:
+            options["reshard_after_forward"] = group.post_forward_mesh_info is not None
+        first: Any = next(p for name in own for p in model.get_submodule(name).parameters())
+        fully_shard(modules, mesh=first.device_mesh, mp_policy=state._mp_policy, **options)
 
 
 def tensors_in(held: Any) -> Iterator[Tensor]:
@@ -90,6 +137,8 @@ def caches_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 CACHES = frozenset({"past_key_values", "cache_params", "past_key_value", "mems"})
 """Outputs of language models that hold what the next call may use again: they are no result."""
+BESIDE_LOGITS = CACHES | {"encoder_last_hidden_state", "state"}
+"""Outputs that are no result where there are logits: what a decoder was given, the state of a recurrent network."""
 
 
 def as_arguments(example_inputs: Any) -> Arguments:
@@ -118,7 +167,8 @@ def tensors_of(out: Any) -> list[Tensor]:
     if "Cache" in type(out).__name__:
         return []
     if isinstance(out, Mapping):
-        return [t for key, part in out.items() if key not in CACHES for t in tensors_of(part)]
+        inner = BESIDE_LOGITS if "logits" in out else CACHES
+        return [t for key, part in out.items() if key not in inner for t in tensors_of(part)]
     if isinstance(out, (list, tuple)):
         return [t for part in out for t in tensors_of(part)]
     if dataclasses.is_dataclass(out) and not isinstance(out, type):

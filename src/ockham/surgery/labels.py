@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -287,11 +287,14 @@ def settle_labels(ledger: Labels, count: int) -> Tensor:
         edges += extra.edges
 
 
+FACTORIES = ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
 SPLITS = dict.fromkeys(["split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"], "split")
 KINDS: dict[str, str] = {
     "view": "view", "reshape": "view", "_unsafe_view": "view", "unflatten": "unflatten", "expand": "expand",
     "pad": "pad", "constant_pad_nd": "pad", "slice": "slice", "narrow": "slice", **SPLITS,
-    "batch_norm": "norm", "instance_norm": "norm", "mean": "mean", "var": "var", "std": "var",
+    **dict.fromkeys(FACTORIES, "factory"),
+    "batch_norm": "norm", "instance_norm": "norm", "var": "var", "std": "var",
+    "mean": "mean", "centred_mean": "centred",
     "_grouped_mm": "grouped", "grouped_mm": "grouped", "grouped_mm_fallback": "grouped",
     "layer_norm": "layer_norm", "rms_norm": "rms_norm", "group_norm": "group_norm", "uneven_norm": "group_norm",
 }  # fmt: skip
@@ -408,6 +411,12 @@ def argument(node: fx.Node, name: str, *otherwise: Any) -> Any:
     raise LookupError(f"{node.target} was given no argument {name!r}")
 
 
+def op_name(target: Any) -> str:
+    """Return the bare name of an op: ``aten::conv2d`` is "conv2d"; other callables their own name."""
+    schema = getattr(target, "_schema", None)
+    return schema.name.split("::")[1] if schema is not None else str(getattr(target, "__name__", target))
+
+
 Maker = Callable[[Note, dict[int, Tensor], Tensor], Site | None]
 MAKERS: dict[str, Maker] = {}
 """Kind of a place to what makes its site from a note, the components along its input, and those of all atoms."""
@@ -429,11 +438,11 @@ def settled(notes: list[Note], root: Tensor) -> list[Site]:
     return [site for site in sites if site is not None]
 
 
-@_makes("norm", "grouped", "mean", "var", "layer_norm", "rms_norm")
+@_makes("norm", "grouped", "mean", "centred", "var", "layer_norm", "rms_norm")
 def _whole(note: Note, before: dict[int, Tensor], root: Tensor) -> Site:
     """Return the site of an op that counts the elements along some dimensions: only those matter."""
     kind, rank = KINDS[note.name], len(note.before.shape)
-    if kind in ("mean", "var"):
+    if kind in ("mean", "centred", "var"):
         before = {d: v for d, v in before.items() if d in reduced_axes(note.node, rank)}
     elif kind in ("layer_norm", "rms_norm"):
         before = {d: v for d, v in before.items() if d >= rank - len(argument(note.node, "normalized_shape"))}
@@ -472,6 +481,12 @@ def _view(note: Note, before: dict[int, Tensor], root: Tensor) -> Site:
 def _result(note: Note) -> Value:
     assert isinstance(note.after, Value)
     return note.after
+
+
+@_makes("factory")
+def _factory(note: Note, before: dict[int, Tensor], root: Tensor) -> Site:
+    result = _result(note)
+    return Site(note.module, "factory", (), {}, result.shape, _dims(result, root), -1, call=note.call)
 
 
 @_makes("unflatten")
@@ -543,9 +558,14 @@ def edits_of(sites: tuple[Site, ...], gone: Tensor) -> tuple[Edit, ...]:
             found.setdefault(site.module, []).append(own)
     result: list[Edit] = []
     for edits in found.values():  # each once, unless two of them are about inputs alike: then their order tells
-        distinct = list(dict.fromkeys(edits))
+        calls: dict[int, list[Edit]] = {}
+        for edit in edits:
+            calls.setdefault(edit.call, []).append(replace(edit, call=0))
+        first, *others = calls.values()
+        own = edits if any(other != first for other in others) else first  # all calls of a module alike
+        distinct = list(dict.fromkeys(own))
         looks = {(e.op, e.rank, e.dim, tuple((d, n) for d, _, n in e.sizes)) for e in distinct}
-        result += distinct if len(looks) == len(distinct) else edits
+        result += distinct if len(looks) == len(distinct) else own
     return tuple(result)
 
 
@@ -571,7 +591,7 @@ def _edit(site: Site, gone: Tensor) -> Edit | None:
     stays = {d: ~torch.isin(v, gone) for d, v in site.before.items()}
     sizes = tuple((d, site.shape[d], int(k.sum())) for d, k in sorted(stays.items()) if not bool(k.all()))
     if site.op in ("slice", "split", "group_norm"):
-        if not sizes or site.dim not in stays:
+        if site.dim not in stays or bool(stays[site.dim].all()):  # its numbers stay, whatever goes beside it
             return None
         below = torch.cat([torch.zeros(1, dtype=torch.long), stays[site.dim].long().cumsum(0)])
         ends = torch.tensor(site.old if site.op == "slice" else (0, *site.old))
@@ -581,7 +601,9 @@ def _edit(site: Site, gone: Tensor) -> Edit | None:
     new: list[int | None] = [None] * len(site.old)
     old: list[int | None] = [None] * len(site.old)
     for dim, roots in site.after.items():
-        old[dim], new[dim] = site.old[dim], int((~torch.isin(roots, gone)).sum())
+        left = int((~torch.isin(roots, gone)).sum())
+        if site.op != "factory" or left < site.old[dim]:  # of new tensors, numbers of examples and positions, too
+            old[dim], new[dim] = site.old[dim], left
     if old == new and site.old:
         return None
     for dim in site.fixed:

@@ -56,6 +56,7 @@ class Resizing(TorchFunctionMode):
         super().__init__()
         self.edits = tuple(edits)
         self.at = 0
+        self.mean = torch.zeros(())  # the last one that counts removed elements
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -63,7 +64,8 @@ class Resizing(TorchFunctionMode):
         """Run `func`, with other numbers where an edit says so."""
         kwargs = kwargs or {}
         handler = HANDLERS.get(func)
-        if handler is None or not args or not isinstance(args[0], Tensor):
+        makes = handler is _factory
+        if handler is None or not (makes or (args and isinstance(args[0], Tensor))):
             return func(*args, **kwargs)
         return handler(self, func, args, kwargs)
 
@@ -100,11 +102,10 @@ class Resizing(TorchFunctionMode):
         found = self.fitting(op, x, dim)
         known = [(i, new) for i, e in found if (new := _replaced(e, plain)) is not None]
         if not known and op != "expand":
-            forced = [(i, e.new) for i, e in found if len(e.new) == len(asked) and e.old != e.new]
-            known = [
-                (i, tuple(a if n is None or a == -1 else n for a, n in zip(plain, new, strict=True)))
-                for i, new in forced
-            ]
+            for i, e in found:
+                if len(e.new) == len(asked) and e.old != e.new:
+                    sizes = tuple(a if n is None or a == -1 else n for a, n in zip(plain, e.new, strict=True))
+                    known += [(i, sizes)] if _meant(e, plain, sizes, x.numel()) else []
         if not known:
             return asked
         return tuple(a if p == n else n for a, p, n in zip(asked, plain, self.choose(known), strict=True))
@@ -144,6 +145,16 @@ def _replaced(edit: Edit, asked: Sizes) -> Sizes | None:
     return tuple(out)
 
 
+def _meant(edit: Edit, asked: Sizes, sizes: Sizes, count: int) -> bool:
+    """May `sizes` be meant where the code asks for numbers that `edit` does not know, of a tensor of `count` elements?
+
+    They must fit; and if the numbers asked for do so, too, one that changes must be among them.
+    """
+    fit = [math.prod(s) == count if -1 not in s else count % (math.prod(s) or -1) == 0 for s in (sizes, asked)]
+    among = any(None is not o != n and a in (o, n) for o, n, a in zip(edit.old, edit.new, asked, strict=True))
+    return fit[0] and (among or not fit[1])
+
+
 def _given(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:
     """Return the arguments after the first one by their names, None where not given."""
     return [kwargs.get(name, args[i] if i < len(args) else None) for i, name in enumerate(names, 1)]
@@ -158,6 +169,21 @@ def _view(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     if not all(isinstance(n, (int, torch.SymInt)) or (isinstance(n, Tensor) and n.ndim == 0) for n in asked):
         return func(*args, **kwargs)
     return func(args[0], mode.view(op, args[0], tuple(asked)))
+
+
+@_handles(torch.zeros, torch.ones, torch.full, torch.empty)
+@_handles(torch.Tensor.new_zeros, torch.Tensor.new_ones, torch.Tensor.new_full, torch.Tensor.new_empty)
+def _factory(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Make a tensor of other sizes where those of the code are of a width that went."""
+    before = args[: func.__name__.startswith("new_")]
+    sizes = args[len(before) :] or (kwargs.get("size"),)
+    listed = isinstance(sizes[0], (tuple, list))
+    asked = tuple(map(_plain, sizes[0] if listed else sizes))
+    found = [(i, n) for i, e in enumerate(mode.edits) if e.op == "factory" and (n := _replaced(e, asked)) is not None]
+    if not found:
+        return func(*args, **kwargs)
+    rest = {k: v for k, v in kwargs.items() if k != "size"}
+    return func(*before, mode.choose(found), *(sizes[1:] if listed else ()), **rest)
 
 
 @_handles(torch.Tensor.unflatten, torch.unflatten)
@@ -257,12 +283,20 @@ def _sliced(mode: Resizing, x: Tensor, dim: int, item: slice) -> slice:
 
 @_handles(torch.mean, torch.Tensor.mean)
 def _mean(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Keep on dividing by the number before; a variance written out holds the mean of what is gone, squared."""
     out, x = func(*args, **kwargs), args[0]
     dims = _dims(_given(args, kwargs, "dim")[0], x.ndim)
-    found = mode.fitting("mean", x)
-    shares = [(i, math.prod(new / old for d, old, new in e.sizes if d in dims)) for i, e in found]
-    share = mode.choose(shares) if shares else 1.0
-    return out if share == 1 else out * share
+    found = [
+        (i, (e.op, math.prod(new / old for d, old, new in e.sizes if d in dims)))
+        for i, e in sorted(mode.fitting("mean", x) + mode.fitting("centred", x))
+    ]
+    op, share = mode.choose(found) if found else ("", 1.0)
+    if share == 1 or _tracing.get():
+        return out
+    if op == "centred":
+        return out * share + mode.mean.reshape(out.shape).square() * (1 - share)
+    mode.mean = out * share
+    return mode.mean
 
 
 def _dims(dim: Any, rank: int) -> list[int]:

@@ -25,11 +25,13 @@ from ockham.surgery.copies import (
     canonical_names,
     clone,
     difference,
+    divided_like,
     first_different,
     named_tensors,
     outputs,
     still,
     to_double,
+    undivided,
     with_rows,
 )
 from ockham.surgery.groups import Plan, PlanError, check_model
@@ -343,6 +345,9 @@ def shrink(
 ) -> Any:
     """Return a smaller copy of `model`: ``f_small(x) = f_masked(x)``. The original is left as it is.
 
+    Of a model that `fully_shard` has divided over processes the copy is divided alike, and so is what is carried over
+    into its optimizer; all processes call this, and each holds the whole network for a moment.
+
     Parameters keep dtype, device, memory format and ``requires_grad``, modules their mode, and their attributes
     (``out_channels``, ``num_heads``, ...) follow the new shapes; a transformers ``config`` does where it can describe
     them (all layers alike), and stays the old one where it cannot.
@@ -364,9 +369,14 @@ def shrink(
     check_model(plan, model)
     if scheduler is not None and getattr(scheduler, "optimizer", None) is not optimizer:
         raise PlanError("the scheduler is for another optimizer than the one given; pass optimizer=scheduler.optimizer")
+    divided: list[Any] = [m for m in model.modules() if hasattr(m, "reshard")]
+    for module in divided:  # parameters may still be gathered after a forward pass
+        module.reshard()
     small = clone(model, lambda n, t: slice_tensor(plan, n, t))
-    refit(model, small, plan)
-    settle_config(model, small, plan)
+    with undivided(model):
+        refit(model, small, plan)
+        settle_config(model, small, plan)
+    divided_like(model, small)
     extras: list[Any] = []
     if optimizer is not None:
         extras.append(shrink_optimizer(model, small, plan, optimizer=optimizer))

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from ockham.core.network import Ignore, ignored
+from ockham.core.network import Ignore, check_network, ignored
 from ockham.errors import OckhamError, OckhamWarning, TraceError
 from ockham.surgery.copies import (
     Arguments,
@@ -406,10 +406,12 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Ignore = (), whole: 
 
     Raises:
         TraceError: when the model cannot be exported (control flow that depends on data, inputs that do not fit).
-        OckhamError: when an entry of `ignore` matches nothing, or `whole` asks for something else.
+        OckhamError: when an entry of `ignore` matches nothing, `whole` asks for something else, or the network cannot be
+            worked with (see `ockham.core.network.check_network`).
     """
     if isinstance(whole, str) or set(whole) - {"branches", "experts"}:
         raise OckhamError(f"whole is a collection of 'branches' and 'experts'; got {whole!r}")
+    check_network(model, meta=True, values=False)
     arguments = as_arguments(example_inputs)
     held = ignored(model, ignore, buffers=True)
     caches = _refilled(model, arguments)

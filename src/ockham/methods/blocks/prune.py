@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import resource
 import shutil
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from ockham.core.files import write_bytes, write_json
 from ockham.core.likelihood import Likelihood
+from ockham.core.network import copied
 from ockham.core.posterior import POSTERIOR, Posterior
 from ockham.errors import DataError, OckhamError
 from ockham.methods.blocks.cases import answer_tensor, cases_from
@@ -214,7 +214,7 @@ def prune(
     began = time.perf_counter()
     settings = settings or PruneSettings()
     job = BlockJob(calibration, likelihood, batch, output, progress, settings)
-    small, plan = copy.deepcopy(model), Plan({}, {}, {}, {n: tuple(t.shape) for n, t in named_tensors(model).items()})
+    small, plan = copied(model), Plan({}, {}, {}, {n: tuple(t.shape) for n, t in named_tensors(model).items()})
     units: dict[str, MatrixEvidence] = {}
     if structure is not None and budget is not None:
         described = callable(getattr(getattr(model, "config", None), "to_dict", None))
