@@ -25,6 +25,23 @@ def canonical_names(model: nn.Module) -> dict[int, str]:
     return names
 
 
+Moves = Mapping[str, Mapping[int, int]]
+"""Path of a list of modules to {number before: number afterwards} of those that stay in it."""
+
+
+def renumbered(name: str, moves: Moves) -> str:
+    """Return the name of a tensor or module once modules of lists have moved up.
+
+    >>> renumbered("layers.3.up.weight", {"layers": {0: 0, 2: 1, 3: 2}})
+    'layers.2.up.weight'
+    """
+    for path, places in moves.items():
+        number, dot, rest = name.removeprefix(f"{path}.").partition(".")
+        if name.startswith(f"{path}.") and number.isdecimal():
+            return f"{path}.{places.get(int(number), int(number))}{dot}{rest}"
+    return name
+
+
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and buffers by their first name, tied ones once."""
     names = canonical_names(model)

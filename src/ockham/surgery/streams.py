@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from ockham.errors import OckhamError
 from ockham.surgery.copies import (
     Arguments,
+    Moves,
     as_arguments,
     canonical_names,
     clone,
@@ -27,7 +28,7 @@ from ockham.surgery.copies import (
     to_double,
 )
 from ockham.surgery.groups import Group, Groups, Member
-from ockham.surgery.resizing import Branch
+from ockham.surgery.resizing import Branch, Skipped
 
 TOLERANCE = 1e-5
 
@@ -156,6 +157,42 @@ def _results(model: nn.Module, paths: set[str], arguments: Arguments) -> dict[st
         twin.get_submodule(path).register_forward_hook(keeper(path))
     outputs(twin, arguments)
     return found
+
+
+LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+"""Fields of a configuration that count the layers of a list."""
+
+
+def idle_layers(network: nn.Module, config: Any) -> tuple[dict[str, Any], Moves]:
+    """Find layers of which every branch is gone in a list that a configuration counts.
+
+    Returns:
+        Fields of the configuration without them (lists with an entry a layer are shortened), and where the others go.
+    """
+    for path, held in network.named_modules():
+        if not isinstance(held, nn.ModuleList):
+            continue
+        left = [any(True for _ in m.parameters()) or all(type(x) is not Skipped for x in m.modules()) for m in held]
+        field = next((n for n in LAYERS if getattr(config, n, None) == len(left)), None)
+        if field is not None and not all(left) and any(left):
+            told = {n: v for n, v in config.to_dict().items() if isinstance(v, (list, tuple)) and len(v) == len(left)}
+            short = {n: list(itertools.compress(v, left)) for n, v in told.items()}
+            kept = itertools.compress(range(len(left)), left)
+            return {field: sum(left), **short}, {path: {before: now for now, before in enumerate(kept)}}
+    return {}, {}
+
+
+def take_out_layers(network: nn.Module, moves: Moves) -> None:
+    """Take layers out of their lists; the numbers by which the others know their place in a cache follow."""
+    for path, places in moves.items():
+        parent, _, leaf = path.rpartition(".")
+        held: Any = network.get_submodule(path)
+        for before, now in places.items():
+            for module in held[before].modules():
+                if vars(module).get("layer_idx") == before:
+                    module.layer_idx = now
+        left = nn.ModuleList(held[before] for before in places).train(held.training)
+        setattr(network.get_submodule(parent), leaf, left)
 
 
 def expert_groups(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[Group]:

@@ -406,8 +406,8 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Ignore = (), whole: 
 
     Raises:
         TraceError: when the model cannot be exported (control flow that depends on data, inputs that do not fit).
-        OckhamError: when an entry of `ignore` matches nothing, `whole` asks for something else, or the network cannot be
-            worked with (see `ockham.core.network.check_network`).
+        OckhamError: when an entry of `ignore` matches nothing, `whole` asks for something else, or the network cannot
+            be worked with (see `ockham.core.network.check_network`).
     """
     if isinstance(whole, str) or set(whole) - {"branches", "experts"}:
         raise OckhamError(f"whole is a collection of 'branches' and 'experts'; got {whole!r}")
