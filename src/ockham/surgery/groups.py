@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ockham.errors import OckhamError
-from ockham.surgery.copies import Arguments, Moves, named_tensors, renumbered
+from ockham.surgery.copies import Arguments, moves_up, named_tensors, renumbered
 from ockham.surgery.labels import Edit, Site, counts_of, edits_of
 from ockham.surgery.resizing import Branch, compose
 
@@ -351,11 +351,11 @@ class Plan:
         """
         lost = self.lost
         between = {name: self.shape(name) for name in self.shapes if name not in lost}
-        moves: dict[str, dict[int, int]] = {}  # of layers that moved up in a list where nothing is left of others
-        for path, number in sorted({pair for name in between for pair in _places(name)}):
-            moves.setdefault(path, {})[number] = len(moves.get(path, ()))
+        moves = moves_up(between)  # of layers in a list where nothing is left of others
         if dict(other.shapes) == {renumbered(n, moves): shape for n, shape in between.items()} != between:
-            other = _named(other, {path: {now: old for old, now in places.items()} for path, places in moves.items()})
+            back = {path: {now: old for old, now in places.items()} for path, places in moves.items()}
+            content = renumbered({**json.loads(other.to_json()), "sha256": None}, back)
+            other = Plan.from_json(json.dumps(content | {"fingerprint": fingerprint(content["shapes"])}))
         if between != dict(other.shapes):
             wrong = [n for n in dict.fromkeys([*between, *other.shapes]) if between.get(n) != other.shapes.get(n)]
             raise PlanError(
@@ -478,27 +478,6 @@ class Plan:
             said = f" ({self.nats[branch.id][0]:.1f} nats)" if branch.id in self.nats else ""
             lines.append(f"  {branch.id}: without {', '.join(branch.modules)}{said}")
         return "\n".join(lines if len(lines) > 1 else [*lines, "  nothing is removed"])
-
-
-def _places(name: str) -> Iterator[tuple[str, int]]:
-    """Yield the lists in a name, and the number in each."""
-    steps = name.split(".")
-    yield from ((".".join(steps[:i]), int(step)) for i, step in enumerate(steps) if step.isdecimal())
-
-
-def _named(plan: Plan, moves: Moves) -> Plan:
-    """Return the plan with modules of lists at other numbers."""
-
-    def renamed(held: Any) -> Any:
-        if isinstance(held, dict):
-            return {renamed(key): renamed(value) for key, value in held.items()}
-        if isinstance(held, list):
-            return [renamed(value) for value in held]
-        return renumbered(held, moves) if isinstance(held, str) else held
-
-    content = renamed(json.loads(plan.to_json()))
-    del content["sha256"]
-    return Plan.from_json(json.dumps(content | {"fingerprint": fingerprint(content["shapes"])}))
 
 
 def _joined(size: int, first: tuple[int, ...], second: tuple[int, ...]) -> tuple[int, ...]:
