@@ -134,7 +134,7 @@ def pages() -> dict[str, list[str]]:
     title = "# Time at half of the multiply-accumulates"
     said = (
         "`python benchmarks/structures_latency.py`; time of the small network over that of the dense one, which runs "
-        "in turn with it; one thread of a shared machine (AVX2). Widths in steps of 1, and as the command does by default."
+        "in turn with it; one thread of a shared machine (AVX2). Widths in steps of 1, and as the command has it."
     )
     cases = [f"{runtime}, batch {batch}" for runtime in ("torch", "onnxruntime") for batch in (64, 1)]
     head = ["network", "widths", "seed", "MACs", "parameters", *cases]

@@ -195,20 +195,20 @@ def wide() -> tuple[nn.Module, torch.Tensor]:
 def test_multiples_are_those_in_which_the_machine_goes(monkeypatch, of: int) -> None:
     model, x = wide()
     groups = ockham.trace(model, x)
-    monkeypatch.setattr(prices, "layer_times", in_steps(of))
-    monkeypatch.setattr(prices, "_TIMES", {})
+    monkeypatch.setattr(exporting, "layer_times", in_steps(of))
+    monkeypatch.setattr(exporting, "_TIMES", {})
     found = prices.multiples_that_pay(prices.Subject(model, x), groups)
     assert found == {"0.weight:0": of, "2.weight:0": of}
-    counted = len(prices._TIMES)
+    counted = len(exporting._TIMES)
     assert counted == 2 * 4  # in either runtime: two layers that make units and two that read them
-    assert prices.multiples_that_pay(prices.Subject(model, x), groups) == found and len(prices._TIMES) == counted
+    assert prices.multiples_that_pay(prices.Subject(model, x), groups) == found and len(exporting._TIMES) == counted
 
 
 def test_widths_are_multiples_of_what_was_measured(monkeypatch) -> None:
     model, x = wide()
     groups = ockham.trace(model, x)
-    monkeypatch.setattr(prices, "layer_times", in_steps(8))
-    monkeypatch.setattr(prices, "_TIMES", {})
+    monkeypatch.setattr(exporting, "layer_times", in_steps(8))
+    monkeypatch.setattr(exporting, "_TIMES", {})
     options = {"model": model, "example_inputs": x, "round_to": "auto"}
     plan = ockham.plan(groups, posterior_of(model), budget={"macs": "50%"}, **options)
     left = {k: w - len(plan.removed.get(k, ())) for k, w in plan.widths.items()}
@@ -223,8 +223,8 @@ def test_widths_are_multiples_of_what_was_measured(monkeypatch) -> None:
 
 
 def test_where_nothing_can_be_timed_widths_are_multiples_of_eight_as_far_as_there_are_units(monkeypatch) -> None:
-    monkeypatch.setattr(prices, "layer_times", lambda layers, runtime: [1e-6] * len(layers))  # too fast to tell
-    monkeypatch.setattr(prices, "_TIMES", {})
+    monkeypatch.setattr(exporting, "layer_times", lambda layers, runtime: [1e-6] * len(layers))  # too fast to tell
+    monkeypatch.setattr(exporting, "_TIMES", {})
     model, x = wide()
     groups = ockham.trace(model, x)
     assert prices.multiples_that_pay(prices.Subject(model, x), groups) == {"0.weight:0": 8, "2.weight:0": 8}

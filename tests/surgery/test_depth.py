@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import ockham
-from ockham.choose.correlated import with_branches
 from ockham.choose.units import structures_from
 from ockham.evidence.kronecker import covariance, delta_f_matrix, factorised
 from ockham.surgery import PlanError, mask, random_plan, shrink, trace, verify
@@ -157,7 +156,7 @@ def test_plans_follow_each_other_and_carry_optimizer_and_posterior():
     verify(mask(net, both), small, x)
     with pytest.raises(PlanError, match="another"):
         first.then(first)
-    with pytest.raises(PlanError, match="expected torch.bool of"):
+    with pytest.raises(PlanError, match=r"expected torch\.bool of"):
         plan_masks(groups, {"cells.1": torch.tensor([0])})
     with pytest.raises(PlanError, match="damaged"):
         ockham.Plan.from_json(both.to_json().replace('"zero"', '"one"'))
@@ -231,7 +230,7 @@ def test_a_branch_goes_where_all_its_weights_are_worth_less_than_the_price(fitte
     posterior = ockham.laplace(net, [(x, y)], structure=structure, prior=1.0, n_data=20_000)
     groups = trace(net, x[:2], whole=["branches"])
     names = {key: b.parameters for key, b in groups.branches.items()}
-    found = with_branches(structures_from(posterior, groups), posterior, names)
+    found = structures_from(posterior, groups)
     assert found.whole == {"1", "2", "3"}
     for key, own in names.items():
         if structure == "diagonal":
@@ -272,8 +271,7 @@ def test_a_branch_with_a_weight_that_has_no_posterior_stays(fitted):
     posterior = ockham.laplace(net, [(x, y)], structure="diagonal", prior=1.0)
     some = replace(posterior, moments={n: v for n, v in posterior.items() if n != "2.down.bias"})
     groups = trace(net, x[:2], whole=["branches"])
-    names = {key: b.parameters for key, b in groups.branches.items()}
-    found = with_branches(structures_from(some, groups), some, names)
+    found = structures_from(some, groups)
     assert math.isinf(float(found["2"])) and math.isfinite(float(found["1"]))
 
 
@@ -294,3 +292,49 @@ def test_a_decoder_without_some_attention_generates_as_without_a_cache():
     verify(mask(net, plan), small, {"input_ids": ids})
     options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
     assert torch.equal(small.generate(ids, use_cache=True, **options), small.generate(ids, use_cache=False, **options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+def test_layers_of_which_nothing_is_left_go_out_of_the_list_and_the_configuration(family, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, pad_token_id=0, eos_token_id=None, bos_token_id=1,
+    )  # fmt: skip
+    net, ids = getattr(transformers, f"{family}ForCausalLM")(config).eval(), torch.randint(3, 50, (2, 7))
+    given = {"input_ids": ids}
+    groups = trace(net, given, whole=["branches"])
+    gone = [f"model.layers.{i}.{part}" for i in (1, 2) for part in ("self_attn", "mlp")]
+    keep = dict.fromkeys(gone, torch.tensor([False]))
+    keep |= {g.id: torch.arange(24) % 3 > 0 for g in groups if g.size == 24}
+    plan = plan_masks(groups, keep)
+    optimizer = torch.optim.Adam(net.parameters())
+    for number, p in enumerate(net.parameters()):
+        optimizer.state[p] = {"exp_avg": torch.full_like(p, number)}
+    values = {n: torch.full_like(p, i) for i, (n, p) in enumerate(net.named_parameters())}
+    small, carried, cut = shrink(net, plan, optimizer=optimizer, posterior=values)
+    assert len(small.model.layers) == 2 == small.config.num_hidden_layers and small.config.intermediate_size == 16
+    assert net.config.num_hidden_layers == 4 and [m.self_attn.layer_idx for m in small.model.layers] == [0, 1]
+    verify(mask(net, plan), small, given)
+    order = list(values)
+    for name, p in small.named_parameters():  # the last layer is the second now, and has what was the last one's
+        before = name.replace("layers.1.", "layers.3.")
+        assert float(cut[name].flatten()[0]) == order.index(before)
+        assert bool((carried.state[p]["exp_avg"] == order.index(before)).all())
+    small.save_pretrained(tmp_path)
+    again = type(net).from_pretrained(tmp_path).eval()
+    assert difference(outputs(small, given), outputs(again, given)) < 1e-6
+    options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(again.generate(ids, use_cache=True, **options), small.generate(ids, use_cache=False, **options))
+    later = trace(small, given, whole=["branches"])
+    second = plan_masks(later, {"model.layers.1.mlp": torch.tensor([False])})
+    both = plan.then(second)
+    assert [b.id for b in both.dropped] == [*gone, "model.layers.3.mlp"]
+    verify(mask(net, both), shrink(net, both), given)
+    one = shrink(net, plan_masks(groups, dict.fromkeys(gone[:3], torch.tensor([False]))))
+    assert len(one.model.layers) == 4 == one.config.num_hidden_layers  # a branch is left of one of them
+    uneven = keep | {"model.layers.0.mlp.gate_proj.weight:0": torch.arange(24) > 3}
+    kept = shrink(net, plan_masks(groups, uneven))
+    assert len(kept.model.layers) == 4 == kept.config.num_hidden_layers  # no configuration says the widths: all stay

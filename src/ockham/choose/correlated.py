@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from ockham.evidence.kronecker import (
     delta_f_matrix,
     without_columns,
 )
+from ockham.surgery.resizing import Branch
 
 __all__ = [
     "COMPENSATION_DAMPING",
@@ -246,9 +248,7 @@ def score_columns(posterior: Posterior, groups: Iterable[GroupLike]) -> ColumnEv
     return ColumnEvidence(nats, base.held, base.made, base.gone, base.n_data, least=base.least, cost=cost)
 
 
-def with_branches(
-    found: StructureEvidence, posterior: Posterior, branches: Mapping[str, Collection[str]]
-) -> StructureEvidence:
+def with_branches(found: StructureEvidence, posterior: Posterior, groups: Iterable[GroupLike]) -> StructureEvidence:
     """The evidence with that of residual branches beside the units: E = -delta_f of all weights of a branch together.
 
     Matrices with correlations count exactly where all of their weights live and belong to the branch
@@ -258,22 +258,23 @@ def with_branches(
     Args:
         found: evidence of units.
         posterior: distribution of the weights of the full network.
-        branches: id of a branch to the names of its parameters.
+        groups: result of `ockham.trace`, which knows the branches.
     """
+    branches: Mapping[str, Branch] = getattr(groups, "branches", {})
     nats, held, cost = dict(found.nats), dict(found.held), dict(getattr(found, "cost", {}))
-    for key, names in branches.items():
+    for key, names in ((key, b.parameters) for key, b in branches.items()):
         mine = {n: posterior[n] for n in names if n in posterior}
         whole = [m for m in posterior.matrices if all(n in mine and bool(mine[n].keep.all()) for n in m.names)]
         joint = [delta_f_matrix(m.pack({n: mine[n].mean for n in m.names}), m.precision) for m in whole]
         rest = {n: g for n, g in mine.items() if all(n not in m.names for m in whole)}
         alone = score(replace(posterior, moments=rest, matrices=()))
         squares = (float((0.5 * g.scored_precision * g.mean.square())[g.keep].double().sum()) for g in rest.values())
-        known = torch.zeros(1, dtype=torch.float64) if len(mine) == len(names) else torch.full((1,), torch.inf).double()
+        known = torch.full((1,), 0.0 if len(mine) == len(names) else torch.inf, dtype=torch.float64)
         nats[key] = known - sum(d for _, d in joint) - sum(float(d.double().sum()) for d in alone.values())
         cost[key] = known + sum(c for c, _ in joint) + sum(squares)
         held[key] = torch.tensor([sum(int(g.keep.sum()) for g in mine.values()) + len(names) - len(mine)])
     made = {**found.made, **{key: held[key] for key in branches}}
-    more = {"cost": cost} if isinstance(found, ColumnEvidence) else {}
+    more: dict[str, Any] = {"cost": cost} if isinstance(found, ColumnEvidence) else {}
     return replace(found, nats=nats, held=held, made=made, whole=frozenset(branches), **more)
 
 

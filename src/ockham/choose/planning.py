@@ -22,10 +22,9 @@ from ockham.choose.prices import (
     budget_from,
     costs_for,
     most_allowed,
-    multiples_that_pay,
+    multiples_within,
     within,
 )
-from ockham.choose.rules import Evidence
 from ockham.choose.units import Choice, Multiples, StructureEvidence, choose_units, structures_from
 from ockham.core.posterior import Posterior
 from ockham.errors import OckhamWarning
@@ -73,9 +72,8 @@ def chosen_in_rounds(
     rounds = max(1, math.ceil(math.log(min(1.0, most / whole)) / math.log(_STEP)))
     options = {"limit": limit, "subject": subject, "costs": limit.unit_costs(subject, groups)}
     told, now, held = None, posterior, None
-    branches = {key: b.parameters for key, b in groups.branches.items()}
     for i in range(1, rounds + 1):
-        evidence = cast(ColumnEvidence, with_branches(score_columns(now, groups), posterior, branches))
+        evidence = cast(ColumnEvidence, with_branches(score_columns(now, groups), posterior, groups))
         told = _remembered(told, evidence)
         held = held or evidence.held
         last, allowed = i == rounds, whole * (most / whole) ** (i / rounds)
@@ -111,7 +109,7 @@ def _while_it_pays(
     decided = {key: torch.where(mask, torch.inf, -torch.inf) for key, mask in left.items()}
     flat = {key: torch.zeros(len(mask), dtype=torch.float64) for key, mask in left.items()}
     units = choose_units(replace(told, nats=decided), flat, round_to=round_to)
-    every = with_branches(told, posterior, {key: b.parameters for key, b in groups.branches.items()})
+    every = with_branches(told, posterior, groups)
     whole = every.only(groups.branches)
     keep = {**units.keep, **choose_units(whole, price.nats(whole, costs)).keep}
     return cast(ColumnEvidence, every), Choice(keep, units.forced)
@@ -166,8 +164,8 @@ def plan(
     `ockham.compensate` before shrinking. With a budget the units go that cost the fewest nats of NLL, not those with
     the least evidence. Groups whose units share the statistics of a norm stay (`Groups.sharing`): masks may take them.
 
-    Residual branches of ``trace(..., whole=["branches"])`` go as a whole where the evidence of all their weights together is
-    below their price, or worth least per cost under a budget; for that ``keep`` is a posterior or its `score`.
+    Residual branches of ``trace(..., whole=["branches"])`` go where the evidence of all their weights together is below
+    their price, or worth least per cost under a budget; for that ``keep`` is a posterior or its `score`.
 
     Returns:
         The plan; at least one unit of every group (or ``round_to``) stays, and a warning says where none was wanted.
@@ -189,19 +187,11 @@ def plan(
     if round_to == "auto":
         if subject is None:
             raise PlanError("round_to='auto' is measured on the network: pass model= and example_inputs=")
-        round_to = multiples_that_pay(subject, groups, runtime=getattr(limit, "runtime", None))
-        while limit is not None and max(round_to.values(), default=1) > 1:  # a budget comes before friendly widths
-            least = {g.id: torch.arange(g.size) < max(g.least, min(round_to[g.id], g.size)) for g in groups}
-            if limit.measure(subject, plan_masks(groups, least)) <= most_allowed(limit, subject, groups):
-                break
-            round_to = {key: max(1, multiple // 2) for key, multiple in round_to.items()}
+        round_to = multiples_within(subject, groups, limit)
     costs = costs_for(price, groups, subject)
     if isinstance(keep, Posterior) and keep.matrices:
         return _told(groups, *chosen_in_rounds(groups, keep, (price, costs), (limit, subject), round_to=round_to))
     evidence = structures_from(keep, groups)
-    if isinstance(keep, (Posterior, Evidence)):
-        known = keep if isinstance(keep, Posterior) else keep.posterior
-        evidence = with_branches(evidence, known, {key: b.parameters for key, b in groups.branches.items()})
     if limit is None or subject is None:
         choice = choose_units(evidence, (price or LearnedRate()).nats(evidence, costs), round_to=round_to)
         return _told(groups, evidence, choice)

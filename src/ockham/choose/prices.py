@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,10 +28,10 @@ from ockham.choose.units import (
 )
 from ockham.errors import OckhamError
 from ockham.evidence.gaussian import beta_log_odds
-from ockham.surgery.copies import as_arguments, clone, given_to, with_rows
-from ockham.surgery.exporting import layer_times, onnx_latency
+from ockham.surgery.copies import as_arguments, clone, given_to
+from ockham.surgery.exporting import onnx_latency, width_times
 from ockham.surgery.groups import Group, Groups, Plan, PlanError, plan_masks
-from ockham.surgery.refitting import adapt, refit
+from ockham.surgery.refitting import refit
 from ockham.surgery.shrinking import latency, shrink
 
 __all__ = [
@@ -57,6 +56,7 @@ __all__ = [
     "macs_after",
     "most_allowed",
     "multiples_that_pay",
+    "multiples_within",
     "parameters_after",
     "unit_costs",
     "within",
@@ -282,10 +282,6 @@ MULTIPLES = (1, 2, 4, 8, 16)
 """Multiples of widths among which `multiples_that_pay` chooses."""
 _USUAL = 8
 """The multiple where nothing can be measured."""
-_MACS = 5e7
-"""Multiply-accumulates of a timed layer, about: a few milliseconds."""
-_TIMES: dict[tuple[Any, ...], list[float]] = {}
-"""Seconds of layers by all that they depend on: measured once in a process."""
 
 
 def multiples_that_pay(subject: Subject, groups: Groups, *, runtime: str | None = None) -> dict[str, int]:
@@ -324,10 +320,23 @@ def multiples_that_pay(subject: Subject, groups: Groups, *, runtime: str | None 
         told = []
         for clock in ("torch", "onnxruntime") if runtime is None else (runtime,):
             with contextlib.suppress(ImportError) if runtime is None else contextlib.nullcontext():
-                rows = [_seconds(model.get_submodule(p), cuts, given[p][0], times, widths, clock) for p, cuts in timed]
+                rows = [
+                    width_times(model.get_submodule(p), cuts, given[p][0], widths, times, clock) for p, cuts in timed
+                ]
                 told.append(fitting_multiple(dict(zip(widths, map(sum, zip(*rows, strict=True)), strict=True))))
         known = [m for m in told if m is not None]
         found[group.id] = min(max(known), 2 ** int(math.log2(group.size // 2))) if known else most
+    return found
+
+
+def multiples_within(subject: Subject, groups: Groups, limit: Budget | None) -> dict[str, int]:
+    """The multiples of `multiples_that_pay`, halved as often as a budget asks for: it comes before friendly widths."""
+    found = multiples_that_pay(subject, groups, runtime=getattr(limit, "runtime", None))
+    while limit is not None and max(found.values(), default=1) > 1:
+        least = {g.id: torch.arange(g.size) < max(g.least, min(found[g.id], g.size)) for g in groups}
+        if limit.measure(subject, plan_masks(groups, least)) <= most_allowed(limit, subject, groups):
+            break
+        found = {key: max(1, multiple // 2) for key, multiple in found.items()}
     return found
 
 
@@ -367,38 +376,6 @@ def _layers(model: nn.Module, group: Group) -> dict[str, dict[tuple[str, int], i
     return found
 
 
-def _seconds(
-    layer: nn.Module, cuts: Mapping[tuple[str, int], int], x: Tensor, times: float, widths: list[int], runtime: str
-) -> list[float]:
-    """Times of a layer at some widths, in units, on as many rows of its input as make a batch of 64, or fewer."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    channels = 1 - weight.ndim
-    reads = 1 if isinstance(layer, (nn.Linear, _ConvNd)) else 0  # the other way round in transformers' Conv1D
-    macs = x.numel() // max(1, x.shape[channels]) * weight.numel() / max(1, x.shape[0])
-    rows = max(1, min(int(times * x.shape[0]), int(_MACS / macs)))
-    names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
-    how = (type(layer), tuple(weight.shape), layer.bias is None, *(str(getattr(layer, n, "")) for n in names))
-    on = (runtime, torch.get_num_threads(), x.device.type, x.dtype)
-    key = (on, how, tuple(sorted(cuts.items())), rows, tuple(x.shape[1:]), tuple(widths))
-    if key not in _TIMES:
-        whole, pairs = with_rows(x, rows), []
-        for width in widths:
-            sizes = {which: width * k for which, k in cuts.items()}
-
-            def narrow(name: str, t: Tensor, sizes: Mapping[tuple[str, int], int] = sizes) -> Tensor:
-                for (leaf, dim), size in sizes.items():
-                    t = t.narrow(dim, 0, size) if leaf == name else t
-                return t.detach().float().clone() if runtime == "onnxruntime" else t.detach().clone()
-
-            small = clone(layer, narrow).eval()
-            adapt(small, layer)
-            part = whole.narrow(channels, 0, sizes.get(("weight", reads), whole.shape[channels])).contiguous()
-            pairs.append((small, part.float().cpu() if runtime == "onnxruntime" else part))
-        _TIMES[key] = layer_times(pairs, runtime)
-    return _TIMES[key]
-
-
 def unit_costs(
     model: nn.Module,
     groups: Groups,
@@ -433,15 +410,11 @@ def unit_costs(
     times: dict[str, float] = {}
     if "milliseconds" in measured:
         dense = latency_after(model, whole, example_inputs, runtime=runtime)
-        for key, plan in one.items():
-            half = (
-                1
-                if key in groups.branches
-                else max(1, min(groups[key].size // 2, groups[key].size - groups[key].least))
-            )
-            plan = plan if half == 1 else plan_masks(groups, {key: _without(groups[key], half)})
-            after = latency_after(model, plan, example_inputs, runtime=runtime)
-            times[key] = max(0.0, 1e3 * (dense - after) / half)
+        half = {g.id: max(1, min(g.size // 2, g.size - g.least)) for g in groups}
+        less = one | {g.id: plan_masks(groups, {g.id: _without(g, half[g.id])}) for g in groups}
+        for key, made in less.items():
+            after = latency_after(model, made, example_inputs, runtime=runtime)
+            times[key] = max(0.0, 1e3 * (dense - after) / half.get(key, 1))
     return UnitCosts(parameters, macs, times)
 
 

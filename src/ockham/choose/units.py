@@ -262,9 +262,7 @@ def score_structures(
                 )
         nats[group.id] = summed(cut(group), terms, group.size, unknown=math.inf)
         held[group.id] = summed(cut(group), alive, group.size, unknown=1.0).long()
-        if getattr(
-            group, "router", ""
-        ):  # nothing of it reads an expert that is silent, but its tokens would go to others
+        if getattr(group, "router", ""):  # a silent expert is read by nothing, and yet its tokens would go to others
             held[group.id] = held[group.id].clamp(min=1)
         matrices = [(n, at) for n, at in group.incoming_cuts() if n not in alive or evidence.posterior[n].mean.ndim > 1]
         made[group.id] = summed(matrices, alive, group.size, unknown=1.0).long()
@@ -291,16 +289,17 @@ def _(source: StructureEvidence, groups: Iterable[GroupLike]) -> StructureEviden
 
 @structures_from.register
 def _(source: Evidence, groups: Iterable[GroupLike]) -> StructureEvidence:
-    return score_structures(source, groups)
+    from ockham.choose.correlated import with_branches
+
+    return with_branches(score_structures(source, groups), source.posterior, groups)
 
 
 @structures_from.register
 def _(source: Posterior, groups: Iterable[GroupLike]) -> StructureEvidence:
-    if source.matrices:
-        from ockham.choose.correlated import score_columns
+    from ockham.choose.correlated import score_columns, with_branches
 
-        return score_columns(source, groups)
-    return score_structures(score(source), groups)
+    found = score_columns(source, groups) if source.matrices else score_structures(score(source), groups)
+    return with_branches(found, source, groups)
 
 
 def summed(cuts: Collection[tuple[str, Tensor]], values: Mapping[str, Tensor], size: int, *, unknown: float) -> Tensor:

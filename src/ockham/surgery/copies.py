@@ -25,6 +25,37 @@ def canonical_names(model: nn.Module) -> dict[int, str]:
     return names
 
 
+Moves = Mapping[str, Mapping[int, int]]
+"""Path of a list of modules to {number before: number afterwards} of those that stay in it."""
+
+
+def renumbered(held: Any, moves: Moves) -> Any:
+    """Return the name of a tensor or module once modules of lists have moved up; or plain values with such names.
+
+    >>> renumbered("layers.3.up.weight", {"layers": {0: 0, 2: 1, 3: 2}})
+    'layers.2.up.weight'
+    """
+    if isinstance(held, dict):
+        return {renumbered(key, moves): renumbered(value, moves) for key, value in held.items()}
+    if isinstance(held, list):
+        return [renumbered(value, moves) for value in held]
+    for path, places in moves.items() if isinstance(held, str) else ():
+        number, dot, rest = held.removeprefix(f"{path}.").partition(".")
+        if held.startswith(f"{path}.") and number.isdecimal():
+            return f"{path}.{places.get(int(number), int(number))}{dot}{rest}"
+    return held
+
+
+def moves_up(names: Collection[str]) -> Moves:
+    """Return how the modules of every list move up where tensors of these names are all that is left."""
+    moves: dict[str, dict[int, int]] = {}
+    steps = [name.split(".") for name in names]
+    found = {(".".join(s[:i]), int(s[i])) for s in steps for i in range(len(s)) if s[i].isdecimal()}
+    for path, number in sorted(found):
+        moves.setdefault(path, {})[number] = len(moves.get(path, ()))
+    return moves
+
+
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and buffers by their first name, tied ones once."""
     names = canonical_names(model)

@@ -21,7 +21,8 @@ from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
 
 from ockham.errors import OckhamError
-from ockham.surgery.copies import as_arguments, given_to, with_rows
+from ockham.surgery.copies import as_arguments, clone, given_to, with_rows
+from ockham.surgery.refitting import adapt
 
 __all__ = []
 
@@ -131,16 +132,71 @@ def layer_times(layers: Sequence[tuple[nn.Module, Tensor]], runtime: str, *, rep
     return times
 
 
+_MACS = 5e7
+"""Multiply-accumulates of a timed layer, about: a few milliseconds."""
+_TIMES: dict[tuple[Any, ...], list[float]] = {}
+"""Seconds of layers by all that they depend on: measured once in a process."""
+
+
+def width_times(
+    layer: nn.Module,
+    cuts: Mapping[tuple[str, int], int],
+    x: Tensor,
+    widths: Sequence[int],
+    times: float,
+    runtime: str,
+) -> list[float]:
+    """Measure a Linear layer or a convolution at several widths of a group, once in a process for each shape.
+
+    Args:
+        layer: the layer as it is.
+        cuts: (name of its tensor, dimension) that shrinks to indices a unit.
+        x: input of the layer.
+        widths: numbers of units.
+        times: how often its rows are wanted; fewer where that takes long.
+        runtime: "torch" or "onnxruntime".
+
+    Returns:
+        Seconds, one a width.
+    """
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    channels = 1 - weight.ndim
+    reads = 1 if isinstance(layer, (nn.Linear, _ConvNd)) else 0  # the other way round in transformers' Conv1D
+    macs = x.numel() // max(1, x.shape[channels]) * weight.numel() / max(1, x.shape[0])
+    rows = max(1, min(int(times * x.shape[0]), int(_MACS / macs)))
+    names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+    how = (type(layer), tuple(weight.shape), layer.bias is None, *(str(getattr(layer, n, "")) for n in names))
+    on = (runtime, torch.get_num_threads(), x.device.type, x.dtype)
+    key = (on, how, tuple(sorted(cuts.items())), rows, tuple(x.shape[1:]), tuple(widths))
+    if key not in _TIMES:
+        whole, pairs = with_rows(x, rows), []
+        for width in widths:
+            sizes = {which: width * k for which, k in cuts.items()}
+
+            def narrow(name: str, t: Tensor, sizes: Mapping[tuple[str, int], int] = sizes) -> Tensor:
+                for (leaf, dim), size in sizes.items():
+                    t = t.narrow(dim, 0, size) if leaf == name else t
+                return t.detach().float().clone() if runtime == "onnxruntime" else t.detach().clone()
+
+            small = clone(layer, narrow).eval()
+            adapt(small, layer)
+            part = whole.narrow(channels, 0, sizes.get(("weight", reads), whole.shape[channels])).contiguous()
+            pairs.append((small, part.float().cpu() if runtime == "onnxruntime" else part))
+        _TIMES[key] = layer_times(pairs, runtime)
+    return _TIMES[key]
+
+
 def _onnx_call(layer: nn.Module, x: Tensor) -> Callable[[], Any]:
     """Return a call of ONNX Runtime that runs this layer alone on `x`."""
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
-    weight, bias = (None if t is None else t.detach() for t in (layer.weight, layer.bias))
-    assert isinstance(weight, Tensor)
+    weight, bias = (t.detach() if isinstance(t, Tensor) else None for t in (layer.weight, layer.bias))
+    assert weight is not None
     if isinstance(layer, _ConvNd):
         padding = (0,) * (weight.ndim - 2) if isinstance(layer.padding, str) else layer.padding
-        how = {"strides": layer.stride, "dilations": layer.dilation, "pads": (*padding, *padding)}
+        how: dict[str, Any] = {"strides": layer.stride, "dilations": layer.dilation, "pads": (*padding, *padding)}
         nodes = [helper.make_node("Conv", ["x", "w"] if bias is None else ["x", "w", "b"], ["y"], **how)]
     else:
         weight = weight.T if isinstance(layer, nn.Linear) else weight

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ockham.errors import OckhamError
-from ockham.surgery.copies import named_tensors
+from ockham.surgery.copies import Arguments, moves_up, named_tensors, renumbered
 from ockham.surgery.labels import Edit, Site, counts_of, edits_of
 from ockham.surgery.resizing import Branch, compose
 
@@ -117,6 +117,7 @@ class Groups:
         heads: all places that split or join dimensions, for attributes such as `num_heads`.
         spared: tensors which `mask` leaves alone, because zeros in them are no zeros (directions of a weight norm).
         caches: module path to its attributes with tensors from earlier forwards; the small network starts without.
+        arguments: arguments of the call that was traced.
         branches: residual branches by `Branch.id`, each of which can go as a whole (`trace` with ``whole``).
     """
 
@@ -129,6 +130,7 @@ class Groups:
     spared: tuple[str, ...] = ()
     caches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     branches: Mapping[str, Branch] = field(default_factory=dict)
+    arguments: Arguments = ((), {})
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups.values())
@@ -349,6 +351,11 @@ class Plan:
         """
         lost = self.lost
         between = {name: self.shape(name) for name in self.shapes if name not in lost}
+        moves = moves_up(between)  # of layers in a list where nothing is left of others
+        if dict(other.shapes) == {renumbered(n, moves): shape for n, shape in between.items()} != between:
+            back = {path: {now: old for old, now in places.items()} for path, places in moves.items()}
+            content = renumbered({**json.loads(other.to_json()), "sha256": None}, back)
+            other = Plan.from_json(json.dumps(content | {"fingerprint": fingerprint(content["shapes"])}))
         if between != dict(other.shapes):
             wrong = [n for n in dict.fromkeys([*between, *other.shapes]) if between.get(n) != other.shapes.get(n)]
             raise PlanError(
@@ -440,9 +447,6 @@ class Plan:
                 dropped=tuple(Branch.from_data(b) for b in data.get("dropped", ())),
                 routers=tuple(map(str, data.get("routers", ()))),
             )
-            strange = {*plan.lost, *plan.routers} - plan.shapes.keys()
-            if strange:
-                raise PlanError(f"the plan is damaged: the network has no {min(strange)!r}")
             for name, dim, gone in ((n, d, i) for n, cut in plan.cuts.items() for d, i in cut.items()):
                 size = plan.shapes[name][dim]
                 inside = all(isinstance(i, int) and 0 <= i < size for i in gone)
@@ -454,7 +458,7 @@ class Plan:
             raise
         except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError, ValueError) as error:
             raise PlanError(f"the plan is damaged: {type(error).__name__}: {error}") from error
-        if plan.fingerprint != data["fingerprint"]:
+        if plan.fingerprint != data["fingerprint"] or not {*plan.lost, *plan.routers} <= plan.shapes.keys():
             raise PlanError("the plan is damaged: its shapes do not match its fingerprint")
         if told is not None and told != _digest(data):
             raise PlanError(
@@ -547,11 +551,9 @@ def plan_masks(groups: Groups, keep: Mapping[str, Tensor], *, nats: Mapping[str,
         if mask.dtype != torch.bool or shape != (size,):
             raise PlanError(f"keep[{key!r}] is {mask.dtype} of shape {shape}; expected torch.bool of ({size},)")
         if int(mask.sum()) < groups[key].least:
-            number = "all" if not bool(mask.any()) else int((~mask).sum())
-            few = "one" if groups[key].least == 1 else str(groups[key].least)
-            raise PlanError(
-                f"keep[{key!r}] removes {number} of {size} units; at least {few} must stay".replace("all of", "all")
-            )
+            many = "all" if not bool(mask.any()) else f"{int((~mask).sum())} of"
+            few = "one" if groups[key].least == 1 else groups[key].least
+            raise PlanError(f"keep[{key!r}] removes {many} {size} units; at least {few} must stay")
     gone = {k: tuple((~keep[k]).nonzero().flatten().tolist()) for k in groups.groups if k in keep}
     gone = {k: v for k, v in gone.items() if v}
     cuts: dict[str, dict[int, list[int]]] = {}
@@ -582,7 +584,7 @@ def _gone(groups: Groups, removed: Mapping[str, tuple[int, ...]]) -> Tensor:
 
 
 def random_plan(groups: Groups, ratio: float, *, generator: torch.Generator | None = None) -> Plan:
-    """Build a plan that removes a random share `ratio` of the units of every group (one unit stays) and of the branches.
+    """Build a plan that removes a random share `ratio` of the units of every group, and of the branches.
 
     Args:
         groups: result of `trace`.

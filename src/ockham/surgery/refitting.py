@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
@@ -19,7 +19,7 @@ from ockham.core.network import keeping_modes
 from ockham.surgery.copies import as_arguments, given_to
 from ockham.surgery.groups import Group, Groups, Member, Plan, PlanError, plan_masks
 from ockham.surgery.labels import COUNTS, Edit
-from ockham.surgery.resizing import Skipped, attach
+from ockham.surgery.resizing import attach, leave_out
 
 __all__ = ["Constant", "constants", "fold", "plan_unread"]
 
@@ -189,9 +189,7 @@ def refit(model: nn.Module, small: nn.Module, plan: Plan) -> None:
         for name, module in after.items():
             _recompute(module)
             adapt(module, before[name])
-        for path in {name.rpartition(".")[0].rpartition(".")[0] for name in plan.routers}:
-            for name in (p for p in after if p == path or p.rpartition(".")[0] == path):
-                _count_experts(after[name], before[name])
+        count_experts(after, before, plan.routers)
         for path, names in plan.caches.items():
             for name in names:
                 getattr(after[path], name).clear()
@@ -207,26 +205,25 @@ def refit(model: nn.Module, small: nn.Module, plan: Plan) -> None:
                 setattr(module, name, sizes.get(held, held) if type(held) is int else held)
             if path in edits:
                 attach(module, edits[path])
-        for path, what in ((p, w) for branch in plan.dropped for p, w in branch.modules.items()):
-            parent, _, leaf = path.rpartition(".")
-            owner, stand = small.get_submodule(parent), Skipped(what).train(before[path].training)
-            setattr(owner, leaf, stand)
-            plain = {
-                n: v for n, v in vars(before[path]).items() if n[0] != "_" and isinstance(v, (bool, int, float, str))
-            }
-            vars(stand).update(plain | dict.fromkeys(before[path]._parameters))  # a forward may ask for them
-            if isinstance(owner, nn.TransformerEncoderLayer):
-                owner.activation_relu_or_gelu = 0  # keeps it off the fused path, which wants all weights
+        leave_out(small, plan.dropped)
 
 
-def _count_experts(module: nn.Module, before: nn.Module) -> None:
-    """Correct the number of experts that a router, the experts or their block hold."""
-    for name in EXPERTS & vars(module).keys():
-        held = getattr(before, name)
-        pairs = zip(module.parameters(), before.parameters(), strict=True)
-        now = {new.shape[0] for new, old in pairs if old.ndim == 3 or (old.ndim == 2 and old.shape[0] == held)}
-        if len(now) == 1:
-            setattr(module, name, now.pop())
+def count_experts(after: Mapping[str, nn.Module], before: Mapping[str, nn.Module], routers: Collection[str]) -> None:
+    """Correct the number of experts which the blocks of routers and their children hold.
+
+    Args:
+        after: path to module of the small network.
+        before: the same of the network before.
+        routers: names of the routers' weights.
+    """
+    blocks = {router.rpartition(".")[0].rpartition(".")[0] for router in routers}
+    for path in (p for p in after if p in blocks or p.rpartition(".")[0] in blocks):
+        for name in EXPERTS & vars(after[path]).keys():
+            held = getattr(before[path], name)
+            pairs = zip(after[path].parameters(), before[path].parameters(), strict=True)
+            now = {new.shape[0] for new, old in pairs if old.ndim == 3 or (old.ndim == 2 and old.shape[0] == held)}
+            if len(now) == 1:
+                setattr(after[path], name, now.pop())
 
 
 def _recompute(module: nn.Module) -> None:

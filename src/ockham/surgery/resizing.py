@@ -551,7 +551,8 @@ class Branch:
         modules = {str(path): str(word) for path, word in data["modules"].items()}
         for word in modules.values():
             Skipped(word)
-        return Branch(str(data["id"]), *(tuple(map(str, data[k])) for k in ("parameters", "buffers")), modules)
+        parameters, buffers = (tuple(map(str, data[key])) for key in ("parameters", "buffers"))
+        return Branch(str(data["id"]), parameters, buffers, modules)
 
 
 class Skipped(nn.Identity):
@@ -578,3 +579,15 @@ class Skipped(nn.Identity):
     def extra_repr(self) -> str:
         """Return what it does."""
         return self.what
+
+
+def leave_out(network: nn.Module, branches: Sequence[Branch]) -> None:
+    """Put a `Skipped` in the place of every module of some branches, with the plain attributes that it had."""
+    for path, what in (pair for branch in branches for pair in branch.modules.items()):
+        parent, _, leaf = path.rpartition(".")
+        owner, gone, stand = network.get_submodule(parent), network.get_submodule(path), Skipped(what)
+        own = {n: v for n, v in vars(gone).items() if n[0] != "_" and isinstance(v, (bool, int, float, str))}
+        vars(stand).update(own | dict.fromkeys(gone._parameters))  # a forward may ask for them
+        setattr(owner, leaf, stand)
+        if isinstance(owner, nn.TransformerEncoderLayer):
+            owner.activation_relu_or_gelu = 0  # keeps it off the fused path, which wants all weights

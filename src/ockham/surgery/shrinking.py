@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ockham.errors import OckhamError
 from ockham.surgery.copies import (
     Arguments,
+    Moves,
     as_arguments,
     canonical_names,
     clone,
@@ -29,6 +30,7 @@ from ockham.surgery.copies import (
     first_different,
     named_tensors,
     outputs,
+    renumbered,
     still,
     to_double,
     undivided,
@@ -37,6 +39,7 @@ from ockham.surgery.copies import (
 from ockham.surgery.groups import Plan, PlanError, check_model
 from ockham.surgery.refitting import EXPERTS, refit
 from ockham.surgery.resizing import closed_class
+from ockham.surgery.streams import idle_layers, take_out_layers
 
 HEADS = (
     "num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads", "num_kv_heads", "n_head_kv",
@@ -56,7 +59,8 @@ def settle_config(model: nn.Module, small: nn.Module, plan: Plan) -> bool:
     """Make ``small.config`` describe the shapes of `small`, so that its own constructor builds it again.
 
     A configuration has one number for all layers: it can describe a plan that leaves them all alike. Only fields whose
-    role it is to hold a number of heads or an inner width are changed, as few as suffice. It is kept only if the
+    role it is to hold a number of heads, experts or layers or an inner width are changed, as few as suffice; layers of
+    which nothing is left go out of their list, and those after them move up in their names. It is kept only if the
     constructor then yields exactly the shapes of `small`, and the network it builds computes the same on random inputs
     with random weights. Otherwise the configuration stays that of `model`, which together with the plan rebuilds the
     network (`shrink` on a fresh instance).
@@ -67,15 +71,20 @@ def settle_config(model: nn.Module, small: nn.Module, plan: Plan) -> bool:
     config = getattr(small, "config", None)
     if config is None or not callable(getattr(config, "to_dict", None)) or not (plan.removed or plan.dropped):
         return False
-    wanted = _shapes(small)
     if sum(t.numel() for t in named_tensors(small).values()) > LARGEST_VALUES:
         return False
     hollow = any(p.is_meta for p in small.parameters())  # shapes alone: nothing can be computed
-    for fields in _candidates(config, plan):
+    layers, moves = ({}, {}) if hollow or hasattr(small, "reshard") else idle_layers(small, config)
+    if plan.dropped and not layers:
+        return False
+    wanted = {renumbered(n, moves): shape for n, shape in _shapes(small).items()}
+    for widths in itertools.chain([{}] if layers else [], _candidates(config, plan)):
+        fields: dict[str, Any] = {**layers, **widths}
         trial = copy.deepcopy(config)
         for name, value in fields.items():
             setattr(trial, name, value)
-        if _built(type(model), trial) == wanted and (hollow or _same(type(model), trial, small, fields)):
+        if _built(type(model), trial) == wanted and (hollow or _same(type(model), trial, small, fields, moves)):
+            take_out_layers(small, moves)
             counts = {getattr(config, name): fields[name] for name in EXPERTS & fields.keys()}
             for module in small.modules():  # the loss that balances experts asks the whole model for their number
                 for name in EXPERTS & vars(module).keys():
@@ -129,7 +138,7 @@ def _built(kind: type[nn.Module], config: Any) -> dict[str, tuple[int, ...]] | N
         return None
 
 
-def _same(kind: type[nn.Module], config: Any, small: nn.Module, fields: dict[str, int]) -> bool:
+def _same(kind: type[nn.Module], config: Any, small: nn.Module, fields: dict[str, Any], moves: Moves) -> bool:
     """Does the model built from `config` compute what `small` does, before and after its own configuration changes?"""
     generator = torch.Generator().manual_seed(0)
 
@@ -144,11 +153,12 @@ def _same(kind: type[nn.Module], config: Any, small: nn.Module, fields: dict[str
             warnings.simplefilter("ignore")
             twin = clone(small, noisy).eval()
             fresh = kind(copy.deepcopy(config)).to(next(small.parameters())).eval()
-            fresh.load_state_dict(twin.state_dict())
+            fresh.load_state_dict({renumbered(n, moves): t for n, t in twin.state_dict().items()})
         inputs = _inputs(small)
         if inputs is None:
             return False
         expected = outputs(twin, ((), inputs))
+        take_out_layers(twin, moves)
         for name, value in fields.items():
             setattr(twin.config, name, value)
         return max(difference(expected, outputs(m, ((), inputs))) for m in (twin, fresh)) < 1e-4
@@ -330,7 +340,8 @@ def masked_copy(model: nn.Module, plan: Plan) -> Any:
         for other, t in (*router.named_parameters(), *router.named_buffers()):
             if other not in (leaf, "bias") and f"{path}.{other}" in plan.cuts:  # a bias for choosing alone
                 t.data[list(plan.cuts[name][0])] = -math.inf
-        router.__class__ = closed_class(type(router))
+        kind: Any = type(router)
+        router.__class__ = closed_class(kind)
     return twin
 
 
@@ -374,14 +385,16 @@ def shrink(
     small = clone(model, lambda n, t: slice_tensor(plan, n, t))
     with undivided(model):
         refit(model, small, plan)
+        held = dict(small.named_parameters())  # by their names before: layers may move up
         settle_config(model, small, plan)
     divided_like(model, small)
     extras: list[Any] = []
     if optimizer is not None:
-        extras.append(shrink_optimizer(model, small, plan, optimizer=optimizer))
+        extras.append(shrink_optimizer(model, small, plan, optimizer=optimizer, after=held))
     if posterior is not None:
-        lost = plan.lost
-        extras.append({n: slice_values(plan, n, value) for n, value in posterior.items() if n not in lost})
+        names = canonical_names(small)
+        cut = {n: slice_values(plan, n, value) for n, value in posterior.items() if n not in plan.lost}
+        extras.append({names.get(id(held.get(n)), n): value for n, value in cut.items()})
     if scheduler is not None:
         follower = copy.copy(scheduler)
         follower.optimizer = extras[0]
@@ -405,22 +418,28 @@ def slice_values(plan: Plan, name: str, value: Any) -> Any:
 
 
 def shrink_optimizer(
-    model: nn.Module, small: nn.Module, plan: Plan, *, optimizer: torch.optim.Optimizer
+    model: nn.Module,
+    small: nn.Module,
+    plan: Plan,
+    *,
+    optimizer: torch.optim.Optimizer,
+    after: Mapping[str, nn.Parameter] | None = None,
 ) -> torch.optim.Optimizer:
     """Return a copy of `optimizer` over the parameters of `small`, with its state (momenta, ...) sliced alike.
 
     An optimizer that knows how (it has ``sliced(parameters, take)``, as the variational ones do) does it itself.
+    ``after`` has the parameters of `small` by their names in `model`, where these are others.
 
     Raises:
         PlanError: when the optimizer holds a parameter the model does not have.
     """
     names = canonical_names(model)
-    after = dict(small.named_parameters())
+    after = dict(small.named_parameters()) if after is None else after
     if isinstance(optimizer, Sliceable):
         if plan.dropped:
             raise PlanError(
-                f"a {type(optimizer).__name__} cannot lose whole branches ({plan.dropped[0].id}, ...). Shrink without the "
-                "optimizer, with posterior=, and start a new one from what that returns"
+                f"a {type(optimizer).__name__} cannot lose whole branches ({plan.dropped[0].id}, ...). Shrink without "
+                "the optimizer, with posterior=, and start a new one from what that returns"
             )
         carried: torch.optim.Optimizer = optimizer.sliced(after, lambda name, tensor: slice_tensor(plan, name, tensor))
         if isinstance(carried, Follower):

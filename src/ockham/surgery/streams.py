@@ -7,9 +7,9 @@ RMSNorm(x Q) = RMSNorm(x) Q for an orthogonal Q once the gains are folded into w
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Mapping
-from os.path import commonprefix
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from ockham.errors import OckhamError
 from ockham.surgery.copies import (
     Arguments,
+    Moves,
     as_arguments,
     canonical_names,
     clone,
@@ -27,20 +28,14 @@ from ockham.surgery.copies import (
     to_double,
 )
 from ockham.surgery.groups import Group, Groups, Member
-from ockham.surgery.resizing import Branch
+from ockham.surgery.resizing import Branch, Skipped
 
 TOLERANCE = 1e-5
 
 
-ADDITIONS = frozenset({torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor})
-SAME = frozenset(
-    {
-        torch.ops.aten.to.dtype,
-        torch.ops.aten.to.dtype_layout,
-        torch.ops.aten.to.device,
-        torch.ops.aten.contiguous.default,
-    }
-)
+_ATEN = torch.ops.aten
+ADDITIONS = frozenset({_ATEN.add.Tensor, _ATEN.add_.Tensor})
+SAME = frozenset({_ATEN.to.dtype, _ATEN.to.dtype_layout, _ATEN.to.device, _ATEN.contiguous.default})
 """Operators that return their input where it is what they should make of it."""
 
 
@@ -48,8 +43,8 @@ def residual_branches(model: nn.Module, graph: fx.Graph, arguments: Arguments) -
     """Find what is computed from a stream and added to it by modules that do nothing else; by `Branch.id`.
 
     These are candidates: whether the network without one computes what it does with zeros in its weights, is tried by
-    `ockham.trace`. Of attention that keeps keys and values (modules with a ``layer_idx``) the first stays, since a cache
-    counts its tokens there. Of nested branches the innermost are found.
+    `ockham.trace`. Of attention that keeps keys and values (modules with a ``layer_idx``) the first stays, since a
+    cache counts its tokens there. Of nested branches the innermost are found.
 
     Args:
         model: network that was exported.
@@ -58,7 +53,7 @@ def residual_branches(model: nn.Module, graph: fx.Graph, arguments: Arguments) -
     """
     nodes = list(graph.nodes)
     bit = {node: 1 << i for i, node in enumerate(nodes)}
-    before: dict[fx.Node, int] = {}  # bits of what a node is computed from, and of the inputs of the network among it
+    before: dict[fx.Node, int] = {}  # bits of what a node is computed from
     after = dict.fromkeys(nodes, 0)
     for node in nodes:
         before[node] = 0
@@ -70,49 +65,38 @@ def residual_branches(model: nn.Module, graph: fx.Graph, arguments: Arguments) -
     fed = sum(bit[n] for n in nodes if n.op == "placeholder" and not n.name.startswith(("p_", "b_", "c_")))
     ends = sum(bit[n] for n in nodes if n.op == "output")
     live = sum(bit[n] for n in nodes if after[n] & ends)  # the others are checks of shapes and types
-    own = _nodes_of_modules(nodes, bit, sum(bit[n] for n in nodes if before[n] & fed and bit[n] & live))
-    modules = dict(model.named_modules(remove_duplicate=False))
-    holding = {path: bool(_held(module)) for path, module in modules.items()}
-    own = {path: at for path, at in own.items() if path in modules}
+    modules = {p: m for p, m in model.named_modules(remove_duplicate=False) if _held(m)}
+    own: dict[str, int] = {}  # nodes of modules that depend on the inputs of the network
+    for node in (n for n in nodes if before[n] & fed and bit[n] & live):
+        for place, _ in (node.meta.get("nn_module_stack") or {}).values():
+            path = str(place).partition("@")[0]
+            own[path] = own.get(path, 0) | bit[node]
     found: list[tuple[int, dict[str, int]]] = []
-    for node in nodes:
-        pair = [a for a in node.args[:2] if isinstance(a, fx.Node)]
-        if (
-            node.target not in ADDITIONS
-            or len(pair) < 2
-            or node.kwargs
-            or len({_value(n)[0] for n in (node, *pair)}) > 1
-        ):
-            continue
-        for stream, added in (pair, pair[::-1]):
+    for node, stream, added in itertools.chain.from_iterable(map(_additions, nodes)):
+        region = after[stream] & (before[added] | bit[added])
+        users = sum(bit[n] for n in nodes if any(bit[given] & region for given in n.all_input_nodes))
+        closed = region & bit[added] and not users & (live | ends) & ~(region | bit[node])
+        parts = {p: at for p, at in own.items() if p in modules and at & region == at}
+        if closed and parts and not any(region & other == other for other, _ in found):
+            found.append((region, {p: at for p, at in parts.items() if p.rpartition(".")[0] not in parts}))
+    return _as_branches(model, [parts for _, parts in found], arguments)
+
+
+def _additions(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, fx.Node]]:
+    """Yield an addition of two tensors of one shape, with either as the stream and the other as what is added."""
+    pair = [a for a in node.args[:2] if isinstance(a, fx.Node)]
+    if node.target in ADDITIONS and len(pair) == 2 and not node.kwargs and _value(pair[0])[0] == _value(pair[1])[0]:
+        for one, added in (pair, pair[::-1]):
+            stream: Any = one
             while stream.target in SAME and _value(stream.args[0]) == _value(stream):
                 stream = stream.args[0]  # the same tensor, which export knows by its last name
-            region = after[stream] & (before[added] | bit[added])
-            inner = any(region & other == other for other, _ in found)
-            users = sum(bit[n] for n in nodes if any(bit[given] & region for given in n.all_input_nodes))
-            closed = not users & (live | ends) & ~(region | bit[node])
-            if region & bit[added] and not inner and closed:
-                parts = {path: at for path, at in own.items() if at & region == at and holding[path]}
-                if parts:
-                    found.append((region, {p: at for p, at in parts.items() if p.rpartition(".")[0] not in parts}))
-    return _as_branches(model, [parts for _, parts in found], arguments)
+            yield node, stream, added
 
 
 def _value(node: Any) -> tuple[tuple[int, ...], torch.dtype | None]:
     """Return shape and type of what a node computes."""
     value = node.meta.get("val")
     return (tuple(value.shape), value.dtype) if isinstance(value, Tensor) else ((), None)
-
-
-def _nodes_of_modules(nodes: list[fx.Node], bit: Mapping[fx.Node, int], moving: int) -> dict[str, int]:
-    """Return path of a module to its nodes that depend on the network's inputs."""
-    found: dict[str, int] = {}
-    for node in nodes:
-        for path, _ in (node.meta.get("nn_module_stack") or {}).values():
-            path = str(path).partition("@")[0]
-            if path and bit[node] & moving:
-                found[path] = found.get(path, 0) | bit[node]
-    return found
 
 
 def _as_branches(model: nn.Module, found: list[dict[str, int]], arguments: Arguments) -> dict[str, Branch]:
@@ -126,7 +110,7 @@ def _as_branches(model: nn.Module, found: list[dict[str, int]], arguments: Argum
         if isinstance(number, int):
             first[type(module)] = min(number, first.get(type(module), number))
     places = Counter(names[id(t)] for module in modules.values() for t in _held(module, deep=False))
-    commons = [commonprefix([p.split(".") for p in parts]) for parts in found]
+    commons = [_common(list(parts)) for parts in found]
     branches = {}
     for parts, common in zip(found, commons, strict=True):
         last = max(parts, key=lambda p: parts[p].bit_length(), default="")
@@ -136,13 +120,19 @@ def _as_branches(model: nn.Module, found: list[dict[str, int]], arguments: Argum
             continue
         here = Counter(names[id(t)] for m in dict.fromkeys(inside) for t in _held(m, deep=False))
         lost = tuple(name for name, count in here.items() if count == places[name])  # not tied to one that stays
-        key = ".".join(common) if common and commons.count(common) == 1 else last
+        key = common if common and commons.count(common) == 1 else last
         words = {p: f"{'zero' if p == last else 'same'}{results[p]}" for p in sorted(parts, key=lambda p: parts[p])}
         if key not in branches:
             learned = {n for n, p in model.named_parameters()}
             two = tuple(n for n in lost if n in learned), tuple(n for n in lost if n not in learned)
             branches[key] = Branch(key, *two, words)
     return {key: branch for key, branch in branches.items() if branch.parameters}
+
+
+def _common(paths: Sequence[str]) -> str:
+    """Return the path of the innermost module that holds all of these."""
+    steps = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*(p.split(".") for p in paths), strict=False))
+    return ".".join(parts[0] for parts in steps)
 
 
 def _held(module: nn.Module, *, deep: bool = True) -> list[Tensor]:
@@ -169,8 +159,44 @@ def _results(model: nn.Module, paths: set[str], arguments: Arguments) -> dict[st
     return found
 
 
+LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+"""Fields of a configuration that count the layers of a list."""
+
+
+def idle_layers(network: nn.Module, config: Any) -> tuple[dict[str, Any], Moves]:
+    """Find layers of which every branch is gone in a list that a configuration counts.
+
+    Returns:
+        Fields of the configuration without them (lists with an entry a layer are shortened), and where the others go.
+    """
+    for path, held in network.named_modules():
+        if not isinstance(held, nn.ModuleList):
+            continue
+        left = [any(True for _ in m.parameters()) or all(type(x) is not Skipped for x in m.modules()) for m in held]
+        field = next((n for n in LAYERS if getattr(config, n, None) == len(left)), None)
+        if field is not None and not all(left) and any(left):
+            told = {n: v for n, v in config.to_dict().items() if isinstance(v, (list, tuple)) and len(v) == len(left)}
+            short = {n: list(itertools.compress(v, left)) for n, v in told.items()}
+            kept = itertools.compress(range(len(left)), left)
+            return {field: sum(left), **short}, {path: {before: now for now, before in enumerate(kept)}}
+    return {}, {}
+
+
+def take_out_layers(network: nn.Module, moves: Moves) -> None:
+    """Take layers out of their lists; the numbers by which the others know their place in a cache follow."""
+    for path, places in moves.items():
+        parent, _, leaf = path.rpartition(".")
+        held: Any = network.get_submodule(path)
+        for before, now in places.items():
+            for module in held[before].modules():
+                if vars(module).get("layer_idx") == before:
+                    module.layer_idx = now
+        left = nn.ModuleList(held[before] for before in places).train(held.training)
+        setattr(network.get_submodule(parent), leaf, left)
+
+
 def expert_groups(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> list[Group]:
-    """Find experts that a router chooses among: its rows and the slices of what holds the experts, batched, go together.
+    """Find experts that a router chooses among: its rows and slices of the batched tensors of experts go together.
 
     Sought are blocks with a child whose tensors all count experts first, some of them of three dimensions, and a child
     with ``top_k`` and one weight of a row an expert. As many experts as a token is given to have to stay. Without an
@@ -216,31 +242,39 @@ class RotationError(OckhamError):
     """A stream cannot be rotated; the text says what stands in the way."""
 
 
-def rotate(model: nn.Module, groups: Groups, inputs: Any) -> Any:
+def rotate(model: nn.Module, groups: Groups, posterior_or_inputs: Any) -> Any:
     """Return a copy of `model` with the same outputs whose residual streams lie along their principal directions.
 
     A stream is a group whose units pass RMS or layer norms. The gains of the norms move into the weights that read them
     (layer norms become `torch.nn.RMSNorm`: their bias moves too, and the weights that write the stream lose their
     mean), and then every weight of the group is multiplied by Q, the eigenvectors of the second moment of the
-    normalised stream, largest first: the last coordinates are those that matter least. Tied weights come apart where a
-    gain is between them. Trace the copy to plan what goes; a posterior or optimizer of `model` does not describe it.
+    normalised stream z, largest first: the last coordinates are those that matter least. Tied weights come apart where
+    a gain is between them. Trace the copy to plan what goes; a posterior or optimizer of `model` does not describe it.
+
+    From inputs the moment is E[z z'], every norm alike. From a posterior with Kronecker factors A (of what a reader is
+    given, x = g z + b) and G (of its outputs) it is the sum over the readers W of tr(W g G g W') E[z z'], with E[z z']
+    out of A: a reader counts as much as the loss feels what it says. No data are needed then. (Where a norm adds b, a
+    reader without a bias of its own is left out: its factor cannot tell b from z.)
 
     Args:
         model: network with residual streams behind norms whose readers are `torch.nn.Linear`; left as it is.
         groups: result of `ockham.trace` for `model`.
-        inputs: example inputs as for `trace`, a batch of data: they say along which directions the stream varies.
+        posterior_or_inputs: example inputs as for `trace`, a batch of data, which say along which directions the stream
+            varies; or a posterior of `model` with Kronecker factors of its readers (`ockham.laplace`).
 
     Raises:
-        RotationError: when no group is a stream, when something other than linear layers reads it, or when the outputs
-            would change by more than 1e-5.
+        RotationError: when no group is a stream, when something other than linear layers reads it, when the posterior
+            has no factors of any reader, or when the outputs would change by more than 1e-5.
     """
-    arguments = as_arguments(inputs)
+    matrices = getattr(posterior_or_inputs, "matrices", None)
+    arguments = as_arguments(posterior_or_inputs) if matrices is None else groups.arguments
+    known = None if matrices is None else {m.weight: m for m in matrices if m.precision.shape[0] == 1}
     twin: nn.Module = clone(model, lambda _, t: t.detach().clone()).eval()
     streams = [group for group in groups if any(_is_norm(twin, m) for m in group.members)]
     if not streams:
         raise RotationError("no group of this network passes a norm, so there is no stream to rotate: print(groups)")
     for group in streams:
-        _rotate_(twin, group, arguments)
+        _rotate_(twin, group, arguments, known)
     doubled = [clone(m, lambda _, t: t.detach().clone()).double().eval() for m in (model, twin)]
     with still(doubled[0]), still(doubled[1]):
         gap = difference(*(outputs(m, to_double(arguments)) for m in doubled))
@@ -252,7 +286,7 @@ def rotate(model: nn.Module, groups: Groups, inputs: Any) -> Any:
     return twin.train(model.training)
 
 
-def _rotate_(twin: nn.Module, group: Group, arguments: Arguments) -> None:
+def _rotate_(twin: nn.Module, group: Group, arguments: Arguments, known: Mapping[str, Any] | None) -> None:
     """Fold the norms of one stream and multiply its weights by Q, in place."""
     parts = [m for m in group.members if not _is_norm(twin, m)]
     for member in parts:
@@ -266,17 +300,21 @@ def _rotate_(twin: nn.Module, group: Group, arguments: Arguments) -> None:
         raise RotationError(f"{group.id}: its norms are of several kinds, or are not called with a tensor")
     centred = layered.pop()
     apart: list[Tensor] = []
+    moment = torch.zeros(group.size, group.size, dtype=torch.float64)  # of the normalised stream, over all norms
+    names = canonical_names(twin)
     for name in norms:
         own = made[name].untyped_storage().data_ptr()
         readers = [n for n in linear if n in given and given[n].untyped_storage().data_ptr() == own]
+        layers = {names[id(twin.get_parameter(f"{n}.weight"))]: twin.get_submodule(n) for n in readers}
+        norm = twin.get_submodule(name)
+        if known is None:
+            moment += _varied(given[name], centred=centred) / len(norms)
+        else:
+            moment += _felt({known[n]: layer for n, layer in layers.items() if n in known}, norm, moment)
         apart += _fold_(twin, name, readers)
-    width = group.size
-    moment = torch.zeros(width, width, dtype=torch.float64)  # of the normalised stream, over all norms
-    for flat in (given[n].detach().double().flatten(0, -2) for n in norms):
-        rows = flat - flat.mean(-1, keepdim=True) if centred else flat
-        z = rows / (rows.square().mean(-1, keepdim=True).sqrt() + 1e-12)
-        moment += (z.T @ z / len(z)).cpu()
-    q = torch.linalg.eigh(moment / len(norms))[1].flip(1)
+    if not bool(moment.any()):
+        raise RotationError(f"{group.id}: the posterior has no Kronecker factors of any weight that reads the stream")
+    q = torch.linalg.eigh(moment)[1].flip(1)
     done: set[tuple[int, int]] = set()
     for member in parts:
         tensor: Tensor = twin.get_parameter(member.name)
@@ -330,16 +368,53 @@ def _seen(model: nn.Module, names: list[str], arguments: Arguments) -> tuple[dic
     return given, made
 
 
+def _gain(norm: nn.Module) -> Tensor:
+    """Return by what a norm multiplies: its weight, or one plus it."""
+    weight = norm.weight
+    assert isinstance(weight, Tensor)
+    if isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):
+        return weight.detach().clone()
+    with torch.no_grad():
+        made: Tensor = norm(100 * torch.ones_like(weight)[None])[0]
+    return made.detach().to(weight.dtype)
+
+
+def _varied(x: Tensor, *, centred: bool) -> Tensor:
+    """Return the second moment of the normalised stream, from what a norm is given."""
+    flat = x.detach().double().flatten(0, -2)
+    rows = flat - flat.mean(-1, keepdim=True) if centred else flat
+    z = rows / (rows.square().mean(-1, keepdim=True).sqrt() + 1e-12)
+    return (z.T @ z / len(z)).cpu()
+
+
+def _felt(readers: Mapping[Any, nn.Module], norm: nn.Module, nothing: Tensor) -> Tensor:
+    """Return the second moment out of the readers' factors A, each times what the loss feels of that reader."""
+    shift, gain, total = getattr(norm, "bias", None), _gain(norm).double().cpu(), torch.zeros_like(nothing)
+    safe = torch.where(gain.abs() > 1e-6 * gain.abs().max(), gain, torch.inf)  # a gain of zero: nobody reads it
+    for matrix, layer in readers.items():
+        if shift is not None and matrix.bias is None:
+            continue
+        k, weight = matrix.precision, layer.weight
+        assert isinstance(weight, Tensor)
+        whole, cut = k.input_vectors[0].double(), weight.shape[1]
+        a = ((whole * k.input_values[0].double()) @ whole.T).cpu()
+        second = a[:cut, :cut]
+        if shift is not None:  # the last column is that of the ones
+            b, mean = shift.detach().double().cpu()[:, None], a[:cut, cut:]
+            second = second - mean @ b.T - b @ mean.T + a[cut, cut] * (b @ b.T)
+        turned = k.output_vectors[0].double().T @ (weight.detach().double().cpu() * gain).to(whole.device)
+        felt = float((k.output_values[0].double()[:, None] * turned.square()).sum())
+        total += felt * second / (safe[:, None] * safe)
+    return total
+
+
 def _fold_(twin: nn.Module, path: str, readers: list[str]) -> list[Tensor]:
     """Move gain and bias of a norm into its readers; returns weights that were tied to others and now are not."""
     norm = twin.get_submodule(path)
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     if weight is None:
         raise RotationError(f"{path} has no gain of its own")
-    gain = weight.detach().clone()
-    if not isinstance(norm, (nn.LayerNorm, nn.RMSNorm)):  # perhaps it multiplies by one plus its weight
-        with torch.no_grad():
-            gain = norm(100 * torch.ones_like(weight)[None])[0].detach().to(weight.dtype)
+    gain = _gain(norm)
     apart: list[Tensor] = []
     held = [id(p) for m in twin.modules() for p in m._parameters.values() if p is not None]
     for name in readers:

@@ -406,8 +406,8 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Ignore = (), whole: 
 
     Raises:
         TraceError: when the model cannot be exported (control flow that depends on data, inputs that do not fit).
-        OckhamError: when an entry of `ignore` matches nothing, `whole` asks for something else, or the network cannot be
-            worked with (see `ockham.core.network.check_network`).
+        OckhamError: when an entry of `ignore` matches nothing, `whole` asks for something else, or the network cannot
+            be worked with (see `ockham.core.network.check_network`).
     """
     if isinstance(whole, str) or set(whole) - {"branches", "experts"}:
         raise OckhamError(f"whole is a collection of 'branches' and 'experts'; got {whole!r}")
@@ -431,13 +431,12 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Ignore = (), whole: 
         elif axis.name not in read:
             ledger.freeze(atoms, "is not used in the traced forward")
     groups, touching = _grouped(model, axes, ledger, notes)
-    groups = replace(groups, caches=caches)
+    groups = replace(groups, caches=caches, arguments=arguments)
     trial = prepared(model, groups, arguments) if len(groups) or whole else None
     groups = tried(groups, trial, touching) if trial and len(groups) else groups
     if isinstance(trial, ByValues) and "experts" in whole:
-        groups = _with_experts(
-            groups, [g for g in expert_groups(model, groups.shapes) if not held & g.shapes.keys()], trial
-        )
+        experts = [g for g in expert_groups(model, groups.shapes) if not held & g.shapes.keys()]
+        groups = _with_experts(groups, experts, trial)
     if isinstance(trial, ByValues) and "branches" in whole:
         found = residual_branches(model, program.graph, arguments)
         free = {key: b for key, b in found.items() if not held & {*b.parameters, *b.buffers}}
