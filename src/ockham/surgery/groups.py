@@ -519,13 +519,18 @@ def plan_masks(groups: Groups, keep: Mapping[str, Tensor], *, nats: Mapping[str,
         for member in groups[key].members:
             indices = member.index[list(units)].flatten().tolist()
             cuts.setdefault(member.name, {}).setdefault(member.dim, []).extend(indices)
+    widths: dict[int, set[int]] = {}
+    for name, cut in cuts.items():
+        for dim, indices in cut.items():
+            size = groups.shapes[name][dim]
+            widths.setdefault(size, set()).add(size - len(indices))
     said = {k: tuple(nats[k][list(v)].double().tolist()) for k, v in gone.items() if nats and k in nats}
     return Plan(
         removed=gone,
         widths={g.id: g.size for g in groups},
         cuts={n: {d: tuple(sorted(i)) for d, i in c.items()} for n, c in cuts.items()},
         shapes=dict(groups.shapes),
-        edits=edits_of(groups.sites, _gone(groups, gone)),
+        edits=edits_of(groups.sites, _gone(groups, gone), widths),
         counts=counts_of(groups.heads, _gone(groups, gone)),
         spared=groups.spared,
         nats=said,
