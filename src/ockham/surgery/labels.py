@@ -549,8 +549,8 @@ def _dims(value: Value, root: Tensor) -> dict[int, Tensor]:
 def edits_of(sites: tuple[Site, ...], gone: Tensor, widths: Mapping[int, set[int]]) -> tuple[Edit, ...]:
     """Return the numbers that change at `sites` when the components in `gone` are removed.
 
-    Places which keep their numbers come along where their input could be mistaken for one of another place, or where the
-    code may have computed them from a size that changes elsewhere (`x.shape[-1]` of a stream that gets narrower).
+    Places which keep their numbers come along where their input could be mistaken for one of another place, or where
+    the code may have computed them from a size that changes elsewhere (`x.shape[-1]` of a stream that gets narrower).
 
     Args:
         sites: places which hold sizes.
