@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,47 @@ def test_the_users_own_network_data_and_regression(ockham, tmp_path: Path) -> No
     missing = ockham("evaluate", "r", "--data", "mine:line")
     assert missing.returncode == 2 and "built by 'mine:net'" in missing.stderr
     assert ockham("evaluate", "r", "--data", "mine:line", "--model", "mine:net").returncode == 0
+
+
+UNITS = """
+def in_units(scale, shift):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 3, generator=g)
+    y = 2 * x[:, :1] + x[:, 1:2] ** 2 + 0.5 * torch.randn(400, 1, generator=g)
+    y = (y.double() * scale + shift).float()
+    return Dataset("line", x[:300], y[:300], x[300:], y[300:], None, None, float(x.min()), float(x.max()))
+
+def plain():
+    return in_units(1.0, 0.0)
+
+def dollars():
+    return in_units(9188.0, 225328.0)
+
+def decay():
+    return in_units(1e-3, 0.97)
+"""
+
+
+@pytest.mark.parametrize(("name", "scale"), [("dollars", 9188.0), ("decay", 1e-3)])
+def test_a_regression_is_reported_in_the_targets_own_units(ockham, tmp_path: Path, name: str, scale: float) -> None:
+    (tmp_path / "mine.py").write_text(USER_CODE + UNITS)
+    found = {}
+    for data in ("plain", name):
+        done = ockham("compress", "--model", "mine:net", "--data", f"mine:{data}", "--out", data, "--epochs", "30",
+                      "--quiet")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found[data] = json.loads((tmp_path / data / "metrics.json").read_text())
+    for side in ("before", "after", "mean_network"):
+        plain, own = found["plain"][side], found[name][side]
+        assert plain["rmse"] < 1.5
+        assert own["rmse"] == pytest.approx(scale * plain["rmse"], rel=2e-3)
+        assert own["nll"] == pytest.approx(plain["nll"] + math.log(scale), abs=2e-3)
+        assert own["crps"] == pytest.approx(scale * plain["crps"], rel=2e-3)
+        for share in ("coverage_50", "coverage_90", "coverage_95"):
+            assert own[share] == pytest.approx(plain[share], abs=0.011)  # one example of a hundred
+    assert found[name]["kept"] == pytest.approx(found["plain"]["kept"], abs=1e-9) and found["plain"]["kept"] < 1
+    variances = [library.load_posterior(tmp_path / data).noise_variance for data in ("plain", name)]
+    torch.testing.assert_close(variances[1], variances[0] * scale**2, rtol=4e-3, atol=0)
 
 
 def test_starting_from_given_weights(ockham, tmp_path: Path) -> None:
