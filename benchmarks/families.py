@@ -4,9 +4,11 @@ The right answer never comes from Ockham: the original network runs at full size
 Every network has run once before it is traced, as in use. For three plans, in which every group loses a share of its own
 between 0 and 90 %, outputs are compared in evaluation and in training mode, on a second batch, and on padded masks.
 
-    python benchmarks/families.py [NAME ...] [--list] [--limit 240] [--library timm|transformers] [--again]
+    python benchmarks/families.py [NAME ...] [--list] [--limit 240] [--only networks|sizes|rival] [--again]
 
 What was recorded stays as it is unless it is named or ``--again`` is given, so that a run can be taken up where it ended.
+`--only sizes`: time and memory of trace and plan for four networks of common size, on the device `meta`.
+`--only rival`: Torch-Pruning beside it, on the same networks, judged by the same zeroed network.
 
 Networks of transformers are built from small configurations; those of timm need the package ``timm`` (torchvision is not
 needed: what timm imports of it is stood in for). Nothing is downloaded.
@@ -24,7 +26,6 @@ import signal
 import sys
 import time
 import types
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,10 @@ import torch
 from torch import Tensor, nn
 
 import ockham
-from ockham.surgery.copies import difference, still, tensors_of
+from harness import Benchmark, Option, Record, markdown, write
+from ockham.surgery.copies import difference, still, tensors_of, to_double
 from ockham.surgery.groups import plan_masks
 
-RESULTS = Path(__file__).parent / "results" / "families"
 SEEDS = (0, 1, 2)
 TOLERANCE = 1e-4
 REPEATED = ("not built", "too slow", "raw exception", "wrong")
@@ -50,7 +51,7 @@ mobilenetv1_100 mobilenetv2_035 mobilenetv3_small_050 mobilenetv4_conv_small mna
 tf_efficientnetv2_b0 tinynet_e fbnetc_100 fbnetv3_b spnasnet_100 hardcorenas_a mixnet_s rexnet_100 ghostnet_050 ghostnetv2_100
 lcnet_035 semnasnet_050 hrnet_w18_small inception_v3 inception_v4 inception_resnet_v2 inception_next_atto xception41
 hgnet_tiny hgnetv2_b0 selecsls42 vovnet39a ese_vovnet19b_dw convnext_atto convnextv2_atto convnext_femto_ols focalnet_tiny_srf
-convmixer_768_32 poolformer_s12 poolformerv2_s12 convformer_s18 caformer_s18 metaformer_s12 edgenext_xx_small fastvit_t8
+convmixer_768_32 poolformer_s12 poolformerv2_s12 convformer_s18 caformer_s18 edgenext_xx_small fastvit_t8
 repvit_m0_9 starnet_s1 mambaout_femto rdnet_tiny shvit_s1 swiftformer_xs efficientformer_l1 efficientformerv2_s0 levit_128s
 efficientvit_b0 efficientvit_m0 mobilevit_xxs mobilevitv2_050 tiny_vit_5m_224 vit_tiny_patch16_224 vit_relpos_small_patch16_224
 vit_srelpos_small_patch16_224 deit_tiny_distilled_patch16_224 deit3_small_patch16_224 beit_base_patch16_224
@@ -96,8 +97,8 @@ ENCODERS = {
     "bert": {}, "roberta": {}, "distilbert": {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}, "albert": {"embedding_size": 16},
     "electra": {"embedding_size": 16}, "deberta": {}, "deberta-v2": {}, "mpnet": {}, "camembert": {}, "xlm-roberta": {}, "funnel": {"d_model": 32, "d_inner": 48, "n_head": 4, "d_head": 8, "block_sizes": [1, 1]},
     "convbert": {"embedding_size": 32}, "squeezebert": {"embedding_size": 32}, "mobilebert": {"true_hidden_size": 32, "intra_bottleneck_size": 32, "embedding_size": 32, "num_feedforward_networks": 2},
-    "ernie": {}, "nystromformer": {}, "roformer": {}, "megatron-bert": {}, "layoutlm": {}, "esm": {"mask_token_id": 3}, "modernbert": {}, "fnet": {}, "ibert": {}, "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
-    "nomic_bert": {}, "eurobert": {}, "data2vec-text": {}, "rembert": {"input_embedding_size": 16, "output_embedding_size": 16}, "canine": {}, "lilt": {"hidden_size": 48},
+    "ernie": {}, "nystromformer": {}, "roformer": {}, "megatron-bert": {}, "layoutlm": {"max_2d_position_embeddings": 64}, "esm": {"mask_token_id": 3}, "modernbert": {}, "fnet": {}, "ibert": {}, "xlnet": {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
+    "nomic_bert": {}, "eurobert": {}, "data2vec-text": {}, "rembert": {"input_embedding_size": 16, "output_embedding_size": 16}, "canine": {"num_hash_buckets": 128}, "lilt": {"hidden_size": 48, "max_2d_position_embeddings": 64},
     "longformer": {"attention_window": 4}, "big_bird": {"attention_type": "original_full"}, "splinter": {}, "luke": {"entity_vocab_size": 10, "entity_emb_size": 16}, "xmod": {"languages": ["en_XX"], "default_language": "en_XX"}, "roberta-prelayernorm": {},
     "flaubert": {"emb_dim": 32, "n_layers": 2, "n_heads": 4}, "xlm": {"emb_dim": 32, "n_layers": 2, "n_heads": 4}, "modernbert-decoder": {}, "bert-generation": {}, "mra": {}, "yoso": {}, "tapas": {}, "visual_bert": {}, "xlm-roberta-xl": {},
 }  # fmt: skip
@@ -141,13 +142,16 @@ def _nothing(name: str) -> Any:
     return "0.99.0" if name == "version" else type(name, (nn.Module,), {})
 
 
-def architectures() -> Iterator[tuple[str, str, Callable[[], tuple[nn.Module, list[Any]]]]]:
-    """Yield library, name and a maker of (network, inputs: first for trace, the others to compare on)."""
+Make = Callable[[], tuple[nn.Module, list[Any]]]
+
+
+def architectures() -> Iterator[tuple[str, Make]]:
+    """Yield name and a maker of (network, inputs: first for trace, the others to compare on)."""
     for kind, table in (("decoder", DECODERS), ("encoder", ENCODERS), ("seq2seq", SEQUENCE), ("image", IMAGES)):
         for name, own in table.items():
-            yield "transformers", f"{kind}:{name}", lambda k=kind, n=name, o=own: _transformer(k, n, o)
+            yield f"{kind}:{name}", lambda k=kind, n=name, o=own: _transformer(k, n, o)
     for name in TIMM:
-        yield "timm", f"timm:{name}", lambda n=name: _timm(n)
+        yield f"timm:{name}", lambda n=name: _timm(n)
 
 
 def _timm(name: str) -> tuple[nn.Module, list[Any]]:
@@ -163,7 +167,8 @@ def _timm(name: str) -> tuple[nn.Module, list[Any]]:
     net = timm.create_model(name, num_classes=7, **sized)
     if not sized and side != 64:
         side = net.pretrained_cfg.get("input_size", (3, 224, 224))[-1]
-        side = net.pretrained_cfg.get("min_input_size", (3, side, side))[-1]
+        if not net.pretrained_cfg.get("fixed_input_size"):
+            side = net.pretrained_cfg.get("min_input_size", (3, side, side))[-1]
     return net, [(torch.randn(2, 3, side, side),), (torch.randn(3, 3, side, side),)]
 
 
@@ -213,7 +218,7 @@ SMALL = tuple(
     inception_next hgnet selec vovnet ese_ convnext convmixer poolformer starnet mambaout rdnet repvit fastvit edgenext
     convformer caformer metaformer efficientvit_b swiftformer""".split()
 )
-SIZED = ("vit_tiny", "deit3", "deit_", "swin_tiny", "mixer", "gmlp", "resmlp", "cait", "beit", "pvt")
+SIZED = ("vit_tiny", "deit3", "deit_", "swin_tiny", "mixer", "gmlp", "resmlp", "cait", "beit")
 
 
 def _transformer(kind: str, name: str, own: dict[str, Any]) -> tuple[nn.Module, list[Any]]:
@@ -237,11 +242,13 @@ def _transformer(kind: str, name: str, own: dict[str, Any]) -> tuple[nn.Module, 
         )
         side = 64 if name in ("levit", "hiera") else 32
         return net, [{"pixel_values": torch.randn(n, 3, side, side)} for n in (2, 3)]
-    maker = {"decoder": "AutoModelForCausalLM", "encoder": "AutoModelForMaskedLM", "seq2seq": "AutoModelForSeq2SeqLM"}[
+    makers = {"decoder": ["CausalLM"], "seq2seq": ["Seq2SeqLM"], "encoder": ["MaskedLM", "SequenceClassification"]}[
         kind
     ]
-    if kind == "encoder" and type(config) not in library.AutoModelForMaskedLM._model_mapping:
-        maker = "AutoModel"
+    makers = [
+        f"AutoModelFor{m}" for m in makers
+    ]  # a network for a task: the hidden states of a bare one are its result
+    maker = next(m for m in makers if type(config) in getattr(library, m)._model_mapping)
     net = getattr(library, maker).from_config(config)
 
     def ids(rows: int, length: int) -> dict[str, Tensor]:
@@ -298,7 +305,7 @@ def uneven(groups: ockham.Groups, generator: torch.Generator, most: float = 0.9)
     return plan_masks(groups, keep)
 
 
-def examine(make: Callable[[], tuple[nn.Module, list[Any]]]) -> dict[str, Any]:
+def examine(make: Make) -> Record:
     """Return what happened to one architecture."""
     torch.manual_seed(0)
     try:
@@ -308,7 +315,12 @@ def examine(make: Callable[[], tuple[nn.Module, list[Any]]]) -> dict[str, Any]:
     except Exception as error:
         return {"verdict": "not built", "why": f"{type(error).__name__}: {str(error)[:200]}"}
     try:
-        return _examined(net, inputs)
+        found = _examined(net, inputs)
+        if found["verdict"] == "wrong":  # or rounded: float64 tells
+            wide = [to_double(given) for given in inputs]
+            found["worst_float64"] = _examined(net.double(), wide)["worst"]
+            found["verdict"] = "ok" if found["worst_float64"] <= 1e-9 else "wrong"
+        return found
     except ockham.OckhamError as error:
         return {"verdict": "refused", "why": str(error)[:300]}
     except Exception as error:
@@ -348,40 +360,6 @@ def _examined(net: nn.Module, inputs: list[Any]) -> dict[str, Any]:
     return {"verdict": "ok" if worst <= TOLERANCE else "wrong", **facts}
 
 
-def main() -> None:
-    """Run, and write JSON and a table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*")
-    parser.add_argument("--list", action="store_true")
-    parser.add_argument("--again", action="store_true", help="try once more what is recorded")
-    parser.add_argument("--limit", type=int, default=240, help="seconds of CPU time for one network")
-    parser.add_argument("--library", choices=["timm", "transformers"])
-    given = parser.parse_args()
-    RESULTS.parent.mkdir(exist_ok=True)
-    file = RESULTS.with_suffix(".json")
-    rows: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    warnings.simplefilter("ignore")
-    signal.signal(signal.SIGPROF, _stop)
-    for library, name, make in architectures():
-        if given.library not in (None, library) or (given.names and name not in given.names):
-            continue
-        if given.list:
-            print(name)
-            continue
-        if name in rows and rows[name]["verdict"] not in REPEATED and not (given.again or given.names):
-            continue
-        signal.setitimer(signal.ITIMER_PROF, given.limit)
-        try:
-            rows[name] = examine(make)
-        except _TooSlowError:
-            rows[name] = {"verdict": "too slow"}
-        finally:
-            signal.setitimer(signal.ITIMER_PROF, 0)
-        print(name, json.dumps(rows[name]), flush=True)
-        file.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
-        RESULTS.with_suffix(".md").write_text(table(rows))
-
-
 class _TooSlowError(BaseException):
     """The limit of CPU time is over; not an Exception, so that nobody takes it for one of the network."""
 
@@ -390,30 +368,69 @@ def _stop(*_: Any) -> None:
     raise _TooSlowError
 
 
-def table(rows: dict[str, Any]) -> str:
-    """Return the results as a table in Markdown."""
+def networks(args: argparse.Namespace) -> None:
+    """Try the architectures that are named, or all that have no lasting verdict."""
+    signal.signal(signal.SIGPROF, _stop)
+    rows = BENCH.records("families").get("families", {})
+    for name, make in architectures():
+        if args.list:
+            print(name)
+        elif name in args.names or not args.names:
+            if name in rows and (args.names or args.again or rows[name]["verdict"] in REPEATED):
+                rest = {k: v for k, v in BENCH.records("families")["families"].items() if k != name}
+                write(BENCH.path("families"), json.dumps(rest, indent=1) + "\n")
+            BENCH.record("families", lambda m=make: limited(m, args.limit), row=name, seeds=list(SEEDS), most=0.9)
+
+
+def limited(make: Make, seconds: int) -> Record:
+    """Return what happened to one architecture within some seconds of CPU time."""
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        return examine(make)
+    except _TooSlowError:
+        return {"verdict": "too slow"}
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def pages() -> dict[str, list[str]]:
+    """Return the results as tables in Markdown."""
+    rows = dict(sorted(BENCH.records("families").get("families", {}).items()))
     counts: dict[str, int] = {}
-    for row in rows.values():
-        counts[row["verdict"]] = counts.get(row["verdict"], 0) + 1
-    head = f"{len(rows)} architectures: " + ", ".join(
-        f"{n} {v}" for v, n in sorted(counts.items(), key=lambda c: -c[1])
-    )
-    lines = [
-        "| architecture | verdict | groups | kept at a 60 % cut | worst difference | trace, CPU s | why |",
-        "| --- " * 7 + "|",
-    ]
-    for name, row in sorted(rows.items()):
-        cells = [row.get(k, "") for k in ("verdict", "groups", "kept_at_60", "worst", "trace_cpu_s", "why")]
-        lines.append(f"| {name} | " + " | ".join(str(c).replace("|", "/").replace("\n", " ") for c in cells) + " |")
     kept: dict[str, list[float]] = {}
     for name, row in rows.items():
+        counts[row["verdict"]] = counts.get(row["verdict"], 0) + 1
         if "kept_at_60" in row:
             kept.setdefault(family_of(name), []).append(row["kept_at_60"])
-    means = ["| family | architectures | parameters kept at a 60 % cut, mean | largest |", "| --- | --- | --- | --- |"]
-    for family, own in sorted(kept.items()):
-        means.append(f"| {family} | {len(own)} | {sum(own) / len(own):.3f} | {max(own):.3f} |")
-    return "\n".join([f"# Families\n\n{head}.\n", *means, "", *lines, ""])
+    said = ", ".join(f"{n} {v}" for v, n in sorted(counts.items(), key=lambda c: -c[1]))
+    means = [
+        [family, len(own), f"{sum(own) / len(own):.3f}", f"{max(own):.3f}"] for family, own in sorted(kept.items())
+    ]
+    cells = ("verdict", "groups", "kept_at_60", "worst", "trace_cpu_s", "why")
+    every = [
+        [name, *(str(row.get(k, "")).replace("|", "/").replace("\n", " ") for k in cells)] for name, row in rows.items()
+    ]
+    return {
+        "families.md": [
+            "# Families", "", f"{BENCH.written()}.", "", f"{len(rows)} architectures: {said}.", "",
+            *markdown("family | architectures | parameters kept at a 60 % cut, mean | largest", means), "",
+            *markdown("architecture | verdict | groups | kept at a 60 % cut | worst difference | trace, CPU s | why", every),
+        ]
+    }  # fmt: skip
 
+
+def run(args: argparse.Namespace) -> None:
+    """Run what is asked for."""
+    {"networks": networks}[args.only](args)
+
+
+BENCH = Benchmark(
+    __file__, __doc__, run, pages, folder="",
+    names=Option([], "architectures to try again", word=True), list=Option(False, "only say their names"),
+    limit=Option(240, "seconds of CPU time for one network"),
+    only=Option("networks", "part to run", choices=("networks", "sizes", "rival")),
+)  # fmt: skip
+main = BENCH.main
 
 if __name__ == "__main__":
     main()

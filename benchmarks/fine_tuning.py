@@ -218,8 +218,14 @@ def table() -> None:
         accuracy = ", ".join(f"{100 * r['accuracy']:.1f}" for r in own)
         nll, wrong, gone = (sum(r[k] for r in own) / len(own) for k in ("nll", "ece", "removed"))
         kinds = {"heads": "attention", "MLP": "ffn"}
-        widths = [f"{kind} " + ", ".join("/".join(str(sum(w[i] for k, w in r["widths"].items() if part in k))
-                  for i in (1, 0)) for r in own) for kind, part in kinds.items() if own[0].get("widths")]
+        widths = [
+            f"{kind} "
+            + ", ".join(
+                "/".join(str(sum(w[i] for k, w in r["widths"].items() if part in k)) for i in (1, 0)) for r in own
+            )
+            for kind, part in kinds.items()
+            if own[0].get("widths")
+        ]
         pace = sum(r["seconds"][-1] / r["seconds"][0] for r in own) / len(own)
         lines.append(f"| {name} | {len(own)} | {accuracy} | {nll:.3f} | {100 * wrong:.1f} | {100 * gone:.1f} | "
                      f"{'; '.join(widths) or '-'} | {pace:.2f} |")  # fmt: skip

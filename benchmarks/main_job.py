@@ -47,6 +47,7 @@ PRESETS: dict[str, dict] = {
 }
 
 METHODS: dict[str, dict] = {
+    "adam": {},
     "ockham": {"rule": "evidence"},
     "snr": {"rule": "snr", "baseline": False},
     "gradual-snr": {"rule": "gradual-snr", "baseline": False},
@@ -66,9 +67,9 @@ def measured(preset: str, method: str, seed: int, data: Path, adam: bool) -> Rec
     settings = {**PRESETS[preset], **METHODS[method], "seed": seed, "quiet": True}
     if settings.get("data"):
         settings["data"] = str(data / settings["data"])
-    if not adam:
+    if not adam and method != "adam":
         settings["baseline"] = False
-    if method != "ockham":
+    if method not in ("adam", "ockham"):
         settings.pop("cap", None)
         settings.pop("log_odds", None)
         settings["keep_share"] = recorded(preset, "ockham", seed, data, adam)["metrics"]["kept"]
@@ -76,6 +77,11 @@ def measured(preset: str, method: str, seed: int, data: Path, adam: bool) -> Rec
         job = build_job(Options(out=folder, **settings), f"benchmarks/main_job.py --preset {preset} --method {method}")
         for info in job.run():
             print(f"{preset} {method} {seed}: {info}", file=sys.stderr, flush=True)
+            if method == "adam" and job.before is not None:
+                kept = {"before": job.before["facts"]["measures"], "kept": 1.0, "seed": seed}
+                return {"preset": preset, "method": method, "metrics": kept} | {
+                    name: job.before[name] for name in ("rate", "epoch", "temperature")
+                }
         metrics, history, result = (
             json.loads((Path(folder) / f"{name}.json").read_text()) for name in ("metrics", "history", "result")
         )
@@ -97,15 +103,18 @@ Last epoch, mean (and range) over seeds; Monte Carlo prediction with 20 draws, e
 'ockham' is the evidence rule, without a target; the others get its kept share of the same seed as
 their budget, with the same rounds and refit: 'snr' ranks the same posterior by P mean^2, 'magnitude'
 ranks an Adam network; both cut to the budget at the first round, 'gradual-' along the cubic path.
+'AdamW, dense' has weight decay, rate, number of epochs and temperature chosen on a tenth of the training
+examples (docs/decisions.md, 'What is "before" in metrics.json?'); 'untuned' is a last epoch of Adam without.
 Kept = nonzero over all learnable values, biases included."""
     records = list(BENCH.records().values())
     rows = []
     for preset, method in itertools.product(PRESETS, METHODS):
         found = [r["metrics"] for r in records if (r["preset"], r["method"]) == (preset, method)]
         before = [m for m in found if m["before"]]
-        if method == "ockham" and before:
-            rows.append([preset, "Adam, dense", *_cells(before, "before")])
-        if found:
+        tuned = any((r["preset"], r["method"]) == (preset, "adam") for r in records)
+        if before and method == ("adam" if tuned else "ockham"):
+            rows.append([preset, "AdamW, dense" if tuned else "Adam, dense, untuned", *_cells(before, "before")])
+        if found and method != "adam":
             rows.append([preset, method, *_cells(found, "after")])
     head = "preset | method | seeds | kept % | accuracy % | NLL | ECE | mean network: accuracy %, ECE | seconds"
     return {"main_job.md": section("# The main job: accuracy and calibration against weights kept", said, head, rows)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import fields
 
 __all__ = [
     "DataError",
@@ -40,19 +41,25 @@ class OckhamWarning(UserWarning):
     """Something the user should know before trusting a result."""
 
 
-def check_keywords(owner: str, given: Mapping[str, object], known: type) -> None:
+def check_keywords(owner: str, given: Mapping[str, object], known: type, *settings: type) -> None:
     """Refuse keywords that a `TypedDict` of options does not have, as Python does for a plain signature.
 
     Args:
         owner: name of the class or function that takes the keywords.
         given: keywords that came.
         known: TypedDict that declares them.
+        settings: dataclasses of settings that the function takes as a whole, where the keyword may be sought.
 
     Raises:
         TypeError: a keyword is unknown; names the nearest one.
     """
     for name in given:
         if name not in known.__annotations__:
-            near = difflib.get_close_matches(name, known.__annotations__, 1)
+            homes = {field.name: kind.__name__ for kind in settings for field in fields(kind)}
+            near = difflib.get_close_matches(
+                {"lr": "learning_rate"}.get(name, name), [*known.__annotations__, *homes], 1
+            )
             hint = f"; did you mean {near[0]!r}?" if near else ""
+            if near and (home := homes.get(near[0])):
+                hint = f"; it is a setting: {home.lower()}=ockham.{home}({near[0]}=...)"
             raise TypeError(f"{owner}() got an unexpected keyword argument {name!r}{hint}")

@@ -259,6 +259,46 @@ def test_batches_and_outputs_as_people_have_them() -> None:
     assert all(torch.equal(t, again.model.state_dict()[n]) for n, t in done.model.state_dict().items())
 
 
+X, Y = torch.randn(32, 6, generator=torch.Generator().manual_seed(0)), torch.arange(32) % 2
+NAN = X.clone()
+NAN[3, 1] = math.nan
+
+
+@pytest.mark.parametrize(
+    ("data", "given", "said"),
+    [
+        (None, {}, "iterable of batches, or a tensor; got NoneType"),
+        ("text", {}, r"a tensor, .* or a mapping of inputs; got str"),
+        ([(X, Y.numpy())], {}, "tensor or None; got ndarray"),
+        ([(X, Y.tolist())], {}, "tensor or None; got list"),
+        ([(X, Y), (NAN, Y)], {}, r"batch 1 .*: input 0 holds NaN"),
+        ([(X, X[:, 0]), (X, NAN[:, 1])], {"likelihood": "regression"}, "batch 1 .* not finite: nan in example 3"),
+        ([(X, Y)], {"batch": lambda item: item["x"]}, "batch= cannot read the calibration data, tuple of 2"),
+        ([(X, Y)], {"output": lambda found: found.scores}, "output= cannot read what the network returns"),
+        ([(X, Y)], {"output": lambda found: "a"}, "output= must take a tensor .* got str"),
+        ([(X, Y)], {"likelihood": "causal-lm"}, r"causal-lm needs .* got \(32, 2\)"),
+        ([(X, Y, Y + 0.5)], {}, "examples count once each, and these have weights"),
+        ([Batch((X,), target=Y, weight=Y + 0.5)], {}, "examples count once each, and these have weights"),
+        (
+            [(X, Y)],
+            {"likelihood": Loss(lambda f, y: nn.functional.cross_entropy(f, y).detach(), reduction="mean")},
+            "does not depend on the network's output",
+        ),
+    ],
+)
+def test_data_that_cannot_be_read_are_named(data: Any, given: dict[str, Any], said: str) -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+    with pytest.raises(DataError, match=said):
+        prune(net, data, keep_share=0.5, **given)
+
+
+def test_weights_of_one_are_no_weights() -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+    want = prune(net, [(X, Y)], keep_share=0.5, settings=FIXED).model.state_dict()
+    found = prune(net, [(X, Y, torch.ones(32))], keep_share=0.5, settings=FIXED).model.state_dict()
+    assert all(torch.equal(t, want[n]) for n, t in found.items())
+
+
 def test_a_causal_language_model_by_either_name_is_the_same() -> None:
     model, data = network("llama"), [{"input_ids": w, "labels": w} for w in (ids(seed=s) for s in range(4))]
     want = prune(model, data, keep_share=0.5, settings=FIXED, likelihood="next-token").model.state_dict()

@@ -237,3 +237,24 @@ def test_unknown_keys_of_a_toml_file_are_listed(ockham, tmp_path: Path) -> None:
 def test_version_and_help(ockham) -> None:
     assert ockham("--version").stdout.strip() == f"ockham {library.__version__}"
     assert "compress" in ockham("--help").stdout
+
+
+def test_what_cannot_work_is_said_before_any_work(ockham, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def net():\n    return {}['no']\n")
+    for given, said in [
+        (("--seed", "-1"), "--seed is a whole number from 0 on"),
+        (("--out", ""), "--out names a folder"),
+        (("--max-bytes", "0"), "--max-bytes must be at least 1"),
+        (("--normalize", "a:b"), "--normalize a:b: expected none"),
+        (("--model", "mine:net"), "--model mine:net, called without arguments, raises KeyError: 'no' ("),
+        (("--data", "mine:net"), "--data mine:net, called without arguments, raises KeyError"),
+    ]:
+        done = ockham("compress", "--out", "r", *QUICK, *given)
+        assert done.returncode == 2 and said in done.stderr.replace("\n", " "), done.stderr
+        assert not list((tmp_path / "r").glob("*"))
+
+
+def test_the_help_shows_what_is_taken_where_nothing_is_typed(ockham) -> None:
+    said = " ".join(ockham("compress", "--help").stdout.split())
+    for default in ("[by the data]", "[the evidence decides]", "[digits]", "[20]"):
+        assert default in said

@@ -9,8 +9,9 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -265,13 +266,27 @@ def test_the_same_job_only_is_resumed(home: Path) -> None:
         (common("ivon", "m"), ("mean-field", "ivon")),
         ((*common("mean-field", "m"), "--learning-rate", "0.5"), ("learning_rate was 0.003, is 0.5",)),
         ((*common("mean-field", "m"), "--batch-size", "17"), ("batch_size was", "is 17")),
+        ((*common("mean-field", "m"), "--draws", "3"), ("draws was 2, is 3",)),
     ):
         (home / "log").write_text("")
         assert command(*other, "--resume") == 2
         said = (home / "log").read_text().replace("\n", " ")
         assert "belongs to another job" in said and all(name in said for name in names)
-    data = np.load(home / "data" / "train.npz")
+    for other in (NETS.replace("16", "12"), NETS.replace("nn.ReLU()", "nn.Tanh()")):
+        (home / "nets.py").write_text(other)
+        (home / "log").write_text("")
+        assert command(*common("mean-field", "m"), "--resume") == 2
+        assert "network's code was 146 parameters" in (home / "log").read_text().replace("\n", " ")
+    (home / "nets.py").write_text(NETS)
+    data = dict(np.load(home / "data" / "train.npz"))
     np.savez(home / "data" / "train.npz", x=data["x"], y=1 - data["y"])
     (home / "log").write_text("")
     assert command(*common("mean-field", "m"), "--resume") == 2
     assert "data content was" in (home / "log").read_text().replace("\n", " ")
+    np.savez(home / "data" / "train.npz", x=data["x"], y=data["y"])
+    (home / "log").write_text("")
+    heard = partial(warnings.simplefilter, "always")
+    assert command(*common("mean-field", "m"), "--threads", "2", "--resume", before=heard) == 0
+    assert re.search(
+        r"began with torch \S+ 1 threads, .* and goes on with", (home / "log").read_text().replace("\n", " ")
+    )

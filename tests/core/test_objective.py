@@ -13,7 +13,7 @@ from torch import nn
 
 import ockham
 from ockham.core.batch import Batch
-from ockham.core.likelihood import Classification, Regression
+from ockham.core.likelihood import Classification, Loss, Regression
 from ockham.core.network import train_
 from ockham.core.objective import blame, objective_of
 from ockham.core.scaling import TargetStatistics, find_head, rescale_, rescaled
@@ -145,6 +145,21 @@ def test_n_data_is_the_sum_of_the_weights_and_far_sums_are_announced():
         objective_of(net).prepare(net, batches(X, y, torch.full((200,), 0.1)))
 
 
+@pytest.mark.parametrize("answer", [lambda f: f, lambda f: {"logits": f}, lambda f: (f, None)])
+def test_a_loss_that_is_cut_off_from_the_network_is_refused(answer):
+    class Net(nn.Linear):
+        def forward(self, x):
+            return answer(super().forward(x))
+
+    net, logits = Net(4, 2), lambda f: f["logits"] if isinstance(f, dict) else f[0] if isinstance(f, tuple) else f
+    good = Loss(lambda f, y: torch.nn.functional.cross_entropy(logits(f), y), reduction="mean")
+    cut = Loss(lambda f, y: torch.nn.functional.cross_entropy(logits(f).detach(), y), reduction="mean")
+    batch = Batch((torch.randn(6, 4),), target=torch.arange(6) % 2)
+    objective_of(net, good).check(net, batch)
+    with pytest.raises(DataError, match=r"does not depend on the network's output.*\.detach\(\)"):
+        objective_of(net, cut).check(net, batch)
+
+
 def test_a_given_n_data_is_taken_and_checked():
     net, y = mlp(2), (X[:, 0] > 0).long()
     endless = batches(X, y)
@@ -157,7 +172,12 @@ def test_a_given_n_data_is_taken_and_checked():
                 yield raw
 
     assert objective_of(net).prepare(net, Counted(endless), 1000) == 1000 and len(read) == 1
-    for n_data, text in ((10, "smaller than one batch"), (0, "must be positive"), (math.nan, "must be positive")):
+    for n_data, text in (
+        (10, "smaller than one batch"),
+        (0, "must be positive"),
+        (math.nan, "must be positive"),
+        ("9", "got str"),
+    ):
         with pytest.raises(DataError, match=text):
             objective_of(net).prepare(net, batches(X, y), n_data)
     with pytest.raises(DataError, match="empty"):

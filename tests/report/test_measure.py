@@ -289,3 +289,24 @@ def test_mistakes_are_named(mistake):
     call, message = MISTAKES[mistake]
     with pytest.raises(DataError, match=message):
         call()
+
+
+@pytest.mark.parametrize("sharpness", [0.2, 1.5, 30.0])
+def test_the_temperature_of_least_nll(sharpness):
+    logs, labels = classifier(sharpness=sharpness)
+    found = measure.fit_temperature(logs, labels)
+    want = scipy.optimize.minimize_scalar(
+        lambda t: measure.nll((logs.double() / math.exp(t)).log_softmax(1), labels), bounds=(-4, 4), method="bounded",
+        options={"xatol": 1e-9},
+    )  # fmt: skip
+    assert math.log(found) == pytest.approx(want.x, abs=1e-5)
+    calibrated = measure.tempered(lambda x: logs.double(), found)(None)
+    assert measure.nll(calibrated, labels) == pytest.approx(want.fun, rel=1e-12)
+    assert torch.equal(calibrated.argmax(1), logs.argmax(1))
+    assert measure.fit_temperature(logs * 0.5, labels) == pytest.approx(0.5 * found)  # units of the logits
+
+
+def test_the_temperature_of_a_classifier_that_is_never_wrong_has_a_bound():
+    logs = torch.tensor([[0.0, -1.0], [-1.0, 0.0]]).log_softmax(1)
+    assert measure.fit_temperature(logs, torch.tensor([0, 1])) == pytest.approx(0.01)
+    assert measure.fit_temperature(logs, torch.tensor([1, 0])) == pytest.approx(100.0)

@@ -15,8 +15,8 @@ from ockham.choose import prices
 from ockham.choose.prices import UnitShare, budget_from, macs_after, parameters_after, unit_costs
 from ockham.choose.units import choose_units
 from ockham.errors import OckhamError, OckhamWarning
-from ockham.surgery import PlanError
-from ockham.surgery.exporting import onnx_latency
+from ockham.surgery import PlanError, exporting
+from ockham.surgery.exporting import layer_times, onnx_latency
 from ockham.surgery.shrinking import cost, latencies
 
 
@@ -175,20 +175,94 @@ def test_a_network_is_timed_in_onnx_runtime_and_left_as_it_is() -> None:
     assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_the_multiple_of_widths_is_measured(traced, monkeypatch) -> None:
-    model, groups = traced
+def in_steps(of: int) -> Callable[..., list[float]]:
+    """A machine on which a width costs as much as the next multiple of some number."""
 
-    def seconds(model, plan, x, runtime):
-        whole = all((plan.widths[k] - len(plan.removed.get(k, ()))) % 4 == 0 for k in plan.widths)
-        return (1.0 if whole else 1.5) * macs_after(model, plan, x)
+    def times(layers, runtime):
+        return [1e-3 * math.prod(-(-n // of) * of for n in layer.weight.shape[:2]) for layer, _ in layers]
 
-    monkeypatch.setattr(prices, "latency_after", seconds)
-    assert prices.multiple_that_pays(prices.Subject(model, X), groups) == 4
-    options = {"price": ockham.FlatPrice(1.0), "round_to": "auto"}
-    plan = ockham.plan(groups, posterior_of(model), model=model, example_inputs=X, **options)
-    assert all((w - len(plan.removed.get(k, ()))) % 4 == 0 for k, w in plan.widths.items())
+    return times
+
+
+def wide() -> tuple[nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    pool = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    layers = (nn.Conv2d(1, 24, 3), nn.ReLU(), nn.Conv2d(24, 80, 3), nn.ReLU(), *pool, nn.Linear(80, 10))
+    return nn.Sequential(*layers), torch.randn(3, 1, 6, 6)
+
+
+@pytest.mark.parametrize("of", [1, 4, 8])
+def test_multiples_are_those_in_which_the_machine_goes(monkeypatch, of: int) -> None:
+    model, x = wide()
+    groups = ockham.trace(model, x)
+    monkeypatch.setattr(exporting, "layer_times", in_steps(of))
+    monkeypatch.setattr(exporting, "_TIMES", {})
+    found = prices.multiples_that_pay(prices.Subject(model, x), groups)
+    assert found == {"0.weight:0": of, "2.weight:0": of}
+    counted = len(exporting._TIMES)
+    assert counted == 2 * 4  # in either runtime: two layers that make units and two that read them
+    assert prices.multiples_that_pay(prices.Subject(model, x), groups) == found and len(exporting._TIMES) == counted
+
+
+def test_widths_are_multiples_of_what_was_measured(monkeypatch) -> None:
+    model, x = wide()
+    groups = ockham.trace(model, x)
+    monkeypatch.setattr(exporting, "layer_times", in_steps(8))
+    monkeypatch.setattr(exporting, "_TIMES", {})
+    options = {"model": model, "example_inputs": x, "round_to": "auto"}
+    plan = ockham.plan(groups, posterior_of(model), budget={"macs": "50%"}, **options)
+    left = {k: w - len(plan.removed.get(k, ())) for k, w in plan.widths.items()}
+    assert all(w % 8 == 0 for w in left.values()) and left != dict(plan.widths)
+    small = cost(ockham.shrink(model, plan), x).macs
+    assert small <= 0.5 * cost(model, x).macs
+    with pytest.warns(OckhamWarning, match="worth its price"):  # 8 of either are too many
+        tight = ockham.plan(groups, posterior_of(model), budget={"macs": "3%"}, **options)
+    assert cost(ockham.shrink(model, tight), x).macs <= 0.03 * cost(model, x).macs
     with pytest.raises(PlanError, match="round_to='auto' is measured"):
-        ockham.plan(groups, posterior_of(model), **options)
+        ockham.plan(groups, posterior_of(model), round_to="auto")
+
+
+def test_where_nothing_can_be_timed_widths_are_multiples_of_eight_as_far_as_there_are_units(monkeypatch) -> None:
+    monkeypatch.setattr(exporting, "layer_times", lambda layers, runtime: [1e-6] * len(layers))  # too fast to tell
+    monkeypatch.setattr(exporting, "_TIMES", {})
+    model, x = wide()
+    groups = ockham.trace(model, x)
+    assert prices.multiples_that_pay(prices.Subject(model, x), groups) == {"0.weight:0": 8, "2.weight:0": 8}
+    hollow = nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 2)).to("meta")
+    few = ockham.trace(hollow, torch.randn(2, 4, device="meta"))
+    assert prices.multiples_that_pay(prices.Subject(hollow, torch.randn(2, 4, device="meta")), few) == {
+        "0.weight:0": 4, "2.weight:0": 2,
+    }  # fmt: skip
+    heads, rows = nn.TransformerEncoderLayer(64, 4, 32, batch_first=True).eval(), torch.randn(2, 3, 64)
+    found = prices.multiples_that_pay(prices.Subject(heads, rows), ockham.trace(heads, rows))
+    assert found == {"self_attn.in_proj_weight:0": 1, "linear1.weight:0": 8}  # a head is 16 rows wide
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
+def test_layers_are_timed_one_by_one(runtime: str) -> None:
+    if runtime != "torch":
+        pytest.importorskip("onnx")
+        pytest.importorskip("onnxruntime")
+    g = torch.Generator().manual_seed(0)
+    layers = [nn.Linear(64, 64), nn.Linear(64, 1024), nn.Conv2d(3, 4, 3, stride=2, padding=1, bias=False)]
+    inputs = [torch.randn(64, 64, generator=g), torch.randn(64, 64, generator=g), torch.randn(2, 3, 9, 9, generator=g)]
+    small, large, _ = layer_times(list(zip(layers, inputs, strict=True)), runtime)
+    assert 0 < small < large < 1
+
+
+def test_a_layer_alone_in_onnx_runtime_computes_what_it_computes_in_torch() -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    cases = [
+        (nn.Linear(5, 3), torch.randn(2, 4, 5)),
+        (nn.Linear(5, 3, bias=False), torch.randn(4, 5)),
+        (nn.Conv2d(3, 4, 3, stride=2, padding=(1, 0), dilation=2), torch.randn(2, 3, 9, 11)),
+        (nn.Conv1d(3, 4, 3, padding="valid"), torch.randn(2, 3, 9)),
+    ]
+    for layer, x in cases:
+        (found,) = exporting._onnx_call(layer, x)()
+        assert torch.allclose(torch.from_numpy(found), layer(x), atol=1e-5)
 
 
 def test_a_budget_that_cannot_be_met_names_the_least(traced) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ockham import OckhamError
+from ockham import OckhamError, OckhamWarning
 from ockham.surgery import Plan, PlanError, mask, random_plan, shrink, trace, verify
 from ockham.surgery.groups import plan_masks
 from ockham.surgery.labels import Edit
@@ -94,6 +94,11 @@ def test_places_that_look_alike_are_told_apart_by_their_order_or_refused():
         x.chunk(2, 1)
 
 
+def by_hand(self, x):
+    apart = x - x.mean(-1, keepdim=True)
+    return apart / (self.square(apart).mean(-1, keepdim=True) + 0.3).sqrt() * self.w.weight[0] + self.w.weight[1]
+
+
 NORMS = {
     "layer": lambda: nn.LayerNorm(12),
     "layer without affine": lambda: nn.LayerNorm(12, elementwise_affine=False),
@@ -102,6 +107,9 @@ NORMS = {
     "rms by hand": lambda: Fn(
         lambda self, x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.3) * self.w.weight[0], w=L(12, 1)
     ),
+    "layer by hand": lambda: Fn(by_hand, w=L(12, 2), square=torch.square),
+    "layer by hand, a power": lambda: Fn(by_hand, w=L(12, 2), square=lambda t: t**2),
+    "layer by hand, a product": lambda: Fn(by_hand, w=L(12, 2), square=lambda t: t * t),
     "group": lambda: Fn(lambda self, x: self.n(x.transpose(1, 2)).transpose(1, 2), n=nn.GroupNorm(3, 12)),
     "one group": lambda: Fn(lambda self, x: self.n(x.transpose(1, 2)).transpose(1, 2), n=nn.GroupNorm(1, 12)),
 }
@@ -322,3 +330,86 @@ def test_an_optimizer_of_ones_own_and_its_scheduler_follow():
     )
     with pytest.raises(OckhamError, match="another optimizer"):
         shrink(net, cut, scheduler=scheduler)
+
+
+def test_a_norm_by_hand_that_is_called_twice():
+    torch.manual_seed(0)
+    net = Fn(
+        lambda self, x: self.o(self.n(self.i(x) + self.b(self.n(self.i(x))))),
+        i=L(6, 12), b=L(12, 12), o=L(12, 3), n=NORMS["layer by hand"](),
+    ).eval()  # fmt: skip
+    x = torch.randn(2, 5, 6)
+    groups = trace(net, x)
+    assert groups["i.weight:0"].size == 12
+    cut = uneven(groups, 0.5, 0)
+    assert difference(outputs(mask(net, cut), x), outputs(shrink(net, cut), x)) <= 1e-5
+
+
+def folded(self, x):
+    """Attention whose heads lie in the dimension of examples, with sizes of all kinds."""
+    n, t, _ = x.shape
+    q, k, v = (
+        f(x).view(n, t, -1, 3).transpose(1, 2).reshape(n * self.num_heads, -1, 3) for f in (self.q, self.k, self.v)
+    )
+    scores = torch.bmm(q, k.transpose(1, 2)).view(n, self.num_heads, t, t) - self.far[:, :t, :t]
+    y = torch.bmm(scores.view(-1, t, t).softmax(-1), v).view(-1, self.num_heads, t, 3)
+    return self.o(y.transpose(1, 2).reshape(n, t, self.num_heads * 3))
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (1, 16), (2, 3), (4, 4), (5, 1)])
+def test_heads_folded_into_examples_take_other_batches_and_lengths(shape):
+    torch.manual_seed(0)
+    net = Fn(folded, q=L(6, 12), k=L(6, 12), v=L(6, 12), o=L(12, 6)).eval()
+    net.num_heads = 4
+    net.register_buffer("far", (torch.arange(16.0)[:, None] - torch.arange(16.0)).abs() * torch.rand(4, 1, 1))
+    groups = trace(net, torch.randn(2, 5, 6))
+    assert groups["q.weight:0"].size == 4
+    x = torch.randn(*shape, 6)
+    for left in (1, 2, 3):
+        keep = torch.arange(4) >= 4 - left
+        cut = plan_masks(groups, {"q.weight:0": keep})
+        assert difference(outputs(mask(net, cut), x), outputs(shrink(net, cut), x)) <= 1e-5
+
+
+def routed(self, x):
+    """Rows of the input go to one of two layers by their sign; it comes back in zeros of a size by number."""
+    x = self.i(x)
+    first = x.sum(-1) > 0
+    order = first.long().argsort()
+    parts = x[order].split(torch.stack([(~first).sum(), first.sum()]).tolist())
+    done = torch.cat([layer(part) for layer, part in zip((self.a, self.b), parts, strict=True)])
+    return self.o((torch.zeros(len(x), self.width).index_add(0, order, done) + x + 0).tanh())
+
+
+def written_by_mask(self, x):
+    y = self.i(x)
+    chosen = y.sum(-1) > 0
+    out = x.new_zeros(x.shape[0], self.width)
+    out[chosen] = self.a(y[chosen]).tanh()
+    return self.o(out)
+
+
+def averaged(self, x):
+    """Pairs of positions are averaged by a pooling whose other windows are one element wide."""
+    y = self.i(x).reshape(-1, 2, self.width)
+    return self.o(self.a(F.avg_pool2d(y[:, None], (2, 1), stride=(2, 1))[:, 0, 0]).relu())
+
+
+@pytest.mark.parametrize("forward", [routed, written_by_mask, averaged])
+def test_a_width_is_free_where_only_rows_move(forward):
+    torch.manual_seed(0)
+    net = Fn(forward, i=L(6, 12), a=L(12, 12), b=L(12, 12), o=L(12, 3)).eval()
+    net.width = 12
+    groups = trace(net, torch.randn(8, 6))
+    assert groups["i.weight:0"].size == 12, groups.frozen
+    for seed in range(3):
+        cut = uneven(groups, 0.5, seed)
+        assert len(cut.removed["i.weight:0"])
+        for x in (torch.randn(8, 6), torch.randn(6, 6)):
+            assert difference(outputs(mask(net, cut), x), outputs(shrink(net, cut), x)) <= 1e-5
+
+
+def test_a_pooling_over_channels_still_keeps_them():
+    net = Fn(lambda self, x: self.o(F.avg_pool1d(self.i(x), 3, stride=1, padding=1)), i=L(6, 12), o=L(12, 3))
+    with pytest.warns(OckhamWarning, match="pools over this dimension"):
+        assert len(trace(net, torch.randn(2, 6))) == 0

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import ockham
 from ockham.surgery import RotationError, mask, rotate, shrink, trace
+from ockham.surgery.copies import given_to
 from ockham.surgery.groups import plan_masks
 
 from .law import difference, outputs, randomise
@@ -96,3 +98,39 @@ def test_what_cannot_be_rotated_says_why():
     bent = Fn(lambda self, x: self.o(self.n(self.i(x).tanh())), i=L(6, 8), o=L(8, 2), n=nn.RMSNorm(8))
     with pytest.raises(RotationError, match="would change the outputs"):
         rotate(bent, trace(bent, x), x)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("norm", [nn.RMSNorm, nn.LayerNorm, OnePlusRMSNorm])
+def test_a_posterior_says_along_which_directions_the_readers_feel_the_stream(norm, tied):
+    net = made(norm, tied)
+    words = torch.arange(72).reshape(8, 9) % 20
+    posterior = ockham.laplace(net, [(words, words)], structure="kronecker", prior=1.0)
+    groups = trace(net, WORDS)
+    turned = rotate(net, groups, posterior)
+    assert difference(outputs(net, WORDS), outputs(turned, WORDS)) <= 1e-5
+    # by hand: what the readers are given in the turned network, weighted as the loss feels it, is diagonal and falls
+    paths = ["a.0", "a.1", "o"]
+    before, after = (given_to(m, paths, ((words,), {})) for m in (net, turned))
+    matrices = {m.weight: m for m in posterior.matrices}
+    moment = torch.zeros(12, 12, dtype=torch.float64)
+    for path in paths:
+        if path == "o" and (tied or norm is nn.LayerNorm):  # no factors that tell z
+            continue
+        matrix = matrices[f"{path}.weight"]
+        x, z = (seen[path][0].double().flatten(0, -2) for seen in (before, after))
+        k, weight = matrix.precision, turned.get_submodule(path).weight.detach().double()
+        size = float(x.square().sum()) + (len(x) if matrix.bias is not None else 0)
+        felt = (k.output_vectors[0] * k.output_values[0]) @ k.output_vectors[0].T
+        moment += torch.trace(weight.T @ felt @ weight) * float(k.input_values[0].sum()) / size * (z.T @ z)
+    diagonal = moment.diagonal()
+    assert float((moment - diagonal.diag()).abs().max() / diagonal.max()) < 1e-4
+    assert bool((diagonal[:-1] >= diagonal[1:] * (1 - 1e-4)).all())
+
+
+def test_a_posterior_without_factors_says_no_direction():
+    net = made(nn.RMSNorm)
+    words = torch.arange(36).reshape(4, 9) % 20
+    posterior = ockham.laplace(net, [(words, words)], structure="diagonal", prior=1.0)
+    with pytest.raises(RotationError, match="no Kronecker factors"):
+        rotate(net, trace(net, WORDS), posterior)

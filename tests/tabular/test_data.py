@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import warnings
 
 import numpy as np
@@ -13,6 +14,7 @@ from ockham.tabular import SparseBNNClassifier, SparseBNNRegressor
 from ockham.tabular.data import Encoding, columns_of, counts_for, dense, outlying
 
 pandas = pytest.importorskip("pandas")
+pyarrow = pytest.importorskip("pyarrow")
 FAST = {"max_iter": 150, "n_restarts": 1, "hidden_layer_sizes": (4,), "n_draws": 8, "random_state": 0}
 
 
@@ -181,3 +183,57 @@ def test_several_targets_are_fitted_side_by_side(table):
     one = model.estimators_[0].log_density(x, both[:, 0]) + model.estimators_[1].log_density(x, both[:, 1])
     np.testing.assert_allclose(model.log_density(x, both), one)
     assert "target 1" in model.summary()
+
+
+DAYS = [datetime.date(2020, 1, 1 + i) for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        DAYS,
+        [datetime.datetime(2020, 1, 1 + i, 2, tzinfo=datetime.timezone(datetime.timedelta(hours=2))) for i in range(4)],
+        pandas.period_range("2020-01-01", periods=4, freq="D"),
+        pandas.date_range("2020-01-01", periods=4, tz="Europe/London"),
+        pandas.Series(pandas.date_range("2020-01-01", periods=4)).astype("timestamp[ns][pyarrow]"),
+        pandas.Series(DAYS).astype("date32[pyarrow]"),
+    ],
+)
+def test_times_of_any_make_are_days(values):
+    (found,) = columns_of(pandas.DataFrame({"when": values}))
+    assert found.tolist() == [18262.0, 18263.0, 18264.0, 18265.0]
+
+
+def test_a_missing_time_is_missing():
+    (found,) = columns_of(pandas.DataFrame({"when": [None, *DAYS[:2], None]}))
+    assert np.isnan(found).tolist() == [True, False, False, True] and found[1] == 18262.0
+
+
+@pytest.mark.parametrize(
+    ("values", "levels"),
+    [
+        (pandas.cut([0.5, 1.5, 0.5, np.nan], [0, 1, 2]), ["(0, 1]", "(1, 2]", "(0, 1]", None]),
+        (pandas.arrays.IntervalArray.from_breaks([0, 1, 2]), ["(0, 1]", "(1, 2]"]),
+        (pandas.Categorical([3, 4, 3]), ["3", "4", "3"]),
+        (pandas.Categorical([3, None, 4]), ["3", None, "4"]),
+        ([1, "a", None], ["1", "a", None]),
+        (
+            pandas.Series(["a", None]).astype(pandas.ArrowDtype(pyarrow.dictionary(pyarrow.int32(), pyarrow.string()))),
+            ["a", None],
+        ),
+    ],
+)
+def test_levels_of_any_make(values, levels):
+    (found,) = columns_of(pandas.DataFrame({"kind": values}))
+    assert found.tolist() == levels
+
+
+@pytest.mark.parametrize("values", [[[1], [2]], ["a", [2]], [1j, 2j], [{}, {}], [10**400, 1]])
+def test_a_column_of_anything_else_is_named(values):
+    with pytest.raises(OckhamError, match=r"column 'odd' of type .* neither numbers nor .*leave it out"):
+        columns_of(pandas.DataFrame({"odd": values}))
+
+
+def test_two_columns_of_one_name_are_refused():
+    with pytest.raises(OckhamError, match="several columns are called 'a': rename"):
+        columns_of(pandas.DataFrame(np.zeros((2, 3)), columns=["b", "a", "a"]))

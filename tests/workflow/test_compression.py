@@ -368,3 +368,17 @@ def test_a_loader_with_other_generators_is_refused():
     for other in (_numpy_augmented, lambda x, y: [(x, y)]):
         with pytest.raises(DataError, match=r"generator.*torch\.Generator.*same generator="):
             ockham.Compression(net, other(x, y), training=ockham.Training(epochs=2)).load(job.state())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("epochs", r"training=ockham\.Training\(epochs=\.\.\.\)"),
+        ("lr", r"training=ockham\.Training\(learning_rate="),
+        ("start", r"rounds=ockham\.Rounds\(start="),
+        ("bacth", "did you mean 'batch'"),
+    ],
+)
+def test_a_setting_that_is_given_elsewhere_is_shown_its_place(given, said):
+    with pytest.raises(TypeError, match=said):
+        ockham.compress(nn.Linear(2, 2), [], **{given: 1})

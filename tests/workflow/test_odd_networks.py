@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -56,6 +58,15 @@ VERBS = {
     "gates": gates,
     "laplace": ockham.laplace,
 }
+POSTERIOR = ockham.laplace(mlp(), loader(), structure="diagonal")
+OTHERS = {
+    "trace": lambda net: ockham.trace(net, X[:2]),
+    "reduce": lambda net: ockham.reduce(net, POSTERIOR),
+    "prune": lambda net: ockham.prune(net, [X], keep_share=0.5),
+    "predict": lambda net: ockham.predict(net, POSTERIOR, X),
+    "refresh": lambda net: ockham.refresh_batchnorm(net, loader()),
+    "MeanField": lambda net: ockham.MeanField(net, n_data=10),
+}
 TRAINING = ("compress", "structures", "gates")
 
 
@@ -94,6 +105,10 @@ NETWORKS = {
     "script inside": (scripted_inside, "TorchScript.*nn.Module"),
     "nan": (not_a_number, r"'0\.weight' is NaN or infinite in 1 of 48"),
     "empty": (lambda: nn.Sequential(nn.ReLU()), "no parameters"),
+    "quantized": (lambda: torch.ao.quantization.quantize_dynamic(mlp(), {nn.Linear}), "'0' is quantized"),
+    "lazy": (lambda: nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(2)), "Lazy modules.*call the network"),
+    "function": (lambda: torch.relu, r"must be a torch\.nn\.Module; got builtin"),
+    "class": (lambda: nn.Linear, r"must be an instance; got the class Linear: call it"),
 }
 
 
@@ -103,6 +118,32 @@ def test_a_network_that_cannot_be_worked_with_is_refused(kind, verb):
     make, said = NETWORKS[kind]
     with pytest.raises(OckhamError, match=said):
         VERBS[verb](make(), loader())
+
+
+@pytest.mark.parametrize("verb", OTHERS)
+@pytest.mark.parametrize("kind", ["script", "script inside", "lazy", "function", "class"])
+def test_so_is_it_by_what_trains_nothing(kind, verb):
+    make, said = NETWORKS[kind]
+    with pytest.raises(OckhamError, match=said if verb != "MeanField" else ""):
+        OTHERS[verb](make())
+
+
+@pytest.mark.parametrize("verb", ["reduce", "prune", "predict", "refresh"])
+def test_values_that_are_not_there_are_missed_where_they_are_needed(verb):
+    with pytest.raises(OckhamError, match="'meta'"):
+        OTHERS[verb](hollow())
+
+
+def locked():
+    net = mlp()
+    net.lock = threading.Lock()
+    return net
+
+
+@pytest.mark.parametrize("verb", ["trace", "reduce", "prune"])
+def test_what_cannot_be_copied_says_so(verb):
+    with pytest.raises(OckhamError, match=r"cannot be copied.*something else than parameters"):
+        OTHERS[verb](locked())
 
 
 @pytest.mark.parametrize("verb", TRAINING)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,10 @@ from ockham.evidence.kronecker import (
     conditional_mean,
     delta_f_columns,
     delta_f_kronecker,
+    delta_f_matrix,
     without_columns,
 )
+from ockham.surgery.resizing import Branch
 
 __all__ = [
     "COMPENSATION_DAMPING",
@@ -29,6 +32,7 @@ __all__ = [
     "removed_in_rounds",
     "removed_together",
     "score_columns",
+    "with_branches",
 ]
 
 _NEGLIGIBLE = 1e-3
@@ -241,7 +245,37 @@ def score_columns(posterior: Posterior, groups: Iterable[GroupLike]) -> ColumnEv
             costs, changes = blocks[reader.matrix.weight].scored(reader)
             nats[group.id] -= changes
             cost[group.id] += costs
-    return ColumnEvidence(nats, base.held, base.made, base.gone, base.n_data, cost)
+    return ColumnEvidence(nats, base.held, base.made, base.gone, base.n_data, least=base.least, cost=cost)
+
+
+def with_branches(found: StructureEvidence, posterior: Posterior, groups: Iterable[GroupLike]) -> StructureEvidence:
+    """The evidence with that of residual branches beside the units: E = -delta_f of all weights of a branch together.
+
+    Matrices with correlations count exactly where all of their weights live and belong to the branch
+    (`ockham.evidence.kronecker.delta_f_matrix`); all other weights count one by one. A branch with a parameter that the
+    posterior does not know is worth infinitely much.
+
+    Args:
+        found: evidence of units.
+        posterior: distribution of the weights of the full network.
+        groups: result of `ockham.trace`, which knows the branches.
+    """
+    branches: Mapping[str, Branch] = getattr(groups, "branches", {})
+    nats, held, cost = dict(found.nats), dict(found.held), dict(getattr(found, "cost", {}))
+    for key, names in ((key, b.parameters) for key, b in branches.items()):
+        mine = {n: posterior[n] for n in names if n in posterior}
+        whole = [m for m in posterior.matrices if all(n in mine and bool(mine[n].keep.all()) for n in m.names)]
+        joint = [delta_f_matrix(m.pack({n: mine[n].mean for n in m.names}), m.precision) for m in whole]
+        rest = {n: g for n, g in mine.items() if all(n not in m.names for m in whole)}
+        alone = score(replace(posterior, moments=rest, matrices=()))
+        squares = (float((0.5 * g.scored_precision * g.mean.square())[g.keep].double().sum()) for g in rest.values())
+        known = torch.full((1,), 0.0 if len(mine) == len(names) else torch.inf, dtype=torch.float64)
+        nats[key] = known - sum(d for _, d in joint) - sum(float(d.double().sum()) for d in alone.values())
+        cost[key] = known + sum(c for c, _ in joint) + sum(squares)
+        held[key] = torch.tensor([sum(int(g.keep.sum()) for g in mine.values()) + len(names) - len(mine)])
+    made = {**found.made, **{key: held[key] for key in branches}}
+    more: dict[str, Any] = {"cost": cost} if isinstance(found, ColumnEvidence) else {}
+    return replace(found, nats=nats, held=held, made=made, whole=frozenset(branches), **more)
 
 
 def narrowed(posterior: Posterior, groups: Iterable[GroupLike], keep: Mapping[str, Tensor]) -> Posterior:

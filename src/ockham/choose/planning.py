@@ -6,12 +6,12 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from ockham.choose.correlated import ColumnEvidence, narrowed, removed_together, score_columns
+from ockham.choose.correlated import ColumnEvidence, narrowed, removed_together, score_columns, with_branches
 from ockham.choose.prices import (
     Budget,
     FlatPrice,
@@ -22,10 +22,10 @@ from ockham.choose.prices import (
     budget_from,
     costs_for,
     most_allowed,
-    multiple_that_pays,
+    multiples_within,
     within,
 )
-from ockham.choose.units import Choice, StructureEvidence, choose_units, structures_from
+from ockham.choose.units import Choice, Multiples, StructureEvidence, choose_units, structures_from
 from ockham.core.posterior import Posterior
 from ockham.errors import OckhamWarning
 from ockham.surgery.groups import Groups, Plan, PlanError, plan_masks
@@ -47,7 +47,7 @@ def chosen_in_rounds(
     priced: tuple[Price | None, UnitCosts],
     limited: tuple[Budget | None, Subject | None],
     *,
-    round_to: int,
+    round_to: Multiples,
 ) -> tuple[ColumnEvidence, Choice]:
     """Units that a price or a budget leaves.
 
@@ -60,7 +60,7 @@ def chosen_in_rounds(
         posterior: distribution with `matrices`.
         priced: price (None: 0) and costs of a unit, as it needs them.
         limited: the budget, and the network it is measured on; None for none.
-        round_to: widths become multiples of it.
+        round_to: widths become multiples of it; or one number a group.
 
     Returns:
         Evidence of every unit (of removed ones as it was when they went), and the choice.
@@ -71,14 +71,17 @@ def chosen_in_rounds(
     most, whole = most_allowed(limit, subject, groups), limit.measure(subject, plan_masks(groups, {}))
     rounds = max(1, math.ceil(math.log(min(1.0, most / whole)) / math.log(_STEP)))
     options = {"limit": limit, "subject": subject, "costs": limit.unit_costs(subject, groups)}
-    told, now = None, posterior
+    told, now, held = None, posterior, None
     for i in range(1, rounds + 1):
-        evidence = score_columns(now, groups)
+        evidence = cast(ColumnEvidence, with_branches(score_columns(now, groups), posterior, groups))
         told = _remembered(told, evidence)
-        order = replace(evidence, nats=_ordered(evidence, evidence.cost))
-        prices = {key: torch.zeros(len(nats), dtype=torch.float64) for key, nats in evidence.items()}
+        held = held or evidence.held
         last, allowed = i == rounds, whole * (most / whole) ** (i / rounds)
         width = round_to if last else 1
+        order = replace(evidence, nats=_ordered(evidence, evidence.cost))
+        if last and width != 1:  # units that went before may come back to fill up a multiple
+            order = replace(told, nats=_ordered(replace(told, held=held), told.cost), held=held)
+        prices = {key: torch.zeros(len(nats), dtype=torch.float64) for key, nats in evidence.items()}
         choice = within(groups, order, prices, round_to=width, most=allowed, **options)  # type: ignore[arg-type]
         if not last:
             now = narrowed(now, groups, choice.keep)
@@ -87,7 +90,7 @@ def chosen_in_rounds(
 
 
 def _while_it_pays(
-    groups: Groups, posterior: Posterior, price: Price, costs: UnitCosts, round_to: int
+    groups: Groups, posterior: Posterior, price: Price, costs: UnitCosts, round_to: Multiples
 ) -> tuple[ColumnEvidence, Choice]:
     told, now = None, posterior
     left = {g.id: torch.ones(g.size, dtype=torch.bool) for g in groups}
@@ -105,7 +108,11 @@ def _while_it_pays(
         left, now = dict(keep), narrowed(now, groups, keep)
     decided = {key: torch.where(mask, torch.inf, -torch.inf) for key, mask in left.items()}
     flat = {key: torch.zeros(len(mask), dtype=torch.float64) for key, mask in left.items()}
-    return told, choose_units(replace(told, nats=decided), flat, round_to=round_to)
+    units = choose_units(replace(told, nats=decided), flat, round_to=round_to)
+    every = with_branches(told, posterior, groups)
+    whole = every.only(groups.branches)
+    keep = {**units.keep, **choose_units(whole, price.nats(whole, costs)).keep}
+    return cast(ColumnEvidence, every), Choice(keep, units.forced)
 
 
 def _ordered(evidence: ColumnEvidence, values: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -130,7 +137,7 @@ def plan(
     nats: Mapping[str, Tensor] | None = None,
     price: Price | None = None,
     budget: Budget | Mapping[str, Any] | None = None,
-    round_to: int | Literal["auto"] = 1,
+    round_to: Multiples | Literal["auto"] = 1,
     model: nn.Module | None = None,
     example_inputs: Any = None,
 ) -> Plan:
@@ -146,8 +153,9 @@ def plan(
         budget: ``{"macs": "50%"}``, ``{"params": 1_000_000}``, ``{"latency": 0.004}`` (seconds, batch 64, measured;
             ``{"latency": "50%", "runtime": "onnxruntime"}`` measures in ONNX Runtime): the units worth least per cost
             go until it is met; its default price beside that is 0.
-        round_to: number of which widths become multiples, whichever are worth most; "auto" measures on this machine
-            whether 1, 2, 4, 8 or 16 gives the least time per multiply-accumulate.
+        round_to: number of which widths become multiples, whichever are worth most; "auto" measures for each group
+            which of 1, 2, 4, 8 and 16 pays on this machine (`ockham.choose.prices.multiples_that_pay`), in the runtime
+            of a latency budget or in PyTorch and ONNX Runtime.
         model: the traced network, for prices per resource and budgets.
         example_inputs: inputs as for `trace`, for the same.
 
@@ -155,6 +163,9 @@ def plan(
     after each the survivors are scored as if they had moved to make good for what went. Let them move with
     `ockham.compensate` before shrinking. With a budget the units go that cost the fewest nats of NLL, not those with
     the least evidence. Groups whose units share the statistics of a norm stay (`Groups.sharing`): masks may take them.
+
+    Residual branches of ``trace(..., whole=["branches"])`` go where the evidence of all their weights together is below
+    their price, or worth least per cost under a budget; for that ``keep`` is a posterior or its `score`.
 
     Returns:
         The plan; at least one unit of every group (or ``round_to``) stays, and a warning says where none was wanted.
@@ -176,7 +187,7 @@ def plan(
     if round_to == "auto":
         if subject is None:
             raise PlanError("round_to='auto' is measured on the network: pass model= and example_inputs=")
-        round_to = multiple_that_pays(subject, groups, runtime=getattr(limit, "runtime", "torch"))
+        round_to = multiples_within(subject, groups, limit)
     costs = costs_for(price, groups, subject)
     if isinstance(keep, Posterior) and keep.matrices:
         return _told(groups, *chosen_in_rounds(groups, keep, (price, costs), (limit, subject), round_to=round_to))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +16,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from ockham.choose.units import Choice, CutOf, Inside, StructureEvidence, choose_units, held_weights, outgoing
+from ockham.choose.units import (
+    Choice,
+    CutOf,
+    Inside,
+    Multiples,
+    StructureEvidence,
+    choose_units,
+    held_weights,
+    outgoing,
+)
 from ockham.errors import OckhamError
 from ockham.evidence.gaussian import beta_log_odds
-from ockham.surgery.copies import as_arguments, clone
-from ockham.surgery.exporting import onnx_latency
+from ockham.surgery.copies import as_arguments, clone, given_to
+from ockham.surgery.exporting import onnx_latency, width_times
 from ockham.surgery.groups import Group, Groups, Plan, PlanError, plan_masks
 from ockham.surgery.refitting import refit
 from ockham.surgery.shrinking import latency, shrink
@@ -41,10 +51,12 @@ __all__ = [
     "UnitShare",
     "budget_from",
     "costs_for",
+    "fitting_multiple",
     "latency_after",
     "macs_after",
     "most_allowed",
-    "multiple_that_pays",
+    "multiples_that_pay",
+    "multiples_within",
     "parameters_after",
     "unit_costs",
     "within",
@@ -235,7 +247,8 @@ def _check(owner: str, value: float) -> None:
 
 def parameters_after(model: nn.Module, plan: Plan) -> int:
     """Learnable values that a plan leaves, tied ones once."""
-    return sum(math.prod(plan.shape(name)) for name, _ in model.named_parameters())
+    lost = plan.lost
+    return sum(math.prod(plan.shape(name)) for name, _ in model.named_parameters() if name not in lost)
 
 
 def macs_after(model: nn.Module, plan: Plan, example_inputs: Any) -> int:
@@ -268,30 +281,101 @@ def latency_after(
 
 
 MULTIPLES = (1, 2, 4, 8, 16)
-"""Multiples of widths among which `multiple_that_pays` chooses."""
+"""Multiples of widths among which `multiples_that_pay` chooses."""
+_USUAL = 8
+"""The multiple where nothing can be measured."""
 
 
-def multiple_that_pays(subject: Subject, groups: Groups, *, runtime: str = "torch") -> int:
-    """Measure the multiple of widths at which this machine spends the least time per multiply-accumulate.
+def multiples_that_pay(subject: Subject, groups: Groups, *, runtime: str | None = None) -> dict[str, int]:
+    """Measure for each group of which number its width should be a multiple on this machine.
 
-    About half of the units of every group go, so that each width is an odd multiple of 1, 2, 4, 8 and 16 in turn; each
-    of these networks is timed (batch 64). Chosen is the smallest multiple that needs at most 3 % more than the best.
+    The Linear layers and convolutions that make or read the group are timed at about half of the width, batch 64, each
+    shape once in a process. The smallest of 1, 2, 4, 8 and 16 is chosen whose odd multiple is about as much faster as
+    it is narrower (`fitting_multiple`). Where nothing can be timed it is 8, as far as units and width allow.
 
     Args:
         subject: the traced network and example inputs.
         groups: its groups.
-        runtime: "torch" or "onnxruntime".
+        runtime: "torch" or "onnxruntime"; None: the larger multiple of both, as far as ONNX Runtime and onnx are there.
+
+    Returns:
+        Group id to multiple, in units.
     """
-    paid = []
-    for multiple in MULTIPLES:
-        keep = {}
-        for group in groups:
-            width = multiple * (2 * (group.size // (4 * multiple)) + 1)
-            keep[group.id] = torch.arange(group.size) < min(width, group.size)
-        made = plan_masks(groups, keep)
-        seconds = latency_after(subject.model, made, subject.example_inputs, runtime=runtime)
-        paid.append(seconds / max(1, macs_after(subject.model, made, subject.example_inputs)))
-    return next(m for m, cost in zip(MULTIPLES, paid, strict=True) if cost <= 1.03 * min(paid))
+    model = subject.model
+    layers = {g.id: _layers(model, g) for g in groups}
+    paths = {path for found in layers.values() for path in found}
+    hollow = any(p.is_meta for p in model.parameters())
+    given = {} if hollow else given_to(model, paths, as_arguments(subject.example_inputs))
+    tensors = (t for t in pytree.tree_leaves(subject.example_inputs) if isinstance(t, Tensor) and t.ndim)
+    times = 64 / max(1, next((t.shape[0] for t in tensors), 1))
+    found = {}
+    for group in groups:
+        widest = min(m.index.shape[1] for m in group.members)  # indices of a unit where it has fewest
+        found[group.id] = most = 2 ** int(math.log2(max(1, min(_USUAL // widest, group.size // 2))))
+        timed = [(p, c) for p, c in layers[group.id].items() if p in given and isinstance(given[p][0], Tensor)]
+        if widest >= MULTIPLES[-1] or group.size < MULTIPLES[-1] or not timed:
+            continue
+        span = MULTIPLES[-1] if group.size >= 2 * MULTIPLES[-1] else _USUAL
+        base = span * (group.size // 2 // span)
+        odd = {w for m in MULTIPLES if m < span for w in (base + m, base + span - m)}
+        widths = [base, *sorted(odd), base + span]
+        told = []
+        for clock in ("torch", "onnxruntime") if runtime is None else (runtime,):
+            with contextlib.suppress(ImportError) if runtime is None else contextlib.nullcontext():
+                rows = [
+                    width_times(model.get_submodule(p), cuts, given[p][0], widths, times, clock) for p, cuts in timed
+                ]
+                told.append(fitting_multiple(dict(zip(widths, map(sum, zip(*rows, strict=True)), strict=True))))
+        known = [m for m in told if m is not None]
+        found[group.id] = min(max(known), 2 ** int(math.log2(group.size // 2))) if known else most
+    return found
+
+
+def multiples_within(subject: Subject, groups: Groups, limit: Budget | None) -> dict[str, int]:
+    """The multiples of `multiples_that_pay`, halved as often as a budget asks for: it comes before friendly widths."""
+    found = multiples_that_pay(subject, groups, runtime=getattr(limit, "runtime", None))
+    while limit is not None and max(found.values(), default=1) > 1:
+        least = {g.id: torch.arange(g.size) < max(g.least, min(found[g.id], g.size)) for g in groups}
+        if limit.measure(subject, plan_masks(groups, least)) <= most_allowed(limit, subject, groups):
+            break
+        found = {key: max(1, multiple // 2) for key, multiple in found.items()}
+    return found
+
+
+def fitting_multiple(seconds: Mapping[int, float]) -> int | None:
+    """The smallest multiple m of which odd ones save what is due, less a tenth of the whole step.
+
+    Between two friendly widths, a and a + span, the time should grow evenly: m fits where t(w) is at most t(a) +
+    ((w - a) / span + 1/10) (t(a + span) - t(a)) for w = a + m and w = a + span - m. If none fits, it is the span.
+
+    Args:
+        seconds: width to time, for a, a + span (8 or 16) and, of 1, 2, 4, 8 those that are less, m more or less.
+
+    Returns:
+        1, 2, 4, 8 or 16; None where a whole span makes less than a twentieth of the time or 20 microseconds.
+
+    >>> steps_of_eight = {32: 4.0, 33: 5.0, 34: 5.0, 36: 5.0, 40: 5.0, 44: 6.0, 46: 6.0, 47: 6.0, 48: 6.0}
+    >>> fitting_multiple(steps_of_eight)
+    8
+    """
+    base, top = min(seconds), max(seconds)
+    step = seconds[top] - seconds[base]
+    if step < max(0.05 * seconds[top], 2e-5):
+        return None
+    fits = {w: t <= seconds[base] + step * ((w - base) / (top - base) + 0.1) for w, t in seconds.items()}
+    return next(m for m in MULTIPLES if base + m == top or (fits[base + m] and fits[top - m]))
+
+
+def _layers(model: nn.Module, group: Group) -> dict[str, dict[tuple[str, int], int]]:
+    """Layers that can be timed: path to {(tensor, dimension) of the group in it: indices a unit}."""
+    found: dict[str, dict[tuple[str, int], int]] = {}
+    for member in group.members:
+        path, _, leaf = member.name.rpartition(".")
+        layer = model.get_submodule(path)
+        conv = type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and getattr(layer, "groups", 0) == 1
+        if conv or type(layer) is nn.Linear or (hasattr(layer, "nf") and type(layer).__name__ == "Conv1D"):
+            found.setdefault(path, {})[leaf, member.dim] = member.index.shape[1]
+    return found
 
 
 def unit_costs(
@@ -302,7 +386,7 @@ def unit_costs(
     measured: Collection[str] = ("macs",),
     runtime: str = "torch",
 ) -> UnitCosts:
-    """What one unit of each group costs, the others as they are.
+    """What one unit of each group, and each residual branch, costs, the others as they are.
 
     Multiply-accumulates come from a count without the unit, milliseconds (batch 64) from a measurement without half of
     the group, divided by the number of units taken out.
@@ -316,6 +400,7 @@ def unit_costs(
     """
     whole = plan_masks(groups, {})
     one = {g.id: plan_masks(groups, {g.id: _without(g, 1)}) for g in groups}
+    one |= {key: plan_masks(groups, {key: torch.tensor([False])}) for key in groups.branches}
     count = parameters_after(model, whole)
     parameters = {key: float(count - parameters_after(model, p)) for key, p in one.items()}
     macs: dict[str, float] = {}
@@ -327,11 +412,11 @@ def unit_costs(
     times: dict[str, float] = {}
     if "milliseconds" in measured:
         dense = latency_after(model, whole, example_inputs, runtime=runtime)
-        for group in groups:
-            half = max(1, group.size // 2)
-            plan = plan_masks(groups, {group.id: _without(group, half)})
-            after = latency_after(model, plan, example_inputs, runtime=runtime)
-            times[group.id] = max(0.0, 1e3 * (dense - after) / half)
+        half = {g.id: max(1, min(g.size // 2, g.size - g.least)) for g in groups}
+        less = one | {g.id: plan_masks(groups, {g.id: _without(g, half[g.id])}) for g in groups}
+        for key, made in less.items():
+            after = latency_after(model, made, example_inputs, runtime=runtime)
+            times[key] = max(0.0, 1e3 * (dense - after) / half.get(key, 1))
     return UnitCosts(parameters, macs, times)
 
 
@@ -349,7 +434,7 @@ class Structures:
         price: least worth of a unit that stays, nats.
         cut: the side of a unit that is scored, `outgoing` or `incoming` of `ockham.choose.units`.
         inside: choice of the weights of a cut that count, `held_weights()` or `all_masks()` of the same module.
-        round_to: widths become multiples of it.
+        round_to: widths become multiples of it; "auto": of what is measured to pay on this machine.
         cap: largest share of the units of a group that one round takes, those that nobody reads aside.
         wait: rounds of single weights before the first structures go.
     """
@@ -357,13 +442,15 @@ class Structures:
     price: Price = field(default_factory=LearnedRate)
     cut: CutOf = outgoing
     inside: Inside = field(default_factory=held_weights)
-    round_to: int = 1
+    round_to: int | Literal["auto"] = 1
     cap: float = 0.25
     wait: int = 1
 
     def __post_init__(self) -> None:
-        if self.round_to < 1:
-            raise OckhamError(f"Structures: round_to is a multiple of widths, at least 1; got {self.round_to}")
+        if self.round_to != "auto" and not (isinstance(self.round_to, int) and self.round_to >= 1):
+            raise OckhamError(
+                f"Structures: round_to is 'auto' or a multiple of widths, at least 1; got {self.round_to!r}"
+            )
         if not 0 < self.cap <= 1 or self.wait < 0:
             raise OckhamError(f"Structures: cap is a share in (0, 1], wait at least 0; got {self.cap} and {self.wait}")
 
@@ -500,7 +587,7 @@ def within(
     limit: Budget,
     subject: Subject,
     costs: Mapping[str, float],
-    round_to: int,
+    round_to: Multiples,
     most: float,
 ) -> Choice:
     """Raise the price per cost until at most ``most`` is left: a bisection over the worths per cost of all units."""
@@ -519,8 +606,8 @@ def within(
         least = limit.measure(subject, plan_masks(groups, choice(rates[-1]).keep))
         raise PlanError(
             f"the budget of {most:,.6g} {limit.unit} cannot be met: the least that the removable structures reach is "
-            f"{least:,.6g}, with {round_to} unit(s) of each group left. Allow more, or see groups.frozen for what "
-            "cannot go"
+            f"{least:,.6g}, with {round_to if isinstance(round_to, int) else max(round_to.values())} unit(s) of each "
+            "group left. Allow more, give a smaller round_to, or see groups.frozen for what cannot go"
         )
     low, high = -1, len(rates) - 1
     while high - low > 1:

@@ -23,6 +23,7 @@ __all__ = [
     "CutOf",
     "GroupLike",
     "Inside",
+    "Multiples",
     "NodeRule",
     "Nodes",
     "StructureEvidence",
@@ -35,6 +36,7 @@ __all__ = [
     "held_weights",
     "incoming",
     "living",
+    "multiple_of",
     "node_inclusion",
     "outgoing",
     "score_structures",
@@ -121,6 +123,8 @@ class StructureEvidence(Mapping[str, Tensor]):
             biases and norm affines); 0: its output is a constant.
         gone: group id to the number of units removed before, for a learned rate.
         n_data: number of log-likelihood terms, for `per_example`.
+        whole: ids of residual branches among the keys, of one unit each, which may go.
+        least: group id to the number of units that have to stay, where that is more than one.
     """
 
     nats: Mapping[str, Tensor]
@@ -128,6 +132,8 @@ class StructureEvidence(Mapping[str, Tensor]):
     made: Mapping[str, Tensor]
     gone: Mapping[str, int]
     n_data: float
+    whole: frozenset[str] = frozenset()
+    least: Mapping[str, int] = field(default_factory=dict)
 
     def only(self, keys: Collection[str]) -> Self:
         """The evidence of some groups."""
@@ -243,7 +249,7 @@ def score_structures(
     Raises:
         OckhamError: a cut names a parameter of another shape than the posterior's: trace the network it belongs to.
     """
-    found = (inside or held_weights())(evidence, ledger or Account())
+    groups, found = list(groups), (inside or held_weights())(evidence, ledger or Account())
     terms = {name: values.reshape(-1) for name, values in found.items()}
     alive = {name: g.keep.reshape(-1) for name, g in evidence.posterior.items()}
     nats, held, made = {}, {}, {}
@@ -256,9 +262,12 @@ def score_structures(
                 )
         nats[group.id] = summed(cut(group), terms, group.size, unknown=math.inf)
         held[group.id] = summed(cut(group), alive, group.size, unknown=1.0).long()
+        if getattr(group, "router", ""):  # a silent expert is read by nothing, and yet its tokens would go to others
+            held[group.id] = held[group.id].clamp(min=1)
         matrices = [(n, at) for n, at in group.incoming_cuts() if n not in alive or evidence.posterior[n].mean.ndim > 1]
         made[group.id] = summed(matrices, alive, group.size, unknown=1.0).long()
-    return StructureEvidence(nats, held, made, dict(gone or {}), evidence.posterior.n_data)
+    least = {group.id: getattr(group, "least", 1) for group in groups}
+    return StructureEvidence(nats, held, made, dict(gone or {}), evidence.posterior.n_data, least=least)
 
 
 @singledispatch
@@ -280,16 +289,17 @@ def _(source: StructureEvidence, groups: Iterable[GroupLike]) -> StructureEviden
 
 @structures_from.register
 def _(source: Evidence, groups: Iterable[GroupLike]) -> StructureEvidence:
-    return score_structures(source, groups)
+    from ockham.choose.correlated import with_branches
+
+    return with_branches(score_structures(source, groups), source.posterior, groups)
 
 
 @structures_from.register
 def _(source: Posterior, groups: Iterable[GroupLike]) -> StructureEvidence:
-    if source.matrices:
-        from ockham.choose.correlated import score_columns
+    from ockham.choose.correlated import score_columns, with_branches
 
-        return score_columns(source, groups)
-    return score_structures(score(source), groups)
+    found = score_columns(source, groups) if source.matrices else score_structures(score(source), groups)
+    return with_branches(found, source, groups)
 
 
 def summed(cuts: Collection[tuple[str, Tensor]], values: Mapping[str, Tensor], size: int, *, unknown: float) -> Tensor:
@@ -359,10 +369,19 @@ class Choice:
     forced: tuple[str, ...]
 
 
+Multiples = int | Mapping[str, int]
+"""What widths are multiples of: one number, or group id to a number (groups left out: 1)."""
+
+
+def multiple_of(round_to: Multiples, key: str) -> int:
+    """The number of which the width of one group is a multiple."""
+    return round_to if isinstance(round_to, int) else round_to.get(key, 1)
+
+
 def choose_units(
-    evidence: StructureEvidence, prices: Mapping[str, Tensor], *, round_to: int = 1, cap: float = 1.0
+    evidence: StructureEvidence, prices: Mapping[str, Tensor], *, round_to: Multiples = 1, cap: float = 1.0
 ) -> Choice:
-    """Keep the units with E_g >= price; remove those that nobody reads; keep at least one (or ``round_to``).
+    """Keep the units with E_g >= price; remove those that nobody reads; keep at least one (or ``round_to``) of a group.
 
     With ``round_to`` the width of a group becomes a multiple of it (or stays whole): of all such widths the one whose
     best units are worth most in sum, sum (E_g - price).
@@ -370,22 +389,26 @@ def choose_units(
     Args:
         evidence: score of the units.
         prices: group id to nats ``(units,)``.
-        round_to: hardware-friendly multiple, at least 1.
+        round_to: hardware-friendly multiple, at least 1; or one a group.
         cap: largest share of the units of a group that goes at once, those that nobody reads aside: units that stand
             in for each other look dispensable one by one, so leave time to refit.
 
     Raises:
         OckhamError: ``round_to`` below 1 or ``cap`` no share.
     """
-    if round_to < 1 or not 0 < cap <= 1:
+    if min((multiple_of(round_to, key) for key in evidence), default=1) < 1 or not 0 < cap <= 1:
         raise OckhamError(f"round_to is at least 1 and cap a share in (0, 1]; got {round_to} and {cap}")
     keep, forced = {}, []
     for key, nats in evidence.items():
         worth = nats - prices[key]
         worth = torch.where(evidence.held[key] > 0, worth, worth.clamp(max=_IDLE)).clamp(-_MOST, _MOST)
+        if key in evidence.whole:
+            keep[key] = worth >= 0
+            continue
         read = int((evidence.held[key] > 0).sum())
-        least = read - max(1, int(cap * read)) if cap < 1 else 1
-        widths = [w for w in (*range(round_to, len(worth), round_to), len(worth)) if w >= least]
+        least = max(evidence.least.get(key, 1), read - max(1, int(cap * read)) if cap < 1 else 1)
+        multiple = multiple_of(round_to, key)
+        widths = [w for w in (*range(multiple, len(worth), multiple), len(worth)) if w >= least]
         sums: list[float] = worth.sort(descending=True).values.cumsum(0)[torch.tensor(widths) - 1].tolist()
         count = max(w for w, s in zip(widths, sums, strict=True) if s == max(sums))
         keep[key] = torch.zeros(len(worth), dtype=torch.bool)

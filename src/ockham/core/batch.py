@@ -28,6 +28,7 @@ __all__ = [
     "ReadOutput",
     "RowsOf",
     "Substituted",
+    "asked",
     "batches_of",
     "call",
     "count_terms",
@@ -300,7 +301,7 @@ def read_batch(raw: Any, batch: ReadBatch | None = None) -> Batch:
     dict_keys(['input_ids'])
     """
     if batch is not None:
-        found = _asked(batch, raw, "batch= cannot read what the loader yields")
+        found = asked(batch, raw, "batch= cannot read what the loader yields")
         if not isinstance(found, Batch):
             raise DataError(f"batch= must return ockham.Batch(args, kwargs, target, weight); got {described(found)}")
         return found
@@ -337,8 +338,17 @@ def inputs_of(x: Any, target: Any = None, weight: Tensor | None = None) -> Batch
     return Batch((x,) if whole else tuple(x), {}, target, weight)
 
 
-def _asked(function: Callable[[Any], Any], given: Any, problem: str) -> Any:
-    """What a function of the user's makes of something; where it cannot, an error that says what it was given."""
+def asked(function: Callable[[Any], Any], given: Any, problem: str) -> Any:
+    """What a function of the user's makes of something.
+
+    Args:
+        function: the user's.
+        given: its argument.
+        problem: first words of the error.
+
+    Raises:
+        DataError: the function raised what Python raises; says what it was given.
+    """
     try:
         return function(given)
     except OckhamError:
@@ -348,7 +358,13 @@ def _asked(function: Callable[[Any], Any], given: Any, problem: str) -> Any:
 
 
 def batches_of(loader: Iterable[Any], device: torch.device, batch: ReadBatch | None = None) -> Iterator[Batch]:
-    """Every batch of a loader, read and moved to a device."""
+    """Every batch of a loader, read and moved to a device.
+
+    Raises:
+        DataError: it is no loader, or a batch cannot be read.
+    """
+    if not isinstance(loader, Iterable):
+        raise DataError(f"the loader must be an iterable of batches; got {described(loader)}")
     for raw in loader:
         yield read_batch(raw, batch).to(device)
 
@@ -375,7 +391,7 @@ def call(model: Callable[..., Any], batch: Batch, output: ReadOutput | None = No
         raise DataError(
             f"the network cannot take the data's inputs, {_call_of(args, kwargs)}: {type(error).__name__}: {error}{way}"
         ) from error
-    return found if output is None else _asked(output, found, "output= cannot read what the network returns")
+    return found if output is None else asked(output, found, "output= cannot read what the network returns")
 
 
 class Substituted:

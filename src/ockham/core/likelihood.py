@@ -525,6 +525,20 @@ class Loss(Likelihood):
             twice = float(self._value(torch.cat([output, output]), torch.cat([target, target]), None))
         return abs(once) > 1e-12 and abs(twice / once - 2) < 1e-3
 
+    def learns(self, output: Any, target: Any, weight: Tensor | None) -> bool:
+        """False when the loss does not depend on the output: it was detached, or turned into a number and back."""
+        probes = []
+
+        def probe(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+                return leaf
+            probes.append(leaf.detach().requires_grad_())
+            return probes[-1].clone()
+
+        with torch.enable_grad():
+            value = self._value(pytree.tree_map(probe, output), target, weight)
+        return value.requires_grad or not probes  # an object that only the function understands cannot be probed
+
     def _value(self, output: Any, target: Any, weight: Tensor | None) -> Tensor:
         value = self._guarded(self._function, output, target, *(() if weight is None else (weight,)))
         if not isinstance(value, Tensor) or value.ndim != 0:
@@ -569,5 +583,7 @@ def likelihood_from(spec: str | Likelihood) -> Likelihood:
     if isinstance(spec, Likelihood):
         return spec
     if spec not in LIKELIHOODS:
-        raise OckhamError(f"likelihood must be {', '.join(map(repr, LIKELIHOODS))} or a Likelihood; got {spec!r}")
+        shown = repr(spec) if isinstance(spec, str) else described(spec)
+        hint = ". Wrap a loss: ockham.Loss(function, reduction='mean')" if callable(spec) else ""
+        raise OckhamError(f"likelihood must be {', '.join(map(repr, LIKELIHOODS))} or a Likelihood; got {shown}{hint}")
     return LIKELIHOODS[spec]()

@@ -7,7 +7,7 @@ import difflib
 import gc
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -70,12 +70,18 @@ def check_module(model: Any) -> None:
     raise OckhamError(f"the network must be a torch.nn.Module; got {type(model).__name__}")
 
 
-def check_network(model: nn.Module) -> None:
+def check_network(model: nn.Module, *, meta: bool = False, values: bool = True) -> None:
     """Check that a network can be worked with at all, before anything is done with it.
 
+    Args:
+        model: the network, or what was given for one.
+        meta: permission for tensors of the device "meta", which have no values.
+        values: check of the values too: there are parameters, all are finite, and gradients can be taken.
+
     Raises:
-        OckhamError: it is TorchScript, lies on the device "meta", has no parameters or such that are not finite, or
-            runs in `torch.inference_mode`; says what to do instead.
+        OckhamError: it is no `torch.nn.Module`, is TorchScript, lies on the device "meta", waits for its first input
+            to know its sizes, has no parameters or such that are not finite, or runs in `torch.inference_mode`; says
+            what to do instead.
     """
     check_module(model)
     if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
@@ -83,32 +89,49 @@ def check_network(model: nn.Module) -> None:
             f"the network is TorchScript ({type(model).__name__}), whose parameters cannot be edited: pass the "
             "nn.Module that it was made from, and script the result"
         )
+    states: tuple[tuple[Callable[[Any], bool], str], ...] = (
+        (
+            nn.parameter.is_lazy,
+            "are of Lazy modules and have no sizes yet: call the network once with an example first",
+        ),
+        (
+            lambda t: t.is_meta and not meta,
+            "lie on the device 'meta', which holds shapes and no values: load the weights first "
+            "(model.to_empty(device=...), then load_state_dict)",
+        ),
+    )
+    for without, way_out in states:
+        names = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if without(t)]
+        if names:
+            raise OckhamError(f"{names[0]!r} and {len(names) - 1} more tensors {way_out}")
+    if not values:
+        return
     if next(model.parameters(), None) is None:
-        raise OckhamError("the model has no parameters")
-    hollow = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
-    if hollow:
-        raise OckhamError(
-            f"{hollow[0]!r} and {len(hollow) - 1} more tensors lie on the device 'meta', which holds shapes and no "
-            "values: load the weights first (model.to_empty(device=...), then load_state_dict)"
-        )
-    for name, p in model.named_parameters():
-        if isinstance(p, nn.parameter.UninitializedParameter) or bool(p.detach().sum().isfinite()):
-            continue  # one pass without a second tensor; exactly only where it is needed
-        if bad := int((~p.detach().isfinite()).sum()):
+        packed = [n for n, m in model.named_modules() if "quantized" in type(m).__module__]
+        why = f": {packed[0]!r} is quantized; pass the network before that" if packed else ""
+        raise OckhamError(f"the model has no parameters{why}")
+    for name, p in model.named_parameters():  # one pass without a second tensor; exactly only where it is needed
+        if not p.detach().sum().isfinite() and (bad := int((~p.detach().isfinite()).sum())):
             raise OckhamError(f"parameter {name!r} is NaN or infinite in {bad} of {p.numel()} places: load it again")
     if torch.is_inference_mode_enabled():
         raise OckhamError("gradients are needed and torch.inference_mode() is on: leave that block")
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A copy of a network, to be changed at will.
+
+    Args:
+        model: the network.
+        memo: copies that are made already, by `id` of the original, as `copy.deepcopy` takes them; with them the
+            network is not checked.
 
     Raises:
         OckhamError: it cannot be worked with (see `check_network`), or not be copied.
     """
-    check_network(model)
+    if memo is None:
+        check_network(model)
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, memo)
     except Exception as error:  # whatever a module of the user's raises
         raise OckhamError(
             f"the network cannot be copied ({type(error).__name__}: {str(error).splitlines()[0]}): it holds something "
@@ -248,12 +271,12 @@ def ignored(model: nn.Module, entries: Ignore, *, buffers: bool = False) -> froz
 
     Raises:
         OckhamError: an entry covers nothing (the nearest names are given), is of another type, or is a pattern that is
-            no regular expression.
+            no regular expression; or the network cannot be worked with (see `check_network`).
 
     >>> sorted(ignored(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "0"))
     ['0.bias', '0.weight']
     """
-    check_module(model)
+    check_network(model, meta=True, values=False)
     first: dict[Tensor, str] = {}
     every: dict[str, str] = {}
     pairs = list(model.named_parameters(remove_duplicate=False))
@@ -582,9 +605,9 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, Processes]:
     """The network inside `DistributedDataParallel` and the processes that hold it; any other network and `ALONE`.
 
     Raises:
-        OckhamError: the parameters are sharded over processes (FSDP).
+        OckhamError: the parameters are sharded over processes (FSDP), or it is no network.
     """
-    check_module(model)
+    check_network(model, meta=True, values=False)
     for name, p in model.named_parameters():
         if hasattr(p, "device_mesh") or type(p).__name__ == "FlatParameter":
             raise OckhamError(

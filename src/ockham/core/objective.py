@@ -7,6 +7,7 @@ one alike.
 from __future__ import annotations
 
 import copy
+import numbers
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -128,9 +129,17 @@ class Objective:
             _check_weight(batch.weight)
             loss = self.nll(output, batch)
             if not bool(torch.isfinite(loss)):
-                raise NonFiniteLossError(blame(batch, output) or f"the loss of the first batch is {float(loss)}")
-            if isinstance(self.likelihood, Loss) and self.likelihood.looks_summed(output, batch.target):
-                warnings.warn(_SUMMED, OckhamWarning, stacklevel=4)
+                nothing = "; it has no targets that count" if not self.terms(batch) else ""
+                said = f"the loss of the first batch is {float(loss)}{nothing}"
+                raise NonFiniteLossError(blame(batch, output) or said)
+            if isinstance(self.likelihood, Loss):
+                if not self.likelihood.learns(output, batch.target, batch.weight):
+                    raise DataError(
+                        "the loss does not depend on the network's output, so that nothing can be learned from it: "
+                        "leave .detach(), .item() and torch.no_grad() out of the function of ockham.Loss"
+                    )
+                if self.likelihood.looks_summed(output, batch.target):
+                    warnings.warn(_SUMMED, OckhamWarning, stacklevel=4)
         return output
 
     def checked(self, loader: Iterable[Any], model: nn.Module) -> Iterator[Batch]:
@@ -144,6 +153,8 @@ class Objective:
             for i, batch in enumerate(self.batches(loader, device)):
                 if i == 0:
                     self.check(model, batch, training=False)
+                elif wrong := blame(Batch(target=batch.target)):
+                    raise DataError(f"batch {i} (counted from 0): {wrong}")
                 yield batch
 
     def prepare(
@@ -171,6 +182,9 @@ class Objective:
             DataError: the first batch cannot work (see `check`), targets are not finite, the loader is empty, or
                 ``n_data`` impossible.
         """
+        given: object = n_data
+        if given is not None and not isinstance(given, numbers.Real):
+            raise DataError(f"n_data is the number of log-likelihood terms of all data; got {described(n_data)}")
         device, counter, whole = device_of(model), _Counter(self), True
         with seeded(0, 0, device):
             for i, raw in enumerate(loader):
@@ -211,6 +225,10 @@ class Objective:
         return model, replace(posterior, noise_variance=self.likelihood.noise_variance)
 
 
+DETACHED = (
+    "the loss does not depend on the network's output, so that nothing can be learned from it: leave .detach(), "
+    ".item() and torch.no_grad() out of the function of ockham.Loss"
+)
 _SUMMED = (
     "the loss is declared a mean, but doubles when the batch is doubled: it is a sum. Declare "
     "ockham.Loss(..., reduction='sum'), else the data count many times over"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
+import re
 import secrets
 import socket
 import subprocess
@@ -17,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ockham.core.files import TREE_SCHEMA, inside, open_regular, printable, read_json, sync_folder
 from ockham.errors import OckhamError, OckhamWarning, ResultError
@@ -34,10 +36,12 @@ __all__ = [
     "Seal",
     "file_facts",
     "holder_of",
+    "network_fingerprint",
     "process_start",
     "read_seal",
     "sealed",
     "settle_folder",
+    "surroundings",
     "weights_fingerprint",
 ]
 
@@ -413,6 +417,14 @@ class FolderLock:
             guard.unlink()
 
 
+def network_fingerprint(model: nn.Module) -> str:
+    """What tells a network's code from others: parameters, and 16 digits of a SHA-256 of its modules and shapes."""
+    shown = re.sub(r"\b0x[0-9a-f]+", "", repr(model))  # places in memory
+    shapes = [(name, str(t.dtype), tuple(t.shape)) for name, t in model.state_dict().items() if isinstance(t, Tensor)]
+    digest = hashlib.sha256(repr((shown, shapes)).encode()).hexdigest()
+    return f"{sum(p.numel() for p in model.parameters())} parameters {digest[:16]}"
+
+
 def weights_fingerprint(state: Mapping[str, Tensor] | None) -> str:
     """What tells given weights from others: 16 hexadecimal digits of a SHA-256 of names and bytes; "none" for None."""
     if state is None:
@@ -423,3 +435,8 @@ def weights_fingerprint(state: Mapping[str, Tensor] | None) -> str:
         found.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
         found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]
+
+
+def surroundings() -> str:
+    """What else than the job decides about the last bits of a result."""
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}"

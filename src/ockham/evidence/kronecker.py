@@ -32,6 +32,7 @@ __all__ = [
     "delta_f_columns",
     "delta_f_kronecker",
     "delta_f_kronecker_rows",
+    "delta_f_matrix",
     "factorised",
     "marginal_variance",
     "removal_cost",
@@ -181,6 +182,30 @@ def delta_f_kronecker(mean: Tensor, k: KroneckerPrecision, keep: Tensor, toleran
             within = torch.where(gone.unsqueeze(1) & gone.unsqueeze(2), within, eye)
             volume += float(torch.linalg.cholesky(within).diagonal(dim1=-2, dim2=-1).log().sum())
     return -removal_cost(mean, k, keep, tolerance) - volume
+
+
+def delta_f_matrix(mean: Tensor, k: KroneckerPrecision) -> tuple[float, float]:
+    r"""Cost and log evidence change of setting a whole matrix to zero, exact.
+
+    With T = U' mean Q in the eigenbasis and c = b a the eigenvalues of the data's part,
+
+        cost = 1/2 sum (c + P0) T^2,    delta_f = -cost + 1/2 sum ln((c + P0) / P0)
+
+    Args:
+        mean: means of the full posterior, [groups, outputs, inputs].
+        k: precision of the matrix.
+
+    Returns:
+        (cost, delta_f), nats: the rise of the posterior's energy, and the change of evidence, positive favours removal.
+
+    >>> k = factorised(torch.zeros(1, 2, 2), torch.zeros(1, 1, 1), 1.0)  # the data say nothing: nothing is gained
+    >>> delta_f_matrix(torch.zeros(1, 1, 2), k)
+    (0.0, 0.0)
+    """
+    turned = k.output_vectors.double().mT @ mean.double() @ k.input_vectors.double()
+    full = k.curvature + k.prior_precision
+    cost = 0.5 * float((full * turned.square()).sum())
+    return cost, 0.5 * float((full / k.prior_precision).log().sum()) - cost
 
 
 def covariance(k: KroneckerPrecision, group: int = 0) -> Tensor:

@@ -100,7 +100,9 @@ class MeanField(VariationalOptimizer):
             "std_rate": std_rate,
             **schedule_of("MeanField", schedule),
         }
-        entries: Any = params if inspect.isgenerator(params) else list(params)  # a generator knows its network
+        entries: Any = (
+            params if inspect.isgenerator(params) or not isinstance(params, Iterable) else list(params)
+        )  # a generator knows its network
         groups = [] if entries is params else [g for g in entries if isinstance(g, dict)]
         given = [settings["prior"], *(g.get("prior") for g in groups)]
         if any(isinstance(prior, GroupPrior) for prior in given):

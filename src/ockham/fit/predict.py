@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.rnn import PackedSequence
 
 from ockham.core.batch import Batch, ReadBatch, ReadOutput, Substituted, batches_of, call, inputs_of, tensor_of
-from ockham.core.network import device_of, evaluating, frozen_modules, seeded
+from ockham.core.network import check_network, device_of, evaluating, frozen_modules, seeded
 from ockham.core.posterior import Posterior
 from ockham.errors import OckhamError
 
@@ -239,6 +239,7 @@ def _entropy(p: Tensor, axis: int, kind: str) -> Tensor:
 
 
 def _seeded(model: nn.Module, draws: int, generator: torch.Generator | None) -> torch.Generator:
+    check_network(model, values=False)
     if draws < 1:
         raise OckhamError(f"predict: draws must be at least 1; got {draws}")
     return generator if generator is not None else torch.Generator(device_of(model)).manual_seed(0)
@@ -264,6 +265,7 @@ def refresh_batchnorm(
     Raises:
         DataError: the network cannot take the inputs.
     """
+    check_network(model, values=False)
     frozen = frozen_modules(model)
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m not in frozen]
     if not norms:

@@ -221,8 +221,14 @@ def verdict(result: Result) -> str:
             "No network to compare with was measured, so this report shows how good the reduced network is, "
             "not what the reduction cost or gained."
         )
+    chosen = (
+        f"{metrics.before_epochs} epochs of AdamW at a learning rate of {metrics.before_rate:g}, its logits divided by "
+        f"{metrics.before_temperature:.2f}; all three chosen on a tenth of the training examples"
+        if metrics.before_epochs and metrics.before_rate and metrics.before_temperature
+        else "by Adam, as long"
+    )
     known = {
-        "adam": "the same network trained the usual way (by Adam, as long)",
+        "adam": f"the same network trained the usual way ({chosen})",
         "given weights": "the network you gave, before anything was removed",
         None: "the network before the reduction",
     }

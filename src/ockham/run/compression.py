@@ -27,9 +27,9 @@ from ockham.choose.rules import (
     score,
 )
 from ockham.core.batch import Loader, LoaderOptions
-from ockham.core.likelihood import Likelihood
+from ockham.core.likelihood import Likelihood, Regression
 from ockham.core.network import ALONE, Ignore, Processes, copied, device_of, ignored, unwrapped
-from ockham.core.objective import Objective
+from ockham.core.objective import Objective, fit_noise
 from ockham.core.posterior import Posterior
 from ockham.errors import OckhamError, OckhamWarning, check_keywords
 from ockham.fit.ivon import IVON
@@ -39,12 +39,14 @@ from ockham.fit.point import PointEstimate
 from ockham.fit.predict import refresh_batchnorm
 from ockham.fit.priors import FixedPrior, Prior
 from ockham.run.engine import Compressed, Engine, EpochInfo, Method, OnStep, RunState, Task
+from ockham.run.measure import HeldOut
 from ockham.run.structures import Shrinking, Shrunk, example_of
 
 __all__ = [
     "SMALL_DATA",
     "Compression",
     "Estimator",
+    "PlainTraining",
     "Progress",
     "Training",
     "WeightRounds",
@@ -56,6 +58,69 @@ __all__ = [
     "point_estimate",
     "structures_from_name",
 ]
+
+
+WEIGHT_DECAY = 0.3
+"""Decoupled weight decay of the yardstick; chosen on held-out training images, see the decisions."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlainTraining(Method):
+    """Train by Adam with decoupled weight decay and remove nothing: the yardstick.
+
+    Attributes:
+        rate: learning rate at first.
+        stage: name, for the progress bar and the checkpoint.
+        held_out: inputs and targets by which every epoch is judged; None judges none.
+    """
+
+    several: ClassVar[bool] = True
+
+    rate: float
+    stage: str = "adam"
+    held_out: tuple[Tensor, Tensor] | None = None
+
+    def start(self, network: nn.Module, task: Task) -> RunState:
+        """AdamW over all parameters; vectors (biases, scales of norms) do not decay."""
+        fused = next(network.parameters()).device.type in ("cpu", "cuda")
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in network.parameters() if (p.ndim > 1) is decays], "weight_decay": decay}
+            for decays, decay in ((True, WEIGHT_DECAY), (False, 0.0))
+        ]
+        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=self.rate, fused=fused)
+        return RunState.start(network, task.objective, optimizer, (task, HeldOut()))
+
+    def after_epoch(self, state: RunState, info: EpochInfo) -> tuple[RunState, EpochInfo]:
+        """Remember the best epoch."""
+        if self.held_out is None:
+            return state, info
+        task, best = state.own
+        done = self.result(state)
+        now = HeldOut.of(done.model, *self.held_out, classify=done.noise_variance is None, epoch=state.done)
+        return replace(state, own=(task, min(best, now, key=lambda h: h.nll))), info
+
+    def saved(self, state: RunState) -> dict[str, Any]:
+        """The best epoch so far."""
+        return asdict(state.own[1])
+
+    def resumed(self, state: RunState, saved: Mapping[str, Any]) -> RunState:
+        """The best epoch so far."""
+        return replace(state, own=(state.own[0], HeldOut(**saved)))
+
+    def result(self, state: RunState) -> Compressed:
+        """The network as it is."""
+        task = state.own[0]
+        none = Posterior({}, task.n_data)
+        model, objective = copy.deepcopy(state.network), state.objective
+        if isinstance(objective.likelihood, Regression):
+            objective = copy.deepcopy(objective)
+            fit_noise(model, task.loader, objective, sharded=task.processes.count > 1)
+        model, none = objective.finished(model, none)
+        return Compressed(model, none, (), state.history, None, none.noise_variance, parameters=task.parameters)
+
+    def settings(self) -> dict[str, Any]:
+        """Rate and decay."""
+        return {"rate": self.rate, "weight_decay": WEIGHT_DECAY}
 
 
 @dataclass(frozen=True, slots=True)
@@ -409,7 +474,7 @@ class Compression:
         correlated: Seeing | None = None,
         **reading: Unpack[LoaderOptions],
     ) -> None:
-        check_keywords("Compression", reading, LoaderOptions)
+        check_keywords("Compression", reading, LoaderOptions, Training, Rounds)
         self.training = t = training or Training()
         model, processes = unwrapped(model)
         if processes is ALONE and (world := Processes.world().count) > 1:

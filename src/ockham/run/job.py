@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +20,12 @@ from torch import Tensor, nn
 
 from ockham.core.batch import RowsOf
 from ockham.core.files import Count, Share, from_plain, to_plain
-from ockham.core.likelihood import Likelihood, Regression
+from ockham.core.likelihood import Likelihood
 from ockham.core.network import ALONE, Processes
-from ockham.core.objective import fit_noise
-from ockham.core.posterior import Posterior
-from ockham.core.seal import weights_fingerprint
-from ockham.errors import DataError, OckhamError
-from ockham.run.engine import Compressed, Engine, EpochInfo, Method, OnStep, RunState, Task
+from ockham.core.seal import network_fingerprint, surroundings, weights_fingerprint
+from ockham.errors import DataError, OckhamError, OckhamWarning
+from ockham.run.compression import PlainTraining
+from ockham.run.engine import Compressed, Engine, EpochInfo, Method, OnStep, Task
 from ockham.run.folder import (
     NETWORK,
     PLAN,
@@ -48,6 +47,7 @@ from ockham.run.measure import (
     path_inclusion,
     posterior_predictor,
     reliability_of,
+    tempered,
 )
 from ockham.run.records import (
     DiagnosisRecord,
@@ -87,7 +87,6 @@ __all__ = [
     "SEARCH_RATES",
     "Job",
     "NetworkFacts",
-    "PlainTraining",
     "Recipe",
     "analysis",
     "compressed_facts",
@@ -127,7 +126,9 @@ class NetworkFacts:
         return replace(self, measures=replace(self.measures, bytes=size))
 
 
-def network_facts(model: nn.Module, data: Dataset, noise_variance: Tensor | None, foreign: Tensor) -> NetworkFacts:
+def network_facts(
+    model: nn.Module, data: Dataset, noise_variance: Tensor | None, foreign: Tensor, *, temperature: float = 1.0
+) -> NetworkFacts:
     """Measure a network as it stands.
 
     Args:
@@ -135,8 +136,9 @@ def network_facts(model: nn.Module, data: Dataset, noise_variance: Tensor | None
         data: examples; those of the test part are used.
         noise_variance: noise variance of a regression, or None for a classifier.
         foreign: inputs of another kind.
+        temperature: divisor of a classifier's logits.
     """
-    predictor = mean_predictor(model, classify=noise_variance is None)
+    predictor = tempered(mean_predictor(model, classify=noise_variance is None), temperature)
     return _facts(predictor, predictor, model, data, noise_variance, foreign)
 
 
@@ -354,41 +356,6 @@ class Recipe:
         return Engine(method, network, task, hold=self.hold, seed=self.seed)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class PlainTraining(Method):
-    """Train by Adam and remove nothing: the yardstick.
-
-    Attributes:
-        rate: learning rate at first.
-        stage: name, for the progress bar and the checkpoint.
-    """
-
-    several: ClassVar[bool] = True
-
-    rate: float
-    stage: str = "adam"
-
-    def start(self, network: nn.Module, task: Task) -> RunState:
-        """Adam over all parameters."""
-        fused = next(network.parameters()).device.type in ("cpu", "cuda")
-        optimizer = torch.optim.Adam(network.parameters(), lr=self.rate, fused=fused)
-        return RunState.start(network, task.objective, optimizer, task)
-
-    def result(self, state: RunState) -> Compressed:
-        """The network as it is."""
-        none, parameters = Posterior({}, state.own.n_data), state.own.parameters
-        model, objective = copy.deepcopy(state.network), state.objective
-        if isinstance(objective.likelihood, Regression):
-            objective = copy.deepcopy(objective)
-            fit_noise(model, state.own.loader, objective, sharded=state.own.processes.count > 1)
-        model, none = objective.finished(model, none)
-        return Compressed(model, none, (), state.history, None, none.noise_variance, parameters=parameters)
-
-    def settings(self) -> dict[str, Any]:
-        """The rate."""
-        return {"rate": self.rate}
-
-
 @dataclass(slots=True, eq=False)
 class Job:
     """Everything that `ockham compress`, `prune` and `gate` do; iterate over `run` for progress.
@@ -466,6 +433,13 @@ class Job:
             self._facts, self._spent = {}, 0.0
             if saved:
                 self._compare(saved["job"])
+                if saved.get("surroundings", surroundings()) != surroundings():
+                    warnings.warn(
+                        f"{self.out}: the run began with {saved['surroundings']} and goes on with {surroundings()}; it "
+                        "ends with a result as good, and not with the same bits",
+                        OckhamWarning,
+                        stacklevel=2,
+                    )
                 self._facts, self._spent = json.loads(saved["facts"]), float(saved["spent"])
             if self.weights is None and self.baseline:
                 yield from self._adam(saved)
@@ -477,8 +451,17 @@ class Job:
             yield from self._go(engine, saved)
             self._finish(engine)
 
+    @property
+    def before(self) -> Mapping[str, Any] | None:
+        """What is known of the network that the run is compared with, plain values; None until it was measured."""
+        return self._facts.get("adam")
+
     # ------------------------------------------------------------------ stages
     def _adam(self, saved: Mapping[str, Any]) -> Iterator[EpochInfo]:
+        """Train the yardstick: rate, number of epochs and temperature are chosen on a tenth of the training examples.
+
+        Then it is trained on all of them, for as many epochs.
+        """
         r = self.recipe
         for rate in SEARCH_RATES:
             method = PlainTraining(rate, f"search {rate:g}")
@@ -490,16 +473,21 @@ class Job:
                 predictor = mean_predictor(done.model, classify=noise is None)
                 nll = measures(predictor, *r.split(0.1)[1], noise_variance=noise)["nll"]
                 self._done(method.stage, {"nll": nll, "rate": rate})
-        if "adam" not in self._facts:
+        if "tune" not in self._facts:
             rates = [f for name, f in self._facts.items() if name.startswith("search ")]
-            best = min(rates, key=lambda f: f["nll"])["rate"]
-            engine = r.engine(PlainTraining(best), epochs=r.epochs)
+            rate = min(rates, key=lambda f: f["nll"])["rate"]
+            engine = r.engine(PlainTraining(rate, "tune", r.split(0.1)[1]), epochs=r.epochs, held_out=0.1)
             yield from self._go(engine, saved)
-            done = engine.result()
-            before = self._before(done.model, done.noise_variance)
-            self._done("adam", before | {"rate": best, "source": "adam"})
+            self._done("tune", {"rate": rate, **asdict(engine.state.own[1])})
+        if "adam" not in self._facts:
+            tuned = self._facts["tune"]
+            engine = r.engine(PlainTraining(tuned["rate"]), epochs=r.epochs)
+            yield from self._go(engine, saved, until=tuned["epoch"])
+            noise = None if tuned["noise_variance"] is None else torch.tensor(tuned["noise_variance"])
+            before = self._before(engine.result().model, noise, tuned["temperature"])
+            self._done("adam", before | {k: tuned[k] for k in ("rate", "epoch", "temperature")} | {"source": "adam"})
 
-    def _before(self, model: nn.Module, noise: Tensor | None) -> dict[str, Any]:
+    def _before(self, model: nn.Module, noise: Tensor | None, temperature: float = 1.0) -> dict[str, Any]:
         if self._folder is None:
             return {}
         probe = self._folder.stage / f".{NETWORK}.before"
@@ -510,22 +498,25 @@ class Job:
             data = self.recipe.data
             output = mean_predictor(model, classify=False)(data.train_x)[0]
             noise = (output - data.train_y.reshape(output.shape)).double().square().mean(0, keepdim=True)
-        facts = network_facts(model, self.recipe.data, noise, self._foreign())
+        facts = network_facts(model, self.recipe.data, noise, self._foreign(), temperature=temperature)
         return {"facts": to_plain(facts.stored(size))}
 
-    def _go(self, engine: Engine, saved: Mapping[str, Any]) -> Iterator[EpochInfo]:
+    def _go(self, engine: Engine, saved: Mapping[str, Any], *, until: int | None = None) -> Iterator[EpochInfo]:
         engine.on_step = self.on_step
         if saved.get("stage") == engine.method.stage:
             engine.load(saved["state"])
-        for info in engine:
+        last = engine.task.epochs if until is None else until
+        while engine.state.done < last:
+            info = next(iter(engine))
             self._checkpoint(engine.method.stage, engine.saved())
-            yield info
+            yield replace(info, epochs=last)
 
     # ------------------------------------------------------------------ checkpoint
     def _compare(self, job: str) -> None:
         """Refuse to go on with another job, naming what differs."""
         theirs, ours = json.loads(job), json.loads(self._fingerprint())
         other = [k for k in {**ours, **theirs} if ours.get(k) != theirs.get(k)]
+        other = ["method"] if "method" in other else other  # whose settings have no equals
         if other:
             changed = ", ".join(f"{k} was {theirs.get(k)}, is {ours.get(k)}" for k in other)
             raise OckhamError(
@@ -538,8 +529,11 @@ class Job:
             return self._told
         data = self.recipe.data
         names = {"data": data.name, "data content": data_fingerprint(data), "network": self.builder}
+        names |= {"network's code": network_fingerprint(self.recipe.network())}
         names |= {"weights": weights_fingerprint(self.weights)}
-        self._told = json.dumps(self._settings() | names | {"baseline": self.baseline}, sort_keys=True)
+        names |= {"foreign inputs": weights_fingerprint(None if self.ood is None else {"x": self.ood})}
+        ours = self._settings() | names | {"baseline": self.baseline, "draws": self.draws}
+        self._told = json.dumps(ours, sort_keys=True)
         return self._told
 
     def _settings(self) -> dict[str, Any]:
@@ -553,6 +547,7 @@ class Job:
         if self._folder is None:
             return
         tree = {"job": self._fingerprint(), "stage": stage, "state": state, "spent": self._clock()}
+        tree |= {"surroundings": surroundings()}
         self._folder.save_checkpoint(tree | {"facts": json.dumps(self._facts)})
 
     def _done(self, name: str, facts: dict[str, Any]) -> None:
@@ -586,6 +581,8 @@ class Job:
             self.builder,
             before_source=old["source"] if old else "none",
             before_rate=old.get("rate") if old else None,
+            before_epochs=old.get("epoch") if old else None,
+            before_temperature=old.get("temperature") if old else None,
             draws=1 if not result.posterior or result.posterior.is_point else self.draws,
         )
         told: dict[str, Any] = {"command": self.command, "builder": self.builder, "seed": r.seed, "device": r.device}

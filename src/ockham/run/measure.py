@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from ockham.zoo.data import Dataset
 
 __all__ = [
     "ClassificationMeasures",
+    "HeldOut",
     "Predictor",
     "RegressionMeasures",
     "Reliability",
@@ -35,6 +36,7 @@ __all__ = [
     "distributions",
     "ece",
     "ece_equal_mass",
+    "fit_temperature",
     "gaussian_nll",
     "input_map",
     "interval_coverage",
@@ -53,6 +55,7 @@ __all__ = [
     "reliability_equal_mass",
     "reliability_of",
     "rmse",
+    "tempered",
 ]
 
 
@@ -441,6 +444,67 @@ def posterior_predictor(
 def mean_predictor(model: nn.Module, *, classify: bool) -> Predictor:
     """Prediction of the network as it stands, in evaluation mode."""
     return _Draws(model, Posterior({}, 1.0), 1, 0, classify)
+
+
+def fit_temperature(log_probabilities: Tensor, labels: Tensor) -> float:
+    """The temperature T > 0 at which the mean NLL of softmax(ln p / T) is least.
+
+    The NLL is convex in 1/T; its derivative, E_p[ln p] less ln p of the label, is brought to zero by halving.
+
+    Args:
+        log_probabilities: ln p, [N, K, ...]; logits do as well.
+        labels: right classes, [N, ...].
+
+    Returns:
+        T between 0.01 and 100.
+
+    Reference: Guo, Pleiss, Sun and Weinberger 2017, arXiv 1706.04599.
+
+    >>> round(fit_temperature(torch.tensor([[4.0, 0.0], [4.0, 0.0], [4.0, 0.0]]), torch.tensor([0, 0, 1])), 2)
+    5.77
+    """
+    logs = log_probabilities.double()
+    told = logs.gather(1, labels[:, None])
+    low, high = math.log(0.01), math.log(100.0)
+    for _ in range(60):
+        middle = (low + high) / 2
+        expected = ((logs * math.exp(middle)).softmax(1) * logs).sum(1, keepdim=True)
+        low, high = (low, middle) if float((expected - told).mean()) > 0 else (middle, high)
+    return math.exp(-(low + high) / 2)
+
+
+def tempered(predictor: Predictor, temperature: float) -> Predictor:
+    """A classifier's prediction with its logits divided by a temperature."""
+    return predictor if temperature == 1 else lambda x: (predictor(x) / temperature).log_softmax(1)
+
+
+@dataclass(frozen=True, slots=True)
+class HeldOut:
+    """The epoch after which held-out examples were predicted best, and how its predictions are calibrated.
+
+    Attributes:
+        epoch: number, from 1; 0 before the first.
+        nll: mean NLL of the held-out examples at that temperature or noise, nats.
+        temperature: divisor of a classifier's logits.
+        noise_variance: mean squared residual of every output of a regression; None of a classifier.
+    """
+
+    epoch: int = 0
+    nll: float = math.inf
+    temperature: float = 1.0
+    noise_variance: Sequence[float] | None = None
+
+    @staticmethod
+    def of(model: nn.Module, x: Tensor, y: Tensor, *, classify: bool, epoch: int) -> HeldOut:
+        """What a network predicts of examples that it was not trained on."""
+        found = mean_predictor(model, classify=classify)(x)
+        if classify:
+            temperature = fit_temperature(found, y) if found.ndim > 1 and not y.is_floating_point() else 1.0
+            calibrated = (found / temperature).log_softmax(1)
+            return HeldOut(epoch, nll(calibrated, y), temperature)
+        variance = (found[0] - y.reshape(found[0].shape)).double().square().mean(0).reshape(-1)
+        entropy = 0.5 * (2 * math.pi * math.e * variance).log().mean()
+        return HeldOut(epoch, float(entropy), 1.0, variance.tolist())
 
 
 def measures(predictor: Predictor, x: Tensor, y: Tensor, *, noise_variance: Tensor | float | None) -> dict[str, float]:

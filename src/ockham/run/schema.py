@@ -77,6 +77,8 @@ class Metrics:
         network: label of the network, such as "zoo:lenet".
         before_source: origin of the network before: "adam", "given weights", "none", or words for people.
         before_rate: learning rate of the network before.
+        before_epochs: number of epochs that it was trained for.
+        before_temperature: divisor of its logits.
         draws: posterior draws that a prediction averages; 1 for a network used once, None where not recorded.
     """
 
@@ -92,6 +94,8 @@ class Metrics:
     network: str | None
     before_source: str | None = None
     before_rate: float | None = None
+    before_epochs: Count | None = None
+    before_temperature: float | None = None
     draws: Count | None = None
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ockham.choose.prices import Structures, unit_costs
+from ockham.choose.prices import Structures, Subject, multiples_that_pay, unit_costs
 from ockham.choose.rules import score
-from ockham.choose.units import Account, StructureEvidence, choose_units
+from ockham.choose.units import Account, Multiples, StructureEvidence, choose_units, multiple_of
 from ockham.core.batch import READ_ONCE, Loader, read_batch
 from ockham.core.network import ALONE, Ignore, Processes, device_of, seeded
 from ockham.core.objective import Objective
@@ -95,7 +95,7 @@ def fold_constants(
     *,
     example_inputs: Any,
     ignore: tuple[Any, ...],
-    round_to: int = 1,
+    round_to: Multiples = 1,
 ) -> tuple[nn.Module, Posterior, Plan]:
     """Take out the units whose making weights are all gone; what they add moves into biases.
 
@@ -137,7 +137,7 @@ def fold_constants(
     return fold_constants(small, left, after, **options)  # who read nothing but constants is a constant now
 
 
-def _fitting(found: list[Constant], sizes: Mapping[str, int], round_to: int) -> list[Constant]:
+def _fitting(found: list[Constant], sizes: Mapping[str, int], round_to: Multiples) -> list[Constant]:
     """As many as leave a multiple of ``round_to`` in every group, and at least that."""
     units: dict[str, list[int]] = {}
     for constant in found:
@@ -145,7 +145,8 @@ def _fitting(found: list[Constant], sizes: Mapping[str, int], round_to: int) -> 
     chosen: dict[str, set[int]] = {}
     for key, several in units.items():
         gone = sorted(set(several))
-        left = max(round_to, -(-(sizes[key] - len(gone)) // round_to) * round_to)
+        multiple = multiple_of(round_to, key)
+        left = max(multiple, -(-(sizes[key] - len(gone)) // multiple) * multiple)
         chosen[key] = set(gone[: max(0, sizes[key] - left)])
     return [c for c in found if c.unit in chosen[c.group]]
 
@@ -192,10 +193,12 @@ class Shrunk:
         ledger: delta_f of the single weights that went.
         history: account of every round that took structures.
         steps: plans done, as JSON.
+        round_to: number of which the width of each group is a multiple, measured when the run began or as stated.
     """
 
     origin: Origin
     now: Groups | None
+    round_to: Multiples = 1
     ledger: Account = field(default_factory=Account)
     history: tuple[StructureInfo, ...] = ()
     steps: tuple[str, ...] = ()
@@ -204,7 +207,9 @@ class Shrunk:
         """Plain values and tensors."""
         history = [asdict(info) for info in self.history]
         ledger = dict(self.ledger.delta_f)
-        return {"steps": list(self.steps), "history": history, "ledger": ledger, "nats": self.origin.state()}
+        widths = self.round_to if isinstance(self.round_to, int) else dict(self.round_to)
+        known = {"steps": list(self.steps), "history": history, "ledger": ledger, "nats": self.origin.state()}
+        return {**known, "round_to": widths}
 
     def followed(self, plan: Plan) -> Shrunk:
         """The knowledge after a plan was carried out."""
@@ -238,7 +243,9 @@ class Shrinking:
         """
         with seeded(0, 0, torch.device("cpu")):
             groups = trace(network, self.inputs, ignore=self.ignore).separate
-        return Shrunk(Origin(groups), groups)
+            widths = self.rule.round_to
+            multiples = multiples_that_pay(Subject(network, self.inputs), groups) if widths == "auto" else widths
+        return Shrunk(Origin(groups), groups, multiples)
 
     def shrink(
         self, known: Shrunk, network: nn.Module, optimizer: VariationalOptimizer, epoch: int
@@ -259,7 +266,7 @@ class Shrinking:
                 "gone": {g.id: before[g.id] - g.size for g in groups if g.id in before},
             }
             evidence = score(optimizer.posterior()).by_group(groups, **options)
-            plan = self._choose(network, groups, evidence)
+            plan = self._choose(network, groups, evidence, known.round_to)
             if self.processes.count > 1:  # a price in milliseconds differs from process to process
                 plan = Plan.from_json(self.processes.told_bytes(plan.to_json().encode()).decode())
             if not plan.removed:
@@ -282,7 +289,7 @@ class Shrinking:
         """Network and posterior with constants folded, and all that went as one plan for the first network."""
         with seeded(0, 0, device_of(network)):
             options: dict[str, Any] = {"example_inputs": self.inputs, "ignore": self.ignore}
-            return fold_constants(network, posterior, known.origin, round_to=self.rule.round_to, **options)
+            return fold_constants(network, posterior, known.origin, round_to=known.round_to, **options)
 
     def resumed(
         self, known: Shrunk, saved: Mapping[str, Any], network: nn.Module, optimizer: VariationalOptimizer
@@ -296,11 +303,12 @@ class Shrinking:
         origin.load(saved["nats"])
         history = tuple(StructureInfo(**info) for info in saved["history"])
         ledger = Account(dict(saved["ledger"]))
+        known = replace(known, round_to=saved.get("round_to", known.round_to))  # what this machine says now may differ
         return replace(known, origin=origin, ledger=ledger, history=history), network, optimizer
 
-    def _choose(self, network: nn.Module, groups: Groups, evidence: StructureEvidence) -> Plan:
+    def _choose(self, network: nn.Module, groups: Groups, evidence: StructureEvidence, multiples: Multiples) -> Plan:
         costs = unit_costs(network, groups, self.inputs, measured=self.rule.price.measured)
-        options: dict[str, Any] = {"round_to": self.rule.round_to, "cap": self.rule.cap}
+        options: dict[str, Any] = {"round_to": multiples, "cap": self.rule.cap}
         choice = choose_units(evidence, self.rule.price.nats(evidence, costs), **options)
         if choice.forced:
             warnings.warn(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ockham.surgery.exporting import ExportError, export
 from ockham.surgery.groups import Group, Groups, Member, Plan, PlanError, random_plan
-from ockham.surgery.rotating import RotationError, rotate
 from ockham.surgery.shrinking import MismatchError, mask, shrink, slice_tensor, verify
+from ockham.surgery.streams import RotationError, rotate
 from ockham.surgery.tracing import trace
 
 __all__ = [

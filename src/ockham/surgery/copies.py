@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -15,7 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ockham.core.network import check_module, keeping_modes, whole
+from ockham.core.network import check_module, copied, keeping_modes, whole
 
 
 def canonical_names(model: nn.Module) -> dict[int, str]:
@@ -25,6 +24,37 @@ def canonical_names(model: nn.Module) -> dict[int, str]:
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
         names.setdefault(id(tensor), name)
     return names
+
+
+Moves = Mapping[str, Mapping[int, int]]
+"""Path of a list of modules to {number before: number afterwards} of those that stay in it."""
+
+
+def renumbered(held: Any, moves: Moves) -> Any:
+    """Return the name of a tensor or module once modules of lists have moved up; or plain values with such names.
+
+    >>> renumbered("layers.3.up.weight", {"layers": {0: 0, 2: 1, 3: 2}})
+    'layers.2.up.weight'
+    """
+    if isinstance(held, dict):
+        return {renumbered(key, moves): renumbered(value, moves) for key, value in held.items()}
+    if isinstance(held, list):
+        return [renumbered(value, moves) for value in held]
+    for path, places in moves.items() if isinstance(held, str) else ():
+        number, dot, rest = held.removeprefix(f"{path}.").partition(".")
+        if held.startswith(f"{path}.") and number.isdecimal():
+            return f"{path}.{places.get(int(number), int(number))}{dot}{rest}"
+    return held
+
+
+def moves_up(names: Collection[str]) -> Moves:
+    """Return how the modules of every list move up where tensors of these names are all that is left."""
+    moves: dict[str, dict[int, int]] = {}
+    steps = [name.split(".") for name in names]
+    found = {(".".join(s[:i]), int(s[i])) for s in steps for i in range(len(s)) if s[i].isdecimal()}
+    for path, number in sorted(found):
+        moves.setdefault(path, {})[number] = len(moves.get(path, ()))
+    return moves
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -59,7 +89,7 @@ def clone(
                 if id(tensor) not in memo and (others is not None or not tensor.is_leaf):
                     memo[id(tensor)] = tensor.detach().clone() if others is None else others(tensor)
     with undivided(model):
-        return copy.deepcopy(model, memo)
+        return copied(model, memo)
 
 
 @contextlib.contextmanager
@@ -139,6 +169,8 @@ def caches_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 CACHES = frozenset({"past_key_values", "cache_params", "past_key_value", "mems"})
 """Outputs of language models that hold what the next call may use again: they are no result."""
+BESIDE_LOGITS = CACHES | {"encoder_last_hidden_state", "state"}
+"""Outputs that are no result where there are logits: what a decoder was given, the state of a recurrent network."""
 
 
 def as_arguments(example_inputs: Any) -> Arguments:
@@ -167,7 +199,8 @@ def tensors_of(out: Any) -> list[Tensor]:
     if "Cache" in type(out).__name__:
         return []
     if isinstance(out, Mapping):
-        return [t for key, part in out.items() if key not in CACHES for t in tensors_of(part)]
+        inner = BESIDE_LOGITS if "logits" in out else CACHES
+        return [t for key, part in out.items() if key not in inner for t in tensors_of(part)]
     if isinstance(out, (list, tuple)):
         return [t for part in out for t in tensors_of(part)]
     if dataclasses.is_dataclass(out) and not isinstance(out, type):
@@ -301,12 +334,13 @@ def layers_of(model: nn.Module, arguments: Arguments) -> dict[str, Tensor]:
 
 
 def given_to(model: nn.Module, layers: Collection[str], arguments: Arguments) -> dict[str, list[Tensor]]:
-    """Return what each of some submodules is given first, call by call, in one forward in evaluation mode."""
+    """Return the tensor that each of some submodules is given first, call by call, in a forward in evaluation mode."""
     seen: dict[str, list[Tensor]] = {}
 
     def keeper(name: str) -> Any:
         def keep(_module: nn.Module, args: Any) -> None:
-            seen.setdefault(name, []).append(args[0].detach())
+            if args and isinstance(args[0], Tensor):
+                seen.setdefault(name, []).append(args[0].detach())
 
         return keep
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ockham.errors import OckhamError
-from ockham.surgery.copies import named_tensors
+from ockham.surgery.copies import Arguments, moves_up, named_tensors, renumbered
 from ockham.surgery.labels import Edit, Site, counts_of, edits_of
-from ockham.surgery.resizing import compose
+from ockham.surgery.resizing import Branch, compose
 
 CutTensors = list[tuple[str, Tensor]]
 
@@ -52,6 +52,9 @@ class Group:
         size: number of units.
         members: the dimensions that shrink together.
         shapes: shape of every tensor in `members`.
+        least: number of units that have to stay.
+        router: name of the weight whose rows choose among the units; "" for none. What it does not choose is as if it
+            were not there, but zeros in a unit are no such thing: `mask` sets its row's result to minus infinity.
     """
 
     id: str
@@ -59,6 +62,8 @@ class Group:
     size: int
     members: tuple[Member, ...]
     shapes: Mapping[str, tuple[int, ...]]
+    least: int = 1
+    router: str = ""
 
     def outgoing(self, unit: int) -> CutTensors:
         """Return the weights which read `unit`: a list of (parameter, flat positions), each parameter once."""
@@ -112,6 +117,8 @@ class Groups:
         heads: all places that split or join dimensions, for attributes such as `num_heads`.
         spared: tensors which `mask` leaves alone, because zeros in them are no zeros (directions of a weight norm).
         caches: module path to its attributes with tensors from earlier forwards; the small network starts without.
+        arguments: arguments of the call that was traced.
+        branches: residual branches by `Branch.id`, each of which can go as a whole (`trace` with ``whole``).
     """
 
     groups: Mapping[str, Group]
@@ -122,6 +129,8 @@ class Groups:
     heads: tuple[Site, ...] = ()
     spared: tuple[str, ...] = ()
     caches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    branches: Mapping[str, Branch] = field(default_factory=dict)
+    arguments: Arguments = ((), {})
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups.values())
@@ -156,6 +165,7 @@ class Groups:
 
     def __str__(self) -> str:
         lines = [f"{g.id}: {g.size} {g.kind}s in {len(g.members)} dimensions" for g in self]
+        lines += [f"{b.id}: a branch of {len(b.modules)} modules" for b in self.branches.values()]
         reasons: dict[str, list[str]] = defaultdict(list)
         for (name, dim), why in self.frozen.items():
             reasons[why.replace(f" in {name.rpartition('.')[0]} ", " ")].append(f"{name}:{dim}")
@@ -293,6 +303,8 @@ class Plan:
         spared: tensors which `mask` does not zero (see `Groups`).
         nats: group id to the evidence of its removed units, if it was given (same order as `removed`).
         caches: module path to its attributes with tensors from earlier forwards; the small network starts without.
+        dropped: residual branches that go as a whole.
+        routers: weights whose rows choose among units, where some of these go.
     """
 
     removed: Mapping[str, tuple[int, ...]]
@@ -304,6 +316,13 @@ class Plan:
     spared: tuple[str, ...] = ()
     nats: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     caches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    dropped: tuple[Branch, ...] = ()
+    routers: tuple[str, ...] = ()
+
+    @property
+    def lost(self) -> frozenset[str]:
+        """Names of the tensors that go with a whole branch."""
+        return frozenset(name for branch in self.dropped for name in (*branch.parameters, *branch.buffers))
 
     @property
     def fingerprint(self) -> str:
@@ -330,7 +349,13 @@ class Plan:
         Raises:
             PlanError: when `other` is for another network.
         """
-        between = {name: self.shape(name) for name in self.shapes}
+        lost = self.lost
+        between = {name: self.shape(name) for name in self.shapes if name not in lost}
+        moves = moves_up(between)  # of layers in a list where nothing is left of others
+        if dict(other.shapes) == {renumbered(n, moves): shape for n, shape in between.items()} != between:
+            back = {path: {now: old for old, now in places.items()} for path, places in moves.items()}
+            content = renumbered({**json.loads(other.to_json()), "sha256": None}, back)
+            other = Plan.from_json(json.dumps(content | {"fingerprint": fingerprint(content["shapes"])}))
         if between != dict(other.shapes):
             wrong = [n for n in dict.fromkeys([*between, *other.shapes]) if between.get(n) != other.shapes.get(n)]
             raise PlanError(
@@ -364,8 +389,10 @@ class Plan:
             edits=tuple(e for pair in own.values() for e in compose(*pair)),
             counts=counts,
             spared=tuple(dict.fromkeys((*self.spared, *other.spared))),
-            nats={key: self.nats[key] for key in self.nats if removed[key] == self.removed[key]},
+            nats={key: self.nats[key] for key in self.nats if removed.get(key) == self.removed.get(key)},
             caches={**self.caches, **other.caches},
+            dropped=(*self.dropped, *other.dropped),
+            routers=tuple(dict.fromkeys((*self.routers, *other.routers))),
         )
 
     def to_json(self) -> str:
@@ -384,6 +411,8 @@ class Plan:
             "nats": {k: list(v) for k, v in self.nats.items()},
             "caches": {k: list(v) for k, v in self.caches.items()},
         }
+        whole = {"dropped": [b.to_data() for b in self.dropped], "routers": list(self.routers)}
+        content |= {k: v for k, v in whole.items() if v}  # earlier versions refuse a plan with a field they do not know
         return json.dumps(content | {"sha256": _digest(content)})
 
     @staticmethod
@@ -415,6 +444,8 @@ class Plan:
                 spared=tuple(data["spared"]),
                 nats={k: tuple(v) for k, v in data["nats"].items()},
                 caches={k: tuple(v) for k, v in data.get("caches", {}).items()},
+                dropped=tuple(Branch.from_data(b) for b in data.get("dropped", ())),
+                routers=tuple(map(str, data.get("routers", ()))),
             )
             for name, dim, gone in ((n, d, i) for n, cut in plan.cuts.items() for d, i in cut.items()):
                 size = plan.shapes[name][dim]
@@ -427,7 +458,7 @@ class Plan:
             raise
         except (KeyError, TypeError, AttributeError, IndexError, ArithmeticError, RecursionError, ValueError) as error:
             raise PlanError(f"the plan is damaged: {type(error).__name__}: {error}") from error
-        if plan.fingerprint != data["fingerprint"]:
+        if plan.fingerprint != data["fingerprint"] or not {*plan.lost, *plan.routers} <= plan.shapes.keys():
             raise PlanError("the plan is damaged: its shapes do not match its fingerprint")
         if told is not None and told != _digest(data):
             raise PlanError(
@@ -443,6 +474,9 @@ class Plan:
             if gone:
                 said = f" ({sum(self.nats[key]):.1f} nats)" if key in self.nats else ""
                 lines.append(f"  {key}: {width} -> {width - len(gone)}, without {_ranges(gone)}{said}")
+        for branch in self.dropped:
+            said = f" ({self.nats[branch.id][0]:.1f} nats)" if branch.id in self.nats else ""
+            lines.append(f"  {branch.id}: without {', '.join(branch.modules)}{said}")
         return "\n".join(lines if len(lines) > 1 else [*lines, "  nothing is removed"])
 
 
@@ -498,20 +532,28 @@ def plan_masks(groups: Groups, keep: Mapping[str, Tensor], *, nats: Mapping[str,
 
     Args:
         groups: result of `trace`.
-        keep: group id to a boolean tensor of shape ``(units,)``, True = stays; groups left out stay whole.
+        keep: group id to a boolean tensor of shape ``(units,)``, True = stays; groups left out stay whole. Of a branch
+            the shape is ``(1,)``.
         nats: group id to a tensor of shape ``(units,)`` with the evidence for each unit, only to be printed and saved.
 
     Raises:
         PlanError: for unknown groups, masks of another dtype or shape, or a mask that keeps nothing.
     """
+    whole = {key: mask for key, mask in keep.items() if key in groups.branches}
+    keep = {key: mask for key, mask in keep.items() if key not in whole}
+    for key, mask in whole.items():
+        if mask.dtype != torch.bool or tuple(mask.shape) != (1,):
+            raise PlanError(f"keep[{key!r}] is {mask.dtype} of shape {tuple(mask.shape)}; expected torch.bool of (1,)")
     for key, mask in keep.items():
         if key not in groups.groups:
             raise PlanError(f"no group {key!r}; known: {', '.join(list(groups.groups)[:5])}, ...")
         size, shape = groups[key].size, tuple(mask.shape)
         if mask.dtype != torch.bool or shape != (size,):
             raise PlanError(f"keep[{key!r}] is {mask.dtype} of shape {shape}; expected torch.bool of ({size},)")
-        if not bool(mask.any()):
-            raise PlanError(f"keep[{key!r}] removes all {size} units; at least one must stay")
+        if int(mask.sum()) < groups[key].least:
+            many = "all" if not bool(mask.any()) else f"{int((~mask).sum())} of"
+            few = "one" if groups[key].least == 1 else groups[key].least
+            raise PlanError(f"keep[{key!r}] removes {many} {size} units; at least {few} must stay")
     gone = {k: tuple((~keep[k]).nonzero().flatten().tolist()) for k in groups.groups if k in keep}
     gone = {k: v for k, v in gone.items() if v}
     cuts: dict[str, dict[int, list[int]]] = {}
@@ -519,17 +561,25 @@ def plan_masks(groups: Groups, keep: Mapping[str, Tensor], *, nats: Mapping[str,
         for member in groups[key].members:
             indices = member.index[list(units)].flatten().tolist()
             cuts.setdefault(member.name, {}).setdefault(member.dim, []).extend(indices)
-    said = {k: tuple(nats[k][list(v)].double().tolist()) for k, v in gone.items() if nats and k in nats}
+    widths: dict[int, set[int]] = {}
+    for name, cut in cuts.items():
+        for dim, indices in cut.items():
+            size = groups.shapes[name][dim]
+            widths.setdefault(size, set()).add(size - len(indices))
+    every = gone | {k: (0,) for k, mask in whole.items() if not bool(mask[0])}
+    said = {k: tuple(nats[k][list(v)].double().tolist()) for k, v in every.items() if nats and k in nats}
     return Plan(
         removed=gone,
         widths={g.id: g.size for g in groups},
         cuts={n: {d: tuple(sorted(i)) for d, i in c.items()} for n, c in cuts.items()},
         shapes=dict(groups.shapes),
-        edits=edits_of(groups.sites, _gone(groups, gone)),
+        edits=edits_of(groups.sites, _gone(groups, gone), widths),
         counts=counts_of(groups.heads, _gone(groups, gone)),
         spared=groups.spared,
         nats=said,
         caches=groups.caches,
+        dropped=tuple(b for key, b in groups.branches.items() if key in every),
+        routers=tuple(groups[key].router for key in gone if groups[key].router),
     )
 
 
@@ -539,7 +589,7 @@ def _gone(groups: Groups, removed: Mapping[str, tuple[int, ...]]) -> Tensor:
 
 
 def random_plan(groups: Groups, ratio: float, *, generator: torch.Generator | None = None) -> Plan:
-    """Build a plan that removes a random share `ratio` of the units of every group (at least one unit stays).
+    """Build a plan that removes a random share `ratio` of the units of every group, and of the branches.
 
     Args:
         groups: result of `trace`.
@@ -554,6 +604,8 @@ def random_plan(groups: Groups, ratio: float, *, generator: torch.Generator | No
     keep = {}
     for group in groups:
         keep[group.id] = torch.ones(group.size, dtype=torch.bool)
-        count = min(round(ratio * group.size), group.size - 1)
+        count = min(round(ratio * group.size), group.size - group.least)
         keep[group.id][torch.randperm(group.size, generator=generator)[:count]] = False
+    gone = torch.randperm(len(groups.branches), generator=generator)[: round(ratio * len(groups.branches))].tolist()
+    keep |= {key: torch.tensor([i not in gone]) for i, key in enumerate(groups.branches)}
     return plan_masks(groups, keep)

@@ -13,8 +13,9 @@ turns them into numbers (`Edit`), and `resizing.py` applies the numbers while th
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -287,11 +288,14 @@ def settle_labels(ledger: Labels, count: int) -> Tensor:
         edges += extra.edges
 
 
+FACTORIES = ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
 SPLITS = dict.fromkeys(["split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"], "split")
 KINDS: dict[str, str] = {
     "view": "view", "reshape": "view", "_unsafe_view": "view", "unflatten": "unflatten", "expand": "expand",
     "pad": "pad", "constant_pad_nd": "pad", "slice": "slice", "narrow": "slice", **SPLITS,
-    "batch_norm": "norm", "instance_norm": "norm", "mean": "mean", "var": "var", "std": "var",
+    **dict.fromkeys(FACTORIES, "factory"),
+    "batch_norm": "norm", "instance_norm": "norm", "var": "var", "std": "var",
+    "mean": "mean", "centred_mean": "centred",
     "_grouped_mm": "grouped", "grouped_mm": "grouped", "grouped_mm_fallback": "grouped",
     "layer_norm": "layer_norm", "rms_norm": "rms_norm", "group_norm": "group_norm", "uneven_norm": "group_norm",
 }  # fmt: skip
@@ -338,9 +342,9 @@ class Site:
     module: str
     op: str
     shape: tuple[int, ...]
-    before: Mapping[int, Tensor]
+    before: dict[int, Tensor]
     old: tuple[int, ...]
-    after: Mapping[int, Tensor]
+    after: dict[int, Tensor]
     dim: int
     fixed: frozenset[int] = frozenset()
     call: int = 0
@@ -408,6 +412,12 @@ def argument(node: fx.Node, name: str, *otherwise: Any) -> Any:
     raise LookupError(f"{node.target} was given no argument {name!r}")
 
 
+def op_name(target: Any) -> str:
+    """Return the bare name of an op: ``aten::conv2d`` is "conv2d"; other callables their own name."""
+    schema = getattr(target, "_schema", None)
+    return schema.name.split("::")[1] if schema is not None else str(getattr(target, "__name__", target))
+
+
 Maker = Callable[[Note, dict[int, Tensor], Tensor], Site | None]
 MAKERS: dict[str, Maker] = {}
 """Kind of a place to what makes its site from a note, the components along its input, and those of all atoms."""
@@ -425,15 +435,19 @@ def _makes(*kinds: str) -> Callable[[Maker], Maker]:
 
 def settled(notes: list[Note], root: Tensor) -> list[Site]:
     """Return the notes with components instead of atoms, in the order of the graph."""
-    sites = (MAKERS[KINDS[n.name]](n, _dims(n.before, root), root) for n in notes if n.name in KINDS)
-    return [site for site in sites if site is not None]
+    found = (MAKERS[KINDS[n.name]](n, _dims(n.before, root), root) for n in notes if n.name in KINDS)
+    sites = [site for site in found if site is not None]
+    once: dict[bytes, Tensor] = {}  # equal components are one tensor, so that a plan looks at each once
+    for labels in (labels for site in sites for labels in (site.before, site.after)):
+        labels.update({d: once.setdefault(v.numpy().tobytes(), v) for d, v in labels.items()})
+    return sites
 
 
-@_makes("norm", "grouped", "mean", "var", "layer_norm", "rms_norm")
+@_makes("norm", "grouped", "mean", "centred", "var", "layer_norm", "rms_norm")
 def _whole(note: Note, before: dict[int, Tensor], root: Tensor) -> Site:
     """Return the site of an op that counts the elements along some dimensions: only those matter."""
     kind, rank = KINDS[note.name], len(note.before.shape)
-    if kind in ("mean", "var"):
+    if kind in ("mean", "centred", "var"):
         before = {d: v for d, v in before.items() if d in reduced_axes(note.node, rank)}
     elif kind in ("layer_norm", "rms_norm"):
         before = {d: v for d, v in before.items() if d >= rank - len(argument(note.node, "normalized_shape"))}
@@ -472,6 +486,12 @@ def _view(note: Note, before: dict[int, Tensor], root: Tensor) -> Site:
 def _result(note: Note) -> Value:
     assert isinstance(note.after, Value)
     return note.after
+
+
+@_makes("factory")
+def _factory(note: Note, before: dict[int, Tensor], root: Tensor) -> Site:
+    result = _result(note)
+    return Site(note.module, "factory", (), {}, result.shape, _dims(result, root), -1, call=note.call)
 
 
 @_makes("unflatten")
@@ -526,12 +546,19 @@ def _dims(value: Value, root: Tensor) -> dict[int, Tensor]:
     return found
 
 
-def edits_of(sites: tuple[Site, ...], gone: Tensor) -> tuple[Edit, ...]:
+def edits_of(sites: tuple[Site, ...], gone: Tensor, widths: Mapping[int, set[int]]) -> tuple[Edit, ...]:
     """Return the numbers that change at `sites` when the components in `gone` are removed.
 
-    Places which keep their numbers come along where their input could be mistaken for one of another place.
+    Places which keep their numbers come along where their input could be mistaken for one of another place, or where
+    the code may have computed them from a size that changes elsewhere (`x.shape[-1]` of a stream that gets narrower).
+
+    Args:
+        sites: places which hold sizes.
+        gone: components that are removed.
+        widths: every size of a dimension that changes to what it becomes.
     """
-    made = [(site, _edit(site, gone)) for site in sites]
+    alive = _Alive(gone)
+    made = [(site, _edit(site, alive)) for site in sites]
     changed: dict[str, list[Edit]] = {}
     for _, edit in made:
         if edit is not None and edit.changes:
@@ -543,10 +570,38 @@ def edits_of(sites: tuple[Site, ...], gone: Tensor) -> tuple[Edit, ...]:
             found.setdefault(site.module, []).append(own)
     result: list[Edit] = []
     for edits in found.values():  # each once, unless two of them are about inputs alike: then their order tells
-        distinct = list(dict.fromkeys(edits))
+        calls: dict[int, list[Edit]] = {}
+        for edit in edits:
+            calls.setdefault(edit.call, []).append(replace(edit, call=0))
+        first, *others = calls.values()
+        own = edits if any(other != first for other in others) else first  # all calls of a module alike
+        distinct = list(dict.fromkeys(own))
         looks = {(e.op, e.rank, e.dim, tuple((d, n) for d, _, n in e.sizes)) for e in distinct}
-        result += distinct if len(looks) == len(distinct) else edits
-    return tuple(result)
+        result += distinct if len(looks) == len(distinct) else own
+    ordered = {edit.module for edit, times in Counter(result).items() if times > 1}  # none may come in between there
+    for site in sites:
+        if site.op in ("view", "unflatten") and site.module not in ordered:
+            result += _computed(site, alive, widths)
+    return tuple(result if ordered else dict.fromkeys(result))
+
+
+def _computed(site: Site, alive: _Alive, widths: Mapping[int, set[int]]) -> list[Edit]:
+    """Return the numbers of `site` for code that computes them from a size which changes elsewhere.
+
+    Where it asks for what a dimension of as many elements has become, that is wrong; a share of such a size, as of the
+    width of a stream among its heads, is so when nothing else fits (`resizing.py`).
+    """
+    stays = {d: int(alive.of(v).sum()) for d, v in site.before.items()}
+    sizes = tuple((d, site.shape[d], n) for d, n in sorted(stays.items()))
+    right = {d: int(alive.of(v).sum()) for d, v in site.after.items()}
+    new = tuple(right.get(d, n if d in site.fixed else None) for d, n in enumerate(site.old))
+    told = [n for n in new if n is not None and n > 1]
+    shares = bool(right) and any(width % n == 0 for width in widths for n in told)
+    asked = [(*new[:d], n, *new[d + 1 :]) for d in right for n in sorted(widths.get(site.old[d], set()) - {right[d]})]
+    return [
+        Edit(site.module, site.op, len(site.shape), sizes, site.dim, old, new)
+        for old in (*asked, *([new] if shares else []))
+    ]
 
 
 def _rival(site: Site, edits: list[Edit]) -> Edit | None:
@@ -565,13 +620,33 @@ def _rival(site: Site, edits: list[Edit]) -> Edit | None:
     return Edit(site.module, site.op, len(shape), sizes, site.dim, old, old, site.call)
 
 
-def _edit(site: Site, gone: Tensor) -> Edit | None:
+class _Alive(dict[int, Tensor]):
+    """Which of some components stay, asked once for every tensor of them.
+
+    Args:
+        gone: components that are removed.
+    """
+
+    def __init__(self, gone: Tensor) -> None:
+        super().__init__()
+        self.top = int(gone.max()) + 1 if gone.numel() else 0
+        self.stays = torch.ones(self.top + 1, dtype=torch.bool)
+        self.stays[gone] = False
+
+    def of(self, roots: Tensor) -> Tensor:
+        """Return a boolean for each of `roots`; what is fixed, and what lies above all that is gone, stays."""
+        if id(roots) not in self:
+            self[id(roots)] = self.stays[roots.clamp(max=self.top)]
+        return self[id(roots)]
+
+
+def _edit(site: Site, alive: _Alive) -> Edit | None:
     if site.op == "norm":
         return None
-    stays = {d: ~torch.isin(v, gone) for d, v in site.before.items()}
+    stays = {d: alive.of(v) for d, v in site.before.items()}
     sizes = tuple((d, site.shape[d], int(k.sum())) for d, k in sorted(stays.items()) if not bool(k.all()))
     if site.op in ("slice", "split", "group_norm"):
-        if not sizes or site.dim not in stays:
+        if site.dim not in stays or bool(stays[site.dim].all()):  # its numbers stay, whatever goes beside it
             return None
         below = torch.cat([torch.zeros(1, dtype=torch.long), stays[site.dim].long().cumsum(0)])
         ends = torch.tensor(site.old if site.op == "slice" else (0, *site.old))
@@ -581,7 +656,9 @@ def _edit(site: Site, gone: Tensor) -> Edit | None:
     new: list[int | None] = [None] * len(site.old)
     old: list[int | None] = [None] * len(site.old)
     for dim, roots in site.after.items():
-        old[dim], new[dim] = site.old[dim], int((~torch.isin(roots, gone)).sum())
+        left = int(alive.of(roots).sum())
+        if site.op != "factory" or left < site.old[dim]:  # of new tensors, numbers of examples and positions, too
+            old[dim], new[dim] = site.old[dim], left
     if old == new and site.old:
         return None
     for dim in site.fixed:
@@ -601,10 +678,10 @@ COUNTS = frozenset(
 
 def counts_of(sites: tuple[Site, ...], gone: Tensor) -> dict[str, dict[int, int]]:
     """Return, for each module, sizes of labelled dimensions before and after; sizes with two meanings are left out."""
-    found: dict[str, dict[int, set[int]]] = {}
+    alive, found = _Alive(gone), dict[str, dict[int, set[int]]]()
     for site in sites:
         for roots in (*site.before.values(), *site.after.values()):
-            left = int((~torch.isin(roots, gone)).sum())
+            left = int(alive.of(roots).sum())
             found.setdefault(site.module, {}).setdefault(roots.numel(), set()).add(left)
     clear = {m: {old: new.pop() for old, new in sizes.items() if len(new) == 1} for m, sizes in found.items()}
     return {m: changed for m, sizes in clear.items() if (changed := {o: n for o, n in sizes.items() if o != n})}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
@@ -19,11 +19,13 @@ from ockham.core.network import keeping_modes
 from ockham.surgery.copies import as_arguments, given_to
 from ockham.surgery.groups import Group, Groups, Member, Plan, PlanError, plan_masks
 from ockham.surgery.labels import COUNTS, Edit
-from ockham.surgery.resizing import attach
+from ockham.surgery.resizing import attach, leave_out
 
 __all__ = ["Constant", "constants", "fold", "plan_unread"]
 
 
+EXPERTS = frozenset({"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"})
+"""Attributes and fields that hold a number of experts."""
 _SPREAD = 1e-5  # of a constant over examples and places, relative: rounding of what is equal in exact arithmetic
 
 
@@ -148,7 +150,7 @@ def plan_unread(groups: Groups, keep: Mapping[str, Tensor]) -> Plan:
                 f"got {mask.dtype} of shape {tuple(mask.shape)}"
             )
     alive = {name: mask.cpu().clone() for name, mask in keep.items()}
-    stays = {g.id: torch.ones(g.size, dtype=torch.bool) for g in groups if g.outgoing_cuts()}
+    stays = {g.id: torch.ones(g.size, dtype=torch.bool) for g in groups if g.outgoing_cuts() and not g.router}
     changed = True
     while changed:
         changed = False
@@ -187,6 +189,7 @@ def refit(model: nn.Module, small: nn.Module, plan: Plan) -> None:
         for name, module in after.items():
             _recompute(module)
             adapt(module, before[name])
+        count_experts(after, before, plan.routers)
         for path, names in plan.caches.items():
             for name in names:
                 getattr(after[path], name).clear()
@@ -202,6 +205,25 @@ def refit(model: nn.Module, small: nn.Module, plan: Plan) -> None:
                 setattr(module, name, sizes.get(held, held) if type(held) is int else held)
             if path in edits:
                 attach(module, edits[path])
+        leave_out(small, plan.dropped)
+
+
+def count_experts(after: Mapping[str, nn.Module], before: Mapping[str, nn.Module], routers: Collection[str]) -> None:
+    """Correct the number of experts which the blocks of routers and their children hold.
+
+    Args:
+        after: path to module of the small network.
+        before: the same of the network before.
+        routers: names of the routers' weights.
+    """
+    blocks = {router.rpartition(".")[0].rpartition(".")[0] for router in routers}
+    for path in (p for p in after if p in blocks or p.rpartition(".")[0] in blocks):
+        for name in EXPERTS & vars(after[path]).keys():
+            held = getattr(before[path], name)
+            pairs = zip(after[path].parameters(), before[path].parameters(), strict=True)
+            now = {new.shape[0] for new, old in pairs if old.ndim == 3 or (old.ndim == 2 and old.shape[0] == held)}
+            if len(now) == 1:
+                setattr(after[path], name, now.pop())
 
 
 def _recompute(module: nn.Module) -> None:

@@ -12,8 +12,8 @@ import contextlib
 import contextvars
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ SizedEdits = list[tuple[int, Edit]]
 
 
 _tracing = contextvars.ContextVar("tracing", default=False)
+_inner: contextvars.ContextVar[Any] = contextvars.ContextVar("inner", default=None)
 
 
 @contextlib.contextmanager
@@ -56,6 +57,7 @@ class Resizing(TorchFunctionMode):
         super().__init__()
         self.edits = tuple(edits)
         self.at = 0
+        self.mean = torch.zeros(())  # the last one that counts removed elements
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -63,9 +65,21 @@ class Resizing(TorchFunctionMode):
         """Run `func`, with other numbers where an edit says so."""
         kwargs = kwargs or {}
         handler = HANDLERS.get(func)
-        if handler is None or not args or not isinstance(args[0], Tensor):
+        applies = handler is _factory or (bool(args) and isinstance(args[0], Tensor))
+        if handler is None or not applies or _inner.get() is not self:  # what a module inside does is its own
             return func(*args, **kwargs)
         return handler(self, func, args, kwargs)
+
+    def __enter__(self) -> Resizing:
+        """Begin: the mode of a module outside pauses."""
+        self.outer = _inner.set(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End."""
+        super().__exit__(*error)
+        _inner.reset(self.outer)
 
     def fitting(self, op: str, x: Tensor, dim: int = -1) -> SizedEdits:
         """Return the edits of `op` (with their numbers) for an input of the shrunk sizes of `x`."""
@@ -100,11 +114,10 @@ class Resizing(TorchFunctionMode):
         found = self.fitting(op, x, dim)
         known = [(i, new) for i, e in found if (new := _replaced(e, plain)) is not None]
         if not known and op != "expand":
-            forced = [(i, e.new) for i, e in found if len(e.new) == len(asked) and e.old != e.new]
-            known = [
-                (i, tuple(a if n is None or a == -1 else n for a, n in zip(plain, new, strict=True)))
-                for i, new in forced
-            ]
+            for i, e in found:
+                if len(e.new) == len(asked):
+                    sizes = tuple(a if n is None or a == -1 else n for a, n in zip(plain, e.new, strict=True))
+                    known += [(i, sizes)] if _meant(e, plain, sizes, x.numel()) else []
         if not known:
             return asked
         return tuple(a if p == n else n for a, p, n in zip(asked, plain, self.choose(known), strict=True))
@@ -134,14 +147,24 @@ def _replaced(edit: Edit, asked: Sizes) -> Sizes | None:
     """Return `asked` with the numbers of `edit`, or None when `asked` is not what the edit is about."""
     if len(asked) != len(edit.old):
         return None
-    out = list(asked)
+    out, told = list(asked), False
     for i, (have, old, new) in enumerate(zip(asked, edit.old, edit.new, strict=True)):
         if old is None or new is None or have == -1:
             continue
         if have not in (old, new):
             return None
-        out[i] = new
-    return tuple(out)
+        out[i], told = new, True
+    return tuple(out) if told else None
+
+
+def _meant(edit: Edit, asked: Sizes, sizes: Sizes, count: int) -> bool:
+    """May `sizes` be meant where the code asks for numbers that `edit` does not know, of a tensor of `count` elements?
+
+    They must fit; and if the numbers asked for do so, too, one that changes must be among them.
+    """
+    fit = [math.prod(s) == count if -1 not in s else count % (math.prod(s) or -1) == 0 for s in (sizes, asked)]
+    among = any(None is not o != n and a in (o, n) for o, n, a in zip(edit.old, edit.new, asked, strict=True))
+    return fit[0] and (among or not fit[1])
 
 
 def _given(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:
@@ -158,6 +181,21 @@ def _view(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     if not all(isinstance(n, (int, torch.SymInt)) or (isinstance(n, Tensor) and n.ndim == 0) for n in asked):
         return func(*args, **kwargs)
     return func(args[0], mode.view(op, args[0], tuple(asked)))
+
+
+@_handles(torch.zeros, torch.ones, torch.full, torch.empty)
+@_handles(torch.Tensor.new_zeros, torch.Tensor.new_ones, torch.Tensor.new_full, torch.Tensor.new_empty)
+def _factory(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Make a tensor of other sizes where those of the code are of a width that went."""
+    before = args[: func.__name__.startswith("new_")]
+    sizes = args[len(before) :] or (kwargs.get("size"),)
+    listed = isinstance(sizes[0], (tuple, list))
+    asked = tuple(map(_plain, sizes[0] if listed else sizes))
+    found = [(i, n) for i, e in enumerate(mode.edits) if e.op == "factory" and (n := _replaced(e, asked)) is not None]
+    if not found:
+        return func(*args, **kwargs)
+    rest = {k: v for k, v in kwargs.items() if k != "size"}
+    return func(*before, mode.choose(found), *(sizes[1:] if listed else ()), **rest)
 
 
 @_handles(torch.Tensor.unflatten, torch.unflatten)
@@ -257,12 +295,20 @@ def _sliced(mode: Resizing, x: Tensor, dim: int, item: slice) -> slice:
 
 @_handles(torch.mean, torch.Tensor.mean)
 def _mean(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Keep on dividing by the number before; a variance written out holds the mean of what is gone, squared."""
     out, x = func(*args, **kwargs), args[0]
     dims = _dims(_given(args, kwargs, "dim")[0], x.ndim)
-    found = mode.fitting("mean", x)
-    shares = [(i, math.prod(new / old for d, old, new in e.sizes if d in dims)) for i, e in found]
-    share = mode.choose(shares) if shares else 1.0
-    return out if share == 1 else out * share
+    found = [
+        (i, (e.op, math.prod(new / old for d, old, new in e.sizes if d in dims)))
+        for i, e in sorted(mode.fitting("mean", x) + mode.fitting("centred", x))
+    ]
+    op, share = mode.choose(found) if found else ("", 1.0)
+    if share == 1 or _tracing.get():
+        return out
+    if op == "centred":
+        return out * share + mode.mean.reshape(out.shape).square() * (1 - share)
+    mode.mean = out * share
+    return mode.mean
 
 
 def _dims(dim: Any, rank: int) -> list[int]:
@@ -449,3 +495,111 @@ def _follow(first: Edit, second: Edit) -> Edit | None:
     start = tuple(b if a is None else a for a, b in zip(first.old, second.old, strict=True))
     end = tuple(a if b is None else b for a, b in zip(first.new, second.new, strict=True))
     return replace(first, sizes=tuple((d, *pair) for d, pair in sorted(sizes.items())), old=start, new=end)
+
+
+class Closing(TorchFunctionMode):
+    """Inside, some rows of a router's weight yield minus infinity: what they stand for is never chosen.
+
+    Args:
+        weight: the router's weight.
+        closed: numbers of the rows.
+    """
+
+    def __init__(self, weight: Tensor, closed: Sequence[int]) -> None:
+        super().__init__()
+        self.weight, self.closed = weight, list(closed)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run `func`; products with the weight lose the rows."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        given = (*args, *kwargs.values())
+        if func is not F.linear or not any(a is self.weight for a in given):
+            return out
+        return out.index_fill(-1, torch.tensor(self.closed, device=out.device), -math.inf)
+
+
+@functools.cache
+def closed_class(base: Any) -> type[nn.Module]:
+    """Return the subclass of a router's class whose forward runs under `Closing`."""
+
+    @functools.wraps(base.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        leaf, closed = self.__dict__["_closed"]
+        with Closing(getattr(self, leaf), closed):
+            return base.forward(self, *args, **kwargs)
+
+    kind: type[nn.Module] = type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
+    return kind
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A residual branch, which is computed from a stream and added to it: x + branch(x). It can go as a whole.
+
+    Attributes:
+        id: path of the module that holds it and nothing else, or of the one that computes what is added.
+        parameters: names of the parameters that go with it.
+        buffers: names of the buffers that go with it.
+        modules: path of a module in it to what stands there afterwards, "same" (returns its input) or "zero" (returns
+            zeros of the shape of its input), and the number of its results where it returns a tuple ("zero 2").
+    """
+
+    id: str
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    modules: Mapping[str, str]
+
+    def to_data(self) -> dict[str, Any]:
+        """Return plain values."""
+        names = {"parameters": list(self.parameters), "buffers": list(self.buffers)}
+        return {"id": self.id, **names, "modules": dict(self.modules)}
+
+    @staticmethod
+    def from_data(data: Mapping[str, Any]) -> Branch:
+        """Read what `to_data` wrote."""
+        modules = {str(path): str(word) for path, word in data["modules"].items()}
+        for word in modules.values():
+            Skipped(word)
+        parameters, buffers = (tuple(map(str, data[key])) for key in ("parameters", "buffers"))
+        return Branch(str(data["id"]), parameters, buffers, modules)
+
+
+class Skipped(nn.Identity):
+    """Stands where a module of a removed branch was: passes its first tensor on, or zeros like it.
+
+    Args:
+        what: "same" or "zero", and the number of results where the module returned a tuple; those after the first are
+            None.
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        word, _, count = what.partition(" ")
+        if word not in ("same", "zero") or not (count.isdecimal() or count == ""):
+            raise ValueError(f"a removed module is 'same' or 'zero', perhaps with a number of results; got {what!r}")
+        self.what, self.zero, self.results = what, word == "zero", int(count or 0)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the first tensor of the arguments, or zeros of its shape."""
+        first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        first = torch.zeros_like(first) if self.zero else first
+        return first if not self.results else (first, *(None,) * (self.results - 1))
+
+    def extra_repr(self) -> str:
+        """Return what it does."""
+        return self.what
+
+
+def leave_out(network: nn.Module, branches: Sequence[Branch]) -> None:
+    """Put a `Skipped` in the place of every module of some branches, with the plain attributes that it had."""
+    for path, what in (pair for branch in branches for pair in branch.modules.items()):
+        parent, _, leaf = path.rpartition(".")
+        owner, gone, stand = network.get_submodule(parent), network.get_submodule(path), Skipped(what)
+        own = {n: v for n, v in vars(gone).items() if n[0] != "_" and isinstance(v, (bool, int, float, str))}
+        vars(stand).update(own | dict.fromkeys(gone._parameters))  # a forward may ask for them
+        setattr(owner, leaf, stand)
+        if isinstance(owner, nn.TransformerEncoderLayer):
+            owner.activation_relu_or_gelu = 0  # keeps it off the fused path, which wants all weights

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ockham.errors import OckhamError
 from ockham.surgery.copies import (
     Arguments,
+    Moves,
     as_arguments,
     canonical_names,
     clone,
@@ -29,13 +30,16 @@ from ockham.surgery.copies import (
     first_different,
     named_tensors,
     outputs,
+    renumbered,
     still,
     to_double,
     undivided,
     with_rows,
 )
 from ockham.surgery.groups import Plan, PlanError, check_model
-from ockham.surgery.refitting import refit
+from ockham.surgery.refitting import EXPERTS, refit
+from ockham.surgery.resizing import closed_class
+from ockham.surgery.streams import idle_layers, take_out_layers
 
 HEADS = (
     "num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads", "num_kv_heads", "n_head_kv",
@@ -44,9 +48,9 @@ HEADS = (
 """Fields that count heads, of queries or of keys and values."""
 WIDTHS = (
     "intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim", "dff",
-    "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_hidden_size", "d_inner",
+    "moe_intermediate_size", "shared_expert_intermediate_size", "ffn_hidden_size", "d_inner", *EXPERTS,
 )  # fmt: skip
-"""Fields that hold the inner width of feed-forward layers or experts."""
+"""Fields that hold the inner width of feed-forward layers or experts, or the number of experts."""
 LARGEST_VALUES = 2**28
 """Number of parameters up to which a model is built from a configuration to see what it computes."""
 
@@ -55,7 +59,8 @@ def settle_config(model: nn.Module, small: nn.Module, plan: Plan) -> bool:
     """Make ``small.config`` describe the shapes of `small`, so that its own constructor builds it again.
 
     A configuration has one number for all layers: it can describe a plan that leaves them all alike. Only fields whose
-    role it is to hold a number of heads or an inner width are changed, as few as suffice. It is kept only if the
+    role it is to hold a number of heads, experts or layers or an inner width are changed, as few as suffice; layers of
+    which nothing is left go out of their list, and those after them move up in their names. It is kept only if the
     constructor then yields exactly the shapes of `small`, and the network it builds computes the same on random inputs
     with random weights. Otherwise the configuration stays that of `model`, which together with the plan rebuilds the
     network (`shrink` on a fresh instance).
@@ -64,17 +69,26 @@ def settle_config(model: nn.Module, small: nn.Module, plan: Plan) -> bool:
         True when the configuration was changed and describes `small` now.
     """
     config = getattr(small, "config", None)
-    if config is None or not callable(getattr(config, "to_dict", None)) or not plan.removed:
+    if config is None or not callable(getattr(config, "to_dict", None)) or not (plan.removed or plan.dropped):
         return False
-    wanted = _shapes(small)
     if sum(t.numel() for t in named_tensors(small).values()) > LARGEST_VALUES:
         return False
     hollow = any(p.is_meta for p in small.parameters())  # shapes alone: nothing can be computed
-    for fields in _candidates(config, plan):
+    layers, moves = ({}, {}) if hollow or hasattr(small, "reshard") else idle_layers(small, config)
+    if plan.dropped and not layers:
+        return False
+    wanted = {renumbered(n, moves): shape for n, shape in _shapes(small).items()}
+    for widths in itertools.chain([{}] if layers else [], _candidates(config, plan)):
+        fields: dict[str, Any] = {**layers, **widths}
         trial = copy.deepcopy(config)
         for name, value in fields.items():
             setattr(trial, name, value)
-        if _built(type(model), trial) == wanted and (hollow or _same(type(model), trial, small, fields)):
+        if _built(type(model), trial) == wanted and (hollow or _same(type(model), trial, small, fields, moves)):
+            take_out_layers(small, moves)
+            counts = {getattr(config, name): fields[name] for name in EXPERTS & fields.keys()}
+            for module in small.modules():  # the loss that balances experts asks the whole model for their number
+                for name in EXPERTS & vars(module).keys():
+                    setattr(module, name, counts.get(getattr(module, name), getattr(module, name)))
             for name, value in fields.items():
                 setattr(config, name, value)
             return True
@@ -124,7 +138,7 @@ def _built(kind: type[nn.Module], config: Any) -> dict[str, tuple[int, ...]] | N
         return None
 
 
-def _same(kind: type[nn.Module], config: Any, small: nn.Module, fields: dict[str, int]) -> bool:
+def _same(kind: type[nn.Module], config: Any, small: nn.Module, fields: dict[str, Any], moves: Moves) -> bool:
     """Does the model built from `config` compute what `small` does, before and after its own configuration changes?"""
     generator = torch.Generator().manual_seed(0)
 
@@ -139,11 +153,12 @@ def _same(kind: type[nn.Module], config: Any, small: nn.Module, fields: dict[str
             warnings.simplefilter("ignore")
             twin = clone(small, noisy).eval()
             fresh = kind(copy.deepcopy(config)).to(next(small.parameters())).eval()
-            fresh.load_state_dict(twin.state_dict())
+            fresh.load_state_dict({renumbered(n, moves): t for n, t in twin.state_dict().items()})
         inputs = _inputs(small)
         if inputs is None:
             return False
         expected = outputs(twin, ((), inputs))
+        take_out_layers(twin, moves)
         for name, value in fields.items():
             setattr(twin.config, name, value)
         return max(difference(expected, outputs(m, ((), inputs))) for m in (twin, fresh)) < 1e-4
@@ -290,6 +305,8 @@ def slice_tensor(plan: Plan, name: str, tensor: Tensor) -> Tensor:
 
 def masked_tensor(plan: Plan, name: str, tensor: Tensor) -> Tensor:
     """Return a copy of `tensor` with zeros in all that the plan removes from it."""
+    if name in plan.lost:
+        return torch.zeros_like(tensor)
     out = tensor.detach().clone()
     for dim, gone in plan.cuts.get(name, {}).items():
         out.index_fill_(dim, torch.tensor(gone, device=out.device), 0)
@@ -301,14 +318,31 @@ def mask(model: nn.Module, plan: Plan) -> Any:
 
     Zeroed are the weights that make a unit (with bias and norm affine) and those which read it, so the copy computes
     the function of the network without the unit: whatever constant a norm or an activation would leave behind
-    (bias -> BatchNorm -> ReLU) meets zero weights. No constant is ever left to fold. Running statistics stay.
+    (bias -> BatchNorm -> ReLU) meets zero weights. No constant is ever left to fold. Running statistics stay. Of a
+    branch that goes as a whole every parameter is zero. Experts that go are never chosen: their logits are minus
+    infinity in the copy, so that the others share the tokens as they do once the rows of the router are gone.
 
     Raises:
         PlanError: when the plan is for another model.
     """
     check_model(plan, model)
+    return masked_copy(model, plan)
+
+
+def masked_copy(model: nn.Module, plan: Plan) -> Any:
+    """Return what `mask` does; the model is known to be the plan's."""
     zeroed = {name for name, _ in model.named_parameters()} - set(plan.spared)
-    return clone(model, lambda n, t: masked_tensor(plan, n, t) if n in zeroed else t.detach().clone())
+    twin = clone(model, lambda n, t: masked_tensor(plan, n, t) if n in zeroed else t.detach().clone())
+    for name in plan.routers:
+        path, _, leaf = name.rpartition(".")
+        router = twin.get_submodule(path)
+        router.__dict__["_closed"] = (leaf, plan.cuts[name][0])
+        for other, t in (*router.named_parameters(), *router.named_buffers()):
+            if other not in (leaf, "bias") and f"{path}.{other}" in plan.cuts:  # a bias for choosing alone
+                t.data[list(plan.cuts[name][0])] = -math.inf
+        kind: Any = type(router)
+        router.__class__ = closed_class(kind)
+    return twin
 
 
 def shrink(
@@ -351,13 +385,16 @@ def shrink(
     small = clone(model, lambda n, t: slice_tensor(plan, n, t))
     with undivided(model):
         refit(model, small, plan)
+        held = dict(small.named_parameters())  # by their names before: layers may move up
         settle_config(model, small, plan)
     divided_like(model, small)
     extras: list[Any] = []
     if optimizer is not None:
-        extras.append(shrink_optimizer(model, small, plan, optimizer=optimizer))
+        extras.append(shrink_optimizer(model, small, plan, optimizer=optimizer, after=held))
     if posterior is not None:
-        extras.append({n: slice_values(plan, n, value) for n, value in posterior.items()})
+        names = canonical_names(small)
+        cut = {n: slice_values(plan, n, value) for n, value in posterior.items() if n not in plan.lost}
+        extras.append({names.get(id(held.get(n)), n): value for n, value in cut.items()})
     if scheduler is not None:
         follower = copy.copy(scheduler)
         follower.optimizer = extras[0]
@@ -381,23 +418,34 @@ def slice_values(plan: Plan, name: str, value: Any) -> Any:
 
 
 def shrink_optimizer(
-    model: nn.Module, small: nn.Module, plan: Plan, *, optimizer: torch.optim.Optimizer
+    model: nn.Module,
+    small: nn.Module,
+    plan: Plan,
+    *,
+    optimizer: torch.optim.Optimizer,
+    after: Mapping[str, nn.Parameter] | None = None,
 ) -> torch.optim.Optimizer:
     """Return a copy of `optimizer` over the parameters of `small`, with its state (momenta, ...) sliced alike.
 
     An optimizer that knows how (it has ``sliced(parameters, take)``, as the variational ones do) does it itself.
+    ``after`` has the parameters of `small` by their names in `model`, where these are others.
 
     Raises:
         PlanError: when the optimizer holds a parameter the model does not have.
     """
     names = canonical_names(model)
-    after = dict(small.named_parameters())
+    after = dict(small.named_parameters()) if after is None else after
     if isinstance(optimizer, Sliceable):
+        if plan.dropped:
+            raise PlanError(
+                f"a {type(optimizer).__name__} cannot lose whole branches ({plan.dropped[0].id}, ...). Shrink without "
+                "the optimizer, with posterior=, and start a new one from what that returns"
+            )
         carried: torch.optim.Optimizer = optimizer.sliced(after, lambda name, tensor: slice_tensor(plan, name, tensor))
         if isinstance(carried, Follower):
             carried.follow(small)
         return carried
-    memo: dict[int, Any] = {id(p): after[names[id(p)]] for p in model.parameters()}
+    memo: dict[int, Any] = {id(p): after.get(names[id(p)]) for p in model.parameters()}
     twin = object.__new__(type(optimizer))
     own = {k: v for k, v in vars(optimizer).items() if k not in ("state", "param_groups", "step") and "hook" not in k}
     twin.__dict__.update(copy.deepcopy(own, memo))
@@ -408,9 +456,12 @@ def shrink_optimizer(
         if any(id(p) not in names for p in group["params"]):
             raise PlanError("the optimizer holds a parameter that is not one of this model")
         fresh = {k: copy.deepcopy(v, memo) for k, v in group.items() if k != "params"}
-        twin.param_groups.append({"params": [after[names[id(p)]] for p in group["params"]], **fresh})
+        kept = [after[names[id(p)]] for p in group["params"] if names[id(p)] in after]
+        twin.param_groups.append({"params": kept, **fresh})
     for parameter, state in optimizer.state.items():
         name = names[id(parameter)]
+        if name not in after:  # it went with a branch
+            continue
         twin.state[after[name]] = {k: _state(plan, name, v) for k, v in state.items()}
     return twin
 

@@ -17,8 +17,8 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
-from ockham.core.network import Ignore, ignored
-from ockham.errors import OckhamWarning, TraceError
+from ockham.core.network import Ignore, check_network, ignored
+from ockham.errors import OckhamError, OckhamWarning, TraceError
 from ockham.surgery.copies import (
     Arguments,
     as_arguments,
@@ -34,12 +34,13 @@ from ockham.surgery.copies import (
     tensors_of,
     to_double,
 )
-from ockham.surgery.groups import Axis, Groups, Plan, build, plan_masks
+from ockham.surgery.groups import Axis, Group, Groups, Plan, build, plan_masks, random_plan
 from ockham.surgery.labels import Labels, Note, Value, along, settle_labels, settled
 from ockham.surgery.ops import ALWAYS, RULES
 from ockham.surgery.refitting import refit
-from ockham.surgery.resizing import plain_norms
-from ockham.surgery.shrinking import masked_tensor, slice_tensor
+from ockham.surgery.resizing import Branch, plain_norms
+from ockham.surgery.shrinking import masked_copy, slice_tensor
+from ockham.surgery.streams import expert_groups, residual_branches
 from ockham.surgery.walk import Values, Walker, shapes_of
 
 Keep = dict[str, Tensor]
@@ -85,8 +86,7 @@ class ByValues(TrialPair):
 
     def problem(self, plan: Plan) -> TrialProblem | None:
         """Return the first difference between masked and shrunk outputs."""
-        learned = {name for name, _ in self.model.named_parameters()} - set(plan.spared)
-        masked = clone(self.model, lambda n, t: masked_tensor(plan, n, t) if n in learned else t.detach().clone())
+        masked = masked_copy(self.model, plan)
         small = clone(self.model, lambda n, t: slice_tensor(plan, n, t))
         try:
             refit(self.model, small, plan)
@@ -125,18 +125,20 @@ class ByShapes(TrialPair):
         model: the network.
         arguments: arguments of a call.
         expected: sizes of the outputs with nothing removed; None where even that cannot be tried.
+        bare: whether it runs on the device `meta`.
     """
 
     model: nn.Module
     arguments: Arguments
     expected: list[tuple[int, ...]] | None
+    bare: bool
 
     def problem(self, plan: Plan) -> TrialProblem | None:
         """Return why the shrunk network does not run, or what is wrong with its outputs' sizes."""
         if self.expected is None:
             return None
         try:
-            found = shapes_without_values(self.model, self.arguments, plan)
+            found = shapes_without_values(self.model, self.arguments, plan, bare=self.bare)
         except Exception as error:
             return TrialProblem(f"the forward fails at another size ({_said(error)})", "")
         if found == self.expected:
@@ -150,21 +152,26 @@ def _said(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def shapes_without_values(model: nn.Module, arguments: Arguments, plan: Plan) -> list[tuple[int, ...]]:
-    """Return the sizes of the outputs of the shrunk network, run on fake tensors."""
+def shapes_without_values(model: nn.Module, arguments: Arguments, plan: Plan, *, bare: bool) -> list[tuple[int, ...]]:
+    """Return the sizes of the outputs of the shrunk network, run on the device `meta` if `bare`, else on fake tensors.
+
+    The first is fast; the second knows devices, and some values.
+    """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    args, kwargs = pytree.tree_map_only(Tensor, fake.from_tensor, arguments)
+    placed = functools.partial(Tensor.to, device="meta") if bare else fake.from_tensor
+    mode: Any = torch.device("meta") if bare else fake
+    args, kwargs = pytree.tree_map_only(Tensor, placed, arguments)
     loud = logging.getLogger("torch._subclasses.fake_tensor")
     quiet, loud.disabled = loud.disabled, True
 
     def empty(name: str, tensor: Tensor) -> Tensor:
-        with fake:
-            new = torch.empty(plan.shape(name), dtype=tensor.dtype, device=tensor.device)
+        with mode:
+            new = torch.empty(plan.shape(name), dtype=tensor.dtype, device="meta" if bare else tensor.device)
         return nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
 
     try:
-        small = clone(model, empty, others=fake.from_tensor)
-        with fake, torch.no_grad(), warnings.catch_warnings():
+        small = clone(model, empty, others=placed)
+        with mode, torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             refit(model, small, plan)
             return [tuple(t.shape) for t in tensors_of(small.eval()(*args, **kwargs))]
@@ -187,11 +194,11 @@ def prepared(model: nn.Module, groups: Groups, arguments: Arguments) -> TrialPai
                 more = _other_batch(given)
                 modes = (False, True) if _runs(twin, given, training=True) else (False,)
                 return ByValues(twin, given, modes, tolerance, more if more and _runs(twin, more) else None)
-    try:
-        expected: Any = shapes_without_values(model, arguments, plan_masks(groups, {}))
-    except Exception:
-        expected = None
-    return ByShapes(model, arguments, expected)
+    for bare in (True, False):
+        with contextlib.suppress(Exception):
+            expected = shapes_without_values(model, arguments, plan_masks(groups, {}), bare=bare)
+            return ByShapes(model, arguments, expected, bare)
+    return ByShapes(model, arguments, None, False)
 
 
 def _runs(twin: nn.Module, arguments: Arguments, *, training: bool = False) -> bool:
@@ -285,13 +292,46 @@ def tried(groups: Groups, trial: TrialPair, touching: Mapping[str, Collection[st
             count = min(max(round(share * group.size), 1), group.size - 1)
             keep[group.id] = torch.ones(group.size, dtype=torch.bool)
             keep[group.id][torch.randperm(group.size, generator=generator)[:count]] = False
-    search = _Search(trial, touching, masks)
+    search = _Search(trial, touching, masks if isinstance(trial, ByValues) else masks[::2])
     bare = replace(groups, heads=())
     for variant in (groups, bare):
         if search.problem(variant, list(variant.groups)) is None:
             return variant
     found = [search.without_guilty(variant) for variant in (groups, bare)]
     return max(found, key=lambda g: sum(group.size for group in g))
+
+
+def _with_experts(groups: Groups, found: list[Group], trial: TrialPair) -> Groups:
+    """Return the groups with those of experts without which the network is one whose routers never choose them."""
+    for group in found:
+        frozen = {key: why for key, why in groups.frozen.items() if key not in {(m.name, m.dim) for m in group.members}}
+        own = torch.arange(group.size) - (1 + group.size) * (1 + len(groups))  # no component of the trace
+        more = {"groups": {**groups.groups, group.id: group}, "units": {**groups.units, group.id: own}}
+        trying = replace(groups, frozen=frozen, **more)  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(0)
+        plans = [random_plan(trying, ratio, generator=generator) for ratio in (0.0, 0.3, 0.6)]
+        order = torch.randperm(group.size, generator=generator)
+        plans[0] = plan_masks(trying, {group.id: order < group.least})
+        if group.id not in groups.groups and all(trial.problem(plan) is None for plan in plans):
+            groups = trying
+    return groups
+
+
+def _proved(groups: Groups, found: Mapping[str, Branch], trial: TrialPair) -> dict[str, Branch]:
+    """Return the branches without which the network computes what it does with zeros in their weights."""
+
+    def works(keys: Collection[str]) -> bool:
+        some, gone = replace(groups, branches=found), dict.fromkeys(keys, torch.tensor([False]))
+        few = {g.id: torch.arange(g.size) % 3 > 0 for g in groups}  # units beside them, too
+        return all(trial.problem(plan_masks(some, {**units, **gone})) is None for units in ({}, few))
+
+    left = list(found)
+    halves = (left, left[::2], left[1::2])
+    if not all(works(half) for half in halves if half):
+        left = [key for key in left if works([key])]
+        if not works(left):
+            left = []
+    return {key: found[key] for key in left}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -352,7 +392,7 @@ class _Search:
 Caches = Mapping[str, tuple[str, ...]]
 
 
-def trace(model: nn.Module, example_inputs: Any, *, ignore: Ignore = ()) -> Groups:
+def trace(model: nn.Module, example_inputs: Any, *, ignore: Ignore = (), whole: Collection[str] = ()) -> Groups:
     """Find the structures of `model` that can be removed, and say why the others cannot.
 
     The model is exported with fake tensors in evaluation mode (and in training mode where parts of it run only there);
@@ -365,14 +405,20 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Ignore = ()) -> Grou
         example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments; the trial runs on them.
         ignore: what stays whole: names of modules or parameters, ``"re:..."`` patterns on names of parameters, module
             types, modules, or parameters.
+        whole: what may go as a whole, too: "branches", residual ones (x + branch(x)), which ``.branches`` has, and
+            "experts" of which a router chooses ``top_k`` and which are held in batched tensors.
 
     Returns:
         The groups; ``.frozen`` maps (tensor, dimension) to a reason.
 
     Raises:
         TraceError: when the model cannot be exported (control flow that depends on data, inputs that do not fit).
-        OckhamError: when an entry of `ignore` matches nothing.
+        OckhamError: when an entry of `ignore` matches nothing, `whole` asks for something else, or the network cannot
+            be worked with (see `ockham.core.network.check_network`).
     """
+    if isinstance(whole, str) or set(whole) - {"branches", "experts"}:
+        raise OckhamError(f"whole is a collection of 'branches' and 'experts'; got {whole!r}")
+    check_network(model, meta=True, values=False)
     arguments = as_arguments(example_inputs)
     held = ignored(model, ignore, buffers=True)
     caches = _refilled(model, arguments)
@@ -392,9 +438,17 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Ignore = ()) -> Grou
         elif axis.name not in read:
             ledger.freeze(atoms, "is not used in the traced forward")
     groups, touching = _grouped(model, axes, ledger, notes)
-    groups = replace(groups, caches=caches)
-    groups = tried(groups, prepared(model, groups, arguments), touching) if len(groups) else groups
-    if not len(groups):
+    groups = replace(groups, caches=caches, arguments=arguments)
+    trial = prepared(model, groups, arguments) if len(groups) or whole else None
+    groups = tried(groups, trial, touching) if trial and len(groups) else groups
+    if isinstance(trial, ByValues) and "experts" in whole:
+        experts = [g for g in expert_groups(model, groups.shapes) if not held & g.shapes.keys()]
+        groups = _with_experts(groups, experts, trial)
+    if isinstance(trial, ByValues) and "branches" in whole:
+        found = residual_branches(model, program.graph, arguments)
+        free = {key: b for key, b in found.items() if not held & {*b.parameters, *b.buffers}}
+        groups = replace(groups, branches=_proved(groups, free, trial))
+    if not len(groups) and not groups.branches:
         first = next((f"{name}, dimension {dim}: {why}" for (name, dim), why in groups.frozen.items()), "no parameters")
         warnings.warn(f"nothing of this network can be removed; {first}", OckhamWarning, stacklevel=2)
     return groups
@@ -510,8 +564,9 @@ def _export(model: nn.Module, arguments: Arguments, caches: Caches, *, training:
     _emptied(twin, caches)
     forward = twin.forward
     twin.forward = functools.wraps(forward)(lambda *args, **kwargs: tuple(tensors_of(forward(*args, **kwargs))))
-    fast = torch.backends.mha.get_fastpath_enabled()
+    fast, silent = torch.backends.mha.get_fastpath_enabled(), getattr(fx.config, "do_not_emit_stack_traces", False)
     torch.backends.mha.set_fastpath_enabled(False)
+    fx.config.do_not_emit_stack_traces = True  # nobody reads them, and they take a tenth of the time
     try:
         with warnings.catch_warnings(), torch.no_grad(), plain_norms(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
@@ -525,6 +580,7 @@ def _export(model: nn.Module, arguments: Arguments, caches: Caches, *, training:
         ) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        fx.config.do_not_emit_stack_traces = silent
 
 
 def _axes(model: nn.Module, ledger: Labels) -> tuple[list[Axis], dict[str, Value]]:

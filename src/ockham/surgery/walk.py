@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ockham.surgery.labels import KINDS, VIEWS, Labels, Note, Unread, Value, argument
+from ockham.surgery.labels import KINDS, VIEWS, Labels, Note, Unread, Value, argument, op_name
 
 Values = Value | list[Value]
 UNKNOWN = "an op whose meaning for channels is not known"
@@ -99,10 +99,10 @@ class Call:
         args = [labels if i == 0 else _plain(a) for i, a in enumerate(self.node.args)]
         return self.node.target(*args, **{k: _plain(v) for k, v in self.node.kwargs.items()})  # type: ignore[operator]
 
-    def note(self, before: Value, after: Values) -> None:
-        """Remember an op whose sizes may be written in the model's code."""
+    def note(self, before: Value, after: Values, name: str = "") -> None:
+        """Remember an op whose sizes may be written in the model's code, by `name` where it is a special one."""
         path, call = place(self.node)
-        self.sites.append(Note(path, self.name, before, after, self.node, call))
+        self.sites.append(Note(path, name or self.name, before, after, self.node, call))
 
     def freeze_all(self, why: str) -> Values:
         """Freeze whatever the inputs are made of; the results carry no labels."""
@@ -252,12 +252,6 @@ def _applied(rule: OperatorRule, call: Call) -> Values:
         if value.shape != shape or not sized:
             return call.freeze_all("a use of this op that could not be followed")
     return result
-
-
-def op_name(target: Any) -> str:
-    """Return the bare name of an op: ``aten::conv2d`` is "conv2d"; other callables their own name."""
-    schema = getattr(target, "_schema", None)
-    return schema.name.split("::")[1] if schema is not None else str(getattr(target, "__name__", target))
 
 
 def _subgraph(node: fx.Node) -> fx.Graph | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
+from datetime import UTC
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from ockham.errors import OckhamError, OckhamWarning
 
 __all__ = [
+    "ColumnError",
     "Encoding",
     "Floats",
     "Scaling",
@@ -102,38 +104,82 @@ class Encoding:
         return found
 
 
+class ColumnError(OckhamError, TypeError):
+    """A column cannot be read; a `TypeError`, too, as scikit-learn's contract has it."""
+
+
 def columns_of(x: Any) -> list[Any] | None:
-    """Columns of a data frame or an array of objects, numbers as float64, levels as objects; None for plain arrays."""
+    """Columns of a data frame or an array of objects, numbers as float64, levels as objects; None for plain arrays.
+
+    Raises:
+        OckhamError: two columns have one name.
+        ColumnError: a column holds neither numbers nor truth values, times or levels.
+    """
     if hasattr(x, "dtypes") and hasattr(x, "columns"):
-        return [_column(x[name], str(x[name].dtype)) for name in x.columns]
-    if isinstance(x, np.ndarray) and x.dtype.kind == "O" and x.ndim == 2:
-        return [_column(x[:, j], "object") for j in range(x.shape[1])]
-    return None
+        names, count = list(x.columns), len(set(x.columns))
+        if count < len(names):
+            twice = next(name for i, name in enumerate(names) if name in names[:i])
+            raise OckhamError(
+                f"several columns are called {twice!r}: rename them, since inputs are told by their names"
+            )
+        given = [(repr(name), x[name], str(x[name].dtype)) for name in names]
+    elif isinstance(x, np.ndarray) and x.dtype.kind == "O" and x.ndim == 2:
+        given = [(str(j), x[:, j], "object") for j in range(x.shape[1])]
+    else:
+        return None
+    found = []
+    for name, values, kind in given:
+        try:
+            found.append(_column(values, kind))
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ColumnError(
+                f"column {name} of type {kind} holds neither numbers nor truth values, times or levels ({error}): "
+                "leave it out, or make numbers of it"
+            ) from error
+    return found
+
+
+_LEVEL = (str, bytes, int, float, np.generic)
+_GONE = ("NAType", "NaTType")
+_TIMES = {"date", "datetime", "Timestamp", "datetime64"}
 
 
 def _column(values: Any, kind: str) -> Any:
+    if kind == "category":  # as they are called, and not as an array with missing values would turn them
+        called = [*map(str, values.cat.categories), None]
+        return np.array([called[code] for code in values.cat.codes], dtype=object)
+    if kind.startswith("period"):
+        values, kind = values.dt.to_timestamp(), "datetime"
     if kind.startswith(("datetime", "timedelta")):
         plain = values.dt.tz_convert(None) if "," in kind else values
         time = np.asarray(plain, dtype="datetime64[ns]" if kind.startswith("datetime") else "timedelta64[ns]")
         return np.where(np.isnat(time), np.nan, time.astype(np.int64) / 86_400e9)
-    if kind in ("object", "category", "str") or kind.startswith("string"):
-        raw = np.asarray(values, dtype=object)
-        gone = np.array(
-            [
-                v is None or type(v).__name__ in ("NAType", "NaTType") or (isinstance(v, float) and math.isnan(v))
-                for v in raw
-            ]
-        )
-        try:
-            numbers = np.array([np.nan if g else float(v) for v, g in zip(raw.tolist(), gone, strict=True)])
-            if kind != "category" and not any(isinstance(v, str) for v in raw.tolist()):
-                return numbers
-        except ValueError:
-            pass
-        return np.array([None if g else str(v) for v, g in zip(raw.tolist(), gone, strict=True)], dtype=object)
-    if hasattr(values, "to_numpy"):
-        return values.to_numpy(dtype=np.float64, na_value=np.nan)
-    return np.asarray(values, dtype=np.float64)
+    if kind.endswith("[pyarrow]") and kind.startswith(("timestamp", "date", "dictionary")):
+        kind = "object"
+    if kind in ("object", "str") or kind.startswith(("string", "interval")):
+        return _things(np.asarray(values, dtype=object).tolist(), levels=kind != "object")
+    if "complex" in kind:
+        raise TypeError("complex numbers have no order")
+    given = {"na_value": np.nan} if hasattr(values, "to_numpy") else {}
+    return (values.to_numpy if given else values.astype)(dtype=np.float64, **given)
+
+
+def _things(raw: list[Any], *, levels: bool) -> Any:
+    """Python's values as days, numbers or levels; what is missing is NaN, or None among levels."""
+    gone = np.array([(isinstance(v, float) and math.isnan(v)) or v is None or type(v).__name__ in _GONE for v in raw])
+    there = [v for v, g in zip(raw, gone, strict=True) if not g]
+    if not levels:
+        numbers = np.full(len(raw), np.nan)
+        if there and all(type(v).__name__ in _TIMES for v in there):
+            naive = [v.astimezone(UTC).replace(tzinfo=None) if getattr(v, "tzinfo", None) else v for v in there]
+            numbers[~gone] = np.array(naive, dtype="datetime64[us]").astype(np.int64) / 86_400e6
+            return numbers
+        if not any(isinstance(v, (str, bytes)) for v in there):
+            numbers[~gone] = [float(v) for v in there]
+            return numbers
+        if strange := [v for v in there if not isinstance(v, _LEVEL)]:
+            raise TypeError(f"got {strange[0]!r:.60}")
+    return np.array([None if g else str(v) for v, g in zip(raw, gone, strict=True)], dtype=object)
 
 
 def _fitted(part: Any, target: Floats, weight: Floats) -> tuple[_Column, Floats, list[str | None]]:

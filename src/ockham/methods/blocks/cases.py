@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from types import NoneType
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from ockham.core.batch import Batch, to_device
-from ockham.core.likelihood import CausalLanguage, Classification, Likelihood, Regression, likelihood_from
+from ockham.core.batch import PYTHON_ERRORS, Batch, asked, described, inputs_of, to_device
+from ockham.core.likelihood import CausalLanguage, Classification, Likelihood, Loss, Regression, likelihood_from
+from ockham.core.objective import DETACHED, blame
 from ockham.errors import DataError, OckhamError
 
 __all__ = ["Case", "CaseObjective", "answer_tensor", "cases_from", "objective_for"]
@@ -52,13 +54,17 @@ class Case:
             DataError: the network cannot take these inputs.
         """
         try:
-            return output(model(*self.args, **self.kwargs))
-        except (TypeError, ValueError, IndexError, RuntimeError) as error:
+            found = model(*self.args, **self.kwargs)
+        except PYTHON_ERRORS as error:
             given = [*(type(a).__name__ for a in self.args), *self.kwargs]
             raise DataError(
                 f"{type(model).__name__} cannot take the calibration data's inputs ({', '.join(given)}): {error}. "
                 "Pass batch=, a function from an item of the data to (inputs, targets)"
             ) from error
+        answer = asked(output, found, "output= cannot read what the network returns")
+        if not isinstance(answer, Tensor):
+            raise DataError(f"output= must take a tensor out of what the network returns; got {described(answer)}")
+        return answer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,8 +104,19 @@ def cases_from(
         DataError: no batches, or items that are no tensors, tuples or mappings.
     """
     items = [calibration] if isinstance(calibration, (Tensor, Mapping)) else calibration
-    read = (item if batch is None else batch(item) for item in items)
-    found = [_case(x.to(device) if isinstance(x, Batch) else to_device(x, device), model) for x in read]
+    if not isinstance(items, Iterable) or isinstance(items, (str, bytes)):
+        raise DataError(f"calibration data are an iterable of batches, or a tensor; got {described(items)}")
+    found = []
+    for index, item in enumerate(items):
+        case = _case(item if batch is None else asked(batch, item, "batch= cannot read the calibration data"), model)
+        where = f"calibration batch {index} (counted from 0)"
+        for name, value in [*((f"input {i}", v) for i, v in enumerate(case.args)), *case.kwargs.items()]:
+            if any(isinstance(leaf, Tensor) and bool(leaf.isnan().any()) for leaf in pytree.tree_leaves(value)):
+                raise DataError(f"{where}: {name} holds NaN; leave these examples out, or fill them in")
+        if wrong := blame(Batch(target=case.target)):
+            raise DataError(f"{where}: {wrong}")
+        moved = to_device((case.args, dict(case.kwargs), case.target, case.mask), device)
+        found.append(Case(*moved))
     if not found:
         raise DataError("the calibration data are empty: pass at least one batch; some thousand tokens are enough")
     return [piece for case in found for piece in _pieces(case, math.ceil(_CASES / len(found)))]
@@ -116,15 +133,13 @@ def objective_for(
     chosen = answer_tensor if output is None else output
     with torch.no_grad():
         answer = case.answer(model, chosen)
+    if wrong := blame(Batch(), answer):
+        raise DataError(f"first calibration batch: {wrong}")
     if likelihood == "auto":
-        tokens, target = _tokens(case), case.target
-        likelihood = "own"
-        if target is not None:
-            likelihood = "regression" if target.is_floating_point() else "classification"
-        if tokens is not None and (target is None or target.shape == tokens.shape) and answer.ndim == 3:
-            same = answer.shape[:2] == tokens.shape
-            likelihood = "next-token" if same and _causal(model, case, tokens, chosen) else likelihood
+        likelihood = _guessed(model, case, answer, chosen)
     if likelihood in ("next-token", "causal-lm") or isinstance(likelihood, CausalLanguage):
+        given: Any = case.target if case.target is not None else _tokens(case)
+        CausalLanguage().check(answer, given)
         return CaseObjective(
             "next-token", _next_token, lambda f, c, _: _next_token(f, c)[0], lambda f, c: _next_token(f, c)[1], chosen
         )
@@ -136,13 +151,37 @@ def objective_for(
             f"likelihood {likelihood!r} needs targets, and the calibration data have none: yield (inputs, targets), "
             "a mapping with 'labels', or leave likelihood='auto'"
         )
-    known.check(*_by_class(known, answer, case.target))
+    fitting = _by_class(known, answer, case.target)
+    known.check(*fitting)
+    if isinstance(known, Loss) and not known.learns(*fitting, None):
+        raise DataError(DETACHED)
     return _with_targets(known, chosen)
+
+
+def _guessed(model: nn.Module, case: Case, answer: Tensor, output: Callable[[Any], Tensor]) -> str:
+    """Which likelihood the network and a case look like."""
+    tokens: Any = _tokens(case)
+    target: Any = case.target
+    if not isinstance(target, (Tensor, NoneType)):
+        raise DataError(f"the targets of a calibration batch are a tensor or None; got {described(target)}")
+    text = tokens is not None and answer.shape[:-1] == tokens.shape and (target is None or target.shape == tokens.shape)
+    if text and _causal(model, case, tokens, output):
+        return "next-token"
+    if target is None:
+        return "own"
+    return "regression" if target.is_floating_point() else "classification"
 
 
 def _case(item: Any, model: nn.Module) -> Case:
     target: Any = None
+    if isinstance(item, (tuple, list)) and len(item) == 3 and _is_weight(item[2], item[1]):
+        item = inputs_of(*item)
     if isinstance(item, Batch):
+        if item.weight is not None and not bool((item.weight == 1).all()):
+            raise DataError(
+                "calibration examples count once each, and these have weights: leave the weights out, or draw examples "
+                "by their weight"
+            )
         return Case(tuple(item.args), dict(item.kwargs), item.target)
     if isinstance(item, (tuple, list)) and len(item) == 2:
         item, target = item
@@ -162,6 +201,12 @@ def _case(item: Any, model: nn.Module) -> Case:
             "Pass batch=, a function from an item of the data to one of these"
         )
     return Case((item,), {}, target)
+
+
+def _is_weight(value: Any, target: Any) -> bool:
+    """True for a number per example in the third place, as in (inputs, targets, weights)."""
+    floating = isinstance(value, Tensor) and value.is_floating_point() and value.ndim == 1
+    return floating and isinstance(target, Tensor) and target.ndim > 0 and len(target) == len(value)
 
 
 def _pieces(case: Case, least: int) -> list[Case]:

@@ -217,7 +217,8 @@ class BlockJob:
         progress: Callable[[PruneProgress], None] | None,
         settings: PruneSettings | None,
     ) -> None:
-        self._items = calibration if isinstance(calibration, (Tensor, Mapping)) else list(calibration)
+        whole = isinstance(calibration, (Tensor, Mapping)) or not isinstance(calibration, Iterable)
+        self._items = calibration if whole else list(calibration)  # read once: a loader may shuffle
         self._given, self._batch, self._output = likelihood, batch, output
         self._progress, self._settings = progress, settings or PruneSettings()
         self.likelihood = str(likelihood)

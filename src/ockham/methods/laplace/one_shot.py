@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
+import numbers
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +21,7 @@ from ockham.choose.prices import Structures
 from ockham.choose.rules import Diagnosis, diagnose
 from ockham.core.batch import ReadBatch, ReadOutput, read_batch
 from ockham.core.likelihood import Likelihood, Regression
-from ockham.core.network import Ignore, device_of, evaluating, ignored, seeded
+from ockham.core.network import Ignore, check_network, copied, device_of, evaluating, ignored, seeded
 from ockham.core.objective import Objective, fit_noise, objective_of
 from ockham.core.posterior import POINT, Gaussian, Posterior
 from ockham.errors import OckhamError, OckhamWarning
@@ -160,11 +162,11 @@ def laplace_of(
         generator = torch.Generator(device).manual_seed(seed + rank)
         curvature = _STRUCTURES[structure](model, objective.checked(loader, model), score, generator)
     curvature = joined(curvature) if sharded else curvature
-    terms = float(curvature.terms if n_data is None else n_data)
-    if not terms > 0:
+    terms: object = curvature.terms if n_data is None else n_data
+    if not isinstance(terms, numbers.Real) or not 0 < float(terms) < math.inf:
         raise OckhamError(f"n_data counts log-likelihood terms and must be positive; got {n_data}")
     source = f"Laplace ({structure}, {fisher})"
-    found = laplace_posterior(model, curvature, n_data=terms, prior=fit, source=source)
+    found = laplace_posterior(model, curvature, n_data=float(terms), prior=fit, source=source)
     return replace(found, likelihood=objective.likelihood.kind, noise_variance=objective.likelihood.noise_variance)
 
 
@@ -195,6 +197,7 @@ def reduce(
     >>> int((reduce(net, posterior, keep=0.5).weight == 0).sum())
     4
     """
+    check_network(model)
     _fitting(model, posterior)
     protected = unscored(model, ignore)
     if not any(name not in protected for name in posterior):
@@ -258,7 +261,7 @@ def _fitting(model: nn.Module, posterior: Posterior) -> None:
 @torch.no_grad()
 def with_means(model: nn.Module, posterior: Posterior) -> nn.Module:
     """A copy of a network with the means of a posterior for its weights."""
-    new = copy.deepcopy(model)
+    new = copied(model)
     for name, p in new.named_parameters():
         if name in posterior:
             p.copy_(posterior[name].mean)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ockham.surgery.labels import FACTORIES
 from ockham.surgery.ops import layers, pointwise
 from ockham.surgery.ops import shape as shapes
 from ockham.surgery.walk import OperatorRule
@@ -37,13 +38,11 @@ RULES: dict[str, OperatorRule] = {
     **dict.fromkeys(REDUCTIONS, pointwise.reduction),
     **dict.fromkeys(MOVEMENT, shapes.movement),
     **dict.fromkeys(("expand", "expand_as", "repeat", "broadcast_to", "tile"), shapes.expansion),
-    **dict.fromkeys(
-        ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty"), shapes.factory
-    ),
+    **dict.fromkeys(FACTORIES, shapes.factory),
     **dict.fromkeys(("cat", "concat", "concatenate", "stack"), shapes.concatenation),
     **dict.fromkeys(("constant_pad_nd", "pad"), shapes.padding),
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "channel_shuffle"), shapes.shuffle),
-    "index": shapes.indexing,
+    **dict.fromkeys(("index", "index_put"), shapes.indexing),
     **dict.fromkeys(("index_select", "gather"), shapes.gathering),
     **dict.fromkeys(("scatter", "scatter_add", "scatter_reduce", "index_add", "index_copy"), shapes.scattering),
     "linear": pointwise.linear,

@@ -180,11 +180,17 @@ def embedding(call: Call) -> Value:
 
 
 def pooling(call: Call) -> Value | list[Value]:
-    """Pooling, interpolation, sampling: spatial dimensions are collapsed, channels pass."""
+    """Pooling, interpolation, sampling: spatial dimensions are collapsed, channels pass.
+
+    A dimension whose windows hold one element each is left alone: it may be that of the channels.
+    """
     x = call.first()
     rank = len(x.shape)
-    spatial = next((int(c) for c in call.name if c in "123"), 2)
-    dims = list(range(rank - spatial, rank))
+    dims = list(range(rank - next((int(c) for c in call.name if c in "123"), 2), rank))
+    if call.get("kernel_size", None) is not None:
+        usual = {"kernel_size": 1, "stride": 1, "padding": 0, "dilation": 1}
+        windows = [(call.get(name, one) or one, one) for name, one in usual.items()]
+        dims = [d for d in dims if any((w if isinstance(w, int) else w[(d - rank) % len(w)]) != n for w, n in windows)]
     reason = call.reason("pools over this dimension")
     factors = tuple(f for f in (call.ledger.collapse(f, dims, reason) for f in x.factors) if f.numel() > 1)
     for other in call.tensors()[1:]:

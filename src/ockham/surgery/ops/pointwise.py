@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from ockham.surgery.labels import Value, along, match, reduced_axes, tidy, varying
+from ockham.surgery.labels import Value, along, argument, match, op_name, reduced_axes, tidy, varying
 
 if TYPE_CHECKING:
     from ockham.surgery.walk import Call, Values
@@ -95,7 +95,7 @@ def _zero(call: Call, tensors: list[Value], out: Value) -> bool:
         return tensors[-1].zero and covers(tensors[-1], out)
     if name in ("add", "sub", "subtract"):
         given = [call.get("self"), call.get("other")]
-        return all(isinstance(g, fx.Node) for g in given) and all(t.zero and covers(t, out) for t in tensors)
+        return all(isinstance(g, fx.Node) or g == 0 for g in given) and all(t.zero and covers(t, out) for t in tensors)
     return False
 
 
@@ -134,6 +134,8 @@ def reduction(call: Call) -> Values:
     if len(call.tensors()) > 1:
         return binary(call)
     dims = reduced_axes(call.node, len(x.shape))
+    around = _centred(call, dims)
+    x = around or x
     power = call.get("ord", call.get("p", 2))
     exact = x.zero and call.name in ADDING and (power is None or (isinstance(power, (int, float)) and power > 0))
     reason = call.reason("reduces over this dimension; its size changes the result")
@@ -142,13 +144,34 @@ def reduction(call: Call) -> Values:
         if not (exact and set(varying(factor)) <= set(dims)):
             factors.append(call.ledger.collapse(factor, dims, reason))
     kept = [f for f in factors if f.numel() > 1]
-    zero = x.zero and call.name in ADDING and call.name not in ("var", "std")
+    zero = x.zero and call.name in ADDING and call.name not in ("var", "std") and around is None
     if kept and kept[0].ndim != len(call.shape()):
         kept = [f.squeeze(tuple(dims)) for f in kept]
     result = call.like_outputs(lambda shape: Value(shape, tuple(kept), zero))
     if call.name in COUNTING:
-        call.note(x if exact else Value(x.shape), result)
+        call.note(x if exact else Value(x.shape), result, "mean" if around is None else "centred_mean")
     return result
+
+
+def _centred(call: Call, dims: list[int]) -> Value | None:
+    """Return what is known of x where the op is a variance written out: the mean of (x - mean(x))^2 over `dims`.
+
+    A removed unit is then no zero, but minus the mean; the sum over all that are gone is known (`resizing.py`).
+    """
+    squared = call.get("self", None)
+    if call.name != "mean" or not isinstance(squared, fx.Node):
+        return None
+    bare, args = op_name(squared.target), squared.args
+    square = bare == "square" or (bare == "pow" and args[1] == 2) or (bare == "mul" and args[0] is args[1])
+    apart = args[0] if square else None
+    if not isinstance(apart, fx.Node) or op_name(apart.target) != "sub" or len(apart.args) != 2 or apart.kwargs:
+        return None
+    x, mean = apart.args
+    if not isinstance(mean, fx.Node) or op_name(mean.target) != "mean" or mean.args[0] is not x:
+        return None
+    found = call.known.get(x)
+    alike = isinstance(found, Value) and reduced_axes(mean, len(found.shape)) == dims and argument(mean, "keepdim")
+    return found if alike and found.zero else None
 
 
 def gated(call: Call) -> Value:

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ockham.surgery.labels import VIEWS, Value, along, compressed, drop_leading, match, reshaped, tidy, varying
+from ockham.surgery.labels import SPLITS, VIEWS, Value, along, compressed, drop_leading, match, reshaped, tidy, varying
+from ockham.surgery.ops.pointwise import covers
 
 if TYPE_CHECKING:
-    from ockham.surgery.walk import Call, Values
+    from ockham.surgery.walk import Call
 
 VIEWING = frozenset({"view", "reshape", "unflatten", "_unsafe_view", "flatten", "view_as", "reshape_as", "ravel"})
 POSITIONAL = frozenset({"select", "unbind", "roll", "unfold", "diagonal", "rot90"})
@@ -48,6 +49,8 @@ def _moved(call: Call, factor: Tensor, shape: tuple[int, ...]) -> Any:
     """Return one factor after the op; ops that copy see only the dimensions they move."""
     if call.name in VIEWING:
         return reshaped(factor, shape, call.shape())
+    if call.name in SPLITS and factor.shape[int(call.get("dim"))] == 1:  # into any parts, also of a size the data tell
+        return [factor] * len(call.shapes())
     dims = _dims_of(call, len(shape)) if call.name in ("roll", "flip", "rot90", "repeat_interleave") else None
     if dims is not None:
         if all(factor.shape[d] == 1 for d in dims):
@@ -146,7 +149,10 @@ def fresh(call: Call, value: Value, dims: list[int]) -> Value:
 def factory(call: Call) -> Value:
     """zeros, ones, full: constant along every dimension, so their sizes follow whatever they meet."""
     shape = call.shape()
-    return fresh(call, Value(shape, (), False), [d for d, n in enumerate(shape) if n > 1])
+    nothing = call.name.endswith("zeros") or call.get("fill_value", None) == 0
+    out = fresh(call, Value(shape, (), nothing), [d for d, n in enumerate(shape) if n > 1])
+    call.note(Value(()), out)
+    return out
 
 
 def concatenation(call: Call) -> Value:
@@ -186,19 +192,40 @@ def _others(value: Value, dim: int, call: Call) -> tuple[Tensor, ...]:
     return tuple(out)
 
 
-def indexing(call: Call) -> Values:
-    """x[indices] with tensors: indexed dimensions are collapsed, the others keep their labels."""
-    x, indices = call.first(), list(call.get("indices"))
+def indexing(call: Call) -> Value:
+    """x[indices] with tensors, read or written: indexed dimensions are collapsed, the others keep their labels.
+
+    A mask of booleans takes as many dimensions as it has, and makes one of them.
+    """
+    x, given = call.first(), list(call.get("indices"))
     reason = call.reason("is indexed by values")
-    touched = [d for d, i in enumerate(indices) if i is not None]
-    factors = [call.ledger.collapse(f, touched, reason) for f in x.factors]
-    for index in call.tensors()[1:]:
-        call.ledger.freeze_value(index, reason)
-    if any(call.is_mask(i) for i in indices if i is not None):
-        return call.freeze_all("an index of booleans: its size depends on values")
-    ones = [None if i is None else torch.zeros((1,) * len(call.shape_of(i)), dtype=torch.long) for i in indices]
-    moved = [torch.ops.aten.index(f, ones) for f in factors if f.numel() > 1]
-    return Value(call.shape(), tuple(map(compressed, moved)), x.zero)
+    spans = [len(call.shape_of(i)) if i is not None and call.is_mask(i) else 1 for i in given]
+    begins = [sum(spans[:k]) for k in range(len(spans))]
+    touched = [d for i, at, n in zip(given, begins, spans, strict=True) if i is not None for d in range(at, at + n)]
+    factors = [f for f in (call.ledger.collapse(f, touched, reason) for f in x.factors) if f.numel() > 1]
+    indices = [i for i in given if i is not None]
+    for index in (call.known.get(i) for i in indices):
+        call.ledger.freeze_value(index if isinstance(index, Value) else Value(()), reason)
+    rank = max(1 if call.is_mask(i) else len(call.shape_of(i)) for i in indices)
+
+    def read(factor: Tensor, size: int) -> Tensor:
+        merged = factor.reshape([factor.shape[d] for d in (*begins, *range(sum(spans), factor.ndim))])
+        found = torch.zeros((size,) * rank, dtype=torch.long)
+        taken: Tensor = torch.ops.aten.index(merged, [None if i is None else found for i in given])
+        return taken
+
+    moved = tuple(compressed(read(f, 1)) for f in factors)
+    if not call.name.startswith("index_put"):
+        return Value(call.shape(), moved, x.zero)
+    marks = read(torch.ones((1,) * len(x.shape)), 2).shape  # 2 along the dimensions that the indices make
+    kept = read(torch.empty([1 if d in touched else n for d, n in enumerate(x.shape)], device="meta"), 2).shape
+    values = call.need("values")
+    lead = len(marks) - len(values.shape)
+    along_index = [d for d in range(len(values.shape)) if marks[d + lead] == 2]
+    own = tuple(f for f in (call.ledger.collapse(f, along_index, reason) for f in values.factors) if f.numel() > 1)
+    there, new = Value(tuple(kept), moved), Value(values.shape, own)
+    match(there, new, call.ledger, reason=call.reason("meets a tensor of fixed size"))
+    return Value(x.shape, tuple(factors), x.zero and values.zero and covers(new, there))
 
 
 def gathering(call: Call) -> Value:
