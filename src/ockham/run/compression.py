@@ -109,8 +109,7 @@ class PlainTraining(Method):
 
     def result(self, state: RunState) -> Compressed:
         """The network as it is."""
-        task = state.own[0]
-        none = Posterior({}, task.n_data)
+        task, none = state.own[0], Posterior({}, state.own[0].n_data)
         model, objective = copy.deepcopy(state.network), state.objective
         if isinstance(objective.likelihood, Regression):
             objective = copy.deepcopy(objective)

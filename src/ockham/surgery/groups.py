@@ -561,11 +561,8 @@ def plan_masks(groups: Groups, keep: Mapping[str, Tensor], *, nats: Mapping[str,
         for member in groups[key].members:
             indices = member.index[list(units)].flatten().tolist()
             cuts.setdefault(member.name, {}).setdefault(member.dim, []).extend(indices)
-    widths: dict[int, set[int]] = {}
-    for name, cut in cuts.items():
-        for dim, indices in cut.items():
-            size = groups.shapes[name][dim]
-            widths.setdefault(size, set()).add(size - len(indices))
+    sizes = [(groups.shapes[name][dim], len(lost)) for name, cut in cuts.items() for dim, lost in cut.items()]
+    widths = {size: {size - lost for other, lost in sizes if other == size} for size, _ in sizes}
     every = gone | {k: (0,) for k, mask in whole.items() if not bool(mask[0])}
     said = {k: tuple(nats[k][list(v)].double().tolist()) for k, v in every.items() if nats and k in nats}
     return Plan(
