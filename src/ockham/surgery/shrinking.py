@@ -387,7 +387,11 @@ def shrink(
         refit(model, small, plan)
         held = dict(small.named_parameters())  # by their names before: layers may move up
         settle_config(model, small, plan)
-    divided_like(model, small)
+    if divided:
+        now = canonical_names(small)
+        divided_like(model, small)
+        sharded = dict(small.named_parameters())  # new parameters in the place of the whole ones
+        held = {name: sharded[now[id(p)]] for name, p in held.items() if id(p) in now}
     extras: list[Any] = []
     if optimizer is not None:
         extras.append(shrink_optimizer(model, small, plan, optimizer=optimizer, after=held))
