@@ -161,6 +161,18 @@ def test_structures_go_in_place_and_the_smaller_model_computes_the_same(tmp_path
     assert (tmp_path / "plan.json").exists()
 
 
+def test_a_spread_that_is_still_the_start_is_said_before_the_first_round(tmp_path):
+    for rate, told in ((1.0, True), (300.0, False)):
+        net = network()
+        optimizer = ockham.MeanField(net.named_parameters(), n_data=192, lr=3e-3, std_rate=rate, temperature=0.1)
+        job, _ = trainer(tmp_path, None, net=net, optimizer=optimizer, num_train_epochs=1)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            job.train()
+        found = [str(w.message) for w in caught if "the evidence judges the start" in str(w.message)]
+        assert len(found) == told and all("initial_std=0.01 before the first round" in text for text in found)
+
+
 def test_structures_may_meet_a_budget_in_weights_before_the_weights_do(tmp_path):
     from ockham.integrations.transformers import EvidenceCallback
 
