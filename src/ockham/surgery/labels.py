@@ -651,9 +651,9 @@ def _edit(site: Site, alive: _Alive) -> Edit | None:
     new: list[int | None] = [None] * len(site.old)
     old: list[int | None] = [None] * len(site.old)
     for dim, roots in site.after.items():
-        left = int(alive.of(roots).sum())
-        if site.op != "factory" or left < site.old[dim]:  # of new tensors, numbers of examples and positions, too
-            old[dim], new[dim] = site.old[dim], left
+        size = int(alive.of(roots).sum())
+        if site.op != "factory" or size < site.old[dim]:  # of new tensors, numbers of examples and positions, too
+            old[dim], new[dim] = site.old[dim], size
     if old == new and site.old:
         return None
     for dim in site.fixed:

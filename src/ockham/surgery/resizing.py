@@ -73,12 +73,12 @@ class Resizing(TorchFunctionMode):
     def __enter__(self) -> Resizing:
         """Begin: the mode of a module outside pauses."""
         self.outer = _inner.set(self)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: object) -> None:
         """End."""
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         _inner.reset(self.outer)
 
     def fitting(self, op: str, x: Tensor, dim: int = -1) -> SizedEdits:
