@@ -35,9 +35,9 @@ def main() -> None:
             save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=100, use_cpu=True,
         )  # fmt: skip
         # --8<-- [start:trainer]
-        optimizer = ockham.MeanField(model.named_parameters(), n_data=len(train), lr=2e-3, kl_warmup=100)
-        half = ockham.BudgetRule(0.5)  # or no rule: then the evidence decides, which wants a longer training
-        evidence = EvidenceCallback(rule=half, ignore="re:embeddings|classifier")
+        optimizer = ockham.MeanField(model.named_parameters(), n_data=len(train), lr=2e-3, kl_warmup=100,
+                                     temperature=0.1, initial_std=1e-3, std_rate=10)  # fmt: skip
+        evidence = EvidenceCallback(ignore="re:embeddings|classifier")
         trainer = Trainer(model, arguments, train_dataset=train, optimizers=(optimizer, None), callbacks=[evidence])
         trainer.train()
 

@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 
 from ockham.cli.app import app
 from ockham.core.posterior import load_posterior
-from ockham.errors import DataError, OckhamError
+from ockham.core.seal import sealed
+from ockham.errors import DataError, OckhamError, ResultError
+from ockham.methods.blocks import prune as verb
 from ockham.methods.blocks.job import PruneProgress, PruneSettings
 from ockham.methods.blocks.prune import prune_folder, read_calibration, token_measures, token_windows
 from ockham.methods.blocks.solve import Damping
@@ -140,6 +142,25 @@ def test_the_command_writes_a_folder_that_loads_and_talks(source: Path, tmp_path
     assert again.exit_code == 0 and "reduction" not in again.output
     w = AutoModelForCausalLM.from_pretrained(out).model.layers[0].mlp.up_proj.weight
     assert bool(((w != 0).reshape(-1, 4).sum(1) <= 2).all())
+    files = sealed(out).files
+    assert {"model.safetensors", "config.json", "posterior.safetensors", "metrics.json", "report.html"} < set(files)
+    (out / "config.json").write_text("{}")
+    with pytest.raises(ResultError, match=r"config\.json: damaged or changed"):
+        sealed(out)
+
+
+def test_a_failure_at_the_end_leaves_the_folder_that_was_there(source: Path, tmp_path: Path, monkeypatch) -> None:
+    out, text = tmp_path / "out", source / "text.txt"
+    settings = PruneSettings(damping=Damping(0.1, 0.5))
+    prune_folder(source, text, out, target={"keep_share": 0.5}, windows=(12, 32), settings=settings)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    monkeypatch.setattr(verb, "page_of", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prune_folder(source, text, out, target={"keep_share": 0.3}, windows=(12, 32), settings=settings, overwrite=True)
+    assert {p.name: p.read_bytes() for p in out.iterdir() if p.name != "work"} == before and sealed(out)
+    monkeypatch.undo()
+    prune_folder(source, text, out, target={"keep_share": 0.3}, windows=(12, 32), settings=settings, overwrite=True)
+    assert sealed(out) and json.loads((out / "metrics.json").read_text())["kept"] == pytest.approx(0.3, abs=0.01)
 
 
 def test_a_share_of_the_parameters_makes_a_narrower_folder(source: Path, tmp_path: Path) -> None:

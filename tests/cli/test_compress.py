@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,47 @@ def test_the_users_own_network_data_and_regression(ockham, tmp_path: Path) -> No
     assert ockham("evaluate", "r", "--data", "mine:line", "--model", "mine:net").returncode == 0
 
 
+UNITS = """
+def in_units(scale, shift):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 3, generator=g)
+    y = 2 * x[:, :1] + x[:, 1:2] ** 2 + 0.5 * torch.randn(400, 1, generator=g)
+    y = (y.double() * scale + shift).float()
+    return Dataset("line", x[:300], y[:300], x[300:], y[300:], None, None, float(x.min()), float(x.max()))
+
+def plain():
+    return in_units(1.0, 0.0)
+
+def dollars():
+    return in_units(9188.0, 225328.0)
+
+def decay():
+    return in_units(1e-3, 0.97)
+"""
+
+
+@pytest.mark.parametrize(("name", "scale"), [("dollars", 9188.0), ("decay", 1e-3)])
+def test_a_regression_is_reported_in_the_targets_own_units(ockham, tmp_path: Path, name: str, scale: float) -> None:
+    (tmp_path / "mine.py").write_text(USER_CODE + UNITS)
+    found = {}
+    for data in ("plain", name):
+        done = ockham("compress", "--model", "mine:net", "--data", f"mine:{data}", "--out", data, "--epochs", "30",
+                      "--quiet")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        found[data] = json.loads((tmp_path / data / "metrics.json").read_text())
+    for side in ("before", "after", "mean_network"):
+        plain, own = found["plain"][side], found[name][side]
+        assert plain["rmse"] < 1.5
+        assert own["rmse"] == pytest.approx(scale * plain["rmse"], rel=2e-3)
+        assert own["nll"] == pytest.approx(plain["nll"] + math.log(scale), abs=2e-3)
+        assert own["crps"] == pytest.approx(scale * plain["crps"], rel=2e-3)
+        for share in ("coverage_50", "coverage_90", "coverage_95"):
+            assert own[share] == pytest.approx(plain[share], abs=0.011)  # one example of a hundred
+    assert found[name]["kept"] == pytest.approx(found["plain"]["kept"], abs=1e-9) and found["plain"]["kept"] < 1
+    variances = [library.load_posterior(tmp_path / data).noise_variance for data in ("plain", name)]
+    torch.testing.assert_close(variances[1], variances[0] * scale**2, rtol=4e-3, atol=0)
+
+
 def test_starting_from_given_weights(ockham, tmp_path: Path) -> None:
     torch.manual_seed(0)
     save_file(NETWORKS["digits_mlp"]().state_dict(), tmp_path / "w.safetensors")
@@ -195,3 +237,24 @@ def test_unknown_keys_of_a_toml_file_are_listed(ockham, tmp_path: Path) -> None:
 def test_version_and_help(ockham) -> None:
     assert ockham("--version").stdout.strip() == f"ockham {library.__version__}"
     assert "compress" in ockham("--help").stdout
+
+
+def test_what_cannot_work_is_said_before_any_work(ockham, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def net():\n    return {}['no']\n")
+    for given, said in [
+        (("--seed", "-1"), "--seed is a whole number from 0 on"),
+        (("--out", ""), "--out names a folder"),
+        (("--max-bytes", "0"), "--max-bytes must be at least 1"),
+        (("--normalize", "a:b"), "--normalize a:b: expected none"),
+        (("--model", "mine:net"), "--model mine:net, called without arguments, raises KeyError: 'no' ("),
+        (("--data", "mine:net"), "--data mine:net, called without arguments, raises KeyError"),
+    ]:
+        done = ockham("compress", "--out", "r", *QUICK, *given)
+        assert done.returncode == 2 and said in done.stderr.replace("\n", " "), done.stderr
+        assert not list((tmp_path / "r").glob("*"))
+
+
+def test_the_help_shows_what_is_taken_where_nothing_is_typed(ockham) -> None:
+    said = " ".join(ockham("compress", "--help").stdout.split())
+    for default in ("[by the data]", "[the evidence decides]", "[digits]", "[20]"):
+        assert default in said

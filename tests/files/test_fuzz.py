@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import ockham
-from ockham.cli.build import read_config
+from ockham.cli.app import read_config
 from ockham.core.files import read_tree, write_tree
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.core.seal import FolderLock, holder_of, sealed

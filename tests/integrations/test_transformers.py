@@ -161,6 +161,17 @@ def test_structures_go_in_place_and_the_smaller_model_computes_the_same(tmp_path
     assert (tmp_path / "plan.json").exists()
 
 
+def test_structures_may_meet_a_budget_in_weights_before_the_weights_do(tmp_path):
+    from ockham.integrations.transformers import EvidenceCallback
+
+    cheap = ockham.Structures(price=ockham.FlatPrice(1e9), cap=0.5, wait=0)
+    callback = EvidenceCallback(ockham.Rounds(start=0.3, end=0.9, count=4), structures=cheap,
+                                rule=ockham.BudgetRule(0.9), ignore="re:embed|classifier")  # fmt: skip
+    job, _ = trainer(tmp_path, callback)
+    job.train()
+    assert len(callback.history) == 4 and [r.removed for r in callback.history][1:] == [0, 0, 0]
+
+
 def test_small_data_at_temperature_one_are_warned_about(tmp_path):
     for temperature, told in ((1.0, True), (0.1, False)):
         net = network()

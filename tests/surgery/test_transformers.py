@@ -5,9 +5,11 @@ from __future__ import annotations
 import warnings
 
 import pytest
+import safetensors as library
 import torch
 from safetensors import torch as safetensors
 
+import ockham
 from ockham import OckhamError, save_pretrained
 from ockham.choose.planning import plan
 from ockham.surgery import Plan, mask, random_plan, shrink, trace, verify
@@ -165,6 +167,7 @@ def test_the_configuration_describes_widths_that_are_alike_in_all_layers(name, t
     assert difference(outputs(small, inputs), outputs(again, inputs)) == 0
     card = (folder / "README.md").read_text()
     assert "accuracy: 97.1 %" in card and "64 -> 40" in card
+    assert f'{type(model).__name__}.from_pretrained(".")' in card
     assert Plan.from_json((folder / "plan.json").read_text()).removed == cut.removed
 
 
@@ -178,6 +181,12 @@ def test_a_configuration_that_cannot_describe_the_widths_stays_that_of_the_model
     fresh = shrink(build(name)[0], Plan.from_json((folder / "plan.json").read_text()))
     safetensors.load_model(fresh, folder / "model.safetensors")
     assert difference(outputs(small, inputs), outputs(fresh, inputs)) == 0
+    code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    assert len(code.splitlines()) == 3 and "from_pretrained" not in code
+    code = code.replace("(...)", "(config)").replace('"model', f'"{folder}/model').replace('"plan', f'"{folder}/plan')
+    scope = {type(model).__name__: type(model), "config": model.config, "ockham": ockham, "safetensors": library}
+    exec(code, scope)
+    assert difference(outputs(small, inputs), outputs(scope["model"].eval(), inputs)) == 0
 
 
 def test_a_hub_folder_without_configuration_or_plan(tmp_path):

@@ -91,8 +91,8 @@ NETWORKS = {
     "empty": (lambda: nn.Sequential(nn.ReLU()), "no parameters"),
     "quantized": (lambda: torch.ao.quantization.quantize_dynamic(mlp(), {nn.Linear}), "'0' is quantized"),
     "lazy": (lambda: nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.LazyLinear(2)), "Lazy modules.*call the network"),
-    "function": (lambda: torch.relu, r"a network is a torch\.nn\.Module; got builtin"),
-    "class": (lambda: nn.Linear, r"a network is a torch\.nn\.Module; got Linear"),
+    "function": (lambda: torch.relu, r"must be a torch\.nn\.Module; got builtin"),
+    "class": (lambda: nn.Linear, r"must be an instance; got the class Linear: call it"),
 }
 
 

@@ -205,6 +205,8 @@ class PerMillisecond(Price):
 class UnitShare(Price):
     """The price at which a stated share of the units of every group has gone: those of least evidence, group by group.
 
+    Units that the data do not want at all, E_g < 0, go beyond the share.
+
     For posteriors whose nats rank units and are no odds, as those at a temperature below 1: a price in nats says little
     there. Units removed before count; where ``cap`` of `Structures` lets fewer go at once, later rounds take the rest.
 

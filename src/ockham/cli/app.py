@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect as python_inspect
 import math
 import os
@@ -11,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any
@@ -35,13 +36,12 @@ from ockham.cli.build import (
     load_model,
     options_of,
     parse_device,
-    read_config,
 )
-from ockham.core.files import printable, to_plain
+from ockham.core.files import printable, read_toml, to_plain
 from ockham.core.network import ALONE, Processes
 from ockham.core.posterior import load_posterior
 from ockham.core.seal import sealed
-from ockham.errors import OckhamError, OckhamWarning
+from ockham.errors import OckhamError, OckhamWarning, ResultError
 from ockham.methods.blocks.job import PruneProgress, PruneSettings
 from ockham.methods.blocks.prune import prune_folder
 from ockham.methods.gates.report import gate_sections
@@ -149,7 +149,7 @@ def tensorboard(log_dir: str | None) -> Iterator[Any]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise OckhamError("--log-dir needs tensorboard: pip install 'ockham[tensorboard]'") from error
+        raise OckhamError("--log-dir needs tensorboard: pip install -e '.[tensorboard]'") from error
     writer = SummaryWriter(log_dir)
 
     def write(info: EpochInfo) -> None:
@@ -258,11 +258,40 @@ def _plain(text: object) -> str:
     return escape(printable(text))
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """Options from a TOML file.
+
+    Raises:
+        OckhamError: the file cannot be read, or has a key or a type that is not an option.
+    """
+    try:
+        table = read_toml(path)
+    except ResultError as error:
+        raise OckhamError(f"--config {error}") from error
+    known: dict[str, Field[Any]] = {f.name: f for kind in METHODS.values() for f in fields(kind)}
+    table = {key.replace("-", "_"): value for key, value in table.items()}
+    unknown = [key for key in table if key not in known and key != "method"]
+    if unknown:
+        near = [n for key in unknown for n in difflib.get_close_matches(key, known, 1)]
+        meant = f" (did you mean {', '.join(near)}?)" if near else ""
+        raise OckhamError(f"--config {path}: unknown keys {', '.join(unknown)}{meant}; known are {', '.join(known)}")
+    allowed = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
+    for key, value in table.items():
+        if isinstance(value, list):
+            table[key] = tuple(value)
+        elif key in known:
+            words = str(known[key].type).split(" | ")
+            kinds = tuple(kind for word in words for kind in allowed.get(word, ())) or (object,)
+            if not isinstance(value, kinds) or (isinstance(value, bool) and not {bool, object} & {*kinds}):
+                raise OckhamError(f"--config {path}: {key} should be {known[key].type}; got {value!r}")
+    return table
+
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Smaller networks by model evidence.")
-out_console, err_console = Console(), Console(stderr=True)
+out_console, err_console = Console(emoji=False), Console(stderr=True, emoji=False)  # "a:b:c" is no picture
 
 _Folder = Annotated[Path, typer.Argument(help="A result folder.")]
-_Data = Annotated[str | None, typer.Option(help="Folder or package.module:function [default: digits].")]
+_Data = Annotated[str | None, typer.Option(help=escape("Folder or package.module:function. [digits]"))]
 _Model = Annotated[str | None, typer.Option(help="package.module:function for networks that are not of the zoo.")]
 
 
@@ -320,9 +349,9 @@ def _parameter(option: Any, *, hidden: bool) -> python_inspect.Parameter:
     types: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": bool, "tuple[str, ...]": list[str]}
     flag = option.name.replace("_", "-")
     spelt = f"--{flag}/--no-{flag}" if kind == "bool" and option.default else f"--{flag}"
-    text = option.metadata["help"]
+    text = escape(option.metadata["help"])
     if kind != "bool" and option.default not in (None, ()):
-        text += f" [{option.default}]"
+        text += escape(f" [{option.default}]")
     made = typer.Option(spelt, help=text, hidden=hidden, rich_help_panel=option.metadata["group"], show_default=False)
     return _keyword(option.name, Annotated[types[kind] | None, made])
 

@@ -7,6 +7,7 @@ import difflib
 import importlib
 import math
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import singledispatch
@@ -28,11 +29,10 @@ from ockham.choose.rules import (
     by_random,
     by_snr,
 )
-from ockham.core.files import read_toml
 from ockham.core.likelihood import likelihood_from
 from ockham.core.network import ALONE, Processes
 from ockham.core.posterior import Posterior
-from ockham.errors import DataError, OckhamError, ResultError
+from ockham.errors import DataError, OckhamError
 from ockham.fit.priors import FixedPrior
 from ockham.methods.gates.attach import GATE_RULES, Gates
 from ockham.methods.gates.report import compression_curve, curves_as_plain, gate_sections
@@ -82,7 +82,6 @@ __all__ = [
     "load_model",
     "options_of",
     "parse_device",
-    "read_config",
 ]
 
 
@@ -109,11 +108,15 @@ class Basic:
     quiet: bool = _option(False, "No progress bars.", RUN)
 
     def __post_init__(self) -> None:
-        counts = ("epochs", "batch_size", "draws", "rounds", "threads", "windows", "window", "calibration")
+        counts = ("epochs", "batch_size", "draws", "rounds", "threads", "windows", "window", "calibration", "max_bytes")
         for name in counts:
             value = getattr(self, name, None)
             if value is not None and value < 1:
                 raise OckhamError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
+        if not 0 <= self.seed < 2**63 or self.out == "":
+            raise OckhamError(
+                f"--seed is a whole number from 0 on, and --out names a folder; got {self.seed}, {self.out!r}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +128,7 @@ class Common(Basic):
     normalize: str | None = _option(None, "none, or means:stds, as 0.49,0.48:0.25,0.24. [of the data]", DATA)
     max_bytes: int | None = _option(None, "Most bytes of one array or file that is read. [what is free]", DATA)
     weights: str | None = _option(None, "Start from these: safetensors, npz, torch file or folder.", DATA)
-    likelihood: str | None = _option(None, "classification or regression. [by the targets]", DATA)
+    likelihood: str | None = _option(None, "classification, binary, poisson or regression. [by the targets]", DATA)
     ood: str | None = _option(None, "Foreign data for the out-of-distribution measure.", DATA)
     epochs: int | None = _option(None, "Passes over the data. [by the data]", TRAINING)
     batch_size: int | None = _option(None, "Examples a step. [128; small data 64]", TRAINING)
@@ -172,12 +175,12 @@ class SpikeSlabOptions(_Variational):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OneShotOptions(Common):
-    """Options of `ockham prune`: a trained network in, one pass, one removal, a short refit."""
+    """Options of `ockham prune`: a trained network in, one pass, one removal; a refit only with --epochs."""
 
     posterior: str = _option("kronecker", "kronecker (correlations) or laplace (diagonal).", TRAINING)
     prior_variance: float | None = _option(None, "Of every weight. [fitted]", TRAINING)
     calibration: int = _option(4000, "Training examples that the curvature is taken from.", TRAINING)
-    rule: str = _option("evidence", "evidence, or an order for --keep-share.", REMOVAL)
+    rule: str = _option("evidence", "evidence; with --keep-share also snr, its order in any case.", REMOVAL)
     structure: bool = _option(False, "Take out whole channels instead of weights.", STRUCTURES)
     macs: float | None = _option(None, "Budget: share of multiply-accumulates that stays.", STRUCTURES)
     params: float | None = _option(None, "Budget: share of the parameters that stays.", STRUCTURES)
@@ -267,35 +270,6 @@ def options_of(given: Mapping[str, Any], method: str | None = None) -> Basic:
             owner = f"--method {spelt}" if spelt else _SPOKEN[method]
             raise OckhamError(f"{owner} does not use --{name.replace('_', '-')}: drop it ({advice})")
     return METHODS[method](**given)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Options from a TOML file.
-
-    Raises:
-        OckhamError: the file cannot be read, or has a key or a type that is not an option.
-    """
-    try:
-        table = read_toml(path)
-    except ResultError as error:
-        raise OckhamError(f"--config {error}") from error
-    known: dict[str, Field[Any]] = {f.name: f for kind in METHODS.values() for f in fields(kind)}
-    table = {key.replace("-", "_"): value for key, value in table.items()}
-    unknown = [key for key in table if key not in known and key != "method"]
-    if unknown:
-        near = [n for key in unknown for n in difflib.get_close_matches(key, known, 1)]
-        meant = f" (did you mean {', '.join(near)}?)" if near else ""
-        raise OckhamError(f"--config {path}: unknown keys {', '.join(unknown)}{meant}; known are {', '.join(known)}")
-    allowed = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
-    for key, value in table.items():
-        if isinstance(value, list):
-            table[key] = tuple(value)
-        elif key in known:
-            words = str(known[key].type).split(" | ")
-            kinds = tuple(kind for word in words for kind in allowed.get(word, ())) or (object,)
-            if not isinstance(value, kinds) or (isinstance(value, bool) and not {bool, object} & {*kinds}):
-                raise OckhamError(f"--config {path}: {key} should be {known[key].type}; got {value!r}")
-    return table
 
 
 def default_of(option: Field[Any]) -> Any:
@@ -559,10 +533,7 @@ def load_model(source: str | None, data: Dataset) -> tuple[str, Callable[[], nn.
     function = _imported("--model", source)
 
     def build() -> nn.Module:
-        try:
-            model = function()
-        except TypeError as error:
-            raise OckhamError(f"--model {source} must work without arguments; it says: {error}") from error
+        model = function()
         if not isinstance(model, nn.Module):
             raise OckhamError(f"--model {source} must return a torch.nn.Module; got {type(model).__name__}")
         return model
@@ -608,7 +579,20 @@ def _imported(option: str, source: str) -> Callable[[], Any]:
         raise OckhamError(f"{option} {source}: cannot import it ({error}); expected package.module:function") from error
     if not callable(found):
         raise OckhamError(f"{option} {source}: is a {type(found).__name__}, a function is expected")
-    return found  # type: ignore[no-any-return]
+
+    def call() -> Any:
+        try:
+            return found()
+        except OckhamError:
+            raise
+        except Exception as error:  # whatever a function of the user's raises
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            raise OckhamError(
+                f"{option} {source}, called without arguments, raises {type(error).__name__}: {error} ({at.filename}, "
+                f"line {at.lineno})"
+            ) from error
+
+    return call
 
 
 def _pick(option: str, name: str, table: Mapping[str, _T]) -> _T:

@@ -25,6 +25,7 @@ __all__ = [
     "Entry",
     "Ignore",
     "Processes",
+    "check_module",
     "check_network",
     "compare_processes",
     "copied",
@@ -50,7 +51,23 @@ __all__ = [
 
 def device_of(model: nn.Module) -> torch.device:
     """The device of the first parameter; the CPU for a network without parameters."""
+    check_module(model)
     return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def check_module(model: Any) -> None:
+    """Raise where something else than an instance of `torch.nn.Module` is given as a network.
+
+    Raises:
+        OckhamError: says what was got.
+    """
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, type):
+        raise OckhamError(
+            f"the network must be an instance; got the class {model.__name__}: call it, {model.__name__}(...)"
+        )
+    raise OckhamError(f"the network must be a torch.nn.Module; got {type(model).__name__}")
 
 
 def check_network(model: nn.Module, *, meta: bool = False, values: bool = True) -> None:
@@ -66,10 +83,7 @@ def check_network(model: nn.Module, *, meta: bool = False, values: bool = True) 
             to know its sizes, has no parameters or such that are not finite, or runs in `torch.inference_mode`; says
             what to do instead.
     """
-    given: object = model
-    if not isinstance(given, nn.Module):
-        kind = given.__name__ if isinstance(given, type) else type(given).__name__
-        raise OckhamError(f"a network is a torch.nn.Module; got {kind}: pass the module itself")
+    check_module(model)
     if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
         raise OckhamError(
             f"the network is TorchScript ({type(model).__name__}), whose parameters cannot be edited: pass the "
@@ -128,6 +142,7 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
 
 def frozen_modules(model: nn.Module) -> set[nn.Module]:
     """Modules that have parameters of which none requires a gradient, and all that is inside them."""
+    check_module(model)
     found: set[nn.Module] = set()
     for module in model.modules():
         parameters = list(module.parameters())

@@ -190,7 +190,7 @@ class GroupPrior(Prior):
     """Zero-or-stated-mean Gaussian prior with one precision per structure.
 
     ``units`` says which weights a structure holds; None: the rows of every module (`rows`). From a traced network:
-    ``ockham.units_of(groups)``. Parameters that ``units`` does not name are divided by row.
+    ``ockham.units_of(groups, shapes)``. Parameters that ``units`` does not name are divided by row.
     """
 
     updates_per_epoch: ClassVar[int] = 10

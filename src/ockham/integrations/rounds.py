@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -16,12 +16,15 @@ from ockham.choose.rules import EvidenceRule, RoundInfo, Rounds, Rule, counted, 
 from ockham.core.likelihood import Classification
 from ockham.core.network import Ignore, Processes, device_of, ignored, unwrapped
 from ockham.core.objective import Objective
+from ockham.core.posterior import Posterior
 from ockham.errors import OckhamError, OckhamWarning
 from ockham.fit.optimizer import VariationalOptimizer
-from ockham.run.compression import SMALL_DATA
+from ockham.run.compression import SMALL_DATA, decided
 from ockham.run.structures import Shrinking, Shrunk, example_of
 
 __all__ = ["StepRounds", "variational"]
+
+_MOVED = 0.4  # root mean square of ln(std / initial_std) below which the spread is that of the start
 
 
 @dataclass(slots=True, eq=False)
@@ -103,7 +106,7 @@ class StepRounds:
             return None
         evidence = score(posterior)
         if not self.history:
-            said = list(diagnose(posterior, loss).warnings)
+            said = [*diagnose(posterior, loss).warnings, *_unmoved(optimizer, posterior)]
             if isinstance(self.rule, EvidenceRule) and posterior.temperature == 1 and posterior.n_data < SMALL_DATA:
                 said.append(
                     f"N = {posterior.n_data:g} data stand against {posterior.size()} weights: at temperature 1 the "
@@ -112,7 +115,7 @@ class StepRounds:
                 )
             for text in said:
                 warnings.warn(text, OckhamWarning, stacklevel=3)
-        keep = self.rule.decide(evidence, self._protected, (self.due.index(step) + 1) / len(self.due))
+        keep = decided(self.rule, evidence, self._protected, (self.due.index(step) + 1) / len(self.due))
         keep = {name: processes.told(mask) for name, mask in keep.items()}
         gain, cost = evidence.gain(keep), evidence.nll_cost(keep)
         energy = -(posterior.n_data * loss + posterior.temperature * optimizer.kl())
@@ -140,6 +143,21 @@ class StepRounds:
         for saved in state["history"]:
             plain: dict[str, Any] = {k: math.nan if v is None else v for k, v in saved.items()}
             self.history.append(RoundInfo(**plain))
+
+
+def _unmoved(optimizer: VariationalOptimizer, posterior: Posterior) -> Iterator[str]:
+    """What to say of standard deviations that are still those of the start when the first weights go."""
+    for group in (g for g in optimizer.param_groups if "std_rate" in g):
+        stds = [posterior[n].std[posterior[n].keep].double() for n in group["param_names"] if n in posterior]
+        moved = float((torch.cat(stds or [torch.ones(0)]) / group["initial_std"]).log().square().mean().sqrt())
+        if moved < _MOVED:
+            yield (
+                f"the standard deviations moved by a factor of {math.exp(moved):.2f} from initial_std="
+                f"{group['initial_std']:g} before the first round: the evidence judges the start and not the data. "
+                "They move by lr * std_rate a step at most: give the optimizer initial_std=1e-3 and std_rate=10, or "
+                "train longer"
+            )
+            return
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:

@@ -51,6 +51,7 @@ __all__ = [
     "Training",
     "WeightRounds",
     "compress",
+    "decided",
     "defaults_for",
     "ivon",
     "mean_field",
@@ -108,8 +109,7 @@ class PlainTraining(Method):
 
     def result(self, state: RunState) -> Compressed:
         """The network as it is."""
-        task = state.own[0]
-        none = Posterior({}, task.n_data)
+        task, none = state.own[0], Posterior({}, state.own[0].n_data)
         model, objective = copy.deepcopy(state.network), state.objective
         if isinstance(objective.likelihood, Regression):
             objective = copy.deepcopy(objective)
@@ -331,7 +331,7 @@ class WeightRounds(Method):
             for text in removed.diagnosis.warnings:
                 warnings.warn(text, OckhamWarning, stacklevel=4)
         total = removed.total or posterior.size()
-        keep = _decided(own.rule, evidence, own.protected, (own.due.index(info.epoch) + 1) / len(own.due))
+        keep = decided(own.rule, evidence, own.protected, (own.due.index(info.epoch) + 1) / len(own.due))
         keep = {name: processes.told(mask) for name, mask in keep.items()}
         if removed.shrunk is not None:
             shrunk = replace(removed.shrunk, ledger=removed.shrunk.ledger.entered(evidence, keep))
@@ -587,7 +587,7 @@ def _posterior_of(state: RunState) -> VariationalOptimizer:
     return state.optimizer
 
 
-def _decided(rule: Rule, evidence: Evidence, protected: frozenset[str], progress: float) -> dict[str, Tensor]:
+def decided(rule: Rule, evidence: Evidence, protected: frozenset[str], progress: float) -> dict[str, Tensor]:
     """The rule's keep masks; a budget in weights that structures have met already removes none."""
     limit = rule.keep if isinstance(rule, BudgetRule) else 0
     if limit > 1 and limit >= evidence.posterior.kept():

@@ -50,7 +50,7 @@ from ockham.core.seal import (
 )
 from ockham.errors import OckhamError, OckhamWarning, ResultError
 from ockham.surgery.groups import Plan, PlanError
-from ockham.surgery.shrinking import shrink
+from ockham.surgery.shrinking import says_its_widths, shrink
 from ockham.zoo.networks import NETWORKS
 
 __all__ = [
@@ -295,7 +295,21 @@ def _card(model: nn.Module, plan: Plan | None, facts: Mapping[str, Any]) -> str:
     lines += [f"* {name}: {value}" for name, value in facts.items()]
     if plan is not None:
         lines += ["", f"Taken out of the original network (`{PLAN}` replays it):", "", "```", str(plan), "```"]
+    lines += ["", "How to load it, in this folder:", "", "```python", *_loading(model, plan), "```"]
     return "\n".join(lines) + "\n"
+
+
+def _loading(model: nn.Module, plan: Plan | None) -> list[str]:
+    """Three lines of code at most that make the network of a folder of `save_pretrained` again."""
+    name = type(model).__name__
+    if hasattr(model, "from_pretrained") and says_its_widths(model):
+        package = type(model).__module__.partition(".")[0]
+        return [f"from {package} import {name}", f'model = {name}.from_pretrained(".")']
+    made = f"{name}(...)  # as it was built before the reduction"
+    if plan is None:
+        return [f"model = {made}", f'safetensors.torch.load_model(model, "{WEIGHTS}")']
+    replayed = f'ockham.shrink(model, ockham.Plan.from_json(open("{PLAN}").read()))'
+    return [f"model = {made}", f"model = {replayed}", f'safetensors.torch.load_model(model, "{WEIGHTS}")']
 
 
 class ResultFolder:

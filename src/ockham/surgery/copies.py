@@ -14,11 +14,12 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ockham.core.network import copied, keeping_modes, whole
+from ockham.core.network import check_module, copied, keeping_modes, whole
 
 
 def canonical_names(model: nn.Module) -> dict[int, str]:
     """Return ``id(tensor) -> first name`` over parameters and buffers; tied tensors have one name."""
+    check_module(model)
     names: dict[int, str] = {}
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
         names.setdefault(id(tensor), name)

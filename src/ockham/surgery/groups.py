@@ -561,6 +561,8 @@ def plan_masks(groups: Groups, keep: Mapping[str, Tensor], *, nats: Mapping[str,
         for member in groups[key].members:
             indices = member.index[list(units)].flatten().tolist()
             cuts.setdefault(member.name, {}).setdefault(member.dim, []).extend(indices)
+    sizes = [(groups.shapes[name][dim], len(lost)) for name, cut in cuts.items() for dim, lost in cut.items()]
+    widths = {size: {size - lost for other, lost in sizes if other == size} for size, _ in sizes}
     every = gone | {k: (0,) for k, mask in whole.items() if not bool(mask[0])}
     said = {k: tuple(nats[k][list(v)].double().tolist()) for k, v in every.items() if nats and k in nats}
     return Plan(
@@ -568,7 +570,7 @@ def plan_masks(groups: Groups, keep: Mapping[str, Tensor], *, nats: Mapping[str,
         widths={g.id: g.size for g in groups},
         cuts={n: {d: tuple(sorted(i)) for d, i in c.items()} for n, c in cuts.items()},
         shapes=dict(groups.shapes),
-        edits=edits_of(groups.sites, _gone(groups, gone)),
+        edits=edits_of(groups.sites, _gone(groups, gone), widths),
         counts=counts_of(groups.heads, _gone(groups, gone)),
         spared=groups.spared,
         nats=said,

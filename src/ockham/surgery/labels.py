@@ -13,6 +13,7 @@ turns them into numbers (`Edit`), and `resizing.py` applies the numbers while th
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -341,9 +342,9 @@ class Site:
     module: str
     op: str
     shape: tuple[int, ...]
-    before: Mapping[int, Tensor]
+    before: dict[int, Tensor]
     old: tuple[int, ...]
-    after: Mapping[int, Tensor]
+    after: dict[int, Tensor]
     dim: int
     fixed: frozenset[int] = frozenset()
     call: int = 0
@@ -434,8 +435,12 @@ def _makes(*kinds: str) -> Callable[[Maker], Maker]:
 
 def settled(notes: list[Note], root: Tensor) -> list[Site]:
     """Return the notes with components instead of atoms, in the order of the graph."""
-    sites = (MAKERS[KINDS[n.name]](n, _dims(n.before, root), root) for n in notes if n.name in KINDS)
-    return [site for site in sites if site is not None]
+    found = (MAKERS[KINDS[n.name]](n, _dims(n.before, root), root) for n in notes if n.name in KINDS)
+    sites = [site for site in found if site is not None]
+    once: dict[bytes, Tensor] = {}  # equal components are one tensor, so that a plan looks at each once
+    for labels in (labels for site in sites for labels in (site.before, site.after)):
+        labels.update({d: once.setdefault(v.numpy().tobytes(), v) for d, v in labels.items()})
+    return sites
 
 
 @_makes("norm", "grouped", "mean", "centred", "var", "layer_norm", "rms_norm")
@@ -541,12 +546,19 @@ def _dims(value: Value, root: Tensor) -> dict[int, Tensor]:
     return found
 
 
-def edits_of(sites: tuple[Site, ...], gone: Tensor) -> tuple[Edit, ...]:
+def edits_of(sites: tuple[Site, ...], gone: Tensor, widths: Mapping[int, set[int]]) -> tuple[Edit, ...]:
     """Return the numbers that change at `sites` when the components in `gone` are removed.
 
-    Places which keep their numbers come along where their input could be mistaken for one of another place.
+    Places which keep their numbers come along where their input could be mistaken for one of another place, or where
+    the code may have computed them from a size that changes elsewhere (`x.shape[-1]` of a stream that gets narrower).
+
+    Args:
+        sites: places which hold sizes.
+        gone: components that are removed.
+        widths: every size of a dimension that changes to what it becomes.
     """
-    made = [(site, _edit(site, gone)) for site in sites]
+    alive = _Alive(gone)
+    made = [(site, _edit(site, alive)) for site in sites]
     changed: dict[str, list[Edit]] = {}
     for _, edit in made:
         if edit is not None and edit.changes:
@@ -566,7 +578,30 @@ def edits_of(sites: tuple[Site, ...], gone: Tensor) -> tuple[Edit, ...]:
         distinct = list(dict.fromkeys(own))
         looks = {(e.op, e.rank, e.dim, tuple((d, n) for d, _, n in e.sizes)) for e in distinct}
         result += distinct if len(looks) == len(distinct) else own
-    return tuple(result)
+    ordered = {edit.module for edit, times in Counter(result).items() if times > 1}  # none may come in between there
+    for site in sites:
+        if site.op in ("view", "unflatten") and site.module not in ordered:
+            result += _computed(site, alive, widths)
+    return tuple(result if ordered else dict.fromkeys(result))
+
+
+def _computed(site: Site, alive: _Alive, widths: Mapping[int, set[int]]) -> list[Edit]:
+    """Return the numbers of `site` for code that computes them from a size which changes elsewhere.
+
+    Where it asks for what a dimension of as many elements has become, that is wrong; a share of such a size, as of the
+    width of a stream among its heads, is so when nothing else fits (`resizing.py`).
+    """
+    stays = {d: int(alive.of(v).sum()) for d, v in site.before.items()}
+    sizes = tuple((d, site.shape[d], n) for d, n in sorted(stays.items()))
+    right = {d: int(alive.of(v).sum()) for d, v in site.after.items()}
+    new = tuple(right.get(d, n if d in site.fixed else None) for d, n in enumerate(site.old))
+    told = [n for n in new if n is not None and n > 1]
+    shares = bool(right) and any(width % n == 0 for width in widths for n in told)
+    asked = [(*new[:d], n, *new[d + 1 :]) for d in right for n in sorted(widths.get(site.old[d], set()) - {right[d]})]
+    return [
+        Edit(site.module, site.op, len(site.shape), sizes, site.dim, old, new)
+        for old in (*asked, *([new] if shares else []))
+    ]
 
 
 def _rival(site: Site, edits: list[Edit]) -> Edit | None:
@@ -585,10 +620,30 @@ def _rival(site: Site, edits: list[Edit]) -> Edit | None:
     return Edit(site.module, site.op, len(shape), sizes, site.dim, old, old, site.call)
 
 
-def _edit(site: Site, gone: Tensor) -> Edit | None:
+class _Alive(dict[int, Tensor]):
+    """Which of some components stay, asked once for every tensor of them.
+
+    Args:
+        gone: components that are removed.
+    """
+
+    def __init__(self, gone: Tensor) -> None:
+        super().__init__()
+        self.top = int(gone.max()) + 1 if gone.numel() else 0
+        self.stays = torch.ones(self.top + 1, dtype=torch.bool)
+        self.stays[gone] = False
+
+    def of(self, roots: Tensor) -> Tensor:
+        """Return a boolean for each of `roots`; what is fixed, and what lies above all that is gone, stays."""
+        if id(roots) not in self:
+            self[id(roots)] = self.stays[roots.clamp(max=self.top)]
+        return self[id(roots)]
+
+
+def _edit(site: Site, alive: _Alive) -> Edit | None:
     if site.op == "norm":
         return None
-    stays = {d: ~torch.isin(v, gone) for d, v in site.before.items()}
+    stays = {d: alive.of(v) for d, v in site.before.items()}
     sizes = tuple((d, site.shape[d], int(k.sum())) for d, k in sorted(stays.items()) if not bool(k.all()))
     if site.op in ("slice", "split", "group_norm"):
         if site.dim not in stays or bool(stays[site.dim].all()):  # its numbers stay, whatever goes beside it
@@ -601,7 +656,7 @@ def _edit(site: Site, gone: Tensor) -> Edit | None:
     new: list[int | None] = [None] * len(site.old)
     old: list[int | None] = [None] * len(site.old)
     for dim, roots in site.after.items():
-        left = int((~torch.isin(roots, gone)).sum())
+        left = int(alive.of(roots).sum())
         if site.op != "factory" or left < site.old[dim]:  # of new tensors, numbers of examples and positions, too
             old[dim], new[dim] = site.old[dim], left
     if old == new and site.old:
@@ -623,10 +678,10 @@ COUNTS = frozenset(
 
 def counts_of(sites: tuple[Site, ...], gone: Tensor) -> dict[str, dict[int, int]]:
     """Return, for each module, sizes of labelled dimensions before and after; sizes with two meanings are left out."""
-    found: dict[str, dict[int, set[int]]] = {}
+    alive, found = _Alive(gone), dict[str, dict[int, set[int]]]()
     for site in sites:
         for roots in (*site.before.values(), *site.after.values()):
-            left = int((~torch.isin(roots, gone)).sum())
+            left = int(alive.of(roots).sum())
             found.setdefault(site.module, {}).setdefault(roots.numel(), set()).add(left)
     clear = {m: {old: new.pop() for old, new in sizes.items() if len(new) == 1} for m, sizes in found.items()}
     return {m: changed for m, sizes in clear.items() if (changed := {o: n for o, n in sizes.items() if o != n})}

@@ -29,6 +29,7 @@ SizedEdits = list[tuple[int, Edit]]
 
 
 _tracing = contextvars.ContextVar("tracing", default=False)
+_inner: contextvars.ContextVar[Any] = contextvars.ContextVar("inner", default=None)
 
 
 @contextlib.contextmanager
@@ -64,10 +65,21 @@ class Resizing(TorchFunctionMode):
         """Run `func`, with other numbers where an edit says so."""
         kwargs = kwargs or {}
         handler = HANDLERS.get(func)
-        makes = handler is _factory
-        if handler is None or not (makes or (args and isinstance(args[0], Tensor))):
+        applies = handler is _factory or (bool(args) and isinstance(args[0], Tensor))
+        if handler is None or not applies or _inner.get() is not self:  # what a module inside does is its own
             return func(*args, **kwargs)
         return handler(self, func, args, kwargs)
+
+    def __enter__(self) -> Resizing:
+        """Begin: the mode of a module outside pauses."""
+        self.outer = _inner.set(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End."""
+        super().__exit__(*error)
+        _inner.reset(self.outer)
 
     def fitting(self, op: str, x: Tensor, dim: int = -1) -> SizedEdits:
         """Return the edits of `op` (with their numbers) for an input of the shrunk sizes of `x`."""
@@ -103,7 +115,7 @@ class Resizing(TorchFunctionMode):
         known = [(i, new) for i, e in found if (new := _replaced(e, plain)) is not None]
         if not known and op != "expand":
             for i, e in found:
-                if len(e.new) == len(asked) and e.old != e.new:
+                if len(e.new) == len(asked):
                     sizes = tuple(a if n is None or a == -1 else n for a, n in zip(plain, e.new, strict=True))
                     known += [(i, sizes)] if _meant(e, plain, sizes, x.numel()) else []
         if not known:
@@ -135,14 +147,14 @@ def _replaced(edit: Edit, asked: Sizes) -> Sizes | None:
     """Return `asked` with the numbers of `edit`, or None when `asked` is not what the edit is about."""
     if len(asked) != len(edit.old):
         return None
-    out = list(asked)
+    out, told = list(asked), False
     for i, (have, old, new) in enumerate(zip(asked, edit.old, edit.new, strict=True)):
         if old is None or new is None or have == -1:
             continue
         if have not in (old, new):
             return None
-        out[i] = new
-    return tuple(out)
+        out[i], told = new, True
+    return tuple(out) if told else None
 
 
 def _meant(edit: Edit, asked: Sizes, sizes: Sizes, count: int) -> bool:

@@ -125,18 +125,20 @@ class ByShapes(TrialPair):
         model: the network.
         arguments: arguments of a call.
         expected: sizes of the outputs with nothing removed; None where even that cannot be tried.
+        bare: whether it runs on the device `meta`.
     """
 
     model: nn.Module
     arguments: Arguments
     expected: list[tuple[int, ...]] | None
+    bare: bool
 
     def problem(self, plan: Plan) -> TrialProblem | None:
         """Return why the shrunk network does not run, or what is wrong with its outputs' sizes."""
         if self.expected is None:
             return None
         try:
-            found = shapes_without_values(self.model, self.arguments, plan)
+            found = shapes_without_values(self.model, self.arguments, plan, bare=self.bare)
         except Exception as error:
             return TrialProblem(f"the forward fails at another size ({_said(error)})", "")
         if found == self.expected:
@@ -150,21 +152,26 @@ def _said(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def shapes_without_values(model: nn.Module, arguments: Arguments, plan: Plan) -> list[tuple[int, ...]]:
-    """Return the sizes of the outputs of the shrunk network, run on fake tensors."""
+def shapes_without_values(model: nn.Module, arguments: Arguments, plan: Plan, *, bare: bool) -> list[tuple[int, ...]]:
+    """Return the sizes of the outputs of the shrunk network, run on the device `meta` if `bare`, else on fake tensors.
+
+    The first is fast; the second knows devices, and some values.
+    """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    args, kwargs = pytree.tree_map_only(Tensor, fake.from_tensor, arguments)
+    placed = functools.partial(Tensor.to, device="meta") if bare else fake.from_tensor
+    mode: Any = torch.device("meta") if bare else fake
+    args, kwargs = pytree.tree_map_only(Tensor, placed, arguments)
     loud = logging.getLogger("torch._subclasses.fake_tensor")
     quiet, loud.disabled = loud.disabled, True
 
     def empty(name: str, tensor: Tensor) -> Tensor:
-        with fake:
-            new = torch.empty(plan.shape(name), dtype=tensor.dtype, device=tensor.device)
+        with mode:
+            new = torch.empty(plan.shape(name), dtype=tensor.dtype, device="meta" if bare else tensor.device)
         return nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
 
     try:
-        small = clone(model, empty, others=fake.from_tensor)
-        with fake, torch.no_grad(), warnings.catch_warnings():
+        small = clone(model, empty, others=placed)
+        with mode, torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             refit(model, small, plan)
             return [tuple(t.shape) for t in tensors_of(small.eval()(*args, **kwargs))]
@@ -187,11 +194,11 @@ def prepared(model: nn.Module, groups: Groups, arguments: Arguments) -> TrialPai
                 more = _other_batch(given)
                 modes = (False, True) if _runs(twin, given, training=True) else (False,)
                 return ByValues(twin, given, modes, tolerance, more if more and _runs(twin, more) else None)
-    try:
-        expected: Any = shapes_without_values(model, arguments, plan_masks(groups, {}))
-    except Exception:
-        expected = None
-    return ByShapes(model, arguments, expected)
+    for bare in (True, False):
+        with contextlib.suppress(Exception):
+            expected = shapes_without_values(model, arguments, plan_masks(groups, {}), bare=bare)
+            return ByShapes(model, arguments, expected, bare)
+    return ByShapes(model, arguments, None, False)
 
 
 def _runs(twin: nn.Module, arguments: Arguments, *, training: bool = False) -> bool:
@@ -285,7 +292,7 @@ def tried(groups: Groups, trial: TrialPair, touching: Mapping[str, Collection[st
             count = min(max(round(share * group.size), 1), group.size - 1)
             keep[group.id] = torch.ones(group.size, dtype=torch.bool)
             keep[group.id][torch.randperm(group.size, generator=generator)[:count]] = False
-    search = _Search(trial, touching, masks)
+    search = _Search(trial, touching, masks if isinstance(trial, ByValues) else masks[::2])
     bare = replace(groups, heads=())
     for variant in (groups, bare):
         if search.problem(variant, list(variant.groups)) is None:
@@ -557,8 +564,9 @@ def _export(model: nn.Module, arguments: Arguments, caches: Caches, *, training:
     _emptied(twin, caches)
     forward = twin.forward
     twin.forward = functools.wraps(forward)(lambda *args, **kwargs: tuple(tensors_of(forward(*args, **kwargs))))
-    fast = torch.backends.mha.get_fastpath_enabled()
+    fast, silent = torch.backends.mha.get_fastpath_enabled(), getattr(fx.config, "do_not_emit_stack_traces", False)
     torch.backends.mha.set_fastpath_enabled(False)
+    fx.config.do_not_emit_stack_traces = True  # nobody reads them, and they take a tenth of the time
     try:
         with warnings.catch_warnings(), torch.no_grad(), plain_norms(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
@@ -572,6 +580,7 @@ def _export(model: nn.Module, arguments: Arguments, caches: Caches, *, training:
         ) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        fx.config.do_not_emit_stack_traces = silent
 
 
 def _axes(model: nn.Module, ledger: Labels) -> tuple[list[Axis], dict[str, Value]]:

@@ -26,7 +26,7 @@ from ockham.methods.blocks.job import BlockJob, PruneProgress, PruneSettings, Re
 from ockham.methods.blocks.reduction import MatrixEvidence
 from ockham.methods.blocks.solve import Damping, NofM
 from ockham.methods.blocks.stop import DampingTrial, Shot, matrix_kind
-from ockham.run.folder import save_pretrained
+from ockham.run.folder import ResultFolder, save_pretrained
 from ockham.run.weights import huggingface_model
 from ockham.surgery import Plan
 from ockham.surgery.copies import named_tensors
@@ -353,7 +353,7 @@ def prune_folder(
         source: folder of the model with its tokenizer.
         text: calibration text, a file or a folder of .txt files.
         out: folder to write: the model, its tokenizer, ``posterior.safetensors`` (of the weights that stay),
-            ``metrics.json``, ``report.html``, ``plan.json``, ``prune.json``. Work is kept in ``out/work`` until the
+            ``metrics.json``, ``report.html``, ``plan.json``, ``prune.json``, sealed. Work is in ``out/work`` until the
             end, and the same call after a stop goes on there, at the last block that was done.
         target: arguments of `prune` that say how far to go, such as ``{"keep_share": 0.5}``; none lets the evidence
             decide.
@@ -369,45 +369,49 @@ def prune_folder(
 
     Raises:
         OckhamError: transformers is missing, the folder holds no model that reads text, arguments contradict each
-            other, or ``out`` holds a finished result.
+            other, ``out`` holds a finished result, or another process writes there.
         DataError: the text is missing or too short.
     """
     began, path, target = time.perf_counter(), Path(out), dict(target or {})
     _check(*(target.get(k) for k in ("keep_share", "pattern", "structure", "budget")))
     if path.resolve() == Path(source).resolve():
         raise OckhamError(f"{out} holds the model itself: pass another folder for the result")
-    if (path / "metrics.json").exists() and not overwrite and not (path / "work").exists():
-        raise OckhamError(f"{path} holds a finished result: pass another folder, or --overwrite (overwrite=True)")
-    if overwrite:
-        _cleared(path / "work")
     model, tokenizer, stored = _loaded(Path(source))
     every = _text_windows(model, tokenizer, read_calibration(text), windows, (settings or PruneSettings()).seed)
-    judges = max(1, min(_JUDGING, len(every) // 5))
-    path.mkdir(parents=True, exist_ok=True)
-    settings = replace(settings or PruneSettings(), posterior=True)
-    if settings.folder is None:
-        settings = replace(settings, folder=path / "work")
-    found = prune(model, every[judges:], **target, progress=progress, settings=settings)
-    found.model.to(stored)  # the numbers are those of the weights that are written
-    times = latencies([model, found.model.float()], every[:1], repeats=5, warmup=1)
-    sides = _measured(model, found, every[:judges])
-    for side, network, seconds in zip(sides.values(), (model, found.model), times, strict=True):
-        parameters = list(network.parameters())
-        side |= {"parameters": sum(p.numel() for p in parameters), "latency_seconds": seconds}
-        side["nonzero"] = sum(int(p.count_nonzero()) for p in parameters)
-    metrics: dict[str, Any] = sides | {
-        "kept": found.keep_share,
-        "judged_on": f"{judges} windows of the text that took no part in the calibration",
-        "seconds": time.perf_counter() - began,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "calibration_tokens": int(every[judges:].numel()),
-    }
-    found.model.to(stored)
-    found.save(path)
-    tokenizer.save_pretrained(str(path))
-    write_bytes(path / "report.html", page_of(found.facts() | {"text": metrics}).encode())
-    write_json(path / "metrics.json", metrics)
-    _cleared(path / "work")
+    with ResultFolder(path, overwrite=overwrite) as folder:
+        if overwrite:
+            _cleared(path / "work")
+        judges = max(1, min(_JUDGING, len(every) // 5))
+        settings = replace(settings or PruneSettings(), posterior=True)
+        if settings.folder is None:
+            settings = replace(settings, folder=path / "work")
+        found = prune(model, every[judges:], **target, progress=progress, settings=settings)
+        found.model.to(stored)  # the numbers are those of the weights that are written
+        times = latencies([model, found.model.float()], every[:1], repeats=5, warmup=1)
+        sides = _measured(model, found, every[:judges])
+        for side, network, seconds in zip(sides.values(), (model, found.model), times, strict=True):
+            parameters = list(network.parameters())
+            side |= {"parameters": sum(p.numel() for p in parameters), "latency_seconds": seconds}
+            side["nonzero"] = sum(int(p.count_nonzero()) for p in parameters)
+        metrics: dict[str, Any] = sides | {
+            "kept": found.keep_share,
+            "judged_on": f"{judges} windows of the text that took no part in the calibration",
+            "seconds": time.perf_counter() - began,
+            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "calibration_tokens": int(every[judges:].numel()),
+        }
+        found.model.to(stored)
+        found.save(folder.stage)
+        tokenizer.save_pretrained(str(folder.stage))
+        write_bytes(folder.path("report.html"), page_of(found.facts() | {"text": metrics}).encode())
+        write_json(folder.path("metrics.json"), metrics)
+        for part in [
+            p for p in folder.stage.iterdir() if p.is_dir()
+        ]:  # templates beside a tokenizer; a seal has files only
+            shutil.copytree(part, path / part.name, dirs_exist_ok=True)
+            shutil.rmtree(part)
+        folder.commit()
+        _cleared(path / "work")
     return metrics
 
 
