@@ -193,10 +193,8 @@ def run(args: argparse.Namespace) -> None:
     for seed in args.seeds:
         train, test = example.corpus(EACH, seed=0), example.corpus(TEST, seed=1)
         for row in args.rows or ROWS:
-            path = (
-                RESULTS
-                / f"{row.lower().replace(' ', '-').replace(',', '').replace('=', '').replace('%', 'percent')}-seed{seed}.json"
-            )
+            words = row.lower().replace(",", "").replace("%", "percent").split()
+            path = RESULTS / f"{'-'.join(words)}-seed{seed}.json"
             if path.exists():
                 continue
             began = time.process_time()

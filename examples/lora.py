@@ -51,7 +51,8 @@ def main() -> None:
     # --8<-- [start:compress]
     network = nn.Sequential(*(LoRA(m, RANK) if isinstance(m, nn.Linear) else m for m in base))
     loader = DataLoader(TensorDataset(turned, data.train_y), 64, shuffle=True)
-    training = ockham.Training(epochs=40, learning_rate=3e-3, prior=ockham.FixedPrior(0.1))
+    scales = ockham.GroupScale(0.3)  # one prior scale a rank: a rank fades as a whole
+    training = ockham.Training(epochs=80, learning_rate=3e-3, prior=scales)
     small = ockham.compress(network, loader, training=training, structure="auto")
     ranks = [m.up.in_features for m in small.model if isinstance(m, LoRA)]
     # --8<-- [end:compress]

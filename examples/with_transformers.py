@@ -36,8 +36,9 @@ def main() -> None:
         )  # fmt: skip
         # --8<-- [start:trainer]
         optimizer = ockham.MeanField(model.named_parameters(), n_data=len(train), lr=2e-3, kl_warmup=100,
-                                     temperature=0.1, initial_std=1e-3, std_rate=10)  # fmt: skip
-        evidence = EvidenceCallback(ignore="re:embeddings|classifier")
+                                     temperature=0.1, initial_std=1e-3, std_rate=3)  # fmt: skip
+        half = ockham.BudgetRule(0.6)  # of all weights; or no rule: then the evidence decides
+        evidence = EvidenceCallback(rule=half, ignore="re:embeddings|classifier")
         trainer = Trainer(model, arguments, train_dataset=train, optimizers=(optimizer, None), callbacks=[evidence])
         trainer.train()
 

@@ -36,6 +36,22 @@ def gates(net, data):
     return made.result()
 
 
+@pytest.mark.parametrize("given", [nn.Linear, lambda x: x, None])
+def test_what_is_no_network_is_named(given):
+    net, data = mlp(), loader()
+    posterior, plan = ockham.laplace(net, data), ockham.random_plan(ockham.trace(net, X), 0.2)
+    for call in (
+        lambda: ockham.compress(given, data),
+        lambda: ockham.laplace(given, data),
+        lambda: ockham.predict(given, posterior, X),
+        lambda: ockham.trace(given, X),
+        lambda: ockham.shrink(given, plan),
+        lambda: ockham.refresh_batchnorm(given, data),
+    ):
+        with pytest.raises(OckhamError, match=r"must be an instance; got the class Linear|got (function|None)"):
+            call()
+
+
 VERBS = {
     "compress": lambda net, data: ockham.compress(net, data, training=ockham.Training(epochs=2)),
     "structures": lambda net, data: ockham.compress(net, data, structure="auto", training=ockham.Training(epochs=2)),

@@ -154,8 +154,8 @@ def _unmoved(optimizer: VariationalOptimizer, posterior: Posterior) -> Iterator[
             yield (
                 f"the standard deviations moved by a factor of {math.exp(moved):.2f} from initial_std="
                 f"{group['initial_std']:g} before the first round: the evidence judges the start and not the data. "
-                "They move by lr * std_rate a step at most: give the optimizer initial_std=1e-3 and std_rate=10, or "
-                "train longer"
+                "They move by lr * std_rate a step at most: give the optimizer initial_std=1e-3 and a std_rate of 3 to "
+                "10, or train longer"
             )
             return
 
