@@ -11,6 +11,7 @@ from torch import nn
 from ockham.errors import OckhamError, OckhamWarning, TraceError
 from ockham.surgery import MismatchError, mask, random_plan, shrink, trace, verify
 
+from .law import difference, outputs, uneven
 from .nets import C, Fn, L
 
 X = torch.linspace(-1, 1, 24).reshape(4, 6)
@@ -59,15 +60,31 @@ def test_ops_that_mix_or_address_channels_freeze_them(op, said):
     assert said in reason(net, X, "a.weight", 0)
 
 
-def test_a_size_written_in_the_code_freezes_only_its_layer():
+def test_a_size_that_the_code_insists_on_freezes_only_its_layer():
+    def forward(self, x):
+        y = self.l(self.a(x).relu()[:, None])[0]
+        if y.shape[-1] != 8:
+            raise ValueError("eight are expected")
+        return self.b(y)
+
+    net = Fn(forward, a=L(6, 7), l=nn.LSTM(7, 8, batch_first=True), b=L(8, 2))
+    groups = trace(net, X)
+    assert [(g.id, g.size) for g in groups] == [("a.weight:0", 7)]
+    assert "cannot shrink: the forward fails at another size (eight" in groups.frozen[("l.weight_hh_l0", 1)]
+
+
+def test_a_first_state_of_a_size_by_number_follows():
     def forward(self, x):
         state = torch.zeros(1, x.shape[0], 8)
         return self.b(self.l(self.a(x).relu()[:, None], (state, state))[0])
 
     net = Fn(forward, a=L(6, 7), l=nn.LSTM(7, 8, batch_first=True), b=L(8, 2))
     groups = trace(net, X)
-    assert [(g.id, g.size) for g in groups] == [("a.weight:0", 7)]
-    assert "cannot shrink: the forward fails at another size" in groups.frozen[("l.weight_hh_l0", 1)]
+    assert [(g.id, g.size) for g in groups] == [("a.weight:0", 7), ("l.weight_ih_l0:0", 8)]
+    for seed in range(3):
+        plan = uneven(groups, 0.5, seed)
+        for x in (X, torch.cat([X, X])):
+            assert difference(outputs(mask(net, plan), x), outputs(shrink(net, plan), x)) <= 1e-5
 
 
 @pytest.mark.parametrize("swap", [False, True])

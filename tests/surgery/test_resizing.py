@@ -378,7 +378,7 @@ def routed(self, x):
     order = first.long().argsort()
     parts = x[order].split(torch.stack([(~first).sum(), first.sum()]).tolist())
     done = torch.cat([layer(part) for layer, part in zip((self.a, self.b), parts, strict=True)])
-    return self.o((torch.zeros(len(x), self.width).index_add(0, order, done) + x + 0).tanh())
+    return self.o(self.n(torch.zeros(len(x), self.width).index_add(0, order, done) + x + 0))
 
 
 def written_by_mask(self, x):
@@ -398,10 +398,10 @@ def averaged(self, x):
 @pytest.mark.parametrize("forward", [routed, written_by_mask, averaged])
 def test_a_width_is_free_where_only_rows_move(forward):
     torch.manual_seed(0)
-    net = Fn(forward, i=L(6, 12), a=L(12, 12), b=L(12, 12), o=L(12, 3)).eval()
+    net = Fn(forward, i=L(6, 12), a=L(12, 12), b=L(12, 12), o=L(12, 3), n=nn.LayerNorm(12)).eval()
     net.width = 12
     groups = trace(net, torch.randn(8, 6))
-    assert groups["i.weight:0"].size == 12, groups.frozen
+    assert groups["i.weight:0"].size == 12 and ("a.weight", 0) not in groups.frozen
     for seed in range(3):
         cut = uneven(groups, 0.5, seed)
         assert len(cut.removed["i.weight:0"])
@@ -413,3 +413,30 @@ def test_a_pooling_over_channels_still_keeps_them():
     net = Fn(lambda self, x: self.o(F.avg_pool1d(self.i(x), 3, stride=1, padding=1)), i=L(6, 12), o=L(12, 3))
     with pytest.warns(OckhamWarning, match="pools over this dimension"):
         assert len(trace(net, torch.randn(2, 6))) == 0
+
+
+def crossed(self, x):
+    """Attention that reads the width of its heads off the stream, in three ways."""
+    n, t, c = x.shape
+    q = self.q(x).reshape(n, t, 3, c // 3).transpose(1, 2)
+    k, v = (f(x).view(n, t, 3, -1).transpose(1, 2) for f in (self.k, self.v))
+    y = (q @ k.transpose(-1, -2)).softmax(-1) @ v
+    y = self.o(y.transpose(1, 2).reshape(n, t, c))
+    y = y + self.d(y.transpose(1, 2).reshape(n, c, t, 1)).reshape(n, c, -1).transpose(1, 2)
+    return x + y
+
+
+def test_sizes_read_off_a_stream_are_those_of_the_heads_that_stayed():
+    torch.manual_seed(0)
+    block = Fn(crossed, q=L(12, 12), k=L(12, 12), v=L(12, 12), o=L(12, 12), d=nn.Conv2d(12, 12, 1))
+    net, x = nn.Sequential(L(6, 12), block, nn.LayerNorm(12), L(12, 3)).eval(), torch.randn(2, 5, 6)
+    groups = trace(net, x)
+    sizes = {g.id: g.size for g in groups}
+    assert sizes["0.weight:0"] == 12 and 3 in sizes.values(), groups.frozen
+    heads = next(k for k, n in sizes.items() if n == 3)
+    for stream in (4, 6, 7, 11):
+        for left in (1, 2, 3):
+            keep = {"0.weight:0": torch.arange(12) < stream, heads: torch.arange(3) < left}
+            plan = plan_masks(groups, keep)
+            for given in (x, torch.randn(3, 7, 6)):
+                assert difference(outputs(mask(net, plan), given), outputs(shrink(net, plan), given)) <= 1e-5

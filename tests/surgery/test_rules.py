@@ -23,6 +23,7 @@ BRANCHES = {  # names asked only for some ops of a rule, after a look at which o
     "shuffle": {"groups"},
     "binary": {"other"},
     "reduction": {"other"},
+    "indexing": {"values"},
 }
 ELSEWHERE = {
     "uneven_norm",

@@ -14,7 +14,7 @@ from ockham import OckhamError, save_pretrained
 from ockham.choose.planning import plan
 from ockham.surgery import Plan, mask, random_plan, shrink, trace, verify
 
-from .law import difference, outputs, randomise, size, worst_difference
+from .law import difference, outputs, randomise, size, uneven, worst_difference
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -197,3 +197,27 @@ def test_a_hub_folder_without_configuration_or_plan(tmp_path):
     blocked.write_text("")
     with pytest.raises(OckhamError, match="cannot write"):
         save_pretrained(net, blocked / "folder")
+
+
+def test_the_stream_of_an_encoder_is_free_beside_logits_and_stays_where_it_is_the_result():
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    config = transformers.BartConfig(
+        **TEXT,
+        **sizes,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        max_position_embeddings=32,
+        pad_token_id=2,
+    )
+    given = {"input_ids": WORDS, "decoder_input_ids": WORDS[:, :4]}
+    bare = trace(transformers.BartModel(config), given)
+    assert "output of the network" in bare.frozen[("shared.weight", 1)]
+    net = transformers.BartForConditionalGeneration(config).eval()
+    groups = trace(net, given)
+    assert groups["model.shared.weight:1"].size == 16
+    cut = uneven(groups, 0.5, 0)
+    masked, small = mask(net, cut), shrink(net, cut)
+    assert verify(masked, small, given) <= 1e-5
+    said = [m.generate(WORDS, max_new_tokens=5, do_sample=False) for m in (masked, small)]
+    assert torch.equal(*said)

@@ -203,11 +203,14 @@ def plan(
 
 
 def _told(groups: Groups, evidence: StructureEvidence, choice: Choice) -> Plan:
-    if choice.forced:
+    made = plan_masks(groups, choice.keep, nats=evidence)
+    lost = made.lost
+    forced = [key for key in choice.forced if not {m.name for m in groups[key].members} <= lost]
+    if forced:
         warnings.warn(
-            f"no unit of {', '.join(choice.forced)} was worth its price; the best of each stays, since an empty layer "
+            f"no unit of {', '.join(forced)} was worth its price; the best of each stays, since an empty layer "
             "computes nothing. If that is not wanted, use a lower price or a wider prior",
             OckhamWarning,
             stacklevel=3,
         )
-    return plan_masks(groups, choice.keep, nats=evidence)
+    return made

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -570,14 +570,9 @@ def edits_of(sites: tuple[Site, ...], gone: Tensor, widths: Mapping[int, set[int
             found.setdefault(site.module, []).append(own)
     result: list[Edit] = []
     for edits in found.values():  # each once, unless two of them are about inputs alike: then their order tells
-        calls: dict[int, list[Edit]] = {}
-        for edit in edits:
-            calls.setdefault(edit.call, []).append(replace(edit, call=0))
-        first, *others = calls.values()
-        own = edits if any(other != first for other in others) else first  # all calls of a module alike
-        distinct = list(dict.fromkeys(own))
+        distinct = list(dict.fromkeys(edits))
         looks = {(e.op, e.rank, e.dim, tuple((d, n) for d, _, n in e.sizes)) for e in distinct}
-        result += distinct if len(looks) == len(distinct) else own
+        result += distinct if len(looks) == len(distinct) else edits
     ordered = {edit.module for edit, times in Counter(result).items() if times > 1}  # none may come in between there
     for site in sites:
         if site.op in ("view", "unflatten") and site.module not in ordered:
@@ -656,9 +651,9 @@ def _edit(site: Site, alive: _Alive) -> Edit | None:
     new: list[int | None] = [None] * len(site.old)
     old: list[int | None] = [None] * len(site.old)
     for dim, roots in site.after.items():
-        left = int(alive.of(roots).sum())
-        if site.op != "factory" or left < site.old[dim]:  # of new tensors, numbers of examples and positions, too
-            old[dim], new[dim] = site.old[dim], left
+        size = int(alive.of(roots).sum())
+        if site.op != "factory" or size < site.old[dim]:  # of new tensors, numbers of examples and positions, too
+            old[dim], new[dim] = site.old[dim], size
     if old == new and site.old:
         return None
     for dim in site.fixed:

@@ -73,12 +73,12 @@ class Resizing(TorchFunctionMode):
     def __enter__(self) -> Resizing:
         """Begin: the mode of a module outside pauses."""
         self.outer = _inner.set(self)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: object) -> None:
         """End."""
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         _inner.reset(self.outer)
 
     def fitting(self, op: str, x: Tensor, dim: int = -1) -> SizedEdits:
@@ -109,15 +109,21 @@ class Resizing(TorchFunctionMode):
         return found[0][1]
 
     def view(self, op: str, x: Tensor, asked: Sizes, dim: int = -1) -> Sizes:
-        """Return the sizes to use instead of `asked`; numbers no edit knows give way to the one place that fits `x`."""
+        """Return the sizes to use instead of `asked`; numbers no edit knows give way to the one place that fits `x`.
+
+        They do so where a part of them is known, or where they are nonsense for a tensor of as many elements.
+        """
         plain = tuple(map(_plain, asked))
         found = self.fitting(op, x, dim)
-        known = [(i, new) for i, e in found if (new := _replaced(e, plain)) is not None]
+        count = x.numel() if op == "view" else x.shape[dim] if op == "unflatten" else 0
+        told = ((i, _replaced(e, plain)) for i, e in found)
+        known = [(i, new) for i, new in told if new is not None and _fits(new, count)]
         if not known and op != "expand":
-            for i, e in found:
-                if len(e.new) == len(asked):
-                    sizes = tuple(a if n is None or a == -1 else n for a, n in zip(plain, e.new, strict=True))
-                    known += [(i, sizes)] if _meant(e, plain, sizes, x.numel()) else []
+            lost = not count or not _fits(plain, count)
+            for i, e in (pair for pair in found if len(pair[1].new) == len(asked)):
+                sizes = tuple(a if n is None or a == -1 else n for a, n in zip(plain, e.new, strict=True))
+                part = any(None is not o != n and a in (o, n) for o, n, a in zip(e.old, e.new, plain, strict=True))
+                known += [(i, sizes)] if _fits(sizes, count) and (lost or part) else []
         if not known:
             return asked
         return tuple(a if p == n else n for a, p, n in zip(asked, plain, self.choose(known), strict=True))
@@ -157,14 +163,10 @@ def _replaced(edit: Edit, asked: Sizes) -> Sizes | None:
     return tuple(out) if told else None
 
 
-def _meant(edit: Edit, asked: Sizes, sizes: Sizes, count: int) -> bool:
-    """May `sizes` be meant where the code asks for numbers that `edit` does not know, of a tensor of `count` elements?
-
-    They must fit; and if the numbers asked for do so, too, one that changes must be among them.
-    """
-    fit = [math.prod(s) == count if -1 not in s else count % (math.prod(s) or -1) == 0 for s in (sizes, asked)]
-    among = any(None is not o != n and a in (o, n) for o, n, a in zip(edit.old, edit.new, asked, strict=True))
-    return fit[0] and (among or not fit[1])
+def _fits(sizes: Sizes, count: int) -> bool:
+    """Can `count` elements be viewed in these sizes? Yes, where their number is not known (0)."""
+    whole = math.prod(n for n in sizes if n != -1)
+    return not count or (bool(whole) and (count % whole == 0 if -1 in sizes else whole == count))
 
 
 def _given(args: tuple[Any, ...], kwargs: dict[str, Any], *names: str) -> list[Any]:

@@ -509,7 +509,11 @@ def _grouped(
     )
     spared = _marked(ledger.spared, count)
     names = dict.fromkeys(a.name for a in axes if bool(spared[a.start]))
-    sites = tuple(settled(notes, root))
+    sites = tuple(  # layers of torch make tensors by their attributes, which are corrected (`refitting.py`)
+        site
+        for site in settled(notes, root)
+        if site.op != "factory" or not type(model.get_submodule(site.module)).__module__.startswith("torch.nn.")
+    )
     number = torch.full((count,), -1)
     keys = list(groups.groups)
     for i, key in enumerate(keys):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
@@ -149,7 +149,7 @@ def reduction(call: Call) -> Values:
         kept = [f.squeeze(tuple(dims)) for f in kept]
     result = call.like_outputs(lambda shape: Value(shape, tuple(kept), zero))
     if call.name in COUNTING:
-        call.note(x if exact else Value(x.shape), result, "mean" if around is None else "centred_mean")
+        call.note(x if exact else Value(x.shape), result, "" if around is None else "centred_mean")
     return result
 
 
@@ -158,20 +158,21 @@ def _centred(call: Call, dims: list[int]) -> Value | None:
 
     A removed unit is then no zero, but minus the mean; the sum over all that are gone is known (`resizing.py`).
     """
-    squared = call.get("self", None)
+    squared: Any = call.get("self", None)
     if call.name != "mean" or not isinstance(squared, fx.Node):
         return None
     bare, args = op_name(squared.target), squared.args
     square = bare == "square" or (bare == "pow" and args[1] == 2) or (bare == "mul" and args[0] is args[1])
-    apart = args[0] if square else None
+    apart: Any = args[0] if square else None
     if not isinstance(apart, fx.Node) or op_name(apart.target) != "sub" or len(apart.args) != 2 or apart.kwargs:
         return None
     x, mean = apart.args
+    found = call.known.get(x) if isinstance(x, fx.Node) else None
     if not isinstance(mean, fx.Node) or op_name(mean.target) != "mean" or mean.args[0] is not x:
         return None
-    found = call.known.get(x)
-    alike = isinstance(found, Value) and reduced_axes(mean, len(found.shape)) == dims and argument(mean, "keepdim")
-    return found if alike and found.zero else None
+    if not isinstance(found, Value) or not found.zero or not argument(mean, "keepdim"):
+        return None
+    return found if reduced_axes(mean, len(found.shape)) == dims else None
 
 
 def gated(call: Call) -> Value:

@@ -49,7 +49,9 @@ def _moved(call: Call, factor: Tensor, shape: tuple[int, ...]) -> Any:
     """Return one factor after the op; ops that copy see only the dimensions they move."""
     if call.name in VIEWING:
         return reshaped(factor, shape, call.shape())
-    if call.name in SPLITS and factor.shape[int(call.get("dim"))] == 1:  # into any parts, also of a size the data tell
+    if (
+        call.name in SPLITS and factor.shape[int(call.get("dim", 0))] == 1
+    ):  # into any parts, also of a size the data tell
         return [factor] * len(call.shapes())
     dims = _dims_of(call, len(shape)) if call.name in ("roll", "flip", "rot90", "repeat_interleave") else None
     if dims is not None:
