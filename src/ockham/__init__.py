@@ -98,6 +98,7 @@ _ROOMS = {
     "LearnedRate": "choose.prices",
     "PerMillisecond": "choose.prices",
     "PerParameter": "choose.prices",
+    "UnitShare": "choose.prices",
     "LearnedOddsRule": "choose.rules",
     "by_magnitude": "choose.rules",
     "by_random": "choose.rules",
