@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import ockham
-from ockham.choose import prices
+from ockham.choose import planning, prices
 from ockham.choose.prices import UnitShare, budget_from, macs_after, parameters_after, unit_costs
 from ockham.choose.units import choose_units
 from ockham.errors import OckhamError, OckhamWarning
@@ -155,8 +155,11 @@ def test_a_latency_budget_is_measured() -> None:
 
 def test_a_latency_budget_may_be_timed_in_onnx_runtime(traced, monkeypatch) -> None:
     model, groups = traced
-    weighed = lambda net, x, batch: 1e-6 * sum(p.numel() for p in net.parameters())  # noqa: E731
-    monkeypatch.setattr(prices, "onnx_latency", weighed)
+
+    def weighed(nets, x, batch):
+        return [1e-6 * sum(p.numel() for p in net.parameters()) for net in nets]
+
+    monkeypatch.setattr(prices, "onnx_latencies", weighed)
     options = {"budget": {"latency": "50%", "runtime": "onnxruntime"}, "model": model, "example_inputs": X}
     plan = ockham.plan(groups, posterior_of(model), **options)
     whole = sum(p.numel() for p in model.parameters())
@@ -164,6 +167,26 @@ def test_a_latency_budget_may_be_timed_in_onnx_runtime(traced, monkeypatch) -> N
     for wrong in ({"latency": "50%", "runtime": "java"}, {"macs": "50%", "runtime": "torch"}):
         with pytest.raises(PlanError, match=r"runtime|budget names"):
             budget_from(wrong)
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
+def test_a_share_of_the_time_is_one_of_the_same_moment(traced, monkeypatch, runtime: str) -> None:
+    """A machine that gets ten times faster while it is measured does not make the dense network meet the budget."""
+    model, groups = traced
+    calls = []
+
+    def faster_and_faster(nets, x, batch):
+        calls.append(len(nets))
+        return [0.5 ** len(calls) * sum(p.numel() for p in net.parameters()) for net in nets]
+
+    monkeypatch.setattr(prices, "onnx_latencies" if runtime == "onnxruntime" else "latencies", faster_and_faster)
+    monkeypatch.setattr(planning, "multiples_that_pay", lambda *_, **__: {g.id: 1 for g in groups})
+    options = {"model": model, "example_inputs": X, "budget": {"latency": "50%", "runtime": runtime}}
+    costs = {"0.weight:0": 1.0, "3.weight:0": 1.0}
+    monkeypatch.setattr(prices.LatencyBudget, "unit_costs", lambda *_: costs)
+    plan = ockham.plan(groups, posterior_of(model), **options)
+    whole = sum(p.numel() for p in model.parameters())
+    assert set(calls) == {2} and 0.3 * whole < parameters_after(model, plan) <= 0.5 * whole
 
 
 def test_a_network_is_timed_in_onnx_runtime_and_left_as_it_is() -> None:
@@ -197,11 +220,11 @@ def test_multiples_are_those_in_which_the_machine_goes(monkeypatch, of: int) -> 
     groups = ockham.trace(model, x)
     monkeypatch.setattr(exporting, "layer_times", in_steps(of))
     monkeypatch.setattr(exporting, "_TIMES", {})
-    found = prices.multiples_that_pay(prices.Subject(model, x), groups)
+    found = planning.multiples_that_pay(prices.Subject(model, x), groups)
     assert found == {"0.weight:0": of, "2.weight:0": of}
     counted = len(exporting._TIMES)
     assert counted == 2 * 4  # in either runtime: two layers that make units and two that read them
-    assert prices.multiples_that_pay(prices.Subject(model, x), groups) == found and len(exporting._TIMES) == counted
+    assert planning.multiples_that_pay(prices.Subject(model, x), groups) == found and len(exporting._TIMES) == counted
 
 
 def test_widths_are_multiples_of_what_was_measured(monkeypatch) -> None:
@@ -227,14 +250,14 @@ def test_where_nothing_can_be_timed_widths_are_multiples_of_eight_as_far_as_ther
     monkeypatch.setattr(exporting, "_TIMES", {})
     model, x = wide()
     groups = ockham.trace(model, x)
-    assert prices.multiples_that_pay(prices.Subject(model, x), groups) == {"0.weight:0": 8, "2.weight:0": 8}
+    assert planning.multiples_that_pay(prices.Subject(model, x), groups) == {"0.weight:0": 8, "2.weight:0": 8}
     hollow = nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 6), nn.ReLU(), nn.Linear(6, 2)).to("meta")
     few = ockham.trace(hollow, torch.randn(2, 4, device="meta"))
-    assert prices.multiples_that_pay(prices.Subject(hollow, torch.randn(2, 4, device="meta")), few) == {
+    assert planning.multiples_that_pay(prices.Subject(hollow, torch.randn(2, 4, device="meta")), few) == {
         "0.weight:0": 4, "2.weight:0": 2,
     }  # fmt: skip
     heads, rows = nn.TransformerEncoderLayer(64, 4, 32, batch_first=True).eval(), torch.randn(2, 3, 64)
-    found = prices.multiples_that_pay(prices.Subject(heads, rows), ockham.trace(heads, rows))
+    found = planning.multiples_that_pay(prices.Subject(heads, rows), ockham.trace(heads, rows))
     assert found == {"self_attn.in_proj_weight:0": 1, "linear1.weight:0": 8}  # a head is 16 rows wide
 
 

@@ -1,7 +1,8 @@
-"""Choosing units under a posterior with correlations: a few at a time, the others scored as they stand after each."""
+"""Plans: units that a price or a budget leaves, a few at a time under correlations, at widths that pay."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Mapping
@@ -10,6 +11,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ockham.choose.correlated import ColumnEvidence, narrowed, removed_together, score_columns, with_branches
 from ockham.choose.prices import (
@@ -22,16 +24,20 @@ from ockham.choose.prices import (
     budget_from,
     costs_for,
     most_allowed,
-    multiples_within,
     within,
 )
 from ockham.choose.units import Choice, Multiples, StructureEvidence, choose_units, structures_from
 from ockham.core.posterior import Posterior
 from ockham.errors import OckhamWarning
-from ockham.surgery.groups import Groups, Plan, PlanError, plan_masks
+from ockham.surgery.copies import as_arguments, given_to
+from ockham.surgery.exporting import width_times
+from ockham.surgery.groups import Group, Groups, Plan, PlanError, plan_masks
 
 __all__ = [
     "chosen_in_rounds",
+    "fitting_multiple",
+    "multiples_that_pay",
+    "multiples_within",
     "plan",
 ]
 
@@ -130,6 +136,104 @@ def _remembered(told: ColumnEvidence | None, evidence: ColumnEvidence) -> Column
     return replace(evidence, nats=nats, cost=cost)
 
 
+MULTIPLES = (1, 2, 4, 8, 16)
+"""Multiples of widths among which `multiples_that_pay` chooses."""
+_USUAL = 8
+"""The multiple where nothing can be measured."""
+
+
+def multiples_that_pay(subject: Subject, groups: Groups, *, runtime: str | None = None) -> dict[str, int]:
+    """Measure for each group of which number its width should be a multiple on this machine.
+
+    The Linear layers and convolutions that make or read the group are timed at about half of the width, batch 64, each
+    shape once in a process. The smallest of 1, 2, 4, 8 and 16 is chosen whose odd multiple is about as much faster as
+    it is narrower (`fitting_multiple`). Where nothing can be timed it is 8, as far as units and width allow.
+
+    Args:
+        subject: the traced network and example inputs.
+        groups: its groups.
+        runtime: "torch" or "onnxruntime"; None: the larger multiple of both, as far as ONNX Runtime and onnx are there.
+
+    Returns:
+        Group id to multiple, in units.
+    """
+    model = subject.model
+    layers = {g.id: _layers(model, g) for g in groups}
+    paths = {path for found in layers.values() for path in found}
+    hollow = any(p.is_meta for p in model.parameters())
+    given = {} if hollow else given_to(model, paths, as_arguments(subject.example_inputs))
+    tensors = (t for t in pytree.tree_leaves(subject.example_inputs) if isinstance(t, Tensor) and t.ndim)
+    times = 64 / max(1, next((t.shape[0] for t in tensors), 1))
+    found = {}
+    for group in groups:
+        widest = min(m.index.shape[1] for m in group.members)  # indices of a unit where it has fewest
+        found[group.id] = most = 2 ** int(math.log2(max(1, min(_USUAL // widest, group.size // 2))))
+        timed = [(p, c) for p, c in layers[group.id].items() if p in given and isinstance(given[p][0], Tensor)]
+        if widest >= MULTIPLES[-1] or group.size < MULTIPLES[-1] or not timed:
+            continue
+        span = MULTIPLES[-1] if group.size >= 2 * MULTIPLES[-1] else _USUAL
+        base = span * (group.size // 2 // span)
+        odd = {w for m in MULTIPLES if m < span for w in (base + m, base + span - m)}
+        widths = [base, *sorted(odd), base + span]
+        told = []
+        for clock in ("torch", "onnxruntime") if runtime is None else (runtime,):
+            with contextlib.suppress(ImportError) if runtime is None else contextlib.nullcontext():
+                rows = [
+                    width_times(model.get_submodule(p), cuts, given[p][0], widths, times, clock) for p, cuts in timed
+                ]
+                told.append(fitting_multiple(dict(zip(widths, map(sum, zip(*rows, strict=True)), strict=True))))
+        known = [m for m in told if m is not None]
+        found[group.id] = min(max(known), 2 ** int(math.log2(group.size // 2))) if known else most
+    return found
+
+
+def multiples_within(subject: Subject, groups: Groups, limit: Budget | None) -> dict[str, int]:
+    """The multiples of `multiples_that_pay`, halved as often as a budget asks for: it comes before friendly widths."""
+    found = multiples_that_pay(subject, groups, runtime=getattr(limit, "runtime", None))
+    while limit is not None and max(found.values(), default=1) > 1:
+        least = {g.id: torch.arange(g.size) < max(g.least, min(found[g.id], g.size)) for g in groups}
+        if limit.measure(subject, plan_masks(groups, least)) <= most_allowed(limit, subject, groups):
+            break
+        found = {key: max(1, multiple // 2) for key, multiple in found.items()}
+    return found
+
+
+def fitting_multiple(seconds: Mapping[int, float]) -> int | None:
+    """The smallest multiple m of which odd ones save what is due, less a tenth of the whole step.
+
+    Between two friendly widths, a and a + span, the time should grow evenly: m fits where t(w) is at most t(a) +
+    ((w - a) / span + 1/10) (t(a + span) - t(a)) for w = a + m and w = a + span - m. If none fits, it is the span.
+
+    Args:
+        seconds: width to time, for a, a + span (8 or 16) and, of 1, 2, 4, 8 those that are less, m more or less.
+
+    Returns:
+        1, 2, 4, 8 or 16; None where a whole span makes less than a twentieth of the time or 20 microseconds.
+
+    >>> steps_of_eight = {32: 4.0, 33: 5.0, 34: 5.0, 36: 5.0, 40: 5.0, 44: 6.0, 46: 6.0, 47: 6.0, 48: 6.0}
+    >>> fitting_multiple(steps_of_eight)
+    8
+    """
+    base, top = min(seconds), max(seconds)
+    step = seconds[top] - seconds[base]
+    if step < max(0.05 * seconds[top], 2e-5):
+        return None
+    fits = {w: t <= seconds[base] + step * ((w - base) / (top - base) + 0.1) for w, t in seconds.items()}
+    return next(m for m in MULTIPLES if base + m == top or (fits[base + m] and fits[top - m]))
+
+
+def _layers(model: nn.Module, group: Group) -> dict[str, dict[tuple[str, int], int]]:
+    """Layers that can be timed: path to {(tensor, dimension) of the group in it: indices a unit}."""
+    found: dict[str, dict[tuple[str, int], int]] = {}
+    for member in group.members:
+        path, _, leaf = member.name.rpartition(".")
+        layer = model.get_submodule(path)
+        conv = type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and getattr(layer, "groups", 0) == 1
+        if conv or type(layer) is nn.Linear or (hasattr(layer, "nf") and type(layer).__name__ == "Conv1D"):
+            found.setdefault(path, {})[leaf, member.dim] = member.index.shape[1]
+    return found
+
+
 def plan(
     groups: Groups,
     keep: Any,
@@ -154,8 +258,8 @@ def plan(
             ``{"latency": "50%", "runtime": "onnxruntime"}`` measures in ONNX Runtime): the units worth least per cost
             go until it is met; its default price beside that is 0.
         round_to: number of which widths become multiples, whichever are worth most; "auto" measures for each group
-            which of 1, 2, 4, 8 and 16 pays on this machine (`ockham.choose.prices.multiples_that_pay`), in the runtime
-            of a latency budget or in PyTorch and ONNX Runtime.
+            which of 1, 2, 4, 8 and 16 pays on this machine (`ockham.choose.planning.multiples_that_pay`), in the
+            runtime of a latency budget or in PyTorch and ONNX Runtime.
         model: the traced network, for prices per resource and budgets.
         example_inputs: inputs as for `trace`, for the same.
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ockham.choose.prices import Structures, Subject, multiples_that_pay, unit_costs
+from ockham.choose.planning import multiples_that_pay
+from ockham.choose.prices import Structures, Subject, unit_costs
 from ockham.choose.rules import score
 from ockham.choose.units import Account, Multiples, StructureEvidence, choose_units, multiple_of
 from ockham.core.batch import READ_ONCE, Loader, read_batch

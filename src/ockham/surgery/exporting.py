@@ -85,26 +85,42 @@ def onnx_latency(model: nn.Module, example_inputs: Any, *, batch: int = 1, repea
     Raises:
         ExportError: when the network cannot be written, or ONNX Runtime is missing or takes other inputs.
     """
+    return onnx_latencies([model], example_inputs, batch=batch, repeats=repeats, warmup=warmup)[0]
+
+
+def onnx_latencies(
+    models: Sequence[nn.Module], example_inputs: Any, *, batch: int = 1, repeats: int = 20, warmup: int = 5
+) -> list[float]:
+    """Measure several networks in ONNX Runtime in turn, pass by pass, so that a busy machine slows all of them alike.
+
+    Arguments and errors are those of `onnx_latency`; the result is one number per network.
+    """
     try:
         import onnxruntime  # type: ignore[import-untyped,unused-ignore]
     except ImportError as error:
         raise ExportError(f"timing in ONNX Runtime needs another package: {error}; pip install onnxruntime") from error
     given = with_rows(example_inputs, batch)
+    values = [t.detach().numpy() for t in pytree.tree_leaves(as_arguments(given)) if isinstance(t, Tensor)]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as folder:
-        file = export(model, Path(folder) / "network.onnx", given)
-        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    names = [held.name for held in session.get_inputs()]
-    values = [t.detach().numpy() for t in pytree.tree_leaves(as_arguments(given)) if isinstance(t, Tensor)]
-    if len(names) != len(values):
-        raise ExportError(f"the ONNX network takes {len(names)} inputs ({', '.join(names)}); got {len(values)} tensors")
-    times = []
+    calls = []
+    for model in models:
+        with tempfile.TemporaryDirectory() as folder:
+            file = export(model, Path(folder) / "network.onnx", given)
+            session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        names = [held.name for held in session.get_inputs()]
+        if len(names) != len(values):
+            raise ExportError(
+                f"the ONNX network takes {len(names)} inputs ({', '.join(names)}); got {len(values)} tensors"
+            )
+        calls.append(functools.partial(session.run, None, dict(zip(names, values, strict=True))))
+    times: list[list[float]] = [[] for _ in calls]
     for _ in range(warmup + repeats):
-        start = time.perf_counter()
-        session.run(None, dict(zip(names, values, strict=True)))
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[warmup:])
+        for call, own in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            own.append(time.perf_counter() - start)
+    return [statistics.median(own[warmup:]) for own in times]
 
 
 def layer_times(layers: Sequence[tuple[nn.Module, Tensor]], runtime: str, *, repeats: int = 10) -> list[float]:
