@@ -123,7 +123,7 @@ Kept = nonzero over all learnable values, biases included."""
 def _cells(found: list[Record], side: str) -> list[str]:
     after = side == "after"
     kept = [m["kept"] for m in found] if after else [1.0] * len(found)
-    point = [m["mean_network"] for m in found]
+    point = [m["mean_network"] for m in found] if after else []
     mean = f"{span([p['accuracy'] for p in point], 2, 100)}, {span([p['ece'] for p in point], 4)}" if after else "–"
     seconds = span([m["seconds"] for m in found], 0) if after else "–"
     accuracy, nll, ece = ([m[side][c] for m in found] for c in ("accuracy", "nll", "ece"))
