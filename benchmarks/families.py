@@ -242,9 +242,11 @@ def _transformer(kind: str, name: str, own: dict[str, Any]) -> tuple[nn.Module, 
         )
         side = 64 if name in ("levit", "hiera") else 32
         return net, [{"pixel_values": torch.randn(n, 3, side, side)} for n in (2, 3)]
-    makers = {"decoder": ["CausalLM"], "seq2seq": ["Seq2SeqLM"], "encoder": ["MaskedLM", "SequenceClassification"]}[
-        kind
-    ]
+    makers = {
+        "decoder": ["CausalLM"],
+        "seq2seq": ["Seq2SeqLM"],
+        "encoder": ["MaskedLM", "SequenceClassification", "QuestionAnswering"],
+    }[kind]
     makers = [
         f"AutoModelFor{m}" for m in makers
     ]  # a network for a task: the hidden states of a bare one are its result
