@@ -4,11 +4,9 @@ The right answer never comes from Ockham: the original network runs at full size
 Every network has run once before it is traced, as in use. For three plans, in which every group loses a share of its own
 between 0 and 90 %, outputs are compared in evaluation and in training mode, on a second batch, and on padded masks.
 
-    python benchmarks/families.py [NAME ...] [--list] [--limit 240] [--only networks|sizes|rival] [--again]
+    python benchmarks/families.py [NAME ...] [--list] [--limit 240] [--again]
 
 What was recorded stays as it is unless it is named or ``--again`` is given, so that a run can be taken up where it ended.
-`--only sizes`: time and memory of trace and plan for four networks of common size, on the device `meta`.
-`--only rival`: Torch-Pruning beside it, on the same networks, judged by the same zeroed network.
 
 Networks of transformers are built from small configurations; those of timm need the package ``timm`` (torchvision is not
 needed: what timm imports of it is stood in for). Nothing is downloaded.
@@ -242,9 +240,11 @@ def _transformer(kind: str, name: str, own: dict[str, Any]) -> tuple[nn.Module, 
         )
         side = 64 if name in ("levit", "hiera") else 32
         return net, [{"pixel_values": torch.randn(n, 3, side, side)} for n in (2, 3)]
-    makers = {"decoder": ["CausalLM"], "seq2seq": ["Seq2SeqLM"], "encoder": ["MaskedLM", "SequenceClassification"]}[
-        kind
-    ]
+    makers = {
+        "decoder": ["CausalLM"],
+        "seq2seq": ["Seq2SeqLM"],
+        "encoder": ["MaskedLM", "SequenceClassification", "QuestionAnswering"],
+    }[kind]
     makers = [
         f"AutoModelFor{m}" for m in makers
     ]  # a network for a task: the hidden states of a bare one are its result
@@ -421,14 +421,13 @@ def pages() -> dict[str, list[str]]:
 
 def run(args: argparse.Namespace) -> None:
     """Run what is asked for."""
-    {"networks": networks}[args.only](args)
+    networks(args)
 
 
 BENCH = Benchmark(
     __file__, __doc__, run, pages, folder="",
     names=Option([], "architectures to try again", word=True), list=Option(False, "only say their names"),
     limit=Option(240, "seconds of CPU time for one network"),
-    only=Option("networks", "part to run", choices=("networks", "sizes", "rival")),
 )  # fmt: skip
 main = BENCH.main
 

@@ -23,11 +23,8 @@ def randomise(model: nn.Module, generator: torch.Generator) -> None:
 
 
 def outputs(model: nn.Module, inputs: object) -> list[Tensor]:
-    """All that the network returns; what a decoder was given is no result where there are logits."""
     with torch.no_grad():
         out = model(**inputs) if isinstance(inputs, dict) else model(inputs)
-    if isinstance(out, dict) and "logits" in out:
-        out = [value for name, value in out.items() if name != "encoder_last_hidden_state"]
     out = out.to_tuple() if hasattr(out, "to_tuple") else out
     return [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
 

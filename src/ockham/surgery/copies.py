@@ -169,8 +169,8 @@ def caches_of(model: nn.Module) -> dict[str, tuple[str, ...]]:
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 CACHES = frozenset({"past_key_values", "cache_params", "past_key_value", "mems"})
 """Outputs of language models that hold what the next call may use again: they are no result."""
-BESIDE_LOGITS = CACHES | {"encoder_last_hidden_state", "state"}
-"""Outputs that are no result where there are logits: what a decoder was given, the state of a recurrent network."""
+BESIDE_LOGITS = CACHES | {"state"}
+"""Outputs that are no result where there are logits: what a recurrent network carries on."""
 
 
 def as_arguments(example_inputs: Any) -> Arguments:

@@ -35,13 +35,13 @@ from ockham.surgery.copies import (
     to_double,
 )
 from ockham.surgery.groups import Axis, Group, Groups, Plan, build, plan_masks, random_plan
-from ockham.surgery.labels import Labels, Note, Value, along, settle_labels, settled
+from ockham.surgery.labels import Labels, Note, Value, along, settle_labels
 from ockham.surgery.ops import ALWAYS, RULES
 from ockham.surgery.refitting import refit
 from ockham.surgery.resizing import Branch, plain_norms
 from ockham.surgery.shrinking import masked_copy, slice_tensor
 from ockham.surgery.streams import expert_groups, residual_branches
-from ockham.surgery.walk import Values, Walker, shapes_of
+from ockham.surgery.walk import Values, Walker, settled, shapes_of
 
 Keep = dict[str, Tensor]
 LARGEST_TRIAL = 2**28

@@ -11,7 +11,21 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from ockham.surgery.labels import KINDS, VIEWS, Labels, Note, Unread, Value, argument, op_name
+from ockham.surgery.labels import (
+    KINDS,
+    VIEWS,
+    Labels,
+    Note,
+    Site,
+    Unread,
+    Value,
+    argument,
+    chunks,
+    compressed,
+    op_name,
+    reduced_axes,
+    varying,
+)
 
 Values = Value | list[Value]
 UNKNOWN = "an op whose meaning for channels is not known"
@@ -263,3 +277,123 @@ def _subgraph(node: fx.Node) -> fx.Graph | None:
     if attr is None or owner is None:
         return None
     return owner.get_submodule(str(attr.target)).graph  # type: ignore[return-value]
+
+
+Maker = Callable[[Note, dict[int, Tensor], Tensor], Site | None]
+MAKERS: dict[str, Maker] = {}
+"""Kind of a place to what makes its site from a note, the components along its input, and those of all atoms."""
+
+
+def _makes(*kinds: str) -> Callable[[Maker], Maker]:
+    """Enter a function in `MAKERS` for some kinds of places."""
+
+    def enter(maker: Maker) -> Maker:
+        MAKERS.update(dict.fromkeys(kinds, maker))
+        return maker
+
+    return enter
+
+
+def settled(notes: list[Note], root: Tensor) -> list[Site]:
+    """Return the notes with components instead of atoms, in the order of the graph."""
+    found = (MAKERS[KINDS[n.name]](n, _dims(n.before, root), root) for n in notes if n.name in KINDS)
+    sites = [site for site in found if site is not None]
+    once: dict[bytes, Tensor] = {}  # equal components are one tensor, so that a plan looks at each once
+    for labels in (labels for site in sites for labels in (site.before, site.after)):
+        labels.update({d: once.setdefault(v.numpy().tobytes(), v) for d, v in labels.items()})
+    return sites
+
+
+@_makes("norm", "grouped", "mean", "centred", "var", "layer_norm", "rms_norm")
+def _whole(note: Note, before: dict[int, Tensor], root: Tensor) -> Site:
+    """Return the site of an op that counts the elements along some dimensions: only those matter."""
+    kind, rank = KINDS[note.name], len(note.before.shape)
+    if kind in ("mean", "centred", "var"):
+        before = {d: v for d, v in before.items() if d in reduced_axes(note.node, rank)}
+    elif kind in ("layer_norm", "rms_norm"):
+        before = {d: v for d, v in before.items() if d >= rank - len(argument(note.node, "normalized_shape"))}
+    return Site(note.module, kind, note.before.shape, before, (), {}, -1, call=note.call)
+
+
+@_makes("group_norm")
+def _grouped(note: Note, before: dict[int, Tensor], root: Tensor) -> Site:
+    shape, sizes = note.before.shape, argument(note.node, "sizes", None)
+    groups = int(argument(note.node, "num_groups", 1))
+    old = (shape[1] // groups,) * groups if sizes is None else tuple(sizes)
+    return Site(note.module, "group_norm", shape, before, old, {}, 1, call=note.call)
+
+
+@_makes("view", "expand")
+def _view(note: Note, before: dict[int, Tensor], root: Tensor) -> Site:
+    result, op, shape = _result(note), KINDS[note.name], note.before.shape
+    after = _dims(result, root)
+    fixed: set[int] = set()
+    for ins, outs in chunks(shape, result.shape) if op == "view" and 0 not in shape else ():
+        if any(d in before for d in ins) and all(d in before or shape[d] == 1 for d in ins):
+            fixed.update(outs)  # no batch is folded into these, so they are known not to change
+        elif ins and ins[0] == 0 and 0 not in before and shape[0] > 1 and len(outs) == 1:
+            after.pop(outs[0], None)  # a batch is folded into it: its size is no number of the code
+    return Site(note.module, op, shape, before, result.shape, after, -1, frozenset(fixed - set(after)), note.call)
+
+
+def _result(note: Note) -> Value:
+    assert isinstance(note.after, Value)
+    return note.after
+
+
+@_makes("factory")
+def _factory(note: Note, before: dict[int, Tensor], root: Tensor) -> Site:
+    result = _result(note)
+    return Site(note.module, "factory", (), {}, result.shape, _dims(result, root), -1, call=note.call)
+
+
+@_makes("unflatten")
+def _unflatten(note: Note, before: dict[int, Tensor], root: Tensor) -> Site:
+    rank = len(note.before.shape)
+    dim, count = int(argument(note.node, "dim")) % rank, len(argument(note.node, "sizes"))
+    old = _result(note).shape[dim : dim + count]
+    after = {d - dim: v for d, v in _dims(_result(note), root).items() if dim <= d < dim + count}
+    return Site(note.module, "unflatten", note.before.shape, before, old, after, dim, call=note.call)
+
+
+@_makes("split")
+def _split(note: Note, before: dict[int, Tensor], root: Tensor) -> Site | None:
+    assert isinstance(note.after, list)
+    dim = int(argument(note.node, "dim")) % len(note.before.shape)
+    parts = tuple(v.shape[dim] for v in note.after)
+    return Site(note.module, "split", note.before.shape, before, parts, {}, dim, call=note.call)
+
+
+@_makes("slice")
+def _slice(note: Note, before: dict[int, Tensor], root: Tensor) -> Site | None:
+    shape = note.before.shape
+    dim = int(argument(note.node, "dim")) % len(shape)
+    start = argument(note.node, "start", 0) or 0
+    if argument(note.node, "step", 1) != 1 or not isinstance(start, int):
+        return None
+    start = max(0, start + shape[dim]) if start < 0 else min(start, shape[dim])
+    bounds = (start, start + _result(note).shape[dim])
+    return Site(note.module, "slice", shape, before, bounds, {}, dim, call=note.call)
+
+
+@_makes("pad")
+def _pad(note: Note, before: dict[int, Tensor], root: Tensor) -> Site | None:
+    """Return the site of a padding of one labelled dimension."""
+    pads, shape = list(argument(note.node, "pad")), note.before.shape
+    for dim, roots in _dims(_result(note), root).items():
+        i = 2 * (len(shape) - 1 - dim)
+        if i < len(pads) and dim in before and (pads[i] or pads[i + 1]):
+            left, right = int(pads[i]), int(pads[i + 1])
+            ends = {k: v for k, v in ((0, roots[:left]), (1, roots[roots.numel() - right :])) if v.numel()}
+            return Site(note.module, "pad", shape, before, (left, right), ends, dim, call=note.call)
+    return None
+
+
+def _dims(value: Value, root: Tensor) -> dict[int, Tensor]:
+    """Return the components along each dimension on which the (settled) labels of a value depend."""
+    found: dict[int, Tensor] = {}
+    for factor in value.factors:
+        mapped = compressed(torch.where(factor >= 0, root[factor.clamp(min=0)], factor))
+        if len(varying(mapped)) == 1:
+            found[varying(mapped)[0]] = mapped.flatten()
+    return found
