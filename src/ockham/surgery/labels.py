@@ -288,7 +288,12 @@ def settle_labels(ledger: Labels, count: int) -> Tensor:
         edges += extra.edges
 
 
-FACTORIES = ("zeros", "ones", "full", "empty", "new_zeros", "new_ones", "new_full", "new_empty")
+FACTORIES = (
+    "zeros",
+    "empty",
+    "new_zeros",
+    "new_empty",
+)  # first states and sums; numbers of another kind are the code's own
 SPLITS = dict.fromkeys(["split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"], "split")
 KINDS: dict[str, str] = {
     "view": "view", "reshape": "view", "_unsafe_view": "view", "unflatten": "unflatten", "expand": "expand",

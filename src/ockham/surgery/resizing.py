@@ -185,8 +185,7 @@ def _view(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, An
     return func(args[0], mode.view(op, args[0], tuple(asked)))
 
 
-@_handles(torch.zeros, torch.ones, torch.full, torch.empty)
-@_handles(torch.Tensor.new_zeros, torch.Tensor.new_ones, torch.Tensor.new_full, torch.Tensor.new_empty)
+@_handles(torch.zeros, torch.empty, torch.Tensor.new_zeros, torch.Tensor.new_empty)
 def _factory(mode: Resizing, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Make a tensor of other sizes where those of the code are of a width that went."""
     before = args[: func.__name__.startswith("new_")]

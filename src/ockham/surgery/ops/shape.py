@@ -149,10 +149,9 @@ def fresh(call: Call, value: Value, dims: list[int]) -> Value:
 
 
 def factory(call: Call) -> Value:
-    """zeros, ones, full: constant along every dimension, so their sizes follow whatever they meet."""
+    """zeros, empty: nothing stands along any dimension, so their sizes follow whatever they meet."""
     shape = call.shape()
-    nothing = call.name.endswith("zeros") or call.get("fill_value", None) == 0
-    out = fresh(call, Value(shape, (), nothing), [d for d, n in enumerate(shape) if n > 1])
+    out = fresh(call, Value(shape, (), call.name.endswith("zeros")), [d for d, n in enumerate(shape) if n > 1])
     call.note(Value(()), out)
     return out
 
