@@ -10,7 +10,8 @@ import scipy.optimize
 import torch
 from torch import nn
 
-from ockham.core.likelihood import Classification, Regression
+from ockham.core.likelihood import Classification, Poisson, Regression
+from ockham.errors import OckhamError
 from ockham.run.compression import WEIGHT_DECAY, PlainTraining
 from ockham.run.engine import Engine, Task
 from ockham.run.job import Job, Recipe
@@ -106,3 +107,22 @@ def test_the_job_trains_it_anew_on_everything_for_as_many_epochs(tmp_path) -> No
     want = float(nn.functional.cross_entropy(logits, data.test_y))
     assert before["facts"]["measures"]["nll"] == pytest.approx(want, rel=1e-6)
     assert before["temperature"] != 1.0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_job_of_another_likelihood_is_not_resumed(tmp_path) -> None:
+    x, _ = examples(200, 0, classes=True)
+    data = from_arrays("counts", (x, x[:, 0].exp().round()), (x, x[:, 0].exp().round()))
+    jobs = [
+        Job(
+            Recipe(lambda: network(1), kind, data, 20, PlainTraining(0.01), epochs=3),
+            tmp_path / "r", "tests:net", baseline=False, resume=resume,
+        )
+        for kind, resume in ((Regression, False), (Poisson, True))
+    ]  # fmt: skip
+    run = jobs[0].run()
+    next(run)
+    next(run)
+    run.close()
+    with pytest.raises(OckhamError, match="likelihood was regression, is poisson"):
+        list(jobs[1].run())

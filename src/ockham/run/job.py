@@ -530,7 +530,7 @@ class Job:
         data = self.recipe.data
         names = {"data": data.name, "data content": data_fingerprint(data), "network": self.builder}
         names |= {"network's code": network_fingerprint(self.recipe.network())}
-        names |= {"weights": weights_fingerprint(self.weights)}
+        names |= {"weights": weights_fingerprint(self.weights), "likelihood": self.recipe.likelihood().kind}
         names |= {"foreign inputs": weights_fingerprint(None if self.ood is None else {"x": self.ood})}
         ours = self._settings() | names | {"baseline": self.baseline, "draws": self.draws}
         self._told = json.dumps(ours, sort_keys=True)
