@@ -90,6 +90,7 @@ def command(
             sys.stdout, sys.stderr = os.fdopen(null, "w"), os.fdopen(log, "w")
             torch.set_num_threads(1)
             sys.path.insert(0, os.getcwd())
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background may ignore it
             sys.argv = ["ockham", *arguments]
             html.render = lambda *args, **kwargs: ""  # no kill depends on figures, which cost more than the rest
             before()
