@@ -36,8 +36,7 @@ from ockham.core.posterior import Posterior
 from ockham.fit.optimizer import VariationalOptimizer
 from ockham.methods.laplace.one_shot import unscored, with_means
 from ockham.zoo.data import load_folder
-from ockham.zoo.networks import NETWORKS
-from ockham.zoo.paper import CharTransformer
+from ockham.zoo.networks import NETWORKS, CharTransformer
 from transformer import Windows, corpus, trained
 
 METHODS = ("diagonal", "kronecker", "mean-field", "ivon")

@@ -38,8 +38,7 @@ from ockham.run.engine import Compressed
 from ockham.run.measure import corruption_shift, mean_predictor, measures, posterior_predictor
 from ockham.run.shift import corrupt
 from ockham.zoo.data import Batches, Dataset, digits, load_folder
-from ockham.zoo.networks import digits_mlp, resnet110
-from ockham.zoo.paper import CharTransformer
+from ockham.zoo.networks import CharTransformer, digits_mlp, resnet110
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 

@@ -30,7 +30,7 @@ from harness import DATA, SEEDS, Benchmark, Option, Record, section, step
 from ockham.choose.prices import Price, UnitCosts
 from ockham.choose.units import StructureEvidence
 from ockham.surgery.shrinking import cost
-from ockham.zoo.paper import CharTransformer
+from ockham.zoo.networks import CharTransformer
 
 EPOCHS, CONTEXT, BATCH = 20, 64, 32
 

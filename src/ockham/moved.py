@@ -33,7 +33,7 @@ MOVED: dict[str, str] = {
     "evidence.spike_slab": "methods.spike_slab.formulas",
     "files.sparse": "core.files",
     "files.tree": "core.files",
-    "posterior.adam": "fit.memory",
+    "posterior.adam": "fit.point",
     "posterior.adapters": "methods.adapters",
     "posterior.arena": "fit.memory",
     "posterior.checks": "fit.memory",
@@ -100,6 +100,7 @@ MOVED: dict[str, str] = {
     "surgery.folding": "surgery.refitting",
     "surgery.grouping": "surgery.groups",
     "surgery.planning": "surgery.groups",
+    "surgery.rotating": "surgery.streams",
     "surgery.rules": "surgery.ops",
     "surgery.rules_layers": "surgery.ops.layers",
     "surgery.rules_pointwise": "surgery.ops.pointwise",
@@ -139,6 +140,7 @@ MOVED: dict[str, str] = {
     "workflow.structure_facts": "run.job",
     "workflow.trainer": "run.engine core.batch core.network",
     "workflow.wiring": "methods.gates.attach",
+    "zoo.paper": "zoo.networks",
 }
 """Old module to the new ones that have its contents, below ``ockham``."""
 

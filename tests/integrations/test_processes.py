@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ockham
 from ockham.core.batch import RowsOf
-from ockham.core.network import ALONE, Processes
+from ockham.core.processes import ALONE, Processes
 from ockham.errors import OckhamError
 from ockham.integrations.rounds import StepRounds, variational
 from ockham.run.compression import WeightRounds

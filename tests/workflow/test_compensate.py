@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import ockham
 from ockham.surgery.shrinking import cost
-from ockham.zoo.paper import CharTransformer
+from ockham.zoo.networks import CharTransformer
 
 
 class Recurrent(nn.Module):

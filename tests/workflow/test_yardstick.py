@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 
 import pytest
 import scipy.optimize
@@ -126,3 +127,30 @@ def test_a_job_of_another_likelihood_is_not_resumed(tmp_path) -> None:
     run.close()
     with pytest.raises(OckhamError, match="likelihood was regression, is poisson"):
         list(jobs[1].run())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("stops", range(1, 40, 4))
+def test_a_job_stopped_in_any_stage_has_the_same_yardstick(tmp_path, stops, whole) -> None:
+    def job(resume: bool) -> Job:
+        return Job(recipe(), tmp_path / "r", "tests:net", resume=resume)
+
+    run = job(False).run()
+    seen = [next(run) for _ in range(stops)]
+    run.close()
+    later = job(True)
+    seen += list(later.run())
+    assert later.before == whole[0] and [(i.stage, i.epoch, i.loss) for i in seen] == whole[1]
+
+
+def recipe() -> Recipe:
+    data = from_arrays("toy", examples(200, 0, classes=True), examples(400, 2, classes=True))
+    return Recipe(lambda: network(2), Classification, data, 20, PlainTraining(0.01, "method"), epochs=12, seed=3)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    job = Job(recipe(), tmp_path_factory.mktemp("whole") / "r", "tests:net")
+    with warnings.catch_warnings(action="ignore"):
+        seen = list(job.run())
+    return job.before, [(i.stage, i.epoch, i.loss) for i in seen]

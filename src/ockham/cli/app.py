@@ -38,8 +38,8 @@ from ockham.cli.build import (
     parse_device,
 )
 from ockham.core.files import printable, read_toml, to_plain
-from ockham.core.network import ALONE, Processes
 from ockham.core.posterior import load_posterior
+from ockham.core.processes import ALONE, Processes
 from ockham.core.seal import sealed
 from ockham.errors import OckhamError, OckhamWarning, ResultError
 from ockham.methods.blocks.job import PruneProgress, PruneSettings

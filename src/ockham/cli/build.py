@@ -30,8 +30,8 @@ from ockham.choose.rules import (
     by_snr,
 )
 from ockham.core.likelihood import likelihood_from
-from ockham.core.network import ALONE, Processes
 from ockham.core.posterior import Posterior
+from ockham.core.processes import ALONE, Processes
 from ockham.errors import DataError, OckhamError
 from ockham.fit.priors import FixedPrior
 from ockham.methods.gates.attach import GATE_RULES, Gates
@@ -587,10 +587,8 @@ def _imported(option: str, source: str) -> Callable[[], Any]:
             raise
         except Exception as error:  # whatever a function of the user's raises
             at = traceback.extract_tb(error.__traceback__)[-1]
-            raise OckhamError(
-                f"{option} {source}, called without arguments, raises {type(error).__name__}: {error} ({at.filename}, "
-                f"line {at.lineno})"
-            ) from error
+            said = f"raises {type(error).__name__}: {error} ({at.filename}, line {at.lineno})"
+            raise OckhamError(f"{option} {source}, called without arguments, {said}") from error
 
     return call
 

@@ -29,8 +29,9 @@ from ockham.core.batch import (
     read_batch,
 )
 from ockham.core.likelihood import Likelihood, Loss, Regression, TermLikelihood, aligned, likelihood_from, spread_weight
-from ockham.core.network import ALONE, Processes, check_network, device_of, evaluating, keeping_modes, seeded, train_
+from ockham.core.network import check_network, device_of, evaluating, keeping_modes, seeded, train_
 from ockham.core.posterior import Posterior
+from ockham.core.processes import ALONE, Processes
 from ockham.core.scaling import Head, TargetStatistics, find_head, rescale_, rescaled
 from ockham.errors import DataError, NonFiniteLossError, OckhamError, OckhamWarning
 

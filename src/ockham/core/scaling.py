@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ockham.core.network import Processes
 from ockham.core.posterior import Gaussian, Posterior
+from ockham.core.processes import Processes
 
 __all__ = ["Head", "TargetStatistics", "find_head", "rescale_", "rescaled"]
 

@@ -34,6 +34,7 @@ __all__ = [
     "FolderLock",
     "Holder",
     "Seal",
+    "compare_surroundings",
     "file_facts",
     "holder_of",
     "network_fingerprint",
@@ -440,3 +441,14 @@ def weights_fingerprint(state: Mapping[str, Tensor] | None) -> str:
 def surroundings() -> str:
     """What else than the job decides about the last bits of a result."""
     return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}"
+
+
+def compare_surroundings(before: str, folder: Path) -> None:
+    """Warn where a run goes on under other `surroundings` than it began with; "" is not known."""
+    if before and before != surroundings():
+        warnings.warn(
+            f"{printable(folder)}: the run began with {before} and goes on with {surroundings()}; it ends with a "
+            "result as good, and not with the same bits",
+            OckhamWarning,
+            stacklevel=2,
+        )

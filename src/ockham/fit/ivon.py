@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ockham.core.network import ALONE, holders
 from ockham.core.posterior import Gaussian, Posterior
+from ockham.core.processes import ALONE, holders
 from ockham.errors import OckhamError
 from ockham.fit.memory import RunFacts, Schedule, schedule_of
 from ockham.fit.optimizer import VariationalOptimizer

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from ockham.core.network import holders, rows_here
 from ockham.core.posterior import Gaussian, Posterior
+from ockham.core.processes import holders, rows_here
 from ockham.errors import OckhamError
-from ockham.fit.memory import RunFacts, Schedule, adam_, schedule_of
+from ockham.fit.memory import RunFacts, Schedule, schedule_of
 from ockham.fit.optimizer import VariationalOptimizer
+from ockham.fit.point import adam_
 from ockham.fit.priors import VECTOR, FixedPrior, GroupPrior, Prior, learn_scales, prior_of, start_scales
 
 __all__ = [

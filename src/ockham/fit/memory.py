@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
 
-from ockham.core.network import Processes, dividers, holders, own_rows, rows_here, sharded_as, whole
+from ockham.core.processes import Processes, dividers, holders, own_rows, rows_here, sharded_as, whole
 from ockham.errors import OckhamError, check_keywords
-from ockham.fit.priors import GroupPrior, Prior, slice_scales
+from ockham.fit.priors import GroupPrior, Prior, restored_prior, slice_scales
 
 if TYPE_CHECKING:
     from ockham.fit.optimizer import VariationalOptimizer
@@ -34,13 +33,13 @@ __all__ = [
     "RunFacts",
     "Schedule",
     "Span",
-    "adam_",
     "alive_index",
     "cache_chunks",
     "check_group",
     "check_keep",
     "check_settings",
     "read",
+    "read_state",
     "renew_",
     "schedule_of",
     "sliced",
@@ -438,6 +437,34 @@ def fitted_state(p: Tensor, state: Mapping[str, Any], vectors: Sequence[str]) ->
     return {k: v for k, v in mine.items() if k != "keep"} | ({"keep": keep} if left else {})
 
 
+def read_state(
+    owner: str, saved: Mapping[str, Any], own: Sequence[Mapping[str, Any]]
+) -> tuple[Mapping[str, Any], list[dict[str, Any]], dict[Any, dict[str, Any]]]:
+    """What an optimizer saved: the state of its noise, its groups with priors, and the states of its parameters.
+
+    Args:
+        owner: name of the optimizer's class, for the error.
+        saved: value of its `state_dict`, perhaps by way of `torch.distributed.checkpoint`, which keeps groups only
+            and puts plain values under text keys.
+        own: groups of the optimizer that loads it, whose classes of priors count.
+
+    Raises:
+        OckhamError: it is the state of another optimizer.
+    """
+    groups = [dict(group) for group in saved["param_groups"]]
+    sampler = saved.get("sampler", *[group.pop("sampler") for group in groups if "sampler" in group])
+    if sampler is None:
+        raise OckhamError(f"this is not the state of a {owner}: it has no 'sampler' entry")
+    for group, mine in zip(groups, own, strict=False):  # torch raises where the numbers differ
+        if isinstance(group.get("prior"), dict):
+            group["prior"] = restored_prior(group["prior"], mine["prior"])
+    states: dict[Any, dict[str, Any]] = {}
+    keys = {str(key): key for group in groups for key in group["params"]}
+    for key, value in saved["state"].items():
+        states.setdefault(keys.get(str(key), key), {}).update(value)
+    return sampler, groups, states
+
+
 class Schedule(TypedDict, total=False):
     """When and how strongly the KL acts: keywords that every variational optimizer takes.
 
@@ -559,51 +586,3 @@ def check_settings(owner: str, s: Mapping[str, Any], kind: type = Prior, example
         raise OckhamError(f"{owner}: betas must lie in [0, 1); got {s['betas']}")
     if "prior" in s and not isinstance(s["prior"], kind):
         raise OckhamError(f"{owner}: prior must be a {kind.__name__} such as ockham.{example}; got {s['prior']!r}")
-
-
-_FUSED = {"cpu", "cuda", "mps", "xpu"}
-
-
-def adam_(
-    value: Tensor,
-    grad: Tensor,
-    average: Tensor,
-    square: Tensor,
-    *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    decay: float,
-) -> None:
-    """One step of Adam in place (Kingma & Ba 2015) on the gradient grad + decay * value.
-
-    Args:
-        value: vector to be updated.
-        grad: gradient of the loss, left as it is.
-        average: first moment.
-        square: second moment.
-        step: number of this step, from 1.
-        lr: learning rate.
-        betas: decay of the moments.
-        eps: added to the root of the second moment.
-        decay: precision of a Gaussian pull towards zero, in the units of the gradient.
-    """
-    fused = value.device.type in _FUSED
-    counter = torch.full((), step - 1.0, device=value.device if fused else "cpu")
-    adam(
-        [value],
-        [grad],
-        [average],
-        [square],
-        [],
-        [counter],
-        fused=fused,
-        amsgrad=False,
-        beta1=betas[0],
-        beta2=betas[1],
-        lr=lr,
-        weight_decay=decay,
-        eps=eps,
-        maximize=False,
-    )

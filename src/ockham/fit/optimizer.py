@@ -12,18 +12,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ockham.core.network import (
+from ockham.core.network import fixed_entries
+from ockham.core.posterior import Gaussian, Posterior, gaussian_kl
+from ockham.core.processes import (
     compare_processes,
     dividers,
     finite_gradients,
-    fixed_entries,
     holders,
     own_rows,
     rows_here,
     sharded_as,
     whole,
 )
-from ockham.core.posterior import Gaussian, Posterior, gaussian_kl
 from ockham.errors import OckhamError
 from ockham.fit.memory import (
     CYCLE,
@@ -39,12 +39,13 @@ from ockham.fit.memory import (
     divided_state,
     fitted_state,
     read,
+    read_state,
     renew_,
     sliced,
     spans,
     write,
 )
-from ockham.fit.priors import Prior, plain_prior, restored_prior
+from ockham.fit.priors import Prior, plain_prior
 
 __all__ = ["VariationalOptimizer"]
 
@@ -424,18 +425,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
                 library nor this optimizer has. Or called inside `sampled`.
         """
         self._outside("load_state_dict")
-        groups = [dict(group) for group in state_dict["param_groups"]]
-        sampler = [group.pop("sampler") for group in groups if "sampler" in group]
-        sampler = state_dict.get("sampler", *sampler)
-        if sampler is None:
-            raise OckhamError(f"this is not the state of a {type(self).__name__}: it has no 'sampler' entry")
-        for saved, own in zip(groups, self.param_groups, strict=False):  # torch raises where the numbers differ
-            if isinstance(saved.get("prior"), dict):
-                saved["prior"] = restored_prior(saved["prior"], own["prior"])
-        states: dict[Any, dict[str, Any]] = {}
-        keys = {str(key): key for group in groups for key in group["params"]}
-        for key, value in state_dict["state"].items():  # distributed.checkpoint puts plain values under "0"
-            states.setdefault(keys.get(str(key), key), {}).update(value)
+        sampler, groups, states = read_state(type(self).__name__, state_dict, self.param_groups)
         super().load_state_dict({"state": states, "param_groups": groups})
         self._pending, self._phase, self._seed = sampler["pending"], sampler["phase"], sampler["seed"]
         self._compared = False
@@ -445,7 +435,8 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         self._index.clear()
         self._arenas.clear()
         every, vectors = (p for group in self.param_groups for p in group["params"]), (*self._vectors, "noise")
-        for p, saved_state in ((p, states[key]) for key, p in zip(keys.values(), every, strict=True) if key in states):
+        keys = [key for group in groups for key in group["params"]]
+        for p, saved_state in ((p, states[key]) for key, p in zip(keys, every, strict=True) if key in states):
             state = self.state[p]  # torch cast it to the parameter's dtype; masks and noise have their own
             state.update({k: state[k].to(v.dtype) for k, v in saved_state.items() if isinstance(v, Tensor)})
             if self._dividers or hasattr(state["noise"], "device_mesh"):

@@ -14,9 +14,10 @@ from torch import nn
 from ockham.choose.prices import Structures
 from ockham.choose.rules import EvidenceRule, RoundInfo, Rounds, Rule, counted, diagnose, evidence_falls, score
 from ockham.core.likelihood import Classification
-from ockham.core.network import Ignore, Processes, device_of, ignored, unwrapped
+from ockham.core.network import Ignore, device_of, ignored, unwrapped
 from ockham.core.objective import Objective
 from ockham.core.posterior import Posterior
+from ockham.core.processes import Processes
 from ockham.errors import OckhamError, OckhamWarning
 from ockham.fit.optimizer import VariationalOptimizer
 from ockham.run.compression import SMALL_DATA, decided

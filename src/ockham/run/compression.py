@@ -28,9 +28,10 @@ from ockham.choose.rules import (
 )
 from ockham.core.batch import Loader, LoaderOptions
 from ockham.core.likelihood import Likelihood, Regression
-from ockham.core.network import ALONE, Ignore, Processes, copied, device_of, ignored, unwrapped
+from ockham.core.network import Ignore, copied, device_of, ignored, unwrapped
 from ockham.core.objective import Objective, fit_noise
 from ockham.core.posterior import Posterior
+from ockham.core.processes import ALONE, Processes
 from ockham.errors import OckhamError, OckhamWarning, check_keywords
 from ockham.fit.ivon import IVON
 from ockham.fit.mean_field import MeanField
@@ -40,7 +41,7 @@ from ockham.fit.predict import refresh_batchnorm
 from ockham.fit.priors import FixedPrior, Prior
 from ockham.run.engine import Compressed, Engine, EpochInfo, Method, OnStep, RunState, Task
 from ockham.run.measure import HeldOut
-from ockham.run.structures import Shrinking, Shrunk, example_of
+from ockham.run.structures import Shrinking, Shrunk, example_of, structures_from_name, structures_name
 
 __all__ = [
     "SMALL_DATA",
@@ -56,7 +57,6 @@ __all__ = [
     "ivon",
     "mean_field",
     "point_estimate",
-    "structures_from_name",
 ]
 
 
@@ -569,19 +569,6 @@ def compress(
     return job.result()
 
 
-def structures_from_name(structure: str | Structures | None) -> Structures | None:
-    """The façade's choice by name.
-
-    Raises:
-        OckhamError: an unknown name.
-    """
-    if structure is None or isinstance(structure, Structures):
-        return structure
-    if structure == "auto":
-        return Structures()
-    raise OckhamError(f"structure must be 'auto', a Structures or None; got {structure!r}")
-
-
 def _posterior_of(state: RunState) -> VariationalOptimizer:
     assert isinstance(state.optimizer, VariationalOptimizer)
     return state.optimizer
@@ -600,15 +587,6 @@ def decided(rule: Rule, evidence: Evidence, protected: frozenset[str], progress:
             wanted = "no such parameter" if expected is None else f"booleans (True = stays) of the shape {expected}"
             raise OckhamError(f"the rule {type(rule).__name__} must give {name!r} {wanted}; got {got}")
     return keep
-
-
-def structures_name(structures: Structures | None) -> str:
-    """How structures go, with its numbers, for the record and for telling jobs apart."""
-    if structures is None:
-        return "none"
-    shown = f"{structures.price!r}, {structures.cut.__name__} cut, widths in steps of {structures.round_to}"
-    inside = structures.inside.__qualname__.partition(".")[0]
-    return f"{shown}, {inside}, cap {structures.cap:g}, after {structures.wait} round(s)"
 
 
 def rule_name(rule: Rule | None) -> str:

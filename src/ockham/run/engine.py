@@ -26,9 +26,10 @@ from ockham.core.batch import (
     sized,
 )
 from ockham.core.likelihood import Likelihood
-from ockham.core.network import ALONE, Processes, device_of, seeded, train_
+from ockham.core.network import device_of, seeded, train_
 from ockham.core.objective import Objective, objective_of
 from ockham.core.posterior import Posterior
+from ockham.core.processes import ALONE, Processes
 from ockham.errors import DataError, NonFiniteLossError, OckhamError
 from ockham.fit.optimizer import VariationalOptimizer
 from ockham.fit.predict import Prediction, RegressionPrediction, predict, predict_regression

@@ -33,8 +33,8 @@ from ockham.core.files import (
     write_bytes,
     write_tree,
 )
-from ockham.core.network import Processes
 from ockham.core.posterior import POSTERIOR, Posterior
+from ockham.core.processes import Processes
 from ockham.core.seal import (
     CHECKPOINTS,
     COMMITTED,

@@ -6,7 +6,6 @@ import json
 import math
 import platform
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -21,9 +20,9 @@ from torch import Tensor, nn
 from ockham.core.batch import RowsOf
 from ockham.core.files import Count, Share, from_plain, to_plain
 from ockham.core.likelihood import Likelihood
-from ockham.core.network import ALONE, Processes
-from ockham.core.seal import network_fingerprint, surroundings, weights_fingerprint
-from ockham.errors import DataError, OckhamError, OckhamWarning
+from ockham.core.processes import ALONE, Processes
+from ockham.core.seal import compare_surroundings, network_fingerprint, surroundings, weights_fingerprint
+from ockham.errors import DataError, OckhamError
 from ockham.run.compression import PlainTraining
 from ockham.run.engine import Compressed, Engine, EpochInfo, Method, OnStep, Task
 from ockham.run.folder import (
@@ -433,13 +432,7 @@ class Job:
             self._facts, self._spent = {}, 0.0
             if saved:
                 self._compare(saved["job"])
-                if saved.get("surroundings", surroundings()) != surroundings():
-                    warnings.warn(
-                        f"{self.out}: the run began with {saved['surroundings']} and goes on with {surroundings()}; it "
-                        "ends with a result as good, and not with the same bits",
-                        OckhamWarning,
-                        stacklevel=2,
-                    )
+                compare_surroundings(saved.get("surroundings", ""), self.out)
                 self._facts, self._spent = json.loads(saved["facts"]), float(saved["spent"])
             if self.weights is None and self.baseline:
                 yield from self._adam(saved)

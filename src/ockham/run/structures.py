@@ -17,9 +17,10 @@ from ockham.choose.prices import Structures, Subject, unit_costs
 from ockham.choose.rules import score
 from ockham.choose.units import Account, Multiples, StructureEvidence, choose_units, multiple_of
 from ockham.core.batch import READ_ONCE, Loader, read_batch
-from ockham.core.network import ALONE, Ignore, Processes, device_of, seeded
+from ockham.core.network import Ignore, device_of, seeded
 from ockham.core.objective import Objective
 from ockham.core.posterior import Gaussian, Posterior
+from ockham.core.processes import ALONE, Processes
 from ockham.errors import DataError, OckhamError, OckhamWarning
 from ockham.fit.optimizer import VariationalOptimizer
 from ockham.run.engine import StructureInfo
@@ -337,3 +338,25 @@ def example_of(loader: Loader, objective: Objective, device: torch.device) -> An
     first = read_batch(raw, objective.batch)
     few = first.part(slice(0, ROWS)).to(device)
     return dict(few.kwargs) if few.kwargs else few.args
+
+
+def structures_from_name(structure: str | Structures | None) -> Structures | None:
+    """The façade's choice by name.
+
+    Raises:
+        OckhamError: an unknown name.
+    """
+    if structure is None or isinstance(structure, Structures):
+        return structure
+    if structure == "auto":
+        return Structures()
+    raise OckhamError(f"structure must be 'auto', a Structures or None; got {structure!r}")
+
+
+def structures_name(structures: Structures | None) -> str:
+    """How structures go, with its numbers, for the record and for telling jobs apart."""
+    if structures is None:
+        return "none"
+    shown = f"{structures.price!r}, {structures.cut.__name__} cut, widths in steps of {structures.round_to}"
+    inside = structures.inside.__qualname__.partition(".")[0]
+    return f"{shown}, {inside}, cap {structures.cap:g}, after {structures.wait} round(s)"

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ockham.core.network import check_module, copied, keeping_modes, whole
+from ockham.core.network import check_module, copied, keeping_modes
+from ockham.core.processes import whole
 
 
 def canonical_names(model: nn.Module) -> dict[int, str]:

@@ -38,9 +38,8 @@ from ockham.methods.laplace.posterior import (
     laplace_posterior,
     mean_square_prior_precision,
 )
-from ockham.run.compression import structures_name
 from ockham.run.engine import Compressed, EpochInfo, Method, RunState, Task
-from ockham.run.structures import example_of
+from ockham.run.structures import example_of, structures_name
 from ockham.surgery import shrink, trace
 from ockham.surgery.groups import Groups, Plan, check_model
 
