@@ -289,6 +289,19 @@ class Still(TorchFunctionMode):
         return torch.zeros_like(out) + mean + 0.5 * std if isinstance(std, (Tensor, float)) else out.fill_(0.5)
 
 
+class Gradless(TorchFunctionMode):
+    """Inside, a graph is written without the switches of gradients: there are none, and each costs two subgraphs."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run `func`; a switch of gradients takes place, and nobody else hears of it."""
+        if func is torch._C._set_grad_enabled:
+            with torch._C.DisableTorchFunction():
+                return func(*args)
+        return func(*args, **(kwargs or {}))
+
+
 @contextlib.contextmanager
 def still(model: nn.Module) -> Iterator[None]:
     """Run without randomness, also in layers that drop out inside of an op of their own (recurrent ones, attention)."""

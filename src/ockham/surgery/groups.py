@@ -245,10 +245,13 @@ def _families(axes: list[Axis], root: Tensor, *, free: Tensor) -> list[tuple[Ten
         2**62, (int(kinds.max()) + 1 if len(kinds) else 0,), generator=torch.Generator().manual_seed(0)
     )
     total = torch.zeros(root.numel(), dtype=torch.long).index_add_(0, component, code[kinds])
-    present = torch.unique(component)
+    present = torch.unique_consecutive(component)
     signatures, family = torch.unique(total[present], return_inverse=True)
-    found = [present[family == f] for f in range(len(signatures))]
-    numbered = [(members, axis[component == members[0]].tolist()) for members in found]
+    sizes = torch.bincount(family, minlength=len(signatures)).tolist()
+    found = present[torch.argsort(family, stable=True)].split(sizes)
+    firsts = torch.stack([members[0] for members in found]) if len(signatures) else component[:0]
+    spans = zip(*(torch.searchsorted(component, firsts, side=side).tolist() for side in ("left", "right")), strict=True)
+    numbered = [(members, axis[a:b].tolist()) for members, (a, b) in zip(found, spans, strict=True)]
     return sorted(numbered, key=lambda entry: (entry[1], int(entry[0][0])))
 
 
@@ -554,35 +557,31 @@ def plan_masks(groups: Groups, keep: Mapping[str, Tensor], *, nats: Mapping[str,
             many = "all" if not bool(mask.any()) else f"{int((~mask).sum())} of"
             few = "one" if groups[key].least == 1 else groups[key].least
             raise PlanError(f"keep[{key!r}] removes {many} {size} units; at least {few} must stay")
-    gone = {k: tuple((~keep[k]).nonzero().flatten().tolist()) for k in groups.groups if k in keep}
-    gone = {k: v for k, v in gone.items() if v}
-    cuts: dict[str, dict[int, list[int]]] = {}
-    for key, units in gone.items():
+    lost = {k: (~keep[k].cpu()).nonzero().flatten() for k in groups.groups if k in keep}
+    lost = {k: which for k, which in lost.items() if len(which)}
+    gone = {k: tuple(which.tolist()) for k, which in lost.items()}
+    cuts: dict[str, dict[int, list[Tensor]]] = {}
+    for key, which in lost.items():
         for member in groups[key].members:
-            indices = member.index[list(units)].flatten().tolist()
-            cuts.setdefault(member.name, {}).setdefault(member.dim, []).extend(indices)
-    sizes = [(groups.shapes[name][dim], len(lost)) for name, cut in cuts.items() for dim, lost in cut.items()]
-    widths = {size: {size - lost for other, lost in sizes if other == size} for size, _ in sizes}
+            cuts.setdefault(member.name, {}).setdefault(member.dim, []).append(member.index[which].flatten())
+    sizes = [(groups.shapes[n][d], sum(map(len, i))) for n, cut in cuts.items() for d, i in cut.items()]
+    widths = {size: {size - count for other, count in set(sizes) if other == size} for size in dict(sizes)}
+    units = torch.cat([torch.empty(0, dtype=torch.long), *(groups.units[k][v] for k, v in lost.items())])
     every = gone | {k: (0,) for k, mask in whole.items() if not bool(mask[0])}
     said = {k: tuple(nats[k][list(v)].double().tolist()) for k, v in every.items() if nats and k in nats}
     return Plan(
         removed=gone,
         widths={g.id: g.size for g in groups},
-        cuts={n: {d: tuple(sorted(i)) for d, i in c.items()} for n, c in cuts.items()},
+        cuts={n: {d: tuple(torch.cat(i).sort().values.tolist()) for d, i in c.items()} for n, c in cuts.items()},
         shapes=dict(groups.shapes),
-        edits=edits_of(groups.sites, _gone(groups, gone), widths),
-        counts=counts_of(groups.heads, _gone(groups, gone)),
+        edits=edits_of(groups.sites, units, widths),
+        counts=counts_of(groups.heads, units),
         spared=groups.spared,
         nats=said,
         caches=groups.caches,
         dropped=tuple(b for key, b in groups.branches.items() if key in every),
         routers=tuple(groups[key].router for key in gone if groups[key].router),
     )
-
-
-def _gone(groups: Groups, removed: Mapping[str, tuple[int, ...]]) -> Tensor:
-    found = [groups.units[k][list(v)] for k, v in removed.items()]
-    return torch.cat(found) if found else torch.empty(0, dtype=torch.long)
 
 
 def random_plan(groups: Groups, ratio: float, *, generator: torch.Generator | None = None) -> Plan:

@@ -12,6 +12,7 @@ turns them into numbers (`Edit`), and `resizing.py` applies the numbers while th
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Mapping
@@ -67,7 +68,7 @@ class Labels:
         consumed: atoms on the reading side of a weight.
         made: atoms on the making side of a weight that may also be read (tied embeddings).
         loose: ranges of atoms which belong to no tensor of the model.
-        touched: path of a module to the labels of the tensors in its forward.
+        touched: path of a module to the labels of the tensors in its forward, by address and number, each once.
         count: one element, the number of atoms given out.
     """
 
@@ -79,7 +80,7 @@ class Labels:
     consumed: list[Tensor] = field(default_factory=list)
     made: list[Tensor] = field(default_factory=list)
     loose: list[tuple[int, int]] = field(default_factory=list)
-    touched: dict[str, list[Tensor]] = field(default_factory=dict)
+    touched: dict[str, dict[tuple[int, int], Tensor]] = field(default_factory=dict)
     count: list[int] = field(default_factory=lambda: [0])
 
     def atoms(self, size: int) -> Tensor:
@@ -101,12 +102,14 @@ class Labels:
 
     def freeze(self, labels: Tensor, reason: str) -> None:
         """Say that none of the atoms in `labels` may ever be removed, because of `reason`."""
-        found = torch.unique(labels[labels >= 0])
+        found = labels[labels >= 0]
         if found.numel():
             self.frozen.append((found, reason))
 
     def unify(self, one: Tensor, other: Tensor, reason: str) -> None:
         """Tie `one` and `other` element by element (broadcast); an atom which meets a fixed element is frozen."""
+        if one is other:
+            return
         a, b = torch.broadcast_tensors(one, other)
         both = (a >= 0) & (b >= 0)
         self.edges.append((a[both], b[both]))
@@ -163,7 +166,7 @@ def compressed(labels: Tensor) -> Tensor:
             head = labels.narrow(dim, 0, 1)
             if labels.stride(dim) == 0 or bool((labels == head).all()):
                 labels = head
-    return labels.clone()
+    return labels.clone() if labels.nbytes < labels.untyped_storage().nbytes() else labels
 
 
 def tidy(shape: tuple[int, ...], labels: list[Tensor], zero: bool, ledger: Labels, reason: str) -> Value:
@@ -251,21 +254,24 @@ def match(left: Value, right: Value, ledger: Labels, *, reason: str) -> tuple[li
     return [f for f in joint if f.numel() > 1], shape
 
 
+BLOCK = 2**17
+"""Number of edges that are joined at once: what that takes of memory does not grow with the network."""
+
+
 def components(count: int, edges: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Return the smallest atom of each atom's component, shape ``(count,)``: pointer jumping, vectorised."""
     parent = torch.arange(count)
-    if not edges:
-        return parent
-    one, other = (torch.cat(side) for side in zip(*edges, strict=True))
-    while one.numel():
-        low, high = torch.minimum(parent[one], parent[other]), torch.maximum(parent[one], parent[other])
-        open_ = low != high
-        if not bool(open_.any()):
-            break
-        one, other = low[open_], high[open_]
-        parent.scatter_reduce_(0, other, one, "amin")
-        while not torch.equal(parent, parent[parent]):
-            parent = parent[parent]
+    sizes = torch.tensor([0, *(one.numel() for one, _ in edges)]).cumsum(0)
+    blocks = itertools.groupby(range(len(edges)), key=lambda i: int(sizes[i]) // BLOCK)
+    for _, block in blocks:
+        one, other = (torch.cat(side) for side in zip(*(edges[i] for i in block), strict=True))
+        while one.numel():
+            low, high = torch.minimum(parent[one], parent[other]), torch.maximum(parent[one], parent[other])
+            open_ = low != high
+            one, other = low[open_], high[open_]
+            parent.scatter_reduce_(0, other, one, "amin")
+            while not torch.equal(parent, further := parent[parent]):
+                parent = further
     return parent
 
 
@@ -399,24 +405,34 @@ class Edit:
         return self.old != self.new or any(old != new for _, old, new in self.sizes)
 
 
+@functools.cache
+def parameters(target: Any) -> dict[str, tuple[Any, ...]]:
+    """Return the arguments of an op by its schema: name to (place, only by name?) and the default if there is one."""
+    schema = getattr(target, "_schema", None)
+    return {
+        a.name: (i, a.kwarg_only, *([a.default_value] if a.has_default_value() else []))
+        for i, a in enumerate(schema.arguments if schema is not None else ())
+    }
+
+
 def argument(node: fx.Node, name: str, *otherwise: Any) -> Any:
     """Return the argument `name` of an op by its schema: the one given, its default, or `otherwise`.
 
     Raises:
         LookupError: when the op has no argument of that name, or none was given.
     """
-    schema = getattr(node.target, "_schema", None)
-    for index, expected in enumerate(schema.arguments if schema is not None else ()):
-        if expected.name == name:
-            if not expected.kwarg_only and index < len(node.args):
-                return node.args[index]
-            if name in node.kwargs or expected.has_default_value():
-                return node.kwargs.get(name, expected.default_value)
+    index, only_named, *default = parameters(node.target).get(name, (None, False))
+    if index is not None:
+        if not only_named and index < len(node.args):
+            return node.args[index]
+        if name in node.kwargs or default:
+            return node.kwargs.get(name, *default)
     if otherwise:
         return otherwise[0]
     raise LookupError(f"{node.target} was given no argument {name!r}")
 
 
+@functools.cache
 def op_name(target: Any) -> str:
     """Return the bare name of an op: ``aten::conv2d`` is "conv2d"; other callables their own name."""
     schema = getattr(target, "_schema", None)

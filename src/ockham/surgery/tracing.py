@@ -9,7 +9,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from ockham.core.network import Ignore, check_network, ignored
 from ockham.errors import OckhamError, OckhamWarning, TraceError
 from ockham.surgery.copies import (
     Arguments,
+    Gradless,
     as_arguments,
     caches_of,
     canonical_names,
@@ -124,28 +125,40 @@ class ByShapes(TrialPair):
     Attributes:
         model: the network.
         arguments: arguments of a call.
-        expected: sizes of the outputs with nothing removed; None where even that cannot be tried.
-        bare: whether it runs on the device `meta`.
+        nothing: plan that removes nothing; it runs only where another plan goes wrong, to see whose fault that is.
+        sizes: those of the outputs in the traced graph.
+        whole: whether it runs on the device `meta` (or needs fake tensors), and its outputs' sizes, once asked.
     """
 
     model: nn.Module
     arguments: Arguments
-    expected: list[tuple[int, ...]] | None
-    bare: bool
+    nothing: Plan
+    sizes: list[tuple[int, ...]]
+    whole: list[tuple[bool, list[tuple[int, ...]] | None]] = field(default_factory=list, init=False)
 
     def problem(self, plan: Plan) -> TrialProblem | None:
         """Return why the shrunk network does not run, or what is wrong with its outputs' sizes."""
-        if self.expected is None:
+        if not self.whole:
+            with contextlib.suppress(Exception):
+                if shapes_without_values(self.model, self.arguments, plan, bare=True) == self.sizes:
+                    return None
+            for bare in (True, False):
+                with contextlib.suppress(Exception):
+                    sizes = shapes_without_values(self.model, self.arguments, self.nothing, bare=bare)
+                    self.whole.append((bare, sizes))
+                    break
+            else:
+                self.whole.append((False, None))
+        bare, expected = self.whole[0]
+        if expected is None:  # not even the network as it is can be tried
             return None
         try:
-            found = shapes_without_values(self.model, self.arguments, plan, bare=self.bare)
+            found = shapes_without_values(self.model, self.arguments, plan, bare=bare)
         except Exception as error:
             return TrialProblem(f"the forward fails at another size ({_said(error)})", "")
-        if found == self.expected:
+        if found == expected:
             return None
-        return TrialProblem(
-            f"the forward fails at another size (outputs of sizes {found} instead of {self.expected})", ""
-        )
+        return TrialProblem(f"the forward fails at another size (outputs of sizes {found} instead of {expected})", "")
 
 
 def _said(error: Exception) -> str:
@@ -179,8 +192,8 @@ def shapes_without_values(model: nn.Module, arguments: Arguments, plan: Plan, *,
         loud.disabled = quiet
 
 
-def prepared(model: nn.Module, groups: Groups, arguments: Arguments) -> TrialPair:
-    """Return a trial of `model` which succeeds with nothing removed."""
+def prepared(model: nn.Module, groups: Groups, arguments: Arguments, sizes: list[tuple[int, ...]]) -> TrialPair:
+    """Return a trial of `model`, which succeeds with nothing removed; its outputs have these sizes."""
     held = named_tensors(model).values()
     if sum(t.numel() for t in held) <= LARGEST_TRIAL and not any(t.is_meta for t in held):
         for twin, given, tolerance in _twins(model, groups, arguments):
@@ -194,11 +207,7 @@ def prepared(model: nn.Module, groups: Groups, arguments: Arguments) -> TrialPai
                 more = _other_batch(given)
                 modes = (False, True) if _runs(twin, given, training=True) else (False,)
                 return ByValues(twin, given, modes, tolerance, more if more and _runs(twin, more) else None)
-    for bare in (True, False):
-        with contextlib.suppress(Exception):
-            expected = shapes_without_values(model, arguments, plan_masks(groups, {}), bare=bare)
-            return ByShapes(model, arguments, expected, bare)
-    return ByShapes(model, arguments, None, False)
+    return ByShapes(model, arguments, plan_masks(groups, {}), sizes)
 
 
 def _runs(twin: nn.Module, arguments: Arguments, *, training: bool = False) -> bool:
@@ -439,7 +448,9 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Ignore = (), whole: 
             ledger.freeze(atoms, "is not used in the traced forward")
     groups, touching = _grouped(model, axes, ledger, notes)
     groups = replace(groups, caches=caches, arguments=arguments)
-    trial = prepared(model, groups, arguments) if len(groups) or whole else None
+    ends = pytree.arg_tree_leaves(*next(iter(reversed(program.graph.nodes))).args)
+    sizes = [shapes_of(node.meta.get("val")) for node in ends if isinstance(node, fx.Node)]
+    trial = prepared(model, groups, arguments, sizes) if len(groups) or whole else None
     groups = tried(groups, trial, touching) if trial and len(groups) else groups
     if isinstance(trial, ByValues) and "experts" in whole:
         experts = [g for g in expert_groups(model, groups.shapes) if not held & g.shapes.keys()]
@@ -518,10 +529,13 @@ def _grouped(
     keys = list(groups.groups)
     for i, key in enumerate(keys):
         number[groups.units[key]] = i
+    number = number[root]
     touching = {}
     for path, found in ledger.touched.items():
-        atoms = torch.cat(found) if found else torch.empty(0, dtype=torch.long)
-        touching[path] = {keys[i] for i in torch.unique(number[root[atoms[atoms >= 0]]]).tolist() if i >= 0}
+        met = torch.zeros(len(keys) + 1, dtype=torch.bool)  # the last one: of no group
+        for atoms in found.values():
+            met[number[atoms[atoms >= 0]]] = True
+        touching[path] = {keys[i] for i in met[:-1].nonzero().flatten().tolist()}
     return replace(groups, sites=sites, heads=sites, spared=tuple(names)), touching
 
 
@@ -567,7 +581,13 @@ def _export(model: nn.Module, arguments: Arguments, caches: Caches, *, training:
     twin = clone(model, lambda _, t: t.detach()).train(training)  # on the same memory: tracing writes nothing
     _emptied(twin, caches)
     forward = twin.forward
-    twin.forward = functools.wraps(forward)(lambda *args, **kwargs: tuple(tensors_of(forward(*args, **kwargs))))
+
+    @functools.wraps(forward)
+    def told(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        with Gradless():
+            return tuple(tensors_of(forward(*args, **kwargs)))
+
+    twin.forward = told
     fast, silent = torch.backends.mha.get_fastpath_enabled(), getattr(fx.config, "do_not_emit_stack_traces", False)
     torch.backends.mha.set_fastpath_enabled(False)
     fx.config.do_not_emit_stack_traces = True  # nobody reads them, and they take a tenth of the time

@@ -23,6 +23,7 @@ from ockham.surgery.labels import (
     chunks,
     compressed,
     op_name,
+    parameters,
     reduced_axes,
     varying,
 )
@@ -69,9 +70,8 @@ class Call:
 
     def tensors(self) -> list[Value]:
         """Return all tensors among the arguments, in the order of the schema, repeated ones repeatedly."""
-        schema = getattr(self.node.target, "_schema", None)
-        names = [a.name for a in schema.arguments] if schema is not None else []
-        given = sorted(self.node.kwargs, key=lambda n: names.index(n) if n in names else len(names))
+        names = parameters(self.node.target)
+        given = sorted(self.node.kwargs, key=lambda n: names[n][0] if n in names else len(names))
         leaves = pytree.arg_tree_leaves(*self.node.args, *(self.node.kwargs[n] for n in given))
         found = [self.known.get(n) for n in leaves if isinstance(n, fx.Node)]
         return [v for f in found if f is not None for v in (f if isinstance(f, list) else [f])]
@@ -207,9 +207,9 @@ class Walker:
         if call.tensors() and all(value.learned for value in call.tensors()):
             values = [replace(v, learned=True) for v in (result if isinstance(result, list) else [result])]
             result = values if isinstance(result, list) else values[0]
-        own = self.ledger.touched.setdefault(place(node)[0], [])  # labels met in the forward of this module
+        own = self.ledger.touched.setdefault(place(node)[0], {})  # labels met in the forward of this module
         for value in (*call.tensors(), *(result if isinstance(result, list) else [result])):
-            own.extend(f.flatten() for f in value.factors)
+            own.update({(f.data_ptr(), f.numel()): f for f in map(torch.flatten, value.factors)})
         if call.name.endswith("_") and not call.name.endswith("__"):
             _taint(node, result, known)
         return result
