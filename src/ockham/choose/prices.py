@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
 from ockham.choose.units import (
     Choice,
@@ -31,7 +30,7 @@ from ockham.surgery.copies import as_arguments, clone
 from ockham.surgery.exporting import onnx_latencies
 from ockham.surgery.groups import Group, Groups, Plan, PlanError, plan_masks
 from ockham.surgery.refitting import refit
-from ockham.surgery.shrinking import latencies, shrink
+from ockham.surgery.shrinking import latencies, multiply_accumulates, shrink
 
 __all__ = [
     "Budget",
@@ -258,14 +257,11 @@ def macs_after(model: nn.Module, plan: Plan, example_inputs: Any) -> int:
     arguments = as_arguments(example_inputs)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     args, kwargs = pytree.tree_map_only(Tensor, fake.from_tensor, arguments)
-    counter = FlopCounterMode(display=False)
     with fake, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         small = clone(model, lambda n, t: torch.empty(plan.shape(n), dtype=t.dtype, device=t.device))
         refit(model, small, plan)
-        with counter:
-            small.eval()(*args, **kwargs)
-    return int(counter.get_total_flops() // 2)
+        return multiply_accumulates(small.eval(), args, kwargs)
 
 
 def latency_after(

@@ -212,17 +212,32 @@ def cost(model: nn.Module, example_inputs: Any) -> Cost:
     """
     args, kwargs = as_arguments(example_inputs)
     tensors = named_tensors(model)
-    counter = FlopCounterMode(display=False)
     modes = {module: module.training for module in model.modules()}
     try:
-        with counter, torch.no_grad():
-            model.eval()(*args, **kwargs)
+        macs = multiply_accumulates(model.eval(), args, kwargs)
     finally:
         for module, training in modes.items():
             module.training = training
     learned = sum(t.numel() for t in tensors.values() if isinstance(t, nn.Parameter))
     held = sum(t.numel() * t.element_size() for t in tensors.values())
-    return Cost(learned, held, counter.get_total_flops() // 2)
+    return Cost(learned, held, macs)
+
+
+def multiply_accumulates(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> int:
+    """Multiply-accumulates of one call of a network, as `torch.utils.flop_counter` counts them, without gradients."""
+
+    class Untracked:  # what tracks modules for gradients cannot take a parameter as a module's input without them
+        parents = frozenset({"Global"})
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None: ...
+
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = Untracked()  # type: ignore[assignment]
+    with counter, torch.no_grad():
+        model(*args, **kwargs)
+    return int(counter.get_total_flops() // 2)
 
 
 def latency(model: nn.Module, example_inputs: Any, *, batch: int = 1, repeats: int = 20, warmup: int = 5) -> float:
