@@ -21,7 +21,7 @@ from ockham.choose.prices import Structures
 from ockham.choose.rules import Diagnosis, diagnose
 from ockham.core.batch import ReadBatch, ReadOutput, read_batch
 from ockham.core.likelihood import Likelihood, Regression
-from ockham.core.network import Ignore, check_network, copied, device_of, evaluating, ignored, seeded
+from ockham.core.network import Ignore, check_network, copied, evaluating, ignored, seeded
 from ockham.core.objective import Objective, fit_noise, objective_of
 from ockham.core.posterior import POINT, Gaussian, Posterior
 from ockham.errors import OckhamError, OckhamWarning
@@ -362,7 +362,7 @@ class OneShotReduction(Method):
             small = removed_in_rounds(posterior, s.keep, unscored(network, self.ignore))
             model = with_means(network, small)
         else:
-            example = example_of(task.loader, task.objective, device_of(network))
+            example = example_of(task.loader, task.objective, network)
             groups = trace(network.eval(), example, ignore=tuple(sorted(ignored(network, self.ignore))))
             budget = None if s.budget is None else {name: f"{100 * share}%" for name, share in s.budget.items()}
             options: dict[str, Any] = {"price": s.structures.price, "round_to": s.structures.round_to, "budget": budget}
