@@ -298,8 +298,9 @@ def _(module: nn.RMSNorm, before: nn.RMSNorm) -> None:
         module.normalized_shape = tuple(module.weight.shape)
 
 
-@adapt.register
-def _(module: nn.Embedding, before: nn.Module) -> None:
+@adapt.register(nn.Embedding)
+@adapt.register(nn.EmbeddingBag)
+def _(module: nn.Embedding | nn.EmbeddingBag, before: nn.Module) -> None:
     module.num_embeddings, module.embedding_dim = module.weight.shape
 
 

@@ -21,7 +21,15 @@ from ockham.choose.prices import Structures
 from ockham.choose.rules import Diagnosis, diagnose
 from ockham.core.batch import ReadBatch, ReadOutput, read_batch
 from ockham.core.likelihood import Likelihood, Regression
-from ockham.core.network import Ignore, check_network, copied, evaluating, ignored, seeded
+from ockham.core.network import (
+    Ignore,
+    check_network,
+    copied,
+    evaluating,
+    ignored,
+    protected_names,
+    seeded,
+)
 from ockham.core.objective import Objective, fit_noise, objective_of
 from ockham.core.posterior import POINT, Gaussian, Posterior
 from ockham.errors import OckhamError, OckhamWarning
@@ -247,7 +255,7 @@ def compensated(model: nn.Module, posterior: Posterior, groups: Groups, plan: Pl
 
 def unscored(model: nn.Module, ignore: Ignore = ()) -> frozenset[str]:
     """Parameters from which a single reduction takes nothing: vectors, and what ``ignore`` covers."""
-    return ignored(model, ignore) | {name for name, p in model.named_parameters() if p.ndim < 2}
+    return protected_names(model, ignore) | {name for name, p in model.named_parameters() if p.ndim < 2}
 
 
 def _fitting(model: nn.Module, posterior: Posterior) -> None:
