@@ -254,7 +254,7 @@ def macs_after(model: nn.Module, plan: Plan, example_inputs: Any) -> int:
         plan: edits to make.
         example_inputs: inputs as for `trace`; the batch counts.
     """
-    arguments = as_arguments(example_inputs)
+    arguments = as_arguments(model, example_inputs)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     args, kwargs = pytree.tree_map_only(Tensor, fake.from_tensor, arguments)
     with fake, torch.no_grad(), warnings.catch_warnings():
@@ -304,7 +304,7 @@ def unit_costs(
     parameters = {key: float(count - parameters_after(model, p)) for key, p in one.items()}
     macs: dict[str, float] = {}
     if "macs" in measured:
-        leaves = pytree.tree_leaves(as_arguments(example_inputs))
+        leaves = pytree.tree_leaves(example_inputs)
         rows = next((t.shape[0] for t in leaves if isinstance(t, Tensor) and t.ndim > 0), 1)
         before = macs_after(model, whole, example_inputs)
         macs = {key: (before - macs_after(model, p, example_inputs)) / rows for key, p in one.items()}

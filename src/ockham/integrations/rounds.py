@@ -14,7 +14,7 @@ from torch import nn
 from ockham.choose.prices import Structures
 from ockham.choose.rules import EvidenceRule, RoundInfo, Rounds, Rule, counted, diagnose, evidence_falls, score
 from ockham.core.likelihood import Classification
-from ockham.core.network import Ignore, device_of, ignored, protected_names, unwrapped
+from ockham.core.network import Ignore, ignored, protected_names, unwrapped
 from ockham.core.objective import Objective
 from ockham.core.posterior import Posterior
 from ockham.core.processes import Processes
@@ -75,7 +75,7 @@ class StepRounds:
                 "structures change the network in place, which a wrapper around it does not see: train in one process, "
                 "or use ockham.compress(DistributedDataParallel(model), ...), which takes them out in several"
             )
-        inputs = example_of(loader, Objective(Classification()), device_of(model))
+        inputs = example_of(loader, Objective(Classification()), model)
         self._shrinking = Shrinking(self.structures, inputs, tuple(sorted(ignored(model, self.ignore))))
         self.shrunk = self._shrinking.start(model)
         self.rule = counted(self.rule, sum(p.numel() for p in model.parameters() if p.requires_grad))

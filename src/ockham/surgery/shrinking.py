@@ -210,7 +210,7 @@ def cost(model: nn.Module, example_inputs: Any) -> Cost:
         model: any network; it runs once, in evaluation mode, and is left as it is.
         example_inputs: inputs as for `trace`; the batch counts.
     """
-    args, kwargs = as_arguments(example_inputs)
+    args, kwargs = as_arguments(model, example_inputs)
     tensors = named_tensors(model)
     modes = {module: module.training for module in model.modules()}
     try:
@@ -260,7 +260,7 @@ def latencies(
 
     Arguments and result are those of `latency`, one number per network.
     """
-    args, kwargs = as_arguments(with_rows(example_inputs, batch))
+    args, kwargs = as_arguments(models[0], with_rows(example_inputs, batch))
     on_gpu = any(isinstance(t, Tensor) and t.is_cuda for t in pytree.tree_leaves((args, kwargs)))
     modes = {module: module.training for model in models for module in model.modules()}
     times: list[list[float]] = [[] for _ in models]
@@ -531,7 +531,7 @@ def verify(
         MismatchError: when it exceeds `tolerance`, or when a network does not run.
     """
     generator = generator or torch.Generator().manual_seed(0)
-    arguments = as_arguments(example_inputs)
+    arguments = as_arguments(masked, example_inputs)
     cast: Callable[[Arguments], Arguments] = to_double
     pair = [clone(m, lambda _, t: t.detach().clone()).eval() for m in (masked, small)]
     try:

@@ -267,7 +267,7 @@ def rotate(model: nn.Module, groups: Groups, posterior_or_inputs: Any) -> Any:
             has no factors of any reader, or when the outputs would change by more than 1e-5.
     """
     matrices = getattr(posterior_or_inputs, "matrices", None)
-    arguments = as_arguments(posterior_or_inputs) if matrices is None else groups.arguments
+    arguments = as_arguments(model, posterior_or_inputs) if matrices is None else groups.arguments
     known = None if matrices is None else {m.weight: m for m in matrices if m.precision.shape[0] == 1}
     twin: nn.Module = clone(model, lambda _, t: t.detach().clone()).eval()
     streams = [group for group in groups if any(_is_norm(twin, m) for m in group.members)]

@@ -25,7 +25,6 @@ from ockham.core.network import (
     Ignore,
     check_network,
     copied,
-    device_of,
     evaluating,
     ignored,
     protected_names,
@@ -371,7 +370,7 @@ class OneShotReduction(Method):
             small = removed_in_rounds(posterior, s.keep, unscored(network, self.ignore))
             model = with_means(network, small)
         else:
-            example = example_of(task.loader, task.objective, device_of(network))
+            example = example_of(task.loader, task.objective, network)
             groups = trace(network.eval(), example, ignore=tuple(sorted(ignored(network, self.ignore))))
             budget = None if s.budget is None else {name: f"{100 * share}%" for name, share in s.budget.items()}
             options: dict[str, Any] = {"price": s.structures.price, "round_to": s.structures.round_to, "budget": budget}
