@@ -54,7 +54,6 @@ DENSE, UNITS = "adamw", "units"
 ROWS: dict[str, dict[str, Any]] = {
     DENSE: {"said": "AdamW"},
     "evidence": {"said": "MeanField, evidence decides", "removed": 0.5},
-    "weights": {"said": "MeanField, 60 % of the weights", "keep": 0.6},
     UNITS: {"said": "MeanField, 60 % of the weights, a quarter of heads and units", "keep": 0.6, "share": 0.25},
 }
 ADAMW = [{"lr": lr, "weight_decay": w} for lr, w in product((5e-4, 1e-3, 2e-3), (0.01, 0.1))]
