@@ -210,7 +210,7 @@ class Objective:
         if given is not None and not isinstance(given, numbers.Real):
             raise DataError(f"n_data is the number of log-likelihood terms of all data; got {described(n_data)}")
         device, counter, whole = device_of(model), _Counter(self), True
-        with seeded(0, 0, device):
+        with processes.together(), seeded(0, 0, device):
             for i, raw in enumerate(loader):
                 batch = read_batch(raw, self.batch)
                 if i and (batch.size == 1 or blame(Batch(batch.args, batch.kwargs))):  # BatchNorm; missing inputs
@@ -458,15 +458,14 @@ def fit_noise(model: nn.Module, loader: Iterable[Any], objective: Objective, *, 
     """
     likelihood = objective.likelihood
     assert isinstance(likelihood, Regression)
-    statistics = TargetStatistics(likelihood.axis)
-    with evaluating(model):
+    statistics, processes = TargetStatistics(likelihood.axis), Processes.world() if sharded else ALONE
+    with evaluating(model), processes.together():
         for one in objective.checked(loader, model):
             found = aligned(objective.answer(model, one), one.target, "regression").double()
             weights = likelihood.term_weights(one.target, one.weight)
             residual = likelihood.standard(one.target) - found.to(likelihood.location.dtype)
             statistics.add(residual * likelihood.scale, torch.ones_like(residual[:1]) if weights is None else weights)
-    if not statistics.filled:
-        raise DataError("the loader is empty: it yields no targets")
-    sums = torch.stack([statistics.weight * statistics.mean_square(), statistics.weight])
-    sums = (Processes.world() if sharded else ALONE).gathered(sums).sum(0)
+        if not statistics.filled:
+            raise DataError("the loader is empty: it yields no targets")
+    sums = processes.gathered(torch.stack([statistics.weight * statistics.mean_square(), statistics.weight])).sum(0)
     likelihood.set_noise(statistics.shaped(sums[0] / sums[1]))
