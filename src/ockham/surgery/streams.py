@@ -258,9 +258,9 @@ def rotate(model: nn.Module, groups: Groups, posterior_or_inputs: Any) -> Any:
 
     Low-rank pairs, too: where one `torch.nn.Linear` makes fewer numbers than it reads and other Linears read them with
     nothing but sums and factors between (the adapters of LoRA), training spreads what has rank k over all coordinates.
-    Maker A (its bias a column of it) and readers B, one above the other, become S^1/2 V' and U S^1/2 of the singular value
-    decomposition B A = U S V': the last coordinates add least, and evidence finds which add nothing. Only where all of
-    these weights are trained.
+    Maker A (its bias a column of it) and readers B, one above the other, become S^1/2 V' and U S^1/2 of the singular
+    value decomposition B A = U S V': the last coordinates add least, and evidence finds which add nothing. Only where
+    all of these weights are trained.
 
     Args:
         model: network with residual streams behind norms whose readers are `torch.nn.Linear`; left as it is.
@@ -269,8 +269,8 @@ def rotate(model: nn.Module, groups: Groups, posterior_or_inputs: Any) -> Any:
             varies; or a posterior of `model` with Kronecker factors of its readers (`ockham.laplace`).
 
     Raises:
-        RotationError: when no group is a stream or a low-rank pair, when something other than linear layers reads it, when the posterior
-            has no factors of any reader, or when the outputs would change by more than 1e-5.
+        RotationError: when no group is a stream or a low-rank pair, when something other than linear layers reads it,
+            when the posterior has no factors of any reader, or when the outputs would change by more than 1e-5.
     """
     matrices = getattr(posterior_or_inputs, "matrices", None)
     arguments = as_arguments(model, posterior_or_inputs) if matrices is None else groups.arguments
@@ -290,8 +290,8 @@ def rotate(model: nn.Module, groups: Groups, posterior_or_inputs: Any) -> Any:
         gap = difference(*(outputs(m, to_double(arguments)) for m in doubled))
     if gap > TOLERANCE:
         raise RotationError(
-            f"rotating {', '.join(g.id for g in (*streams, *pairs))} would change the outputs by {gap:.1e}: something else than "
-            "linear layers behind norms reads the stream. Prune its coordinates as they are"
+            f"rotating {', '.join(g.id for g in (*streams, *pairs))} would change the outputs by {gap:.1e}: something "
+            "else than linear layers behind norms reads the stream. Prune its coordinates as they are"
         )
     return twin.train(model.training)
 
