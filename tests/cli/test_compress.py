@@ -153,6 +153,39 @@ def test_a_regression_is_reported_in_the_targets_own_units(ockham, tmp_path: Pat
     torch.testing.assert_close(variances[1], variances[0] * scale**2, rtol=4e-3, atol=0)
 
 
+@pytest.mark.slow
+@pytest.mark.data
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_house_prices_in_every_unit_are_one_result(ockham, tmp_path: Path, real_data: Path, seed: int) -> None:
+    """Boston housing as a user has it: in its own unit, in dollars, and with a spread of a thousandth around one."""
+    home = real_data / "uci" / "bostonHousing"
+    table, split = np.loadtxt(home / "data.txt"), np.load(home / "splits.npz")
+    rows, tested = split[f"train_{seed}"], split[f"test_{seed}"]
+    x, y = table[:, split["index_features"]], table[:, split["index_target"][0]]
+    tiny = 1e-3 / y[rows].std()
+    units = {"own": (1.0, 0.0), "dollars": (1000.0, 0.0), "tiny": (tiny, 1 - tiny * y[rows].mean())}
+    found = {}
+    for name, (scale, shift) in units.items():
+        (tmp_path / name).mkdir()
+        target = scale * y + shift
+        arrays = {"train_x": x[rows], "train_y": target[rows], "test_x": x[tested], "test_y": target[tested]}
+        np.savez(tmp_path / name / "data.npz", **arrays)
+        given = ("--data", name, "--seed", str(seed), "--out", f"r/{name}", "--epochs", "60", "--quiet")
+        done = ockham("compress", *given)
+        assert done.returncode == 0, done.stderr
+        found[name] = json.loads((tmp_path / "r" / name / "metrics.json").read_text())
+    assert found["own"]["network"] == "zoo:mlp_13_50_50_1" and found["own"]["after"]["rmse"] < 5
+    for name, (scale, _) in units.items():
+        assert found[name]["kept"] == pytest.approx(found["own"]["kept"], abs=1e-3)  # one or two weights of 3,301
+        for side in ("before", "after", "mean_network"):
+            own, here = found["own"][side], found[name][side]
+            for measure in ("rmse", "crps"):
+                assert here[measure] == pytest.approx(scale * own[measure], rel=5e-3)
+            assert here["nll"] == pytest.approx(own["nll"] + math.log(scale), abs=1e-2)
+            for share in ("coverage_50", "coverage_90", "coverage_95"):
+                assert here[share] == pytest.approx(own[share], abs=0.021)  # one example of 51
+
+
 def test_starting_from_given_weights(ockham, tmp_path: Path) -> None:
     torch.manual_seed(0)
     save_file(NETWORKS["digits_mlp"]().state_dict(), tmp_path / "w.safetensors")

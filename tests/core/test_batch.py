@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -62,9 +63,20 @@ def test_a_lone_keyword_goes_by_position_where_the_network_has_no_such_name():
 def test_packed_sequences_stay_whole_on_every_way():
     packed = nn.utils.rnn.pack_sequence([torch.randn(3, 2), torch.randn(5, 2)], enforce_sorted=False)
     batch = read_batch((packed, torch.tensor([0, 1]))).to("cpu")
-    assert isinstance(batch.args[0], nn.utils.rnn.PackedSequence)
-    with pytest.raises(DataError, match="PackedSequence"):
-        batch.part(slice(0, 1))
+    assert isinstance(batch.args[0], nn.utils.rnn.PackedSequence) and batch.packed and batch.size == 2
+    assert Batch((packed,)).size == 2 and not Batch((X,)).packed
+
+
+def test_parts_of_packed_sequences_are_those_of_the_examples():
+    series = [torch.randn(length, 2) for length in (3, 4, 1, 4)]
+    whole = Batch((nn.utils.rnn.pack_sequence(series, enforce_sorted=False),))
+    net = nn.GRU(2, 3)
+    alone = [net(one[:, None])[1][0] for one in series]
+    for rows in (slice(0, 1), slice(1, 4), torch.tensor([3, 0])):
+        part = whole.part(rows).args[0]
+        found, picked = net(part)[1][0], list(range(4))[rows] if isinstance(rows, slice) else rows.tolist()
+        assert len(part.data) == sum(len(series[i]) for i in picked)
+        torch.testing.assert_close(found, torch.cat([alone[i] for i in picked]))
 
 
 def test_weights_come_third_and_parts_keep_all_that_belongs_together():
@@ -119,6 +131,31 @@ def test_errors_of_the_network_say_what_it_was_given():
         call(nn.Linear(4, 2), read_batch(((X, X, X), Y)))
 
 
+class Image(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.embed = nn.Conv2d(3, 2, 3), nn.Embedding(5, 2)
+
+    def forward(self, x):
+        return self.embed(x) if x.ndim == 2 else self.conv(x)
+
+
+@pytest.mark.parametrize(
+    ("x", "way"),
+    [
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), r"x\.to\(torch\.float32\) / 255"),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.float64), r"x\.to\(torch\.float32\)$"),
+        (torch.zeros(2, 8, 8, 3), r"x\.permute\(0, 3, 1, 2\)"),
+        (torch.full((2, 4), 7), "Embedding has no row"),
+        (np.zeros((2, 3, 8, 8), dtype=np.float32), r"torch\.as_tensor\(x\)"),
+    ],
+)
+def test_what_a_network_cannot_take_is_said_with_what_mends_it(x, way):
+    with pytest.raises(DataError, match=way) as found:
+        call(Image(), read_batch((x, Y[:2])))
+    assert str(found.value).count("\n") == 0
+
+
 def test_loaders_without_length_need_the_number_of_steps():
     class Stream(IterableDataset):
         def __iter__(self):
@@ -132,7 +169,7 @@ def test_loaders_without_length_need_the_number_of_steps():
     short = sized([(X, Y)] * 2, 3)
     with pytest.raises(DataError, match="ends after 2 batches"):
         list(short)
-    for bad, text in ((iter([(X, Y)]), "read only once"), ([], "empty"), (3, "iterable of batches; got int")):
+    for bad, text in ((iter([(X, Y)]), "read only once"), ([], "empty"), (3, r"got int\. .*DataLoader")):
         with pytest.raises(DataError, match=text):
             sized(bad)
     with pytest.raises(OckhamError, match="at least 1"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import distributions as D
@@ -43,6 +44,18 @@ def test_classification_with_weights_is_the_weighted_sum():
     torch.testing.assert_close(both.nll(LOGITS, LABELS, weight), (weight * by_class[LABELS] * each).sum() / 8)
     assert both.terms(LABELS, weight) == pytest.approx(float((weight * by_class[LABELS]).sum()))
     assert both.terms(LABELS) == pytest.approx(float(by_class[LABELS].sum())) and plain.terms(LABELS) == 8
+
+
+@pytest.mark.parametrize("weights", [[-1.0, 2.0], [math.nan, 1.0], [0.0, 0.0]])
+def test_class_weights_that_weigh_nothing_sensible_are_refused(weights):
+    with pytest.raises(OckhamError, match="not negative, not all zero"):
+        Classification(class_weights=torch.tensor(weights))
+
+
+def test_class_weights_come_as_people_have_them():
+    want = Classification(class_weights=torch.tensor([1.0, 2.0, 0.5])).nll(LOGITS, LABELS)
+    for given in ([1, 2, 0.5], np.array([1, 2, 0.5]), torch.tensor([1, 2, 0.5], dtype=torch.float64)):
+        torch.testing.assert_close(Classification(class_weights=given).nll(LOGITS, LABELS), want)
 
 
 def test_padding_is_no_data_with_and_without_weights():
@@ -96,7 +109,7 @@ def test_labels_of_other_integer_types_and_with_an_axis_too_many(dtype):
         (LOGITS, LABELS[:5], r"\(8, 3\) for \(5,\)"),
         (LOGITS, LABELS + 1, r"0\.\.2 .*got 1\.\.3"),
         (LOGITS[:, :1], LABELS, r"0\.\.0 .*likelihood='binary'"),
-        (LOGITS, 3, r"tensor of targets; got int"),
+        (LOGITS, 3, r"no batch axis.*DataLoader"),
         (LOGITS, torch.tensor(1), r"no batch axis.*DataLoader"),
         (LOGITS.T, LABELS, r"\(3, 8\) for \(8,\)"),
     ],

@@ -75,6 +75,10 @@ def test_looking_at_the_data_leaves_network_and_randomness_as_they_were():
         ((X[:8], torch.zeros(8).long(), -torch.ones(8)), "not negative"),
         ((X[:8], torch.zeros(8).long(), torch.ones(5)), r"\(5,\) for \(8,\)"),
         ((X[:8], torch.zeros(8).long(), torch.zeros(8)), "weights are zero"),
+        ((X[0], 1), "single examples"),
+        ((X[:8], [0, 1] * 4), r"got list of 8.*torch\.as_tensor"),
+        ((X[:8], ["cat", "dog"] * 4), "Number the classes"),
+        ((X[:2], torch.eye(2).long()), r"argmax\(1\)"),
     ],
 )
 def test_a_first_batch_that_cannot_work_is_refused_at_once_by_every_verb(raw, text):
@@ -99,6 +103,41 @@ def test_what_is_not_finite_is_named_with_its_example():
     with pytest.raises(DataError, match="input 0 is not finite: nan in example 3 "):
         ockham.laplace(mlp(2), batches(later, (Y[:, 0] > 0).long()))
     assert blame(Batch((X,), {}, Y)) == ""
+
+
+def test_faults_of_later_batches_are_found_before_any_epoch():
+    x, y = X.clone(), (X[:, 0] > 0).long()
+    x[130, 1] = math.nan
+    seen = []
+    for job in (ockham.compress, lambda net, data, **_: objective_of(net).prepare(net, data)):
+        with pytest.raises(NonFiniteLossError, match=r"batch 2 .*input 0 is not finite: nan in example 30 "):
+            job(mlp(2), batches(x, y), on_progress=seen.append)
+    norm = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    with pytest.raises(DataError, match=r"batch 4 .*drop_last=True"):
+        ockham.compress(norm, [*batches(X, y), (X[:1], y[:1])], on_progress=seen.append)
+    assert not seen
+    assert objective_of(mlp(2)).prepare(mlp(2), [*batches(X, y), (X[:1], y[:1])]) == 201
+
+
+class TimeFirst(nn.Module):
+    """Outputs [T, N], which have the targets' shape [N, T] where there are as many examples as steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Linear(3, 1)
+
+    def forward(self, x):
+        return self.last(x)[..., 0].t()
+
+
+def test_outputs_of_the_targets_shape_by_accident_are_refused():
+    x = torch.randn(6, 6, 3, generator=g())
+    with pytest.raises(DataError, match=r"must count the examples; with 5 examples instead of 6 .*\(6, 5\)"):
+        ockham.compress(TimeFirst(), [(x, x[..., 0])], likelihood="regression")
+    net = TimeFirst()
+    objective_of(net, "regression", output=lambda found: found.t()).prepare(net, [(x, x[..., 0])])
+    square = seeded(lambda: nn.Linear(3, 8))
+    objective_of(square).prepare(square, [(X[:8], torch.arange(8))])  # eight classes, eight examples
 
 
 def test_missing_inputs_that_the_network_handles_are_no_fault():
@@ -143,6 +182,18 @@ def test_n_data_is_the_sum_of_the_weights_and_far_sums_are_announced():
     torch.testing.assert_close(torch.stack(losses).mean(), (weight * each).sum() / weight.sum())
     with pytest.warns(OckhamWarning, match="add up to 20 for 200 terms"):
         objective_of(net).prepare(net, batches(X, y, torch.full((200,), 0.1)))
+
+
+def test_own_losses_with_weights_may_be_means():
+    def squares(output, target, weight):
+        return (weight[:, None] * (output - target).square()).mean()
+
+    net, weight = mlp(), torch.rand(200, generator=g(3)) + 0.5
+    objective = objective_of(net, ockham.Loss(squares, reduction="mean"))
+    assert objective.prepare(net, batches(X, Y, weight)) == pytest.approx(float(weight.sum()), rel=1e-6)
+    summed = ockham.Loss(lambda o, t, w: (w[:, None] * (o - t).square()).sum(), reduction="mean")
+    with pytest.warns(OckhamWarning, match="it is a sum"):
+        objective_of(net, summed).prepare(net, batches(X, Y, weight))
 
 
 @pytest.mark.parametrize("answer", [lambda f: f, lambda f: {"logits": f}, lambda f: (f, None)])

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -141,7 +142,10 @@ def worker(rank, folder, port):
         posterior.save(folder / f"{name}.{rank}.safetensors")
 
     for name in LAPLACE:
-        keep(f"laplace-{name}", laplace(name, slice(rank, None, 2), sharded=True))
+        with mock.patch.object(torch.linalg, "eigh", wraps=torch.linalg.eigh) as eigh:
+            keep(f"laplace-{name}", laplace(name, slice(rank, None, 2), sharded=True))
+        solved = (str(call.args[0].shape[-1]) for call in eigh.call_args_list)
+        (folder / f"eigh-{name}.{rank}").write_text(" ".join(solved))
     for name in COMPRESS:
         found = compressed(name, DistributedDataParallel, rank, 2)
         keep(f"compress-{name}", found.posterior)
@@ -176,13 +180,18 @@ def refusals(rank):
         nn.functional.cross_entropy(net(X), LABELS).backward()
     optimizer.step()
     yield told(lambda: rounds.after_step(optimizer, 1, 0.0))
+    nothing = slice(0) if rank else slice(None)  # a fault: no data for process 1
+    yield told(lambda: laplace("classes", nothing, sharded=True))
+    yield told(lambda: laplace("kronecker", nothing, sharded=True))
+    wrong = RowsOf([(X[:, : 4 - rank], LABELS)], rank, 2)  # a fault: process 1 has three columns
+    yield told(lambda: ockham.compress(DistributedDataParallel(network(2)), wrong))
 
 
 def told(call):
     try:
         call()
     except OckhamError as error:
-        return str(error)
+        return str(error).replace("\n", " ")
     return "nothing"
 
 
@@ -243,9 +252,27 @@ def test_a_job_of_two_processes_that_was_stopped_gives_the_folder_of_one(folder,
 
 def test_processes_that_differ_are_named_before_anything_is_trained_or_removed(folder):
     for rank in range(2):
-        start, drift = (folder / f"refused.{rank}").read_text().splitlines()
+        start, drift, *_ = (folder / f"refused.{rank}").read_text().splitlines()
         assert "process 1 differ from those of process 0" in start
         assert "process 1 differ from those of process 0" in drift
+
+
+def test_what_one_process_cannot_read_stops_all_and_is_named(folder):
+    """The others would wait for it."""
+    first, second = ((folder / f"refused.{rank}").read_text().splitlines()[2:] for rank in range(2))
+    assert first == 3 * ["stopped, since process 1 failed: the message there says why"]
+    assert "the loader is empty" in second[0] and "the loader is empty" in second[1]
+    assert "the network cannot take the data's inputs, float64 (32, 3)" in second[2]
+
+
+def test_each_process_decomposes_its_share_of_the_factors_and_all_have_the_same(folder):
+    sizes = [sorted(map(int, (folder / f"eigh-classes.{rank}").read_text().split())) for rank in range(2)]
+    assert sizes == [[2, 7], [5, 6]]  # inputs with their bias, and outputs, of one layer each
+    one, two = pair(folder, "laplace-classes")
+    for a, b, whole in zip(one.matrices, two.matrices, laplace("classes").matrices, strict=True):
+        for name in ("input_values", "input_vectors", "output_values", "output_vectors"):
+            assert torch.equal(getattr(a.precision, name), getattr(b.precision, name))
+        torch.testing.assert_close(a.precision.curvature, whole.precision.curvature, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(("library", "trained"), [("accelerate", accelerated), ("lightning", lightened)])

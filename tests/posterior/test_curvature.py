@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ockham import laplace
+from ockham import laplace, predict
 from ockham.core.batch import Batch
 from ockham.core.likelihood import Classification
 from ockham.core.objective import Objective
@@ -230,6 +230,29 @@ def test_nothing_about_the_network_or_the_world_changes(linear):
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and net.training
     assert torch.equal(state, torch.get_rng_state()) and not net[0]._forward_hooks
     assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("structure", ["diagonal", "kronecker"])
+def test_packed_sequences_have_the_curvature_of_their_padded_twin(structure):
+    class Read(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.out = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x, last=None):
+            if last is None:
+                return self.out(self.rnn(x)[1][0][-1])
+            return self.out(self.rnn(x)[0][torch.arange(len(x)), last])
+
+    series = [torch.randn(length, 3) for length in (2, 5, 1, 4, 3)]
+    net, y = Read(), torch.tensor([0, 1, 1, 0, 1])
+    packed, last = nn.utils.rnn.pack_sequence(series, enforce_sorted=False), torch.tensor([1, 4, 0, 3, 2])
+    given = {"structure": structure, "fisher": "empirical", "prior": 1.0}
+    found = laplace(net, [(packed, y)], **given)
+    twin = laplace(net, [((nn.utils.rnn.pad_sequence(series, batch_first=True), last), y)], **given)
+    for name, g in twin.items():
+        torch.testing.assert_close(found[name].precision, g.precision, rtol=1e-4, atol=1e-6)
+    assert predict(net, found, packed, draws=2).probabilities.shape == (5, 2)
 
 
 def test_padding_and_tokens_are_terms():

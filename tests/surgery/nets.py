@@ -402,6 +402,18 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
         lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(L(6, 12)), nn.ReLU(), L(12, 3)),
         lambda: torch.randn(4, 6),
     ),
+    "bag": (
+        lambda: nn.Sequential(nn.EmbeddingBag(9, 10, mode="max"), nn.ReLU(), L(10, 7), nn.ReLU(), L(7, 3)),
+        lambda: torch.randint(0, 9, (4, 6)),
+    ),
+    "tensordot": (
+        lambda: Fn(
+            lambda self, x: torch.tensordot(self.w, self.a(x).relu().view(-1, 5, 8), ([0, 2], [2, 1])).T,
+            a=L(6, 40),
+            w=nn.Parameter(torch.randn(8, 3, 5)),
+        ),
+        lambda: torch.randn(4, 6),
+    ),
     "twice": (
         lambda: Fn(
             lambda self, x: self.o(self.m(self.m(self.i(x)).relu()).relu()), i=L(6, 12), m=L(12, 12), o=L(12, 3)
@@ -480,6 +492,8 @@ MUST: dict[str, dict[str, int]] = {
     "vae": {"0.weight:0": 8, "3.weight:1": 6},
     "permute": {"a.weight:0": 8, "n.weight:0": 10},
     "weight_norm": {"0.bias:0": 12},
+    "bag": {"0.weight:1": 10, "2.weight:0": 7},
+    "tensordot": {"a.weight:0": 8},
     "twice": {"i.weight:0": 12},
     "pad_shortcut": {"a.weight:0": 8, "c.weight:0": 4},
     "zero_pad": {"1.weight:0": 8},

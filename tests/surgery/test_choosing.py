@@ -345,3 +345,26 @@ def test_heads_of_attention_are_scored_and_taken() -> None:
     small = ockham.shrink(model, plan)
     assert small.attend.num_heads == 2
     ockham.verify(ockham.mask(model, plan), small, x)
+
+
+class Latents(nn.Module):
+    """A parameter is the input of a module, as the queries of a Perceiver or DETR are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.latent = nn.Parameter(torch.randn(4, 6))
+        self.inner, self.out = nn.Linear(6, 10), nn.Linear(10, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.out(self.inner(self.latent).relu()).T
+
+
+def test_a_parameter_may_be_the_input_of_a_module_where_multiplications_are_counted() -> None:
+    net, x = Latents(), torch.randn(7, 5)
+    groups = ockham.trace(net, x)
+    plan = ockham.random_plan(groups, 0.5, generator=torch.Generator().manual_seed(0))
+    small = ockham.shrink(net, plan)
+    width = small.inner.out_features
+    assert width < 10
+    expected = 4 * small.inner.in_features * width + 4 * width * 5 + 7 * 5 * 4
+    assert cost(small, x).macs == macs_after(net, plan, x) == expected

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -134,3 +136,41 @@ def test_a_posterior_without_factors_says_no_direction():
     posterior = ockham.laplace(net, [(words, words)], structure="diagonal", prior=1.0)
     with pytest.raises(RotationError, match="no Kronecker factors"):
         rotate(net, trace(net, WORDS), posterior)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_low_rank_pair_is_put_in_the_order_of_its_singular_values(bias):
+    """Six adapter directions whose product has rank two: all but two go and nothing changes."""
+    generator = torch.Generator().manual_seed(3)
+    net = Fn(
+        lambda self, x: self.base(x) + 2.0 * self.up(self.down(x)),
+        base=L(12, 10).requires_grad_(False),
+        down=L(12, 6, bias=bias),
+        up=L(6, 10),
+    )
+    x = torch.randn(7, 12, generator=generator)
+    mixed = torch.randn(6, 6, generator=generator)
+    with torch.no_grad():
+        net.down.weight.copy_(mixed[:, :2] @ net.down.weight[:2])
+        if bias:
+            net.down.bias.copy_(mixed[:, :2] @ net.down.bias[:2])
+    groups = trace(net, x)
+    [pair] = [g for g in groups if g.size == 6]
+    first_two = {pair.id: torch.arange(6) < 2}
+    assert difference(outputs(net, x), outputs(shrink(net, plan_masks(groups, first_two)), x)) > 1e-3
+    turned = rotate(net, groups, x)
+    assert difference(outputs(net, x), outputs(turned, x)) <= 1e-5
+    sizes = turned.up.weight.detach().norm(dim=0).tolist()
+    assert all(a >= b - 1e-6 for a, b in pairwise(sizes))
+    again = trace(turned, x)
+    [pair] = [g for g in again if g.size == 6]
+    small = shrink(turned, plan_masks(again, {pair.id: torch.arange(6) < 2}))
+    assert small.up.in_features == 2
+    assert difference(outputs(net, x), outputs(small, x)) <= 1e-5
+
+
+def test_a_pair_with_something_between_is_left_alone():
+    net = Fn(lambda self, x: self.up(self.down(x).relu()), down=L(12, 6), up=L(6, 10))
+    x = torch.randn(7, 12)
+    with pytest.raises(RotationError, match="low-rank pair"):
+        rotate(net, trace(net, x), x)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ockham
-from ockham.errors import OckhamError
+from ockham.errors import OckhamError, OckhamWarning
 from ockham.fit.point import PointEstimate
 from ockham.methods.gates.training import GateCompression, GateTraining
 from ockham.methods.horseshoe import horseshoe
@@ -153,6 +153,26 @@ def test_the_old_weight_norm_is_refused_and_the_new_one_works(kind, verb):
         VERBS[verb](hooked(kind), loader())
     if verb == "compress":
         VERBS[verb](hooked(getattr(nn.utils.parametrizations, kind.__name__)), loader())
+
+
+def test_weights_go_only_where_zeros_pass_through_a_parametrisation():
+    """A row of zeros under weight_norm is 0 / 0; orthogonal fills it again; one that scales leaves it alone."""
+
+    class Doubled(nn.Module):
+        def forward(self, w):
+            return 2.0 * w
+
+    net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+    nn.utils.parametrizations.weight_norm(net[0])
+    nn.utils.parametrizations.orthogonal(net[2])
+    nn.utils.parametrize.register_parametrization(net[4], "weight", Doubled())
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    with pytest.warns(OckhamWarning, match=r"2 parametrised tensors.*get_submodule\('0'\), 'weight'"):
+        small = ockham.compress(net, loader(), keep_share=0.93, training=ockham.Training(epochs=4)).model
+    gone = {n: int(((p == 0) & (before[n] != 0)).sum()) for n, p in small.named_parameters()}
+    assert gone["0.parametrizations.weight.original1"] == gone["2.parametrizations.weight.original"] == 0
+    assert sum(gone.values()) >= 7 and gone["4.parametrizations.weight.original"]
+    assert small(X).isfinite().all()
 
 
 @pytest.mark.parametrize("verb", TRAINING)

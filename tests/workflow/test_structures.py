@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +16,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import ockham
 from ockham.core.files import read_tree, write_tree
-from ockham.errors import OckhamError, OckhamWarning
+from ockham.core.likelihood import Classification
+from ockham.core.objective import Objective
+from ockham.errors import DataError, OckhamError, OckhamWarning, TraceError
 from ockham.methods.spike_slab.optimizer import spike_slab
 from ockham.methods.spike_slab.priors import FixedSpikeSlab
-from ockham.run.structures import Origin, fold_constants
+from ockham.run.structures import Origin, example_of, fold_constants
+from ockham.surgery.copies import as_arguments
 from ockham.surgery.shrinking import cost
 
 TRAINING = ockham.Training(epochs=40, learning_rate=2e-2, prior=ockham.FixedPrior(1.0), kl_warmup=0.1)
@@ -38,6 +42,56 @@ def images(n: int = 256) -> DataLoader:
     for i, label in enumerate(y.tolist()):
         x[i, 0, 2 * label : 2 * label + 3, 1:7] += 1.0
     return DataLoader(TensorDataset(x, y), batch_size=32, shuffle=True)
+
+
+class Both(nn.Module):
+    """Two inputs by position, by name, or both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.out = nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, left: Tensor, right: Tensor | None = None) -> Tensor:
+        return self.out(torch.relu(self.fc(left if right is None else left - 2 * right)))
+
+
+Pair = namedtuple("Pair", ["left", "right"])
+A, B, LABEL = torch.randn(9, 3), torch.randn(9, 3), torch.arange(9) % 2
+
+
+@pytest.mark.parametrize(
+    ("raw", "batch"),
+    [
+        (((A, B), LABEL), None),
+        ((Pair(A, B), LABEL), None),
+        ({"left": A, "right": B, "labels": LABEL}, None),
+        ({"a": A, "b": B}, lambda raw: ockham.Batch((raw["a"],), {"right": raw["b"]}, LABEL)),
+    ],
+)
+def test_every_batch_that_trains_can_be_traced(raw: object, batch: object) -> None:
+    net = Both()
+    example = example_of([raw], Objective(Classification(), batch), net)
+    args, kwargs = as_arguments(net, example)
+    torch.testing.assert_close(net(*args, **kwargs), net(A[:2], B[:2]))
+    small = ockham.compress(net, [raw], structure="auto", training=ockham.Training(epochs=1), batch=batch)
+    assert small.plan is not None
+    torch.testing.assert_close(cost(net, Pair(A, B)).macs, cost(net, (A, B)).macs)
+
+
+def test_a_lone_keyword_and_inputs_without_a_name_can_be_traced_or_are_refused() -> None:
+    net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    assert len(ockham.trace(net, {"features": A})) == 1
+
+    class Rest(Both):
+        def forward(self, *left: Tensor, right: Tensor) -> Tensor:
+            return super().forward(left[0], right)
+
+    objective = Objective(Classification(), lambda raw: ockham.Batch((A,), {"right": B}, LABEL))
+    with pytest.raises(DataError, match=r"all by position or all by name.*Name them all in batch="):
+        example_of([0], objective, Rest())
+    packed = nn.utils.rnn.pack_sequence([A, B], enforce_sorted=False)
+    with pytest.raises(TraceError, match="PackedSequence, whose lengths decide"):
+        ockham.trace(nn.LSTM(3, 4), packed)
 
 
 class Net(nn.Module):

@@ -101,7 +101,7 @@ def test_npz_regression_keeps_targets_and_standardises_columns(tmp_path):
     y = RNG.normal(size=50)
     np.savez(tmp_path / "data.npz", train_x=x[:40], train_y=y[:40], test_x=x[40:], test_y=y[40:])
     got = data.load_folder(tmp_path)
-    assert got.classes is None and got.image_shape is None and got.train_y.dtype == torch.float32
+    assert got.classes is None and got.image_shape is None and got.train_y.dtype == torch.float64
     np.testing.assert_allclose(got.test_y, y[40:], rtol=1e-6)
     varying = x[:, :3]
     expected = (varying[40:] - varying[:40].mean(0)) / varying[:40].std(0)

@@ -139,9 +139,23 @@ def test_suggested_network_takes_the_data(shape, classes, name):
     assert built(name)(got.test_x).shape == (len(got.test_y), classes)
 
 
+@pytest.mark.parametrize(("classes", "single", "outputs"), [(3, False, 3), (0, False, 1), (2, True, 1)])
+def test_tables_get_a_small_network_of_their_own_width(classes, single, outputs):
+    got = made((5,), classes)
+    name = networks.suggest(got, single=single)
+    assert name == f"mlp_5_50_50_{outputs}" and networks.constructor(name)()(got.test_x).shape[1:] == (outputs,)
+
+
+def test_names_build_what_they_say():
+    assert networks.constructor("lenet5_caffe") is networks.NETWORKS["lenet5_caffe"]
+    assert [m.out_features for m in networks.constructor("mlp_7_3")() if isinstance(m, torch.nn.Linear)] == [3]
+    for name in ("mlp", "mlp_7", "mlp_0_3", "mlp_a_3", "mlp_7_99999999", "net_7_3", "mlp_swish_8", ""):
+        assert networks.constructor(name) is None, name
+
+
 @pytest.mark.parametrize(
     ("shape", "classes", "said"),
-    [((28, 28), 26, "(1, 28, 28) and 26 classes"), ((5,), 3, "(5,) and 3 classes"), ((4,), 0, "regression targets")],
+    [((28, 28), 26, "(1, 28, 28) and 26 classes"), ((28, 28), 0, "regression targets")],
 )
 def test_no_network_to_suggest(shape, classes, said):
     with pytest.raises(DataError) as caught:

@@ -161,7 +161,7 @@ def multiples_that_pay(subject: Subject, groups: Groups, *, runtime: str | None 
     layers = {g.id: _layers(model, g) for g in groups}
     paths = {path for found in layers.values() for path in found}
     hollow = any(p.is_meta for p in model.parameters())
-    given = {} if hollow else given_to(model, paths, as_arguments(subject.example_inputs))
+    given = {} if hollow else given_to(model, paths, as_arguments(model, subject.example_inputs))
     tensors = (t for t in pytree.tree_leaves(subject.example_inputs) if isinstance(t, Tensor) and t.ndim)
     times = 64 / max(1, next((t.shape[0] for t in tensors), 1))
     found = {}

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
 from ockham.choose.units import (
     Choice,
@@ -31,7 +30,7 @@ from ockham.surgery.copies import as_arguments, clone
 from ockham.surgery.exporting import onnx_latencies
 from ockham.surgery.groups import Group, Groups, Plan, PlanError, plan_masks
 from ockham.surgery.refitting import refit
-from ockham.surgery.shrinking import latencies, shrink
+from ockham.surgery.shrinking import latencies, multiply_accumulates, shrink
 
 __all__ = [
     "Budget",
@@ -255,17 +254,14 @@ def macs_after(model: nn.Module, plan: Plan, example_inputs: Any) -> int:
         plan: edits to make.
         example_inputs: inputs as for `trace`; the batch counts.
     """
-    arguments = as_arguments(example_inputs)
+    arguments = as_arguments(model, example_inputs)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     args, kwargs = pytree.tree_map_only(Tensor, fake.from_tensor, arguments)
-    counter = FlopCounterMode(display=False)
     with fake, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         small = clone(model, lambda n, t: torch.empty(plan.shape(n), dtype=t.dtype, device=t.device))
         refit(model, small, plan)
-        with counter:
-            small.eval()(*args, **kwargs)
-    return int(counter.get_total_flops() // 2)
+        return multiply_accumulates(small.eval(), args, kwargs)
 
 
 def latency_after(
@@ -308,7 +304,7 @@ def unit_costs(
     parameters = {key: float(count - parameters_after(model, p)) for key, p in one.items()}
     macs: dict[str, float] = {}
     if "macs" in measured:
-        leaves = pytree.tree_leaves(as_arguments(example_inputs))
+        leaves = pytree.tree_leaves(example_inputs)
         rows = next((t.shape[0] for t in leaves if isinstance(t, Tensor) and t.ndim > 0), 1)
         before = macs_after(model, whole, example_inputs)
         macs = {key: (before - macs_after(model, p, example_inputs)) / rows for key, p in one.items()}

@@ -248,7 +248,14 @@ def _table(console: Console, columns: dict[str, dict[str, float]]) -> None:
     table = Table("measure", *columns)
     for name in dict.fromkeys(name for column in columns.values() for name in column):
         values = (column.get(name) for column in columns.values())
-        shown = ("-" if v is None else f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for v in values)
+        shown = (
+            "-"
+            if v is None
+            else f"{v:,}"
+            if isinstance(v, int)
+            else f"{v:{'.4f' if abs(v) >= 0.01 or not v else '.3g'}}"
+            for v in values
+        )
         table.add_row(_plain(name), *shown)
     console.print(table)
 

@@ -65,7 +65,7 @@ from ockham.run.job import Job, Recipe
 from ockham.run.measure import mean_predictor, measures
 from ockham.run.weights import huggingface_model, read_weights
 from ockham.zoo.data import Dataset, Normalize, digits, load_folder
-from ockham.zoo.networks import NETWORKS, suggest
+from ockham.zoo.networks import NETWORKS, constructor, suggest
 
 __all__ = [
     "METHODS",
@@ -98,7 +98,9 @@ class Basic:
     """Options of every method. None means: chosen by the data."""
 
     out: str | None = _option(None, "Result folder.", DATA)
-    model: str | None = _option(None, "Zoo name, hf:FOLDER or package.module:function. [by the data]", DATA)
+    model: str | None = _option(
+        None, "Zoo name, mlp_13_50_1, hf:FOLDER or package.module:function. [by the data]", DATA
+    )
     keep_share: float | None = _option(None, "Budget: share that stays. [the evidence decides]", REMOVAL)
     ignore: tuple[str, ...] = _option((), "Protect: parameter or module name, or re:pattern.", REMOVAL)
     threads: int | None = _option(None, "CPU threads. [torch's; small data 1]", RUN)
@@ -335,7 +337,7 @@ def build_job(given: Common | Mapping[str, Any], command: str, processes: Proces
     weights = None if o.weights is None else read_weights(o.weights, max_bytes=o.max_bytes)
     reading = {"target": o.target, "normalize": _normalize(o.normalize), "max_bytes": o.max_bytes}
     data, device = load_data(o.data, **reading), parse_device(o.device)
-    builder, build = load_model(o.model, data)
+    builder, build = load_model(o.model, data, single=o.likelihood in ("binary", "poisson"))
     if o.threads is None and len(data.train_x) < SMALL_DATA:
         torch.set_num_threads(1)  # small steps: threads would wait for each other longer than they work
     name = o.likelihood or ("regression" if data.train_y.is_floating_point() else "classification")
@@ -519,15 +521,20 @@ def _normalize(text: str | None) -> Normalize:
     return means, stds
 
 
-def load_model(source: str | None, data: Dataset) -> tuple[str, Callable[[], nn.Module]]:
+def load_model(source: str | None, data: Dataset, *, single: bool = False) -> tuple[str, Callable[[], nn.Module]]:
     """(label, constructor): from the zoo by name or by the shape of the data, or the user's own function.
+
+    Args:
+        source: option as typed; None: chosen by the data.
+        data: data set that the network is for.
+        single: flag, True: a network chosen by the data has one output.
 
     Raises:
         OckhamError: unknown name, or a constructor that returns no module.
     """
     if source is None or ":" not in source or source.startswith("zoo:"):
-        name = suggest(data) if source is None else source.removeprefix("zoo:")
-        return f"zoo:{name}", _pick("--model", name, NETWORKS)
+        name = suggest(data, single=single) if source is None else source.removeprefix("zoo:")
+        return f"zoo:{name}", constructor(name) or _pick("--model", name, NETWORKS)
     if source.startswith("hf:"):
         return source, lambda: huggingface_model(source[3:])
     function = _imported("--model", source)

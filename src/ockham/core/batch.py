@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
 
 from ockham.errors import DataError, OckhamError
@@ -28,6 +28,7 @@ __all__ = [
     "ReadOutput",
     "RowsOf",
     "Substituted",
+    "arranged",
     "asked",
     "batches_of",
     "call",
@@ -35,6 +36,7 @@ __all__ = [
     "described",
     "forward",
     "inputs_of",
+    "is_packed",
     "random_states",
     "read_batch",
     "restore_random_states",
@@ -45,6 +47,11 @@ __all__ = [
 
 PYTHON_ERRORS = (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError, NotImplementedError)
 """What a network, a loss or a function of the user's raises when it is given something it cannot take."""
+
+_NO_LOADER = (
+    "the loader must be an iterable of batches; got {}. A Dataset yields single examples: pass "
+    "torch.utils.data.DataLoader(dataset, batch_size=32)"
+)
 
 READ_ONCE = "the loader can be read only once, or is empty: pass a DataLoader or a list of batches, not an iterator"
 """What is said of a loader that yields nothing in a later pass."""
@@ -74,7 +81,9 @@ class Batch:
     def size(self) -> int:
         """Number of examples: the length of the target, or of the first input where there is no target."""
         for value in (self.target, (self.args, dict(self.kwargs))):
-            for leaf in pytree.tree_leaves(value):
+            for leaf in pytree.tree_leaves(value, is_leaf=is_packed):
+                if is_packed(leaf):
+                    return int(leaf.batch_sizes[0])
                 if isinstance(leaf, Tensor) and leaf.ndim:
                     return len(leaf)
         raise DataError(f"a batch of {described(self)} holds no tensor with a batch axis")
@@ -85,20 +94,22 @@ class Batch:
         args, kwargs = tuple(to_device(v, at) for v in self.args), {k: to_device(v, at) for k, v in self.kwargs.items()}
         return Batch(args, kwargs, to_device(self.target, at), to_device(self.weight, at))
 
-    def part(self, rows: slice | Tensor) -> Batch:
-        """Some of the examples.
+    @property
+    def packed(self) -> bool:
+        """Whether an input is a PackedSequence."""
+        return any(map(is_packed, pytree.tree_leaves((self.args, dict(self.kwargs)), is_leaf=is_packed)))
 
-        Raises:
-            DataError: an input cannot be cut along its first axis, such as a PackedSequence.
-        """
+    def part(self, rows: slice | Tensor) -> Batch:
+        """Some of the examples; a PackedSequence is packed anew."""
         size = self.size
 
         def cut(leaf: Any) -> Any:
+            if is_packed(leaf):
+                padded, lengths = pad_packed_sequence(leaf, batch_first=True)
+                return pack_padded_sequence(padded[rows], lengths[rows], batch_first=True, enforce_sorted=False)
             return leaf[rows] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size else leaf
 
-        if any(isinstance(v, PackedSequence) for v in (*self.args, *self.kwargs.values())):
-            raise DataError("single examples are needed here, and a PackedSequence cannot be cut into examples")
-        args, kwargs, target = pytree.tree_map(cut, (self.args, dict(self.kwargs), self.target))
+        args, kwargs, target = pytree.tree_map(cut, (self.args, dict(self.kwargs), self.target), is_leaf=is_packed)
         return Batch(args, kwargs, target, None if self.weight is None else self.weight[rows])
 
 
@@ -186,7 +197,7 @@ def sized(loader: Iterable[Any], steps_per_epoch: int | None = None) -> Loader:
         DataError: the loader is empty, has no length and none is given, can be read only once, or is no loader.
     """
     if not isinstance(loader, Iterable):
-        raise DataError(f"the loader must be an iterable of batches; got {described(loader)}")
+        raise DataError(_NO_LOADER.format(described(loader)))
     if isinstance(loader, Iterator) and not hasattr(loader, "__len__"):
         raise DataError(
             f"the loader is a {type(loader).__name__} that can be read only once, and every epoch reads it anew: pass "
@@ -311,7 +322,7 @@ def read_batch(raw: Any, batch: ReadBatch | None = None) -> Batch:
         if "labels" not in raw:
             raise DataError(f"a batch that is a mapping needs its targets under 'labels'; got {described(raw)}. {_HOW}")
         return Batch((), {k: v for k, v in raw.items() if k != "labels"}, raw["labels"])
-    if isinstance(raw, PackedSequence) or not isinstance(raw, (tuple, list)) or len(raw) not in (2, 3):
+    if is_packed(raw) or not isinstance(raw, (tuple, list)) or len(raw) not in (2, 3):
         raise DataError(
             "the loader must yield pairs (inputs, targets), triples (inputs, targets, weight) or mappings with "
             f"'labels'; got {described(raw)}. {_HOW}"
@@ -319,8 +330,8 @@ def read_batch(raw: Any, batch: ReadBatch | None = None) -> Batch:
     target, weight = raw[1], raw[2] if len(raw) == 3 else None
     if len(raw) == 3 and not (isinstance(weight, Tensor) and weight.is_floating_point()):
         raise DataError(
-            f"the third entry of a batch is the floating weight of its examples; got {described(weight)}. For two "
-            "inputs yield ((x, z), y), or pass batch="
+            f"the third entry of a batch is the floating weight of its examples; got {described(weight)}. Use "
+            "torch.as_tensor(weight).float(); for two inputs yield ((x, z), y), or pass batch="
         )
     if target is None:
         raise DataError(f"the targets of a batch are None; got {described(raw)}. {_HOW}")
@@ -334,7 +345,7 @@ def inputs_of(x: Any, target: Any = None, weight: Tensor | None = None) -> Batch
     """A `Batch` with these inputs: a tuple or list is positional, a mapping keywords, everything else one input."""
     if isinstance(x, Mapping):
         return Batch((), dict(x), target, weight)
-    whole = isinstance(x, PackedSequence) or _is_named(x) or not isinstance(x, (tuple, list))
+    whole = is_packed(x) or _is_named(x) or not isinstance(x, (tuple, list))
     return Batch((x,) if whole else tuple(x), {}, target, weight)
 
 
@@ -364,7 +375,7 @@ def batches_of(loader: Iterable[Any], device: torch.device, batch: ReadBatch | N
         DataError: it is no loader, or a batch cannot be read.
     """
     if not isinstance(loader, Iterable):
-        raise DataError(f"the loader must be an iterable of batches; got {described(loader)}")
+        raise DataError(_NO_LOADER.format(described(loader)))
     for raw in loader:
         yield read_batch(raw, batch).to(device)
 
@@ -380,18 +391,36 @@ def call(model: Callable[..., Any], batch: Batch, output: ReadOutput | None = No
     Raises:
         DataError: the network, or ``output``, cannot take what it is given; says what that was.
     """
-    args, kwargs = _arranged(model, batch)
+    args, kwargs = arranged(model, batch)
     try:
         found = model(*args, **kwargs)
     except (OckhamError, torch.OutOfMemoryError):
         raise
     except PYTHON_ERRORS as error:
-        lone = "more than 1 value per channel" in str(error)  # of torch's BatchNorm in training
-        way = ". Leave the last, smaller batch out (DataLoader(..., drop_last=True)), or use another batch size" * lone
-        raise DataError(
-            f"the network cannot take the data's inputs, {_call_of(args, kwargs)}: {type(error).__name__}: {error}{way}"
-        ) from error
+        said = f"{type(error).__name__}: {_way_out(model, (args, kwargs), str(error).strip().splitlines() or [''])}"
+        raise DataError(f"the network cannot take the data's inputs, {_call_of(args, kwargs)}: {said}") from error
     return found if output is None else asked(output, found, "output= cannot read what the network returns")
+
+
+def _way_out(model: Any, given: Any, lines: list[str]) -> str:
+    """The first line of what Python said when a network was called, and what mends it, where that is known."""
+    leaves, said = pytree.tree_leaves(given), lines[0]
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    kinds = {p.dtype for p in parameters if p.is_floating_point()}
+    numbers = {v.dtype for v in leaves if isinstance(v, Tensor) and (v.is_floating_point() or v.dtype is torch.uint8)}
+    images = [v for v in leaves if isinstance(v, Tensor) and v.ndim == 4 and v.shape[-1] in (1, 3)]
+    if any(isinstance(v, np.ndarray) for v in leaves):
+        return f"{said}. Yield tensors: torch.as_tensor(x)"
+    if "more than 1 value per channel" in said:  # of torch's BatchNorm in training
+        return f"{said}. Leave the last, smaller batch out (DataLoader(..., drop_last=True)), or use another batch size"
+    if len(kinds) == 1 and numbers - kinds and ("type" in said or "expected scalar" in said):
+        kind, bytes_ = str(*kinds), torch.uint8 in numbers
+        return f"{said}. The network computes in {kind}: yield x.to({kind}){' / 255' if bytes_ else ''}"
+    if images and "channels" in said:
+        return f"{said}. Channels come before rows and columns: yield x.permute(0, 3, 1, 2)"
+    if "index out of range in self" in said:
+        return f"{said}. An Embedding has no row for some of these ids: give it more rows, or check the ids"
+    return said
 
 
 class Substituted:
@@ -433,8 +462,13 @@ def forward(model: nn.Module, x: Any) -> Any:
     return call(model, inputs_of(x))
 
 
-def _arranged(model: Any, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of the call: named tuples spread or whole, a lone keyword by position, as the network wants them."""
+def arranged(model: Any, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of the call: named tuples spread or whole, a lone keyword by position, as the network wants them.
+
+    Args:
+        model: network, or what has the ``forward`` of one.
+        batch: batch that it is called with.
+    """
     args, kwargs = batch.args, dict(batch.kwargs)
     lone_tuple = len(args) == 1 and _is_named(args[0])
     lone_keyword = not args and len(kwargs) == 1
@@ -459,13 +493,19 @@ def _binds(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[
 
 
 def _is_named(value: Any) -> bool:
-    return isinstance(value, tuple) and hasattr(value, "_fields") and not isinstance(value, PackedSequence)
+    return isinstance(value, tuple) and hasattr(value, "_fields") and not is_packed(value)
+
+
+def is_packed(value: Any) -> bool:
+    """Whether something is a PackedSequence, which is a named tuple to Python and one input to us."""
+    return isinstance(value, PackedSequence)
 
 
 def to_device(value: Any, device: torch.device) -> Any:
     """Move tensors in (nested) tuples, lists, mappings and anything that has ``to``; types stay what they are."""
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        short = device.type == "mps" and value.dtype is torch.float64  # which Apple's processors do not have
+        return (value.float() if short else value).to(device, non_blocking=True)
     if isinstance(value, PackedSequence):
         return value.to(device)  # type: ignore[arg-type]
     if isinstance(value, Mapping):

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -25,6 +26,7 @@ __all__ = [
     "Regression",
     "TermLikelihood",
     "aligned",
+    "check_target",
     "likelihood_from",
     "spread_weight",
 ]
@@ -140,14 +142,21 @@ def aligned(output: Tensor, target: Tensor, what: str) -> Tensor:
     )
 
 
-def _is_target(target: Any, what: str) -> None:
-    if not isinstance(target, Tensor):
-        raise DataError(f"{what} needs a tensor of targets; got {described(target)}")
-    if target.ndim == 0:
+def check_target(target: Any, what: str) -> None:
+    """Refuse targets that are no tensor, or those of one example.
+
+    Raises:
+        DataError: says what came, and what to yield.
+    """
+    if isinstance(target, (int, float, np.number)) or (isinstance(target, Tensor) and target.ndim == 0):
         raise DataError(
             "the targets have no batch axis: the loader yields single examples. Put it through a "
             "torch.utils.data.DataLoader(..., batch_size=32), or yield batches"
         )
+    if not isinstance(target, Tensor):
+        texts = isinstance(target, (list, tuple)) and any(isinstance(v, str) for v in target)
+        way = "Number the classes 0..K-1 and yield" if texts else "Yield"
+        raise DataError(f"{what} needs a tensor of targets; got {described(target)}. {way} torch.as_tensor(targets)")
 
 
 class Classification(TermLikelihood):
@@ -162,7 +171,11 @@ class Classification(TermLikelihood):
     kind = "classification"
 
     def __init__(
-        self, ignore_index: int = -100, *, class_weights: Tensor | None = None, axis: Literal[1, -1] | None = None
+        self,
+        ignore_index: int = -100,
+        *,
+        class_weights: Tensor | Sequence[float] | None = None,
+        axis: Literal[1, -1] | None = None,
     ) -> None:
         super().__init__()
         if axis not in (None, 1, -1):
@@ -170,7 +183,12 @@ class Classification(TermLikelihood):
         self.ignore_index, self.axis = ignore_index, axis
         self._of_object = False
         self.class_weights: Tensor | None
-        self.register_buffer("class_weights", class_weights, persistent=False)
+        weights = None if class_weights is None else torch.as_tensor(class_weights).float()
+        if weights is not None and not bool((weights.isfinite() & (weights >= 0)).all() and weights.any()):
+            raise OckhamError(
+                f"Classification: class_weights are finite, not negative, not all zero; got {weights.tolist()}"
+            )
+        self.register_buffer("class_weights", weights, persistent=False)
 
     def nll(self, output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
         """Mean cross-entropy over the targets that count."""
@@ -228,7 +246,7 @@ class Classification(TermLikelihood):
         Raises:
             DataError: with the labels or shapes at fault.
         """
-        _is_target(target, "classification")
+        check_target(target, "classification")
         if target.is_floating_point() or target.is_complex():
             raise DataError(
                 f"classification needs integer labels; got {target.dtype}. Use labels.long() (argmax(1) of one-hot "
@@ -262,9 +280,10 @@ class Classification(TermLikelihood):
         first = output.shape[:1] + output.shape[2:] == labels.shape
         logits = output.movedim(-1, 1) if output.ndim > 2 and (self.axis or (1 if first else -1)) == -1 else output
         if output.ndim < 2 or logits.shape[:1] + logits.shape[2:] != labels.shape:
+            one_hot = ". For one-hot rows yield labels.argmax(1)" if output.shape == target.shape else ""
             raise DataError(
                 f"classification needs logits [N, K, ...] (or [N, ..., K]) for labels [N, ...]; got "
-                f"{tuple(output.shape)} for {tuple(target.shape)}"
+                f"{tuple(output.shape)} for {tuple(target.shape)}{one_hot}"
             )
         return logits, labels
 
@@ -332,7 +351,7 @@ class Binary(TermLikelihood):
         Raises:
             DataError: with the targets or shapes at fault.
         """
-        _is_target(target, self.kind)
+        check_target(target, self.kind)
         aligned(output, target, self.kind)
         if target.numel() and not (float(target.min()) >= 0 and float(target.max()) <= 1):
             raise DataError(
@@ -362,7 +381,7 @@ class Poisson(TermLikelihood):
         Raises:
             DataError: with the targets or shapes at fault.
         """
-        _is_target(target, self.kind)
+        check_target(target, self.kind)
         aligned(output, target, self.kind)
         if target.numel() and not (float(target.min()) >= 0 and bool((target == target.round()).all())):
             raise DataError(f"poisson targets must be counts 0, 1, 2, ...; got values from {float(target.min()):g}")
@@ -457,7 +476,7 @@ class Regression(TermLikelihood):
         Raises:
             DataError: with both shapes.
         """
-        _is_target(target, self.kind)
+        check_target(target, self.kind)
         if not target.is_floating_point():
             raise DataError(
                 f"regression needs floating targets; got {target.dtype}. Use targets.float(), or "
@@ -514,15 +533,16 @@ class Loss(Likelihood):
         """Whatever the network returned."""
         return found
 
-    def looks_summed(self, output: Any, target: Any) -> bool:
+    def looks_summed(self, output: Any, target: Any, weight: Tensor | None = None) -> bool:
         """True when a loss declared as a mean doubles as the batch is doubled: it is plainly a sum."""
         if self.reduction == "sum" or not (isinstance(output, Tensor) and isinstance(target, Tensor)):
             return False
         if target.shape[:1] != output.shape[:1]:
             return False
         with torch.no_grad():
-            once = float(self._value(output, target, None))
-            twice = float(self._value(torch.cat([output, output]), torch.cat([target, target]), None))
+            once = float(self._value(output, target, weight))
+            doubled = None if weight is None else torch.cat([weight, weight])
+            twice = float(self._value(torch.cat([output, output]), torch.cat([target, target]), doubled))
         return abs(once) > 1e-12 and abs(twice / once - 2) < 1e-3
 
     def learns(self, output: Any, target: Any, weight: Tensor | None) -> bool:

@@ -6,6 +6,7 @@ import copy
 import difflib
 import random
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ockham.core.processes import ALONE, Processes, whole
-from ockham.errors import OckhamError
+from ockham.errors import OckhamError, OckhamWarning
 
 __all__ = [
     "Entry",
@@ -71,10 +73,11 @@ def check_network(model: nn.Module, *, meta: bool = False, values: bool = True) 
             what to do instead.
     """
     check_module(model)
-    if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
+    scripted = next((n for n, m in model.named_modules() if isinstance(m, torch.jit.ScriptModule)), None)
+    if scripted is not None:
         raise OckhamError(
-            f"the network is TorchScript ({type(model).__name__}), whose parameters cannot be edited: pass the "
-            "nn.Module that it was made from, and script the result"
+            f"{repr(scripted) + ' in the network' if scripted else 'the network'} is TorchScript, whose parameters "
+            "cannot be edited: put in the nn.Module that it was made from, and script the result"
         )
     states: tuple[tuple[Callable[[Any], bool], str], ...] = (
         (
@@ -285,8 +288,53 @@ def ignored(model: nn.Module, entries: Ignore, *, buffers: bool = False) -> froz
 
 
 def protected_names(model: nn.Module, ignore: Ignore) -> frozenset[str]:
-    """The same as `ignored`, under its older name."""
-    return ignored(model, ignore)
+    """Names of the parameters that lose no single weights.
+
+    They are what ``ignore`` covers, and what stands behind a parametrisation (`torch.nn.utils.parametrize`) through
+    which zeros do not pass: a row of zeros under ``weight_norm`` is 0 / 0, and ``orthogonal`` fills it again.
+
+    Args:
+        model: whose parameters they are.
+        ignore: what else to protect.
+
+    Raises:
+        OckhamError: as `ignored`.
+
+    Warns:
+        OckhamWarning: a parametrisation keeps its parameters whole; names the first and the way out.
+    """
+    held = ignored(model, ignore)
+    names = [
+        f"{where}.parametrizations.{tensor}".lstrip(".")
+        for where, module in model.named_modules()
+        if parametrize.is_parametrized(module)
+        for tensor, parts in module.parametrizations.items()
+        if not _passes_zeros(parts)
+    ]
+    inside = {n for n, _ in model.named_parameters() if n.rpartition(".")[0] in names}
+    if inside - held:
+        module, _, tensor = names[0].rpartition(".parametrizations.")
+        warnings.warn(
+            f"{len(names)} parametrised tensors keep all their weights ({names[0]}, ...), since zeros do not pass "
+            "through their parametrisation. To remove weights of them, take it off first: "
+            f"torch.nn.utils.parametrize.remove_parametrizations(model.get_submodule({module!r}), {tensor!r})",
+            OckhamWarning,
+            stacklevel=3,
+        )
+    return held | inside
+
+
+@torch.no_grad()
+def _passes_zeros(parts: nn.Module) -> bool:
+    """Whether zeros of the parameters behind one parametrised tensor are zeros of the tensor."""
+    twin = copy.deepcopy(parts).eval()
+    made = twin()
+    originals = [p for p in twin.parameters(recurse=False) if p.shape == made.shape]
+    for p in originals:
+        p[:1] = 0.0
+        p.view(-1)[::2] = 0.0
+    made = twin()
+    return bool(made.isfinite().all()) and all(not bool(made[p == 0].any()) for p in originals)
 
 
 def _covered(model: nn.Module, entry: Any, every: dict[str, str], first: dict[Tensor, str]) -> set[str]:

@@ -28,7 +28,16 @@ from ockham.core.batch import (
     described,
     read_batch,
 )
-from ockham.core.likelihood import Likelihood, Loss, Regression, TermLikelihood, aligned, likelihood_from, spread_weight
+from ockham.core.likelihood import (
+    Likelihood,
+    Loss,
+    Regression,
+    TermLikelihood,
+    aligned,
+    check_target,
+    likelihood_from,
+    spread_weight,
+)
 from ockham.core.network import check_network, device_of, evaluating, keeping_modes, seeded, train_
 from ockham.core.posterior import Posterior
 from ockham.core.processes import ALONE, Processes
@@ -123,10 +132,13 @@ class Objective:
         """
         with keeping_modes(model), _keeping_buffers(model), torch.no_grad(), seeded(0, 0, device_of(model)):
             train_(model) if training else model.eval()
-            output = self.answer(model, batch)
             if batch.target is None:
                 raise DataError("the targets of a batch are None: batch= must give ockham.Batch(..., target=...)")
+            if isinstance(self.likelihood, TermLikelihood):
+                check_target(batch.target, self.likelihood.kind)
+            output = self.answer(model, batch)
             self.likelihood.check(output, batch.target)
+            self._check_first_axis(model, batch, output)
             _check_weight(batch.weight)
             loss = self.nll(output, batch)
             if not bool(torch.isfinite(loss)):
@@ -135,13 +147,24 @@ class Objective:
                 raise NonFiniteLossError(blame(batch, output) or said)
             if isinstance(self.likelihood, Loss):
                 if not self.likelihood.learns(output, batch.target, batch.weight):
-                    raise DataError(
-                        "the loss does not depend on the network's output, so that nothing can be learned from it: "
-                        "leave .detach(), .item() and torch.no_grad() out of the function of ockham.Loss"
-                    )
-                if self.likelihood.looks_summed(output, batch.target):
+                    raise DataError(DETACHED)
+                if self.likelihood.looks_summed(output, batch.target, batch.weight):
                     warnings.warn(_SUMMED, OckhamWarning, stacklevel=4)
         return output
+
+    def _check_first_axis(self, model: nn.Module, batch: Batch, output: Any) -> None:
+        """Refuse outputs whose first axis has the length of the batch by accident, such as [T, N] with T = N."""
+        if not isinstance(output, Tensor) or output.ndim < 2 or len(output) not in output.shape[1:] or batch.size < 3:
+            return
+        try:
+            fewer = self.answer(model, batch.part(slice(0, batch.size - 1)))
+        except DataError:  # a network that takes batches of one size
+            return
+        if len(fewer) != batch.size - 1:
+            raise DataError(
+                f"the first axis of the outputs must count the examples; with {batch.size - 1} examples instead of "
+                f"{batch.size} they have the shape {tuple(fewer.shape)}. Put the batch first: transpose them by output="
+            )
 
     def checked(self, loader: Iterable[Any], model: nn.Module) -> Iterator[Batch]:
         """Batches on the model's device under a seed, for verbs that read once; the first is checked.
@@ -187,9 +210,14 @@ class Objective:
         if given is not None and not isinstance(given, numbers.Real):
             raise DataError(f"n_data is the number of log-likelihood terms of all data; got {described(n_data)}")
         device, counter, whole = device_of(model), _Counter(self), True
-        with seeded(0, 0, device):
+        with processes.together(), seeded(0, 0, device):
             for i, raw in enumerate(loader):
                 batch = read_batch(raw, self.batch)
+                if i and (batch.size == 1 or blame(Batch(batch.args, batch.kwargs))):  # BatchNorm; missing inputs
+                    try:
+                        self.check(model, batch.to(device))
+                    except OckhamError as error:
+                        raise type(error)(f"batch {i} (counted from 0): {error}") from error
                 if i == 0:
                     self.check(model, batch.to(device))
                     whole = n_data is None or batch.weight is not None or counter.statistics is not None
@@ -430,15 +458,14 @@ def fit_noise(model: nn.Module, loader: Iterable[Any], objective: Objective, *, 
     """
     likelihood = objective.likelihood
     assert isinstance(likelihood, Regression)
-    statistics = TargetStatistics(likelihood.axis)
-    with evaluating(model):
+    statistics, processes = TargetStatistics(likelihood.axis), Processes.world() if sharded else ALONE
+    with evaluating(model), processes.together():
         for one in objective.checked(loader, model):
             found = aligned(objective.answer(model, one), one.target, "regression").double()
             weights = likelihood.term_weights(one.target, one.weight)
             residual = likelihood.standard(one.target) - found.to(likelihood.location.dtype)
             statistics.add(residual * likelihood.scale, torch.ones_like(residual[:1]) if weights is None else weights)
-    if not statistics.filled:
-        raise DataError("the loader is empty: it yields no targets")
-    sums = torch.stack([statistics.weight * statistics.mean_square(), statistics.weight])
-    sums = (Processes.world() if sharded else ALONE).gathered(sums).sum(0)
+        if not statistics.filled:
+            raise DataError("the loader is empty: it yields no targets")
+    sums = processes.gathered(torch.stack([statistics.weight * statistics.mean_square(), statistics.weight])).sum(0)
     likelihood.set_noise(statistics.shaped(sums[0] / sums[1]))

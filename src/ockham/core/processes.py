@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -75,14 +76,41 @@ class Processes:
         dist.all_reduce(total, group=self.group)
         return total.to(values.device)
 
-    def told(self, values: Tensor) -> Tensor:
-        """The values of process 0, of the shape and type that ``values`` have here."""
+    def told(self, values: Tensor, by: int = 0) -> Tensor:
+        """The values of process ``by``, of the shape and type that ``values`` have here."""
         if self.count == 1:
             return values
         plain = values.to(torch.uint8) if values.dtype is torch.bool else values  # gloo sends no booleans
         sent = plain.detach().to(self._place).contiguous().clone()
-        dist.broadcast(sent, group=self.group, group_src=0)
+        dist.broadcast(sent, group=self.group, group_src=by)
         return sent.to(values)
+
+    def shares(self, costs: Sequence[float]) -> list[int]:
+        """Which process does each of several pieces of work: the dearest first, always to the one with least so far."""
+        loads, owners = [0.0] * self.count, [0] * len(costs)
+        for piece in sorted(range(len(costs)), key=lambda i: -costs[i]):
+            owners[piece] = loads.index(min(loads))
+            loads[owners[piece]] += costs[piece]
+        return owners
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Let all processes leave a block or none: what fails in one stops the others, which would wait for it.
+
+        Raises:
+            OckhamError: the block failed in other processes; in those their own error.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        failed = self.gathered(torch.tensor(float(failure is not None)))
+        if failure is not None:
+            raise failure
+        if failed.any():
+            who = ", ".join(str(rank) for rank in failed.nonzero().flatten().tolist())
+            raise OckhamError(f"stopped, since process {who} failed: the message there says why")
 
     def told_bytes(self, content: bytes) -> bytes:
         """The bytes of process 0, however many there are here."""

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils.rnn import PackedSequence
 
 from ockham.core.batch import Batch, ReadBatch, ReadOutput, Substituted, batches_of, call, inputs_of, tensor_of
 from ockham.core.network import check_network, device_of, evaluating, frozen_modules, seeded
@@ -123,11 +122,9 @@ def draw_outputs(
             hint = f"its names begin with the prefix {wrapper!r} of a wrapper: pass the wrapped model, or rename them"
         raise OckhamError(f"the posterior has parameters this model lacks: {unknown[:6]}; {hint}")
     whole = x if isinstance(x, Batch) else inputs_of(x)
-    packed = any(isinstance(v, PackedSequence) for v in (*whole.args, *whole.kwargs.values()))
-    size = whole.size
-    rows = [slice(0, size)] if packed else [slice(i, i + batch) for i in range(0, max(size, 1), batch)]
+    rows = [slice(i, i + batch) for i in range(0, max(whole.size, 1), batch)]
     with evaluating(model) as device:
-        parts = [(whole if packed else whole.part(r)).to(device) for r in rows]
+        parts = [whole.part(r).to(device) for r in rows]
         for _ in range(draws):
             drawn = draw_parameters(posterior, generator)
             yield torch.cat([tensor_of(call(Substituted(model, drawn), part, output)) for part in parts])

@@ -14,7 +14,7 @@ from torch import nn
 from ockham.choose.prices import Structures
 from ockham.choose.rules import EvidenceRule, RoundInfo, Rounds, Rule, counted, diagnose, evidence_falls, score
 from ockham.core.likelihood import Classification
-from ockham.core.network import Ignore, device_of, ignored, unwrapped
+from ockham.core.network import Ignore, ignored, protected_names, unwrapped
 from ockham.core.objective import Objective
 from ockham.core.posterior import Posterior
 from ockham.core.processes import Processes
@@ -67,7 +67,7 @@ class StepRounds:
         """
         if steps < 1:
             raise OckhamError(f"rounds are planned from the number of steps of the run: set it; got {steps}")
-        self._protected, self.due = ignored(model, self.ignore), self.rounds.epochs(steps)
+        self._protected, self.due = protected_names(model, self.ignore), self.rounds.epochs(steps)
         if self.structures is None:
             return
         if Processes.world().count > 1 or unwrapped(model)[0] is not model:
@@ -75,8 +75,8 @@ class StepRounds:
                 "structures change the network in place, which a wrapper around it does not see: train in one process, "
                 "or use ockham.compress(DistributedDataParallel(model), ...), which takes them out in several"
             )
-        inputs = example_of(loader, Objective(Classification()), device_of(model))
-        self._shrinking = Shrinking(self.structures, inputs, tuple(sorted(self._protected)))
+        inputs = example_of(loader, Objective(Classification()), model)
+        self._shrinking = Shrinking(self.structures, inputs, tuple(sorted(ignored(model, self.ignore))))
         self.shrunk = self._shrinking.start(model)
         self.rule = counted(self.rule, sum(p.numel() for p in model.parameters() if p.requires_grad))
 

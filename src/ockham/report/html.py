@@ -355,8 +355,8 @@ def training(result: Result) -> str:
         legend += [("before", "before, test")] * (before.accuracy is not None) + [("after", "reduced, test")]
     name = "Accuracy as the network shrinks" if classes else "Loss as the network shrinks"
     picture = page.figure(name, figures.path(epochs, before.accuracy, end), legend=legend)
-    header = ("epoch", "weights kept", "training loss, nats", "training accuracy", "removed after it")
-    rows = _epoch_rows(epochs, history.rounds)
+    header = ("epoch", "weights kept", "training loss, nats", *["training accuracy"] * classes, "removed after it")
+    rows = _epoch_rows(epochs, history.rounds, classes)
     table = page.details("All epochs as a table", page.table("Every epoch", header, rows))
     if once:
         tuned = (result.provenance.settings or Settings()).epochs
@@ -372,18 +372,20 @@ def training(result: Result) -> str:
         if following.kept_share <= share / 2:
             halvings.append(this)
             share = following.kept_share
-    short = page.table("At every halving of the network", header, _epoch_rows([*halvings, epochs[-1]], history.rounds))
+    short = page.table(
+        "At every halving of the network", header, _epoch_rows([*halvings, epochs[-1]], history.rounds, classes)
+    )
     return page.section("training", title, page.grid([picture, short]), table)
 
 
-def _epoch_rows(epochs: Sequence[EpochRecord], rounds: Sequence[RoundRecord]) -> list[tuple[str, ...]]:
+def _epoch_rows(epochs: Sequence[EpochRecord], rounds: Sequence[RoundRecord], classes: bool) -> list[tuple[str, ...]]:
     gone = {r.epoch: r.removed for r in rounds}
     return [
         (
             str(e.epoch),
             percent(e.kept_share),
             number(e.loss),
-            percent(e.accuracy, 2),
+            *[percent(e.accuracy, 2)] * classes,
             "" if (n := gone.get(e.epoch, e.removed or None)) is None else count(n),
         )
         for e in epochs

@@ -39,7 +39,7 @@ class Measure:
     Attributes:
         key: name of the attribute of `ockham.run.records.Measures`.
         label: words for the table.
-        kind: "share", "number", "count" or "bytes".
+        kind: "share", "number", "unit" (a number in the unit of the targets), "count" or "bytes".
         goal: "up", "down", or the value that would be perfect.
     """
 
@@ -59,7 +59,9 @@ class Measure:
             return "–"
         if self.kind == "share":
             return percent(value, 2)
-        return count(value) if self.kind == "count" else size(value) if self.kind == "bytes" else f"{value:.4f}"
+        if self.kind in ("count", "bytes"):
+            return count(value) if self.kind == "count" else size(value)
+        return f"{value:.{self._digits(value)}f}"
 
     def change(self, before: float | None, after: float | None) -> str:
         """What became better or worse, and by how much."""
@@ -69,11 +71,16 @@ class Measure:
             ratio = times(before, after)
             what = "fewer" if self.kind == "count" else "smaller"
             return "–" if ratio is None else "same" if before == after else f"{ratio:,.3g} times {what}"
-        text = f"{signed(100 * (after - before), 2)} points" if self.kind == "share" else signed(after - before, 4)
+        points = f"{signed(100 * (after - before), 2)} points"
+        text = points if self.kind == "share" else signed(after - before, self._digits(before))
         gain = self.loss(before) - self.loss(after)
         return (
             f"{'same' if text[0] == '0' else 'better' if gain > 0 else 'worse' if gain < 0 else 'as far off'} ({text})"
         )
+
+    def _digits(self, value: float) -> int:
+        """Digits after the point: four, and more of what is small only because its unit is large."""
+        return 4 if self.kind != "unit" or abs(value) >= 0.1 or not value else 3 - math.floor(math.log10(abs(value)))
 
     def loss(self, value: float) -> float:
         """Smaller is better."""
@@ -84,9 +91,9 @@ class Measure:
 
 MEASURES = (
     Measure("accuracy", "accuracy", "share", "up"),
-    Measure("rmse", "root mean squared error", "number", "down"),
+    Measure("rmse", "root mean squared error", "unit", "down"),
     Measure("nll", "negative log likelihood (NLL), nats", "number", "down"),
-    Measure("crps", "CRPS", "number", "down"),
+    Measure("crps", "CRPS", "unit", "down"),
     Measure("ece", "calibration error (ECE)", "number", "down"),
     Measure("ece_equal_mass", "calibration error, bins of equal mass", "number", "down"),
     Measure("brier", "Brier score", "number", "down"),
@@ -221,9 +228,14 @@ def verdict(result: Result) -> str:
             "No network to compare with was measured, so this report shows how good the reduced network is, "
             "not what the reduction cost or gained."
         )
+    sure = (
+        "its noise"
+        if metrics.before.rmse is not None
+        else f"how sure it may be (its logits divided by {metrics.before_temperature or 1:.2f})"
+    )
     chosen = (
-        f"{metrics.before_epochs} epochs of AdamW at a learning rate of {metrics.before_rate:g}, its logits divided by "
-        f"{metrics.before_temperature:.2f}; all three chosen on a tenth of the training examples"
+        f"{metrics.before_epochs} epochs of AdamW at a learning rate of {metrics.before_rate:g}, and {sure}; all three "
+        "chosen on a tenth of the training examples"
         if metrics.before_epochs and metrics.before_rate and metrics.before_temperature
         else "by Adam, as long"
     )

@@ -28,7 +28,7 @@ from ockham.choose.rules import (
 )
 from ockham.core.batch import Loader, LoaderOptions
 from ockham.core.likelihood import Likelihood, Regression
-from ockham.core.network import Ignore, copied, device_of, ignored, unwrapped
+from ockham.core.network import Ignore, copied, ignored, protected_names, unwrapped
 from ockham.core.objective import Objective, fit_noise
 from ockham.core.posterior import Posterior
 from ockham.core.processes import ALONE, Processes
@@ -292,11 +292,11 @@ class WeightRounds(Method):
         if self.correlated is not None and task.processes.count > 1:
             raise OckhamError("correlated= reads all of the data, and every process has a part: train in one process")
         optimizer = self.estimator(network, self.training, n_data=task.n_data, steps=task.steps)
-        protected = ignored(network, self.ignore)
+        traced, protected = sorted(ignored(network, self.ignore)), protected_names(network, self.ignore)
         shrinking, shrunk, rule = None, None, self.rule
         if self.structures is not None:
-            inputs = example_of(task.loader, task.objective, device_of(network))
-            shrinking = Shrinking(self.structures, inputs, tuple(sorted(protected)), task.processes)
+            inputs = example_of(task.loader, task.objective, network)
+            shrinking = Shrinking(self.structures, inputs, tuple(traced), task.processes)
             shrunk, rule = shrinking.start(network), counted(rule, task.trainable)
         own = _Run(task, rule, self.rounds.epochs(task.epochs), protected, shrinking, Removed(shrunk=shrunk))
         return RunState.start(network, task.objective, optimizer, own)

@@ -51,7 +51,7 @@ from ockham.core.seal import (
 from ockham.errors import OckhamError, OckhamWarning, ResultError
 from ockham.surgery.groups import Plan, PlanError
 from ockham.surgery.shrinking import says_its_widths, shrink
-from ockham.zoo.networks import NETWORKS
+from ockham.zoo.networks import constructor
 
 __all__ = [
     "NETWORK",
@@ -164,12 +164,13 @@ def load(folder: str | Path, model: nn.Module | None = None, *, verify: bool = T
     builder, state = load_state(path, verify=verify and seal is None)
     if model is None:
         name = builder.removeprefix("zoo:")
-        if name == builder or name not in NETWORKS:
+        build = None if name == builder else constructor(name)
+        if build is None:
             raise ResultError(
                 f"{printable(path)}: this network was built by {printable(repr(builder))}, which is your code and is "
                 "not run from a file; pass an instance: ockham.load(folder, model=your_constructor())"
             )
-        model = NETWORKS[name]()
+        model = build()
     small = model if plan is None or not fit_error(model, state) else shrink(model, plan)
     names = {name for name, _ in small.named_parameters(remove_duplicate=False)}
     problem = fit_error(small, state) or finite_error(state, names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -16,7 +17,7 @@ from ockham.choose.planning import multiples_that_pay
 from ockham.choose.prices import Structures, Subject, unit_costs
 from ockham.choose.rules import score
 from ockham.choose.units import Account, Multiples, StructureEvidence, choose_units, multiple_of
-from ockham.core.batch import READ_ONCE, Loader, read_batch
+from ockham.core.batch import READ_ONCE, Loader, arranged, described, read_batch
 from ockham.core.network import Ignore, device_of, seeded
 from ockham.core.objective import Objective
 from ockham.core.posterior import Gaussian, Posterior
@@ -329,15 +330,28 @@ def traced_again(network: nn.Module, inputs: Any, ignore: Ignore) -> Groups:
         return trace(network, inputs, ignore=ignore).separate
 
 
-def example_of(loader: Loader, objective: Objective, device: torch.device) -> Any:
-    """The first rows of the loader's first inputs, as surgery takes them."""
+def example_of(loader: Loader, objective: Objective, network: nn.Module) -> Any:
+    """The first rows of the loader's first inputs, on the network's device, as surgery takes them.
+
+    Raises:
+        DataError: the loader is empty, or there are keyword inputs beside positional ones that have no name.
+    """
     with seeded(0, 0, torch.device("cpu")):
         raw = next(iter(loader), None)
     if raw is None:
         raise DataError(READ_ONCE)
     first = read_batch(raw, objective.batch)
-    few = first.part(slice(0, ROWS)).to(device)
-    return dict(few.kwargs) if few.kwargs else few.args
+    args, kwargs = arranged(network, first.part(slice(0, ROWS)).to(device_of(network)))
+    if not (args and kwargs):
+        return kwargs or args
+    parameters = inspect.signature(network.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if len(names) < len(args):
+        raise DataError(
+            f"structures are traced with inputs all by position or all by name; got {described(first)}. Name them all "
+            "in batch=: ockham.Batch(kwargs={...}, target=...)"
+        )
+    return dict(zip(names, args, strict=False)) | kwargs
 
 
 def structures_from_name(structure: str | Structures | None) -> Structures | None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from ockham.core.batch import arranged, inputs_of
 from ockham.core.network import check_module, copied, keeping_modes
 from ockham.core.processes import whole
 
@@ -174,13 +175,14 @@ BESIDE_LOGITS = CACHES | {"state"}
 """Outputs that are no result where there are logits: what a recurrent network carries on."""
 
 
-def as_arguments(example_inputs: Any) -> Arguments:
-    """Return positional and keyword arguments of a model call: a tensor, a tuple or list, or a mapping of names."""
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
+def as_arguments(model: nn.Module, example_inputs: Any) -> Arguments:
+    """Return positional and keyword arguments of a model call, as training arranges the inputs of a batch.
+
+    Args:
+        model: network that is to be called.
+        example_inputs: a tensor, a tuple or list, a mapping of names, or a named tuple.
+    """
+    return arranged(model, inputs_of(example_inputs))
 
 
 def with_rows(example_inputs: Any, batch: int) -> Any:

@@ -100,7 +100,7 @@ def onnx_latencies(
     except ImportError as error:
         raise ExportError(f"timing in ONNX Runtime needs another package: {error}; pip install onnxruntime") from error
     given = with_rows(example_inputs, batch)
-    values = [t.detach().numpy() for t in pytree.tree_leaves(as_arguments(given)) if isinstance(t, Tensor)]
+    values = [t.detach().numpy() for t in pytree.tree_leaves(given) if isinstance(t, Tensor)]
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     calls = []
@@ -234,7 +234,7 @@ def _onnx_call(layer: nn.Module, x: Tensor) -> Callable[[], Any]:
 
 
 def _program(model: nn.Module, example_inputs: Any) -> torch.export.ExportedProgram:
-    args, kwargs = as_arguments(example_inputs)
+    args, kwargs = as_arguments(model, example_inputs)
     failures = []
     batches = torch.export.ShapesCollection()  # the first dimension of every input tensor is dynamic
     for tensor in pytree.tree_leaves((args, kwargs)):
@@ -319,7 +319,7 @@ def sparse_linear(
     """
     small = copy.deepcopy(model).eval()
     layers = [n for n, m in small.named_modules() if type(m) is nn.Linear and m.weight.device.type == "cpu"]
-    inputs = given_to(small, layers, as_arguments(example_inputs))
+    inputs = given_to(small, layers, as_arguments(small, example_inputs))
     held = [id(p) for m in small.modules() for p in m.parameters(recurse=False)]
     times: dict[str, LayerTime] = {}
     for name, (x, *_) in inputs.items():

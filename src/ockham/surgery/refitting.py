@@ -64,7 +64,7 @@ def constants(
     """
     readers = {key: _readers(model, groups[key]) for key, mask in candidates.items() if bool(mask.any())}
     wanted = {layer for found in readers.values() for layer, _ in found or ()}
-    seen = given_to(model, wanted, as_arguments(example_inputs))
+    seen = given_to(model, wanted, as_arguments(model, example_inputs))
     result = []
     for key, found in readers.items():
         for unit in candidates[key].nonzero().flatten().tolist() if found else ():
@@ -298,8 +298,9 @@ def _(module: nn.RMSNorm, before: nn.RMSNorm) -> None:
         module.normalized_shape = tuple(module.weight.shape)
 
 
-@adapt.register
-def _(module: nn.Embedding, before: nn.Module) -> None:
+@adapt.register(nn.Embedding)
+@adapt.register(nn.EmbeddingBag)
+def _(module: nn.Embedding | nn.EmbeddingBag, before: nn.Module) -> None:
     module.num_embeddings, module.embedding_dim = module.weight.shape
 
 

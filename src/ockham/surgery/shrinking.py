@@ -210,19 +210,34 @@ def cost(model: nn.Module, example_inputs: Any) -> Cost:
         model: any network; it runs once, in evaluation mode, and is left as it is.
         example_inputs: inputs as for `trace`; the batch counts.
     """
-    args, kwargs = as_arguments(example_inputs)
+    args, kwargs = as_arguments(model, example_inputs)
     tensors = named_tensors(model)
-    counter = FlopCounterMode(display=False)
     modes = {module: module.training for module in model.modules()}
     try:
-        with counter, torch.no_grad():
-            model.eval()(*args, **kwargs)
+        macs = multiply_accumulates(model.eval(), args, kwargs)
     finally:
         for module, training in modes.items():
             module.training = training
     learned = sum(t.numel() for t in tensors.values() if isinstance(t, nn.Parameter))
     held = sum(t.numel() * t.element_size() for t in tensors.values())
-    return Cost(learned, held, counter.get_total_flops() // 2)
+    return Cost(learned, held, macs)
+
+
+def multiply_accumulates(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> int:
+    """Multiply-accumulates of one call of a network, as `torch.utils.flop_counter` counts them, without gradients."""
+
+    class Untracked:  # what tracks modules for gradients cannot take a parameter as a module's input without them
+        parents = frozenset({"Global"})
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None: ...
+
+    counter = FlopCounterMode(display=False)
+    counter.mod_tracker = Untracked()  # type: ignore[assignment]
+    with counter, torch.no_grad():
+        model(*args, **kwargs)
+    return int(counter.get_total_flops() // 2)
 
 
 def latency(model: nn.Module, example_inputs: Any, *, batch: int = 1, repeats: int = 20, warmup: int = 5) -> float:
@@ -245,7 +260,7 @@ def latencies(
 
     Arguments and result are those of `latency`, one number per network.
     """
-    args, kwargs = as_arguments(with_rows(example_inputs, batch))
+    args, kwargs = as_arguments(models[0], with_rows(example_inputs, batch))
     on_gpu = any(isinstance(t, Tensor) and t.is_cuda for t in pytree.tree_leaves((args, kwargs)))
     modes = {module: module.training for model in models for module in model.modules()}
     times: list[list[float]] = [[] for _ in models]
@@ -516,7 +531,7 @@ def verify(
         MismatchError: when it exceeds `tolerance`, or when a network does not run.
     """
     generator = generator or torch.Generator().manual_seed(0)
-    arguments = as_arguments(example_inputs)
+    arguments = as_arguments(masked, example_inputs)
     cast: Callable[[Arguments], Arguments] = to_double
     pair = [clone(m, lambda _, t: t.detach().clone()).eval() for m in (masked, small)]
     try:

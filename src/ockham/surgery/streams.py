@@ -243,7 +243,7 @@ class RotationError(OckhamError):
 
 
 def rotate(model: nn.Module, groups: Groups, posterior_or_inputs: Any) -> Any:
-    """Return a copy of `model` with the same outputs whose residual streams lie along their principal directions.
+    """Return a copy of `model` with the same outputs whose streams and low-rank pairs lie along principal directions.
 
     A stream is a group whose units pass RMS or layer norms. The gains of the norms move into the weights that read them
     (layer norms become `torch.nn.RMSNorm`: their bias moves too, and the weights that write the stream lose their
@@ -256,6 +256,12 @@ def rotate(model: nn.Module, groups: Groups, posterior_or_inputs: Any) -> Any:
     out of A: a reader counts as much as the loss feels what it says. No data are needed then. (Where a norm adds b, a
     reader without a bias of its own is left out: its factor cannot tell b from z.)
 
+    Low-rank pairs, too: where one `torch.nn.Linear` makes fewer numbers than it reads and other Linears read them with
+    nothing but sums and factors between (the adapters of LoRA), training spreads what has rank k over all coordinates.
+    Maker A (its bias a column of it) and readers B, one above the other, become S^1/2 V' and U S^1/2 of the singular
+    value decomposition B A = U S V': the last coordinates add least, and evidence finds which add nothing. Only where
+    all of these weights are trained.
+
     Args:
         model: network with residual streams behind norms whose readers are `torch.nn.Linear`; left as it is.
         groups: result of `ockham.trace` for `model`.
@@ -263,25 +269,29 @@ def rotate(model: nn.Module, groups: Groups, posterior_or_inputs: Any) -> Any:
             varies; or a posterior of `model` with Kronecker factors of its readers (`ockham.laplace`).
 
     Raises:
-        RotationError: when no group is a stream, when something other than linear layers reads it, when the posterior
-            has no factors of any reader, or when the outputs would change by more than 1e-5.
+        RotationError: when no group is a stream or a low-rank pair, when something other than linear layers reads it,
+            when the posterior has no factors of any reader, or when the outputs would change by more than 1e-5.
     """
     matrices = getattr(posterior_or_inputs, "matrices", None)
-    arguments = as_arguments(posterior_or_inputs) if matrices is None else groups.arguments
+    arguments = as_arguments(model, posterior_or_inputs) if matrices is None else groups.arguments
     known = None if matrices is None else {m.weight: m for m in matrices if m.precision.shape[0] == 1}
     twin: nn.Module = clone(model, lambda _, t: t.detach().clone()).eval()
     streams = [group for group in groups if any(_is_norm(twin, m) for m in group.members)]
-    if not streams:
-        raise RotationError("no group of this network passes a norm, so there is no stream to rotate: print(groups)")
     for group in streams:
         _rotate_(twin, group, arguments, known)
+    pairs = [group for group in groups if _balance_(twin, group, arguments)]
+    if not streams and not pairs:
+        raise RotationError(
+            "no group of this network passes a norm or is a trained low-rank pair, so there is nothing to rotate: "
+            "print(groups)"
+        )
     doubled = [clone(m, lambda _, t: t.detach().clone()).double().eval() for m in (model, twin)]
     with still(doubled[0]), still(doubled[1]):
         gap = difference(*(outputs(m, to_double(arguments)) for m in doubled))
     if gap > TOLERANCE:
         raise RotationError(
-            f"rotating {', '.join(g.id for g in streams)} would change the outputs by {gap:.1e}: something else than "
-            "linear layers behind norms reads the stream. Prune its coordinates as they are"
+            f"rotating {', '.join(g.id for g in (*streams, *pairs))} would change the outputs by {gap:.1e}: something "
+            "else than linear layers behind norms reads the stream. Prune its coordinates as they are"
         )
     return twin.train(model.training)
 
@@ -325,6 +335,34 @@ def _rotate_(twin: nn.Module, group: Group, arguments: Arguments, known: Mapping
             tensor.data.copy_((rows @ q.to(rows.device)).movedim(-1, member.dim))
     for tensor in apart:
         tensor.data.copy_(tensor.data.double() @ q.to(tensor.device))
+
+
+@torch.no_grad()
+def _balance_(twin: nn.Module, group: Group, arguments: Arguments) -> bool:
+    """Put the directions of a low-rank pair in the order of their singular values, in place; whether it is one."""
+    linear = {n: m for n, m in twin.named_modules() if isinstance(m, nn.Linear) and "weight" in m._parameters}
+    makers, readers = ({_owner(m) for m in group.members if m.makes}, {_owner(m) for m in group.members if m.consumes})
+    if len(makers) != 1 or not readers or not makers | readers <= linear.keys():
+        return False
+    maker, *layers = (linear[n] for n in (*makers, *sorted(readers)))
+    trained = all(p.requires_grad for layer in (maker, *layers) for p in layer.parameters())
+    if {maker.out_features, *(n.in_features for n in layers)} != {group.size} or not trained:
+        return False
+    given, made = _seen(twin, [*makers, *readers], arguments)
+    there = made.keys() == makers | readers and group.size < maker.in_features
+    said = nn.functional.linear(given[next(iter(makers))], maker.weight, maker.bias).flatten() if there else None
+    if said is None or not all(torch.equal(given[n].flatten(), said) for n in readers):  # something is between them
+        return False
+    a = maker.weight if maker.bias is None else torch.cat([maker.weight, maker.bias[:, None]], 1)
+    (left, lower), (right, upper) = (torch.linalg.qr(t.double()) for t in (torch.cat([n.weight for n in layers]), a.mT))
+    u, s, v = torch.linalg.svd(lower @ upper.mT, full_matrices=False)
+    b, a = (left @ u * s.sqrt(), (right @ v.mT * s.sqrt()).mT)
+    for part, layer in zip(b.split([n.out_features for n in layers]), layers, strict=True):
+        layer.weight.zero_()[:, : len(s)] = part.to(layer.weight.dtype)
+    maker.weight.zero_()[: len(s)] = a[:, : maker.in_features].to(maker.weight.dtype)
+    if maker.bias is not None:
+        maker.bias.zero_()[: len(s)] = a[:, -1].to(maker.bias.dtype)
+    return True
 
 
 def _owner(member: Member) -> str:

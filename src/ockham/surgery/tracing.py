@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+from ockham.core.batch import Batch
 from ockham.core.network import Ignore, check_network, ignored
 from ockham.errors import OckhamError, OckhamWarning, TraceError
 from ockham.surgery.copies import (
@@ -411,7 +412,8 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Ignore = (), whole: 
 
     Args:
         model: any module `torch.export` can trace.
-        example_inputs: a tensor, a tuple of arguments, or a dict of keyword arguments; the trial runs on them.
+        example_inputs: a tensor, a tuple of arguments (or a named one), or a dict of keyword arguments; the trial
+            runs on them.
         ignore: what stays whole: names of modules or parameters, ``"re:..."`` patterns on names of parameters, module
             types, modules, or parameters.
         whole: what may go as a whole, too: "branches", residual ones (x + branch(x)), which ``.branches`` has, and
@@ -428,7 +430,12 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Ignore = (), whole: 
     if isinstance(whole, str) or set(whole) - {"branches", "experts"}:
         raise OckhamError(f"whole is a collection of 'branches' and 'experts'; got {whole!r}")
     check_network(model, meta=True, values=False)
-    arguments = as_arguments(example_inputs)
+    arguments = as_arguments(model, example_inputs)
+    if Batch(*arguments).packed:
+        raise TraceError(
+            f"{type(model).__name__} cannot be traced with a PackedSequence, whose lengths decide all shapes. Way out: "
+            "trace the parts that take tensors on their own, or remove single weights only"
+        )
     held = ignored(model, ignore, buffers=True)
     caches = _refilled(model, arguments)
     ledger = Labels()

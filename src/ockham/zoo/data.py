@@ -42,7 +42,8 @@ class Dataset:
     Attributes:
         name: name in reports.
         train_x: inputs, float32 [N, C, H, W], [N, T, F] or [N, F].
-        train_y: integer labels [N] (classification) or float32 targets [N, ...] in their own units (regression).
+        train_y: integer labels [N] (classification) or float64 targets [N, ...] in their own units (regression), of
+            which the spread may be a millionth of the mean.
         test_x: inputs of the test part, as train_x.
         test_y: targets of the test part, as train_y.
         classes: their names; None for regression.
@@ -340,7 +341,7 @@ def _classes(train: Part, test: Part, names: tuple[str, ...] | None) -> tuple[st
 
 
 def _targets(part: Part) -> Tensor:
-    return torch.from_numpy(part.y.astype(np.int64 if _labelled(part) else np.float32))
+    return torch.from_numpy(part.y.astype(np.int64 if _labelled(part) else np.float64))
 
 
 def _inputs(part: Part, series: bool) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -24,6 +26,7 @@ __all__ = [
     "ResidualBlock",
     "TransformerBlock",
     "VisionTransformer",
+    "constructor",
     "digits_mlp",
     "lenet5_caffe",
     "lenet_300_100",
@@ -478,17 +481,40 @@ _DEFAULTS = {
 }
 
 
-def suggest(dataset: Dataset) -> str:
-    """The name in `NETWORKS` that fits these images and classes when nobody chose one.
+def constructor(name: str) -> Callable[..., nn.Module] | None:
+    """What builds the network of a name: one of `NETWORKS`, or `mlp` of the sizes in its name; None for other names.
+
+    >>> constructor("mlp_13_50_1")().fc2
+    Linear(in_features=50, out_features=1, bias=True)
+    """
+    start, *sizes = name.split("_")
+    if start == "mlp" and len(sizes) > 1 and all(s.isdecimal() and 0 < int(s) <= _WIDEST for s in sizes):
+        return functools.partial(mlp, [int(s) for s in sizes])
+    return NETWORKS.get(name)
+
+
+_WIDEST = 65536
+
+
+def suggest(dataset: Dataset, *, single: bool = False) -> str:
+    """The name that fits these data when nobody chose one: of images by their size, of tables ``mlp_F_50_50_K``.
+
+    Args:
+        dataset: data set to be learned.
+        single: flag, True: one output, whatever the classes (a logit, the logarithm of a rate).
 
     Raises:
         DataError: none does.
     """
     classes = len(dataset.classes or ())
-    if dataset.image_shape is not None and (dataset.image_shape, classes) in _DEFAULTS:
+    if dataset.image_shape is not None and (dataset.image_shape, classes) in _DEFAULTS and not single:
         return _DEFAULTS[dataset.image_shape, classes]
+    if dataset.train_x.ndim == 2:
+        outputs = 1 if single else classes or math.prod(dataset.train_y.shape[1:])
+        return f"mlp_{dataset.train_x.shape[1]}_50_50_{outputs}"
     targets = f"{classes} classes" if classes else "regression targets"
     raise DataError(
         f"{dataset.name}: no default network for inputs {tuple(dataset.train_x.shape[1:])} and {targets}; "
-        f"pass --model package.module:function, or one of {', '.join(NETWORKS)}"
+        "pass --model package.module:function, mlp_64_32_10 (sizes from input to output) or one of "
+        f"{', '.join(NETWORKS)}"
     )

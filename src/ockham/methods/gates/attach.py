@@ -178,7 +178,7 @@ def _called(model: nn.Module, example_inputs: Any) -> set[str]:
 
     handles = [m.register_forward_pre_hook(note(path)) for path, m in model.named_modules()]
     modes = {m: m.training for m in model.modules()}
-    args, kwargs = as_arguments(example_inputs)
+    args, kwargs = as_arguments(model, example_inputs)
     try:
         model.eval()(*args, **kwargs)
     finally:

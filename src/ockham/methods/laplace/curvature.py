@@ -14,7 +14,7 @@ from torch.func import grad, vmap
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from ockham.core.batch import Batch, Substituted
+from ockham.core.batch import Batch, Substituted, is_packed
 from ockham.core.likelihood import TermLikelihood
 from ockham.core.objective import Objective, blame
 from ockham.errors import DataError, OckhamError
@@ -229,28 +229,34 @@ class ExampleGradients:
 
     def chunks(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
         """Gradients [examples, *shape of the parameter] by name, for some examples of a drawn batch at a time."""
-        for start in range(0, batch.size, self.chunk):
-            yield self._of(batch.part(slice(start, start + self.chunk)))
+        step = 1 if batch.packed else self.chunk
+        for start in range(0, batch.size, step):
+            yield self._of(batch.part(slice(start, start + step)))
 
     def _of(self, batch: Batch) -> dict[str, Tensor]:
         size = batch.size
-        leaves, spec = pytree.tree_flatten((batch.args, dict(batch.kwargs), batch.target, batch.weight))
+        whole = (batch.args, dict(batch.kwargs), batch.target, batch.weight)
+        leaves, spec = pytree.tree_flatten(whole, is_leaf=is_packed)
         each = [isinstance(v, Tensor) and v.ndim > 0 and len(v) == size for v in leaves]
         moving = [v for v, moves in zip(leaves, each, strict=True) if moves]
 
         def loss(parameters: Mapping[str, Tensor], *parts: Tensor) -> Tensor:
             rest = iter(parts)
-            whole = [next(rest).unsqueeze(0) if moves else v for v, moves in zip(leaves, each, strict=True)]
-            one = Batch(*pytree.tree_unflatten(whole, spec))
+            found = [next(rest).unsqueeze(0) if moves else v for v, moves in zip(leaves, each, strict=True)]
+            one = Batch(*pytree.tree_unflatten(found, spec))
             tensors = {**self._rest, **parameters}
             return self._score.nll(self._score.objective.answer(Substituted(self._model, tensors), one), one)
 
-        if not self._one_by_one:
+        if not self._one_by_one and not batch.packed:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # a missing batching rule costs time, nothing else
                     return vmap(grad(loss), in_dims=(None, *[0] * len(moving)))(self.parameters, *moving)  # type: ignore[no-any-return]
             except (RuntimeError, DataError):
                 self._one_by_one = True
-        examples = [grad(loss)(self.parameters, *(v[i] for v in moving)) for i in range(size)]
-        return {name: torch.stack([e[name] for e in examples]) for name in self.parameters}
+        leaf = {name: p.clone().requires_grad_() for name, p in self.parameters.items()}
+        with torch.enable_grad():
+            losses = [loss(leaf, *(v[i] for v in moving)) for i in range(size)]
+            options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
+            examples = [torch.autograd.grad(value, list(leaf.values()), **options) for value in losses]
+        return {name: torch.stack(each) for name, each in zip(leaf, zip(*examples, strict=True), strict=True)}

@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ockham.choose.correlated import narrowed, removed_in_rounds
@@ -21,9 +20,18 @@ from ockham.choose.prices import Structures
 from ockham.choose.rules import Diagnosis, diagnose
 from ockham.core.batch import ReadBatch, ReadOutput, read_batch
 from ockham.core.likelihood import Likelihood, Regression
-from ockham.core.network import Ignore, check_network, copied, device_of, evaluating, ignored, seeded
+from ockham.core.network import (
+    Ignore,
+    check_network,
+    copied,
+    evaluating,
+    ignored,
+    protected_names,
+    seeded,
+)
 from ockham.core.objective import Objective, fit_noise, objective_of
 from ockham.core.posterior import POINT, Gaussian, Posterior
+from ockham.core.processes import ALONE, Processes
 from ockham.errors import OckhamError, OckhamWarning
 from ockham.fit.point import PointEstimate
 from ockham.fit.predict import refresh_batchnorm
@@ -105,8 +113,9 @@ def laplace(
         batch: function from what the loader yields to an `ockham.Batch`, for loaders that yield something else.
         output: function that takes the logits or numbers out of what the network returns; ``.logits`` are found.
         sharded: whether every process of the default group reads its own part of the data (a `DistributedSampler`);
-            sums are then added up over them, and all get the posterior of the joined data. Drawn targets differ with
-            the number of processes where they matter (classes), the empirical Fisher does not.
+            sums are then added up over them, each eigendecomposes a share of the factors, and all get the posterior of
+            the joined data. Drawn targets differ with the number of processes where they matter (classes), the
+            empirical Fisher does not.
 
     Returns:
         `Posterior`; with "kronecker" its `marginal_precision` and `matrices` carry the correlations, of a regression
@@ -156,16 +165,16 @@ def laplace_of(
     """The same as `laplace`, under an objective whose likelihood is ready: its noise is taken as it stands."""
     fit = _prior(prior, _named("structure", structure, _DEFAULT_PRIOR))
     score = Score(objective, _named("fisher", fisher, {"monte-carlo": False, "empirical": True}))
-    with evaluating(model) as device:
-        rank = dist.get_rank() if sharded and dist.is_initialized() else 0
-        generator = torch.Generator(device).manual_seed(seed + rank)
+    processes = Processes.world() if sharded else ALONE
+    with evaluating(model) as device, processes.together():
+        generator = torch.Generator(device).manual_seed(seed + processes.rank)
         curvature = _STRUCTURES[structure](model, objective.checked(loader, model), score, generator)
     curvature = joined(curvature) if sharded else curvature
     terms: object = curvature.terms if n_data is None else n_data
     if not isinstance(terms, numbers.Real) or not 0 < float(terms) < math.inf:
         raise OckhamError(f"n_data counts log-likelihood terms and must be positive; got {n_data}")
     source = f"Laplace ({structure}, {fisher})"
-    found = laplace_posterior(model, curvature, n_data=float(terms), prior=fit, source=source)
+    found = laplace_posterior(model, curvature, n_data=float(terms), prior=fit, source=source, processes=processes)
     return replace(found, likelihood=objective.likelihood.kind, noise_variance=objective.likelihood.noise_variance)
 
 
@@ -247,7 +256,7 @@ def compensated(model: nn.Module, posterior: Posterior, groups: Groups, plan: Pl
 
 def unscored(model: nn.Module, ignore: Ignore = ()) -> frozenset[str]:
     """Parameters from which a single reduction takes nothing: vectors, and what ``ignore`` covers."""
-    return ignored(model, ignore) | {name for name, p in model.named_parameters() if p.ndim < 2}
+    return protected_names(model, ignore) | {name for name, p in model.named_parameters() if p.ndim < 2}
 
 
 def _fitting(model: nn.Module, posterior: Posterior) -> None:
@@ -362,7 +371,7 @@ class OneShotReduction(Method):
             small = removed_in_rounds(posterior, s.keep, unscored(network, self.ignore))
             model = with_means(network, small)
         else:
-            example = example_of(task.loader, task.objective, device_of(network))
+            example = example_of(task.loader, task.objective, network)
             groups = trace(network.eval(), example, ignore=tuple(sorted(ignored(network, self.ignore))))
             budget = None if s.budget is None else {name: f"{100 * share}%" for name, share in s.budget.items()}
             options: dict[str, Any] = {"price": s.structures.price, "round_to": s.structures.round_to, "budget": budget}

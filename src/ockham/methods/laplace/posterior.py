@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,8 +17,9 @@ from ockham.core.likelihood import TermLikelihood
 from ockham.core.network import evaluating, fixed_entries
 from ockham.core.objective import Objective
 from ockham.core.posterior import Gaussian, Posterior, WeightMatrix
+from ockham.core.processes import ALONE, Processes
 from ockham.errors import DataError, OckhamError, OckhamWarning
-from ockham.evidence.kronecker import conditional_precision, factorised, marginal_variance
+from ockham.evidence.kronecker import KroneckerPrecision, conditional_precision, factorised, marginal_variance
 from ockham.methods.laplace.curvature import ExampleGradients, MatrixSums, Score, gradient_factors_, matrices_of, tapped
 
 __all__ = [
@@ -150,7 +151,13 @@ def kronecker_curvature(
 
 
 def laplace_posterior(
-    model: nn.Module, curvature: Curvature, *, n_data: float, prior: FittedPrior, source: str
+    model: nn.Module,
+    curvature: Curvature,
+    *,
+    n_data: float,
+    prior: FittedPrior,
+    source: str,
+    processes: Processes = ALONE,
 ) -> Posterior:
     """Trained weights and a curvature as a posterior.
 
@@ -160,6 +167,10 @@ def laplace_posterior(
         n_data: number of log-likelihood terms of the whole training set.
         prior: fits a prior precision per tensor or matrix.
         source: what the posterior says about where it comes from.
+        processes: those that hold this curvature; each eigendecomposes the factors of some matrices for all.
+
+    Raises:
+        OckhamError: factors are not finite.
     """
     weights = {n: p.detach().clone(memory_format=torch.contiguous_format) for n, p in model.named_parameters()}
     factor, fixed = n_data / curvature.terms, fixed_entries(model)
@@ -173,10 +184,9 @@ def laplace_posterior(
         )
     moments: dict[str, Gaussian] = {}
     blocks = []
-    for sums in (s for s in curvature.matrices.values() if s.weight not in untouched):
-        # A summed, G averaged: their product is the curvature of the whole data
-        outputs_factor = factor / max(sums.rows, torch.finfo(torch.float64).tiny) * sums.outputs
-        block = WeightMatrix(sums.weight, sums.bias, factorised(sums.inputs, outputs_factor, 1.0))
+    matrices = [s for s in curvature.matrices.values() if s.weight not in untouched]
+    for sums, precision in zip(matrices, _precisions(matrices, factor, processes), strict=True):
+        block = WeightMatrix(sums.weight, sums.bias, precision)
         fitted = prior(block.precision.curvature, block.pack(weights))
         block = replace(block, precision=replace(block.precision, prior_precision=fitted))
         blocks.append(block)
@@ -197,6 +207,24 @@ def laplace_posterior(
         )
     ordered = {name: moments[name] for name in weights if name in moments}
     return Posterior(ordered, float(n_data), 1.0, source, tuple(blocks))
+
+
+def _precisions(matrices: Sequence[MatrixSums], factor: float, processes: Processes) -> list[KroneckerPrecision]:
+    """The eigendecomposed factors of every matrix; a process makes its share before it tells or hears any."""
+    costs = [s.groups * float(s.inputs.shape[-1] ** 3 + s.outputs.shape[-1] ** 3) for s in matrices]
+    owners, found = processes.shares(costs), []
+    for sums, owner in zip(matrices, owners, strict=True):
+        # A summed, G averaged: their product is the curvature of the whole data
+        scale = factor / max(sums.rows, torch.finfo(torch.float64).tiny)
+        a, g = sums.inputs, scale * sums.outputs
+        mine = owner == processes.rank
+        found.append(factorised(a, g, 1.0) if mine else KroneckerPrecision(a[..., 0], a, g[..., 0], g, 1.0))
+    everywhere = []
+    for k, owner in zip(found, owners, strict=True):
+        a, q = (processes.told(t, by=owner) for t in (k.input_values, k.input_vectors))
+        b, u = (processes.told(t, by=owner) for t in (k.output_values, k.output_vectors))
+        everywhere.append(KroneckerPrecision(a, q, b, u, 1.0))
+    return everywhere
 
 
 def _pass(
@@ -228,8 +256,8 @@ def _pass(
                     gradient_factors_(matrices[name], g)
     if terms == 0:
         raise DataError("the loader is empty: it yields no targets; a Laplace posterior needs one pass over the data")
-    sums = dict(diagonal) | {n: s.outputs for n, s in matrices.items()}
-    bad = [n for n, d in sums.items() if not bool(d.isfinite().all())]
+    sums = {n: (d,) for n, d in diagonal.items()} | {n: (s.inputs, s.outputs) for n, s in matrices.items()}
+    bad = [n for n, parts in sums.items() if not all(bool(part.isfinite().all()) for part in parts)]
     if bad:
         raise OckhamError(f"the curvature of {bad[:6]} is not finite: outputs or gradients overflow on these data")
     return Curvature(diagonal, matrices, terms)

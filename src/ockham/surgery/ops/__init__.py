@@ -49,6 +49,7 @@ RULES: dict[str, OperatorRule] = {
     **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot", "vdot"), pointwise.matmul),
     **dict.fromkeys(("addmm", "baddbmm"), pointwise.addmm),
     "einsum": pointwise.einsum,
+    "tensordot": pointwise.tensordot,
     "bilinear": pointwise.bilinear,
     **dict.fromkeys(("_grouped_mm", "grouped_mm", "grouped_mm_fallback"), pointwise.grouped_product),
     "scaled_dot_product_attention": pointwise.attention,
@@ -58,7 +59,7 @@ RULES: dict[str, OperatorRule] = {
     **dict.fromkeys(("group_norm", "uneven_norm"), layers.group_norm),
     **dict.fromkeys(("layer_norm", "rms_norm"), layers.layer_norm),
     "prelu": layers.prelu,
-    "embedding": layers.embedding,
+    **dict.fromkeys(("embedding", "embedding_bag"), layers.embedding),
     "_weight_norm": layers.weight_norm,
     **dict.fromkeys(("im2col", "col2im"), layers.patches),
     **dict.fromkeys(POOLING, layers.pooling),
@@ -69,8 +70,8 @@ RULES: dict[str, OperatorRule] = {
 
 ALWAYS = frozenset(
     {
-        "expand", "expand_as", "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "embedding", "lstm", "gru",
-        "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell",
+        "expand", "expand_as", "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "embedding",
+        "embedding_bag", "lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell",
     }
 )  # fmt: skip
 """Ops whose rule is asked even when no input carries labels."""

@@ -168,15 +168,26 @@ def layer_norm(call: Call) -> Value:
     return Value(out.shape, out.factors, scaled and all(part.zero for part in parts))
 
 
-def embedding(call: Call) -> Value:
-    """Embedding: the width of the table goes with the channels, its rows are indexed by the input and stay."""
+def embedding(call: Call) -> Value | list[Value]:
+    """Embedding and embedding_bag: the width of the table goes with the channels, its rows, indexed by the input, stay.
+
+    A bag sums or averages rows of the table, or takes the largest: zero for a column of zeros all the same.
+    """
     table, index = call.need("weight"), call.need("indices")
     rows, columns = axis(table, 0), axis(table, 1)
     call.ledger.freeze(rows, call.reason("is indexed by values of the input"))
-    call.ledger.freeze_value(index, call.reason("holds indices"))
+    for other in (index, *(v for v in map(call.tensor, ("offsets", "per_sample_weights")) if v is not None)):
+        call.ledger.freeze_value(other, call.reason("holds indices"))
     call.ledger.made.append(columns)
-    shape = call.shape()
-    return Value(shape, (along(columns, len(shape), -1),) if columns.numel() > 1 else (), table.zero)
+
+    def looked_up(shape: tuple[int, ...]) -> Value:
+        wide = shape[-1:] == (columns.numel(),) and columns.numel() > 1
+        return Value(shape, (along(columns, len(shape), -1),) if wide else (), table.zero)
+
+    if call.name == "embedding":
+        return looked_up(call.shape())
+    out, *counts = call.shapes()
+    return [looked_up(out), *map(Value, counts)]
 
 
 def pooling(call: Call) -> Value | list[Value]:
@@ -217,17 +228,15 @@ def weight_norm(call: Call) -> Value:
     """W = g v / ||v||: rows go freely, columns share the norm and stay."""
     v, g = call.need("v"), call.need("g")
     dim = int(call.get("dim"))
-    reason = call.reason("normalises the weight over this dimension")
-    factors = []
+    reason = call.reason("normalises the weight over this dimension (remove_parametrizations folds it)")
     for factor in v.factors:
         call.ledger.spared.append(factor.flatten())
-        if factor.shape[dim] > 1:
-            factors.append(factor)
-        else:
+        if factor.shape[dim] == 1:
             call.ledger.freeze(factor, reason)
-    placed = Value(v.shape, tuple(factors), True)
-    joint, _ = match(placed, g, call.ledger, reason=reason)
-    return Value(v.shape, tuple(joint), g.zero)
+    rows = Value(v.shape, tuple(f for f in v.factors if f.shape[dim] > 1), True)
+    joint, _ = match(rows, g, call.ledger, reason=reason)
+    columns = [f for f in v.factors if f.shape[dim] == 1]
+    return Value(v.shape, (*joint, *columns), g.zero)
 
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1, "lstm_cell": 4, "gru_cell": 3, "rnn_tanh_cell": 1}

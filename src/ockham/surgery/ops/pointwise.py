@@ -290,6 +290,16 @@ def einsum(call: Call) -> Values:
     return value
 
 
+def tensordot(call: Call) -> Value:
+    """Tensordot: the dimensions of two tensors that it names are summed over, pair by pair."""
+    x, y = call.need("self"), call.need("other")
+    one, two = list("abcdefghijklm"[: len(x.shape)]), list("nopqrstuvwxyz"[: len(y.shape)])
+    for left, right in zip(call.get("dims_self"), call.get("dims_other"), strict=True):
+        two[right] = one[left]
+    out = [c for c in (*one, *two) if (c in one) != (c in two)]
+    return contract(x, y, f"{''.join(one)},{''.join(two)}->{''.join(out)}", call)
+
+
 def _written_out(equation: str, operands: list[Value]) -> list[str]:
     """Return the letters of each operand and of the result, with letters for an ellipsis and an implied result."""
     given, arrow, out = equation.partition("->")
