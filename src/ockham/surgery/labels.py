@@ -68,7 +68,7 @@ class Labels:
         consumed: atoms on the reading side of a weight.
         made: atoms on the making side of a weight that may also be read (tied embeddings).
         loose: ranges of atoms which belong to no tensor of the model.
-        touched: path of a module to the labels of the tensors in its forward, by address and number, each once.
+        touched: path of a module to the labels of the tensors in its forward, by place in memory, each once.
         count: one element, the number of atoms given out.
     """
 
@@ -80,7 +80,7 @@ class Labels:
     consumed: list[Tensor] = field(default_factory=list)
     made: list[Tensor] = field(default_factory=list)
     loose: list[tuple[int, int]] = field(default_factory=list)
-    touched: dict[str, dict[tuple[int, int], Tensor]] = field(default_factory=dict)
+    touched: dict[str, dict[tuple[int, ...], Tensor]] = field(default_factory=dict)
     count: list[int] = field(default_factory=lambda: [0])
 
     def atoms(self, size: int) -> Tensor:

@@ -209,7 +209,7 @@ class Walker:
             result = values if isinstance(result, list) else values[0]
         own = self.ledger.touched.setdefault(place(node)[0], {})  # labels met in the forward of this module
         for value in (*call.tensors(), *(result if isinstance(result, list) else [result])):
-            own.update({(f.data_ptr(), f.numel()): f for f in map(torch.flatten, value.factors)})
+            own.update({(f.data_ptr(), f.numel(), *f.stride()): f for f in map(torch.flatten, value.factors)})
         if call.name.endswith("_") and not call.name.endswith("__"):
             _taint(node, result, known)
         return result
