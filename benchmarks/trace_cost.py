@@ -5,9 +5,10 @@
 
 Every run is a fresh process. The first four networks are on the device `meta`, in the sizes people know (ResNet-50,
 ViT-B/16, BERT-base, Llama-3.2-1B), built by transformers, nothing downloaded. `convolutions` is a chain of 400, and
-`pixelshuffle` makes an image of 1024 by 1024; both have values, so that the trial by values is part of the time. Time is
-that of the first call, which loads `torch.export`, and of a second one; memory is how much higher the peak of the process
-is than with the network alone; medians.
+`pixelshuffle` makes an image of 1024 by 1024; both have values, so that the trial by values is part of the time.
+
+Time is that of the first call, which loads `torch.export`, and of a second one; memory is how much higher the peak of
+the process is than with the network alone; medians.
 """
 
 from __future__ import annotations
