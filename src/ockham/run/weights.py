@@ -6,6 +6,7 @@ import importlib
 import io
 import itertools
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -100,7 +101,8 @@ def _torch_weights(file: Path) -> dict[str, Tensor]:
     except ResultError:
         raise
     except Exception as error:  # the unpickler passes on what damaged files make of it
-        why = printable(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")
+        said = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).partition("\n")[0][:200]  # torch writes some words bold
+        why = printable(f"{type(error).__name__}: {said}")
         raise ResultError(
             f"{printable(file)}: not readable by torch.load(weights_only=True) ({why}). Load it where you trust it, "
             "and save model.state_dict() by safetensors.torch.save_file"

@@ -294,9 +294,9 @@ def _why_nothing_went(result: Result, gates: GateFacts) -> list[str]:
         if moved > 0.5 * reach:
             return [
                 f"No structure went, because the gates hardly moved: in {count(steps)} steps at a learning rate of "
-                f"{rate:g} the logarithm of a gate's spread can change by at most {reach:.2g}, and about 5 are needed "
-                "before a gate can close. This says nothing about the network: train for more epochs, or at a higher "
-                "rate."
+                f"{rate:g} the spread of a gate can grow {math.exp(min(reach, 50.0)):.2g}-fold at most, and about "
+                "150-fold is needed before it can close. This says nothing about the network: train for more epochs, "
+                "or at a higher rate."
             ]
     if moved < 0.2:
         return [
