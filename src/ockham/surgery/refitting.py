@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import copy
+import logging
+import warnings
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import singledispatch
+from functools import partial, singledispatch
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils import _pytree as pytree
 
 from ockham.core.network import keeping_modes
-from ockham.surgery.copies import as_arguments, given_to
+from ockham.surgery.copies import as_arguments, clone, given_to, tensors_of
 from ockham.surgery.groups import Group, Groups, Member, Plan, PlanError, plan_masks
 from ockham.surgery.labels import COUNTS, Edit
 from ockham.surgery.resizing import attach, leave_out
@@ -206,6 +210,33 @@ def refit(model: nn.Module, small: nn.Module, plan: Plan) -> None:
             if path in edits:
                 attach(module, edits[path])
         leave_out(small, plan.dropped)
+
+
+def shapes_without_values(model: nn.Module, arguments: Any, plan: Plan, *, bare: bool) -> list[tuple[int, ...]]:
+    """Return the sizes of the outputs of the shrunk network, run on the device `meta` if `bare`, else on fake tensors.
+
+    The first is fast; the second knows devices, and some values.
+    """
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    placed = partial(Tensor.to, device="meta") if bare else fake.from_tensor
+    mode: Any = torch.device("meta") if bare else fake
+    args, kwargs = pytree.tree_map_only(Tensor, placed, arguments)
+    loud = logging.getLogger("torch._subclasses.fake_tensor")
+    quiet, loud.disabled = loud.disabled, True
+
+    def empty(name: str, tensor: Tensor) -> Tensor:
+        with mode:
+            new = torch.empty(plan.shape(name), dtype=tensor.dtype, device="meta" if bare else tensor.device)
+        return nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+
+    try:
+        small = clone(model, empty, others=placed)
+        with mode, torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            refit(model, small, plan)
+            return [tuple(t.shape) for t in tensors_of(small.eval()(*args, **kwargs))]
+    finally:
+        loud.disabled = quiet
 
 
 def count_experts(after: Mapping[str, nn.Module], before: Mapping[str, nn.Module], routers: Collection[str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import math
 import warnings
 from abc import ABC, abstractmethod
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from ockham.core.batch import Batch
@@ -39,7 +37,7 @@ from ockham.surgery.copies import (
 from ockham.surgery.groups import Axis, Group, Groups, Plan, build, plan_masks, random_plan
 from ockham.surgery.labels import Labels, Note, Value, along, settle_labels
 from ockham.surgery.ops import ALWAYS, RULES
-from ockham.surgery.refitting import refit
+from ockham.surgery.refitting import refit, shapes_without_values
 from ockham.surgery.resizing import Branch, plain_norms
 from ockham.surgery.shrinking import masked_copy, slice_tensor
 from ockham.surgery.streams import expert_groups, residual_branches
@@ -164,33 +162,6 @@ class ByShapes(TrialPair):
 
 def _said(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def shapes_without_values(model: nn.Module, arguments: Arguments, plan: Plan, *, bare: bool) -> list[tuple[int, ...]]:
-    """Return the sizes of the outputs of the shrunk network, run on the device `meta` if `bare`, else on fake tensors.
-
-    The first is fast; the second knows devices, and some values.
-    """
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    placed = functools.partial(Tensor.to, device="meta") if bare else fake.from_tensor
-    mode: Any = torch.device("meta") if bare else fake
-    args, kwargs = pytree.tree_map_only(Tensor, placed, arguments)
-    loud = logging.getLogger("torch._subclasses.fake_tensor")
-    quiet, loud.disabled = loud.disabled, True
-
-    def empty(name: str, tensor: Tensor) -> Tensor:
-        with mode:
-            new = torch.empty(plan.shape(name), dtype=tensor.dtype, device="meta" if bare else tensor.device)
-        return nn.Parameter(new, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
-
-    try:
-        small = clone(model, empty, others=placed)
-        with mode, torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            refit(model, small, plan)
-            return [tuple(t.shape) for t in tensors_of(small.eval()(*args, **kwargs))]
-    finally:
-        loud.disabled = quiet
 
 
 def prepared(model: nn.Module, groups: Groups, arguments: Arguments, sizes: list[tuple[int, ...]]) -> TrialPair:
