@@ -95,3 +95,10 @@ def test_a_projected_lstm_runs_with_fewer_hidden_units_than_projected_ones(bias,
     assert torch.allclose(small.l(small.i(x), start)[0], whole, atol=1e-6)
     small(x)[0].sum().backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in small.parameters())
+
+
+def test_a_deep_network_whose_training_mode_blows_rounding_up_loses_no_group():
+    """240 batch norms that use the batch's statistics make 0.01 of 1e-16: there is nothing to compare there."""
+    layers = [m for _ in range(240) for m in (nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())]
+    groups = trace(nn.Sequential(nn.Conv2d(3, 4, 1), *layers, nn.Conv2d(4, 3, 1)), torch.randn(4, 3, 4, 4))
+    assert len(groups) == 241 and all(group.size == 4 for group in groups)

@@ -397,3 +397,37 @@ def first_different(
         if twin is not None and values.shape == twin.shape and not difference([values], [twin]) <= tolerance:
             return name, difference([values], [twin])
     return None
+
+
+Caches = Mapping[str, tuple[str, ...]]
+
+
+def refilled(model: nn.Module, arguments: Arguments) -> Caches:
+    """Return the attributes with tensors of a forward which the network fills again when they are empty."""
+    if any(p.is_meta for p in model.parameters()):
+        return {}
+    held = caches_of(model)
+
+    def run(empty: bool) -> tuple[list[Tensor], nn.Module]:
+        twin = clone(model, lambda _, t: t.detach().clone()).eval()
+        if empty:
+            emptied(twin, held)
+        with still(twin):
+            return outputs(twin, arguments), twin
+
+    try:
+        out, after = run(True)
+        if not held or difference(out, run(False)[0]) <= 1e-4:
+            return {
+                path: tuple(dict.fromkeys([*held.get(path, ()), *names])) for path, names in caches_of(after).items()
+            }
+    except Exception:  # it does not run without them: they are no caches
+        return {}
+    return {}
+
+
+def emptied(model: nn.Module, caches: Caches) -> None:
+    """Empty these attributes."""
+    for path, names in caches.items():
+        for name in names:
+            getattr(model.get_submodule(path), name).clear()

@@ -20,16 +20,18 @@ from ockham.core.network import Ignore, check_network, ignored
 from ockham.errors import OckhamError, OckhamWarning, TraceError
 from ockham.surgery.copies import (
     Arguments,
+    Caches,
     Gradless,
     as_arguments,
-    caches_of,
     canonical_names,
     clone,
     difference,
+    emptied,
     first_different,
     named_tensors,
     outputs,
     place_of_failure,
+    refilled,
     still,
     tensors_of,
     to_double,
@@ -167,30 +169,52 @@ def _said(error: Exception) -> str:
 def prepared(model: nn.Module, groups: Groups, arguments: Arguments, sizes: list[tuple[int, ...]]) -> TrialPair:
     """Return a trial of `model`, which succeeds with nothing removed; its outputs have these sizes."""
     held = named_tensors(model).values()
-    if sum(t.numel() for t in held) <= LARGEST_TRIAL and not any(t.is_meta for t in held):
-        for twin, given, tolerance in _twins(model, groups, arguments):
-            try:
-                run = clone(twin, lambda _, t: t.detach().clone()).eval()  # a forward may leave tensors behind
-                with still(run):
-                    first = outputs(run, given)
-            except Exception:
-                continue
-            if all(bool(t.isfinite().any()) for t in first if t.numel()):
-                more = _other_batch(given)
-                modes = (False, True) if _runs(twin, given, training=True) else (False,)
-                return ByValues(twin, given, modes, tolerance, more if more and _runs(twin, more) else None)
-    return ByShapes(model, arguments, plan_masks(groups, {}), sizes)
+    if sum(t.numel() for t in held) > LARGEST_TRIAL or any(t.is_meta for t in held):
+        return ByShapes(model, arguments, plan_masks(groups, {}), sizes)
+    unsteady: list[TrialPair] = []
+    for twin, given, tolerance in _twins(model, groups, arguments):
+        pair = clone(twin, lambda _, t: t.detach().clone()), _rounded(twin)  # a forward may leave tensors behind
+        noise, more = _noise(*pair, given), _other_batch(given)
+        if noise is None:
+            continue
+        training = _noise(*pair, given, training=True)
+        modes = (False,) if training is None or training > tolerance / 100 else (False, True)
+        trial = ByValues(twin, given, modes, tolerance, more if more and _noise(*pair, more) is not None else None)
+        if noise <= tolerance / 100:
+            return trial
+        unsteady.append(trial)
+    return unsteady[0] if unsteady else ByShapes(model, arguments, plan_masks(groups, {}), sizes)
 
 
-def _runs(twin: nn.Module, arguments: Arguments, *, training: bool = False) -> bool:
-    """Does the network run on these arguments?"""
-    copied = clone(twin, lambda _, t: t.detach().clone()).train(training)
+def _rounded(model: nn.Module) -> nn.Module:
+    """Return a copy with every weight rounded anew."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rounded(_: str, tensor: Tensor) -> Tensor:
+        own = tensor.detach().clone()
+        if not own.is_floating_point():
+            return own
+        noise = torch.randn(own.shape, generator=generator).to(own)
+        return own * (1 + 2 * torch.finfo(own.dtype).eps * noise)
+
+    copy: nn.Module = clone(model, rounded)
+    return copy
+
+
+def _noise(one: nn.Module, other: nn.Module, arguments: Arguments, *, training: bool = False) -> float | None:
+    """Return how far apart rounding moves the outputs; None if the network does not run or returns nothing finite.
+
+    Layers that blow small differences up (hundreds of batch norms which use the batch's statistics) leave nothing to
+    compare: the masked and the shrunk network round their sums in another order.
+    """
+    runs = []
     try:
-        with still(copied):
-            outputs(copied, arguments)
+        for model in (one.train(training), other.train(training)):
+            with still(model):
+                runs.append(outputs(model, arguments))
     except Exception:
-        return False
-    return True
+        return None
+    return difference(*runs) if all(bool(t.isfinite().any()) for t in runs[0] if t.numel()) else None
 
 
 def _other_batch(arguments: Arguments) -> Arguments | None:
@@ -370,9 +394,6 @@ class _Search:
         return bad
 
 
-Caches = Mapping[str, tuple[str, ...]]
-
-
 def trace(model: nn.Module, example_inputs: Any, *, ignore: Ignore = (), whole: Collection[str] = ()) -> Groups:
     """Find the structures of `model` that can be removed, and say why the others cannot.
 
@@ -408,7 +429,7 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Ignore = (), whole: 
             "trace the parts that take tensors on their own, or remove single weights only"
         )
     held = ignored(model, ignore, buffers=True)
-    caches = _refilled(model, arguments)
+    caches = refilled(model, arguments)
     ledger = Labels()
     axes, placed = _axes(model, ledger)
     notes: list[Note] = []
@@ -525,39 +546,9 @@ def _marked(lists: list[Tensor], count: int) -> Tensor:
     return marked
 
 
-def _refilled(model: nn.Module, arguments: Arguments) -> Caches:
-    """Return the attributes with tensors of a forward which the network fills again when they are empty."""
-    if any(p.is_meta for p in model.parameters()):
-        return {}
-    held = caches_of(model)
-
-    def run(empty: bool) -> tuple[list[Tensor], nn.Module]:
-        twin = clone(model, lambda _, t: t.detach().clone()).eval()
-        if empty:
-            _emptied(twin, held)
-        with still(twin):
-            return outputs(twin, arguments), twin
-
-    try:
-        out, after = run(True)
-        if not held or difference(out, run(False)[0]) <= 1e-4:
-            return {
-                path: tuple(dict.fromkeys([*held.get(path, ()), *names])) for path, names in caches_of(after).items()
-            }
-    except Exception:  # it does not run without them: they are no caches
-        return {}
-    return {}
-
-
-def _emptied(model: nn.Module, caches: Caches) -> None:
-    for path, names in caches.items():
-        for name in names:
-            getattr(model.get_submodule(path), name).clear()
-
-
 def _export(model: nn.Module, arguments: Arguments, caches: Caches, *, training: bool) -> torch.export.ExportedProgram:
     twin = clone(model, lambda _, t: t.detach()).train(training)  # on the same memory: tracing writes nothing
-    _emptied(twin, caches)
+    emptied(twin, caches)
     forward = twin.forward
 
     @functools.wraps(forward)
