@@ -28,6 +28,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -220,11 +221,13 @@ class Benchmark:
 
     def _stamp(self, arguments: Mapping[str, Any]) -> Record:
         """Where a record comes from."""
-        here = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+        git = partial(subprocess.run, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
+        commit = git(["git", "describe", "--always", "--exclude=*"]).stdout.strip()
+        changed = git(["git", "status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results"]).stdout.strip()
         return {
             "command": self._command,
             "arguments": dict(arguments),
-            "commit": subprocess.run(here, capture_output=True, text=True, check=False).stdout.strip(),
+            "commit": f"{commit}-dirty" if changed else commit,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine(),
             "versions": {"ockham": ockham.__version__, "python": platform.python_version(), "torch": torch.__version__},
