@@ -104,10 +104,10 @@ class ByValues(TrialPair):
                 )
 
     def _compared(self, masked: nn.Module, small: nn.Module, arguments: Arguments) -> TrialProblem | None:
+        with still(small):  # first: where it fails, the other need not run
+            found = outputs(small, arguments)
         with still(masked):
-            expected = outputs(masked, arguments)
-        with still(small):
-            gap = difference(expected, outputs(small, arguments))
+            gap = difference(outputs(masked, arguments), found)
         if gap <= self.tolerance:
             return None
         with still(masked), still(small):
@@ -349,44 +349,46 @@ class _Search:
 
     def problem(self, groups: Groups, keys: list[str]) -> TrialProblem | None:
         """Return what goes wrong when only the groups in `keys` lose units."""
-        for keep in self.masks:
-            plan = plan_masks(groups, {k: keep[k] for k in keys})
-            found = self.trial.problem(plan)
-            if found is not None:
-                return found
-        return None
+        return next(filter(None, (self._with(keep, groups, keys) for keep in self.masks)), None)
+
+    def _with(self, keep: Keep, groups: Groups, keys: list[str]) -> TrialProblem | None:
+        return self.trial.problem(plan_masks(groups, {k: keep[k] for k in keys}))
 
     def without_guilty(self, groups: Groups) -> Groups:
         """Freeze groups until nothing goes wrong; those that go wrong alone first, at the place where it shows."""
         bad: dict[str, TrialProblem] = {}
-        while left := [k for k in groups.groups if k not in bad]:
-            problem = self.problem(groups, left)
-            if problem is None:
-                break
-            here = self.touching.get(problem.path, ())
-            suspects = [k for k in left if k in here]
-            found = self._alone(groups, suspects) if 0 < len(suspects) < len(left) else {}
-            bad |= found or self._alone(groups, left) or self._together(groups, left, suspects)
+        before = -1
+        while before != len(bad):  # what one of the masks freezes is one more network for the others
+            before = len(bad)
+            for keep in self.masks:
+                while left := [k for k in groups.groups if k not in bad]:
+                    problem = self._with(keep, groups, left)
+                    if problem is None:
+                        break
+                    here = self.touching.get(problem.path, ())
+                    suspects = [k for k in left if k in here]
+                    found = self._alone(keep, groups, suspects) if 0 < len(suspects) < len(left) else {}
+                    bad |= found or self._alone(keep, groups, left) or self._together(keep, groups, left, suspects)
         frozen = dict(groups.frozen)
         for key, found_problem in bad.items():
             for member in groups[key].members:
                 frozen.setdefault((member.name, member.dim), f"cannot shrink: {found_problem.reason}")
         return replace(groups, groups={k: g for k, g in groups.groups.items() if k not in bad}, frozen=frozen)
 
-    def _alone(self, groups: Groups, keys: list[str]) -> dict[str, TrialProblem]:
+    def _alone(self, keep: Keep, groups: Groups, keys: list[str]) -> dict[str, TrialProblem]:
         """Return the groups of `keys` which go wrong on their own, by halving."""
-        problem = self.problem(groups, keys)
+        problem = self._with(keep, groups, keys)
         if problem is None or len(keys) == 1:
             return {} if problem is None else {keys[0]: problem}
         half = len(keys) // 2
-        return self._alone(groups, keys[:half]) | self._alone(groups, keys[half:])
+        return self._alone(keep, groups, keys[:half]) | self._alone(keep, groups, keys[half:])
 
-    def _together(self, groups: Groups, keys: list[str], last: list[str]) -> dict[str, TrialProblem]:
+    def _together(self, keep: Keep, groups: Groups, keys: list[str], last: list[str]) -> dict[str, TrialProblem]:
         """Return the groups which go wrong with those before them; suspects are asked last."""
         kept: list[str] = []
         bad: dict[str, TrialProblem] = {}
         for key in [*(k for k in keys if k not in last), *last]:
-            problem = self.problem(groups, [*kept, key])
+            problem = self._with(keep, groups, [*kept, key])
             if problem is None:
                 kept.append(key)
             else:
