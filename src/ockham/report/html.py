@@ -372,9 +372,8 @@ def training(result: Result) -> str:
         if following.kept_share <= share / 2:
             halvings.append(this)
             share = following.kept_share
-    short = page.table(
-        "At every halving of the network", header, _epoch_rows([*halvings, epochs[-1]], history.rounds, classes)
-    )
+    rows = _epoch_rows([*halvings, epochs[-1]], history.rounds, classes)
+    short = page.table("Before every halving of the network", header[:-1], [row[:-1] for row in rows])
     return page.section("training", title, page.grid([picture, short]), table)
 
 

@@ -123,10 +123,14 @@ def escape(text: object) -> str:
     return html.escape(str(text).encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}"))
 
 
+def unparted(text: str) -> str:
+    """Text for HTML in which no number is parted from its unit."""
+    return re.sub(r"(?<=\d) (?=(?:%|s|ms|min|h|B|kB|MB|GB|points)(?!\w))", "\N{NO-BREAK SPACE}", escape(text))
+
+
 def paragraph(text: str, kind: str = "") -> str:
-    """A paragraph of plain text; a number is not parted from its unit."""
-    whole = re.sub(r"(?<=\d) (?=(?:%|s|ms|min|h|B|kB|MB|GB)(?!\w))", "\N{NO-BREAK SPACE}", text)
-    return f"<p{_class(kind)}>{escape(whole)}</p>"
+    """A paragraph of plain text."""
+    return f"<p{_class(kind)}>{unparted(text)}</p>"
 
 
 def code(text: str) -> str:
@@ -160,7 +164,7 @@ def table(caption: str, header: Sequence[str], rows: Sequence[Sequence[str]], *,
         body += f'<tr><th scope="row">{escape(first)}</th>'
         for i, text in enumerate(rest, start=1):
             tone = "good" if text.startswith("better") else "bad" if text.startswith("worse") else ""
-            body += f"<td{_class(' '.join(filter(None, ('' if i < words else 'n', tone))))}>{escape(text)}</td>"
+            body += f"<td{_class(' '.join(filter(None, ('' if i < words else 'n', tone))))}>{unparted(text)}</td>"
         body += "</tr>\n"
     inside = f"<caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody>"
     return (
@@ -279,7 +283,7 @@ dl.words{{display:grid;grid-template-columns:minmax(110px,max-content) 1fr;gap:8
 dl.words dt{{font-weight:600}}dl.words dd{{margin:0}}
 footer{{color:var(--muted);font-size:13.5px;padding-top:40px;padding-bottom:48px}}
 @media (max-width:520px){{.n{{white-space:normal}}dl.words{{display:block}}dl.words dd{{margin:0 0 10px}}
-th,td{{padding:6px 10px}}caption{{padding:10px 10px 4px}}table{{font-size:13.5px}}figure{{padding:12px 10px 8px}}}}
+th,td{{padding:6px 7px}}caption{{padding:10px 10px 4px}}table{{font-size:13.5px}}figure{{padding:12px 10px 8px}}}}
 @media print{{body{{background:#fff;font-size:10.5pt}}section{{margin-top:22px}}h2{{break-after:avoid}}
 details::details-content{{content-visibility:visible;block-size:auto}}.scroll{{overflow:visible}}
 .grid{{grid-template-columns:repeat(2,1fr)}}tr,.tile,.note{{break-inside:avoid}}}}

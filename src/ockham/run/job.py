@@ -279,7 +279,7 @@ def provenance(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         seconds=seconds,
         versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
-        machine=f"{platform.machine()}, {torch.get_num_threads()} threads, {device}",
+        machine=f"{platform.machine()}, {(n := torch.get_num_threads())} thread{'s' * (n != 1)}, {device}",
         network=NetworkSource(builder),
         dataset=DataSource(data.name, len(data.train_x), len(data.test_x), data.name),
         settings=from_plain(Settings, to_plain(settings)),
