@@ -420,8 +420,12 @@ def pages() -> dict[str, list[str]]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run what is asked for."""
+    """Run what is asked for; fail where a network came out wrong or an error was no message of ours."""
     networks(args)
+    rows = {} if args.list else BENCH.records("families").get("families", {})
+    bad = [f"{name}: {row['verdict']}" for name, row in rows.items() if row["verdict"] in ("wrong", "raw exception")]
+    if bad:
+        sys.exit("families: " + ", ".join(bad))
 
 
 BENCH = Benchmark(
