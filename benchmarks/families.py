@@ -243,7 +243,7 @@ def _transformer(kind: str, name: str, own: dict[str, Any]) -> tuple[nn.Module, 
     makers = {
         "decoder": ["CausalLM"],
         "seq2seq": ["Seq2SeqLM"],
-        "encoder": ["MaskedLM", "SequenceClassification", "QuestionAnswering"],
+        "encoder": ["MaskedLM", "SequenceClassification", "QuestionAnswering", "CausalLM", "PreTraining"],
     }[kind]
     makers = [
         f"AutoModelFor{m}" for m in makers
