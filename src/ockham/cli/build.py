@@ -331,6 +331,7 @@ def build_job(given: Common | Mapping[str, Any], command: str, processes: Proces
     if o.threads is None and len(data.train_x) < SMALL_DATA:
         torch.set_num_threads(1)  # small steps: threads would wait for each other longer than they work
     name = o.likelihood or ("regression" if data.train_y.is_floating_point() else "classification")
+    foreign = {"target": data.target} if data.target and Path(o.ood or "").is_file() else {}
     training, _, batch_size = defaults_for(len(data.train_x))
     changed = _changed(epochs=o.epochs, learning_rate=o.learning_rate, seed=o.seed)
     recipe = Recipe(
@@ -353,7 +354,7 @@ def build_job(given: Common | Mapping[str, Any], command: str, processes: Proces
         weights=weights,
         baseline=o.baseline,
         draws=o.draws,
-        ood=None if o.ood is None else inputs_as(load_data(o.ood, option="--ood"), data, recipe.network()),
+        ood=None if o.ood is None else inputs_as(load_data(o.ood, option="--ood", **foreign), data, recipe.network()),
         resume=o.resume,
         overwrite=o.overwrite,
         report=lambda folder: write_report(folder, gate_sections),
