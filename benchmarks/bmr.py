@@ -203,8 +203,9 @@ def train(method: str, preset: Preset, data: Dataset, lr: float, epochs: int, se
 def predicted(arm: Arm, x: Tensor) -> Tensor:
     """Log probabilities of the posterior predictive."""
     if isinstance(arm.optimizer, ockham.PointEstimate):
-        return mean_predictor(arm.network.eval(), classify=True)(x)
-    return posterior_predictor(arm.network.eval(), arm.optimizer.posterior(), classify=True, draws=DRAWS)(x)
+        return mean_predictor(arm.network.eval(), likelihood="classification")(x)
+    posterior, told = arm.optimizer.posterior(), {"likelihood": "classification", "draws": DRAWS}
+    return posterior_predictor(arm.network.eval(), posterior, **told)(x)
 
 
 def search(method: str, preset: Preset, data: Dataset, seed: int) -> Record:

@@ -219,7 +219,7 @@ def measured(name: str, arm: str, plan: Plan) -> Record:
             budget = ParametersLeft(recorded(name, "n", plan)["parameters"], full)
         record, small = gated(model, (x, y), training, batch, arm=arm, budget=budget, label=label)
     before, after = latencies([network(setting, plan.seed).to(setting.device), small], test_x[:1].to(setting.device))
-    found = measures(mean_predictor(small, classify=True), test_x, test_y, noise_variance=None)
+    found = measures(mean_predictor(small, likelihood="classification"), test_x, test_y, noise_variance=None)
     left = sum(p.numel() for p in small.parameters())
     return record | {
         "setting": name, "arm": arm, "what": ARMS[arm], "seed": plan.seed, "batch": batch,

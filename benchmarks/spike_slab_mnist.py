@@ -110,8 +110,8 @@ def measured(args: argparse.Namespace, seed: int, name: str) -> Record:
     result = job.result()
     x, y = (data.train_x[cut:], data.train_y[cut:]) if args.validate else (data.test_x, data.test_y)
     predictors = {
-        "mean_network": mean_predictor(result.model, classify=True),
-        "posterior": posterior_predictor(result.model, result.posterior, classify=True, draws=50),
+        "mean_network": mean_predictor(result.model, likelihood="classification"),
+        "posterior": posterior_predictor(result.model, result.posterior, likelihood="classification", draws=50),
     }
     found = {k: measures(predict, x, y, noise_variance=None) for k, predict in predictors.items()}
     return {

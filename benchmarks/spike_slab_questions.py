@@ -35,8 +35,8 @@ from ockham.methods.spike_slab.optimizer import SpikeSlab, spike_slab
 from ockham.methods.spike_slab.priors import FixedSpikeSlab, LearnedSpikeSlab, MedianRule
 from ockham.run.compression import Compression, Training, mean_field, point_estimate
 from ockham.run.engine import Compressed
-from ockham.run.measure import corruption_shift, mean_predictor, measures, posterior_predictor
-from ockham.run.shift import corrupt
+from ockham.run.measure import mean_predictor, measures, posterior_predictor
+from ockham.run.shift import corrupt, corruption_shift
 from ockham.zoo.data import Batches, Dataset, digits, load_folder
 from ockham.zoo.networks import CharTransformer, digits_mlp, resnet110
 
@@ -69,7 +69,9 @@ def prior(args: argparse.Namespace) -> dict:
 def fit_digits(prior: FixedSpikeSlab | LearnedSpikeSlab, epochs: int, seed: int = 0) -> dict:
     result = digits_job(spike_slab, prior, epochs, seed)
     data = digits()
-    found = measures(mean_predictor(result.model, classify=True), data.test_x, data.test_y, noise_variance=None)
+    found = measures(
+        mean_predictor(result.model, likelihood="classification"), data.test_x, data.test_y, noise_variance=None
+    )
     inputs = node_inclusion(chain_weights(result.model, result.posterior)).inputs
     said = {"weights": result.posterior.kept(), "accuracy": found["accuracy"], "nll": found["nll"]}
     print(prior, seed, said, flush=True)
@@ -174,9 +176,9 @@ def shift(args: argparse.Namespace) -> dict:
         dense = estimator is point_estimate
         result = adam_digits(args.epochs) if dense else digits_job(estimator, p, args.epochs, 0)
         predict = (
-            mean_predictor(result, classify=True)
+            mean_predictor(result, likelihood="classification")
             if dense
-            else posterior_predictor(result.model, result.posterior, classify=True, draws=20)
+            else posterior_predictor(result.model, result.posterior, likelihood="classification", draws=20)
         )
         curve = corruption_shift(predict, data.test_x, data.test_y, low=data.low, high=data.high)
         kept = 50826 if dense else result.posterior.kept()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import ockham as library
+from ockham.zoo.data import load_folder
 from ockham.zoo.networks import NETWORKS
 
 QUICK = ("--epochs", "4", "--quiet")
@@ -291,3 +295,78 @@ def test_the_help_shows_what_is_taken_where_nothing_is_typed(ockham) -> None:
     said = " ".join(ockham("compress", "--help").stdout.split())
     for default in ("[by the data]", "[the evidence decides]", "[digits]", "[20]"):
         assert default in said
+
+
+@pytest.mark.parametrize("likelihood", ["binary", "poisson"])
+def test_labels_and_counts_of_a_table_go_all_the_way(ockham, tmp_path: Path, likelihood: str) -> None:
+    """From the CSV to the report, and back by every verb; the NLL is that of torch.distributions."""
+    g = torch.Generator().manual_seed(0)
+    a = torch.randn(200, generator=g)
+    yes = torch.bernoulli((3 * a).sigmoid(), generator=g)
+    y = [("no", "yes")[int(v)] for v in yes] if likelihood == "binary" else torch.poisson(a.exp(), generator=g).tolist()
+    (tmp_path / "t.csv").write_text("a,what\n" + "\n".join(f"{1000 + v:.5f},{w}" for v, w in zip(a, y, strict=True)))
+    given = ("--data", "t.csv", "--target", "what", "--likelihood", likelihood, "--epochs", "10")
+    done = ockham("compress", *given, "--out", "r", "--quiet")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "r/metrics.json").read_text())
+    data = load_folder(tmp_path / "t.csv", target="what", targets=None if likelihood == "binary" else "numbers")
+    f = library.load(tmp_path / "r")(data.test_x)[:, 0].detach().double()
+    law = torch.distributions.Bernoulli(logits=f) if likelihood == "binary" else torch.distributions.Poisson(f.exp())
+    expected = -float(law.log_prob(data.test_y.double()).mean())
+    assert metrics["mean_network"]["nll"] == pytest.approx(expected, abs=1e-5)
+    assert metrics["before"]["nll"] > 0 and metrics["likelihood"] == likelihood
+    if likelihood == "binary":
+        assert metrics["mean_network"]["accuracy"] == float(((f > 0) == (data.test_y > 0.5)).double().mean())
+    else:
+        error = float((f.exp() - data.test_y).square().mean().sqrt())
+        assert metrics["mean_network"]["rmse"] == pytest.approx(error, rel=1e-5)
+    evaluated = ockham("evaluate", "r", "--data", "t.csv")
+    assert f"{metrics['after']['nll']:.4f}" in evaluated.stdout, evaluated.stderr
+    assert ockham("audit", "r", "--data", "t.csv").returncode == 0
+    assert ockham("report", "r").returncode == 0
+
+
+def test_verbs_read_the_data_as_the_result_did(ockham, tmp_path: Path) -> None:
+    """Evaluation on other rows uses the mean and std of the training, not those of the rows; classes are compared."""
+    g = torch.Generator().manual_seed(0)
+    x = 1e6 + 1e3 * torch.randn(120, 2, generator=g, dtype=torch.float64)
+    rows = [f"{a:.3f},{b:.3f},{int(a > b)}" for a, b in x.tolist()]
+    (tmp_path / "t.csv").write_text("a,b,kind\n" + "\n".join(rows))
+    done = ockham("compress", "--data", "t.csv", "--target", "kind", "--out", "r", *QUICK)
+    assert done.returncode == 0, done.stderr
+    source = json.loads((tmp_path / "r/result.json").read_text())["dataset"]
+    train = load_folder(tmp_path / "t.csv", target="kind")
+    assert source["mean"] == train.mean.flatten().tolist() and source["classes"] == ["0", "1"]
+    assert source["target"] == "kind" and source["inputs"] == [2]
+    moved = [f"{a + 3e3:.3f},{b - 3e3:.3f},{int(i % 2)}" for i, (a, b) in enumerate(x.tolist())]
+    (tmp_path / "moved.csv").write_text("a,b,kind\n" + "\n".join(moved))
+    told = load_folder(tmp_path / "moved.csv", target="kind", normalize=(source["mean"], source["std"]))
+    logits = library.load(tmp_path / "r")(told.test_x)
+    expected = float((logits.argmax(1) == told.test_y).double().mean())
+    evaluated = ockham("evaluate", "r", "--data", "moved.csv")
+    accuracy = next(line for line in evaluated.stdout.splitlines() if "accuracy" in line)
+    assert f"{expected:.4f}" in accuracy.split("│")[3], evaluated.stdout + evaluated.stderr
+    (tmp_path / "other.csv").write_text("a,b,kind\n" + "\n".join(r[:-1] + "xy"[int(r[-1])] for r in rows))
+    refused = ockham("evaluate", "r", "--data", "other.csv")
+    assert refused.returncode == 2 and "tells the classes 0, 1 apart" in refused.stderr
+
+
+def test_how_to_load_runs_as_it_is_pasted(ockham, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(USER_CODE)
+    for given in ((), ("--data", "mine:line", "--model", "mine:net")):
+        done = ockham("compress", "--out", "r", "--overwrite", "--no-baseline", *given, *QUICK)
+        assert done.returncode == 0, done.stderr
+        lines = json.loads((tmp_path / "r/result.json").read_text())["load"]
+        assert html.escape(lines.splitlines()[1]) in (tmp_path / "r/report.html").read_text()
+        code = f"{lines}\nassert len(outputs) == 1 and network is not None"
+        run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, lines + run.stderr
+
+
+def test_foreign_data_that_do_not_suit_are_refused_before_training(ockham, tmp_path: Path) -> None:
+    np.savez(tmp_path / "six.npz", x=np.random.default_rng(0).normal(size=(20, 6)), y=np.arange(20) % 2)
+    refused = ockham("compress", "--out", "r", "--ood", "six.npz", "--epochs", "1000")
+    assert refused.returncode == 2 and "foreign inputs of six.npz" in refused.stderr and not (tmp_path / "r").exists()
+    np.savez(tmp_path / "noise.npz", x=np.random.default_rng(0).integers(0, 16, (40, 1, 8, 8)), y=np.arange(40) % 2)
+    assert ockham("compress", "--out", "r", "--ood", "noise.npz", "--no-baseline", *QUICK).returncode == 0
+    assert json.loads((tmp_path / "r/analysis.json").read_text())["ood"]["name"] == "foreign inputs"

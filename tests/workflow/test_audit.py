@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,3 +106,61 @@ def test_networks_that_do_not_end_in_a_linear_layer_are_refused():
         audit(net, Posterior({"0.weight": g}, 10), -torch.ones(4, 3, dtype=F64), torch.zeros(4, dtype=torch.long))
     with pytest.raises(OckhamError, match="none that the posterior knows"):
         audit(net, Posterior({}, 10), torch.ones(4, 3, dtype=F64), torch.zeros(4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("kind", ["binary", "poisson"])
+def test_labels_and_counts_are_audited_by_their_own_curvature(kind):
+    """The working response of iteratively reweighted least squares, enumerated by hand."""
+    x = design(0.3, n=80)[0][:, :4]
+    net = torch.nn.Linear(4, 1, bias=False, dtype=F64)
+    net.weight.data = torch.tensor([[0.5, 0.0, -0.2, 0.0]], dtype=F64)
+    f = (x @ net.weight.T).detach()
+    mean = f.sigmoid() if kind == "binary" else f.exp()
+    curvature = mean * (1 - mean) if kind == "binary" else mean
+    y = (torch.bernoulli if kind == "binary" else torch.poisson)(mean, generator=torch.Generator().manual_seed(0))
+    one = torch.ones((), dtype=F64)
+    g = Gaussian(net.weight.detach(), torch.full((1, 4), 30.0, dtype=F64), one, 0 * one, torch.ones(1, 4).bool())
+    found = audit(net, Posterior({"weight": g}, n_data=80, likelihood=kind), x, y[:, 0])
+    root = curvature.sqrt()
+    working = (f + (y - mean) / curvature) * root
+    want = exact(x * root, working[:, 0], prior_inclusion=0.5, slab_variance=1.0, noise_variance=1.0).probabilities
+    assert len(found.weights) == 4
+    for w in found.weights:
+        assert w.exact == pytest.approx(float(want[w.unit]), abs=1e-6)
+
+
+def test_targets_that_cannot_be_audited_are_named():
+    x, y = design(0.0)
+    net, posterior = claimed(x, y)
+    wrong = {"example 3": y.clone(), "(49,)": y[1:], "no batch axis": y[0], "NoneType": None}
+    wrong["example 3"][3] = math.nan
+    for words, targets in wrong.items():
+        with pytest.raises(OckhamError) as caught:
+            audit(net, posterior, x, targets, noise_variance=1.0)
+        assert words in str(caught.value), words
+    broken = x.clone()
+    broken[7, 2] = math.nan
+    with pytest.raises(OckhamError, match="outputs of the network are NaN or infinite, first at example 7"):
+        audit(net, posterior, broken, y, noise_variance=1.0)
+    two = torch.nn.Linear(10, 2, dtype=F64)
+    g = Gaussian(two.weight.detach(), torch.full((2, 10), 30.0, dtype=F64), torch.ones((), dtype=F64),
+                 torch.zeros((), dtype=F64), torch.ones(2, 10).bool())  # fmt: skip
+    classes = Posterior({"weight": g}, n_data=50)
+    labels = (y > 0).int()
+    assert len(audit(two, classes, x, labels).weights) == len(audit(two, classes, x, labels.long()).weights) == 20
+    with pytest.raises(OckhamError, match=r"labels must lie in 0\.\.1"):
+        audit(two, classes, x, labels + 4)
+
+
+def test_a_regression_in_its_own_unit_can_be_audited():
+    """Back in the targets' unit the prior of the last bias has a mean; the weights of the layer do not."""
+    x, y = design(0.0)
+    net, posterior = claimed(x, y)
+    one = torch.ones(1, dtype=F64)
+    biased = torch.nn.Linear(10, 1, dtype=F64)
+    biased.load_state_dict({"weight": net.weight.detach(), "bias": 5 * one})
+    g = Gaussian(5 * one, 30 * one, one, 5 * one, torch.ones(1).bool())
+    plain = {"weight": replace(posterior["weight"], inclusion=None), "bias": g}
+    found = audit(biased, Posterior(plain, n_data=len(x)), x, y + 5, noise_variance=1.0)
+    unbiased = audit(net, Posterior({"weight": plain["weight"]}, n_data=len(x)), x, y, noise_variance=1.0)
+    assert [w.exact for w in found.weights] == pytest.approx([w.exact for w in unbiased.weights], abs=1e-9)

@@ -339,3 +339,119 @@ def test_parquet_without_pyarrow_says_so(tmp_path: Path) -> None:
     (tmp_path / "x.parquet").write_bytes(b"PAR1 nothing PAR1")
     with pytest.raises(DataError, match=r"x\.parquet"):
         tables.read_table(tmp_path / "x.parquet")
+
+
+def test_images_deeper_than_bytes_keep_their_values(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    deep = RNG.integers(0, 60_000, (8, 4, 6)).astype(np.uint16)
+    for i, pixels in enumerate(deep):
+        (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
+        image.fromarray(pixels).save(tmp_path / "ab"[i % 2] / f"{i}.png")
+    got = data.load_folder(tmp_path)
+    stored = torch.cat([got.train_x, got.test_x]) * got.std + got.mean
+    assert got.image_shape == (1, 4, 6)  # no series of 4 steps
+    assert torch.equal(
+        stored.round().flatten(1).sort(0).values, torch.from_numpy(deep.astype(float)).float().flatten(1).sort(0).values
+    )
+    draw(tmp_path / "a", "9.png", np.zeros((4, 6), dtype=np.uint8))
+    refused(tmp_path, "9.png", "one depth")
+
+
+def test_one_class_and_empty_folders_of_classes_are_said(tmp_path: Path) -> None:
+    for i in range(6):
+        draw(tmp_path / "cat", f"{i}.png", RNG.integers(0, 256, (4, 4), dtype=np.uint8))
+    (tmp_path / "dog").mkdir()
+    refused(tmp_path, "of one class, cat")
+    for i in range(6):
+        draw(tmp_path / "elk", f"{i}.png", RNG.integers(0, 256, (4, 4), dtype=np.uint8))
+    assert "left out: dog" in data.load_folder(tmp_path).notes[0]
+
+
+# ---- tables as other programs write them
+
+
+def plain_rows(separator: str, header: str = "a,b,target") -> str:
+    rows = [f"{a:.3f},{b:.3f},{int(a > b)}" for a, b in np.random.default_rng(1).normal(size=(30, 2))]
+    return "\n".join([header, *rows]).replace(",", separator)
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|", ", "])
+def test_any_separator_reads_as_a_comma_does(tmp_path: Path, separator: str) -> None:
+    (tmp_path / "comma.csv").write_text(plain_rows(","))
+    (tmp_path / "other.csv").write_text(plain_rows(separator))
+    one, other = (data.load_folder(tmp_path / f"{n}.csv") for n in ("comma", "other"))
+    assert torch.equal(one.train_x, other.train_x) and torch.equal(one.test_y, other.test_y)
+
+
+def test_a_column_that_only_counts_the_rows_is_no_input(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    (tmp_path / "plain.csv").write_text(plain_rows(","))
+    pandas.read_csv(tmp_path / "plain.csv").to_csv(tmp_path / "counted.csv")  # with its index, as by default
+    one, other = (data.load_folder(tmp_path / f"{n}.csv") for n in ("plain", "counted"))
+    assert torch.equal(one.train_x, other.train_x) and "counts the rows" in " ".join(other.notes)
+
+
+def test_numbers_with_commas_dates_and_foreign_letters_are_named(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    file = tmp_path / "t.csv"
+    file.write_text("a;target\n" + "\n".join(f"{i % 3},5;{i % 2}" for i in range(30)))
+    refused(file, "column a", "numbers with commas", "0,5")
+    file.write_text("a,target\n" + "\n".join(f"2024-01-{i + 1},{i % 2}" for i in range(30)))
+    refused(file, "column a", "30 different texts in 30 rows")
+    file.write_bytes("größe,target\n1,0\n2,1\n".encode("latin-1"))
+    refused(file, "is no UTF-8 text", "Save it as UTF-8")
+    table = pandas.DataFrame({"d": pandas.date_range("2024", periods=30), "target": [0, 1] * 15})
+    table.to_parquet(tmp_path / "t.parquet")
+    refused(tmp_path / "t.parquet", "column d holds datetime64")
+
+
+def test_the_likelihood_decides_what_whole_numbers_are(tmp_path: Path) -> None:
+    file = tmp_path / "t.csv"
+    counts = [0, 1, 2, 5, 9] * 6
+    file.write_text("a,target\n" + "\n".join(f"{i},{y}" for i, y in enumerate(counts)))
+    numbers = data.load_folder(file, targets="numbers")
+    assert numbers.classes is None and sorted({*numbers.train_y.tolist()}) == [0, 1, 2, 5, 9]
+    assert data.load_folder(file).classes == ("0", "1", "2", "5", "9")
+    file.write_text("a,target\n" + "\n".join(f"{i},{i % 2}.0" for i in range(30)))
+    assert data.load_folder(file).classes is None and data.load_folder(file, targets="classes").classes == ("0", "1")
+    file.write_text("a,target\n" + "\n".join(f"{i},{i}.5" for i in range(30)))
+    refused(file, "to be classes", "not whole", targets="classes")
+    x = RNG.normal(size=(20, 2))
+    assert data.from_arrays("n", (x, np.arange(20) % 3), targets="numbers").train_y.is_floating_point()
+    assert data.from_arrays("c", (x, np.arange(20.0) % 2), targets="classes").classes == ("0", "1")
+
+
+def test_labels_in_a_column_are_labels_and_the_example_at_fault_is_the_stored_one(tmp_path: Path) -> None:
+    x, y = RNG.normal(size=(20, 2)), (np.arange(20) % 2)[:, None]
+    assert data.from_arrays("column", (x, y)).train_y.ndim == 1
+    x[13, 1] = np.inf
+    with pytest.raises(DataError, match="first at example 13"):
+        data.from_arrays("far", (x, y))
+
+
+def test_means_of_another_unit_are_refused() -> None:
+    pixels = RNG.integers(0, 256, (20, 3, 4, 4))
+    told = ([0.5] * 3, [0.25] * 3)
+    data.from_arrays("bytes", (pixels.astype(np.uint8), np.arange(20) % 2), normalize=told)
+    for x, moments in ((pixels.astype(np.uint8), ([127.0], [60.0])), (pixels.astype(np.float32), told)):
+        with pytest.raises(DataError, match="in that unit"):
+            data.from_arrays("other", (x, np.arange(20) % 2), normalize=moments)
+
+
+def test_a_target_without_a_table_is_no_riddle(tmp_path: Path) -> None:
+    draw(tmp_path / "a", "1.png", RNG.integers(0, 256, (4, 4), dtype=np.uint8))
+    refused(tmp_path, "column of a table", "drop --target", target="a")
+    np.savez(tmp_path / "d.npz", x=np.zeros((4, 2)), y=np.arange(4) % 2)
+    refused(tmp_path / "d.npz", "column of a table", target="y")
+
+
+def test_foreign_inputs_are_standardised_as_the_data_of_the_run() -> None:
+    pixels = RNG.integers(0, 256, (20, 1, 4, 4), dtype=np.uint8)
+    own = data.from_arrays("own", (pixels, np.arange(20) % 2), normalize=([0.2], [0.1]))
+    bright = data.from_arrays("bright", (pixels[:, :, :, ::-1] / 255.0, np.arange(20) % 2))
+    found = data.inputs_as(bright, own, torch.nn.Flatten())
+    stored = torch.from_numpy(pixels[:, :, :, ::-1].copy() / 255.0)
+    expected = ((stored - 0.2) / 0.1).flatten(1).sum(1)
+    assert all(bool(((expected - value).abs() < 1e-3).any()) for value in found.flatten(1).double().sum(1))
+    with pytest.raises(DataError, match="foreign inputs of bright"):
+        data.inputs_as(bright, own, torch.nn.Linear(3, 2))

@@ -385,6 +385,8 @@ class EvidenceRule(Rule):
 
     def __post_init__(self) -> None:
         _check_cap("EvidenceRule", self.cap)
+        if math.isnan(self.log_odds):
+            raise OckhamError(f"EvidenceRule: log_odds is ln P(keep)/P(remove) in nats, a number; got {self.log_odds}")
 
     def decide(self, evidence: Evidence, protected: Collection[str] = (), progress: float = 1.0) -> dict[str, Tensor]:
         """Remove where delta_f > log_odds, at most a share ``cap`` of the living weights."""

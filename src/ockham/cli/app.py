@@ -28,6 +28,7 @@ from torch import nn
 
 from ockham.cli.build import (
     METHODS,
+    TARGETS,
     Basic,
     BlockOptions,
     Common,
@@ -35,9 +36,9 @@ from ockham.cli.build import (
     load_data,
     load_model,
     options_of,
-    parse_device,
 )
 from ockham.core.files import printable, read_toml, to_plain
+from ockham.core.network import parse_device
 from ockham.core.posterior import load_posterior
 from ockham.core.processes import ALONE, Processes
 from ockham.core.seal import sealed
@@ -220,18 +221,20 @@ def evaluation(
     result = read_result(folder)
     said = result.metrics.noise_variance
     noise = None if said is None else torch.as_tensor(said).reshape(-1)
-    classify = noise is None
-    if classify is data.test_y.is_floating_point():
+    likelihood = result.metrics.likelihood or ("classification" if noise is None else "regression")
+    classify = likelihood == "classification"
+    if classify is data.test_y.is_floating_point() and likelihood != "binary":
         wanted = "class labels" if classify else "numbers"
         raise OckhamError(
             f"{folder} was made for targets that are {wanted}; the data {data.name!r} have the other kind"
         )
-    predictors = {"mean network": mean_predictor(network, classify=classify)}
+    predictors = {"mean network": mean_predictor(network, likelihood=likelihood)}
     if result.gates is None:  # gates are folded into the weights: one network is left
         sampled = load_posterior(folder).to(device)
-        drawn = posterior_predictor(network, sampled, classify=classify, draws=draws)
+        drawn = posterior_predictor(network, sampled, likelihood=likelihood, draws=draws)
         predictors = {"posterior": drawn, **predictors}
-    _table(console, {k: measures(p, data.test_x, data.test_y, noise_variance=noise) for k, p in predictors.items()})
+    told: dict[str, Any] = {"noise_variance": noise, "likelihood": likelihood}
+    _table(console, {k: measures(p, data.test_x, data.test_y, **told) for k, p in predictors.items()})
 
 
 def audited(console: Console, folder: Path, data: Dataset, model: nn.Module | None, *, log_odds: float) -> None:
@@ -299,6 +302,7 @@ out_console, err_console = Console(emoji=False), Console(stderr=True, emoji=Fals
 
 _Folder = Annotated[Path, typer.Argument(help="A result folder.")]
 _Data = Annotated[str | None, typer.Option(help=escape("Folder or package.module:function. [digits]"))]
+_Target = Annotated[str | None, typer.Option(help=escape("Column of a table to predict. [the result's]"))]
 _Model = Annotated[str | None, typer.Option(help="package.module:function for networks that are not of the zoo.")]
 
 
@@ -455,13 +459,28 @@ def _beside(device: str) -> Iterator[Processes]:
         dist.destroy_process_group()
 
 
-def _build(folder: Path, data: str | None, model: str | None) -> tuple[Any, Any]:
-    """Data and network that a verb on a result folder was given, after a look at the folder's seal."""
+def _build(folder: Path, data: str | None, model: str | None, target: str | None) -> tuple[Any, Any]:
+    """Data and network that a verb on a result folder was given, after a look at the folder's seal.
+
+    Files are read as the result says its own were: standardised by its mean and std, the same column predicted.
+    """
     sealed(folder)
-    known = read_result(folder).provenance.dataset
+    result = read_result(folder)
+    known, builder = result.provenance.dataset, result.provenance.network
     if data is None and (known is None or known.name != "digits"):
         raise OckhamError(f"{folder} is not a result on the digits: say which data with --data")
-    found, builder = load_data(data), read_result(folder).provenance.network
+    reading: dict[str, Any] = {"targets": TARGETS.get(result.metrics.likelihood or "")}
+    if data is not None and Path(data).exists() and known is not None:
+        reading |= {"target": target or known.target}
+        if known.mean is not None and known.std is not None:
+            reading |= {"normalize": (known.mean, known.std)}
+    found = load_data(data, **reading)
+    if known is not None and known.classes and found.classes and found.classes != known.classes[: len(found.classes)]:
+        theirs = printable(", ".join(found.classes or ()))
+        raise OckhamError(
+            f"{folder} tells the classes {printable(', '.join(known.classes or ()))} apart; the data "
+            f"{found.name!r} have {theirs}. Name the same classes in the same order (classes.txt)"
+        )
     if model is None and builder is not None and not str(builder.builder).startswith("zoo:"):
         raise OckhamError(
             f"the network of {folder} was built by {builder.builder!r}, which is your code and is not run from a file; "
@@ -475,11 +494,12 @@ def evaluate(
     folder: _Folder,
     data: _Data = None,
     model: _Model = None,
-    draws: Annotated[int, typer.Option(help="Posterior draws.")] = 20,
+    target: _Target = None,
+    draws: Annotated[int, typer.Option(help="Posterior draws.", min=1)] = 20,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
 ) -> None:
     """Measure a saved result on test data: posterior predictive and mean network."""
-    found, network = _build(folder, data, model)
+    found, network = _build(folder, data, model, target)
     evaluation(out_console, folder, found, network, draws=draws, device=parse_device(device))
 
 
@@ -488,10 +508,11 @@ def audit_folder(
     folder: _Folder,
     data: _Data = None,
     model: _Model = None,
+    target: _Target = None,
     log_odds: Annotated[float, typer.Option(help="ln P(keep)/P(remove), for posteriors without one.")] = 0.0,
 ) -> None:
     """Check inclusion probabilities: enumerate the last layer exactly on the training data, and compare."""
-    found, network = _build(folder, data, model)
+    found, network = _build(folder, data, model, target)
     audited(out_console, folder, found, network, log_odds=log_odds)
 
 

@@ -9,7 +9,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import singledispatch
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +30,7 @@ from ockham.choose.rules import (
     by_snr,
 )
 from ockham.core.likelihood import likelihood_from
+from ockham.core.network import parse_device
 from ockham.core.posterior import Posterior
 from ockham.core.processes import ALONE, Processes
 from ockham.errors import DataError, OckhamError
@@ -64,11 +65,12 @@ from ockham.run.engine import RunState
 from ockham.run.job import Job, Recipe
 from ockham.run.measure import mean_predictor, measures
 from ockham.run.weights import huggingface_model, read_weights
-from ockham.zoo.data import Dataset, Normalize, digits, load_folder
+from ockham.zoo.data import Dataset, Normalize, digits, inputs_as, load_folder
 from ockham.zoo.networks import NETWORKS, constructor, suggest
 
 __all__ = [
     "METHODS",
+    "TARGETS",
     "Basic",
     "BlockOptions",
     "Common",
@@ -81,7 +83,6 @@ __all__ = [
     "load_data",
     "load_model",
     "options_of",
-    "parse_device",
 ]
 
 
@@ -274,25 +275,6 @@ def options_of(given: Mapping[str, Any], method: str | None = None) -> Basic:
     return METHODS[method](**given)
 
 
-def default_of(option: Field[Any]) -> Any:
-    """The default of an option."""
-    return None if option.default is MISSING else option.default
-
-
-def parse_device(name: str) -> torch.device:
-    """A torch device that is there.
-
-    Raises:
-        OckhamError: unknown, or not on this machine.
-    """
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise OckhamError(f"--device {name}: not on this machine ({str(error).splitlines()[0]}); try cpu") from error
-    return device
-
-
 _T = TypeVar("_T")
 
 ESTIMATORS: dict[str, Estimator] = {"mean-field": mean_field, "ivon": ivon, "map": point_estimate}
@@ -334,14 +316,22 @@ def build_job(given: Common | Mapping[str, Any], command: str, processes: Proces
         raise OckhamError(f"--model {o.model}: add --calibrate text.txt, the text that a language model is reduced on")
     if isinstance(o, OneShotOptions) and o.weights is None:
         raise OckhamError(f"--posterior {o.posterior} needs a trained network: add --weights file.safetensors")
+    if o.likelihood is not None:
+        _pick("--likelihood", o.likelihood, TARGETS)
     weights = None if o.weights is None else read_weights(o.weights, max_bytes=o.max_bytes)
-    reading = {"target": o.target, "normalize": _normalize(o.normalize), "max_bytes": o.max_bytes}
+    kind = TARGETS.get(o.likelihood or "")
+    reading: dict[str, Any] = {
+        "target": o.target,
+        "normalize": _normalize(o.normalize),
+        "max_bytes": o.max_bytes,
+        "targets": kind,
+    }
     data, device = load_data(o.data, **reading), parse_device(o.device)
     builder, build = load_model(o.model, data, single=o.likelihood in ("binary", "poisson"))
     if o.threads is None and len(data.train_x) < SMALL_DATA:
         torch.set_num_threads(1)  # small steps: threads would wait for each other longer than they work
     name = o.likelihood or ("regression" if data.train_y.is_floating_point() else "classification")
-    likelihood_from(name)
+    foreign = {"target": data.target} if data.target and Path(o.ood or "").is_file() else {}
     training, _, batch_size = defaults_for(len(data.train_x))
     changed = _changed(epochs=o.epochs, learning_rate=o.learning_rate, seed=o.seed)
     recipe = Recipe(
@@ -364,7 +354,7 @@ def build_job(given: Common | Mapping[str, Any], command: str, processes: Proces
         weights=weights,
         baseline=o.baseline,
         draws=o.draws,
-        ood=None if o.ood is None else load_data(o.ood).test_x,
+        ood=None if o.ood is None else inputs_as(load_data(o.ood, option="--ood", **foreign), data, recipe.network()),
         resume=o.resume,
         overwrite=o.overwrite,
         report=lambda folder: write_report(folder, gate_sections),
@@ -479,7 +469,8 @@ def _(o: GateOptions, recipe: Recipe) -> Recipe:
         def measure(model: nn.Module) -> Mapping[str, float]:
             if noise is not None:
                 model, _ = state.objective.finished(copy.deepcopy(model), Posterior({}, 1.0))
-            return measures(mean_predictor(model, classify=noise is None), *held, noise_variance=noise)
+            told: dict[str, Any] = {"likelihood": state.likelihood.kind}
+            return measures(mean_predictor(model, **told), *held, noise_variance=noise, **told)
 
         return curves_as_plain(compression_curve(gates, dict(GATE_RULES), measure, sensitivity=found))
 
@@ -488,31 +479,43 @@ def _(o: GateOptions, recipe: Recipe) -> Recipe:
     return replace(recipe, method=method, epochs=training.epochs + training.fine_tune, hold=training.hold)
 
 
-def load_data(source: str | None, **reading: Any) -> Dataset:
+TARGETS = {"classification": "classes", "binary": "classes", "poisson": "numbers", "regression": "numbers"}
+"""Likelihoods of the command, and what whole-number targets are to them."""
+
+
+def load_data(source: str | None, *, option: str = "--data", **reading: Any) -> Dataset:
     """The embedded digits, a folder or file, or what the user's "package.module:function" returns.
 
     Args:
         source: name of the data; None: the digits.
+        option: name of the option, for messages.
         reading: keywords for `load_folder`.
 
     Raises:
         DataError: nothing there, or the function returned something else.
+        OckhamError: an option on how files are read, where no file is.
     """
-    if source is None or source == "digits":
-        return digits()
-    if Path(source).exists():
+    known = source is None or source == "digits"
+    if source and not known and Path(source).exists():
         return load_folder(source, **reading)
-    if ":" not in source:
-        raise DataError(f"--data {source}: no such folder or file; give one, or package.module:function")
-    data = _imported("--data", source)()
+    if not known and ":" not in str(source):
+        raise DataError(f"{option} {source}: no such folder or file; give one, or package.module:function")
+    idle = [name for name in ("target", "normalize") if reading.get(name) is not None]
+    if idle:
+        raise OckhamError(
+            f"--{idle[0]} is for data in files; {source or 'digits'} comes as it is: drop it, or give {option} a file"
+        )
+    if known:
+        return digits()
+    data = _imported(option, str(source))()
     if not isinstance(data, Dataset):
-        raise DataError(f"--data {source} must return an ockham.zoo.data.Dataset; got {type(data).__name__}")
+        raise DataError(f"{option} {source} must return an ockham.zoo.data.Dataset; got {type(data).__name__}")
     return data
 
 
 def _normalize(text: str | None) -> Normalize:
     """Means and stds of an option such as ``0.49,0.48,0.45:0.25,0.24,0.26``."""
-    if text in (None, "none"):
+    if text is None or text == "none":
         return text
     try:
         means, stds = ([float(v) for v in half.split(",")] for half in str(text).split(":"))
@@ -582,7 +585,7 @@ def _imported(option: str, source: str) -> Callable[[], Any]:
         sys.path.insert(0, str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise OckhamError(f"{option} {source}: cannot import it ({error}); expected package.module:function") from error
     if not callable(found):
         raise OckhamError(f"{option} {source}: is a {type(found).__name__}, a function is expected")
@@ -593,8 +596,9 @@ def _imported(option: str, source: str) -> Callable[[], Any]:
         except OckhamError:
             raise
         except Exception as error:  # whatever a function of the user's raises
-            at = traceback.extract_tb(error.__traceback__)[-1]
-            said = f"raises {type(error).__name__}: {error} ({at.filename}, line {at.lineno})"
+            at = traceback.extract_tb(error.__traceback__)[1:]
+            where = f" ({at[-1].filename}, line {at[-1].lineno})" if at else ""
+            said = f"raises {type(error).__name__}: {error}{where}"
             raise OckhamError(f"{option} {source}, called without arguments, {said}") from error
 
     return call

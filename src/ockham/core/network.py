@@ -31,6 +31,7 @@ __all__ = [
     "frozen_modules",
     "ignored",
     "keeping_modes",
+    "parse_device",
     "protected_names",
     "seeded",
     "train_",
@@ -384,3 +385,17 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, Processes]:
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return model.module, Processes(model.process_group)
     return model, ALONE
+
+
+def parse_device(name: str) -> torch.device:
+    """A torch device that is there.
+
+    Raises:
+        OckhamError: unknown, or not on this machine.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise OckhamError(f"--device {name}: not on this machine ({str(error).splitlines()[0]}); try cpu") from error
+    return device

@@ -96,7 +96,7 @@ class PlainTraining(Method):
             return state, info
         task, best = state.own
         done = self.result(state)
-        now = HeldOut.of(done.model, *self.held_out, classify=done.noise_variance is None, epoch=state.done)
+        now = HeldOut.of(done.model, *self.held_out, likelihood=state.likelihood.kind, epoch=state.done)
         return replace(state, own=(task, min(best, now, key=lambda h: h.nll))), info
 
     def saved(self, state: RunState) -> dict[str, Any]:

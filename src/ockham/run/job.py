@@ -37,9 +37,10 @@ from ockham.run.folder import (
     stored_values,
 )
 from ockham.run.measure import (
+    CLASSIFIERS,
     Predictor,
-    corruption_shift,
     input_map,
+    labels_for,
     mean_predictor,
     measures,
     ood_auroc,
@@ -76,7 +77,7 @@ from ockham.run.schema import (
     load_lines,
     write_result,
 )
-from ockham.run.shift import SEVERITIES
+from ockham.run.shift import SEVERITIES, corruption_shift
 from ockham.run.weights import fitted
 from ockham.surgery.shrinking import cost, latencies
 from ockham.version import __version__
@@ -126,43 +127,59 @@ class NetworkFacts:
 
 
 def network_facts(
-    model: nn.Module, data: Dataset, noise_variance: Tensor | None, foreign: Tensor, *, temperature: float = 1.0
+    model: nn.Module,
+    data: Dataset,
+    noise_variance: Tensor | None,
+    foreign: Tensor | None = None,
+    *,
+    likelihood: str,
+    temperature: float = 1.0,
 ) -> NetworkFacts:
     """Measure a network as it stands.
 
     Args:
         model: network with every weight at its one value.
         data: examples; those of the test part are used.
-        noise_variance: noise variance of a regression, or None for a classifier.
-        foreign: inputs of another kind.
+        noise_variance: noise of a regression, None for other likelihoods.
+        foreign: inputs of another kind; None: the test inputs with their pixels permuted.
+        likelihood: name of it.
         temperature: divisor of a classifier's logits.
     """
-    predictor = tempered(mean_predictor(model, classify=noise_variance is None), temperature)
-    return _facts(predictor, predictor, model, data, noise_variance, foreign)
+    predictor = tempered(mean_predictor(model, likelihood=likelihood), temperature)
+    return _facts(predictor, predictor, model, data, noise_variance, foreign, likelihood)
 
 
 def compressed_facts(
-    result: Compressed, data: Dataset, foreign: Tensor, *, draws: int, seed: int
+    result: Compressed, data: Dataset, foreign: Tensor | None = None, *, likelihood: str, draws: int, seed: int
 ) -> tuple[NetworkFacts, NetworkFacts]:
-    """Measure the posterior predictive, and the mean network beside it."""
+    """Measure the posterior predictive, and the mean network beside it; arguments as for `network_facts`."""
     noise = result.noise_variance
 
     def predictor(count: int) -> Predictor:
-        return posterior_predictor(result.model, result.posterior, classify=noise is None, draws=count, seed=seed)
+        return posterior_predictor(result.model, result.posterior, likelihood=likelihood, draws=count, seed=seed)
 
     few = predictor(min(draws, _SHIFT_DRAWS))
-    after = _facts(predictor(draws), few, result.model, data, noise, foreign)
-    return after, network_facts(result.model, data, noise, foreign)
+    after = _facts(predictor(draws), few, result.model, data, noise, foreign, likelihood)
+    return after, network_facts(result.model, data, noise, foreign, likelihood=likelihood)
 
 
 def _facts(
-    predictor: Predictor, quick: Predictor, model: nn.Module, data: Dataset, noise: Tensor | None, foreign: Tensor
+    predictor: Predictor,
+    quick: Predictor,
+    model: nn.Module,
+    data: Dataset,
+    noise: Tensor | None,
+    foreign: Tensor | None,
+    likelihood: str,
 ) -> NetworkFacts:
     x, y = data.test_x, data.test_y
     outputs = predictor(x)
-    found = measures(lambda _: outputs, x, y, noise_variance=noise)
+    found = measures(lambda _: outputs, x, y, noise_variance=noise, likelihood=likelihood)
+    y = labels_for(outputs, y) if likelihood in CLASSIFIERS else y
     few = slice(0, _SHIFT_EXAMPLES)
-    classes = noise is None and y.ndim == 1
+    classes = likelihood in CLASSIFIERS and y.ndim == 1
+    permuted = torch.randperm(x[0].numel(), generator=torch.Generator().manual_seed(0))
+    others = x.reshape(len(x), -1)[:, permuted].reshape(x.shape) if foreign is None else foreign
     shift: dict[str, dict[str, tuple[float, ...]]] | None = None
     if classes and data.image_shape:
         curves = corruption_shift(quick, x[few], y[few], low=data.low, high=data.high)
@@ -171,8 +188,8 @@ def _facts(
         Measures.of(found, parameters=stored_values(model)),
         from_plain(ReliabilityTable, reliability_of(lambda _: outputs, x, y)) if classes else None,
         shift,
-        ood_auroc(quick, x[few], foreign[few]) if classes else None,
-        "foreign inputs" if foreign.shape[1:] != x.shape[1:] else "test inputs with their pixels permuted",
+        ood_auroc(quick, x[few], others[few]) if classes else None,
+        "test inputs with their pixels permuted" if foreign is None else "foreign inputs",
         input_map(model, data),
     )
 
@@ -281,9 +298,9 @@ def provenance(
         versions={"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
         machine=f"{platform.machine()}, {(n := torch.get_num_threads())} thread{'s' * (n != 1)}, {device}",
         network=NetworkSource(builder),
-        dataset=DataSource(data.name, len(data.train_x), len(data.test_x), data.name),
+        dataset=DataSource.of(data),
         settings=from_plain(Settings, to_plain(settings)),
-        load=load_lines(folder, builder),
+        load=load_lines(folder, builder, data.train_x.shape[1:]),
     )
 
 
@@ -462,9 +479,9 @@ class Job:
                 engine = r.engine(method, epochs=max(1, round(r.epochs / 10)), held_out=0.1)
                 yield from self._go(engine, saved)
                 done = engine.result()
-                noise = done.noise_variance
-                predictor = mean_predictor(done.model, classify=noise is None)
-                nll = measures(predictor, *r.split(0.1)[1], noise_variance=noise)["nll"]
+                told: dict[str, Any] = {"likelihood": r.likelihood().kind}
+                predictor = mean_predictor(done.model, **told)
+                nll = measures(predictor, *r.split(0.1)[1], noise_variance=done.noise_variance, **told)["nll"]
                 self._done(method.stage, {"nll": nll, "rate": rate})
         if "tune" not in self._facts:
             rates = [f for name, f in self._facts.items() if name.startswith("search ")]
@@ -486,12 +503,11 @@ class Job:
         probe = self._folder.stage / f".{NETWORK}.before"
         size = save_network(model, probe, builder=self.builder)
         probe.unlink()
-        classify = not self.recipe.data.test_y.is_floating_point()
-        if not classify and noise is None:  # given weights: what they leave of the training targets
-            data = self.recipe.data
-            output = mean_predictor(model, classify=False)(data.train_x)[0]
+        data, kind = self.recipe.data, self.recipe.likelihood().kind
+        if kind == "regression" and noise is None:  # given weights: what they leave of the training targets
+            output = mean_predictor(model, likelihood=kind)(data.train_x)[0]
             noise = (output - data.train_y.reshape(output.shape)).double().square().mean(0, keepdim=True)
-        facts = network_facts(model, self.recipe.data, noise, self._foreign(), temperature=temperature)
+        facts = network_facts(model, data, noise, self.ood, likelihood=kind, temperature=temperature)
         return {"facts": to_plain(facts.stored(size))}
 
     def _go(self, engine: Engine, saved: Mapping[str, Any], *, until: int | None = None) -> Iterator[EpochInfo]:
@@ -557,7 +573,8 @@ class Job:
         if result.posterior:
             result.posterior.save(new / POSTERIOR)
         save_plan(result.plan, new / PLAN)
-        after, mean = compressed_facts(result, r.data, self._foreign(), draws=self.draws, seed=r.seed)
+        asked: dict[str, Any] = {"likelihood": r.likelihood().kind, "draws": self.draws, "seed": r.seed}
+        after, mean = compressed_facts(result, r.data, self.ood, **asked)
         old = self._facts.get("adam")
         before = from_plain(NetworkFacts, old["facts"]) if old else None
         seconds, noise = round(self._clock(), 2), result.noise_variance
@@ -577,21 +594,14 @@ class Job:
             before_epochs=old.get("epoch") if old else None,
             before_temperature=old.get("temperature") if old else None,
             draws=1 if not result.posterior or result.posterior.is_point else self.draws,
+            likelihood=r.likelihood().kind,
         )
         told: dict[str, Any] = {"command": self.command, "builder": self.builder, "seed": r.seed, "device": r.device}
         made = provenance(r.data, self._settings(), self.out, seconds=seconds, **told)
         changed = structure(r.network(), result, r.data.test_x[:1].to(r.device))
         gates = r.method.record(engine.state)
         said = None if gates is None else from_plain(GateFacts, gates)
-        shown = (history(result), analysis(result, after, before))
-        write_result(new, Result(metrics, made, *shown, structure=changed, gates=said))
+        write_result(new, Result(metrics, made, history(result), analysis(result, after, before), changed, said))
         if self.report is not None:
             self.report(new)
         self._folder.commit(job=self._fingerprint())
-
-    def _foreign(self) -> Tensor:
-        if self.ood is not None:
-            return self.ood
-        x = self.recipe.data.test_x
-        order = torch.randperm(x[0].numel(), generator=torch.Generator().manual_seed(0))
-        return x.reshape(len(x), -1)[:, order].reshape(x.shape)

@@ -14,10 +14,10 @@ from ockham.choose.units import chain_weights, node_inclusion
 from ockham.core.posterior import Posterior
 from ockham.errors import DataError
 from ockham.fit.predict import draw_outputs
-from ockham.run.shift import CORRUPTIONS, corrupt
 from ockham.zoo.data import Dataset
 
 __all__ = [
+    "CLASSIFIERS",
     "ClassificationMeasures",
     "HeldOut",
     "Predictor",
@@ -30,7 +30,6 @@ __all__ = [
     "check_sums",
     "classification_summary",
     "confidence",
-    "corruption_shift",
     "crps_gaussian",
     "crps_mixture",
     "distributions",
@@ -41,6 +40,7 @@ __all__ = [
     "input_map",
     "interval_coverage",
     "jaccard",
+    "labels_for",
     "mean_predictor",
     "measures",
     "mixture",
@@ -48,6 +48,7 @@ __all__ = [
     "nll",
     "ood_auroc",
     "path_inclusion",
+    "poisson_summary",
     "posterior_predictor",
     "real",
     "regression_summary",
@@ -407,7 +408,10 @@ def _absolute(shift: Tensor, variance: Tensor) -> Tensor:
 
 
 Predictor = Callable[[Tensor], Tensor]
-"""Inputs [N, ...] to outputs of draws: classification log-probabilities [N, K, ...], regression means [S, N, ...]."""
+"""Inputs [N, ...] to log-probabilities [N, K, ...] ("binary": K = 2), or to the outputs of S draws [S, N, ...]."""
+
+CLASSIFIERS = ("classification", "binary")
+"""Likelihoods whose predictions are probabilities of classes; "binary" has two, no and yes, for every logit."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -418,32 +422,44 @@ class _Draws:
     posterior: Posterior
     draws: int
     seed: int
-    classify: bool
+    likelihood: str
 
     def __call__(self, x: Tensor) -> Tensor:
         device = next(self.model.parameters()).device
         generator = torch.Generator(device).manual_seed(self.seed)
         outputs = draw_outputs(self.model, self.posterior, x.to(device), draws=self.draws, generator=generator)
-        if not self.classify:
+        if self.likelihood not in CLASSIFIERS:
             return torch.stack([o.cpu() for o in outputs])
         total: Tensor | None = None
         for output in outputs:
-            logs = output.log_softmax(1).double()
+            logits = output
+            if self.likelihood == "binary":
+                yes = output[:, 0] if output.ndim == 2 and output.shape[1] == 1 else output
+                logits = torch.stack([torch.zeros_like(yes), yes], 1)
+            logs = logits.log_softmax(1).double()
             total = logs if total is None else torch.logaddexp(total, logs)
         assert total is not None
         return (total - math.log(self.draws)).cpu()
 
 
 def posterior_predictor(
-    model: nn.Module, posterior: Posterior, *, classify: bool, draws: int = 20, seed: int = 0
+    model: nn.Module, posterior: Posterior, *, likelihood: str, draws: int = 20, seed: int = 0
 ) -> Predictor:
-    """Ln 1/S sum_s p(y | x, w_s) of a classifier, or the S means of a regression; the same draws at every call."""
-    return _Draws(model, posterior, draws, seed, classify)
+    """Ln 1/S sum_s p(y | x, w_s) of `CLASSIFIERS`, the S outputs for other likelihoods; the same draws at every call.
+
+    Args:
+        model: network of the posterior.
+        posterior: distribution of its parameters.
+        likelihood: name of the likelihood, such as "classification" or "regression".
+        draws: number S of networks.
+        seed: seed of the draws.
+    """
+    return _Draws(model, posterior, draws, seed, likelihood)
 
 
-def mean_predictor(model: nn.Module, *, classify: bool) -> Predictor:
-    """Prediction of the network as it stands, in evaluation mode."""
-    return _Draws(model, Posterior({}, 1.0), 1, 0, classify)
+def mean_predictor(model: nn.Module, *, likelihood: str) -> Predictor:
+    """Prediction of the network as it stands, in evaluation mode; ``likelihood`` as for `posterior_predictor`."""
+    return _Draws(model, Posterior({}, 1.0), 1, 0, likelihood)
 
 
 def fit_temperature(log_probabilities: Tensor, labels: Tensor) -> float:
@@ -495,22 +511,57 @@ class HeldOut:
     noise_variance: Sequence[float] | None = None
 
     @staticmethod
-    def of(model: nn.Module, x: Tensor, y: Tensor, *, classify: bool, epoch: int) -> HeldOut:
+    def of(model: nn.Module, x: Tensor, y: Tensor, *, likelihood: str, epoch: int) -> HeldOut:
         """What a network predicts of examples that it was not trained on."""
-        found = mean_predictor(model, classify=classify)(x)
-        if classify:
-            temperature = fit_temperature(found, y) if found.ndim > 1 and not y.is_floating_point() else 1.0
+        found = mean_predictor(model, likelihood=likelihood)(x)
+        if likelihood == "poisson":
+            return HeldOut(epoch, poisson_summary(found, y)["nll"])
+        if likelihood in CLASSIFIERS:
+            labels = labels_for(found, y)
+            temperature = fit_temperature(found, labels) if found.ndim > 1 else 1.0
             calibrated = (found / temperature).log_softmax(1)
-            return HeldOut(epoch, nll(calibrated, y), temperature)
+            return HeldOut(epoch, nll(calibrated, labels), temperature)
         variance = (found[0] - y.reshape(found[0].shape)).double().square().mean(0).reshape(-1)
         entropy = 0.5 * (2 * math.pi * math.e * variance).log().mean()
         return HeldOut(epoch, float(entropy), 1.0, variance.tolist())
 
 
-def measures(predictor: Predictor, x: Tensor, y: Tensor, *, noise_variance: Tensor | float | None) -> dict[str, float]:
-    """Accuracy, NLL, ECE, Brier of a classifier (``noise_variance`` None), or RMSE, NLL, CRPS, coverage."""
+def labels_for(log_probabilities: Tensor, y: Tensor) -> Tensor:
+    """Integer labels in the shape that log-probabilities [N, K, ...] have without their axis of classes.
+
+    Raises:
+        DataError: targets between the classes 0 and 1 (as the likelihood "binary" takes them) have no label.
+    """
+    if y.is_floating_point() and bool((y != y.round()).any()):
+        between = float(y[y != y.round()][0])
+        raise DataError(f"a classifier is measured against labels; got {between:g}. Round the targets for testing")
+    return y.long().reshape(log_probabilities.shape[:1] + log_probabilities.shape[2:])
+
+
+def poisson_summary(log_rates: Tensor, counts: Tensor) -> dict[str, float]:
+    """RMSE of the mean rate, and NLL -mean ln (1/S) sum_s Poisson(y; exp(f_s)), nats, of log rates [S, N, ...]."""
+    f, y = real("log_rates", log_rates), real("counts", counts).reshape(log_rates.shape[1:])
+    logs = y * f - f.exp() - torch.lgamma(y + 1)
+    return {"rmse": rmse(f.exp().mean(0), y), "nll": float(math.log(len(f)) - logs.logsumexp(0).mean())}
+
+
+def measures(
+    predictor: Predictor, x: Tensor, y: Tensor, *, noise_variance: Tensor | float | None, likelihood: str | None = None
+) -> dict[str, float]:
+    """Accuracy, NLL, ECE, Brier of a classifier; RMSE, NLL, CRPS, coverage of a regression; RMSE, NLL of counts.
+
+    Args:
+        predictor: prediction, made for the same likelihood.
+        x: inputs [N, ...].
+        y: targets.
+        noise_variance: noise of a regression, None for other likelihoods.
+        likelihood: name of the likelihood; None: "regression" with a noise, "classification" without.
+    """
+    if noise_variance is None and likelihood == "poisson":
+        return poisson_summary(predictor(x), y)
     if noise_variance is None:
-        return classification_summary(predictor(x), y).to_dict()
+        found = predictor(x)
+        return classification_summary(found, labels_for(found, y)).to_dict()
     means = predictor(x)
     target = y.reshape(means.shape[1:])
     return regression_summary(means, target, noise_variance=noise_variance).to_dict()
@@ -521,31 +572,6 @@ def reliability_of(predictor: Predictor, x: Tensor, y: Tensor) -> dict[str, Any]
     table = asdict(reliability(predictor(x).exp(), y))
     plain = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in table.items()}
     return {k: [None if isinstance(e, float) and math.isnan(e) else e for e in v] for k, v in plain.items()}
-
-
-def corruption_shift(
-    predictor: Predictor, x: Tensor, y: Tensor, *, low: float | Tensor, high: float | Tensor, seed: int = 0
-) -> dict[str, dict[str, list[float]]]:
-    """Accuracy and ECE of an image classifier under every corruption at severities 1..5.
-
-    Args:
-        predictor: a classifier.
-        x: images [N, C, H, W].
-        y: labels [N].
-        low: smallest pixel value, per channel or for all.
-        high: largest.
-        seed: seed of the noise.
-    """
-    table: dict[str, dict[str, list[float]]] = {}
-    for name in CORRUPTIONS:
-        rows: dict[str, list[float]] = {"accuracy": [], "ece": []}
-        for severity in range(1, 6):
-            shifted = corrupt(x, name, severity, generator=torch.Generator().manual_seed(seed), low=low, high=high)
-            p = predictor(shifted).exp()
-            rows["accuracy"].append(float((p.argmax(1) == y).double().mean()))
-            rows["ece"].append(ece(p, y))
-        table[name] = rows
-    return table
 
 
 def ood_auroc(predictor: Predictor, inside: Tensor, outside: Tensor) -> float:

@@ -8,7 +8,7 @@ name, the field and the reason. How a value looks in JSON follows from its class
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from ockham.run.records import (
     ShiftCurve,
     StructureRecord,
 )
+from ockham.zoo.data import Dataset
 
 __all__ = [
     "RESULT",
@@ -80,6 +81,7 @@ class Metrics:
         before_epochs: number of epochs that it was trained for.
         before_temperature: divisor of its logits.
         draws: posterior draws that a prediction averages; 1 for a network used once, None where not recorded.
+        likelihood: name of the likelihood; None in folders of before, where a noise tells a regression.
     """
 
     method: str
@@ -97,6 +99,7 @@ class Metrics:
     before_epochs: Count | None = None
     before_temperature: float | None = None
     draws: Count | None = None
+    likelihood: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,12 +246,30 @@ class DataSource:
         n_train: training examples.
         n_test: test examples.
         source: place the data came from.
+        inputs: shape of the inputs of one example; None where not recorded, as below.
+        mean: mean that was taken off the inputs (of bytes: off pixel / 255), one number or one a channel or column.
+        std: standard deviation by which they were divided, likewise.
+        classes: names of the classes; None for numbers, too.
+        target: name of the column that is predicted, of tables.
     """
 
     name: str | None
     n_train: Count | None
     n_test: Count | None
     source: str | None
+    inputs: tuple[Count, ...] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    classes: tuple[str, ...] | None = None
+    target: str | None = None
+
+    @classmethod
+    def of(cls, data: Dataset) -> DataSource:
+        """What a data set says of itself."""
+        moments = (None if t is None else (t.double() / data.unit).reshape(-1).tolist() for t in (data.mean, data.std))
+        mean, std = (None if v is None else tuple(v) for v in moments)
+        told = (tuple(data.train_x.shape[1:]), mean, std, data.classes, data.target)
+        return cls(data.name, len(data.train_x), len(data.test_x), data.name, *told)
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,19 +329,28 @@ _PARTS: dict[str, type] = {
 }  # fmt: skip
 
 
-def load_lines(folder: str | Path, builder: str | None) -> str:
-    """Three lines of Python that load the network of a folder.
+def load_lines(folder: str | Path, builder: str | None, inputs: Sequence[int] | None = None) -> str:
+    """Three lines of Python that load the network of a folder and call it once; they run as they stand.
 
     Args:
         folder: place of the result, as typed.
         builder: label of the network; a "package.module:function" is imported by name.
+        inputs: shape of the inputs of one example; None: the call is a comment.
     """
-    first, given = "import ockham", ""
+    first, given = "import ockham, torch", ""
     if builder is None or not builder.startswith("zoo:"):
         named = re.fullmatch(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)", builder or "")
-        first += f"; from {named[1]} import {named[2]}" if named else ""
-        given = f", model={named[2] if named else 'your_constructor'}()"
-    return f"{first}\nnetwork = ockham.load({str(folder)!r}{given})\noutputs = network(inputs)"
+        pretrained = re.fullmatch(r"hf:([\w./-]+)", builder or "")
+        made = f"{named[2]}()" if named else "your_constructor()"
+        if pretrained:
+            first += "; from ockham.run.weights import huggingface_model"
+            made = f"huggingface_model({pretrained[1]!r})"
+        elif named:
+            first += f"; from {named[1]} import {named[2]}"
+        given = f", model={made}"
+    shape = ", ".join(map(str, (1, *(inputs or ()))))
+    last = "# outputs = network(inputs)" if inputs is None else f"outputs = network(torch.zeros({shape}))"
+    return f"{first}\nnetwork = ockham.load({str(folder)!r}{given})\n{last}"
 
 
 def write_result(folder: str | Path, result: Result) -> None:
@@ -338,7 +368,8 @@ def write_result(folder: str | Path, result: Result) -> None:
     """
     path, made = Path(folder), result.provenance
     if not made.load:
-        made = replace(made, load=load_lines(folder, made.network.builder if made.network else None))
+        shape = made.dataset.inputs if made.dataset else None
+        made = replace(made, load=load_lines(folder, made.network.builder if made.network else None, shape))
     values = {name: getattr(result, name) for name in _PARTS if getattr(result, name) is not None}
     files = {path / f"{name}.json": value for name, value in values.items()} | {path / RESULT: made}
     plain = {}

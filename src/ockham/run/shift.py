@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ockham.errors import DataError
+from ockham.run.measure import Predictor, ece
 
 __all__ = [
     "BLUR_STD",
@@ -28,6 +29,7 @@ __all__ = [
     "STANDARDISED_RANGE",
     "contrast",
     "corrupt",
+    "corruption_shift",
     "gaussian_blur",
     "gaussian_noise",
     "rotation",
@@ -158,3 +160,28 @@ def _rotate(images: Tensor, degrees: float) -> Tensor:
     affine = torch.tensor(theta, dtype=images.dtype, device=images.device).expand(len(images), 2, 3)
     grid = torch.nn.functional.affine_grid(affine, list(images.shape), align_corners=False)
     return torch.nn.functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def corruption_shift(
+    predictor: Predictor, x: Tensor, y: Tensor, *, low: float | Tensor, high: float | Tensor, seed: int = 0
+) -> dict[str, dict[str, list[float]]]:
+    """Accuracy and ECE of an image classifier under every corruption at severities 1..5.
+
+    Args:
+        predictor: a classifier.
+        x: images [N, C, H, W].
+        y: labels [N].
+        low: smallest pixel value, per channel or for all.
+        high: largest.
+        seed: seed of the noise.
+    """
+    table: dict[str, dict[str, list[float]]] = {}
+    for name in CORRUPTIONS:
+        rows: dict[str, list[float]] = {"accuracy": [], "ece": []}
+        for severity in range(1, 6):
+            shifted = corrupt(x, name, severity, generator=torch.Generator().manual_seed(seed), low=low, high=high)
+            p = predictor(shifted).exp()
+            rows["accuracy"].append(float((p.argmax(1) == y).double().mean()))
+            rows["ece"].append(ece(p, y))
+        table[name] = rows
+    return table

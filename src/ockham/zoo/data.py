@@ -14,15 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ockham.core.batch import call, inputs_of
 from ockham.core.files import printable
+from ockham.core.network import evaluating
 from ockham.errors import DataError, OckhamError
 from ockham.zoo.files import Array, Layout, Part, Reading, class_names, idx_folder, npz_folder, npz_part, npz_whole
 from ockham.zoo.images import image_folder, sheet_folder
 from ockham.zoo.tables import TABLE_ENDS, table_parts
 
-__all__ = ["Batches", "Dataset", "Normalize", "data_fingerprint", "digits", "from_arrays", "load_folder"]
+__all__ = ["Batches", "Dataset", "Normalize", "data_fingerprint", "digits", "from_arrays", "inputs_as", "load_folder"]
 
 LAYOUTS: tuple[Layout, ...] = (idx_folder, npz_folder, sheet_folder, image_folder)
 """Readers in the order in which they are asked."""
@@ -32,6 +34,7 @@ Normalize = tuple[Sequence[float], Sequence[float]] | str | None
 
 _HOLD_OUT = 0.2
 _SPLIT_SEED = 0
+_FAR = 30.0  # a mean, or a factor of the std, beyond which given means and stds of images are of another unit
 _WHOLE = 100 * 10**6  # bytes up to which a fingerprint reads everything
 
 
@@ -53,6 +56,8 @@ class Dataset:
         mean: mean that was taken off the stored inputs, shaped to be broadcast over a batch; None where not known.
         std: standard deviation by which they were then divided, likewise.
         notes: sentences on what was decided in reading, for people.
+        unit: stored value that counts as one where mean and std are given: 255 of bytes.
+        target: name of the column that is predicted, of tables.
     """
 
     name: str
@@ -67,6 +72,8 @@ class Dataset:
     mean: Tensor | None = None
     std: Tensor | None = None
     notes: tuple[str, ...] = ()
+    unit: float = 1.0
+    target: str | None = None
 
 
 class Batches:
@@ -135,6 +142,7 @@ def from_arrays(
     *,
     series: bool | None = None,
     normalize: Normalize = None,
+    targets: str | None = None,
 ) -> Dataset:
     """A data set from arrays (numpy's, tensors, lists), checked and standardised as `load_folder` does it.
 
@@ -147,13 +155,14 @@ def from_arrays(
         series: flag, True: three dimensions are steps and features, not rows and columns of grey images; None: they are
             where the numbers are no bytes and the dimensions differ.
         normalize: mean and std, one number per channel, feature or column each; "none"; or None: those of ``train``.
+        targets: "classes" or "numbers", for whole numbers that are meant otherwise than their type says.
 
     Raises:
-        DataError: shapes or numbers that do not fit, labels out of range, NaN or infinity.
+        DataError: shapes or numbers that do not fit, labels out of range or all the same, NaN or infinity.
     """
     held = None if test is None else Part(np.asarray(test[0]), np.asarray(test[1]), "test")
     reading = Reading(Part(np.asarray(train[0]), np.asarray(train[1]), "train"), held, classes)
-    return _from_reading(name, reading, series, normalize)
+    return _from_reading(name, reading, series, normalize, targets)
 
 
 def load_folder(
@@ -163,6 +172,7 @@ def load_folder(
     series: bool | None = None,
     normalize: Normalize = None,
     max_bytes: float | None = None,
+    targets: str | None = None,
 ) -> Dataset:
     """The data set in a folder or a file; without a test part a stratified fifth is held out, always the same.
 
@@ -179,6 +189,8 @@ def load_folder(
         series: flag as for `from_arrays`.
         normalize: mean and std as for `from_arrays`.
         max_bytes: most bytes of an array, an image or a table; None: what the machine has free.
+        targets: "classes" or "numbers" as for `from_arrays`; None: in tables texts and whole numbers of at most 20
+            values are classes, in arrays all integers.
 
     Raises:
         DataError: no known layout, or a file at fault, with its name and why.
@@ -191,19 +203,52 @@ def load_folder(
         names = class_names(home)
     else:
         names = None
-        if home.suffix.lower() == ".npz":
+        if home.suffix.lower() == ".npz" and target is None:
             reading = npz_whole(home, max_bytes)
     if reading is None:
-        reading = table_parts(home, target, max_bytes)
+        reading = table_parts(home, target, max_bytes, targets)
     if reading is not None:
         reading = replace(reading, classes=names or reading.classes)
-        return _from_reading(home.resolve().name, reading, series, normalize)
-    held = ", ".join(sorted(p.name for p in home.iterdir())[:8]) if home.is_dir() else "no such folder"
+        data = _from_reading(home.resolve().name, reading, series, normalize, targets)
+        return replace(data, target=reading.target)
+    held = ", ".join(sorted(p.name for p in home.iterdir())[:8]) if home.is_dir() else f"a {home.suffix or 'bare'} file"
+    held = held if home.exists() else "no such folder or file"
+    if target is not None:
+        raise DataError(
+            f"{printable(home)}: target {printable(repr(target))} names a column of a table, and here is none "
+            f"({printable(held) or 'it is empty'}); drop --target (target=)"
+        )
     raise DataError(
         f"{printable(home)}: no data set recognised ({printable(held) or 'it is empty'}); expected "
         "train-images-idx3-ubyte(.gz) with its labels, train.npz, data.npz, train_000.webp with train_labels.npy, a "
         f"directory of images per class, or one of train{', data'.join(TABLE_ENDS)}"
     )
+
+
+def inputs_as(foreign: Dataset, data: Dataset, model: nn.Module) -> Tensor:
+    """Test inputs of foreign data, standardised as other data are where both say how; else as they come.
+
+    Args:
+        foreign: data set whose inputs are wanted.
+        data: data set whose mean and std are used.
+        model: network that is to take them.
+
+    Raises:
+        DataError: it does not.
+    """
+    x = foreign.test_x
+    with evaluating(model) as device:
+        try:
+            call(model, inputs_of(x[:2].to(device)))
+        except DataError as error:
+            raise DataError(f"the foreign inputs of {printable(foreign.name)} do not suit: {error}") from error
+    mean, std, own_mean, own_std = (foreign.mean, foreign.std, data.mean, data.std)
+    if mean is None or std is None or own_mean is None or own_std is None or x.ndim != data.test_x.ndim:
+        return x
+    if x.ndim > 1 and x.shape[1] != data.test_x.shape[1]:
+        return x
+    stored = (x.double() * std + mean) * (data.unit / foreign.unit)
+    return ((stored - own_mean) / own_std).float()
 
 
 def data_fingerprint(data: Dataset) -> str:
@@ -226,36 +271,46 @@ def data_fingerprint(data: Dataset) -> str:
     return f"{shape}+{len(data.test_x)} {found.hexdigest()[:16]}"
 
 
-def _from_reading(name: str, reading: Reading, series: bool | None, normalize: Normalize) -> Dataset:
+def _from_reading(
+    name: str, reading: Reading, series: bool | None, normalize: Normalize, targets: str | None
+) -> Dataset:
     """Both parts checked, the second held out where there is none, standardised."""
-    train, test, notes = reading.train, reading.test, reading.notes
-    _check(train)
+    notes = reading.notes
+    train = _checked(reading.train, targets)
+    test = None if reading.test is None else _checked(reading.test, targets)
     if train.x.ndim == 3:
         guessed = train.x.dtype != np.uint8 and train.x.shape[1] != train.x.shape[2]
         chosen = guessed if series is None else series
         shape = f"{train.x.shape[1]} x {train.x.shape[2]}"
         kind = f"series, {shape} steps x features" if chosen else f"grey images of {shape}"
-        if series is None:
+        if series is None and train.x.dtype != np.uint8:
             notes += (f"inputs {train.x.shape} are read as {kind}; series={not chosen} reads them the other way",)
         series = chosen
     if test is None:
         train, test = _hold_out(train, _SPLIT_SEED, reading.hold_out)
-    else:
-        _check(test)
     return _build(name, train, test, reading.classes, series=bool(series), normalize=normalize, notes=notes)
 
 
-def _check(part: Part) -> None:
-    """Numbers, kinds and finiteness of the targets; raises where they do not fit."""
+def _checked(part: Part, targets: str | None) -> Part:
+    """Targets of the kind that is asked for, labels [N]; raises where numbers, kinds or finiteness do not fit."""
     x, y = part.x, part.y
     if x.ndim == 0 or y.ndim == 0 or len(x) != len(y) or x.size == 0 or y.size == 0:
         part.fail(f"needs as many inputs as targets, and at least one; got inputs {x.shape} and targets {y.shape}")
     if x.dtype.kind not in "buif" or y.dtype.kind not in "buif":
         part.fail(f"inputs must be numbers, targets integer labels or floats; got {x.dtype} and {y.dtype}")
-    if _labelled(part) and y.ndim != 1:
+    for what, values in (("inputs", x), ("targets", y)):
+        if values.dtype.kind == "f" and not np.isfinite([values.min(), values.max()]).all():
+            part.fail(f"{what} hold NaN or infinity, first at example {np.argwhere(~np.isfinite(values))[0][0]}")
+    single = y.ndim == 1 or y.shape[1:] == (1,)
+    if targets == "numbers":
+        return replace(part, y=y.astype(np.float64))
+    if targets == "classes" and single and y.dtype.kind == "f":
+        if bool((y != np.round(y)).any()):
+            part.fail(f"targets are to be classes, and {y[y != np.round(y)][0]:g} is no whole number")
+        y = y.astype(np.int64)
+    if y.dtype.kind in "bui" and not single:
         part.fail(f"labels must be [N]; got {y.shape}. For one-hot rows save y.argmax(1)")
-    if not np.isfinite(y).all():
-        part.fail(f"targets hold NaN or infinity, first at example {np.argwhere(~np.isfinite(y))[0][0]}")
+    return replace(part, y=y.reshape(-1) if y.dtype.kind in "bui" else y)
 
 
 def _labelled(part: Part) -> bool:
@@ -314,7 +369,8 @@ def _build(
     ends = (low.view(-1, 1, 1), high.view(-1, 1, 1)) if colour else (float(low), float(high))
     shape = (train_x.shape[1], train_x.shape[2], train_x.shape[3]) if train_x.ndim == 4 else None
     y, test_y = _targets(train), _targets(test)
-    return Dataset(name, train_x, y, test_x, test_y, names, shape, ends[0], ends[1], mean.float(), std.float(), notes)
+    kept = (ends[0], ends[1], mean, std, notes, _unit(train))
+    return Dataset(name, train_x, y, test_x, test_y, names, shape, *kept)
 
 
 def _classes(train: Part, test: Part, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
@@ -331,6 +387,11 @@ def _classes(train: Part, test: Part, names: tuple[str, ...] | None) -> tuple[st
             "0..K-1. Renumber them, or name all K classes in classes.txt, one a line"
         )
     names = names or tuple(str(label) for label in known)
+    if len(names) < 2:
+        train.fail(
+            f"all {len(train.y)} training examples are of one class, {printable(names[0])}: nothing is to be told "
+            "apart. Add examples of another class"
+        )
     for part in (train, test):
         if part.y.min() < 0 or part.y.max() >= len(names):
             part.fail(
@@ -358,9 +419,11 @@ def _inputs(part: Part, series: bool) -> Tensor:
         x = x.transpose(0, 3, 1, 2)
     enough = np.float32 if x.dtype.itemsize <= 2 or x.dtype == np.float32 else np.float64
     inputs = torch.from_numpy(x.astype(enough, order="C"))
-    if not bool(torch.stack(torch.aminmax(inputs)).isfinite().all()):
-        part.fail(f"inputs hold NaN or infinity, first at example {int((~inputs.isfinite()).nonzero()[0, 0])}")
     return inputs
+
+
+def _unit(part: Part) -> float:
+    return 255.0 if part.x.dtype == np.uint8 else 1.0
 
 
 def _given(
@@ -373,13 +436,20 @@ def _given(
         if normalize != "none":
             part.fail(f'normalize must be (means, stds), "none" or None; got {normalize!r}')
         return torch.zeros([1] * train.ndim), torch.ones([1] * train.ndim)
-    scale = 255.0 if part.x.dtype == np.uint8 else 1.0
-    found = [torch.tensor([float(v) for v in values], dtype=train.dtype) * scale for values in normalize]
+    found = [torch.tensor([float(v) for v in values], dtype=train.dtype) * _unit(part) for values in normalize]
     if len(found) != 2 or any(len(v) not in (1, train.shape[own]) or not bool(v.isfinite().all()) for v in found):
         part.fail(f"normalize needs {train.shape[own]} means and as many stds, or one each, finite; got {normalize!r}")
     if bool((found[1] <= 0).any()):
         part.fail(f"normalize needs positive stds; got {list(normalize[1])}")
     mean, std = (v.view(shape) if len(v) > 1 else v.view([1] * train.ndim) for v in found)
+    pixels = (train[:256] - mean) / std
+    if train.ndim == 4 and not (abs(float(pixels.mean())) < _FAR and 1 / _FAR < float(pixels.std()) < _FAR):
+        low, high = (float(v) / _unit(part) for v in torch.aminmax(train[:256]))
+        part.fail(
+            f"normalize would leave pixels of mean {float(pixels.mean()):.3g} and std {float(pixels.std()):.3g}, far "
+            f"from 0 and 1: they run from {low:g} to {high:g}{' (as byte / 255)' * (_unit(part) > 1)}. Give means and "
+            "stds in that unit"
+        )
     return mean, std
 
 

@@ -77,6 +77,7 @@ class Reading:
         classes: names of the labels, where the files tell them.
         hold_out: share of ``train`` that becomes the test part where there is none.
         notes: sentences on what was decided in reading, for people.
+        target: name of the column that is predicted, of tables.
     """
 
     train: Part
@@ -84,6 +85,7 @@ class Reading:
     classes: tuple[str, ...] | None = None
     hold_out: float = 0.2
     notes: tuple[str, ...] = ()
+    target: str | None = None
 
 
 Layout = Callable[[Path, float | None], Reading | None]

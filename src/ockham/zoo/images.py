@@ -23,7 +23,7 @@ TEST_NAMES = ("test", "val", "valid", "validation")
 
 
 def read_image(file: Path, max_bytes: float | None = None, *, formats: list[str] = FORMATS) -> Array:
-    """Pixels of one image: [H, W] if it is grey, else [H, W, 3].
+    """Pixels of one image: [H, W] if it is grey, else [H, W, 3]; bytes, or the file's own deeper grey values.
 
     Args:
         file: the image.
@@ -51,7 +51,10 @@ def read_image(file: Path, max_bytes: float | None = None, *, formats: list[str]
                         "if the file is right"
                     )
                 afford(4 * pixels, file, max_bytes=max_bytes, error=DataError)
-                return np.asarray(image.convert("L" if image.mode in ("1", "L") else "RGB"))
+                if image.mode[0] in "IF":  # 16 and 32 bits, floats: Pillow would cut them off at 255
+                    deep = np.asarray(image)
+                    return deep.astype(deep.dtype.newbyteorder("="))
+                return np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
         except OckhamError:
             raise
         except UNREADABLE as error:
@@ -108,6 +111,8 @@ def image_folder(folder: Path, max_bytes: float | None) -> Reading | None:
         return None
     tests = [folder / name for name in TEST_NAMES if split and (folder / name).is_dir()]
     said = f"{len(classes)} classes by the names of their directories: {', '.join(classes[:8])}"
+    empty = sorted(d.name for d in train.iterdir() if d.is_dir() and d.name[0] != "." and d.name not in classes)
+    said += f"; without images and left out: {', '.join(empty[:8])}" if empty else ""
     test = _image_part(folder, tests[0], classes, max_bytes) if tests else None
     return Reading(_image_part(folder, train, classes, max_bytes), test, classes, notes=(printable(said),))
 
@@ -132,14 +137,25 @@ def _image_part(home: Path, folder: Path, classes: tuple[str, ...], max_bytes: f
     for file, _ in files:
         image = read_image(inside(home, str(file.relative_to(home)), error=DataError), max_bytes)
         if not images:
-            afford(3 * image.shape[0] * image.shape[1] * len(files), folder, max_bytes=max_bytes, error=DataError)
+            afford(
+                3 * image.shape[0] * image.shape[1] * image.itemsize * len(files),
+                folder,
+                max_bytes=max_bytes,
+                error=DataError,
+            )
         elif image.shape[:2] != images[0].shape[:2]:
             (h, w), (first_h, first_w) = image.shape[:2], images[0].shape[:2]
             raise DataError(
                 f"{printable(file)}: {w} x {h} pixels, {printable(files[0][0].name)} has {first_w} x {first_h}; all "
                 "images must have one size. Resize them first"
             )
+        elif image.dtype != images[0].dtype:
+            raise DataError(
+                f"{printable(file)}: pixels are {image.dtype}, those of {printable(files[0][0].name)} "
+                f"{images[0].dtype}; all images must have one depth. Convert them first"
+            )
         images.append(image)
     if any(image.ndim == 3 for image in images):
         images = [image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2) for image in images]
-    return Part(np.stack(images), np.array([label for _, label in files]), str(folder))
+    pixels = np.stack([image.transpose(2, 0, 1) if image.ndim == 3 else image[None] for image in images])
+    return Part(pixels, np.array([label for _, label in files]), str(folder))

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ockham.core.batch import ReadOutput, call, inputs_of, tensor_of
-from ockham.core.likelihood import aligned
+from ockham.core.likelihood import aligned, check_target, likelihood_from
 from ockham.core.network import evaluating
 from ockham.core.posterior import Gaussian, Posterior
-from ockham.errors import OckhamError
+from ockham.errors import DataError, OckhamError
 from ockham.evidence.exact import exact_inclusion as enumerate_subsets
 from ockham.methods.spike_slab.correlated import correlation, inclusion_correlated, inclusion_paired
 from ockham.methods.spike_slab.priors import inclusion
@@ -116,8 +116,9 @@ def audit(
 ) -> Audit:
     """Compare the claimed inclusion of last-layer weights with enumeration.
 
-    For a regression (``noise_variance`` given) the comparison is exact; for a classifier the likelihood of each output
-    is replaced by its quadratic at the network's prediction, the other outputs held.
+    For a regression (``noise_variance`` given) the comparison is exact; for classes, binary labels and counts (as the
+    posterior's likelihood says) the likelihood of each output is replaced by its quadratic at the network's prediction,
+    the other outputs held.
 
     Args:
         model: network that ends in a Linear layer; its parameters hold the posterior mean. Used in evaluation
@@ -126,7 +127,7 @@ def audit(
             ``log_odds``).
         x: inputs of all training examples (or a large part: the data's weight is scaled to the posterior's n_data):
             a tensor, a tuple or list (positional), or a mapping (keywords).
-        y: targets: numbers [N] or [N, K], or classes [N].
+        y: targets: numbers, counts or binary labels [N] or [N, K], or classes [N].
         noise_variance: noise of a regression, one number or one an output; default what the posterior knows, None for
             classes.
         log_odds: prior log-odds of inclusion, for posteriors that have none of their own.
@@ -137,14 +138,17 @@ def audit(
 
     Raises:
         OckhamError: the network does not end in a Linear layer that the posterior knows.
+        DataError: targets that do not fit the outputs, or are NaN.
     """
     name, layer = _last_linear(model, posterior)
     features, outputs = _run(model, layer, x, output)
     noise_variance = posterior.noise_variance if noise_variance is None else noise_variance
     gaussian = posterior[name]
-    claims = gaussian.inclusion if gaussian.inclusion is not None else inclusion(posterior, {name: log_odds})[name]
-    target, curvature = _working(outputs, y, noise_variance)
-    terms = target.numel() if noise_variance is not None else len(target)
+    alone = Posterior({name: gaussian}, posterior.n_data)  # of the bias of a regression in its own unit: a prior mean
+    claims = gaussian.inclusion if gaussian.inclusion is not None else inclusion(alone, log_odds)[name]
+    kind = posterior.likelihood if noise_variance is None else "regression"
+    target, curvature = _working(outputs, y, noise_variance, kind)
+    terms = target.numel() if kind in ("regression", "binary", "poisson") else len(target)
     scale = posterior.n_data / terms / posterior.temperature
     rows, highest, most = [], 0.0, 1
     for k in range(target.shape[1]):
@@ -231,19 +235,35 @@ def _run(model: nn.Module, layer: nn.Linear, x: Any, output: ReadOutput | None) 
             outputs = tensor_of(call(model, inputs_of(x).to(device), output))
     finally:
         handle.remove()
-    if len(caught) != 1 or caught[0][1].shape != outputs.shape or not torch.allclose(caught[0][1], outputs):
+    if (
+        len(caught) != 1
+        or caught[0][1].shape != outputs.shape
+        or not torch.allclose(caught[0][1], outputs, equal_nan=True)
+    ):
         raise OckhamError("audit needs a network whose output is that of its last Linear layer, used once")
     return caught[0][0].flatten(0, -2).double(), outputs.flatten(0, -2).double()
 
 
-def _working(outputs: Tensor, y: Tensor, noise_variance: float | Tensor | None) -> tuple[Tensor, Tensor]:
+def _working(
+    outputs: Tensor, y: Tensor, noise_variance: float | Tensor | None, kind: str | None
+) -> tuple[Tensor, Tensor]:
     """Targets and curvatures [N, K] of the quadratic likelihood of each output."""
+    check_target(y, "audit")
+    for what, values in (("targets", y), ("outputs of the network", outputs)):
+        if not bool(values.isfinite().all()):
+            raise DataError(f"{what} are NaN or infinite, first at example {int((~values.isfinite()).nonzero()[0, 0])}")
     if noise_variance is not None:
         target = aligned(y.to(outputs), outputs, "audit").double()
         return target, (1 / torch.as_tensor(noise_variance).to(target)).expand(target.shape)
+    if kind in ("binary", "poisson"):
+        likelihood_from(kind).check(outputs, y)
+        mean = outputs.sigmoid() if kind == "binary" else outputs.exp()
+        curvature = (mean * (1 - mean) if kind == "binary" else mean).clamp_min(1e-6)
+        return outputs + (aligned(y.to(outputs), outputs, "audit") - mean) / curvature, curvature
+    likelihood_from("classification").check(outputs, y.reshape(-1))
     p = outputs.softmax(1)
     curvature = (p * (1 - p)).clamp_min(1e-6)
-    onehot = nn.functional.one_hot(y.reshape(-1), outputs.shape[1]).double()
+    onehot = nn.functional.one_hot(y.reshape(-1).long(), outputs.shape[1]).double()
     return outputs + (onehot - p) / curvature, curvature
 
 
