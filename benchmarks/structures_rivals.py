@@ -14,9 +14,11 @@ is overwritten by its own position, so that what is left says where it came from
 a norm over units (LayerNorm, GroupNorm, RMSNorm) counts only those that stay, the function is another one, though
 nothing is miswired; such a network is compared once more with the original whose norms count the units that stay
 ("other statistics"). Torch-Pruning has what its README and examples recommend: the head ignored, `num_heads` of
-attention (head dimensions and whole heads are both tried, the better is shown), `out_channel_groups` of halves that
-are multiplied, and the attributes of attention repaired afterwards as its examples do it. Its one facility that is not
-used are pruners written by hand for single classes of modules (`customized_pruners`).
+attention (head dimensions and whole heads are both tried, the better is shown), pruners for GPT-2's Conv1D and Swin's
+joined patches written by hand (`customized_pruners`), and attributes of attention repaired afterwards as its examples
+do it. It ranks channels one by one even where some can only go together (the halves that GhostNet joins), and then
+removes more than it was asked for; there the channels that fall together get the same score, and what happens without
+that is recorded beside it.
 """
 
 from __future__ import annotations
@@ -25,11 +27,9 @@ import argparse
 import copy
 import functools
 import importlib.metadata
-import importlib.util
 import itertools
 import resource
 import signal
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -62,7 +62,7 @@ class Case:
         inputs: batches; the first is the example.
         ignored: names of the layers that make the output.
         heads: name of a layer that makes queries, keys or values to the number of its heads.
-        halves: name of a layer to the number of equal parts of its output that are multiplied.
+        tied: whether channels that fall together stand apart in one dimension (halves that GhostNet joins).
         repair: function that sets attributes of the pruned network as the examples of Torch-Pruning do.
     """
 
@@ -70,7 +70,7 @@ class Case:
     inputs: list[Any]
     ignored: tuple[str, ...]
     heads: dict[str, int] = field(default_factory=dict)
-    halves: dict[str, int] = field(default_factory=dict)
+    tied: bool = False
     repair: Callable[[nn.Module, Mapping[nn.Module, int]], None] = lambda net, heads: None
 
 
@@ -226,22 +226,21 @@ def repaired_llama(net: nn.Module, heads: Mapping[nn.Module, int]) -> None:
             module.num_key_value_groups = module.q_proj.out_features // module.k_proj.out_features
 
 
-def with_heads(case: Case, endings: Mapping[str, int] | Callable[[nn.Module], int]) -> Case:
-    for name, module in case.net.named_modules():
-        if callable(endings):
-            if hasattr(module, "qkv"):
-                case.heads[f"{name}.qkv"] = endings(module)
-        else:
-            case.heads |= {name: n for end, n in endings.items() if name.endswith(end)}
+def with_heads(case: Case, heads: Mapping[str, int]) -> Case:
+    for name, _ in case.net.named_modules():
+        case.heads |= {name: n for end, n in heads.items() if name.endswith(end)}  # noqa: B035
     return case
 
 
 def attention(name: str) -> Case:
-    return with_heads(timm(name, repair=repaired_timm), lambda m: m.num_heads)
+    case = timm(name, repair=repaired_timm)
+    case.heads |= {f"{n}.qkv": m.num_heads for n, m in case.net.named_modules() if hasattr(m, "qkv")}
+    return case
 
 
 def text(kind: str) -> Case:
     net, inputs = makers()[kind]()
+    net.config.use_cache = False
     if kind == "decoder:llama":
         ends = {"q_proj": 4, "k_proj": 2, "v_proj": 2}
         return with_heads(Case(net, inputs, ("lm_head",), repair=repaired_llama), ends)
@@ -260,10 +259,10 @@ NETWORKS: dict[str, Callable[[], Case]] = {
     "MobileNetV2": lambda: timm("mobilenetv2_035"),
     "MobileNetV3": lambda: timm("mobilenetv3_small_050"),
     "EfficientNet-B0": lambda: timm("efficientnet_b0"),
-    "GhostNet": lambda: timm("ghostnet_050"),
+    "GhostNet": lambda: timm("ghostnet_050", tied=True),
     "RegNetX": lambda: timm("regnetx_002"),
     "ConvNeXt": lambda: timm("convnext_atto"),
-    "ShuffleNetV2 units": lambda: images(shufflenet(), "8"),
+    "ShuffleNetV2 units": lambda: images(shufflenet(), "8", tied=True),
     "UNet, BatchNorm": lambda: images(UNet("batch"), "head"),
     "UNet, GroupNorm": lambda: images(UNet("group"), "head"),
     "YOLO, C2f": lambda: images(Yolo(), "boxes.1", "classes.1"),
@@ -330,10 +329,11 @@ def ours(case: Case, share: float) -> Pruned:
     plan = plan_masks(groups, keep)
     small = ockham.shrink(case.net, plan)
     seconds = time.process_time() - began
-    kept = {name: torch.ones_like(p, dtype=torch.bool) for name, p in case.net.named_parameters(remove_duplicate=False)}
-    for name, mask in kept.items():
-        for dim, gone in plan.cuts.get(name, {}).items():
-            mask.index_fill_(dim, torch.tensor(gone), False)
+    kept, first = {}, {p: n for n, p in case.net.named_parameters()}
+    for name, parameter in case.net.named_parameters(remove_duplicate=False):
+        kept[name] = torch.ones_like(parameter, dtype=torch.bool)
+        for dim, gone in plan.cuts.get(first[parameter], {}).items():
+            kept[name].index_fill_(dim, torch.tensor(gone), False)
     return Pruned(small, kept, seconds)
 
 
@@ -341,62 +341,135 @@ def _transposed(net: nn.Module, layer: str) -> bool:
     return bool(getattr(net.get_submodule(layer), "transposed", False))
 
 
-def theirs(case: Case, share: float, *, whole_heads: bool) -> Pruned:
-    """`BasePruner`, local, in one step; every weight holds its position while it prunes."""
+def by_hand(net: nn.Module) -> dict[type, Any]:
+    """Pruners for classes that Torch-Pruning does not know: GPT-2's Conv1D and Swin's joined patches."""
+    import torch_pruning as tp
+
+    def cut(layer: nn.Module, name: str, dim: int, gone: list[int]) -> None:
+        tensor = getattr(layer, name)
+        stays = torch.tensor([i for i in range(tensor.shape[dim]) if i not in set(gone)])
+        setattr(layer, name, nn.Parameter(tensor.detach().index_select(dim, stays)))
+
+    class Transposed(tp.BasePruningFunc):
+        """A linear layer whose weight is (in, out)."""
+
+        def prune_out_channels(self, layer: nn.Module, idxs: list[int]) -> nn.Module:
+            cut(layer, "weight", 1, idxs)
+            cut(layer, "bias", 0, idxs)
+            layer.nf = layer.weight.shape[1]
+            return layer
+
+        def prune_in_channels(self, layer: nn.Module, idxs: list[int]) -> nn.Module:
+            cut(layer, "weight", 0, idxs)
+            layer.nx = layer.weight.shape[0]
+            return layer
+
+        def get_out_channels(self, layer: nn.Module) -> int:
+            return layer.weight.shape[1]
+
+        def get_in_channels(self, layer: nn.Module) -> int:
+            return layer.weight.shape[0]
+
+    class Merging(tp.BasePruningFunc):
+        """Four patches side by side, a norm over them, a linear layer."""
+
+        def prune_out_channels(self, layer: nn.Module, idxs: list[int]) -> nn.Module:
+            tp.prune_linear_out_channels(layer.reduction, idxs)
+            return layer
+
+        def prune_in_channels(self, layer: nn.Module, idxs: list[int]) -> nn.Module:
+            gone = [k * self.get_in_channels(layer) + i for k in range(4) for i in idxs]
+            tp.prune_layernorm_out_channels(layer.norm, gone)
+            tp.prune_linear_in_channels(layer.reduction, gone)
+            return layer
+
+        def get_out_channels(self, layer: nn.Module) -> int:
+            return layer.reduction.out_features
+
+        def get_in_channels(self, layer: nn.Module) -> int:
+            return layer.reduction.in_features // 4
+
+    known = {"Conv1D": Transposed, "PatchMerging": Merging}
+    return {type(m): known[type(m).__name__]() for m in net.modules() if type(m).__name__ in known}
+
+
+class Scores:
+    """Scores of the channels of a group of Torch-Pruning: the norms of all rows that make them.
+
+    Attributes:
+        graph: dependency graph, once it is there.
+    """
+
+    def __init__(self, net: nn.Module, *, tied: bool) -> None:
+        self.layers, self.rows, self.tied = {m: n for n, m in net.named_modules()}, norms_of_rows(net), tied
+        self.graph: Any = None
+
+    def __call__(self, group: Any) -> Tensor:
+        """[channels] of the first layer of a group; a row that is not there (so its indices say) counts nothing."""
+        score, first = torch.zeros(len(group[0].idxs), dtype=torch.float64), group[0].dep
+        for item in group:
+            layer = self.layers.get(item.dep.target.module)
+            if self.graph.is_out_channel_pruning_fn(item.dep.handler) and layer in self.rows:
+                root, at = torch.tensor(item.root_idxs), torch.tensor(item.idxs)
+                there = (at < len(self.rows[layer])) & (root < len(score))
+                score.index_add_(0, root[there], self.rows[layer][at[there]])
+        for i in range(len(score)) if self.tied else ():
+            known = self.graph.get_pruning_group(first.target.module, first.handler, [i])[0].idxs
+            if i == min(known):
+                score[list(known)] = score[list(known)].sum()
+        return score
+
+
+def theirs(case: Case, share: float, how: str) -> Pruned:
+    """`BasePruner`, local, in one step; every weight holds its position while it prunes.
+
+    `how`: "whole heads" or head dimensions go; "tied" channels are scored together, or "random scores".
+    """
     import torch_pruning as tp
 
     began, net = time.process_time(), copy.deepcopy(case.net)
-    layers, modules = {m: n for n, m in net.named_modules()}, dict(net.named_modules())
-    rows = norms_of_rows(case.net)
-
-    def importance(group: Any) -> Tensor:
-        score = torch.zeros(len(group[0].idxs), dtype=torch.float64)
-        for item in group:
-            layer, makes = layers.get(item.dep.target.module), "out" in item.dep.handler.__name__
-            if makes and layer in rows:
-                score.index_add_(0, torch.tensor(item.root_idxs), rows[layer][torch.tensor(item.idxs)])
-        return score
-
-    example = case.inputs[0]
+    modules, scores = dict(net.named_modules()), Scores(net, tied=how == "tied")
+    heads = how == "whole heads"
     pruner = tp.pruner.BasePruner(
-        net, example, importance, pruning_ratio=share, head_pruning_ratio=share if whole_heads else 0.0,
-        ignored_layers=[modules[n] for n in case.ignored], num_heads={modules[n]: k for n, k in case.heads.items()},
-        prune_num_heads=whole_heads, prune_head_dims=not whole_heads, in_channel_groups={},
-        out_channel_groups={modules[n]: k for n, k in case.halves.items()},
+        net, case.inputs[0], tp.importance.RandomImportance() if how == "random scores" else scores,
+        pruning_ratio=share, head_pruning_ratio=share if heads else 0.0, prune_num_heads=heads,
+        prune_head_dims=not heads, num_heads={modules[n]: k for n, k in case.heads.items()},
+        ignored_layers=[modules[n] for n in case.ignored], in_channel_groups={}, out_channel_groups={},
         output_transform=lambda out: [t for t in tensors_of(out) if t.requires_grad],
+        customized_pruners=by_hand(net),
     )  # fmt: skip
+    scores.graph = pruner.DG
     with torch.no_grad():
-        for tensor in (*net.parameters(), *_statistics(net).values()):
+        for tensor in _state(net).values():
             tensor.copy_(torch.arange(tensor.numel()).view_as(tensor))
     pruner.step()
-    seconds = time.process_time() - began
-    kept, before = {}, dict(case.net.named_parameters(remove_duplicate=False)) | _statistics(case.net)
+    seconds, before, kept = time.process_time() - began, _state(case.net), {}
+    for name, tensor in _state(net).items():
+        kept[name] = torch.zeros(before[name].numel(), dtype=torch.bool)
+        kept[name][tensor.long().flatten()] = True
+        kept[name] = kept[name].view(before[name].shape)
     with torch.no_grad():
-        for name, tensor in {**dict(net.named_parameters(remove_duplicate=False)), **_statistics(net)}.items():
-            places = tensor.long().flatten()
-            kept[name] = torch.zeros_like(before[name], dtype=torch.bool)
-            kept[name].view(-1)[places] = True
-        values = {p: p.long() for p in (*net.parameters(), *_statistics(net).values())}
-        names = {p: n for n, p in {**dict(net.named_parameters()), **_statistics(net)}.items()}
-        for tensor, places in values.items():
-            tensor.copy_(before[names[tensor]].flatten()[places])
+        for name, places in {n: t.long() for n, t in _state(net).items()}.items():
+            _state(net)[name].copy_(before[name].flatten()[places])
     case.repair(net, pruner.num_heads)
-    return Pruned(net, {n: k for n, k in kept.items() if n not in _statistics(case.net)}, seconds)
+    return Pruned(net, kept, seconds)
 
 
-def _statistics(net: nn.Module) -> dict[str, Tensor]:
-    return {n: b for n, b in net.named_buffers() if n.rpartition(".")[2] in ("running_mean", "running_var")}
+def _state(net: nn.Module) -> dict[str, Tensor]:
+    """Parameters and the statistics of BatchNorm; a shared one under each of its names."""
+    statistics = {n: b for n, b in net.named_buffers() if n.rpartition(".")[2] in ("running_mean", "running_var")}
+    return {n: p.data for n, p in net.named_parameters(remove_duplicate=False)} | statistics
 
 
 # ------------------------------------------------------------------ what is right
 
 
 def zeroed(net: nn.Module, kept: Mapping[str, Tensor]) -> nn.Module:
-    """The original network with zeros for the entries that do not stay."""
+    """The original network with zeros for what does not stay; a shared parameter may lose others at each place."""
     twin = copy.deepcopy(net)
-    with torch.no_grad():
-        for name, parameter in twin.named_parameters(remove_duplicate=False):
-            parameter.mul_(kept[name])
+    for name, parameter in list(twin.named_parameters(remove_duplicate=False)):
+        path, _, leaf = name.rpartition(".")
+        setattr(twin.get_submodule(path), leaf, nn.Parameter(parameter.detach() * kept[name]))
     return twin
 
 
@@ -420,15 +493,17 @@ def with_other_statistics(full: nn.Module, pruned: Pruned) -> nn.Module:
     twin = copy.deepcopy(full)
     for name, module in list(twin.named_modules()):
         stays = pruned.kept.get(f"{name}.weight")
-        if "Norm" in type(module).__name__ and "Batch" not in type(module).__name__ and stays is not None:
-            if not bool(stays.all()):
-                twin.set_submodule(name, Counted(copy.deepcopy(pruned.net.get_submodule(name)), stays))
+        named = "Norm" in type(module).__name__ and "Batch" not in type(module).__name__
+        if named and stays is not None and not bool(stays.all()):
+            twin.set_submodule(name, Counted(copy.deepcopy(pruned.net.get_submodule(name)), stays))
     return twin
 
 
 def gap(case: Case, one: nn.Module, other: nn.Module) -> float:
     """The largest difference of the outputs, relative to the largest output."""
-    pairs = [(call(one, given), call(other, given)) for given in ((x if isinstance(x, dict) else (x,)) for x in case.inputs)]
+    pairs = [
+        (call(one, given), call(other, given)) for given in ((x if isinstance(x, dict) else (x,)) for x in case.inputs)
+    ]
     return max(difference(a, b) for a, b in pairs)
 
 
@@ -461,25 +536,36 @@ def examined(name: str, share: float, seed: int, limit: int) -> Record:
     torch.manual_seed(seed)
     case = NETWORKS[name]()
     case.net = shaken(case.net).double().eval()
+    with torch.no_grad():
+        for parameter in case.net.parameters():  # a head that starts at zero would hide every difference
+            parameter.normal_(0, 0.1) if not bool(parameter.any()) else None
     case.inputs = to_double(case.inputs)
     mine = _limited(limit, lambda: judged(case, lambda: ours(case, share)))
-    tries = {"head dimensions": False, "whole heads": True} if case.heads else {"": False}
-    both = {how: _limited(limit, lambda w=w: judged(case, lambda: theirs(case, share, whole_heads=w))) for how, w in tries.items()}
-    how = min(both, key=lambda k: (ORDER.index(both[k]["verdict"]), both[k].get("parameters", 1.0)))
-    rival = {**both[how], **({"heads": how} if how else {})}
-    rows = {"network": name, "share": share, "seed": seed, "ockham": mine, "torch_pruning": rival}
-    own, other = (r.pop("kept", None) for r in (mine, rival))
+    ways = (
+        ("head dimensions", "whole heads")
+        if case.heads
+        else ("tied", "plain", "random scores")
+        if case.tied
+        else ("plain",)
+    )
+    tried = {way: _limited(limit, lambda w=way: judged(case, lambda: theirs(case, share, w))) for way in ways}
+    best = min(ways, key=lambda w: (ORDER.index(tried[w]["verdict"]), tried[w].get("parameters", 1.0)))
+    way = best if case.heads else ways[0]
+    own, other = mine.pop("kept", None), [t.pop("kept", None) for t in tried.values()][ways.index(way)]
+    found: Record = {
+        "network": name,
+        "share": share,
+        "seed": seed,
+        "ockham": mine,
+        "torch_pruning": tried[way],
+        "way": way,
+    }
     if own is not None and other is not None:
-        count = {k: (int(own[k].sum()), int(other[k].sum())) for k in own}
-        rows["same_tensors"] = sum(bool(torch.equal(own[k], other[k])) for k in own) / len(own)
-        rows["fewer_here"] = [k for k, (a, b) in count.items() if a < b]
-        rows["fewer_there"] = [k for k, (a, b) in count.items() if b < a]
-    for tried in both.values():
-        tried.pop("kept", None)
-    if case.heads:
-        rows["tried"] = both
+        found["same_tensors"] = sum(torch.equal(own[k], other[k]) for k in own) / len(own)
+        found["fewer_here"] = [k for k in own if own[k].sum() < other[k].sum()]
+        found["fewer_there"] = [k for k in own if own[k].sum() > other[k].sum()]
     packages = ("torch-pruning", "timm", "transformers")
-    return rows | {"packages": {p: importlib.metadata.version(p) for p in packages}}
+    return found | {"tried": tried, "packages": {p: importlib.metadata.version(p) for p in packages}}
 
 
 def _limited(seconds: int, make: Callable[[], Record]) -> Record:
@@ -501,8 +587,67 @@ def run(args: argparse.Namespace) -> None:
         BENCH.record("structures_rivals", make, row=f"{name}, {share}, {seed}", share=share, seed=seed)
 
 
+NOTES = {
+    "right": "the pruned network computes what the original does with zeros for what went, within 1e-9",
+    "other statistics": "the same, but only if norms over units count the units that stay",
+    "wrong": "neither",
+    "crashes": "while pruning, or in the first forward of the pruned network",
+}
+
+
 def pages() -> dict[str, list[str]]:
-    return {}
+    rows = BENCH.records("structures_rivals").get("structures_rivals", {}).values()
+    if not rows:
+        return {}
+    said = [
+        f"{tool}: {', '.join(f'{n} {v}' for v in ORDER if (n := sum(r[key]['verdict'] == v for r in rows)))}"
+        for tool, key in (("Ockham", "ockham"), ("Torch-Pruning", "torch_pruning"))
+    ]
+    both = [r for r in rows if {r["ockham"]["verdict"], r["torch_pruning"]["verdict"]} == {"right"}]
+    far = [abs(r["ockham"]["parameters"] - r["torch_pruning"]["parameters"]) for r in both]
+    same = sum(r["same_tensors"] == 1 for r in rows if "same_tensors" in r)
+    head = ["network", "share", "Ockham", "left", "s", "Torch-Pruning", "left", "difference", "s", "same tensors"]
+    table = [
+        [r["network"], f"{r['share']:.0%}", *_cells(r["ockham"])[:3], *_cells(r["torch_pruning"], gap=True),
+         f"{r['same_tensors']:.0%}" if "same_tensors" in r else ""]
+        for r in rows
+    ]  # fmt: skip
+    tried = [
+        [r["network"], f"{r['share']:.0%}", way, *_cells(t, gap=True), t.get("why", "")[:160].replace("|", "/")]
+        for r in rows
+        for way, t in r["tried"].items()
+        if len(r["tried"]) > 1 or "why" in t
+    ]
+    last = section(
+        "## Torch-Pruning: every way that was tried, and why it stopped",
+        "`tied`: channels that fall together are scored together; `plain`: each by itself; `random scores`: its own "
+        "`RandomImportance`.",
+        ["network", "share", "way", "verdict", "left", "difference", "s", "message"],
+        tried,
+    )
+    return {
+        "structures_rivals.md": [
+            "# Torch-Pruning beside Ockham", "", f"{BENCH.written()}.", "",
+            f"{len(rows)} runs. {'. '.join(said)}. Where both are right ({len(both)} runs) the shares of parameters left "
+            f"differ by {max(far, default=0):.2%} of the network at most; in {same} runs every tensor is cut at the same places.", "",
+            *(f"* {verdict}: {meaning}." for verdict, meaning in NOTES.items()), "",
+            *section(
+                "## Every network",
+                "`share`: of the units of each group that go. `left`: share of the parameters. `difference`: of the "
+                "outputs from the original network with zeros, relative to the largest. `s`: processor seconds, graph "
+                "included. `same tensors`: share of the tensors cut at the same places by both.",
+                head,
+                table,
+            ),
+            *last,
+        ]
+    }  # fmt: skip
+
+
+def _cells(found: Record, *, gap: bool = False) -> list[str]:
+    """Verdict, share left, with `gap` the difference, seconds."""
+    left = f"{found['parameters']:.4f}" if "parameters" in found else ""
+    return [found["verdict"], left, *([f"{found.get('gap', '')}"] if gap else []), f"{found.get('seconds', '')}"]
 
 
 BENCH = Benchmark(
