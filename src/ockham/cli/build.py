@@ -185,6 +185,7 @@ class OneShotOptions(Common):
     calibration: int = _option(4000, "Training examples that the curvature is taken from.", TRAINING)
     rule: str = _option("evidence", "evidence; with --keep-share also snr, its order in any case.", REMOVAL)
     structure: bool = _option(False, "Take out whole channels instead of weights.", STRUCTURES)
+    depth: bool = _option(False, "With --structure: whole residual branches, too.", STRUCTURES)
     macs: float | None = _option(None, "Budget: share of multiply-accumulates that stays.", STRUCTURES)
     params: float | None = _option(None, "Budget: share of the parameters that stays.", STRUCTURES)
     latency: float | None = _option(None, "Budget: share of the measured latency that stays.", STRUCTURES)
@@ -419,6 +420,8 @@ def _(o: OneShotOptions, recipe: Recipe) -> Recipe:
     budget = _changed(macs=o.macs, params=o.params, latency=o.latency)
     if structures is None and budget:
         raise OckhamError(f"--{min(budget)} is a budget for whole channels: add --structure, or use --keep-share")
+    if structures is None and o.depth:
+        raise OckhamError("--depth takes out whole residual branches beside channels: add --structure")
     if len(budget) > 1:
         raise OckhamError(f"one budget at a time: got --{' and --'.join(sorted(budget))}")
     if structures is not None:
@@ -430,10 +433,9 @@ def _(o: OneShotOptions, recipe: Recipe) -> Recipe:
     for name, share in budget.items():
         if not 0 < share <= 1:
             raise OckhamError(f"--{name} is the share of it that stays, in (0, 1]; got {share}")
-    shot = OneShot(structure, o.keep_share, o.epochs or 0, structures=structures, budget=budget or None)
-    shot = replace(
-        shot, prior_variance=o.prior_variance, calibration=o.calibration, **_changed(learning_rate=o.learning_rate)
-    )
+    whole = {"structures": structures, "budget": budget or None, "depth": o.depth}
+    shot = OneShot(structure, o.keep_share, o.epochs or 0, calibration=o.calibration, **whole)
+    shot = replace(shot, prior_variance=o.prior_variance, **_changed(learning_rate=o.learning_rate))
     return replace(recipe, method=OneShotReduction(shot, o.ignore), epochs=shot.epochs, hold=0.0)
 
 

@@ -108,6 +108,9 @@ def layers_section(result: Result) -> str:
     return page.section("layers", title, text, inside, page.grid([picture, table]))
 
 
+_KINDS = "channels, neurons or heads"
+
+
 def structures(result: Result) -> str:
     """Widths before and after, and what they changed; nothing where no structures were asked for."""
     found, title = result.structure, "The shape of the network, and its speed"
@@ -147,8 +150,9 @@ def structures(result: Result) -> str:
     costs_table = page.table("What a forward pass costs", ("", "before", "after"), costs)
     left = [f"{percent(after.macs / before.macs, 0)} of the multiply-accumulates"] if after.macs and before.macs else []
     left += [f"{percent(new / old, 0)} of the measured time at batch {n}" for n, old, new in times[-1:]]
+    kinds = "channels, neurons, heads or residual branches" if any(not r.after for r in rows) else _KINDS
     text = page.paragraph(
-        f"{count(gone)} channels, neurons or heads went as a whole, and the network is physically smaller"
+        f"{count(gone)} {kinds} went as a whole, and the network is physically smaller"
         f"{': ' + ' and '.join(left) + ' remain' if left else ''}. "
         "A group is named after the first dimension in it; the dimensions of other layers that read it shrank with it."
     )

@@ -254,10 +254,12 @@ def structure(before: nn.Module, result: Compressed, example: Any) -> Structure 
     if plan is None:
         return None
     gone = {key: len(plan.removed.get(key, ())) for key in plan.widths}
+    gone |= {key: width for key, width in plan.widths.items() if key.rpartition(":")[0] in plan.lost}
     groups = tuple(
         GroupRecord(key, width, width - gone[key], float(sum(plan.nats.get(key, ()))))
         for key, width in plan.widths.items()
     )
+    groups += tuple(GroupRecord(b.id, 1, 0, float(sum(plan.nats.get(b.id, ())))) for b in plan.dropped)
     times = {f"latency_{batch}": latencies(networks, example, batch=batch) for batch in _BATCHES}
     old, new = (
         Measures.of(asdict(cost(network, example)) | {name: values[i] for name, values in times.items()})

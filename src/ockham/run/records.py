@@ -260,12 +260,12 @@ class ForeignInputs:
 
 @dataclass(frozen=True, slots=True)
 class GroupRecord:
-    """Width of one group of units.
+    """Width of one group of units, or a residual branch that went as a whole, one unit of which none stays.
 
     Attributes:
-        id: name of the group, after its first dimension.
+        id: name of the group, after its first dimension, or of the branch.
         before: units in the network before.
-        after: units that stay.
+        after: units that stay; 0 of what went with a branch.
         nats: evidence that the removed units were worth, summed.
     """
 
@@ -275,8 +275,8 @@ class GroupRecord:
     nats: float | None
 
     def __post_init__(self) -> None:
-        if not 0 < self.after <= self.before:
-            raise wrong("after", f"1 to {self.before}", self.after)
+        if self.after > self.before:
+            raise wrong("after", f"0 to {self.before}", self.after)
 
 
 @dataclass(frozen=True, slots=True)

@@ -305,6 +305,7 @@ class OneShot:
         prior_variance: variance of the prior over every weight; None: fitted (see `ockham.laplace`).
         calibration: number of training examples, about, that the curvature is taken from, whole batches at even
             distances; it is scaled up to all of them.
+        depth: whether residual branches may go as a whole, too, with structures.
     """
 
     structure: str
@@ -315,6 +316,7 @@ class OneShot:
     budget: Mapping[str, float] | None = None
     prior_variance: float | None = None
     calibration: int = 4000
+    depth: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -372,7 +374,15 @@ class OneShotReduction(Method):
             model = with_means(network, small)
         else:
             example = example_of(task.loader, task.objective, network)
-            groups = trace(network.eval(), example, ignore=tuple(sorted(ignored(network, self.ignore))))
+            kept, whole = tuple(sorted(ignored(network, self.ignore))), ["branches"] if s.depth else []
+            groups = trace(network.eval(), example, ignore=kept, whole=whole)
+            if s.depth and not groups.branches:
+                warnings.warn(
+                    "depth: this network has no residual branch (x + branch(x)) that zeros in its weights silence; "
+                    "only units can go",
+                    OckhamWarning,
+                    stacklevel=2,
+                )
             budget = None if s.budget is None else {name: f"{100 * share}%" for name, share in s.budget.items()}
             options: dict[str, Any] = {"price": s.structures.price, "round_to": s.structures.round_to, "budget": budget}
             chosen = plan(groups, posterior, model=network, example_inputs=example, **options)
