@@ -51,7 +51,8 @@ def job(seed=0, *, rule=bmrs_n, decide=None, **settings):
 
 def accuracy(model):
     data = digits()
-    return measures(mean_predictor(model, likelihood="classification"), data.test_x, data.test_y, noise_variance=None)["accuracy"]
+    predictor = mean_predictor(model, likelihood="classification")
+    return measures(predictor, data.test_x, data.test_y, noise_variance=None)["accuracy"]
 
 
 def size(model):
