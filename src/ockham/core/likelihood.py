@@ -192,9 +192,8 @@ class Classification(TermLikelihood):
 
     def nll(self, output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
         """Mean cross-entropy over the targets that count."""
-        if weight is None and self.class_weights is None:
-            return self._cross_entropy(output, target, "mean")
-        return super().nll(output, target, weight)
+        plain = weight is None and self.class_weights is None
+        return self._cross_entropy(output, target, "mean") if plain else super().nll(output, target, weight)
 
     def total(self, output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
         """Summed cross-entropy."""
