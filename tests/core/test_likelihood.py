@@ -232,3 +232,10 @@ def test_names_of_likelihoods():
         assert likelihood_from(name).kind == name
     with pytest.raises(OckhamError, match=r"'binary'.*got 'gaussian'"):
         likelihood_from("gaussian")
+
+
+@pytest.mark.parametrize("call", ["nll", "total", "each"])
+def test_labels_out_of_range_in_a_later_batch_are_a_data_error(call):
+    """`check` sees the first batch only."""
+    with pytest.raises(DataError, match=r"labels must lie in 0\.\.2 .*got 0\.\.8"):
+        getattr(Classification(), call)(torch.zeros(4, 3), torch.tensor([0, 1, 8, 2]))

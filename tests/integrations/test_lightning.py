@@ -85,3 +85,16 @@ def test_optimizers_without_a_posterior_are_refused(tmp_path):
     module = Module(lambda named, n_data: torch.optim.Adam([p for _, p in named]))
     with pytest.raises(OckhamError, match=r"needs a variational optimizer.*got Adam"):
         fit(module, tmp_path, enable_checkpointing=False)
+
+
+def test_a_callback_begins_anew_and_knows_its_module(tmp_path):
+    """A second fit with the same callback has its own rounds; an optimizer of another module is refused at once."""
+    callback, kept = None, []
+    for _ in range(2):
+        _, callback = fit(Module(), tmp_path, callback, enable_checkpointing=False)
+        kept.append((len(callback.history), callback.posterior.kept()))
+    assert kept[0] == kept[1] and kept[0][0] == 3
+    other = Module()
+    module = Module(lambda named, n_data: ockham.MeanField(other.named_parameters(), n_data=n_data))
+    with pytest.raises(OckhamError, match="no parameter of the model that is trained"):
+        fit(module, tmp_path, enable_checkpointing=False)

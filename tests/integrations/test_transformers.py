@@ -194,3 +194,27 @@ def test_small_data_at_temperature_one_are_warned_about(tmp_path):
             job.train()
         found = [str(w.message) for w in caught if "may empty whole layers" in str(w.message)]
         assert bool(found) is told and all("temperature=0.1" in text for text in found)
+
+
+def test_a_callback_begins_anew_and_knows_its_model(tmp_path):
+    """A second run with the same callback has its own rounds; an optimizer of another network is refused at once."""
+    from ockham.integrations.transformers import EvidenceCallback
+
+    callback = EvidenceCallback(ockham.Rounds(start=0.4, end=0.8, count=2), ignore="classifier")
+    kept = []
+    for _ in range(2):
+        run, _ = trainer(tmp_path, callback, num_train_epochs=2)
+        run.train()
+        kept.append((len(callback.history), callback.posterior.kept()))
+    assert kept[0] == kept[1] and kept[0][0] == 2
+    other = ockham.MeanField(network().named_parameters(), n_data=192)
+    with pytest.raises(OckhamError, match="no parameter of the model that is trained"):
+        trainer(tmp_path, None, optimizer=other)[0].train()
+
+
+@pytest.mark.parametrize("given", [{"rule": "snr"}, {"rounds": 5}, {"structures": True}, {"rule": ockham.BudgetRule}])
+def test_settings_of_another_type_are_refused_where_they_are_given(given):
+    from ockham.integrations.transformers import EvidenceCallback
+
+    with pytest.raises(OckhamError, match=f"{next(iter(given))} must be such as ockham"):
+        EvidenceCallback(**given)

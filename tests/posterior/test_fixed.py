@@ -12,6 +12,10 @@ from torch.nn.utils import prune
 import ockham
 from ockham.core.network import fixed_entries
 from ockham.core.posterior import load_posterior
+from ockham.fit.priors import FixedPrior
+from ockham.methods.spike_slab.optimizer import spike_slab
+from ockham.methods.spike_slab.priors import FixedSpikeSlab, MedianRule
+from ockham.run.compression import ivon, mean_field
 
 IDS = torch.tensor([[1, 2, 0, 0], [3, 1, 2, 0], [4, 0, 0, 0]])
 Y = torch.tensor([0, 1, 0])
@@ -185,3 +189,31 @@ def test_sliced_optimizers_keep_the_row(toy):
         assert torch.equal(step(small, twin), torch.full((2,), 0.7))
     twin.remove({"words.weight": torch.ones(5, 2, dtype=torch.bool).index_fill(0, torch.tensor([2]), False)})
     assert torch.equal(step(small, twin), torch.full((2,), 0.7))
+
+
+@pytest.mark.filterwarnings("ignore::ockham.errors.OckhamWarning")
+@pytest.mark.parametrize("estimator", [mean_field, ivon, spike_slab])
+def test_what_the_user_fixed_comes_out_of_a_compression_as_it_went_in(estimator):
+    """Padding rows, entries that torch prunes (whose weight is no leaf) and the statistics of a frozen norm."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(10, 6, padding_idx=0), nn.Flatten(), nn.Linear(18, 8), nn.BatchNorm1d(8),
+                        nn.ReLU(), nn.Linear(8, 2))  # fmt: skip
+    net[3].requires_grad_(False)
+    prune.random_unstructured(net[2], "weight", amount=0.4)
+    prune.random_structured(net[5], "weight", amount=0.3, dim=1)
+    ids = torch.randint(0, 10, (64, 3))
+    net(ids)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    prior = FixedSpikeSlab(inclusion=0.3, slab_variance=1.0) if estimator is spike_slab else FixedPrior(0.3)
+    training = ockham.Training(epochs=6, temperature=0.1, prior=prior)
+    rule = MedianRule() if estimator is spike_slab else ockham.EvidenceRule()
+    found = ockham.compress(net, [(ids, (ids[:, 1] > 4).long())], training=training, estimator=estimator, rule=rule)
+    after = found.model.state_dict()
+    assert found.keep_share < 1 and not torch.equal(after["0.weight"][1:], before["0.weight"][1:])
+    assert torch.equal(after["0.weight"][0], before["0.weight"][0])
+    for name in ("running_mean", "running_var", "num_batches_tracked", "weight", "bias"):
+        assert torch.equal(after[f"3.{name}"], before[f"3.{name}"]), name
+    for name in ("2.weight", "5.weight"):
+        held = after[f"{name}_mask"] == 0
+        assert bool(held.any()) and torch.equal(after[f"{name}_orig"][held], before[f"{name}_orig"][held])
+        assert bool((found.model[int(name[0])].weight[held] == 0).all())

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+import ockham
 from ockham.core.posterior import Gaussian, Posterior
-from ockham.errors import OckhamError
+from ockham.errors import DataError, OckhamError
 from ockham.fit.predict import draw_outputs, draw_parameters, predict
 
 
@@ -147,3 +148,17 @@ def test_draws_of_a_point_are_the_point():
     found = predict(net, posterior, x, draws=3)
     torch.testing.assert_close(found.probabilities, net(x).softmax(-1))
     assert posterior.is_point and float(found.epistemic.abs().max()) < 1e-6
+
+
+def test_statistics_are_those_of_before_where_a_refresh_cannot_go_well():
+    """A NaN in one example, or no batch at all: said, and the network is as it was."""
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    ockham.refresh_batchnorm(net, [(torch.randn(16, 3), None)], batch=lambda raw: ockham.Batch((raw[0],)))
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    broken = torch.randn(16, 3)
+    broken[5, 1] = float("nan")
+    rows = [(torch.randn(16, 3), torch.zeros(16)), (broken, torch.zeros(16))]
+    for loader, words in ((rows, "batch 1 .*nan in example 5"), ([], "is empty"), (None, "iterable of batches")):
+        with pytest.raises(DataError, match=words):
+            ockham.refresh_batchnorm(net, loader)
+        assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()), words

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+import ockham
 from ockham.errors import OckhamError
 from ockham.fit.priors import EmpiricalBayes, FixedPrior, LayerScale
 
@@ -156,3 +157,14 @@ def test_a_copy_under_a_scheduler_steps_itself_and_keeps_what_a_subclass_added(t
     toy.step(new, other)
     assert all(torch.equal(p, before[n]) for n, p in net.named_parameters())
     assert all(not torch.equal(p, before[n]) for n, p in new.named_parameters())
+
+
+def test_the_state_of_another_optimizer_is_refused_by_name():
+    """Not by a KeyError at the next step."""
+    net = torch.nn.Linear(3, 2)
+    first = ockham.MeanField(net.named_parameters(), n_data=10)
+    with first.sampled():
+        net(torch.ones(4, 3)).sum().backward()
+    first.step()
+    with pytest.raises(OckhamError, match=r"state of another optimizer, without .*hessian.*IVON"):
+        ockham.IVON(net.named_parameters(), n_data=10).load_state_dict(first.state_dict())

@@ -368,3 +368,12 @@ def test_a_parameter_may_be_the_input_of_a_module_where_multiplications_are_coun
     assert width < 10
     expected = 4 * small.inner.in_features * width + 4 * width * 5 + 7 * 5 * 4
     assert cost(small, x).macs == macs_after(net, plan, x) == expected
+
+
+def test_a_budget_that_cannot_be_met_is_named_as_it_was_asked_for() -> None:
+    """Not a step on the way to it, of those that correlated weights are planned in."""
+    torch.manual_seed(0)
+    net, x = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)), torch.randn(64, 6)
+    posterior, groups = ockham.laplace(net, [(x, torch.arange(64) % 2)]), ockham.trace(net, x)
+    with pytest.raises(PlanError, match=r"the budget of 5 parameters cannot be met.* reach is 11,"):
+        ockham.plan(groups, posterior, budget={"params": 5}, model=net, example_inputs=x)

@@ -88,7 +88,7 @@ def chosen_in_rounds(
         if last and width != 1:  # units that went before may come back to fill up a multiple
             order = replace(told, nats=_ordered(replace(told, held=held), told.cost), held=held)
         prices = {key: torch.zeros(len(nats), dtype=torch.float64) for key, nats in evidence.items()}
-        choice = within(groups, order, prices, round_to=width, most=allowed, **options)  # type: ignore[arg-type]
+        choice = within(groups, order, prices, round_to=width, most=allowed, asked=most, **options)  # type: ignore[arg-type]
         if not last:
             now = narrowed(now, groups, choice.keep)
     assert told is not None

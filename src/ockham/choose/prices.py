@@ -491,8 +491,12 @@ def within(
     costs: Mapping[str, float],
     round_to: Multiples,
     most: float,
+    asked: float | None = None,
 ) -> Choice:
-    """Raise the price per cost until at most ``most`` is left: a bisection over the worths per cost of all units."""
+    """Raise the price per cost until at most ``most`` is left: a bisection over the worths per cost of all units.
+
+    Where that cannot be, the error names the budget that was ``asked`` for, of which ``most`` may be a step.
+    """
 
     def choice(rate: float) -> Choice:
         return choose_units(evidence, {k: p + rate * costs[k] for k, p in prices.items()}, round_to=round_to)
@@ -507,9 +511,10 @@ def within(
     if not fits(rates[-1]):
         least = limit.measure(subject, plan_masks(groups, choice(rates[-1]).keep))
         raise PlanError(
-            f"the budget of {most:,.6g} {limit.unit} cannot be met: the least that the removable structures reach is "
-            f"{least:,.6g}, with {round_to if isinstance(round_to, int) else max(round_to.values())} unit(s) of each "
-            "group left. Allow more, give a smaller round_to, or see groups.frozen for what cannot go"
+            f"the budget of {most if asked is None else asked:,.6g} {limit.unit} cannot be met: the least that the "
+            f"removable structures reach is {least:,.6g}, with "
+            f"{round_to if isinstance(round_to, int) else max(round_to.values())} unit(s) of each group left. Allow "
+            "more, give a smaller round_to, or see groups.frozen for what cannot go"
         )
     low, high = -1, len(rates) - 1
     while high - low > 1:

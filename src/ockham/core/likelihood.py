@@ -192,16 +192,13 @@ class Classification(TermLikelihood):
 
     def nll(self, output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
         """Mean cross-entropy over the targets that count."""
-        if weight is None and self.class_weights is None:
-            return nn.functional.cross_entropy(*self._fitted(output, target), ignore_index=self.ignore_index)
-        return super().nll(output, target, weight)
+        plain = weight is None and self.class_weights is None
+        return self._cross_entropy(output, target, "mean") if plain else super().nll(output, target, weight)
 
     def total(self, output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
         """Summed cross-entropy."""
-        if weights is None:
-            fitted = self._fitted(output, target)
-            return nn.functional.cross_entropy(*fitted, ignore_index=self.ignore_index, reduction="sum")
-        return super().total(output, target, weights)
+        summed = weights is None
+        return self._cross_entropy(output, target, "sum") if summed else super().total(output, target, weights)
 
     def output_of(self, found: Any) -> Tensor:
         """The logits; those of transformers' heads have their classes last, and where that is unclear it is asked."""
@@ -210,9 +207,7 @@ class Classification(TermLikelihood):
 
     def each(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of every target, 0 for padding."""
-        logits, labels = self._fitted(output, target)
-        values = nn.functional.cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction="none")
-        return values, labels != self.ignore_index
+        return self._cross_entropy(output, target, "none"), self._fitted(output, target)[1] != self.ignore_index
 
     def drawn(self, output: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
         """Labels drawn from softmax(outputs)."""
@@ -269,8 +264,15 @@ class Classification(TermLikelihood):
                 f"got {int(real.min())}..{int(real.max())}{hint}"
             )
         if self.class_weights is not None and self.class_weights.shape != (classes,):
-            got = tuple(self.class_weights.shape)
-            raise DataError(f"class_weights needs one number a class, ({classes},); got {got}")
+            raise DataError(f"class_weights needs one number a class, ({classes},); got {self.class_weights.numel()}")
+
+    def _cross_entropy(self, output: Tensor, target: Tensor, reduction: str) -> Tensor:
+        logits, labels = self._fitted(output, target)
+        try:
+            return nn.functional.cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction=reduction)
+        except IndexError:  # of a later batch: `check` saw the first
+            self.check(output, target)
+            raise
 
     def _fitted(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Logits with the classes on axis 1, and labels as int64 without an axis of size 1 too many."""

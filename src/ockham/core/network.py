@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
 
 from ockham.core.processes import ALONE, Processes, whole
 from ockham.errors import OckhamError, OckhamWarning
@@ -121,8 +122,16 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """
     if memo is None:
         check_network(model)
+    made = {} if memo is None else memo
+    for module in model.modules() if isinstance(model, nn.Module) else ():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(
+                hook, BasePruningMethod
+            ):  # made anew before every call, and no leaf, which no copy is made of
+                weight = getattr(module, hook._tensor_name)
+                made[id(weight)] = weight.detach().clone()
     try:
-        return copy.deepcopy(model, memo)
+        return copy.deepcopy(model, made)
     except Exception as error:  # whatever a module of the user's raises
         raise OckhamError(
             f"the network cannot be copied ({type(error).__name__}: {str(error).splitlines()[0]}): it holds something "

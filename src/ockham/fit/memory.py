@@ -438,7 +438,7 @@ def fitted_state(p: Tensor, state: Mapping[str, Any], vectors: Sequence[str]) ->
 
 
 def read_state(
-    owner: str, saved: Mapping[str, Any], own: Sequence[Mapping[str, Any]]
+    owner: str, saved: Mapping[str, Any], own: Sequence[Mapping[str, Any]], vectors: Sequence[str]
 ) -> tuple[Mapping[str, Any], list[dict[str, Any]], dict[Any, dict[str, Any]]]:
     """What an optimizer saved: the state of its noise, its groups with priors, and the states of its parameters.
 
@@ -447,6 +447,7 @@ def read_state(
         saved: value of its `state_dict`, perhaps by way of `torch.distributed.checkpoint`, which keeps groups only
             and puts plain values under text keys.
         own: groups of the optimizer that loads it, whose classes of priors count.
+        vectors: names of what that optimizer holds of every parameter.
 
     Raises:
         OckhamError: it is the state of another optimizer.
@@ -462,6 +463,12 @@ def read_state(
     keys = {str(key): key for group in groups for key in group["params"]}
     for key, value in saved["state"].items():
         states.setdefault(keys.get(str(key), key), {}).update(value)
+    lack = [name for name in vectors if any(name not in value for value in states.values() if value)]
+    if lack:
+        raise OckhamError(
+            f"this is the state of another optimizer, without {', '.join(lack)}: a {owner} holds that of every "
+            "parameter. Go on with the optimizer that was saved, or start anew"
+        )
     return sampler, groups, states
 
 

@@ -425,7 +425,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
                 library nor this optimizer has. Or called inside `sampled`.
         """
         self._outside("load_state_dict")
-        sampler, groups, states = read_state(type(self).__name__, state_dict, self.param_groups)
+        sampler, groups, states = read_state(type(self).__name__, state_dict, self.param_groups, self._vectors)
         super().load_state_dict({"state": states, "param_groups": groups})
         self._pending, self._phase, self._seed = sampler["pending"], sampler["phase"], sampler["seed"]
         self._compared = False

@@ -11,10 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ockham.core.batch import Batch, ReadBatch, ReadOutput, Substituted, batches_of, call, inputs_of, tensor_of
+from ockham.core.batch import (
+    READ_ONCE,
+    Batch,
+    ReadBatch,
+    ReadOutput,
+    Substituted,
+    batches_of,
+    call,
+    inputs_of,
+    tensor_of,
+)
 from ockham.core.network import check_network, device_of, evaluating, frozen_modules, seeded
+from ockham.core.objective import blame
 from ockham.core.posterior import Posterior
-from ockham.errors import OckhamError
+from ockham.errors import DataError, OckhamError
 
 __all__ = [
     "Prediction",
@@ -260,22 +271,33 @@ def refresh_batchnorm(
         Number of layers refreshed.
 
     Raises:
-        DataError: the network cannot take the inputs.
+        DataError: the network cannot take the inputs, they are not finite, or there are none; the statistics are then
+            those of before.
     """
     check_network(model, values=False)
     frozen = frozen_modules(model)
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m not in frozen]
     if not norms:
         return 0
-    momenta = {m: m.momentum for m in norms}
+    momenta, count = {m: m.momentum for m in norms}, None
+    kept = [{n: t.clone() for n, t in m.named_buffers(recurse=False)} for m in norms]
     with evaluating(model) as device, seeded(0, 0, device):
         try:
             for norm in norms:
                 norm.reset_running_stats()
                 norm.train()
                 norm.momentum = None  # cumulative average
-            for one in batches_of(itertools.islice(loader, batches), device, batch):
+            for count, one in enumerate(itertools.islice(batches_of(loader, device, batch), batches)):
                 call(model, one)
+                if not all(bool(m.running_mean.isfinite().all()) for m in norms if m.running_mean is not None):
+                    wrong = blame(one) or "the inputs of a BatchNorm are not finite"
+                    raise DataError(f"batch {count} (counted from 0): {wrong}. The statistics are as they were before")
+            if count is None:
+                raise DataError(READ_ONCE)
+        except BaseException:
+            for norm, buffers in zip(norms, kept, strict=True):
+                norm.load_state_dict(buffers, strict=False)
+            raise
         finally:
             for norm, momentum in momenta.items():
                 norm.momentum = momentum

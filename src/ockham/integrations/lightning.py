@@ -60,9 +60,9 @@ class EvidenceCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Plan the rounds."""
-        self._optimizer(trainer)
-        steps = trainer.estimated_stepping_batches
-        self._steps.plan(pl_module, int(steps) if math.isfinite(steps) else 0)
+        optimizer, steps = self._optimizer(trainer), trainer.estimated_stepping_batches
+        begun: dict[str, Any] = {"optimizer": optimizer, "anew": not trainer.global_step}
+        self._steps.plan(pl_module, int(steps) if math.isfinite(steps) else 0, **begun)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """A microbatch that only accumulates is run under the draw of its step."""

@@ -53,20 +53,53 @@ class StepRounds:
     _shrinking: Shrinking | None = None
     _total: int = 0
 
-    def plan(self, model: nn.Module, steps: int, loader: Any = None) -> None:
+    def __post_init__(self) -> None:
+        """Look at the types, so that a wrong one is found before anything is trained.
+
+        Raises:
+            OckhamError: rounds, rule or structures are something else.
+        """
+        given = (("rounds", self.rounds, Rounds, "Rounds()"), ("rule", self.rule, Rule, "EvidenceRule()"))
+        for name, value, kind, example in (*given, ("structures", self.structures, Structures, "Structures()")):
+            if not isinstance(value, kind) and (name, value) != ("structures", None):
+                raise OckhamError(f"EvidenceCallback: {name} must be such as ockham.{example}; got {value!r}")
+
+    def plan(
+        self,
+        model: nn.Module,
+        steps: int,
+        loader: Any = None,
+        *,
+        optimizer: VariationalOptimizer | None = None,
+        anew: bool = False,
+    ) -> None:
         """Fix the steps after which there is a round.
 
         Args:
             model: the user's, whose parameters ``ignore`` names.
             steps: optimizer steps of the whole run.
             loader: loader of the training data; with structures its first batch is the example for tracing.
+            optimizer: optimizer of the run, whose parameters are compared with the model's; None compares nothing.
+            anew: flag, True: the rounds of an earlier run are forgotten.
 
         Raises:
-            OckhamError: the number of steps is not known, ``ignore`` names nothing, or structures cannot go in place.
+            OckhamError: the number of steps is not known, the optimizer is of another model, ``ignore`` names nothing,
+                or structures cannot go in place.
             TraceError: structures are to go and the network cannot be traced.
         """
         if steps < 1:
-            raise OckhamError(f"rounds are planned from the number of steps of the run: set it; got {steps}")
+            raise OckhamError(
+                f"rounds are planned from the number of steps of the run: set max_steps, or epochs; got {steps}"
+            )
+        mine = {id(p) for p in model.parameters()}
+        groups = [] if optimizer is None else optimizer.param_groups
+        if groups and not any(id(p) in mine for group in groups for p in group["params"]):
+            raise OckhamError(
+                "the optimizer holds no parameter of the model that is trained: build it from the named_parameters() "
+                "of that model, after the model was replaced or moved"
+            )
+        if anew:
+            self.history, self._total = [], 0
         self._protected, self.due = protected_names(model, self.ignore), self.rounds.epochs(steps)
         if self.structures is None:
             return

@@ -78,7 +78,7 @@ class EvidenceCallback(TrainerCallback, ExportableState):
     # ------------------------------------------------------------------ the Trainer's events
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Plan the rounds, and refuse what cannot go well."""
-        variational(kwargs["optimizer"], "EvidenceCallback: Trainer(optimizers=(..., None))")
+        optimizer = variational(kwargs["optimizer"], "EvidenceCallback: Trainer(optimizers=(..., None))")
         if args.load_best_model_at_end:
             raise OckhamError(
                 "load_best_model_at_end=True would bring back weights from before later rounds removed them: set it to "
@@ -94,7 +94,9 @@ class EvidenceCallback(TrainerCallback, ExportableState):
                 "a run with structures does not go on from a Trainer checkpoint, whose weights fit the model as it was "
                 "then: start anew, or train with structures=None"
             )
-        self._steps.plan(kwargs["model"], state.max_steps, kwargs.get("train_dataloader"))
+        loader = kwargs.get("train_dataloader")
+        begun: dict[str, Any] = {"optimizer": optimizer, "anew": not state.global_step}
+        self._steps.plan(kwargs["model"], state.max_steps, loader, **begun)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The weights become a draw."""

@@ -110,7 +110,7 @@ class PlainTraining(Method):
     def result(self, state: RunState) -> Compressed:
         """The network as it is."""
         task, none = state.own[0], Posterior({}, state.own[0].n_data)
-        model, objective = copy.deepcopy(state.network), state.objective
+        model, objective = copied(state.network, {}), state.objective
         if isinstance(objective.likelihood, Regression):
             objective = copy.deepcopy(objective)
             fit_noise(model, task.loader, objective, sharded=task.processes.count > 1)
@@ -394,7 +394,7 @@ class WeightRounds(Method):
     def result(self, state: RunState) -> Compressed:
         """A copy of the mean network with statistics of BatchNorm refreshed, and its posterior."""
         own, optimizer = state.own, _posterior_of(state)
-        model, posterior, plan = optimizer.plain(copy.deepcopy(state.network)), optimizer.posterior(), None
+        model, posterior, plan = optimizer.plain(copied(state.network, {})), optimizer.posterior(), None
         refresh_batchnorm(model, own.task.loader, batch=own.task.objective.batch)
         own.task.processes.mean_(model.buffers())
         shrunk = own.removed.shrunk

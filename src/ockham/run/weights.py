@@ -114,7 +114,11 @@ def _torch_weights(file: Path) -> dict[str, Tensor]:
         raise ResultError(f"{printable(file)}: holds no weights by name, but a {type(found).__name__}")
     wrong = [k for k, v in found.items() if not isinstance(v, Tensor) or v.layout is not torch.strided]
     if wrong:
-        raise ResultError(f"{printable(file)}: {printable(wrong[0])} is no dense tensor, but a {type(found[wrong[0]])}")
+        kind = type(found[wrong[0]]).__name__
+        raise ResultError(
+            f"{printable(file)}: {printable(wrong[0])} is no dense tensor, but {kind}. Save the weights alone, by "
+            "torch.save(model.state_dict(), file), or under 'state_dict'"
+        )
     spread = [k for k, v in found.items() if v.numel() * v.element_size() > v.untyped_storage().nbytes()]
     if spread:
         raise ResultError(f"{printable(file)}: {printable(spread[0])} claims more numbers than the file holds")

@@ -298,7 +298,7 @@ class GateRounds(Method):
 
     def result(self, state: RunState) -> Compressed:
         """A plain network: removed structures gone, E[theta] folded in, BatchNorm refreshed."""
-        model, own = copy.deepcopy(state.network), state.own
+        model, own = copied(state.network, {}), state.own
         if own.gates is not None:
             gates = Gates.of(model, self.inputs, ignore=self.ignore)
             model = shrink(gates.model, gates.plan)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import numbers
@@ -423,7 +422,7 @@ class OneShotReduction(Method):
             moments[name] = replace(g, mean=values[name], precision=prior, marginal_precision=None)
         point = Posterior(moments, own.small.n_data, 1.0, POINT)
         whole: dict[str, Any] = {"plan": own.plan, "parameters": own.task.parameters}
-        model, point = own.task.objective.finished(copy.deepcopy(model), point)
+        model, point = own.task.objective.finished(copied(model, {}), point)
         return Compressed(model.eval(), point, (), state.history, own.diagnosis, point.noise_variance, **whole)
 
 
