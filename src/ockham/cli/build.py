@@ -428,10 +428,9 @@ def _(o: OneShotOptions, recipe: Recipe) -> Recipe:
         FixedPrior(o.prior_variance)
     structures = _structures(o)
     budget = _changed(macs=o.macs, params=o.params, latency=o.latency)
-    if structures is None and budget:
-        raise OckhamError(f"--{min(budget)} is a budget for whole channels: add --structure, or use --keep-share")
-    if structures is None and o.depth:
-        raise OckhamError("--depth takes out whole residual branches beside channels: add --structure")
+    asked = [*budget, *(["depth"] if o.depth else [])]
+    if structures is None and asked:
+        raise OckhamError(f"--{min(asked)} is about whole channels: add --structure, or use --keep-share")
     if len(budget) > 1:
         raise OckhamError(f"one budget at a time: got --{' and --'.join(sorted(budget))}")
     if structures is not None:
@@ -443,7 +442,7 @@ def _(o: OneShotOptions, recipe: Recipe) -> Recipe:
     for name, share in budget.items():
         if not 0 < share <= 1:
             raise OckhamError(f"--{name} is the share of it that stays, in (0, 1]; got {share}")
-    whole = {"structures": structures, "budget": budget or None, "depth": o.depth}
+    whole: dict[str, Any] = {"structures": structures, "budget": budget or None, "depth": o.depth}
     shot = OneShot(structure, o.keep_share, o.epochs or 0, calibration=o.calibration, **whole)
     shot = replace(shot, prior_variance=o.prior_variance, **_changed(learning_rate=o.learning_rate))
     return replace(recipe, method=OneShotReduction(shot, o.ignore), epochs=shot.epochs, hold=0.0)
