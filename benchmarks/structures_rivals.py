@@ -628,8 +628,9 @@ def pages() -> dict[str, list[str]]:
     return {
         "structures_rivals.md": [
             "# Torch-Pruning beside Ockham", "", f"{BENCH.written()}.", "",
-            f"{len(rows)} runs. {'. '.join(said)}. Where both are right ({len(both)} runs) the shares of parameters left "
-            f"differ by {max(far, default=0):.2%} of the network at most; in {same} runs every tensor is cut at the same places.", "",
+            f"{len(rows)} runs. {'. '.join(said)}. Where both are right ({len(both)} runs) the shares of parameters "
+            f"left differ by {max(far, default=0):.2%} of the network at most; in {same} runs every tensor is cut at the "
+            "same places.", "",
             *(f"* {verdict}: {meaning}." for verdict, meaning in NOTES.items()), "",
             *section(
                 "## Every network",
