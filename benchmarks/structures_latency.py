@@ -1,12 +1,13 @@
 """Time at half of the multiply-accumulates: ResNet-20 and a small ViT, PyTorch and ONNX Runtime, one thread.
 
-    python benchmarks/structures_latency.py --data PATH [--network resnet20 vit] [--widths 1 auto] [--seed 0]
+    python benchmarks/structures_latency.py --data PATH [--network resnet20 vit vit-ti16] [--widths 1 auto] [--seed 0]
     python benchmarks/structures_latency.py --table
 
 The plan is that of `ockham prune --structure --macs 0.5`: a Kronecker Laplace posterior from 512 images of CIFAR-10,
 units that cost the fewest nats per multiply-accumulate, widths in steps of 1 or (the default) of what is measured to
-pay. ResNet-20 has its given weights; the ViT (6 layers of 192, 3 heads, patches of 4) is untrained, since only shapes
-count here. Dense and small networks run in turn; a ratio is the median of those of neighbouring runs.
+pay. ResNet-20 has its given weights. The ViTs are untrained, since only shapes count here: a small one (6 layers of
+192, 3 heads, patches of 4), and ViT-Ti/16 and ViT-S/16 (12 layers of 192 and 384) on images enlarged to 224 by 224.
+Dense and small networks run in turn; a ratio is the median of those of neighbouring runs.
 """
 
 from __future__ import annotations
@@ -35,18 +36,19 @@ REPEATS = {64: 25, 1: 150}
 
 
 class ViT(nn.Module):
-    """A vision transformer for images of 32 by 32."""
+    """A vision transformer for square images."""
 
-    def __init__(self, width: int = 192, layers: int = 6, heads: int = 3) -> None:
+    def __init__(self, width: int = 192, layers: int = 6, heads: int = 3, patch: int = 4, side: int = 32) -> None:
         super().__init__()
-        self.patches = nn.Conv2d(3, width, 4, 4)
-        self.place = nn.Parameter(0.02 * torch.randn(1, 65, width))
+        self.side = side
+        self.patches = nn.Conv2d(3, width, patch, patch)
+        self.place = nn.Parameter(0.02 * torch.randn(1, 1 + (side // patch) ** 2, width))
         self.first = nn.Parameter(torch.zeros(1, 1, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, 3, 32, 32] to [N, 10]."""
+        """[N, 3, side, side] to [N, 10]."""
         h = self.patches(x).flatten(2).transpose(1, 2)
         h = torch.cat([self.first.expand(len(h), -1, -1), h], 1) + self.place
         for block in self.blocks:
@@ -72,14 +74,16 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def vit(data: Path, seed: int) -> nn.Module:
+def vit(data: Path, seed: int, **sizes: int) -> nn.Module:
     torch.manual_seed(seed)
-    return ViT().eval()
+    return ViT(**sizes).eval()
 
 
 NETWORKS: dict[str, Callable[[Path, int], nn.Module]] = {
     "resnet20": lambda data, seed: given(data, "resnet20"),
     "vit": vit,
+    "vit-ti16": partial(vit, layers=12, patch=16, side=224),
+    "vit-s16": partial(vit, width=384, layers=12, heads=6, patch=16, side=224),
 }
 
 
@@ -99,8 +103,10 @@ def caller(model: nn.Module, runtime: str, x: Tensor) -> Callable[[], Any]:
 
 def measured(name: str, widths: str, seed: int, data: Path) -> Record:
     (x, y), _ = parts(data, IMAGES, 1)
-    model = NETWORKS[name](data, seed)
-    loader = list(zip(x.split(128), y.split(128), strict=True))
+    model, rows = NETWORKS[name](data, seed), 128
+    if getattr(model, "side", 32) != 32:
+        x, rows = nn.functional.interpolate(x, size=(model.side, model.side), mode="bilinear"), 16
+    loader = list(zip(x.split(rows), y.split(rows), strict=True))
     posterior = ockham.laplace(model, loader, structure="kronecker", seed=seed)
     groups, start = ockham.trace(model, x[:2]), time.perf_counter()
     options = {"budget": {"macs": "50%"}, "model": model, "example_inputs": x[:2]}
@@ -147,7 +153,8 @@ def pages() -> dict[str, list[str]]:
 
 
 BENCH = Benchmark(
-    __file__, __doc__, run, pages, data=DATA, seed=SEEDS, network=Option(list(NETWORKS), choices=NETWORKS),
+    __file__, __doc__, run, pages, data=DATA, seed=SEEDS,
+    network=Option(["resnet20", "vit", "vit-ti16"], choices=NETWORKS),
     widths=Option(["1", "auto"], "steps of the widths: numbers, or auto", kind=str),
 )  # fmt: skip
 main = BENCH.main

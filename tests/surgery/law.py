@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ockham.core.posterior import Posterior
+from ockham.run.engine import Compressed
 from ockham.surgery import Groups, Plan, mask, shrink
 from ockham.surgery.groups import plan_masks
 
@@ -62,3 +70,47 @@ def worst_difference(
     assert size(small) < size(model) or not plan.removed
     gone = sum(map(len, plan.removed.values())) / max(1, sum(plan.widths.values()))
     return difference(outputs(masked, inputs), outputs(small, inputs)), gone
+
+
+FRESH = """
+import sys, importlib, torch, ockham
+from pathlib import Path
+from safetensors.torch import load_file, save_file
+module, maker, folder = sys.argv[1:]
+small = ockham.load(Path(folder) / "result", model=getattr(importlib.import_module(module), maker)()).eval()
+batches = load_file(Path(folder) / "inputs.safetensors")
+name = next(iter(batches)).split()[0]
+example = {name: batches[f"{name} 0"]} if name != "x" else batches["x 0"]
+file = ockham.export(small, Path(folder) / "network.onnx", example)
+told = {}
+with torch.no_grad():
+    for key, x in batches.items():
+        out = small(**{name: x}).logits if name != "x" else small(x)
+        told[key.replace(name, "torch")] = out.contiguous()
+try:
+    import onnxruntime
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    for key, x in batches.items():
+        given = {session.get_inputs()[0].name: x.numpy()}
+        told[key.replace(name, "onnx")] = torch.from_numpy(session.run(None, given)[0])
+except ImportError:
+    pass
+save_file(told, Path(folder) / "told.safetensors")
+"""
+
+
+def saved_and_loaded(
+    small: nn.Module, plan: Plan, maker: tuple[str, str], batches: dict[str, Tensor], folder: Path
+) -> dict[str, Tensor]:
+    """Save a shrunk network as a result; what a fresh process loads of it says, in torch and as ONNX.
+
+    `maker` is module and name of the function that builds the network, `batches` have names such as "x 0" and "x 1".
+    """
+    Compressed(small, Posterior({}, 1.0), (), (), None, None, plan=plan).save(folder / "result")
+    save_file(batches, folder / "inputs.safetensors")
+    root = Path(__file__).parents[1]
+    where = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", FRESH, *maker, str(folder)]
+    done = subprocess.run(command, env=where, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return load_file(folder / "told.safetensors")

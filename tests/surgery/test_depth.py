@@ -18,7 +18,7 @@ from ockham.evidence.kronecker import covariance, delta_f_matrix, factorised
 from ockham.surgery import PlanError, mask, random_plan, shrink, trace, verify
 from ockham.surgery.groups import plan_masks
 
-from .law import difference, outputs, randomise
+from .law import difference, outputs, randomise, saved_and_loaded
 
 
 class Cell(nn.Module):
@@ -160,6 +160,20 @@ def test_plans_follow_each_other_and_carry_optimizer_and_posterior():
         plan_masks(groups, {"cells.1": torch.tensor([0])})
     with pytest.raises(PlanError, match="damaged"):
         ockham.Plan.from_json(both.to_json().replace('"zero"', '"one"'))
+
+
+def test_a_result_without_a_branch_loads_in_a_fresh_process_and_exports(tmp_path):
+    net, x, _ = made("cells")
+    net.eval()
+    groups = trace(net, x, whole=["branches"])
+    keep = {"cells.1": torch.tensor([False]), "cells.0.one.weight:0": torch.arange(8) > 2}
+    plan = plan_masks(groups, keep | {"cells.2.one.weight:0": torch.arange(8) != 5})
+    batches = {"x 0": x, "x 1": torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(3))}
+    told = saved_and_loaded(shrink(net, plan), plan, (__name__, "Cells"), batches, tmp_path)
+    assert {k.split()[0] for k in told} >= {"torch"}
+    for key, out in told.items():
+        expected = outputs(mask(net, plan), batches[f"x {key.split()[1]}"])
+        assert difference(expected, [out]) < 1e-5, key
 
 
 def test_a_variational_optimizer_refuses_to_lose_a_branch():

@@ -15,7 +15,7 @@ from ockham.surgery import PlanError, mask, shrink, trace, verify
 from ockham.surgery.groups import plan_masks
 from ockham.surgery.refitting import plan_unread
 
-from .law import difference, outputs
+from .law import difference, outputs, saved_and_loaded
 
 
 class Router(nn.Module):
@@ -146,6 +146,58 @@ def test_experts_go_beside_widths_and_in_a_second_plan():
     assert both.removed[KEYS[0]] == (0, 1, 4) and set(both.routers) == {f"blocks.{i}.router.weight" for i in (0, 1)}
     verify(mask(net, both), shrink(net, both), X)
     assert difference(outputs(shrink(net, both), X), outputs(shrink(middle, second), X)) < 1e-6
+
+
+@pytest.mark.slow
+def test_a_result_without_experts_loads_in_a_fresh_process_and_exports(tmp_path):
+    net = mixture().eval()
+    groups = trace(net, X[:4], whole=["experts"])
+    gone = ((1, 3), (0,))
+    keep = {k: torch.tensor([i not in g for i in range(n)]) for k, g, n in zip(KEYS, gone, (5, 4), strict=True)}
+    plan = plan_masks(groups, keep)
+    batches = {"x 0": X[:4], "x 1": X[4:].clone()}
+    told = saved_and_loaded(shrink(net, plan), plan, (__name__, "mixture"), batches, tmp_path)
+    for key, out in told.items():
+        assert difference(without(net, gone, batches[f"x {key.split()[1]}"]), [out]) < 1e-5, key
+
+
+def mixtral():
+    """A small Mixtral, its weights large enough that routers decide."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, pad_token_id=0, bos_token_id=1, eos_token_id=None, num_local_experts=5,
+        num_experts_per_tok=2,
+    )  # fmt: skip
+    net = transformers.MixtralForCausalLM(config).eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.ndim > 1:
+                p.normal_(0, 0.3)
+    return net
+
+
+@pytest.mark.slow
+def test_a_mixtral_without_experts_and_a_branch_loads_in_a_fresh_process_and_exports(tmp_path):
+    pytest.importorskip("transformers")
+    net, ids = mixtral(), torch.randint(3, 50, (2, 7), generator=torch.Generator().manual_seed(1))
+    groups = trace(net, {"input_ids": ids}, whole=["experts", "branches"])
+    first, second = (g for g in groups if g.kind == "expert")
+    keep = {first.id: torch.arange(5) != 1, second.id: torch.arange(5) > 2}
+    plan = plan_masks(groups, keep | {"model.layers.1.self_attn": torch.tensor([False])})
+    small, masked = shrink(net, plan), mask(net, plan)
+    assert net.config.use_cache and net.config._experts_implementation == small.config._experts_implementation
+    batches = {"input_ids 0": ids, "input_ids 1": (ids + 7).clamp(max=49)[[0, 1, 0]]}
+    told = saved_and_loaded(small, plan, (__name__, "mixtral"), batches, tmp_path)
+    for key, out in told.items():
+        with torch.no_grad():
+            expected = masked(batches[f"input_ids {key.split()[1]}"]).logits
+        assert difference([expected], [out]) < 1e-4, key
+    before = small.config.to_dict()
+    ockham.export(small, tmp_path / "again.pt2", {"input_ids": ids})
+    assert small.config.use_cache and small.config.to_dict() == before
 
 
 def test_as_many_experts_stay_as_a_token_is_given_to():

@@ -418,9 +418,9 @@ def _(o: OneShotOptions, recipe: Recipe) -> Recipe:
         FixedPrior(o.prior_variance)
     structures = _structures(o)
     budget = _changed(macs=o.macs, params=o.params, latency=o.latency)
-    if structures is None and (budget or o.depth):
-        what = f"--{min(budget)} is a budget for" if budget else "--depth takes whole residual branches beside"
-        raise OckhamError(f"{what} whole channels: add --structure, or use --keep-share")
+    asked = [*budget, *(["depth"] if o.depth else [])]
+    if structures is None and asked:
+        raise OckhamError(f"--{min(asked)} is about whole channels: add --structure, or use --keep-share")
     if len(budget) > 1:
         raise OckhamError(f"one budget at a time: got --{' and --'.join(sorted(budget))}")
     if structures is not None:

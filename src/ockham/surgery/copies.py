@@ -431,3 +431,19 @@ def emptied(model: nn.Module, caches: Caches) -> None:
     for path, names in caches.items():
         for name in names:
             getattr(model.get_submodule(path), name).clear()
+
+
+@contextlib.contextmanager
+def configured(model: nn.Module, **fields: Any) -> Iterator[None]:
+    """Set fields of the configurations inside a model, such as ``use_cache``, where they are; undone after it."""
+    before = []
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        for name in fields.keys() & getattr(config, "__dict__", {}).keys():
+            before.append((config, name, getattr(config, name)))
+            setattr(config, name, fields[name])
+    try:
+        yield
+    finally:
+        for config, name, old in reversed(before):
+            setattr(config, name, old)

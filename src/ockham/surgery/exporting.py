@@ -21,7 +21,7 @@ from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
 
 from ockham.errors import OckhamError
-from ockham.surgery.copies import as_arguments, clone, given_to, with_rows
+from ockham.surgery.copies import as_arguments, clone, configured, given_to, with_rows
 from ockham.surgery.refitting import adapt
 
 __all__ = []
@@ -34,7 +34,8 @@ class ExportError(OckhamError):
 def export(model: nn.Module, path: str | Path, example_inputs: Any) -> Path:
     """Write `model` to a file, in evaluation mode: ``.onnx`` (ONNX) or ``.pt2`` (`torch.export`).
 
-    The first dimension of every input tensor is dynamic where the model allows it. `model` is left as it is.
+    The first dimension of every input tensor is dynamic where the model allows it. `model` is left as it is. A language
+    model is written without its cache of past tokens, and in ONNX its experts as batched matrix products.
 
     Args:
         model: any traceable network.
@@ -52,7 +53,8 @@ def export(model: nn.Module, path: str | Path, example_inputs: Any) -> Path:
         raise ExportError(f"cannot export to {path.name!r}: expected a path ending in .onnx or .pt2")
     modes = {name: module.training for name, module in model.named_modules()}
     try:
-        with warnings.catch_warnings():
+        experts = {"_experts_implementation_internal": "batched_mm"} if path.suffix == ".onnx" else {}
+        with warnings.catch_warnings(), configured(model, use_cache=False, **experts):
             warnings.simplefilter("ignore")
             program = _program(model.eval(), example_inputs)
             if path.suffix == ".pt2":
@@ -65,6 +67,12 @@ def export(model: nn.Module, path: str | Path, example_inputs: Any) -> Path:
     except ImportError as error:
         raise ExportError(
             f"exporting to {path.suffix} needs another package: {error}; pip install onnxscript"
+        ) from error
+    except torch.onnx.OnnxExporterError as error:
+        said = str(error.__cause__ or error).splitlines()[0]
+        raise ExportError(
+            f"{type(model).__name__} cannot be written as ONNX: {said}. Way out: a path ending in .pt2, or the parts "
+            "around that operator on their own"
         ) from error
     finally:
         for name, module in model.named_modules():

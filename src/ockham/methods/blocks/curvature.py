@@ -17,6 +17,7 @@ from ockham.core.files import read_json, write_json
 from ockham.errors import OckhamError
 from ockham.methods.blocks.cases import Case, CaseObjective
 from ockham.methods.blocks.solve import BlockMatrix, Use, Using, add_gram_, symmetric
+from ockham.surgery.copies import configured
 
 __all__ = [
     "BlockCall",
@@ -78,23 +79,15 @@ def evaluating_blocks(model: nn.Module) -> Iterator[torch.device]:
     """Evaluation mode, no gradients for parameters, no cache of past tokens, experts one by one; undone after it."""
     modes = {m: m.training for m in model.modules()}
     wanted = {p: p.requires_grad for p in model.parameters()}
-    settings = []
-    for m in model.modules():
-        config = getattr(m, "config", None)
-        for field, value in (("use_cache", False), ("_experts_implementation_internal", "eager")):
-            if field in getattr(config, "__dict__", {}):
-                settings.append((config, field, getattr(config, field)))
-                setattr(config, field, value)
     model.eval().requires_grad_(False)
     try:
-        yield next((p.device for p in model.parameters()), torch.device("cpu"))
+        with configured(model, use_cache=False, _experts_implementation_internal="eager"):
+            yield next((p.device for p in model.parameters()), torch.device("cpu"))
     finally:
         for module, mode in modes.items():
             module.training = mode
         for p, need in wanted.items():
             p.requires_grad_(need)
-        for config, field, old in reversed(settings):
-            setattr(config, field, old)
 
 
 @contextmanager
