@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,3 +141,16 @@ def test_numbers_that_are_no_posterior_are_not_saved(tmp_path: Path, change: dic
         gaussian = Gaussian(**{**fields, **more, **{k: v for k, v in change.items() if k not in whole}})
         made = Posterior({"w": gaussian}, **{**whole, **{k: v for k, v in change.items() if k in whole}})
         made.save(tmp_path / "p.safetensors")
+
+
+def test_the_card_of_a_network_loads_it_as_soon_as_its_arguments_are_put_in(tmp_path):
+    """All names of the three lines are defined in them."""
+    torch.manual_seed(0)
+    net = nn.Linear(4, 3)
+    folder = ockham.save_pretrained(net, tmp_path / "card")
+    code = (folder / "README.md").read_text().partition("```python\n")[2].partition("```")[0].strip()
+    assert len(code.splitlines()) == 3
+    code = code.replace("(...)\n", "(4, 3)\n") + "\nassert model(torch.ones(1, 4)).shape == (1, 3)"
+    code = f"import os, torch; os.chdir({str(folder)!r})\n{code}"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, code + run.stderr

@@ -302,15 +302,15 @@ def _card(model: nn.Module, plan: Plan | None, facts: Mapping[str, Any]) -> str:
 
 def _loading(model: nn.Module, plan: Plan | None) -> list[str]:
     """Three lines of code at most that make the network of a folder of `save_pretrained` again."""
-    name = type(model).__name__
+    name, module = type(model).__name__, type(model).__module__
     if hasattr(model, "from_pretrained") and says_its_widths(model):
-        package = type(model).__module__.partition(".")[0]
+        package = "transformers" if module.startswith("transformers.") else module
         return [f"from {package} import {name}", f'model = {name}.from_pretrained(".")']
-    made = f"{name}(...)  # as it was built before the reduction"
-    if plan is None:
-        return [f"model = {made}", f'safetensors.torch.load_model(model, "{WEIGHTS}")']
-    replayed = f'ockham.shrink(model, ockham.Plan.from_json(open("{PLAN}").read()))'
-    return [f"model = {made}", f"model = {replayed}", f'safetensors.torch.load_model(model, "{WEIGHTS}")']
+    made = f"{name}(...)"  # whose arguments nobody but the user knows
+    first = f"import ockham, safetensors.torch; from {module} import {name}  # put its arguments for (...)"
+    if plan is not None:
+        made = f'ockham.shrink({made}, ockham.Plan.from_json(open("{PLAN}").read()))'
+    return [first, f"model = {made}", f'safetensors.torch.load_model(model, "{WEIGHTS}")']
 
 
 class ResultFolder:
