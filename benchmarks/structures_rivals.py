@@ -589,6 +589,7 @@ NOTES = {
     "right": "the pruned network computes what the original does with zeros for what went, within 1e-9",
     "other statistics": "the same, but only if norms over units count the units that stay",
     "wrong": "neither",
+    "Ockham's other statistics on Llama": "1.2e-7, the rounding of its RMSNorm, which computes in float32",
     "crashes": "while pruning, or in the first forward of the pruned network",
 }
 
