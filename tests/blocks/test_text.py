@@ -118,8 +118,10 @@ def run(*arguments: object) -> Result:
 SHORT = ("--windows", 12, "--window", 32, "--threads", 1)
 
 
-def test_the_command_writes_a_folder_that_loads_and_talks(source: Path, tmp_path: Path) -> None:
+def test_the_command_writes_a_folder_that_loads_and_talks(source: Path, tmp_path: Path, monkeypatch) -> None:
     from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr("ockham.cli.app._PIPED", 0.0)  # every line of progress, not one in 30 seconds
 
     given = ("--model", f"hf:{source}", "--calibrate", source / "text.txt", "--out", tmp_path / "out", *SHORT)
     done = run(*given, "--keep-share", 0.5)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ockham.choose.rules import BudgetRule, score
 from ockham.choose.units import GroupLike, StructureEvidence, outgoing, score_structures, summed
+from ockham.core.network import watched
 from ockham.core.posterior import Gaussian, Posterior, WeightMatrix
 from ockham.errors import OckhamError
 from ockham.evidence.kronecker import (
@@ -115,14 +116,14 @@ def removed_in_rounds(
         if not 0 < keep <= 1:
             raise OckhamError(f"keep is the share of the scored weights that stays, in (0, 1]; got {keep}")
         scored = sum(int(g.keep.sum()) for name, g in posterior.items() if name not in protected)
-        for i in range(1, rounds + 1):
+        for i in watched(range(1, rounds + 1), "planning", rounds):
             gone = round(scored * (1 - keep ** (i / rounds)))
             posterior = _without(posterior, protected, scored - gone)
         return posterior
     if rounds == 1:
         return _round_of_evidence(posterior, protected, 1.0) or posterior
     full, highest = posterior, joint_delta_f(posterior, {})
-    for _ in range(4 * rounds):
+    for _ in watched(range(4 * rounds), "planning", 4 * rounds):
         smaller = _round_of_evidence(posterior, protected, 1 / rounds)
         if smaller is None:
             break

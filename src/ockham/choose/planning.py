@@ -27,6 +27,7 @@ from ockham.choose.prices import (
     within,
 )
 from ockham.choose.units import Choice, Multiples, StructureEvidence, choose_units, structures_from
+from ockham.core.network import watched
 from ockham.core.posterior import Posterior
 from ockham.errors import OckhamWarning
 from ockham.surgery.copies import as_arguments, given_to
@@ -78,7 +79,7 @@ def chosen_in_rounds(
     rounds = max(1, math.ceil(math.log(min(1.0, most / whole)) / math.log(_STEP)))
     options = {"limit": limit, "subject": subject, "costs": limit.unit_costs(subject, groups)}
     told, now, held = None, posterior, None
-    for i in range(1, rounds + 1):
+    for i in watched(range(1, rounds + 1), "planning", rounds):
         evidence = cast(ColumnEvidence, with_branches(score_columns(now, groups), posterior, groups))
         told = _remembered(told, evidence)
         held = held or evidence.held

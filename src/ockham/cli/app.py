@@ -38,12 +38,12 @@ from ockham.cli.build import (
     options_of,
 )
 from ockham.core.files import printable, read_toml, to_plain
-from ockham.core.network import parse_device
+from ockham.core.network import PruneProgress, listening, parse_device
 from ockham.core.posterior import load_posterior
 from ockham.core.processes import ALONE, Processes
 from ockham.core.seal import sealed
 from ockham.errors import OckhamError, OckhamWarning, ResultError
-from ockham.methods.blocks.job import PruneProgress, PruneSettings
+from ockham.methods.blocks.job import PruneSettings
 from ockham.methods.blocks.prune import prune_folder
 from ockham.methods.gates.report import gate_sections
 from ockham.methods.spike_slab.audit import audit as audit_network
@@ -117,11 +117,12 @@ class Bars:
             self._lines.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def stage(self, told: PruneProgress) -> None:
-        """Show a step of a reduction by blocks: a bar, or a line with the time left where there is no terminal."""
+        """Show a step of a long pass: a bar, or a line with the time left where there is no terminal."""
         if told.stage not in self._tasks:
             self._tasks[told.stage] = self._progress.add_task(told.stage, total=told.total, note="")
         self._progress.update(self._tasks[told.stage], completed=told.done, total=told.total)
-        if self._lines is not None:
+        if self._lines is not None and time.monotonic() - self._spoke >= _PIPED:
+            self._spoke = time.monotonic()
             self._lines.print(
                 f"{told.stage} {told.done}/{told.total}, {told.seconds:.0f} s, about {told.left:.0f} s left",
                 highlight=False,
@@ -430,7 +431,8 @@ def _run(options: Basic) -> None:
             err_console.print(f"note: {note}", style="dim", markup=False, highlight=False)
         quiet, log_dir = options.quiet or not first, options.log_dir if first else None
         try:
-            with terminated(), Bars(err_console, quiet=quiet) as bars, tensorboard(log_dir) as log:
+            bars = Bars(err_console, quiet=quiet)
+            with terminated(), bars, listening(bars.stage), tensorboard(log_dir) as log:
                 job.on_step = bars.step
                 for info in job.run():
                     bars.epoch(info)

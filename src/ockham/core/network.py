@@ -1,4 +1,4 @@
-"""What of a network is there and takes part: training modes, names, what the user fixed."""
+"""What of a network is there and takes part: training modes, names, what the user fixed; how far a pass over it is."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import copy
 import difflib
 import random
 import re
+import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +26,7 @@ from ockham.errors import OckhamError, OckhamWarning
 __all__ = [
     "Entry",
     "Ignore",
+    "PruneProgress",
     "check_module",
     "check_network",
     "copied",
@@ -32,11 +36,13 @@ __all__ = [
     "frozen_modules",
     "ignored",
     "keeping_modes",
+    "listening",
     "parse_device",
     "protected_names",
     "seeded",
     "train_",
     "unwrapped",
+    "watched",
 ]
 
 
@@ -408,3 +414,59 @@ def parse_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise OckhamError(f"--device {name}: not on this machine ({str(error).splitlines()[0]}); try cpu") from error
     return device
+
+
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True, slots=True)
+class PruneProgress:
+    """How far a long piece of work is.
+
+    Attributes:
+        stage: name of what is being done: "curvature", "eigenvectors", "planning", "damping", "units" or "reduction".
+        done: number of steps done of it: batches, cases, matrices, rounds or blocks.
+        total: number of its steps.
+        seconds: time since the stage began.
+    """
+
+    stage: str
+    done: int
+    total: int
+    seconds: float
+
+    @property
+    def left(self) -> float:
+        """Seconds until the stage ends, at the pace so far."""
+        return self.seconds / max(1, self.done) * (self.total - self.done)
+
+
+_LISTENER: ContextVar[Callable[[PruneProgress], None] | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def listening(listener: Callable[[PruneProgress], None]) -> Iterator[None]:
+    """Long passes inside (curvature, eigenvectors, planning) tell `listener` how far they are."""
+    token = _LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(token)
+
+
+def watched(items: Iterable[_Item], stage: str, of: object) -> Iterator[_Item]:
+    """Yield the items, and tell who is `listening` when each is done.
+
+    Args:
+        items: steps of the work.
+        stage: name of the work.
+        of: number of steps, or what has a length; without one (an `IterableDataset`) nothing is told.
+    """
+    listener, began, total = _LISTENER.get(), time.perf_counter(), of if isinstance(of, int) else None
+    if total is None and isinstance(of, Sized):
+        with suppress(TypeError):  # a DataLoader of an IterableDataset
+            total = len(of)
+    for done, item in enumerate(items, 1):
+        yield item
+        if listener is not None and total is not None:
+            listener(PruneProgress(stage, min(done, total), total, time.perf_counter() - began))

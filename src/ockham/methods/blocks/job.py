@@ -20,7 +20,7 @@ from ockham.choose.prices import Subject, budget_from
 from ockham.core.batch import Batch
 from ockham.core.files import read_json, write_json
 from ockham.core.likelihood import Likelihood
-from ockham.core.network import Ignore, device_of, protected_names
+from ockham.core.network import Ignore, PruneProgress, device_of, protected_names
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import DataError, OckhamError, OckhamWarning
 from ockham.fit.predict import refresh_batchnorm
@@ -151,28 +151,6 @@ class PruneSettings:
     seed: int = 0
     folder: str | Path | None = None
     posterior: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class PruneProgress:
-    """How far a reduction is.
-
-    Attributes:
-        stage: what is being done: "curvature", "damping", "units" or "reduction".
-        done: steps done of it: cases, kinds of matrices or blocks.
-        total: steps of it.
-        seconds: time since the stage began.
-    """
-
-    stage: str
-    done: int
-    total: int
-    seconds: float
-
-    @property
-    def left(self) -> float:
-        """Seconds until the stage ends, at the pace so far."""
-        return self.seconds / max(1, self.done) * (self.total - self.done)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from ockham.core.network import (
     ignored,
     protected_names,
     seeded,
+    watched,
 )
 from ockham.core.objective import Objective, fit_noise, objective_of
 from ockham.core.posterior import POINT, Gaussian, Posterior
@@ -167,7 +168,8 @@ def laplace_of(
     processes = Processes.world() if sharded else ALONE
     with evaluating(model) as device, processes.together():
         generator = torch.Generator(device).manual_seed(seed + processes.rank)
-        curvature = _STRUCTURES[structure](model, objective.checked(loader, model), score, generator)
+        batches = watched(objective.checked(loader, model), "curvature", loader)
+        curvature = _STRUCTURES[structure](model, batches, score, generator)
     curvature = joined(curvature) if sharded else curvature
     terms: object = curvature.terms if n_data is None else n_data
     if not isinstance(terms, numbers.Real) or not 0 < float(terms) < math.inf:

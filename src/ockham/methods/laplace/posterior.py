@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from ockham.core.batch import Batch, Loader
 from ockham.core.likelihood import TermLikelihood
-from ockham.core.network import evaluating, fixed_entries
+from ockham.core.network import evaluating, fixed_entries, watched
 from ockham.core.objective import Objective
 from ockham.core.posterior import Gaussian, Posterior, WeightMatrix
 from ockham.core.processes import ALONE, Processes
@@ -213,7 +213,7 @@ def _precisions(matrices: Sequence[MatrixSums], factor: float, processes: Proces
     """The eigendecomposed factors of every matrix; a process makes its share before it tells or hears any."""
     costs = [s.groups * float(s.inputs.shape[-1] ** 3 + s.outputs.shape[-1] ** 3) for s in matrices]
     owners, found = processes.shares(costs), []
-    for sums, owner in zip(matrices, owners, strict=True):
+    for sums, owner in watched(zip(matrices, owners, strict=True), "eigenvectors", len(owners)):
         # A summed, G averaged: their product is the curvature of the whole data
         scale = factor / max(sums.rows, torch.finfo(torch.float64).tiny)
         a, g = sums.inputs, scale * sums.outputs
