@@ -281,7 +281,7 @@ def zeroed(net: nn.Module, plan: ockham.Plan) -> nn.Module:
 
 
 def shaken(net: nn.Module) -> nn.Module:
-    """Randomise what starts at zero or one: biases, scales, statistics of norms."""
+    """Randomise what starts at zero or one: biases, scales, statistics of norms, whole matrices (heads of mixers)."""
     generator = torch.Generator().manual_seed(1)
     for module in net.modules():
         if getattr(module, "running_var", None) is not None:
@@ -289,7 +289,9 @@ def shaken(net: nn.Module) -> nn.Module:
             module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
     with torch.no_grad():
         for parameter in net.parameters():
-            if parameter.ndim < 2 and parameter.is_floating_point():
+            if parameter.is_floating_point() and (
+                parameter.ndim < 2 or bool((parameter == parameter.flatten()[0]).all())
+            ):
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return net
 
