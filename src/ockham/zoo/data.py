@@ -387,10 +387,10 @@ def _classes(train: Part, test: Part, names: tuple[str, ...] | None) -> tuple[st
             "0..K-1. Renumber them, or name all K classes in classes.txt, one a line"
         )
     names = names or tuple(str(label) for label in known)
-    if len(names) < 2:
+    if len(names) < 2 and len(known) < 2:
         train.fail(
-            f"all {len(train.y)} training examples are of one class, {printable(names[0])}: nothing is to be told "
-            "apart. Add examples of another class"
+            f"all {len(train.y)} training examples are of one class, {printable(names[0][:40])}: nothing is to be told "
+            "apart. Add examples of another class, and its name where classes.txt names them"
         )
     for part in (train, test):
         if part.y.min() < 0 or part.y.max() >= len(names):
