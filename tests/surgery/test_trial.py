@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from ockham.surgery import mask, shrink, trace
+from ockham.surgery import mask, shrink, trace, tracing
+from ockham.surgery.copies import as_arguments
 from ockham.surgery.groups import plan_masks
 
 from .law import difference, outputs, uneven
@@ -102,3 +103,21 @@ def test_a_deep_network_whose_training_mode_blows_rounding_up_loses_no_group():
     layers = [m for _ in range(240) for m in (nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU())]
     groups = trace(nn.Sequential(nn.Conv2d(3, 4, 1), *layers, nn.Conv2d(4, 3, 1)), torch.randn(4, 3, 4, 4))
     assert len(groups) == 241 and all(group.size == 4 for group in groups)
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "training", "tolerance", "modes"),
+    [
+        (1e-6, 1e-6, 3e-5, (False, True)),  # rounds to float32 inside: no reason to look less closely
+        (1e-15, 1e-6, 3e-5, (False,)),  # training mode alone blows rounding up
+        (1e-15, None, 3e-5, (False,)),  # it does not run in training mode
+        (1e-5, 1e-5, 1e-3, (False, True)),  # too much for the tolerance of float64
+    ],
+)
+def test_how_rounding_moves_the_outputs_decides_what_is_compared(monkeypatch, evaluation, training, tolerance, modes):
+    net, x = Halves(), torch.randn(3, 6)
+    groups = trace(net, x)
+    noise = {False: evaluation, True: training}
+    monkeypatch.setattr(tracing, "_noise", lambda *given, training=False: noise[training])
+    trial = tracing.prepared(net, groups, as_arguments(net, x), [(3, 5)])
+    assert isinstance(trial, tracing.ByValues) and (trial.tolerance, trial.modes) == (tolerance, modes)

@@ -178,9 +178,10 @@ def prepared(model: nn.Module, groups: Groups, arguments: Arguments, sizes: list
         if noise is None:
             continue
         training = _noise(*pair, given, training=True)
-        modes = (False,) if training is None or training > tolerance / 100 else (False, True)
-        trial = ByValues(twin, given, modes, tolerance, more if more and _noise(*pair, more) is not None else None)
-        if noise <= tolerance / 100:
+        blown = training is None or training > max(noise, tolerance / 100)  # copies differ by some 50 times that
+        more = more if more and _noise(*pair, more) is not None else None
+        trial = ByValues(twin, given, (False,) if blown else (False, True), tolerance, more)
+        if noise <= tolerance / 10:
             return trial
         unsteady.append(trial)
     return unsteady[0] if unsteady else ByShapes(model, arguments, plan_masks(groups, {}), sizes)
