@@ -15,8 +15,9 @@ from torch import nn
 
 from ockham.core.batch import Batch
 from ockham.core.likelihood import CausalLanguage, Loss
+from ockham.core.network import PruneProgress
 from ockham.errors import DataError, OckhamError
-from ockham.methods.blocks.job import PruneProgress, PruneSettings
+from ockham.methods.blocks.job import PruneSettings
 from ockham.methods.blocks.prune import prune
 from ockham.methods.blocks.solve import Damping
 from ockham.methods.blocks.stop import Shot, best_shot, cost_sample, predicted, shares_for, shot_from, shots

@@ -13,11 +13,12 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from ockham.cli.app import app
+from ockham.core.network import PruneProgress
 from ockham.core.posterior import load_posterior
 from ockham.core.seal import sealed
 from ockham.errors import DataError, OckhamError, ResultError
 from ockham.methods.blocks import prune as verb
-from ockham.methods.blocks.job import PruneProgress, PruneSettings
+from ockham.methods.blocks.job import PruneSettings
 from ockham.methods.blocks.prune import prune_folder, read_calibration, token_measures, token_windows
 from ockham.methods.blocks.solve import Damping
 

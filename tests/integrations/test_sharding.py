@@ -254,7 +254,7 @@ def whole():
     return found
 
 
-def alike(folder, name, whole, count=2):
+def assert_alike(folder, name, whole, count=2):
     posterior, kl = whole
     for rank in range(count):
         found = ockham.load_posterior(folder / f"{name}.{rank}.safetensors")
@@ -271,7 +271,7 @@ def alike(folder, name, whole, count=2):
 # ------------------------------------------------------------------ tests
 @pytest.mark.parametrize("name", list(MAKERS))
 def test_sharded_training_with_a_removal_is_that_of_one_process(folder, whole, name):
-    alike(folder, name, whole[name])
+    assert_alike(folder, name, whole[name])
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_sharded_training_with_a_removal_is_that_of_one_process(folder, whole, n
     ],
 )
 def test_a_distributed_checkpoint_goes_on_as_if_there_had_been_none(folder, whole, name, method):
-    alike(folder, name, whole[method])
+    assert_alike(folder, name, whole[method])
 
 
 def test_a_checkpoint_of_two_processes_goes_on_in_one(folder, whole, tmp_path):
@@ -303,11 +303,11 @@ def test_a_checkpoint_of_two_processes_goes_on_in_one(folder, whole, tmp_path):
         keep(tmp_path / "one.0", optimizer)
     finally:
         dist.destroy_process_group()
-    alike(tmp_path, "one", whole["mean-field"], 1)
+    assert_alike(tmp_path, "one", whole["mean-field"], 1)
 
 
 def test_a_run_of_whole_tensors_goes_on_sharded(folder, whole):
-    alike(folder, "taken", whole["ivon"])
+    assert_alike(folder, "taken", whole["ivon"])
     model = network()
     optimizer = MAKERS["ivon"](model.named_parameters())
     steps(model, optimizer, range(REMOVAL + 1))
@@ -315,14 +315,14 @@ def test_a_run_of_whole_tensors_goes_on_sharded(folder, whole):
     fresh = MAKERS["ivon"](second.named_parameters())
     fresh.start_from(optimizer.posterior())
     steps(second, fresh, range(REMOVAL + 1, STEPS))
-    alike(folder, "started", facts(fresh))
+    assert_alike(folder, "started", facts(fresh))
 
 
 def test_units_go_on_shards_as_in_one_process(folder):
     small, optimizer = smaller(network())
     posterior, kl = facts(optimizer)
     assert small.first.out_features < 71 and small.second.out_features < 61
-    alike(folder, "shrunk", (posterior, kl))
+    assert_alike(folder, "shrunk", (posterior, kl))
 
 
 def test_every_block_gathers_its_own_draw_and_after_it_the_mean(folder):
@@ -350,7 +350,7 @@ def test_what_cannot_be_done_on_shards_is_refused_by_name(folder):
 def test_four_processes_do_the_same(tmp_path, whole):
     folder = started_group(tmp_path, 4)
     for name in MAKERS:
-        alike(folder, name, whole[name], 4)
-    alike(folder, "ivon-loaded", whole["ivon"], 4)
-    alike(folder, "functions", whole["mean-field"], 4)
-    alike(folder, "shrunk", facts(smaller(network())[1]), 4)
+        assert_alike(folder, name, whole[name], 4)
+    assert_alike(folder, "ivon-loaded", whole["ivon"], 4)
+    assert_alike(folder, "functions", whole["mean-field"], 4)
+    assert_alike(folder, "shrunk", facts(smaller(network())[1]), 4)

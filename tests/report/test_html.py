@@ -549,11 +549,20 @@ def test_how_to_load_it_stands_at_the_end(name, tmp_path, monkeypatch):
 def test_lines_that_ockham_did_not_write_are_not_offered_for_copying(tmp_path):
     write_result(tmp_path, read_result(DATA / "bmrs"))
     head = json.loads((tmp_path / "result.json").read_text())
-    evil = head["load"].replace("outputs", "__import__('os').system('x')\noutputs")
-    for load in (evil, "rm -rf", head["load"].replace("'", '"', 1), ""):
+    own, where = head["load"].splitlines(), "load('path/of/this/folder')"
+    system = "__import__('os').system('x')"
+    for load, path in (
+        ("\n".join([*own[:2], system, own[2]]), own[1]),
+        ("\n".join([*own[:2], system]), own[1]),
+        ("import ockham; from os import system\nnetwork = ockham.load('x', model=system('y'))", "load('x')"),
+        ("rm -rf", where),
+        (head["load"].replace("'", '"', 1), where),
+        ("network = ockham.load('a\\'); system('y", where),
+        ("", where),
+    ):
         (tmp_path / "result.json").write_text(json.dumps(head | {"load": load}))
         text = read(tmp_path)
-        assert "os').system" not in text and "rm -rf" not in text and "load('path/of/this/folder')" in text
+        assert "system" not in text and "rm -rf" not in text and path in text
 
 
 @pytest.mark.parametrize("name", ["made up", "evidence", "bmrs"])

@@ -22,7 +22,7 @@ from ockham.zoo.images import read_image
 RNG = np.random.default_rng(0)
 
 
-def refused(path: Path, *words: str, **reading: object) -> None:
+def assert_refused(path: Path, *words: str, **reading: object) -> None:
     """Loading fails, names all that, and asks for less than 64 MiB on the way."""
     tracemalloc.start()
     try:
@@ -76,13 +76,13 @@ def test_grey_images_stay_grey_unless_one_has_colour(tmp_path: Path) -> None:
     draw(tmp_path / "a", "colour.png", RNG.integers(0, 256, (4, 4, 3), dtype=np.uint8))
     assert data.load_folder(tmp_path).image_shape == (3, 4, 4)
     draw(tmp_path / "b", "large.png", RNG.integers(0, 256, (9, 4), dtype=np.uint8))
-    refused(tmp_path, "large.png", "4 x 9", "Resize")
+    assert_refused(tmp_path, "large.png", "4 x 9", "Resize")
 
 
 def test_an_unknown_class_in_the_test_part_is_named(tmp_path: Path) -> None:
     for name in ("train/a", "train/b", "test/c"):
         draw(tmp_path / name, "x.png", np.zeros((3, 3), dtype=np.uint8))
-    refused(tmp_path, "class c is not among")
+    assert_refused(tmp_path, "class c is not among")
 
 
 # ---- tables
@@ -117,8 +117,8 @@ def test_csv_with_numbers_texts_and_a_target(tmp_path: Path, kind: str, classes:
 
 def test_the_target_can_be_named_and_must_be_there(tmp_path: Path) -> None:
     table(tmp_path / "houses.csv", target="price", kind="price")
-    refused(tmp_path, "a, colour, flag, price", "--target")
-    refused(tmp_path, "no column 'cost'", target="cost")
+    assert_refused(tmp_path, "a, colour, flag, price", "--target")
+    assert_refused(tmp_path, "no column 'cost'", target="cost")
     got = data.load_folder(tmp_path, target="price")
     assert got.classes is None and float(torch.cat([got.train_y, got.test_y]).max()) == 3900.5
 
@@ -131,23 +131,23 @@ def test_train_and_test_tables_share_levels_and_classes(tmp_path: Path) -> None:
     text = (tmp_path / "test.csv").read_text()
     for old, new, why in (("red", "pink", "'pink'"), ("yes", "perhaps", "'perhaps'"), ("flag", "flug", "flag")):
         (tmp_path / "test.csv").write_text(text.replace(old, new))
-        refused(tmp_path, "test.csv", why)
+        assert_refused(tmp_path, "test.csv", why)
 
 
 def test_empty_cells_and_endless_texts_are_named(tmp_path: Path) -> None:
     table(tmp_path / "data.csv")
     text = (tmp_path / "data.csv").read_text()
     (tmp_path / "data.csv").write_text(text.replace("5,blue,False", ",blue,False"))
-    refused(tmp_path, "data.csv", "column a is empty in row 6")
+    assert_refused(tmp_path, "data.csv", "column a is empty in row 6")
     lines = ["name,target", *(f"person {i},{i % 2}" for i in range(300))]
     (tmp_path / "data.csv").write_text("\n".join(lines))
-    refused(tmp_path, "column name holds 300 different texts")
+    assert_refused(tmp_path, "column name holds 300 different texts")
 
 
 def test_tables_without_pandas_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table(tmp_path / "data.csv")
     monkeypatch.setitem(sys.modules, "pandas", None)
-    refused(tmp_path, "pip install pandas")
+    assert_refused(tmp_path, "pip install pandas")
 
 
 def test_parquet_reads_as_csv_does(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_told_means_and_stds_are_used_as_torchvision_has_them(tmp_path: Path, ki
     stored = torch.cat([plain.train_x, plain.test_x]).flatten(1).sum(0)
     assert torch.allclose(stored, torch.tensor(x.reshape(20, -1).astype(float)).sum(0).float(), rtol=1e-5)
     for wrong in (((1.0,) * 2, (1.0,) * 2), ((0.0,), (0.0,)), ((0.0,), (float("nan"),)), "all"):
-        refused(tmp_path, "normalize", normalize=wrong)
+        assert_refused(tmp_path, "normalize", normalize=wrong)
 
 
 def test_stored_inputs_come_back_from_mean_and_std() -> None:
@@ -253,7 +253,7 @@ def test_an_idx_header_that_lies_costs_nothing(tmp_path: Path, end: str) -> None
     pack = gzip.compress if end else bytes
     (tmp_path / f"train-images-idx3-ubyte{end}").write_bytes(pack(idx_header(60000, 300, 300) + bytes(2000)))
     (tmp_path / f"train-labels-idx1-ubyte{end}").write_bytes(pack(idx_header(60000) + bytes(60000)))
-    refused(tmp_path, "train-images", "promises [60000, 300, 300]", "at most" if end else "2000 bytes")
+    assert_refused(tmp_path, "train-images", "promises [60000, 300, 300]", "at most" if end else "2000 bytes")
 
 
 def zipped(file: Path, name: str, content: bytes, *, claims: int | None = None) -> None:
@@ -278,16 +278,16 @@ def npy(array: np.ndarray) -> bytes:
 def test_an_npz_that_lies_costs_nothing(tmp_path: Path) -> None:
     lie = npy(np.zeros(4)).replace(b"(4,)", b"(4000000000,)")
     zipped(tmp_path / "train.npz", "x.npy", lie)
-    refused(tmp_path, "train.npz", "x.npy", "promises (4000000000,)")
+    assert_refused(tmp_path, "train.npz", "x.npy", "promises (4000000000,)")
     zipped(tmp_path / "train.npz", "x.npy", npy(np.zeros(4)), claims=2**31)
-    refused(tmp_path, "train.npz", "x.npy", str(2**31))
+    assert_refused(tmp_path, "train.npz", "x.npy", str(2**31))
 
 
 def test_sizes_beyond_the_limit_are_refused_with_both_numbers(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "train.npz", x=np.zeros((100, 2**15)), y=np.arange(100) % 2)
-    refused(tmp_path, "train.npz", "25 MiB", "allowed by max_bytes", max_bytes=2**20)
+    assert_refused(tmp_path, "train.npz", "25 MiB", "allowed by max_bytes", max_bytes=2**20)
     table(tmp_path / "big.csv")
-    refused(tmp_path / "big.csv", "allowed by max_bytes", max_bytes=100)
+    assert_refused(tmp_path / "big.csv", "allowed by max_bytes", max_bytes=100)
     draw(tmp_path, "x.png", np.zeros((40, 40), dtype=np.uint8))
     with pytest.raises(DataError, match=r"x\.png.*max_bytes"):
         read_image(tmp_path / "x.png", 100)
@@ -296,7 +296,7 @@ def test_sizes_beyond_the_limit_are_refused_with_both_numbers(tmp_path: Path) ->
 def test_more_than_is_free_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.savez_compressed(tmp_path / "train.npz", x=np.zeros((100, 2**15)), y=np.arange(100) % 2)
     monkeypatch.setattr("ockham.core.files.free_memory", lambda: 2.0**20)
-    refused(tmp_path, "25 MiB", "1 MiB are free now", "max_bytes")
+    assert_refused(tmp_path, "25 MiB", "1 MiB are free now", "max_bytes")
 
 
 def test_a_picture_that_is_a_bomb_is_not_opened(tmp_path: Path) -> None:
@@ -316,11 +316,11 @@ def test_pipes_devices_and_links_out_of_the_folder_are_refused_at_once(tmp_path:
     if name == "classes.txt":
         np.savez(home / "train.npz", x=np.zeros((20, 2)), y=np.arange(20) % 2)
     os.mkfifo(home / name)
-    refused(home, Path(name).name, "no regular file")
+    assert_refused(home, Path(name).name, "no regular file")
     (home / name).unlink()
     (tmp_path / "elsewhere").write_bytes(b"x")
     (home / name).symlink_to(tmp_path / "elsewhere")
-    refused(home, Path(name).name, "link out of its folder")
+    assert_refused(home, Path(name).name, "link out of its folder")
 
 
 def test_names_of_files_move_no_cursor(tmp_path: Path) -> None:
@@ -354,14 +354,14 @@ def test_images_deeper_than_bytes_keep_their_values(tmp_path: Path) -> None:
         stored.round().flatten(1).sort(0).values, torch.from_numpy(deep.astype(float)).float().flatten(1).sort(0).values
     )
     draw(tmp_path / "a", "9.png", np.zeros((4, 6), dtype=np.uint8))
-    refused(tmp_path, "9.png", "one depth")
+    assert_refused(tmp_path, "9.png", "one depth")
 
 
 def test_one_class_and_empty_folders_of_classes_are_said(tmp_path: Path) -> None:
     for i in range(6):
         draw(tmp_path / "cat", f"{i}.png", RNG.integers(0, 256, (4, 4), dtype=np.uint8))
     (tmp_path / "dog").mkdir()
-    refused(tmp_path, "of one class, cat")
+    assert_refused(tmp_path, "of one class, cat")
     for i in range(6):
         draw(tmp_path / "elk", f"{i}.png", RNG.integers(0, 256, (4, 4), dtype=np.uint8))
     assert "left out: dog" in data.load_folder(tmp_path).notes[0]
@@ -395,14 +395,14 @@ def test_numbers_with_commas_dates_and_foreign_letters_are_named(tmp_path: Path)
     pandas = pytest.importorskip("pandas")
     file = tmp_path / "t.csv"
     file.write_text("a;target\n" + "\n".join(f"{i % 3},5;{i % 2}" for i in range(30)))
-    refused(file, "column a", "numbers with commas", "0,5")
+    assert_refused(file, "column a", "numbers with commas", "0,5")
     file.write_text("a,target\n" + "\n".join(f"2024-01-{i + 1},{i % 2}" for i in range(30)))
-    refused(file, "column a", "30 different texts in 30 rows")
+    assert_refused(file, "column a", "30 different texts in 30 rows")
     file.write_bytes("größe,target\n1,0\n2,1\n".encode("latin-1"))
-    refused(file, "is no UTF-8 text", "Save it as UTF-8")
+    assert_refused(file, "is no UTF-8 text", "Save it as UTF-8")
     table = pandas.DataFrame({"d": pandas.date_range("2024", periods=30), "target": [0, 1] * 15})
     table.to_parquet(tmp_path / "t.parquet")
-    refused(tmp_path / "t.parquet", "column d holds datetime64")
+    assert_refused(tmp_path / "t.parquet", "column d holds datetime64")
 
 
 def test_the_likelihood_decides_what_whole_numbers_are(tmp_path: Path) -> None:
@@ -415,7 +415,7 @@ def test_the_likelihood_decides_what_whole_numbers_are(tmp_path: Path) -> None:
     file.write_text("a,target\n" + "\n".join(f"{i},{i % 2}.0" for i in range(30)))
     assert data.load_folder(file).classes is None and data.load_folder(file, targets="classes").classes == ("0", "1")
     file.write_text("a,target\n" + "\n".join(f"{i},{i}.5" for i in range(30)))
-    refused(file, "to be classes", "not whole", targets="classes")
+    assert_refused(file, "to be classes", "not whole", targets="classes")
     x = RNG.normal(size=(20, 2))
     assert data.from_arrays("n", (x, np.arange(20) % 3), targets="numbers").train_y.is_floating_point()
     assert data.from_arrays("c", (x, np.arange(20.0) % 2), targets="classes").classes == ("0", "1")
@@ -440,9 +440,9 @@ def test_means_of_another_unit_are_refused() -> None:
 
 def test_a_target_without_a_table_is_no_riddle(tmp_path: Path) -> None:
     draw(tmp_path / "a", "1.png", RNG.integers(0, 256, (4, 4), dtype=np.uint8))
-    refused(tmp_path, "column of a table", "drop --target", target="a")
+    assert_refused(tmp_path, "column of a table", "drop --target", target="a")
     np.savez(tmp_path / "d.npz", x=np.zeros((4, 2)), y=np.arange(4) % 2)
-    refused(tmp_path / "d.npz", "column of a table", target="y")
+    assert_refused(tmp_path / "d.npz", "column of a table", target="y")
 
 
 def test_foreign_inputs_are_standardised_as_the_data_of_the_run() -> None:

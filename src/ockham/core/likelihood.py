@@ -192,13 +192,15 @@ class Classification(TermLikelihood):
 
     def nll(self, output: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
         """Mean cross-entropy over the targets that count."""
-        plain = weight is None and self.class_weights is None
-        return self._cross_entropy(output, target, "mean") if plain else super().nll(output, target, weight)
+        if weight is None and self.class_weights is None:
+            return self._cross_entropy(output, target, "mean")[0]
+        return super().nll(output, target, weight)
 
     def total(self, output: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
         """Summed cross-entropy."""
-        summed = weights is None
-        return self._cross_entropy(output, target, "sum") if summed else super().total(output, target, weights)
+        if weights is None:
+            return self._cross_entropy(output, target, "sum")[0]
+        return super().total(output, target, weights)
 
     def output_of(self, found: Any) -> Tensor:
         """The logits; those of transformers' heads have their classes last, and where that is unclear it is asked."""
@@ -207,7 +209,8 @@ class Classification(TermLikelihood):
 
     def each(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of every target, 0 for padding."""
-        return self._cross_entropy(output, target, "none"), self._fitted(output, target)[1] != self.ignore_index
+        values, labels = self._cross_entropy(output, target, "none")
+        return values, labels != self.ignore_index
 
     def drawn(self, output: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
         """Labels drawn from softmax(outputs)."""
@@ -266,13 +269,15 @@ class Classification(TermLikelihood):
         if self.class_weights is not None and self.class_weights.shape != (classes,):
             raise DataError(f"class_weights needs one number a class, ({classes},); got {self.class_weights.numel()}")
 
-    def _cross_entropy(self, output: Tensor, target: Tensor, reduction: str) -> Tensor:
-        logits, labels = self._fitted(output, target)
+    def _cross_entropy(self, output: Tensor, target: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+        """Cross-entropy, and the labels that it was taken of."""
+        fitted = self._fitted(output, target)
         try:
-            return nn.functional.cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction=reduction)
+            found = nn.functional.cross_entropy(*fitted, ignore_index=self.ignore_index, reduction=reduction)
         except IndexError:  # of a later batch: `check` saw the first
             self.check(output, target)
             raise
+        return found, fitted[1]
 
     def _fitted(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Logits with the classes on axis 1, and labels as int64 without an axis of size 1 too many."""

@@ -40,6 +40,7 @@ __all__ = [
     "parse_device",
     "protected_names",
     "seeded",
+    "teller",
     "train_",
     "unwrapped",
     "watched",
@@ -131,9 +132,7 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     made = {} if memo is None else memo
     for module in model.modules() if isinstance(model, nn.Module) else ():
         for hook in module._forward_pre_hooks.values():
-            if isinstance(
-                hook, BasePruningMethod
-            ):  # made anew before every call, and no leaf, which no copy is made of
+            if isinstance(hook, BasePruningMethod):  # its product is made anew before every call, and is no leaf
                 weight = getattr(module, hook._tensor_name)
                 made[id(weight)] = weight.detach().clone()
     try:
@@ -445,13 +444,24 @@ _LISTENER: ContextVar[Callable[[PruneProgress], None] | None] = ContextVar("list
 
 
 @contextmanager
-def listening(listener: Callable[[PruneProgress], None]) -> Iterator[None]:
-    """Long passes inside (curvature, eigenvectors, planning) tell `listener` how far they are."""
-    token = _LISTENER.set(listener)
+def listening(listener: Callable[[PruneProgress], None] | None) -> Iterator[None]:
+    """Long passes inside (curvature, eigenvectors, planning) tell `listener` how far they are; None changes nobody."""
+    token = _LISTENER.set(listener or _LISTENER.get())
     try:
         yield
     finally:
         _LISTENER.reset(token)
+
+
+def teller(stage: str) -> Callable[[int, int], None]:
+    """A function (done, total) that tells who is `listening` how far a stage is that begins now."""
+    listener, began = _LISTENER.get(), time.perf_counter()
+
+    def tell(done: int, total: int) -> None:
+        if listener is not None:
+            listener(PruneProgress(stage, min(done, total), total, time.perf_counter() - began))
+
+    return tell
 
 
 def watched(items: Iterable[_Item], stage: str, of: object) -> Iterator[_Item]:
@@ -462,11 +472,11 @@ def watched(items: Iterable[_Item], stage: str, of: object) -> Iterator[_Item]:
         stage: name of the work.
         of: number of steps, or what has a length; without one (an `IterableDataset`) nothing is told.
     """
-    listener, began, total = _LISTENER.get(), time.perf_counter(), of if isinstance(of, int) else None
+    tell, total = teller(stage), of if isinstance(of, int) else None
     if total is None and isinstance(of, Sized):
         with suppress(TypeError):  # a DataLoader of an IterableDataset
             total = len(of)
     for done, item in enumerate(items, 1):
         yield item
-        if listener is not None and total is not None:
-            listener(PruneProgress(stage, min(done, total), total, time.perf_counter() - began))
+        if total is not None:
+            tell(done, total)

@@ -281,6 +281,7 @@ def refresh_batchnorm(
         return 0
     momenta, count = {m: m.momentum for m in norms}, None
     kept = [{n: t.clone() for n, t in m.named_buffers(recurse=False)} for m in norms]
+    running = [t for m in norms for t in (m.running_mean, m.running_var) if t is not None]
     with evaluating(model) as device, seeded(0, 0, device):
         try:
             for norm in norms:
@@ -289,7 +290,7 @@ def refresh_batchnorm(
                 norm.momentum = None  # cumulative average
             for count, one in enumerate(itertools.islice(batches_of(loader, device, batch), batches)):
                 call(model, one)
-                if not all(bool(m.running_mean.isfinite().all()) for m in norms if m.running_mean is not None):
+                if not bool(torch.stack([t.sum().to(device) for t in running]).isfinite().all()):
                     wrong = blame(one) or "the inputs of a BatchNorm are not finite"
                     raise DataError(f"batch {count} (counted from 0): {wrong}. The statistics are as they were before")
             if count is None:

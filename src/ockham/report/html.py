@@ -472,12 +472,11 @@ def source_section(result: Result) -> str:
 
 
 def loading(result: Result) -> str:
-    """Three lines that load the network; other lines, which somebody may have put into the folder, are not repeated."""
+    """Three lines that load the network, made anew: what somebody may have put into the folder is not repeated."""
     made = result.provenance
-    model = r"(, model=\w+\(('[\w./-]+')?\))?"
-    ours = rf"import ockham(, torch)?(; from [\w.]+ import \w+)?\nnetwork = ockham\.load\('[^'\n]*'{model}\)\n.*"
     builder, shape = made.network.builder if made.network else None, made.dataset.inputs if made.dataset else None
-    lines = made.load if re.fullmatch(ours, made.load) else load_lines("path/of/this/folder", builder, shape)
+    found = re.search(r"ockham\.load\('([^'\\\n]*)'", made.load)
+    lines = load_lines(found[1] if found else "path/of/this/folder", builder, shape)
     words = (
         "The folder of this report holds the reduced network. Nothing in it is ever executed when it is loaded; the "
         "path is the one it was written to."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from ockham.choose.prices import Subject, budget_from
 from ockham.core.batch import Batch
 from ockham.core.files import read_json, write_json
 from ockham.core.likelihood import Likelihood
-from ockham.core.network import Ignore, PruneProgress, device_of, protected_names
+from ockham.core.network import Ignore, device_of, protected_names, teller, watched
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import DataError, OckhamError, OckhamWarning
 from ockham.fit.predict import refresh_batchnorm
@@ -53,7 +52,7 @@ from ockham.report import page
 from ockham.surgery import Plan, shrink, trace
 from ockham.surgery.shrinking import slice_tensor
 
-__all__ = ["BlockJob", "PruneProgress", "PruneSettings", "Removal", "page_of"]
+__all__ = ["BlockJob", "PruneSettings", "Removal", "page_of"]
 
 
 def page_of(facts: Mapping[str, Any]) -> str:
@@ -182,7 +181,6 @@ class BlockJob:
         likelihood: name or value.
         batch: function from an item to inputs or (inputs, targets), or None.
         output: function from what a network returns to a tensor, or None.
-        progress: function called as it goes, or None.
         settings: the finer ones.
     """
 
@@ -192,13 +190,12 @@ class BlockJob:
         likelihood: str | Likelihood,
         batch: Callable[[Any], Any] | None,
         output: Callable[[Any], Tensor] | None,
-        progress: Callable[[PruneProgress], None] | None,
         settings: PruneSettings | None,
     ) -> None:
         whole = isinstance(calibration, (Tensor, Mapping)) or not isinstance(calibration, Iterable)
         self._items = calibration if whole else list(calibration)  # read once: a loader may shuffle
         self._given, self._batch, self._output = likelihood, batch, output
-        self._progress, self._settings = progress, settings or PruneSettings()
+        self._settings = settings or PruneSettings()
         self.likelihood = str(likelihood)
         self.posterior: Posterior | None = None
 
@@ -230,11 +227,8 @@ class BlockJob:
                     + ", so none can go by itself; see ockham.trace(model, inputs).frozen for reasons, try "
                     "structure='uneven', or pass keep_share for single weights"
                 )
-            tell = self._teller("units")
-            curves = []
-            for i, reader in enumerate(readers):
-                curves.append(unit_curve(reader, found.dense, _CURVE_DAMPING))
-                tell(i + 1, len(readers))
+            every = watched(readers, "units", readers)
+            curves = [unit_curve(reader, found.dense, _CURVE_DAMPING) for reader in every]
             plan, keep = chosen_units(curves, groups, Subject(model, example), limit, uniform=uniform)
             evidence = refit_units_(
                 model,
@@ -244,7 +238,7 @@ class BlockJob:
                 keep,
                 damping=self._settings.unit_damping,
                 n_data=self._settings.n_data or TERMS_PER_WEIGHT * found.weights,
-                on_block=self._teller("reduction"),
+                on_block=teller("reduction"),
             )
             if self._settings.posterior:
                 n_data = self._settings.n_data or TERMS_PER_WEIGHT * found.weights
@@ -268,7 +262,7 @@ class BlockJob:
             n_data = self._settings.n_data or TERMS_PER_WEIGHT * found.weights
             asked = self._kept(found, keep if keep is not None else 0.5)
             if self._settings.damping is None:
-                damping, trials = study_damping(found, asked, self._teller("damping"))
+                damping, trials = study_damping(found, asked, teller("damping"))
             else:
                 damping, trials = {matrix_kind(k): self._settings.damping for k in found.samples}, []
             orders = Orders(asked, damping, n_data, self._settings.rounds)
@@ -320,7 +314,7 @@ class BlockJob:
                 folder=folder / "curvature",
                 seed=self._settings.seed,
                 spared=spared,
-                on_case=self._teller("curvature"),
+                on_case=teller("curvature"),
             )
             yield cases, found, folder
 
@@ -363,7 +357,7 @@ class BlockJob:
                 state[name].copy_(value)
             before |= {k: MatrixEvidence(**v) for k, v in read_json(folder / f"{done}.json").items()}
             done += 1
-        tell = self._teller("reduction")
+        tell = teller("reduction")
 
         def on_block(count: int, evidence: Mapping[str, MatrixEvidence]) -> None:
             j = count - 1
@@ -419,12 +413,3 @@ class BlockJob:
         loader: Any = [Batch(tuple(c.args), dict(c.kwargs)) for c in cases]
         refresh_batchnorm(model, loader, batches=len(loader), batch=lambda case: case)
         return model
-
-    def _teller(self, stage: str) -> Callable[[int, int], None]:
-        began = time.perf_counter()
-
-        def tell(done: int, total: int) -> None:
-            if self._progress is not None:
-                self._progress(PruneProgress(stage, done, total, time.perf_counter() - began))
-
-        return tell

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from ockham.core.files import write_bytes, write_json
 from ockham.core.likelihood import Likelihood
-from ockham.core.network import copied
+from ockham.core.network import PruneProgress, copied, listening
 from ockham.core.posterior import POSTERIOR, Posterior
 from ockham.errors import DataError, OckhamError
 from ockham.methods.blocks.cases import answer_tensor, cases_from
 from ockham.methods.blocks.curvature import evaluating_blocks
-from ockham.methods.blocks.job import BlockJob, PruneProgress, PruneSettings, Removal, page_of
+from ockham.methods.blocks.job import BlockJob, PruneSettings, Removal, page_of
 from ockham.methods.blocks.reduction import MatrixEvidence
 from ockham.methods.blocks.solve import Damping, NofM
 from ockham.methods.blocks.stop import DampingTrial, Shot, matrix_kind
@@ -213,34 +213,35 @@ def prune(
     _check(keep_share, pattern, structure, budget)
     began = time.perf_counter()
     settings = settings or PruneSettings()
-    job = BlockJob(calibration, likelihood, batch, output, progress, settings)
-    small, plan = copied(model), Plan({}, {}, {}, {n: tuple(t.shape) for n, t in named_tensors(model).items()})
-    units: dict[str, MatrixEvidence] = {}
-    if structure is not None and budget is not None:
-        described = callable(getattr(getattr(model, "config", None), "to_dict", None))
-        uniform = structure == "even" or (structure == "auto" and described)
-        small, plan, units = job.without_units(small, budget, uniform=uniform)
-    if keep_share is not None or pattern is not None or structure is None:
-        done = job.without_weights(small, NofM.parse(pattern) if pattern is not None else keep_share)
-    else:
-        done = Removal(units, {}, {}, (), (), ())
-    size = sum(e.size for e in done.evidence.values())
-    return Pruned(
-        small,
-        plan,
-        BlockEvidence(done.evidence),
-        sum(e.kept * e.size for e in done.evidence.values()) / size if size else 1.0,
-        {k: e.kept for k, e in done.evidence.items()},
-        job.likelihood,
-        done.damping,
-        done.trials,
-        done.shots,
-        job.mean_loss(model),
-        job.mean_loss(small),
-        time.perf_counter() - began,
-        done.untouched,
-        job.posterior,
-    )
+    with listening(progress):
+        job = BlockJob(calibration, likelihood, batch, output, settings)
+        small, plan = copied(model), Plan({}, {}, {}, {n: tuple(t.shape) for n, t in named_tensors(model).items()})
+        units: dict[str, MatrixEvidence] = {}
+        if structure is not None and budget is not None:
+            described = callable(getattr(getattr(model, "config", None), "to_dict", None))
+            uniform = structure == "even" or (structure == "auto" and described)
+            small, plan, units = job.without_units(small, budget, uniform=uniform)
+        if keep_share is not None or pattern is not None or structure is None:
+            done = job.without_weights(small, NofM.parse(pattern) if pattern is not None else keep_share)
+        else:
+            done = Removal(units, {}, {}, (), (), ())
+        size = sum(e.size for e in done.evidence.values())
+        return Pruned(
+            small,
+            plan,
+            BlockEvidence(done.evidence),
+            sum(e.kept * e.size for e in done.evidence.values()) / size if size else 1.0,
+            {k: e.kept for k, e in done.evidence.items()},
+            job.likelihood,
+            done.damping,
+            done.trials,
+            done.shots,
+            job.mean_loss(model),
+            job.mean_loss(small),
+            time.perf_counter() - began,
+            done.untouched,
+            job.posterior,
+        )
 
 
 def _check(
