@@ -26,7 +26,7 @@ from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import ResultError
 from ockham.run import records, schema
 from ockham.run.engine import Compressed, EpochInfo
-from ockham.run.job import NetworkFacts, analysis, history, provenance, structure
+from ockham.run.job import NetworkFacts, analysis, history, provenance
 from ockham.run.records import BINS, EpochRecord, HistogramRecord, Measures, ShiftCurve
 from ockham.run.schema import (
     SCHEMA,
@@ -40,6 +40,7 @@ from ockham.run.schema import (
     read_result,
     write_result,
 )
+from ockham.run.structures import structure
 from ockham.surgery.groups import plan_masks
 from ockham.zoo.data import Dataset
 

@@ -65,7 +65,7 @@ from ockham.run.engine import RunState
 from ockham.run.job import Job, Recipe
 from ockham.run.measure import mean_predictor, measures
 from ockham.run.weights import huggingface_model, read_weights
-from ockham.zoo.data import Dataset, Normalize, digits, inputs_as, load_folder
+from ockham.zoo.data import Dataset, digits, inputs_as, load_folder, normalization
 from ockham.zoo.networks import NETWORKS, constructor, suggest
 
 __all__ = [
@@ -323,7 +323,7 @@ def build_job(given: Common | Mapping[str, Any], command: str, processes: Proces
     kind = TARGETS.get(o.likelihood or "")
     reading: dict[str, Any] = {
         "target": o.target,
-        "normalize": _normalize(o.normalize),
+        "normalize": normalization(o.normalize),
         "max_bytes": o.max_bytes,
         "targets": kind,
     }
@@ -512,17 +512,6 @@ def load_data(source: str | None, *, option: str = "--data", **reading: Any) -> 
     if not isinstance(data, Dataset):
         raise DataError(f"{option} {source} must return an ockham.zoo.data.Dataset; got {type(data).__name__}")
     return data
-
-
-def _normalize(text: str | None) -> Normalize:
-    """Means and stds of an option such as ``0.49,0.48,0.45:0.25,0.24,0.26``."""
-    if text is None or text == "none":
-        return text
-    try:
-        means, stds = ([float(v) for v in half.split(",")] for half in str(text).split(":"))
-    except ValueError as error:
-        raise OckhamError(f"--normalize {text}: expected none, or means:stds such as 0.49,0.48:0.25,0.24") from error
-    return means, stds
 
 
 def load_model(source: str | None, data: Dataset, *, single: bool = False) -> tuple[str, Callable[[], nn.Module]]:

@@ -8,12 +8,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ockham.core.batch import PYTHON_ERRORS, described, tensor_of
+from ockham.core.scaling import aligned, check_target, spread_weight
 from ockham.errors import DataError, OckhamError
 
 __all__ = [
@@ -25,10 +25,7 @@ __all__ = [
     "Poisson",
     "Regression",
     "TermLikelihood",
-    "aligned",
-    "check_target",
     "likelihood_from",
-    "spread_weight",
 ]
 
 
@@ -107,56 +104,6 @@ class TermLikelihood(Likelihood):
     def term_weights(self, target: Tensor, weight: Tensor | None) -> Tensor | None:
         """Weights of examples as weights of terms, broadcastable to `each`; None where every term counts once."""
         return None if weight is None else spread_weight(weight, self.counted(target))
-
-
-def spread_weight(weight: Tensor, terms: Tensor) -> Tensor:
-    """Sample weights [N], or of the terms' shape, broadcastable to terms [N, ...].
-
-    Raises:
-        DataError: other shapes, or weights that are negative or not finite.
-    """
-    if weight.shape == terms.shape:
-        return weight
-    if weight.ndim and weight.numel() == len(weight) == len(terms):
-        return weight.reshape(-1, *[1] * (terms.ndim - 1))
-    raise DataError(
-        f"sample weights must be one an example [N] or one a target; got {tuple(weight.shape)} for {tuple(terms.shape)}"
-    )
-
-
-def aligned(output: Tensor, target: Tensor, what: str) -> Tensor:
-    """Outputs in the targets' shape; only axes of size one may differ, so that no two numbers are paired by accident.
-
-    Raises:
-        DataError: with both shapes.
-    """
-    if output.shape == target.shape:
-        return output
-    if [n for n in output.shape if n != 1] == [n for n in target.shape if n != 1] and output.shape[:1] == target.shape[
-        :1
-    ]:
-        return output.reshape(target.shape)
-    raise DataError(
-        f"{what} needs outputs and targets of one shape, axis by axis (only axes of size 1 may differ); got outputs "
-        f"{tuple(output.shape)} for targets {tuple(target.shape)}"
-    )
-
-
-def check_target(target: Any, what: str) -> None:
-    """Refuse targets that are no tensor, or those of one example.
-
-    Raises:
-        DataError: says what came, and what to yield.
-    """
-    if isinstance(target, (int, float, np.number)) or (isinstance(target, Tensor) and target.ndim == 0):
-        raise DataError(
-            "the targets have no batch axis: the loader yields single examples. Put it through a "
-            "torch.utils.data.DataLoader(..., batch_size=32), or yield batches"
-        )
-    if not isinstance(target, Tensor):
-        texts = isinstance(target, (list, tuple)) and any(isinstance(v, str) for v in target)
-        way = "Number the classes 0..K-1 and yield" if texts else "Yield"
-        raise DataError(f"{what} needs a tensor of targets; got {described(target)}. {way} torch.as_tensor(targets)")
 
 
 class Classification(TermLikelihood):

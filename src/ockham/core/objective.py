@@ -33,15 +33,21 @@ from ockham.core.likelihood import (
     Loss,
     Regression,
     TermLikelihood,
-    aligned,
-    check_target,
     likelihood_from,
-    spread_weight,
 )
 from ockham.core.network import check_network, device_of, evaluating, keeping_modes, seeded, train_
 from ockham.core.posterior import Posterior
 from ockham.core.processes import ALONE, Processes
-from ockham.core.scaling import Head, TargetStatistics, find_head, rescale_, rescaled
+from ockham.core.scaling import (
+    Head,
+    TargetStatistics,
+    aligned,
+    check_target,
+    find_head,
+    rescale_,
+    rescaled,
+    spread_weight,
+)
 from ockham.errors import DataError, NonFiniteLossError, OckhamError, OckhamWarning
 
 __all__ = ["Objective", "blame", "fit_noise", "objective_of"]

@@ -1,4 +1,4 @@
-"""Units of regression targets: their location and scale in the data, and in the last layer of a network.
+"""Targets: their shape, and the units of regression targets, in the data and in the last layer of a network.
 
 A network that ends in a Linear or convolution layer can learn standardised targets and be put into the user's units
 afterwards: with f' = c + s f, weights W' = s W and biases b' = s b + c. Its posterior goes along exactly.
@@ -10,14 +10,27 @@ import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ockham.core.batch import described
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.core.processes import Processes
+from ockham.errors import DataError
 
-__all__ = ["Head", "TargetStatistics", "find_head", "rescale_", "rescaled"]
+__all__ = [
+    "Head",
+    "TargetStatistics",
+    "aligned",
+    "check_target",
+    "find_head",
+    "rescale_",
+    "rescaled",
+    "spread_weight",
+]
 
 
 class TargetStatistics:
@@ -236,3 +249,53 @@ def _scaled(g: Gaussian, factor: Tensor, shift: Tensor) -> Gaussian:
     marginal = None if g.marginal_precision is None else cast(g.marginal_precision.double() / square)
     precision, prior = cast(g.precision.double() / square), cast(g.prior_precision.double() / square)
     return Gaussian(mean, precision, prior, cast(g.prior_mean.double() * factor + shift), g.keep, marginal, g.inclusion)
+
+
+def spread_weight(weight: Tensor, terms: Tensor) -> Tensor:
+    """Sample weights [N], or of the terms' shape, broadcastable to terms [N, ...].
+
+    Raises:
+        DataError: other shapes, or weights that are negative or not finite.
+    """
+    if weight.shape == terms.shape:
+        return weight
+    if weight.ndim and weight.numel() == len(weight) == len(terms):
+        return weight.reshape(-1, *[1] * (terms.ndim - 1))
+    raise DataError(
+        f"sample weights must be one an example [N] or one a target; got {tuple(weight.shape)} for {tuple(terms.shape)}"
+    )
+
+
+def aligned(output: Tensor, target: Tensor, what: str) -> Tensor:
+    """Outputs in the targets' shape; only axes of size one may differ, so that no two numbers are paired by accident.
+
+    Raises:
+        DataError: with both shapes.
+    """
+    if output.shape == target.shape:
+        return output
+    if [n for n in output.shape if n != 1] == [n for n in target.shape if n != 1] and output.shape[:1] == target.shape[
+        :1
+    ]:
+        return output.reshape(target.shape)
+    raise DataError(
+        f"{what} needs outputs and targets of one shape, axis by axis (only axes of size 1 may differ); got outputs "
+        f"{tuple(output.shape)} for targets {tuple(target.shape)}"
+    )
+
+
+def check_target(target: Any, what: str) -> None:
+    """Refuse targets that are no tensor, or those of one example.
+
+    Raises:
+        DataError: says what came, and what to yield.
+    """
+    if isinstance(target, (int, float, np.number)) or (isinstance(target, Tensor) and target.ndim == 0):
+        raise DataError(
+            "the targets have no batch axis: the loader yields single examples. Put it through a "
+            "torch.utils.data.DataLoader(..., batch_size=32), or yield batches"
+        )
+    if not isinstance(target, Tensor):
+        texts = isinstance(target, (list, tuple)) and any(isinstance(v, str) for v in target)
+        way = "Number the classes 0..K-1 and yield" if texts else "Yield"
+        raise DataError(f"{what} needs a tensor of targets; got {described(target)}. {way} torch.as_tensor(targets)")

@@ -43,7 +43,6 @@ from ockham.run.measure import (
     labels_for,
     mean_predictor,
     measures,
-    ood_auroc,
     path_inclusion,
     posterior_predictor,
     reliability_of,
@@ -53,7 +52,6 @@ from ockham.run.records import (
     DiagnosisRecord,
     EpochRecord,
     ForeignInputs,
-    GroupRecord,
     HistogramRecord,
     LayerRecord,
     Measures,
@@ -61,7 +59,6 @@ from ockham.run.records import (
     ReliabilityTable,
     RoundRecord,
     ShiftCurve,
-    StructureRecord,
 )
 from ockham.run.schema import (
     Analysis,
@@ -73,13 +70,12 @@ from ockham.run.schema import (
     Provenance,
     Result,
     Settings,
-    Structure,
     load_lines,
     write_result,
 )
-from ockham.run.shift import SEVERITIES, corruption_shift
+from ockham.run.shift import SEVERITIES, corruption_shift, ood_auroc
+from ockham.run.structures import structure
 from ockham.run.weights import fitted
-from ockham.surgery.shrinking import cost, latencies
 from ockham.version import __version__
 from ockham.zoo.data import Batches, Dataset, data_fingerprint
 
@@ -93,12 +89,10 @@ __all__ = [
     "history",
     "network_facts",
     "provenance",
-    "structure",
 ]
 
 _SHIFT_EXAMPLES = 500
 _SHIFT_DRAWS = 10  # twenty corrupted copies of every example are predicted, so fewer draws than for the test set
-_BATCHES = (1, 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,32 +234,6 @@ def analysis(result: Compressed, after: NetworkFacts, before: NetworkFacts | Non
         shift=shift,
         ood=None if after.ood is None else ForeignInputs(after.ood_name, before.ood if before else None, after.ood),
     )
-
-
-def structure(before: nn.Module, result: Compressed, example: Any) -> Structure | None:
-    """What the removal of whole units changed, latencies measured in turn; None where no units were asked for.
-
-    Args:
-        before: network before anything went; only its shapes matter.
-        result: outcome of the compression, with its plan.
-        example: inputs of one example, on the networks' device.
-    """
-    plan, networks = result.plan, (before, result.model)
-    if plan is None:
-        return None
-    gone = {key: len(plan.removed.get(key, ())) for key in plan.widths}
-    gone |= {key: width for key, width in plan.widths.items() if key.rpartition(":")[0] in plan.lost}
-    groups = tuple(
-        GroupRecord(key, width, width - gone[key], float(sum(plan.nats.get(key, ()))))
-        for key, width in plan.widths.items()
-    )
-    groups += tuple(GroupRecord(b.id, 1, 0, float(sum(plan.nats.get(b.id, ())))) for b in plan.dropped)
-    times = {f"latency_{batch}": latencies(networks, example, batch=batch) for batch in _BATCHES}
-    old, new = (
-        Measures.of(asdict(cost(network, example)) | {name: values[i] for name, values in times.items()})
-        for i, network in enumerate(networks)
-    )
-    return Structure(groups, old, new, tuple(StructureRecord(**asdict(r)) for r in result.structures))
 
 
 def provenance(

@@ -46,7 +46,6 @@ __all__ = [
     "mixture",
     "mixture_nll",
     "nll",
-    "ood_auroc",
     "path_inclusion",
     "poisson_summary",
     "posterior_predictor",
@@ -572,16 +571,6 @@ def reliability_of(predictor: Predictor, x: Tensor, y: Tensor) -> dict[str, Any]
     table = asdict(reliability(predictor(x).exp(), y))
     plain = {k: v.tolist() if isinstance(v, Tensor) else v for k, v in table.items()}
     return {k: [None if isinstance(e, float) and math.isnan(e) else e for e in v] for k, v in plain.items()}
-
-
-def ood_auroc(predictor: Predictor, inside: Tensor, outside: Tensor) -> float:
-    """How well predictive entropy tells foreign inputs from the test inputs: AUROC, 1 is perfect, .5 is chance."""
-
-    def entropy(x: Tensor) -> Tensor:
-        logs = predictor(x)
-        return -(logs.exp() * logs.clamp_min(-1e3)).sum(1).reshape(len(x), -1).mean(1)
-
-    return auroc(entropy(inside), entropy(outside))
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ockham.errors import DataError
-from ockham.run.measure import Predictor, ece
+from ockham.run.measure import Predictor, auroc, ece
 
 __all__ = [
     "BLUR_STD",
@@ -32,6 +32,7 @@ __all__ = [
     "corruption_shift",
     "gaussian_blur",
     "gaussian_noise",
+    "ood_auroc",
     "rotation",
 ]
 
@@ -185,3 +186,13 @@ def corruption_shift(
             rows["ece"].append(ece(p, y))
         table[name] = rows
     return table
+
+
+def ood_auroc(predictor: Predictor, inside: Tensor, outside: Tensor) -> float:
+    """How well predictive entropy tells foreign inputs from the test inputs: AUROC, 1 is perfect, .5 is chance."""
+
+    def entropy(x: Tensor) -> Tensor:
+        logs = predictor(x)
+        return -(logs.exp() * logs.clamp_min(-1e3)).sum(1).reshape(len(x), -1).mean(1)
+
+    return auroc(entropy(inside), entropy(outside))

@@ -24,10 +24,12 @@ from ockham.core.posterior import Gaussian, Posterior
 from ockham.core.processes import ALONE, Processes
 from ockham.errors import DataError, OckhamError, OckhamWarning
 from ockham.fit.optimizer import VariationalOptimizer
-from ockham.run.engine import StructureInfo
+from ockham.run.engine import Compressed, StructureInfo
+from ockham.run.records import GroupRecord, Measures, StructureRecord
+from ockham.run.schema import Structure
 from ockham.surgery.groups import Groups, Plan, plan_masks
 from ockham.surgery.refitting import Constant, constants, fold
-from ockham.surgery.shrinking import cost, mask, shrink, slice_tensor, verify
+from ockham.surgery.shrinking import cost, latencies, mask, shrink, slice_tensor, verify
 from ockham.surgery.tracing import trace
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "StructureInfo",
     "example_of",
     "fold_constants",
+    "structure",
     "traced_again",
 ]
 
@@ -374,3 +377,29 @@ def structures_name(structures: Structures | None) -> str:
     shown = f"{structures.price!r}, {structures.cut.__name__} cut, widths in steps of {structures.round_to}"
     inside = structures.inside.__qualname__.partition(".")[0]
     return f"{shown}, {inside}, cap {structures.cap:g}, after {structures.wait} round(s)"
+
+
+def structure(before: nn.Module, result: Compressed, example: Any) -> Structure | None:
+    """What the removal of whole units changed, latencies measured in turn; None where no units were asked for.
+
+    Args:
+        before: network before anything went; only its shapes matter.
+        result: outcome of the compression, with its plan.
+        example: inputs of one example, on the networks' device.
+    """
+    plan, networks = result.plan, (before, result.model)
+    if plan is None:
+        return None
+    gone = {key: len(plan.removed.get(key, ())) for key in plan.widths}
+    gone |= {key: width for key, width in plan.widths.items() if key.rpartition(":")[0] in plan.lost}
+    groups = tuple(
+        GroupRecord(key, width, width - gone[key], float(sum(plan.nats.get(key, ()))))
+        for key, width in plan.widths.items()
+    )
+    groups += tuple(GroupRecord(b.id, 1, 0, float(sum(plan.nats.get(b.id, ())))) for b in plan.dropped)
+    times = {f"latency_{batch}": latencies(networks, example, batch=batch) for batch in (1, 64)}
+    old, new = (
+        Measures.of(asdict(cost(network, example)) | {name: values[i] for name, values in times.items()})
+        for i, network in enumerate(networks)
+    )
+    return Structure(groups, old, new, tuple(StructureRecord(**asdict(r)) for r in result.structures))

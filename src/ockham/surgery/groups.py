@@ -11,10 +11,10 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ockham.errors import OckhamError
-from ockham.surgery.copies import Arguments, moves_up, named_tensors, renumbered
+from ockham.surgery.copies import Arguments, moves_up, renumbered
 from ockham.surgery.labels import Edit, Site, counts_of, edits_of
 from ockham.surgery.resizing import Branch, compose
 
@@ -508,26 +508,6 @@ def fingerprint(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 def _digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def check_model(plan: Plan, model: nn.Module) -> None:
-    """Refuse a plan made for a model of other names or shapes.
-
-    Raises:
-        PlanError: with the first differences.
-    """
-    here = {name: tuple(t.shape) for name, t in named_tensors(model).items()}
-    if here == dict(plan.shapes):
-        return
-    wrong = [
-        f"{name}: plan {plan.shapes.get(name, 'has none')}, model {here.get(name, 'has none')}"
-        for name in dict.fromkeys([*plan.shapes, *here])
-        if plan.shapes.get(name) != here.get(name)
-    ]
-    raise PlanError(
-        f"the plan is for another model ({len(wrong)} tensors differ): {'; '.join(wrong[:3])}. "
-        "Build the model it was made for, or trace this one and plan again."
-    )
 
 
 def plan_masks(groups: Groups, keep: Mapping[str, Tensor], *, nats: Mapping[str, Tensor] | None = None) -> Plan:

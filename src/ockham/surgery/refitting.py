@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils import _pytree as pytree
 
 from ockham.core.network import keeping_modes
-from ockham.surgery.copies import as_arguments, clone, given_to, tensors_of
+from ockham.surgery.copies import as_arguments, clone, given_to, named_tensors, tensors_of
 from ockham.surgery.groups import Group, Groups, Member, Plan, PlanError, plan_masks
 from ockham.surgery.labels import COUNTS, Edit
 from ockham.surgery.resizing import attach, leave_out
@@ -477,3 +477,23 @@ def reduce_attention(module: nn.MultiheadAttention, before: nn.MultiheadAttentio
         "_qkv_same_embed_dim": False
     }  # keeps callers off the fused path, which wants all heads
     module.__dict__.update(attributes)
+
+
+def check_model(plan: Plan, model: nn.Module) -> None:
+    """Refuse a plan made for a model of other names or shapes.
+
+    Raises:
+        PlanError: with the first differences.
+    """
+    here = {name: tuple(t.shape) for name, t in named_tensors(model).items()}
+    if here == dict(plan.shapes):
+        return
+    wrong = [
+        f"{name}: plan {plan.shapes.get(name, 'has none')}, model {here.get(name, 'has none')}"
+        for name in dict.fromkeys([*plan.shapes, *here])
+        if plan.shapes.get(name) != here.get(name)
+    ]
+    raise PlanError(
+        f"the plan is for another model ({len(wrong)} tensors differ): {'; '.join(wrong[:3])}. "
+        "Build the model it was made for, or trace this one and plan again."
+    )

@@ -36,8 +36,8 @@ from ockham.surgery.copies import (
     undivided,
     with_rows,
 )
-from ockham.surgery.groups import Plan, PlanError, check_model
-from ockham.surgery.refitting import EXPERTS, refit
+from ockham.surgery.groups import Plan, PlanError
+from ockham.surgery.refitting import EXPERTS, check_model, refit
 from ockham.surgery.resizing import closed_class
 from ockham.surgery.streams import idle_layers, take_out_layers
 

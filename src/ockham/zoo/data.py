@@ -24,7 +24,17 @@ from ockham.zoo.files import Array, Layout, Part, Reading, class_names, idx_fold
 from ockham.zoo.images import image_folder, sheet_folder
 from ockham.zoo.tables import TABLE_ENDS, table_parts
 
-__all__ = ["Batches", "Dataset", "Normalize", "data_fingerprint", "digits", "from_arrays", "inputs_as", "load_folder"]
+__all__ = [
+    "Batches",
+    "Dataset",
+    "Normalize",
+    "data_fingerprint",
+    "digits",
+    "from_arrays",
+    "inputs_as",
+    "load_folder",
+    "normalization",
+]
 
 LAYOUTS: tuple[Layout, ...] = (idx_folder, npz_folder, sheet_folder, image_folder)
 """Readers in the order in which they are asked."""
@@ -269,6 +279,17 @@ def data_fingerprint(data: Dataset) -> str:
         found.update(chosen.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     shape = "x".join(map(str, data.train_x.shape))
     return f"{shape}+{len(data.test_x)} {found.hexdigest()[:16]}"
+
+
+def normalization(text: str | None) -> Normalize:
+    """Means and stds of an option such as ``0.49,0.48,0.45:0.25,0.24,0.26``."""
+    if text is None or text == "none":
+        return text
+    try:
+        means, stds = ([float(v) for v in half.split(",")] for half in str(text).split(":"))
+    except ValueError as error:
+        raise OckhamError(f"--normalize {text}: expected none, or means:stds such as 0.49,0.48:0.25,0.24") from error
+    return means, stds
 
 
 def _from_reading(

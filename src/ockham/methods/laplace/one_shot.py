@@ -49,7 +49,8 @@ from ockham.methods.laplace.posterior import (
 from ockham.run.engine import Compressed, EpochInfo, Method, RunState, Task
 from ockham.run.structures import example_of, structures_name
 from ockham.surgery import shrink, trace
-from ockham.surgery.groups import Groups, Plan, check_model
+from ockham.surgery.groups import Groups, Plan
+from ockham.surgery.refitting import check_model
 
 __all__ = [
     "OneShot",

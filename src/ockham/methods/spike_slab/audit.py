@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ockham.core.batch import ReadOutput, call, inputs_of, tensor_of
-from ockham.core.likelihood import aligned, check_target, likelihood_from
+from ockham.core.likelihood import likelihood_from
 from ockham.core.network import evaluating
 from ockham.core.posterior import Gaussian, Posterior
+from ockham.core.scaling import aligned, check_target
 from ockham.errors import DataError, OckhamError
 from ockham.evidence.exact import exact_inclusion as enumerate_subsets
 from ockham.methods.spike_slab.correlated import correlation, inclusion_correlated, inclusion_paired
