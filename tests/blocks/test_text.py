@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -63,7 +66,14 @@ def test_a_folder_becomes_a_smaller_one_that_loads_as_it_did(source: Path, tmp_p
         assert 0 <= metrics[side]["ece"] <= 1
     assert metrics["after"]["nonzero"] < metrics["before"]["nonzero"]
     assert {p.stage for p in told} == {"curvature", "reduction"}
-    assert (tmp_path / "out" / "report.html").exists() and not (tmp_path / "out" / "work").exists()
+    assert not (tmp_path / "out" / "work").exists()
+    page = html.unescape((tmp_path / "out" / "report.html").read_text())
+    for side in ("before", "after"):  # the tiles tell of the same text as the table
+        assert f"{metrics[side]['nll']:.4f}" in page and f"{metrics[side]['perplexity']:.2f}" in page
+    assert "nll_" not in page and "latency_" not in page and "time of a window" in page
+    lines: dict[str, Any] = {}
+    exec("\n".join(re.findall(r'<pre class="wrap">(.*?)</pre>', page, re.DOTALL)[-1:]), lines)
+    assert lines["model"].num_parameters() == metrics["after"]["parameters"]
 
 
 def test_measures_are_those_of_the_models_own_loss() -> None:

@@ -65,6 +65,7 @@ __all__ = [
     "layer_rows",
     "load",
     "load_state",
+    "loading_lines",
     "resume_hint",
     "save_network",
     "save_plan",
@@ -296,12 +297,12 @@ def _card(model: nn.Module, plan: Plan | None, facts: Mapping[str, Any]) -> str:
     lines += [f"* {name}: {value}" for name, value in facts.items()]
     if plan is not None:
         lines += ["", f"Taken out of the original network (`{PLAN}` replays it):", "", "```", str(plan), "```"]
-    lines += ["", "How to load it, in this folder:", "", "```python", *_loading(model, plan), "```"]
+    lines += ["", "How to load it, in this folder:", "", "```python", *loading_lines(model, plan), "```"]
     return "\n".join(lines) + "\n"
 
 
-def _loading(model: nn.Module, plan: Plan | None) -> list[str]:
-    """Three lines of code at most that make the network of a folder of `save_pretrained` again."""
+def loading_lines(model: nn.Module, plan: Plan | None) -> list[str]:
+    """Three lines of code at most that make the network of a folder of `save_pretrained` again, in that folder."""
     name, module = type(model).__name__, type(model).__module__
     if hasattr(model, "from_pretrained") and says_its_widths(model):
         package = "transformers" if module.startswith("transformers.") else module

@@ -55,29 +55,41 @@ from ockham.surgery.shrinking import slice_tensor
 __all__ = ["BlockJob", "PruneSettings", "Removal", "page_of"]
 
 
+_MEASURES = {
+    "nll": "NLL, nats a token",
+    "ece": "calibration error of the likeliest token",
+    "accuracy": "accuracy of the likeliest token",
+    "cosine": "cosine to the dense answers",
+    "nonzero": "parameters that are not zero",
+    "latency_seconds": "time of a window, seconds",
+}
+
+
 def page_of(facts: Mapping[str, Any]) -> str:
     """The page about a reduction.
 
     Args:
-        facts: facts of `Pruned.facts`; under "text", where it is there, what `prune_folder` measured on text held out.
+        facts: facts of `Pruned.facts`; under "text", where it is there, what `prune_folder` measured on text held out,
+            and under "load" lines that load the folder.
     """
-    before, after = facts["nll_before"], facts["nll_after"]
+    text = facts.get("text")
+    before, after = (text[k].get("nll") if text else facts[f"nll_{k}"] for k in ("before", "after"))
     total = sum(facts["evidence"]["matrices"].values())
     tiles = [page.tile("Weights kept", page.percent(facts["keep_share"]), "of the matrices in the blocks")]
     if before is not None and after is not None:
         tiles.append(page.tile("NLL, nats a term", page.number(after), f"was {page.number(before)}"))
         if facts["likelihood"] == "next-token":
             tiles.append(page.tile("Perplexity", f"{math.exp(after):.2f}", f"was {math.exp(before):.2f}"))
-    tiles.append(page.tile("Evidence", f"{page.signed(total, 0)} nats", "by the curvature, dense network 0"))
+    tiles.append(page.tile("Evidence", f"{page.signed(total, 0)} nats", "above the dense network, by the curvature"))
     tiles.append(page.tile("Time", page.seconds(facts["seconds"]), "the whole job"))
     head = page.paragraph("Ockham · a trained network reduced", "eyebrow") + "<h1>What went, and what it cost</h1>"
     head += f'<dl class="tiles">{"".join(tiles)}</dl>'
     parts = []
-    if "text" in facts:
-        text, words = facts["text"], {"nll": "NLL, nats a token", "ece": "calibration error of the likeliest token"}
+    if text:
+        pairs = {k: (value, text["after"][k]) for k, value in text["before"].items()}
         rows = [
-            [words.get(k, k.replace("_", " ")), *(f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for v in pair)]
-            for k, pair in ((k, (v, text["after"][k])) for k, v in text["before"].items())
+            [_MEASURES.get(k, k), *(f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for v in pair)]
+            for k, pair in pairs.items()
         ]
         told = f"Measured on {text['judged_on']}. Most memory used: {page.size(text['peak_bytes'])}."
         table = page.table("Before and after", ["measure", "before", "after"], rows)
@@ -117,6 +129,8 @@ def page_of(facts: Mapping[str, Any]) -> str:
         ]
         table = page.table("Blocks", ["block", "weights kept", "evidence, nats"], rows)
         parts.append(page.section("blocks", "Blocks", table))
+    if facts.get("load"):
+        parts.append(page.section("load", "How to load this", page.code(facts["load"])))
     foot = page.paragraph("Written by Ockham. This file needs no network and contains no scripts.")
     return page.document("A trained network reduced · Ockham", head, parts, foot)
 

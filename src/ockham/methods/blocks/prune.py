@@ -26,7 +26,7 @@ from ockham.methods.blocks.job import BlockJob, PruneSettings, Removal, page_of
 from ockham.methods.blocks.reduction import MatrixEvidence
 from ockham.methods.blocks.solve import Damping, NofM
 from ockham.methods.blocks.stop import DampingTrial, Shot, matrix_kind
-from ockham.run.folder import ResultFolder, save_pretrained
+from ockham.run.folder import ResultFolder, loading_lines, save_pretrained
 from ockham.run.weights import huggingface_model
 from ockham.surgery import Plan
 from ockham.surgery.copies import named_tensors
@@ -404,7 +404,8 @@ def prune_folder(
         found.model.to(stored)
         found.save(folder.stage)
         tokenizer.save_pretrained(str(folder.stage))
-        write_bytes(folder.path("report.html"), page_of(found.facts() | {"text": metrics}).encode())
+        lines = "\n".join(loading_lines(found.model, found.plan)).replace('"."', repr(str(path)))
+        write_bytes(folder.path("report.html"), page_of(found.facts() | {"text": metrics, "load": lines}).encode())
         write_json(folder.path("metrics.json"), metrics)
         for part in [
             p for p in folder.stage.iterdir() if p.is_dir()
