@@ -290,7 +290,7 @@ def shaken(net: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in net.parameters():
             if parameter.is_floating_point() and (
-                parameter.ndim < 2 or bool((parameter == parameter.flatten()[:1]).all())
+                parameter.ndim < 2 or (parameter.numel() > 0 and bool(parameter.min() == parameter.max()))
             ):
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return net
