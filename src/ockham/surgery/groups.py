@@ -235,12 +235,14 @@ def _families(axes: list[Axis], root: Tensor, *, free: Tensor) -> list[tuple[Ten
     """Return (components, axis numbers) for components that touch the same axes equally often, in order of axes."""
     if not axes:
         return []
+    # no list of the length of all atoms is kept longer than it is read
     number = torch.repeat_interleave(torch.arange(len(axes)), torch.tensor([a.size for a in axes]))
-    own = root[: number.numel()]
-    number, own = number[free[own]], own[free[own]]
-    pairs, counts = torch.unique(own * len(axes) + number, return_counts=True)
-    component, axis = pairs // len(axes), pairs % len(axes)
-    _, kinds = torch.unique(axis * (root.numel() + 1) + counts, return_inverse=True)
+    inside = free[root[: number.numel()]]
+    pairs, counts = torch.unique(root[: number.numel()][inside] * len(axes) + number[inside], return_counts=True)
+    del number, inside
+    component, axis = pairs // len(axes), pairs.remainder_(len(axes))
+    kinds = torch.unique(counts.add_(axis * (root.numel() + 1)), return_inverse=True)[1]
+    del counts
     code = torch.randint(
         2**62, (int(kinds.max()) + 1 if len(kinds) else 0,), generator=torch.Generator().manual_seed(0)
     )
