@@ -46,7 +46,7 @@ from ockham.methods.gates.training import (
 )
 from ockham.run.job import Batches
 from ockham.run.measure import mean_predictor, measures
-from ockham.surgery.shrinking import latencies
+from ockham.surgery.costs import latencies
 from ockham.zoo.data import digits, load_folder
 from ockham.zoo.networks import NETWORKS
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ockham.zoo.images import sheet_folder
+from ockham.zoo.files import sheet_folder
 from ockham.zoo.networks import NETWORKS
 
 MEAN, STD = torch.tensor((0.485, 0.456, 0.406)), torch.tensor((0.229, 0.224, 0.225))

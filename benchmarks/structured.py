@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import ockham
 from cifar import Part, accuracy, given, parts
 from harness import DATA, SEEDS, Benchmark, Option, Record, section, step
-from ockham.surgery.shrinking import cost, latencies
+from ockham.surgery.costs import cost, latencies
 from ockham.zoo.data import Batches
 from ockham.zoo.networks import NETWORKS
 

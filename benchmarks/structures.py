@@ -27,8 +27,8 @@ import ockham
 from harness import DATA, SEEDS, Benchmark, Option, Record, markdown, step
 from ockham.choose.units import all_masks
 from ockham.run.compression import structures_name
+from ockham.surgery.costs import cost, latencies
 from ockham.surgery.exporting import sparse_linear
-from ockham.surgery.shrinking import cost, latencies
 from ockham.zoo.data import Batches, load_folder
 from ockham.zoo.networks import NETWORKS
 

@@ -3,7 +3,8 @@
     python benchmarks/structures_latency.py --data PATH [--network resnet20 vit vit-ti16] [--widths 1 auto] [--seed 0]
     python benchmarks/structures_latency.py --table
 
-The plan is that of `ockham prune --structure --macs 0.5`: a Kronecker Laplace posterior from 512 images of CIFAR-10,
+The plan is that of `ockham prune --structure --macs 0.5`: a Kronecker Laplace posterior from 512 images of CIFAR-10
+(64 for ViT-Ti/16 and ViT-S/16, which make 197 tokens of each),
 units that cost the fewest nats per multiply-accumulate, widths in steps of 1 or (the default) of what is measured to
 pay. ResNet-20 has its given weights. The ViTs are untrained, since only shapes count here: a small one (6 layers of
 192, 3 heads, patches of 4), and ViT-Ti/16 and ViT-S/16 (12 layers of 192 and 384) on images enlarged to 224 by 224.
@@ -29,7 +30,7 @@ import ockham
 from cifar import given, parts
 from harness import DATA, SEEDS, Benchmark, Option, Record, interleaved, section
 from ockham.surgery.copies import with_rows
-from ockham.surgery.shrinking import cost
+from ockham.surgery.costs import cost
 
 IMAGES = 512
 REPEATS = {64: 25, 1: 150}
@@ -105,7 +106,7 @@ def measured(name: str, widths: str, seed: int, data: Path) -> Record:
     (x, y), _ = parts(data, IMAGES, 1)
     model, rows = NETWORKS[name](data, seed), 128
     if getattr(model, "side", 32) != 32:
-        x, rows = nn.functional.interpolate(x, size=(model.side, model.side), mode="bilinear"), 16
+        x, y, rows = nn.functional.interpolate(x[:64], size=(model.side, model.side), mode="bilinear"), y[:64], 16
     loader = list(zip(x.split(rows), y.split(rows), strict=True))
     posterior = ockham.laplace(model, loader, structure="kronecker", seed=seed)
     groups, start = ockham.trace(model, x[:2]), time.perf_counter()

@@ -22,7 +22,7 @@ import torch
 import ockham
 from cifar import accuracy, given, parts
 from harness import DATA, SEEDS, Benchmark, Option, Record, section
-from ockham.surgery.shrinking import cost, latencies
+from ockham.surgery.costs import cost, latencies
 from ockham.zoo.data import Batches
 
 FIXED, SCALE = ockham.FixedPrior(0.3), ockham.GroupScale(0.3)

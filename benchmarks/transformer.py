@@ -29,7 +29,7 @@ import ockham
 from harness import DATA, SEEDS, Benchmark, Option, Record, section, step
 from ockham.choose.prices import Price, UnitCosts
 from ockham.choose.units import StructureEvidence
-from ockham.surgery.shrinking import cost
+from ockham.surgery.costs import cost
 from ockham.zoo.networks import CharTransformer
 
 EPOCHS, CONTEXT, BATCH = 20, 64, 32

@@ -94,7 +94,7 @@ MOVED: dict[str, str] = {
     "surgery.cloning": "surgery.copies",
     "surgery.configs": "surgery.shrinking",
     "surgery.correlated": "choose.planning",
-    "surgery.cost": "surgery.shrinking",
+    "surgery.cost": "surgery.costs",
     "surgery.emptied": "surgery.refitting",
     "surgery.execution": "surgery.exporting",
     "surgery.folding": "surgery.refitting",

@@ -160,7 +160,7 @@ def test_a_budget_is_met_and_the_compensated_copy_loses_less(trained) -> None:
     moved = ockham.compensate(model, posterior, groups, plan)
     small = ockham.shrink(moved, plan)
     ockham.verify(ockham.mask(moved, plan), small, x[:2])
-    from ockham.surgery.shrinking import cost
+    from ockham.surgery.costs import cost
 
     assert cost(small, x[:1]).macs <= 0.5 * cost(model, x[:1]).macs
     plain = ockham.shrink(model, plan)

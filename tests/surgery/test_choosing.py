@@ -15,9 +15,9 @@ from ockham.choose import planning, prices
 from ockham.choose.prices import UnitShare, budget_from, macs_after, parameters_after, unit_costs
 from ockham.choose.units import choose_units
 from ockham.errors import OckhamError, OckhamWarning
-from ockham.surgery import PlanError, exporting
-from ockham.surgery.exporting import layer_times, onnx_latency
-from ockham.surgery.shrinking import cost, latencies
+from ockham.surgery import PlanError
+from ockham.surgery import costs as measuring
+from ockham.surgery.costs import cost, latencies, layer_times, onnx_latency
 
 
 def small_cnn() -> nn.Module:
@@ -218,20 +218,20 @@ def wide() -> tuple[nn.Module, torch.Tensor]:
 def test_multiples_are_those_in_which_the_machine_goes(monkeypatch, of: int) -> None:
     model, x = wide()
     groups = ockham.trace(model, x)
-    monkeypatch.setattr(exporting, "layer_times", in_steps(of))
-    monkeypatch.setattr(exporting, "_TIMES", {})
+    monkeypatch.setattr(measuring, "layer_times", in_steps(of))
+    monkeypatch.setattr(measuring, "_TIMES", {})
     found = planning.multiples_that_pay(prices.Subject(model, x), groups)
     assert found == {"0.weight:0": of, "2.weight:0": of}
-    counted = len(exporting._TIMES)
+    counted = len(measuring._TIMES)
     assert counted == 2 * 4  # in either runtime: two layers that make units and two that read them
-    assert planning.multiples_that_pay(prices.Subject(model, x), groups) == found and len(exporting._TIMES) == counted
+    assert planning.multiples_that_pay(prices.Subject(model, x), groups) == found and len(measuring._TIMES) == counted
 
 
 def test_widths_are_multiples_of_what_was_measured(monkeypatch) -> None:
     model, x = wide()
     groups = ockham.trace(model, x)
-    monkeypatch.setattr(exporting, "layer_times", in_steps(8))
-    monkeypatch.setattr(exporting, "_TIMES", {})
+    monkeypatch.setattr(measuring, "layer_times", in_steps(8))
+    monkeypatch.setattr(measuring, "_TIMES", {})
     options = {"model": model, "example_inputs": x, "round_to": "auto"}
     plan = ockham.plan(groups, posterior_of(model), budget={"macs": "50%"}, **options)
     left = {k: w - len(plan.removed.get(k, ())) for k, w in plan.widths.items()}
@@ -246,8 +246,8 @@ def test_widths_are_multiples_of_what_was_measured(monkeypatch) -> None:
 
 
 def test_where_nothing_can_be_timed_widths_are_multiples_of_eight_as_far_as_there_are_units(monkeypatch) -> None:
-    monkeypatch.setattr(exporting, "layer_times", lambda layers, runtime: [1e-6] * len(layers))  # too fast to tell
-    monkeypatch.setattr(exporting, "_TIMES", {})
+    monkeypatch.setattr(measuring, "layer_times", lambda layers, runtime: [1e-6] * len(layers))  # too fast to tell
+    monkeypatch.setattr(measuring, "_TIMES", {})
     model, x = wide()
     groups = ockham.trace(model, x)
     assert planning.multiples_that_pay(prices.Subject(model, x), groups) == {"0.weight:0": 8, "2.weight:0": 8}
@@ -284,7 +284,7 @@ def test_a_layer_alone_in_onnx_runtime_computes_what_it_computes_in_torch() -> N
         (nn.Conv1d(3, 4, 3, padding="valid"), torch.randn(2, 3, 9)),
     ]
     for layer, x in cases:
-        (found,) = exporting._onnx_call(layer, x)()
+        (found,) = measuring._onnx_call(layer, x)()
         assert torch.allclose(torch.from_numpy(found), layer(x), atol=1e-5)
 
 

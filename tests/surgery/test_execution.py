@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+from ockham.surgery.costs import cost, latency
 from ockham.surgery.exporting import CsrLinear, ExecutionError, as_pruned, keep_two_of_four, sparse_linear
-from ockham.surgery.shrinking import cost, latency
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import ockham
-from ockham.surgery.shrinking import cost
+from ockham.surgery.costs import cost
 from ockham.zoo.networks import CharTransformer
 
 

@@ -23,7 +23,7 @@ from ockham.methods.spike_slab.optimizer import spike_slab
 from ockham.methods.spike_slab.priors import FixedSpikeSlab
 from ockham.run.structures import Origin, example_of, fold_constants
 from ockham.surgery.copies import as_arguments
-from ockham.surgery.shrinking import cost
+from ockham.surgery.costs import cost
 
 TRAINING = ockham.Training(epochs=40, learning_rate=2e-2, prior=ockham.FixedPrior(1.0), kl_warmup=0.1)
 ROUNDS = ockham.Rounds(start=0.3, end=0.9, count=5)

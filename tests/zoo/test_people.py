@@ -17,7 +17,7 @@ import torch
 
 from ockham.errors import DataError
 from ockham.zoo import data, tables
-from ockham.zoo.images import read_image
+from ockham.zoo.files import read_image
 
 RNG = np.random.default_rng(0)
 

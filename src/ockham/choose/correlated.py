@@ -236,16 +236,16 @@ def score_columns(posterior: Posterior, groups: Iterable[GroupLike]) -> ColumnEv
     blocks = {m.weight: _Block(posterior, m) for m in posterior.matrices}
     squares = {n: (0.5 * g.scored_precision * g.mean.square()).where(g.keep, 0.0) for n, g in posterior.items()}
     flat = {n: values.double().reshape(-1) for n, values in squares.items()}
-    nats, cost = {}, {}
+    read = {group.id: _readers(blocks, group) for group in every}
+    parts = [_Part(group.id, group.size, read[group.id][1]) for group in every]
+    nats, cost = dict(score_structures(evidence, parts, cut=outgoing)), {}
     for group in every:
-        readers, rest = _readers(blocks, group)
-        part = _Part(group.id, group.size, rest)
-        nats[group.id] = score_structures(evidence, [part], cut=outgoing)[group.id].clone()
+        readers, rest = read[group.id]
         cost[group.id] = summed(rest, flat, group.size, unknown=torch.inf)
         for reader in readers:
             costs, changes = blocks[reader.matrix.weight].scored(reader)
-            nats[group.id] -= changes
-            cost[group.id] += costs
+            nats[group.id] = nats[group.id] - changes
+            cost[group.id] = cost[group.id] + costs
     return ColumnEvidence(nats, base.held, base.made, base.gone, base.n_data, least=base.least, cost=cost)
 
 
@@ -316,11 +316,12 @@ def removed_together(posterior: Posterior, groups: Iterable[GroupLike], keep: Ma
     total, blocks = 0.0, {m.weight: _Block(posterior, m) for m in posterior.matrices}
     gone: dict[str, list[tuple[Tensor, Tensor]]] = {}
     rest_of = score(posterior)
+    read = {group.id: _readers(blocks, group) for group in every}
+    parts = [_Part(group.id, group.size, read[group.id][1]) for group in every]
+    alone = score_structures(rest_of, parts, cut=outgoing)
     for group in every:
-        lost = ~keep[group.id]
-        readers, rest = _readers(blocks, group)
-        alone = score_structures(rest_of, [_Part(group.id, group.size, rest)], cut=outgoing)[group.id]
-        total -= float(alone[lost].sum())
+        lost, readers = ~keep[group.id], read[group.id][0]
+        total -= float(alone[group.id][lost].sum())
         for reader in readers:
             gone.setdefault(reader.matrix.weight, []).append((reader.parts[lost], reader.columns[lost]))
     return total + sum(blocks[name].together(sets) for name, sets in gone.items())

@@ -31,7 +31,7 @@ from ockham.core.network import watched
 from ockham.core.posterior import Posterior
 from ockham.errors import OckhamWarning
 from ockham.surgery.copies import as_arguments, given_to
-from ockham.surgery.exporting import width_times
+from ockham.surgery.costs import width_times
 from ockham.surgery.groups import Group, Groups, Plan, PlanError, plan_masks
 
 __all__ = [
@@ -77,7 +77,7 @@ def chosen_in_rounds(
         return _while_it_pays(groups, posterior, priced[0] or FlatPrice(0.0), priced[1], round_to)
     most, whole = most_allowed(limit, subject, groups), limit.measure(subject, plan_masks(groups, {}))
     rounds = max(1, math.ceil(math.log(min(1.0, most / whole)) / math.log(_STEP)))
-    options = {"limit": limit, "subject": subject, "costs": limit.unit_costs(subject, groups)}
+    options = {"limit": limit, "subject": subject, "costs": limit.unit_costs(subject, groups), "floors": {}}
     told, now, held = None, posterior, None
     for i in watched(range(1, rounds + 1), "planning", rounds):
         evidence = cast(ColumnEvidence, with_branches(score_columns(now, groups), posterior, groups))

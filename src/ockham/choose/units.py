@@ -410,7 +410,8 @@ def choose_units(
         multiple = multiple_of(round_to, key)
         widths = [w for w in (*range(multiple, len(worth), multiple), len(worth)) if w >= least]
         sums: list[float] = worth.sort(descending=True).values.cumsum(0)[torch.tensor(widths) - 1].tolist()
-        count = max(w for w, s in zip(widths, sums, strict=True) if s == max(sums))
+        best = max(sums)
+        count = max(w for w, s in zip(widths, sums, strict=True) if s == best)
         keep[key] = torch.zeros(len(worth), dtype=torch.bool)
         keep[key][torch.argsort(worth, descending=True, stable=True)[:count]] = True
         if not bool((worth >= 0).any()):

@@ -327,7 +327,7 @@ def delta_f_columns(mean: Tensor, k: KroneckerPrecision, columns: Tensor) -> tup
         columns: [sets, n], inputs that each set takes.
 
     Returns:
-        (cost >= 0, delta_f), each [sets], float64 nats; delta_f > 0 favours removal. Costs sets x outputs x n^2 x
+        (cost >= 0, delta_f), each [sets], float64 nats; delta_f > 0 favours removal. Takes sets x outputs x n^2 x
         inputs operations.
 
     >>> from ockham.evidence.kronecker import factorised
@@ -338,17 +338,24 @@ def delta_f_columns(mean: Tensor, k: KroneckerPrecision, columns: Tensor) -> tup
     """
     q, spectrum = k.input_vectors[0].double(), 1 / (k.curvature[0] + k.prior_precision)
     turned = k.output_vectors[0].double().mT @ mean.double()
-    n = columns.shape[1]
-    each = max(1, _COLUMNS_AT_ONCE // max(1, spectrum.numel() * n))
+    n, (outputs, inputs) = columns.shape[1], spectrum.shape
+    first, second = torch.tril_indices(n, n, device=q.device)
     costs, changes = [], []
-    for some in columns.split(each):
-        rows = q[some]  # [sets, n, inputs]
-        covariance = (rows.unsqueeze(1) * spectrum[:, None, :]) @ rows.unsqueeze(1).mT
-        root = torch.linalg.cholesky(covariance)
-        w = turned[:, some].movedim(0, 1).unsqueeze(-1)
-        cost = 0.5 * torch.linalg.solve_triangular(root, w, upper=False).square().sum((1, 2, 3))
-        volume = root.diagonal(dim1=-2, dim2=-1).log().sum((1, 2))
-        volume = volume + 0.5 * len(spectrum) * n * math.log(k.prior_precision)
+    for some in columns.split(max(1, _COLUMNS_AT_ONCE // max(1, n * n * max(inputs, outputs)))):
+        rows, count = q[some], len(some)  # [sets, n, inputs]
+        s = q.new_empty(count, len(first), outputs)  # S_k,JJ, the lower triangle: products of rows, times 1 / spectrum
+        for part in torch.arange(len(first), device=q.device).split(max(1, _COLUMNS_AT_ONCE // (count * inputs))):
+            s[:, part] = (rows[:, first[part]] * rows[:, second[part]]) @ spectrum.mT
+        w = turned[:, some].permute(1, 0, 2)  # [sets, outputs, n]
+        if n == 1:
+            cost, volume = 0.5 * (w.square() / s.mT).sum((1, 2)), 0.5 * s.log().sum((1, 2))
+        else:
+            covariance = q.new_zeros(count, outputs, n, n)
+            covariance[..., first, second] = covariance[..., second, first] = s.mT
+            root = torch.linalg.cholesky(covariance)
+            cost = 0.5 * torch.linalg.solve_triangular(root, w.unsqueeze(-1), upper=False).square().sum((1, 2, 3))
+            volume = root.diagonal(dim1=-2, dim2=-1).log().sum((1, 2))
+        volume = volume + 0.5 * outputs * n * math.log(k.prior_precision)
         costs.append(cost)
         changes.append(-cost - volume)
     return torch.cat(costs), torch.cat(changes)

@@ -27,9 +27,10 @@ from ockham.fit.optimizer import VariationalOptimizer
 from ockham.run.engine import Compressed, StructureInfo
 from ockham.run.records import GroupRecord, Measures, StructureRecord
 from ockham.run.schema import Structure
+from ockham.surgery.costs import cost, latencies
 from ockham.surgery.groups import Groups, Plan, plan_masks
 from ockham.surgery.refitting import Constant, constants, fold
-from ockham.surgery.shrinking import cost, latencies, mask, shrink, slice_tensor, verify
+from ockham.surgery.shrinking import mask, shrink, slice_tensor, verify
 from ockham.surgery.tracing import trace
 
 __all__ = [

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import copy
-import functools
-import math
 import statistics
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
 
 from ockham.errors import OckhamError
-from ockham.surgery.copies import as_arguments, clone, configured, given_to, with_rows
-from ockham.surgery.refitting import adapt
+from ockham.surgery.copies import as_arguments, configured, given_to
 
 __all__ = []
 
@@ -78,167 +73,6 @@ def export(model: nn.Module, path: str | Path, example_inputs: Any) -> Path:
         for name, module in model.named_modules():
             module.training = modes[name]
     return path
-
-
-def onnx_latency(model: nn.Module, example_inputs: Any, *, batch: int = 1, repeats: int = 20, warmup: int = 5) -> float:
-    """Measure the median time of a forward pass in ONNX Runtime on the CPU in seconds, warm.
-
-    Args:
-        model: any network that `export` can write as ONNX; left as it is.
-        example_inputs: inputs as for `trace`; every tensor is repeated or cut to `batch` rows.
-        batch: number of rows.
-        repeats: number of timed passes.
-        warmup: number of passes before.
-
-    Raises:
-        ExportError: when the network cannot be written, or ONNX Runtime is missing or takes other inputs.
-    """
-    return onnx_latencies([model], example_inputs, batch=batch, repeats=repeats, warmup=warmup)[0]
-
-
-def onnx_latencies(
-    models: Sequence[nn.Module], example_inputs: Any, *, batch: int = 1, repeats: int = 20, warmup: int = 5
-) -> list[float]:
-    """Measure several networks in ONNX Runtime in turn, pass by pass, so that a busy machine slows all of them alike.
-
-    Arguments and errors are those of `onnx_latency`; the result is one number per network.
-    """
-    try:
-        import onnxruntime  # type: ignore[import-untyped,unused-ignore]
-    except ImportError as error:
-        raise ExportError(f"timing in ONNX Runtime needs another package: {error}; pip install onnxruntime") from error
-    given = with_rows(example_inputs, batch)
-    values = [t.detach().numpy() for t in pytree.tree_leaves(given) if isinstance(t, Tensor)]
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    calls = []
-    for model in models:
-        with tempfile.TemporaryDirectory() as folder:
-            file = export(model, Path(folder) / "network.onnx", given)
-            session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-        names = [held.name for held in session.get_inputs()]
-        if len(names) != len(values):
-            raise ExportError(
-                f"the ONNX network takes {len(names)} inputs ({', '.join(names)}); got {len(values)} tensors"
-            )
-        calls.append(functools.partial(session.run, None, dict(zip(names, values, strict=True))))
-    times: list[list[float]] = [[] for _ in calls]
-    for _ in range(warmup + repeats):
-        for call, own in zip(calls, times, strict=True):
-            start = time.perf_counter()
-            call()
-            own.append(time.perf_counter() - start)
-    return [statistics.median(own[warmup:]) for own in times]
-
-
-def layer_times(layers: Sequence[tuple[nn.Module, Tensor]], runtime: str, *, repeats: int = 10) -> list[float]:
-    """Measure Linear layers or convolutions side by side: seconds of the fastest of `repeats` passes of each, warm.
-
-    Args:
-        layers: pairs of a layer and its input.
-        runtime: "torch" or "onnxruntime"; the latter runs float32 on the CPU.
-        repeats: number of timed passes of each, all in turn.
-
-    Raises:
-        ImportError: ONNX Runtime or onnx is not installed.
-    """
-    calls = [functools.partial(layer, x) if runtime == "torch" else _onnx_call(layer, x) for layer, x in layers]
-    on_gpu = runtime == "torch" and any(x.is_cuda for _, x in layers)
-    times = [math.inf] * len(calls)
-    with torch.no_grad():
-        for step in range(repeats + 2):
-            for i, call in enumerate(calls):
-                start = time.perf_counter()
-                call()
-                if on_gpu:
-                    torch.cuda.synchronize()
-                times[i] = min(times[i], time.perf_counter() - start) if step >= 2 else math.inf
-    return times
-
-
-_MACS = 5e7
-"""Multiply-accumulates of a timed layer, about: a few milliseconds."""
-_TIMES: dict[tuple[Any, ...], list[float]] = {}
-"""Seconds of layers by all that they depend on: measured once in a process."""
-
-
-def width_times(
-    layer: nn.Module,
-    cuts: Mapping[tuple[str, int], int],
-    x: Tensor,
-    widths: Sequence[int],
-    times: float,
-    runtime: str,
-) -> list[float]:
-    """Measure a Linear layer or a convolution at several widths of a group, once in a process for each shape.
-
-    Args:
-        layer: the layer as it is.
-        cuts: (name of its tensor, dimension) that shrinks to indices a unit.
-        x: input of the layer.
-        widths: numbers of units.
-        times: how often its rows are wanted; fewer where that takes long.
-        runtime: "torch" or "onnxruntime".
-
-    Returns:
-        Seconds, one a width.
-    """
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    channels = 1 - weight.ndim
-    reads = 1 if isinstance(layer, (nn.Linear, _ConvNd)) else 0  # the other way round in transformers' Conv1D
-    macs = x.numel() // max(1, x.shape[channels]) * weight.numel() / max(1, x.shape[0])
-    rows = max(1, min(int(times * x.shape[0]), int(_MACS / macs)))
-    names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
-    how = (type(layer), tuple(weight.shape), layer.bias is None, *(str(getattr(layer, n, "")) for n in names))
-    on = (runtime, torch.get_num_threads(), x.device.type, x.dtype)
-    key = (on, how, tuple(sorted(cuts.items())), rows, tuple(x.shape[1:]), tuple(widths))
-    if key not in _TIMES:
-        whole, pairs = with_rows(x, rows), []
-        for width in widths:
-            sizes = {which: width * k for which, k in cuts.items()}
-
-            def narrow(name: str, t: Tensor, sizes: Mapping[tuple[str, int], int] = sizes) -> Tensor:
-                for (leaf, dim), size in sizes.items():
-                    t = t.narrow(dim, 0, size) if leaf == name else t
-                return t.detach().float().clone() if runtime == "onnxruntime" else t.detach().clone()
-
-            small = clone(layer, narrow).eval()
-            adapt(small, layer)
-            part = whole.narrow(channels, 0, sizes.get(("weight", reads), whole.shape[channels])).contiguous()
-            pairs.append((small, part.float().cpu() if runtime == "onnxruntime" else part))
-        _TIMES[key] = layer_times(pairs, runtime)
-    return _TIMES[key]
-
-
-def _onnx_call(layer: nn.Module, x: Tensor) -> Callable[[], Any]:
-    """Return a call of ONNX Runtime that runs this layer alone on `x`."""
-    import onnxruntime
-    from onnx import TensorProto, helper, numpy_helper
-
-    weight, bias = (t.detach() if isinstance(t, Tensor) else None for t in (layer.weight, layer.bias))
-    assert weight is not None
-    if isinstance(layer, _ConvNd):
-        padding = (0,) * (weight.ndim - 2) if isinstance(layer.padding, str) else layer.padding
-        how: dict[str, Any] = {"strides": layer.stride, "dilations": layer.dilation, "pads": (*padding, *padding)}
-        nodes = [helper.make_node("Conv", ["x", "w"] if bias is None else ["x", "w", "b"], ["y"], **how)]
-    else:
-        weight = weight.T if isinstance(layer, nn.Linear) else weight
-        nodes = [helper.make_node("MatMul", ["x", "w"], ["y" if bias is None else "m"])]
-        nodes += [] if bias is None else [helper.make_node("Add", ["m", "b"], ["y"])]
-    held = {"w": weight, **({} if bias is None else {"b": bias})}
-    graph = helper.make_graph(
-        nodes,
-        "layer",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(x.shape))],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None] * x.ndim)],
-        [numpy_helper.from_array(t.contiguous().numpy(), name) for name, t in held.items()],
-    )
-    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return functools.partial(session.run, None, {"x": x.detach().numpy()})
 
 
 def _program(model: nn.Module, example_inputs: Any) -> torch.export.ExportedProgram:

@@ -5,18 +5,14 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import statistics
-import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.flop_counter import FlopCounterMode
 
 from ockham.errors import OckhamError
 from ockham.surgery.copies import (
@@ -34,7 +30,6 @@ from ockham.surgery.copies import (
     still,
     to_double,
     undivided,
-    with_rows,
 )
 from ockham.surgery.groups import Plan, PlanError
 from ockham.surgery.refitting import EXPERTS, check_model, refit
@@ -186,100 +181,6 @@ def _inputs(small: Any) -> dict[str, Tensor] | None:
         shape = (2, getattr(config, "num_channels", 3), *size)
         return {"pixel_values": torch.randn(shape, generator=generator).to(device, dtype)}
     return None
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """Costs of one forward pass.
-
-    Attributes:
-        parameters: number of learnable values, tied ones once.
-        bytes: memory of parameters and buffers.
-        macs: multiply-accumulates of one forward on the example inputs (half of what FLOP counters say).
-    """
-
-    parameters: int
-    bytes: int
-    macs: int
-
-
-def cost(model: nn.Module, example_inputs: Any) -> Cost:
-    """Count parameters, bytes and multiply-accumulates (matrix products, convolutions, attention).
-
-    Args:
-        model: any network; it runs once, in evaluation mode, and is left as it is.
-        example_inputs: inputs as for `trace`; the batch counts.
-    """
-    args, kwargs = as_arguments(model, example_inputs)
-    tensors = named_tensors(model)
-    modes = {module: module.training for module in model.modules()}
-    try:
-        macs = multiply_accumulates(model.eval(), args, kwargs)
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    learned = sum(t.numel() for t in tensors.values() if isinstance(t, nn.Parameter))
-    held = sum(t.numel() * t.element_size() for t in tensors.values())
-    return Cost(learned, held, macs)
-
-
-def multiply_accumulates(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> int:
-    """Multiply-accumulates of one call of a network, as `torch.utils.flop_counter` counts them, without gradients."""
-
-    class Untracked:  # what tracks modules for gradients cannot take a parameter as a module's input without them
-        parents = frozenset({"Global"})
-
-        def __enter__(self) -> None: ...
-
-        def __exit__(self, *_: object) -> None: ...
-
-    counter = FlopCounterMode(display=False)
-    counter.mod_tracker = Untracked()  # type: ignore[assignment]
-    with counter, torch.no_grad():
-        model(*args, **kwargs)
-    return int(counter.get_total_flops() // 2)
-
-
-def latency(model: nn.Module, example_inputs: Any, *, batch: int = 1, repeats: int = 20, warmup: int = 5) -> float:
-    """Measure the median time of a forward pass in seconds, warm.
-
-    Args:
-        model: any network; runs in evaluation mode and is left as it is.
-        example_inputs: inputs as for `trace`; every tensor is repeated or cut to `batch` rows.
-        batch: number of rows.
-        repeats: number of timed passes.
-        warmup: number of passes before.
-    """
-    return latencies([model], example_inputs, batch=batch, repeats=repeats, warmup=warmup)[0]
-
-
-def latencies(
-    models: Sequence[nn.Module], example_inputs: Any, *, batch: int = 1, repeats: int = 20, warmup: int = 5
-) -> list[float]:
-    """Measure several networks in turn, pass by pass, so that a machine that is busy slows all of them alike.
-
-    Arguments and result are those of `latency`, one number per network.
-    """
-    args, kwargs = as_arguments(models[0], with_rows(example_inputs, batch))
-    on_gpu = any(isinstance(t, Tensor) and t.is_cuda for t in pytree.tree_leaves((args, kwargs)))
-    modes = {module: module.training for model in models for module in model.modules()}
-    times: list[list[float]] = [[] for _ in models]
-    try:
-        for model in models:
-            model.eval()
-        with torch.no_grad():
-            for step in range(warmup + repeats):
-                for model, own in zip(models, times, strict=True):
-                    start = time.perf_counter()
-                    model(*args, **kwargs)
-                    if on_gpu:  # kernels run behind the caller's back
-                        torch.cuda.synchronize()
-                    if step >= warmup:
-                        own.append(time.perf_counter() - start)
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    return [statistics.median(own) for own in times]
 
 
 @runtime_checkable

@@ -1,6 +1,6 @@
 """Data sets held in memory: digits that travel with the package, and files as people have them.
 
-A reader (`ockham.zoo.files`, `images`, `tables`) makes two parts of numpy arrays, this module checks and standardises
+A reader (`ockham.zoo.files`, `tables`) makes two parts of numpy arrays, this module checks and standardises
 them into a `Dataset` of tensors, `Batches` cuts that into batches.
 """
 
@@ -20,8 +20,19 @@ from ockham.core.batch import call, inputs_of
 from ockham.core.files import printable
 from ockham.core.network import evaluating
 from ockham.errors import DataError, OckhamError
-from ockham.zoo.files import Array, Layout, Part, Reading, class_names, idx_folder, npz_folder, npz_part, npz_whole
-from ockham.zoo.images import image_folder, sheet_folder
+from ockham.zoo.files import (
+    Array,
+    Layout,
+    Part,
+    Reading,
+    class_names,
+    idx_folder,
+    image_folder,
+    npz_folder,
+    npz_part,
+    npz_whole,
+    sheet_folder,
+)
 from ockham.zoo.tables import TABLE_ENDS, table_parts
 
 __all__ = [

@@ -30,7 +30,7 @@ from ockham.run.folder import ResultFolder, loading_lines, save_pretrained
 from ockham.run.weights import huggingface_model
 from ockham.surgery import Plan
 from ockham.surgery.copies import named_tensors
-from ockham.surgery.shrinking import latencies
+from ockham.surgery.costs import latencies
 
 __all__ = ["BlockEvidence", "Pruned", "prune", "prune_folder", "read_calibration", "token_measures", "token_windows"]
 
