@@ -118,7 +118,8 @@ def measured(name: str, widths: str, seed: int, data: Path) -> Record:
     ratios, dense_ms = {}, {}
     for batch, runtime in itertools.product(REPEATS, ("torch", "onnxruntime")):
         arms = [caller(m, runtime, with_rows(x[:2], batch)) for m in (model, small)]
-        (dense, _), (less, _) = interleaved(arms, REPEATS[batch], 5)
+        repeats = REPEATS[batch] if rows == 128 else REPEATS[batch] // 5
+        (dense, _), (less, _) = interleaved(arms, repeats, 2)
         case = f"{runtime}, batch {batch}"
         ratios[case] = statistics.median(b / a for a, b in zip(dense, less, strict=True))
         dense_ms[case] = statistics.median(dense)
