@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -135,6 +136,20 @@ def test_narrowed_is_the_conditional_mean_and_twice_is_once(trained) -> None:
     assert torch.equal(once["8.weight"].mean, posterior["8.weight"].mean)
     again = score_columns(once, groups)
     assert again.held["8.weight:0"].tolist() == [3, 0, 3, 0, 0, 3, 3]
+
+
+def test_weights_outside_of_matrices_add_up_where_units_go_together(trained) -> None:
+    """Without matrices the units' own evidence adds; with one, only that of what lies outside of it."""
+    _, _, posterior, groups = trained
+    plain = replace(posterior, matrices=())
+    keep = {"8.weight:0": torch.tensor([True, False, True, True, False, True, True])}
+    keep |= {"5.weight:0": torch.arange(5) > 1}
+    each = ockham.score(plain).by_group(groups)
+    outside = -float(each["5.weight:0"][:2].sum())
+    assert removed_together(plain, groups, keep) == pytest.approx(outside - float(each["8.weight:0"][[1, 4]].sum()))
+    mixed = replace(posterior, matrices=tuple(m for m in posterior.matrices if m.weight != "8.weight"))
+    joint = removed_together(mixed, groups, {"8.weight:0": keep["8.weight:0"]})
+    assert removed_together(mixed, groups, keep) == pytest.approx(joint + outside, rel=1e-9)
 
 
 def test_units_removed_together_cost_more_than_the_sum_where_they_stand_in_for_each_other() -> None:

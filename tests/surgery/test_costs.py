@@ -14,7 +14,7 @@ import ockham
 from ockham.choose.prices import Budget, Subject, macs_after, within
 from ockham.choose.units import StructureEvidence
 from ockham.surgery.costs import cost
-from ockham.surgery.groups import Groups, plan_masks
+from ockham.surgery.groups import Groups, Plan, plan_masks
 
 N, T, D = 3, 5, 8
 X = torch.randn(N, T, D, generator=torch.Generator().manual_seed(0))
@@ -117,13 +117,38 @@ class Steps(Budget):
     unit = "steps"
     asked = 0
 
-    def measure(self, subject: Subject, plan) -> float:  # type: ignore[no-untyped-def]
+    def measure(self, subject: Subject, plan: Plan) -> float:
         type(self).asked += 1
         left = {key: width - len(plan.removed.get(key, ())) for key, width in plan.widths.items()}
         return float(left["0.weight:0"] * (left["2.weight:0"] + 3) + left["2.weight:0"] ** 2)
 
     def unit_costs(self, subject: Subject, groups: Groups) -> dict[str, float]:
         return {"0.weight:0": 7.0, "2.weight:0": 11.0}
+
+
+class Cliff(Steps):
+    """Hardly anything is left as soon as one unit goes, and that says nothing of the next."""
+
+    def measure(self, subject: Subject, plan: Plan) -> float:
+        type(self).asked += 1
+        gone = sum(map(len, plan.removed.values()))
+        return 1e9 if gone < 3 else 1.0 + 1e-9 * (158 - gone)
+
+
+def test_no_search_takes_much_longer_than_halving() -> None:
+    generator = torch.Generator().manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 90), nn.ReLU(), nn.Linear(90, 70), nn.ReLU(), nn.Linear(70, 2))
+    groups, budget = ockham.trace(net, torch.randn(2, 4)), Cliff(0.0, False)
+    nats = {g.id: torch.rand(g.size, generator=generator).double() for g in groups}
+    held = {key: torch.ones(len(e), dtype=torch.long) for key, e in nats.items()}
+    prices = {key: torch.zeros(len(e)).double() for key, e in nats.items()}
+    costs = {key: 1.0 for key in nats}
+    for most in (1.0 + 1e-9 * 100, 1.0 + 1e-9 * 3, 5.0):
+        Cliff.asked = 0
+        options = {"limit": budget, "subject": Subject(net, None), "costs": costs, "round_to": 1, "most": most}
+        found = within(groups, StructureEvidence(nats, held, held, {}, 1), prices, **options)  # type: ignore[arg-type]
+        gone = sum(int((~k).sum()) for k in found.keep.values())
+        assert Cliff.asked <= 11 and gone == {1.0 + 1e-7: 58, 1.0 + 3e-9: 155, 5.0: 3}[most]
 
 
 @pytest.mark.parametrize("seed", range(12))
