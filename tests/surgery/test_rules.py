@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
+import warnings
 
 import pytest
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+import ockham
 from ockham.surgery import trace
 from ockham.surgery.labels import argument, chunks, reshaped
 from ockham.surgery.ops import RULES
@@ -172,6 +174,38 @@ def test_einsum_of_all_spellings(equation):
     groups = trace(net.eval(), x)
     assert {"a.weight:0", "w:1"} <= set(groups.groups)
     assert worst_difference(net, groups, x, ratio=0.5, seed=0)[0] <= 1e-5
+
+
+COMPARED = {
+    "cosine": (lambda h, k: F.cosine_similarity(h[:, None], k[None], dim=-1), True),
+    "cosine of the first dimension but one": (lambda h, k: F.cosine_similarity(h.unsqueeze(2), k.T[None]), True),
+    "distances": (torch.cdist, True),
+    "distances of a batch": (lambda h, k: torch.cdist(h.unflatten(0, (2, -1)), k), True),
+    "sums of differences": (lambda h, k: torch.cdist(h, k, p=1.0), True),
+    "largest difference": (lambda h, k: torch.cdist(h, k, p=float("inf")), True),
+    "numbers that differ": (lambda h, k: torch.cdist(h, k, p=0.0), True),
+    "distances from what is not zero": (lambda h, k: torch.cdist(h + 0.3, k), False),
+    "cosine with what is not zero": (lambda h, k: F.cosine_similarity(h[:, None], k.sigmoid(), dim=-1), False),
+    "distances that add a little": (lambda h, k: F.pairwise_distance(h[:, None], k[None]), False),
+    "over the examples": (lambda h, k: F.cosine_similarity(h, k[0], dim=0), False),
+    "one number against all": (lambda h, k: F.cosine_similarity(h[:, None], k[None, :, :1], dim=-1), False),
+}
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_units_that_are_zero_on_both_sides_add_nothing_to_a_comparison(name):
+    function, goes = COMPARED[name]
+    torch.manual_seed(0)
+    net = Fn(lambda self, x: function(self.a(x).relu(), self.k), a=L(6, 9))
+    net.k = nn.Parameter(torch.randn(5, 9))
+    randomise(net.eval(), torch.Generator().manual_seed(1))
+    x = torch.randn(4, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ockham.OckhamWarning)
+        groups = trace(net, x)
+    assert set(groups.groups) == ({"a.weight:0"} if goes else set())
+    for seed in range(3 if goes else 0):
+        assert worst_difference(net, groups, x, ratio=0.6, seed=seed)[0] <= 1e-5
 
 
 def test_an_op_in_place_that_fills_ends_the_zeros_that_a_norm_needs():

@@ -51,6 +51,7 @@ RULES: dict[str, OperatorRule] = {
     "einsum": pointwise.einsum,
     "tensordot": pointwise.tensordot,
     "bilinear": pointwise.bilinear,
+    **dict.fromkeys(("cosine_similarity", "cdist"), pointwise.similarity),
     **dict.fromkeys(("_grouped_mm", "grouped_mm", "grouped_mm_fallback"), pointwise.grouped_product),
     "scaled_dot_product_attention": pointwise.attention,
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), layers.convolution),

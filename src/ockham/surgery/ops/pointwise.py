@@ -317,6 +317,29 @@ def _written_out(equation: str, operands: list[Value]) -> list[str]:
     return [*full, out.replace("...", more)]
 
 
+def similarity(call: Call) -> Value:
+    """Cosine similarity, or (cdist) norms of all differences: a unit that is zero on both sides adds nothing."""
+    given = call.tensors()
+    sides, rank = given, max(len(v.shape) for v in given)
+    dim = int(call.get("dim", 1)) % rank
+    if call.name == "cdist":  # rows a of the one with rows b of the other, over their last dimension
+        lead, dim = "defghijk"[: rank - 2], rank
+        own = [lead[rank - len(v.shape) :] + f"{row}z" for v, row in zip(given, "ab", strict=True)]
+        sides = [_spread(v, names, f"{lead}abz") for v, names in zip(given, own, strict=True)]
+    reason = call.reason("compares it with a tensor of fixed size")
+    factors, shape = match(sides[0], sides[1], call.ledger, reason=reason)
+    exact = all(v.zero and ((1,) * len(shape) + v.shape)[dim - len(shape)] == shape[dim] for v in sides)
+    reason, kept = call.reason("compares over this dimension; its size changes the result"), []
+    for factor in factors:
+        if not (exact and varying(factor) == (dim,)):
+            kept.append(call.ledger.collapse(factor, [dim], reason))
+    for value, side in zip(given, sides, strict=True):
+        aligned = dim - len(shape) + len(side.shape)
+        call.ledger.consumed.extend(f.flatten() for f in side.factors if value.learned and varying(f) == (aligned,))
+    left = [f.squeeze(dim) for f in kept if f.numel() > 1]
+    return tidy(tuple(n for d, n in enumerate(shape) if d != dim), left, False, call.ledger, reason)
+
+
 def bilinear(call: Call) -> Value:
     """X W y + b for each output, W of shape ``(out, in1, in2)``."""
     x, y, weight = call.need("input1"), call.need("input2"), call.need("weight")
