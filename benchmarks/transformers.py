@@ -13,8 +13,10 @@ same calibration windows block by block as ours does, and the same shares where 
 is chosen as ours is, on calibration windows held out, and so are ours' settings.
 
 Rivals: magnitude; Wanda (Sun et al. 2023, arXiv 2306.11695: |w| |x|, equal shares in every row); SparseGPT (Frantar &
-Alistarh 2023, arXiv 2301.00774: Algorithm 1 with the released code's mask per 128 columns); FLAP (An et al. 2024, arXiv
-2312.11983: variance of the input times squared norm of the column, standardised by layer, mean of what went as bias).
+Alistarh 2023, arXiv 2301.00774: Algorithm 1 with the released code's mask per 128 columns); ALPS (Meng et al. 2024,
+arXiv 2406.07831: ADMM with the released code's steps of the penalty, ten conjugate gradients); FLAP (An et al. 2024,
+arXiv 2312.11983: variance of the input times squared norm of the column, standardised by layer, mean of what went as
+bias).
 Rows called "units" take whole units, and their target is the share of the blocks' parameters that stays. "ours, the
 evidence stops" has no target; its judges are the windows on which rivals choose. With --blocks N only the first N
 blocks are reduced, on a machine that has no time for all; such rows are not comparable with others.
@@ -180,6 +182,59 @@ def sparsegpt(damping: float, block: int = 128) -> Solver:
             w[:, first:last] = part
             w[:, last:] -= error @ u[first:last, last:]
         return w
+
+    return solve
+
+
+def alps(damping: float, most: int = 300, early: int = 30) -> Solver:
+    """ADMM between the quadratic and the support, then conjugate gradients on the support."""
+
+    def solve(weight: Tensor, inputs: Tensor, keep: float, pattern: NofM | None) -> Tensor:
+        h = inputs.double() + damping * inputs.diagonal().double().mean() * torch.eye(len(inputs), dtype=torch.double)
+        scale = h.diagonal().sqrt() + 1e-8
+        h = h / scale / scale[:, None]
+        values, vectors = torch.linalg.eigh(h)
+        scale, h, dense = scale.float(), h.float(), weight * scale.float()
+        target, rho, grown = dense @ h, 0.1, False
+
+        def supported(w: Tensor) -> Tensor:
+            return kept_mask(w.square(), keep, pattern, by_row=False)
+
+        def inverse() -> Tensor:
+            return ((vectors / (values + rho)) @ vectors.mT).float()
+
+        first = before = supported(dense)
+        free, sparse, dual, solver = dense, dense * first, torch.zeros_like(dense), inverse()
+        for i in range(1, most + 1):
+            free = (target - dual + rho * sparse) @ solver
+            stays = supported(free + dual / rho)
+            sparse = (free + dual / rho) * stays
+            dual = dual + rho * (free - sparse)
+            if i % 3:
+                continue
+            moved, count = int((stays != before).sum()), int(first.sum())
+            factor = 1.3 if moved > 0.1 * count else 1.2 if moved > 0.005 * count else 1.1 if moved else 1.0
+            if factor > 1.1 or (grown and moved):
+                grown, rho = True, min(rho * factor, 1e6)
+            elif grown:
+                break
+            else:  # the penalty was so high from the start that nothing moves
+                rho /= 5
+                free, sparse, dual, stays = dense, dense * first, torch.zeros_like(dense), first
+            before, solver = stays, inverse()
+            if i >= early and moved < 0.0003 * count:
+                break
+        stays = supported(free)
+        w = free * stays
+        left = (target - w @ h) * stays
+        step, size = left.clone(), left.square().sum()
+        for _ in range(10):
+            along = (step @ h) * stays
+            rate = size / (step * along).sum().clamp_min(1e-30)
+            w, left = w + rate * step, left - rate * along
+            size, old = left.square().sum(), size
+            step = left + size / old.clamp_min(1e-30) * step
+        return w / scale
 
     return solve
 
@@ -417,6 +472,8 @@ METHODS: dict[str, Callable[[Bench, str], dict[str, Any]]] = {
     "sparsegpt, lambda .1, ours' shares": lambda b, t: rival(b, t, solver=sparsegpt, lambdas=(0.1,), even=False),
     "sparsegpt": lambda b, t: rival(b, t, solver=sparsegpt, lambdas=LAMBDAS),
     "sparsegpt, ours' shares": lambda b, t: rival(b, t, solver=sparsegpt, lambdas=LAMBDAS, even=False),
+    "alps": lambda b, t: rival(b, t, solver=alps, lambdas=LAMBDAS),
+    "alps, ours' shares": lambda b, t: rival(b, t, solver=alps, lambdas=LAMBDAS, even=False),
 }
 
 
