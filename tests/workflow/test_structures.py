@@ -18,10 +18,11 @@ import ockham
 from ockham.core.files import read_tree, write_tree
 from ockham.core.likelihood import Classification
 from ockham.core.objective import Objective
+from ockham.core.processes import Processes
 from ockham.errors import DataError, OckhamError, OckhamWarning, TraceError
 from ockham.methods.spike_slab.optimizer import spike_slab
 from ockham.methods.spike_slab.priors import FixedSpikeSlab
-from ockham.run.structures import Origin, example_of, fold_constants
+from ockham.run.structures import Origin, Shrinking, example_of, fold_constants
 from ockham.surgery.copies import as_arguments
 from ockham.surgery.costs import cost
 
@@ -416,3 +417,19 @@ def test_a_price_without_structures_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(OckhamError, match="add --structure"):
         build_job(Options(out=str(tmp_path), unit_price=3.0), "test")
+
+
+def test_all_processes_round_to_what_the_first_measured(monkeypatch):
+    class Second(Processes):
+        count = 2
+
+        def told_bytes(self, content: bytes) -> bytes:
+            assert json.loads(content) == {"0.weight:0": 4}
+            return json.dumps({"0.weight:0": 8}).encode()
+
+    monkeypatch.setattr("ockham.run.structures.multiples_that_pay", lambda *given: {"0.weight:0": 4})
+    net = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 2))
+    rule = ockham.Structures(round_to="auto")
+    second = Shrinking(rule, torch.randn(2, 4), processes=Second())
+    assert second.start(net).round_to == {"0.weight:0": 8}
+    assert Shrinking(rule, torch.randn(2, 4)).start(net).round_to == {"0.weight:0": 4}

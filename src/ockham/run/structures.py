@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -252,6 +253,8 @@ class Shrinking:
             groups = trace(network, self.inputs, ignore=self.ignore).separate
             widths = self.rule.round_to
             multiples = multiples_that_pay(Subject(network, self.inputs), groups) if widths == "auto" else widths
+        if self.processes.count > 1:  # what pays is measured, and differs from process to process
+            multiples = json.loads(self.processes.told_bytes(json.dumps(multiples).encode()))
         return Shrunk(Origin(groups), groups, multiples)
 
     def shrink(
