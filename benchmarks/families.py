@@ -33,12 +33,14 @@ from torch import Tensor, nn
 
 import ockham
 from harness import Benchmark, Option, Record, markdown, write
+from ockham.choose.prices import macs_after
 from ockham.surgery.copies import difference, still, tensors_of, to_double
+from ockham.surgery.costs import cost
 from ockham.surgery.groups import plan_masks
 
 SEEDS = (0, 1, 2)
 TOLERANCE = 1e-4
-REPEATED = ("not built", "too slow", "raw exception", "wrong")
+REPEATED = ("not built", "too slow", "raw exception", "wrong", "wrong count")
 """Verdicts that are not to last: such an architecture is tried again."""
 
 TIMM = """
@@ -353,7 +355,11 @@ def _examined(net: nn.Module, inputs: list[Any]) -> dict[str, Any]:
         except Exception:
             continue
         worst = max(worst, difference(expected, call(small, inputs[0], training=True)))
-    cut = ockham.shrink(net, ockham.random_plan(groups, 0.6, generator=torch.Generator().manual_seed(0)))
+    plan = ockham.random_plan(groups, 0.6, generator=torch.Generator().manual_seed(0))
+    cut = ockham.shrink(net, plan)
+    planned, counted = macs_after(net, plan, inputs[0]), cost(cut, inputs[0]).macs
+    if planned != counted:
+        return {"verdict": "wrong count", "why": f"{planned} multiply-accumulates planned, {counted} counted", **facts}
     facts["kept_at_60"] = round(sum(p.numel() for p in cut.parameters()) / total, 3)
     changed = [k for k, v in net.state_dict().items() if not torch.equal(v, before[k]) and "num_batches" not in k]
     facts["worst"] = float(f"{worst:.2g}")
@@ -425,7 +431,11 @@ def run(args: argparse.Namespace) -> None:
     """Run what is asked for; fail where a network came out wrong or an error was no message of ours."""
     networks(args)
     rows = {} if args.list else BENCH.records("families").get("families", {})
-    bad = [f"{name}: {row['verdict']}" for name, row in rows.items() if row["verdict"] in ("wrong", "raw exception")]
+    bad = [
+        f"{name}: {row['verdict']}"
+        for name, row in rows.items()
+        if row["verdict"] in ("wrong", "wrong count", "raw exception")
+    ]
     if bad:
         sys.exit("families: " + ", ".join(bad))
 

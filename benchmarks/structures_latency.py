@@ -104,9 +104,10 @@ def caller(model: nn.Module, runtime: str, x: Tensor) -> Callable[[], Any]:
 
 def measured(name: str, widths: str, seed: int, data: Path) -> Record:
     (x, y), _ = parts(data, IMAGES, 1)
-    model, rows = NETWORKS[name](data, seed), 128
+    model, rows, fewer = NETWORKS[name](data, seed), 128, 1
     if getattr(model, "side", 32) != 32:
-        x, y, rows = nn.functional.interpolate(x[:64], size=(model.side, model.side), mode="bilinear"), y[:64], 16
+        x, y = nn.functional.interpolate(x[:64], size=(model.side, model.side), mode="bilinear"), y[:64]
+        rows, fewer = 16, 5
     loader = list(zip(x.split(rows), y.split(rows), strict=True))
     posterior = ockham.laplace(model, loader, structure="kronecker", seed=seed)
     groups, start = ockham.trace(model, x[:2]), time.perf_counter()
@@ -118,8 +119,7 @@ def measured(name: str, widths: str, seed: int, data: Path) -> Record:
     ratios, dense_ms = {}, {}
     for batch, runtime in itertools.product(REPEATS, ("torch", "onnxruntime")):
         arms = [caller(m, runtime, with_rows(x[:2], batch)) for m in (model, small)]
-        repeats = REPEATS[batch] if rows == 128 else REPEATS[batch] // 5
-        (dense, _), (less, _) = interleaved(arms, repeats, 2)
+        (dense, _), (less, _) = interleaved(arms, REPEATS[batch] // fewer, 5 // fewer + 1)
         case = f"{runtime}, batch {batch}"
         ratios[case] = statistics.median(b / a for a, b in zip(dense, less, strict=True))
         dense_ms[case] = statistics.median(dense)

@@ -14,6 +14,7 @@ __all__ = [
     "ResultError",
     "TraceError",
     "check_keywords",
+    "first_line",
 ]
 
 
@@ -63,3 +64,12 @@ def check_keywords(owner: str, given: Mapping[str, object], known: type, *settin
             if near and (home := homes.get(near[0])):
                 hint = f"; it is a setting: {home.lower()}=ockham.{home}({near[0]}=...)"
             raise TypeError(f"{owner}() got an unexpected keyword argument {name!r}{hint}")
+
+
+def first_line(error: BaseException) -> str:
+    r"""The first line of what an error says, or its kind if it says nothing.
+
+    >>> first_line(AssertionError()), first_line(ValueError("no such size\nsee above"))
+    ('AssertionError', 'no such size')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

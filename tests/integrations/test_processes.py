@@ -315,15 +315,8 @@ def net():
 def typed(folder, out, *more, processes=0, **environment):
     """The command in ``folder``, under torchrun where there are processes."""
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"] if processes else []
-    settings = {
-        "epochs": 8,
-        "batch-size": 9,
-        "learning-rate": 0.03,
-        "rounds": 3,
-        "unit-price": 20,
-        "draws": 2,
-        "round-to": 1,
-    }
+    settings = {"epochs": 8, "batch-size": 9, "learning-rate": 0.03, "rounds": 3, "unit-price": 20, "draws": 2,
+                "round-to": 1}  # fmt: skip
     given = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     command = ["compress", "--data", "data.npz", "--model", "nets:net", "--structure", "--no-baseline", *given]
     source = str(Path(ockham.__file__).resolve().parents[1])

@@ -13,6 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention
 import ockham
 from ockham.choose.prices import Budget, Subject, macs_after, within
 from ockham.choose.units import StructureEvidence
+from ockham.errors import OckhamError
+from ockham.surgery import costs
 from ockham.surgery.costs import cost
 from ockham.surgery.groups import Groups, Plan, plan_masks
 
@@ -82,6 +84,69 @@ def test_counts_are_those_by_hand_whatever_kernel_runs(name: str) -> None:
     assert torch.backends.mha.get_fastpath_enabled() == fast
     groups = Groups({}, {}, {n: tuple(t.shape) for n, t in model.state_dict().items()}, {})
     assert macs_after(model.eval(), plan_masks(groups, {}), X) == expected
+
+
+SHAPES = {
+    "_cudnn_rnn": (((T, N, D), [(24, D), (24, 6), (24,), (24,)], 4), 2 * T * N * 24 * (D + 6)),
+    "_grouped_mm": (((40, D), (4, D, 6), (4,)), 2 * 40 * D * 6),
+    "_grouped_mm, of columns": (((4, 5, D), (D, 60), (4,)), 2 * 5 * D * 60),
+    "_grouped_mm, of what is summed": (((5, 40), (40, 6), (4,)), 2 * 5 * 40 * 6),
+    "_grouped_mm, all": (((4, 5, D), (4, D, 6)), 2 * 4 * 5 * D * 6),
+    "addmv": (((7,), (7, D), (D,)), 2 * 7 * D),
+    "vdot": (((D,), (D,)), 2 * D),
+    "_scaled_dot_product_flash_attention": (((N, 4, T, 2), (N, 2, 9, 2), (N, 2, 9, 3)), 2 * N * 4 * T * 9 * 5),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_kernels_that_this_machine_may_not_have_are_counted_by_their_shapes(name: str) -> None:
+    shapes, expected = SHAPES[name]
+    assert costs._UNKNOWN[name.partition(",")[0]](*shapes) == expected
+
+
+def experts(device: str) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    more = {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    with torch.device(device):
+        config = transformers.MixtralConfig(vocab_size=100, **sizes, **more)
+        return transformers.MixtralForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_experts_that_are_chosen_count_with_and_without_values(device: str) -> None:
+    net, ids = experts(device), torch.ones(2, 7, dtype=torch.long, device=device)
+    attends = 4 * 32 * 32 - 2 * 32 * 16 + 2 * 7 * 32
+    whole = 14 * (attends + 32 * 4 + 2 * 3 * 32 * 64 + 32 * 100)
+    groups = ockham.trace(net, {"input_ids": ids})
+    assert cost(net, {"input_ids": ids}).macs == macs_after(net, plan_masks(groups, {}), {"input_ids": ids}) == whole
+    key = next(g.id for g in groups if "down_proj" in g.id or "gate_up" in g.id)
+    plan = plan_masks(groups, {key: torch.arange(64) < 32})
+    assert macs_after(net, plan, {"input_ids": ids}) == whole - 14 * 2 * 3 * 32 * 32
+
+
+class Asks(nn.Module):
+    """Its forward asks for a value that is no decision about sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.asks = nn.Linear(D, 12), nn.Linear(12, 2), False
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.a(x).relu()
+        assert not self.asks or float(h.max()) >= 0
+        return self.b(h)
+
+
+def test_a_forward_that_asks_for_values_is_counted_as_it_runs() -> None:
+    net = Asks()
+    groups = ockham.trace(net, X)
+    net.asks = True
+    plan = plan_masks(groups, {"a.weight:0": torch.arange(12) < 5})
+    assert macs_after(net, plan, X) == N * T * 5 * (D + 2)
+    hollow = net.to("meta")
+    with pytest.raises(OckhamError, match=r"Asks cannot be counted without values: .+ Way out: "):
+        macs_after(hollow, plan, X.to("meta"))
 
 
 class Attends(nn.Module):

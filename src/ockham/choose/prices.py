@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +10,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from ockham.choose.units import (
@@ -24,12 +22,12 @@ from ockham.choose.units import (
     held_weights,
     outgoing,
 )
-from ockham.errors import OckhamError
+from ockham.errors import OckhamError, first_line
 from ockham.evidence.gaussian import beta_log_odds
-from ockham.surgery.copies import as_arguments, clone
-from ockham.surgery.costs import latencies, multiply_accumulates, onnx_latencies
+from ockham.surgery.copies import as_arguments
+from ockham.surgery.costs import cost, latencies, multiply_accumulates, onnx_latencies
 from ockham.surgery.groups import Group, Groups, Plan, PlanError, plan_masks
-from ockham.surgery.refitting import refit
+from ockham.surgery.refitting import without_values
 from ockham.surgery.shrinking import shrink
 
 __all__ = [
@@ -247,21 +245,31 @@ def parameters_after(model: nn.Module, plan: Plan) -> int:
 
 
 def macs_after(model: nn.Module, plan: Plan, example_inputs: Any) -> int:
-    """Multiply-accumulates of one forward pass on the example inputs after a plan; nothing is computed (fake tensors).
+    """Multiply-accumulates of one forward pass on the example inputs after a plan.
+
+    Nothing is computed (fake tensors), unless the forward asks for values: then the shrunk network runs.
 
     Args:
         model: the network the plan is for; left as it is.
         plan: edits to make.
         example_inputs: inputs as for `trace`; the batch counts.
+
+    Raises:
+        OckhamError: the forward asks for values of a network that has none.
     """
     arguments = as_arguments(model, example_inputs)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    args, kwargs = pytree.tree_map_only(Tensor, fake.from_tensor, arguments)
-    with fake, torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        small = clone(model, lambda n, t: torch.empty(plan.shape(n), dtype=t.dtype, device=t.device))
-        refit(model, small, plan)
-        return multiply_accumulates(small.eval(), args, kwargs)
+    try:
+        return without_values(model, arguments, plan, multiply_accumulates)
+    except Exception as error:  # what a forward does with values it has not got fails in many ways
+        if any(
+            t.is_meta for t in pytree.tree_leaves((dict(model.named_parameters()), arguments)) if isinstance(t, Tensor)
+        ):
+            raise OckhamError(
+                f"the multiply-accumulates of {type(model).__name__} cannot be counted without values: "
+                f"{first_line(error)}. Way out: give it "
+                "weights and inputs on a device other than meta, or a budget in parameters"
+            ) from error
+        return cost(shrink(model, plan), example_inputs).macs
 
 
 def latency_after(

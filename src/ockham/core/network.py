@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 from ockham.core.processes import ALONE, Processes, whole
-from ockham.errors import OckhamError, OckhamWarning
+from ockham.errors import OckhamError, OckhamWarning, first_line
 
 __all__ = [
     "Entry",
@@ -139,7 +139,7 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
         return copy.deepcopy(model, made)
     except Exception as error:  # whatever a module of the user's raises
         raise OckhamError(
-            f"the network cannot be copied ({type(error).__name__}: {str(error).splitlines()[0]}): it holds something "
+            f"the network cannot be copied ({type(error).__name__}: {first_line(error)}): it holds something "
             "else than parameters and buffers. After the old torch.nn.utils.weight_norm or spectral_norm, use those of "
             "torch.nn.utils.parametrizations, or take them off (torch.nn.utils.remove_weight_norm)"
         ) from error
@@ -411,7 +411,7 @@ def parse_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise OckhamError(f"--device {name}: not on this machine ({str(error).splitlines()[0]}); try cpu") from error
+        raise OckhamError(f"--device {name}: not on this machine ({first_line(error)}); try cpu") from error
     return device
 
 

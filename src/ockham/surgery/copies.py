@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -302,6 +303,31 @@ class Gradless(TorchFunctionMode):
             with torch._C.DisableTorchFunction():
                 return func(*args)
         return func(*args, **(kwargs or {}))
+
+
+_GROUPED = {f for f in (getattr(torch.nn.functional, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if f}
+
+
+class Valueless(TorchFunctionMode):
+    """Inside, grouped matrix products of tensors without values are plain ones of as much work.
+
+    Some versions of torch know no sizes of theirs but for bfloat16, whatever the kernel takes.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run `func`, or the plain product: a group has all rows, or (two matrices) is summed over all columns."""
+        kwargs = kwargs or {}
+        if func not in _GROUPED or not (args[0].is_meta or isinstance(args[0], FakeTensor)):
+            return func(*args, **kwargs)
+        one, other = args[:2]
+        if one.ndim == other.ndim == 2:
+            ends = kwargs["offs"] if "offs" in kwargs else args[2]
+            return (one @ other).expand(len(ends), -1, -1)
+        if one.ndim == other.ndim:
+            return one @ other
+        return one @ other[0] if one.ndim == 2 else one[0] @ other
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from ockham.surgery.copies import as_arguments, clone, named_tensors, with_rows
+from ockham.surgery.copies import Valueless, as_arguments, clone, named_tensors, with_rows
 from ockham.surgery.exporting import ExportError, export
 from ockham.surgery.refitting import adapt
 
@@ -134,7 +134,7 @@ def multiply_accumulates(model: nn.Module, args: Any, kwargs: Mapping[str, Any])
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole layer, of which nobody counts anything
     try:
-        with counter, torch.no_grad():
+        with counter, Valueless(), torch.no_grad():
             model(*args, **kwargs)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

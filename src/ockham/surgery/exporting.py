@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
 
-from ockham.errors import OckhamError
+from ockham.errors import OckhamError, first_line
 from ockham.surgery.copies import as_arguments, configured, given_to
 
 __all__ = []
@@ -64,7 +64,7 @@ def export(model: nn.Module, path: str | Path, example_inputs: Any) -> Path:
             f"exporting to {path.suffix} needs another package: {error}; pip install onnxscript"
         ) from error
     except torch.onnx.OnnxExporterError as error:
-        said = str(error.__cause__ or error).splitlines()[0]
+        said = first_line(error.__cause__ or error)
         raise ExportError(
             f"{type(model).__name__} cannot be written as ONNX: {said}. Way out: a path ending in .pt2, or the parts "
             "around that operator on their own"
@@ -88,9 +88,7 @@ def _program(model: nn.Module, example_inputs: Any) -> torch.export.ExportedProg
             return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
         except Exception as error:
             failures.append(error)
-    raise ExportError(f"{type(model).__name__} cannot be exported: {str(failures[-1]).splitlines()[0]}") from failures[
-        -1
-    ]
+    raise ExportError(f"{type(model).__name__} cannot be exported: {first_line(failures[-1])}") from failures[-1]
 
 
 class ExecutionError(OckhamError):

@@ -6,10 +6,10 @@ import copy
 import logging
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial, singledispatch
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.utils import _pytree as pytree
 
 from ockham.core.network import keeping_modes
-from ockham.surgery.copies import as_arguments, clone, given_to, named_tensors, tensors_of
+from ockham.surgery.copies import Valueless, as_arguments, clone, given_to, named_tensors, tensors_of
 from ockham.surgery.groups import Group, Groups, Member, Plan, PlanError, plan_masks
 from ockham.surgery.labels import COUNTS, Edit
 from ockham.surgery.resizing import attach, leave_out
@@ -30,6 +30,7 @@ __all__ = ["Constant", "constants", "fold", "plan_unread"]
 
 EXPERTS = frozenset({"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"})
 """Attributes and fields that hold a number of experts."""
+Result = TypeVar("Result")
 _SPREAD = 1e-5  # of a constant over examples and places, relative: rounding of what is equal in exact arithmetic
 
 
@@ -212,10 +213,18 @@ def refit(model: nn.Module, small: nn.Module, plan: Plan) -> None:
         leave_out(small, plan.dropped)
 
 
-def shapes_without_values(model: nn.Module, arguments: Any, plan: Plan, *, bare: bool) -> list[tuple[int, ...]]:
-    """Return the sizes of the outputs of the shrunk network, run on the device `meta` if `bare`, else on fake tensors.
+def without_values(
+    model: nn.Module, arguments: Any, plan: Plan, call: Callable[[nn.Module, Any, Any], Result], *, bare: bool = False
+) -> Result:
+    """Return what `call` says of the shrunk network and its arguments, none of which have values.
 
-    The first is fast; the second knows devices, and some values.
+    Args:
+        model: network before; left as it is.
+        arguments: arguments of a call.
+        plan: what is removed.
+        call: function of the shrunk network in evaluation mode, positional and keyword arguments.
+        bare: flag, True: all is on the device `meta`, which is fast; False: fake tensors, which know devices, and some
+            values.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     placed = partial(Tensor.to, device="meta") if bare else fake.from_tensor
@@ -231,12 +240,21 @@ def shapes_without_values(model: nn.Module, arguments: Any, plan: Plan, *, bare:
 
     try:
         small = clone(model, empty, others=placed)
-        with mode, torch.no_grad(), warnings.catch_warnings():
+        with mode, Valueless(), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             refit(model, small, plan)
-            return [tuple(t.shape) for t in tensors_of(small.eval()(*args, **kwargs))]
+            return call(small.eval(), args, kwargs)
     finally:
         loud.disabled = quiet
+
+
+def shapes_without_values(model: nn.Module, arguments: Any, plan: Plan, *, bare: bool) -> list[tuple[int, ...]]:
+    """Return the sizes of the outputs of the shrunk network (`without_values`)."""
+
+    def sizes(small: nn.Module, args: Any, kwargs: Any) -> list[tuple[int, ...]]:
+        return [tuple(t.shape) for t in tensors_of(small(*args, **kwargs))]
+
+    return without_values(model, arguments, plan, sizes, bare=bare)
 
 
 def count_experts(after: Mapping[str, nn.Module], before: Mapping[str, nn.Module], routers: Collection[str]) -> None:

@@ -498,44 +498,6 @@ def _follow(first: Edit, second: Edit) -> Edit | None:
     return replace(first, sizes=tuple((d, *pair) for d, pair in sorted(sizes.items())), old=start, new=end)
 
 
-class Closing(TorchFunctionMode):
-    """Inside, some rows of a router's weight yield minus infinity: what they stand for is never chosen.
-
-    Args:
-        weight: the router's weight.
-        closed: numbers of the rows.
-    """
-
-    def __init__(self, weight: Tensor, closed: Sequence[int]) -> None:
-        super().__init__()
-        self.weight, self.closed = weight, list(closed)
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Run `func`; products with the weight lose the rows."""
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        given = (*args, *kwargs.values())
-        if func is not F.linear or not any(a is self.weight for a in given):
-            return out
-        return out.index_fill(-1, torch.tensor(self.closed, device=out.device), -math.inf)
-
-
-@functools.cache
-def closed_class(base: Any) -> type[nn.Module]:
-    """Return the subclass of a router's class whose forward runs under `Closing`."""
-
-    @functools.wraps(base.forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        leaf, closed = self.__dict__["_closed"]
-        with Closing(getattr(self, leaf), closed):
-            return base.forward(self, *args, **kwargs)
-
-    kind: type[nn.Module] = type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
-    return kind
-
-
 @dataclass(frozen=True, slots=True)
 class Branch:
     """A residual branch, which is computed from a stream and added to it: x + branch(x). It can go as a whole.

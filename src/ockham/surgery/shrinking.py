@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 import warnings
@@ -12,9 +13,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from ockham.errors import OckhamError
+from ockham.errors import OckhamError, first_line
 from ockham.surgery.copies import (
     Arguments,
     Moves,
@@ -33,7 +36,6 @@ from ockham.surgery.copies import (
 )
 from ockham.surgery.groups import Plan, PlanError
 from ockham.surgery.refitting import EXPERTS, check_model, refit
-from ockham.surgery.resizing import closed_class
 from ockham.surgery.streams import idle_layers, take_out_layers
 
 HEADS = (
@@ -243,6 +245,44 @@ def mask(model: nn.Module, plan: Plan) -> Any:
     """
     check_model(plan, model)
     return masked_copy(model, plan)
+
+
+class Closing(TorchFunctionMode):
+    """Inside, some rows of a router's weight yield minus infinity: what they stand for is never chosen.
+
+    Args:
+        weight: the router's weight.
+        closed: numbers of the rows.
+    """
+
+    def __init__(self, weight: Tensor, closed: Sequence[int]) -> None:
+        super().__init__()
+        self.weight, self.closed = weight, list(closed)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run `func`; products with the weight lose the rows."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        given = (*args, *kwargs.values())
+        if func is not F.linear or not any(a is self.weight for a in given):
+            return out
+        return out.index_fill(-1, torch.tensor(self.closed, device=out.device), -math.inf)
+
+
+@functools.cache
+def closed_class(base: Any) -> type[nn.Module]:
+    """Return the subclass of a router's class whose forward runs under `Closing`."""
+
+    @functools.wraps(base.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        leaf, closed = self.__dict__["_closed"]
+        with Closing(getattr(self, leaf), closed):
+            return base.forward(self, *args, **kwargs)
+
+    kind: type[nn.Module] = type(base.__name__, (base,), {"forward": forward, "__module__": base.__module__})
+    return kind
 
 
 def masked_copy(model: nn.Module, plan: Plan) -> Any:
@@ -457,7 +497,7 @@ def _run(model: nn.Module, arguments: Arguments, which: str, *, optional: bool =
     except Exception as error:
         if optional:
             return None
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        said = first_line(error)
         raise MismatchError(
             f"the {which} network does not run on these inputs: {type(error).__name__}: {said}. Give inputs it takes; "
             "if only the shrunk one fails, name the layer in ignore when you trace, and please report the model."

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ockham.core.batch import Batch
 from ockham.core.network import Ignore, check_network, ignored
-from ockham.errors import OckhamError, OckhamWarning, TraceError
+from ockham.errors import OckhamError, OckhamWarning, TraceError, first_line
 from ockham.surgery.copies import (
     Arguments,
     Caches,
@@ -100,7 +100,7 @@ class ByValues(TrialPair):
         except Exception as error:
             with still(small):
                 return TrialProblem(
-                    f"the forward fails at another size ({_said(error)})", place_of_failure(small, self.arguments)
+                    f"the forward fails at another size ({first_line(error)})", place_of_failure(small, self.arguments)
                 )
 
     def _compared(self, masked: nn.Module, small: nn.Module, arguments: Arguments) -> TrialProblem | None:
@@ -156,14 +156,10 @@ class ByShapes(TrialPair):
         try:
             found = shapes_without_values(self.model, self.arguments, plan, bare=bare)
         except Exception as error:
-            return TrialProblem(f"the forward fails at another size ({_said(error)})", "")
+            return TrialProblem(f"the forward fails at another size ({first_line(error)})", "")
         if found == expected:
             return None
         return TrialProblem(f"the forward fails at another size (outputs of sizes {found} instead of {expected})", "")
-
-
-def _said(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def prepared(model: nn.Module, groups: Groups, arguments: Arguments, sizes: list[tuple[int, ...]]) -> TrialPair:
@@ -569,9 +565,8 @@ def _export(model: nn.Module, arguments: Arguments, caches: Caches, *, training:
             with _without_code():
                 return torch.export.export(twin, *arguments, strict=False)
     except Exception as error:
-        text = str(error).strip().splitlines()
         raise TraceError(
-            f"{type(model).__name__} cannot be traced: {text[0] if text else type(error).__name__}. "
+            f"{type(model).__name__} cannot be traced: {first_line(error)}. "
             "Likely causes: example inputs that do not fit the model, or control flow that depends on the data. "
             "Way out: pass inputs the model accepts, trace the traceable submodules on their own, or use masks only."
         ) from error

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from ockham.errors import first_line
 from ockham.surgery.labels import (
     KINDS,
     VIEWS,
@@ -257,7 +258,7 @@ def _applied(rule: OperatorRule, call: Call) -> Values:
     try:
         result = rule(call)
     except (RuntimeError, IndexError, TypeError, ValueError, AttributeError) as error:
-        return call.freeze_all(f"a use of this op that could not be followed ({str(error).splitlines()[0]})")
+        return call.freeze_all(f"a use of this op that could not be followed ({first_line(error)})")
     values = result if isinstance(result, list) else [result]
     shapes = call.shapes() if isinstance(call.shapes(), list) else [call.shapes()]
     for value, shape in zip(values, shapes, strict=False):
