@@ -225,3 +225,12 @@ def test_an_optimizer_without_parameters_of_a_shape_says_so(method):
 def test_a_horseshoe_over_what_cannot_be_copied_says_so():
     with pytest.raises(OckhamError, match="cannot be copied"):
         horseshoe(hooked(nn.utils.weight_norm))
+
+
+def test_an_error_without_words_is_named_by_its_kind():
+    class Sealed(nn.Linear):
+        def __deepcopy__(self, memo):
+            raise AssertionError
+
+    with pytest.raises(OckhamError, match=r"cannot be copied \(AssertionError: AssertionError\)"):
+        copied(Sealed(2, 2))

@@ -30,7 +30,7 @@ __all__ = ["Constant", "constants", "fold", "plan_unread"]
 
 EXPERTS = frozenset({"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"})
 """Attributes and fields that hold a number of experts."""
-Result = TypeVar("Result")
+_T = TypeVar("_T")
 _SPREAD = 1e-5  # of a constant over examples and places, relative: rounding of what is equal in exact arithmetic
 
 
@@ -214,8 +214,8 @@ def refit(model: nn.Module, small: nn.Module, plan: Plan) -> None:
 
 
 def without_values(
-    model: nn.Module, arguments: Any, plan: Plan, call: Callable[[nn.Module, Any, Any], Result], *, bare: bool = False
-) -> Result:
+    model: nn.Module, arguments: Any, plan: Plan, call: Callable[[nn.Module, Any, Any], _T], *, bare: bool = False
+) -> _T:
     """Return what `call` says of the shrunk network and its arguments, none of which have values.
 
     Args:
