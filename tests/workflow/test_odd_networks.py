@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import ockham
+from ockham.core.network import copied
 from ockham.errors import OckhamError, OckhamWarning
 from ockham.fit.point import PointEstimate
 from ockham.methods.gates.training import GateCompression, GateTraining
