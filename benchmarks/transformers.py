@@ -47,7 +47,7 @@ import torch
 from torch import Tensor, nn
 
 from ockham.choose.prices import Subject, budget_from
-from ockham.methods.blocks.cases import Case, CaseObjective, cases_from, objective_for
+from ockham.methods.blocks.cases import Case, CaseObjective, cases_from, objective_for, traced_inputs
 from ockham.methods.blocks.curvature import Stream, evaluating_blocks, weights_of
 from ockham.methods.blocks.reduction import (
     MatrixEvidence,
@@ -385,7 +385,7 @@ def stopped(bench: Bench, target: str) -> dict[str, Any]:
 def units(bench: Bench, target: str, *, even: bool = False, ridge: float = 0.5) -> dict[str, Any]:
     """Ours: whole units, in the order of their exact joint cost per parameter, and a refit."""
     dense, example = bench.found.dense, dict(bench.cases[0].kwargs) or bench.cases[0].args
-    groups = trace(bench.model, example)
+    groups = trace(bench.model, traced_inputs(bench.cases[0]))
     readers = readers_of(groups, dense.maps)
     curves = [unit_curve(r, dense, 0.01) for r in readers]
     whole = sum(p.numel() for p in bench.model.parameters())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,11 @@ from torch import nn
 
 import ockham
 from ockham.errors import OckhamError
+from ockham.methods.blocks import job
+from ockham.methods.blocks.cases import Case, traced_inputs
 from ockham.methods.blocks.prune import prune
 from ockham.methods.blocks.units import readers_of, refitted, unit_curve
+from ockham.surgery.costs import cost
 
 from .networks import batches, ids, network
 from .test_curvature import studied
@@ -108,6 +112,36 @@ def test_units_are_gone_and_the_network_is_the_masked_one(kind: str, structure: 
         again = type(model).from_pretrained(tmp_path / "out").eval()
         with torch.no_grad():
             assert torch.equal(again(**inputs).logits, done.model.eval()(**inputs).logits)
+
+
+def test_long_texts_are_traced_by_their_first_tokens(monkeypatch) -> None:
+    traced = []
+    monkeypatch.setattr(job, "trace", lambda model, given, **more: traced.append(given) or ockham.trace(model, given))
+    model, windows = network("llama"), [ids(2, 80, seed=i) for i in range(4)]
+    done = prune(model, windows, structure="uneven", budget={"macs": "85%"})
+    assert [tuple(t.shape) for (t,) in traced] == [(2, 32)]
+    left = {name: tuple(p.shape) for name, p in done.model.named_parameters()}
+    layers = sum(math.prod(s) for n, s in left.items() if "layers" in n and len(s) == 2) + 24 * 64
+    heads = sum(left[f"model.layers.{i}.self_attn.q_proj.weight"][0] for i in range(3))
+    assert cost(done.model, windows[0]).macs == 2 * 80 * (layers + 2 * 80 * heads)  # windows as they are
+    assert cost(done.model, windows[0]).macs <= 0.85 * cost(model, windows[0]).macs
+    ockham.verify(
+        ockham.mask(done.model, ockham.plan(ockham.trace(done.model, windows[0]), {})), done.model, windows[0]
+    )
+
+
+def test_only_numbers_and_masks_of_texts_are_cut() -> None:
+    long, mask = ids(2, 80), torch.ones(2, 80, dtype=torch.bool)
+    cut = traced_inputs(Case((), {"input_ids": long, "attention_mask": mask, "labels": long[:, :20]}, None))
+    assert {k: tuple(t.shape) for k, t in cut.items()} == {
+        "input_ids": (2, 32), "attention_mask": (2, 32), "labels": (2, 20)
+    }  # fmt: skip
+    assert torch.equal(cut["input_ids"], long[:, :32])
+    for other in (torch.randn(2, 80), torch.randn(2, 3, 80, 80), torch.ones(2, 80, 80, dtype=torch.bool)):
+        given = {"input_ids": long, "other": other}
+        assert traced_inputs(Case((), given, None)) == given
+    (image,) = traced_inputs(Case((torch.randn(2, 3, 80, 80),), {}, None))
+    assert image.shape == (2, 3, 80, 80)
 
 
 def test_refit_makes_good_for_what_went() -> None:

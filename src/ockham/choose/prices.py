@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -504,10 +504,6 @@ def within(
 ) -> Choice:
     """Raise the price per cost until at most ``most`` is left: a search among the worths per cost of all units.
 
-    A measurement may take a second, so the next price is the one that would be right if units' costs added up between
-    the measured ends of the bracket, pulled to its middle so far that no search takes more than one step more than
-    halving (Oliveira and Takahashi 2020, ACM Transactions on Mathematical Software 47, 5: ITP).
-
     Where that cannot be, the error names the budget that was ``asked`` for, of which ``most`` may be a step. What is
     left when all goes that can is measured once for each ``round_to`` and kept in ``floors``.
     """
@@ -536,10 +532,27 @@ def within(
             f"{round_to if isinstance(round_to, int) else max(round_to.values())} unit(s) of each group left. Allow "
             "more, give a smaller round_to, or see groups.frozen for what cannot go"
         )
-    low, high = 0, len(rates) - 1
-    above, below = measured(rates[low]), least  # what is left at the two ends
+    fits = first_within(lambda i: measured(rates[i]), most, gone, least=least)
+    return choice(rates[fits])
+
+
+def first_within(left: Callable[[int], float], most: float, gone: Tensor, *, least: float) -> int:
+    """The smallest number at which at most ``most`` is left, where less and less is, and that at the end is known.
+
+    A measurement may take a second, so the next number is the one that would be right if ``gone`` were between the
+    measured ends of the bracket, pulled to its middle so far that no search takes more than one step more than
+    halving (Oliveira and Takahashi 2020, ACM Transactions on Mathematical Software 47, 5: ITP).
+
+    Args:
+        left: function of a number, what is left: falling.
+        most: what may be left.
+        gone: about what is gone at each number, from 0 on: rising.
+        least: what is left at the last number, at most ``most``.
+    """
+    low, high = 0, len(gone) - 1
+    above, below = left(low), least
     if above <= most:
-        return choice(rates[low])
+        return low
     steps = math.ceil(math.log2(high - low)) + 1  # at most: one more than halving takes
     spread = 0.2 / (high - low)
     while high - low > 1:
@@ -550,9 +563,9 @@ def within(
         reach = 2.0 ** (steps - 1) - 0.5 * (high - low)
         there = min(max(line + aside, half - reach), half + reach)
         middle = min(max(round(there), low + 1), high - 1)
-        left, steps = measured(rates[middle]), steps - 1
-        if left <= most:
-            high, below = middle, left
+        found, steps = left(middle), steps - 1
+        if found <= most:
+            high, below = middle, found
         else:
-            low, above = middle, left
-    return choice(rates[high])
+            low, above = middle, found
+    return high

@@ -403,8 +403,8 @@ def trace(model: nn.Module, example_inputs: Any, *, ignore: Ignore = (), whole: 
 
     Args:
         model: any module `torch.export` can trace.
-        example_inputs: a tensor, a tuple of arguments (or a named one), or a dict of keyword arguments; the trial
-            runs on them.
+        example_inputs: a tensor, a tuple of arguments (or a named one), or a dict of keyword arguments. The trial runs
+            on them some thirty times in float64, so a small batch of short texts or small images is enough.
         ignore: what stays whole: names of modules or parameters, ``"re:..."`` patterns on names of parameters, module
             types, modules, or parameters.
         whole: what may go as a whole, too: "branches", residual ones (x + branch(x)), which ``.branches`` has, and

@@ -23,12 +23,13 @@ from ockham.core.likelihood import CausalLanguage, Classification, Likelihood, L
 from ockham.core.objective import DETACHED, blame
 from ockham.errors import DataError, OckhamError
 
-__all__ = ["Case", "CaseObjective", "answer_tensor", "cases_from", "objective_for"]
+__all__ = ["Case", "CaseObjective", "answer_tensor", "cases_from", "objective_for", "traced_inputs"]
 
 _POSITIONS = 1024
 _CASES = 8
 _IGNORED = -100
 _PROBE = 16
+_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -221,6 +222,18 @@ def _pieces(case: Case, least: int) -> list[Case]:
     count = len(tokens[0].split(each))
     cut = [[leaf if p is None else p[i] for leaf, p in zip(leaves, parts, strict=True)] for i in range(count)]
     return [Case(*pytree.tree_unflatten(values, spec)) for values in cut]
+
+
+def traced_inputs(case: Case) -> Any:
+    """Inputs of one case for `ockham.trace`, which runs them some thirty times: of text the first tokens will do.
+
+    Numbers and masks of (examples, tokens) are cut to 32 tokens; inputs among which is anything else stay as they are.
+    """
+    inputs = dict(case.kwargs) or case.args
+    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.ndim]
+    if not all(t.ndim == 2 and not t.is_floating_point() for t in tensors):
+        return inputs
+    return pytree.tree_map_only(Tensor, lambda t: t[:, :_TOKENS] if t.ndim else t, inputs)
 
 
 def answer_tensor(found: Any) -> Tensor:

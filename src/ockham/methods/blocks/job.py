@@ -23,7 +23,7 @@ from ockham.core.network import Ignore, device_of, protected_names, teller, watc
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import DataError, OckhamError, OckhamWarning
 from ockham.fit.predict import refresh_batchnorm
-from ockham.methods.blocks.cases import Case, CaseObjective, cases_from, objective_for
+from ockham.methods.blocks.cases import Case, CaseObjective, cases_from, objective_for, traced_inputs
 from ockham.methods.blocks.curvature import evaluating_blocks
 from ockham.methods.blocks.reduction import (
     MatrixEvidence,
@@ -230,7 +230,7 @@ class BlockJob:
         limit = budget_from(budget)
         with self._studied(model, "units") as (cases, found, _):
             example = dict(cases[0].kwargs) or cases[0].args
-            groups = trace(model, example, ignore=self._settings.ignore)
+            groups = trace(model, traced_inputs(cases[0]), ignore=self._settings.ignore)
             readers = readers_of(groups, found.dense.maps)
             if uniform and getattr(model, "config", None) is not None:
                 readers = describable(readers, groups, model)

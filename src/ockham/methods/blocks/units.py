@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ockham.choose.prices import Budget, Subject, most_allowed
+from ockham.choose.prices import Budget, Subject, first_within, most_allowed
 from ockham.errors import OckhamError
 from ockham.methods.blocks.cases import Case
 from ockham.methods.blocks.curvature import BlockMap, Stream, weights_of
@@ -181,25 +181,23 @@ def chosen_units(
     most = most_allowed(limit, subject, groups)
 
     def masks(count: int) -> dict[str, Tensor]:
+        gone = {curve.reader.group: upto for _, alike, upto in steps[:count] for curve in alike}
         keep = {c.reader.group: torch.ones(groups[c.reader.group].size, dtype=torch.bool) for c in curves}
-        for _, alike, upto in steps[:count]:
-            for curve in alike:
-                keep[curve.reader.group][list(curve.order[:upto])] = False
+        for c in curves:
+            keep[c.reader.group][list(c.order[: gone.get(c.reader.group, 0)])] = False
         return keep
 
     def left(count: int) -> float:
         return limit.measure(subject, plan_masks(groups, masks(count)))
 
-    if left(len(steps)) > most:
+    least = left(len(steps))
+    if least > most:
         raise OckhamError(
             f"the budget of {most:,.6g} {limit.unit} cannot be met: with a third of the units of every group left it "
-            f"is {left(len(steps)):,.6g}. Allow more, or see ockham.trace(...).frozen for what cannot go"
+            f"is {least:,.6g}. Allow more, or see ockham.trace(...).frozen for what cannot go"
         )
-    low, high = -1, len(steps)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if left(middle) <= most else (middle, high)
-    keep = masks(high)
+    taken = [0.0, *(sum(price[c.reader.group] for c in alike) for _, alike, _ in steps)]
+    keep = masks(first_within(left, most, torch.tensor(taken, dtype=torch.float64).cumsum(0), least=least))
     nats = {c.reader.group: torch.zeros(groups[c.reader.group].size) for c in curves}
     for c in curves:
         nats[c.reader.group][list(c.order)] = torch.tensor(c.costs)
