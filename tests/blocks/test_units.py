@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +83,17 @@ def test_refit_is_ridge_regression_on_the_whole_matrix() -> None:
     assert not bool(got[:, ~keep].any())
 
 
+def in_old_widths(kind: str, done: Any) -> nn.Module:
+    """A network of the old widths with the small one's weights in it, and zeros in what reads the rest."""
+    zeroed = network(kind)
+    for name, p in zeroed.named_parameters():
+        value, view = done.model.get_parameter(name).detach(), torch.zeros_like(p)
+        index = [done.plan.kept(name, d) for d in range(p.ndim)]
+        view[torch.meshgrid(*index, indexing="ij")] = value
+        p.detach().copy_(view)
+    return zeroed
+
+
 @pytest.mark.parametrize(
     ("kind", "structure"), [("llama", "uneven"), ("llama", "auto"), ("gpt2", "auto"), ("vit", "even")]
 )
@@ -92,13 +104,7 @@ def test_units_are_gone_and_the_network_is_the_masked_one(kind: str, structure: 
     count = sum(p.numel() for p in done.model.parameters()) / sum(p.numel() for p in model.parameters())
     assert 0.8 < count <= float(share.rstrip("%")) / 100
     assert type(done.model) is type(model) and done.plan.removed
-    # a network of the old widths with the small one's weights in it and zeros in what reads the rest gives the same
-    zeroed = network(kind)
-    for name, p in zeroed.named_parameters():
-        value, view = done.model.get_parameter(name).detach(), torch.zeros_like(p)
-        index = [done.plan.kept(name, d) for d in range(p.ndim)]
-        view[torch.meshgrid(*index, indexing="ij")] = value
-        p.detach().copy_(view)
+    zeroed = in_old_widths(kind, done)
     inputs = {"pixel_values": data[0][0]} if kind == "vit" else {"input_ids": ids(3, 7, seed=9)}
     for mode in (True, False):
         for m in (zeroed, done.model):
@@ -119,15 +125,15 @@ def test_long_texts_are_traced_by_their_first_tokens(monkeypatch) -> None:
     monkeypatch.setattr(job, "trace", lambda model, given, **more: traced.append(given) or ockham.trace(model, given))
     model, windows = network("llama"), [ids(2, 80, seed=i) for i in range(4)]
     done = prune(model, windows, structure="uneven", budget={"macs": "85%"})
-    assert [tuple(t.shape) for (t,) in traced] == [(2, 32)]
+    assert [tuple(t.shape) for (t,) in traced] == [(1, 32)]
     left = {name: tuple(p.shape) for name, p in done.model.named_parameters()}
     layers = sum(math.prod(s) for n, s in left.items() if "layers" in n and len(s) == 2) + 24 * 64
     heads = sum(left[f"model.layers.{i}.self_attn.q_proj.weight"][0] for i in range(3))
     assert cost(done.model, windows[0]).macs == 2 * 80 * (layers + 2 * 80 * heads)  # windows as they are
     assert cost(done.model, windows[0]).macs <= 0.85 * cost(model, windows[0]).macs
-    ockham.verify(
-        ockham.mask(done.model, ockham.plan(ockham.trace(done.model, windows[0]), {})), done.model, windows[0]
-    )
+    with torch.no_grad():
+        found, expected = done.model.eval()(windows[0]).logits, in_old_widths("llama", done).eval()(windows[0]).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_only_numbers_and_masks_of_texts_are_cut() -> None:
