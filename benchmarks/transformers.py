@@ -198,13 +198,15 @@ class Bench:
         return sum(int((v == 0).sum()) for v in values) / sum(v.numel() for v in values)
 
 
-def ours(bench: Bench, target: str, *, even: bool = False, chosen: bool = True, sides: float = 0.3) -> dict[str, Any]:
+def ours(
+    bench: Bench, target: str, *, even: bool = False, chosen: bool = True, sides: float = 0.3, mend: bool = True
+) -> dict[str, Any]:
     keep = targets(bench, target, even)
     share = "2-4" if target == "2:4" else target
     damping = bench.damping(keep, share) if chosen else {matrix_kind(k): Damping(0.05, sides) for k in keep}
     n_data = TERMS_PER_WEIGHT * bench.found.weights
     evidence = reduce_blocks_(
-        bench.model, bench.cases, bench.found.dense, Orders(keep, damping, n_data), on_block=_told("ours")
+        bench.model, bench.cases, bench.found.dense, Orders(keep, damping, n_data, mend=mend), on_block=_told("ours")
     )
     return {"evidence": sum(e.nats for e in evidence.values()), "cost": sum(e.cost for e in evidence.values())}
 
@@ -250,11 +252,13 @@ def stopped(bench: Bench, target: str) -> dict[str, Any]:
     return {"shots": told, "kept": None if best is None else best.keep_share}
 
 
-def units(bench: Bench, target: str, *, even: bool = False, ridge: float = 0.5) -> dict[str, Any]:
+def units(
+    bench: Bench, target: str, *, even: bool = False, ridge: float = 0.5, mend: bool = True, heads: bool = True
+) -> dict[str, Any]:
     """Ours: whole units, in the order of their exact joint cost per parameter, and a refit."""
     dense, example = bench.found.dense, dict(bench.cases[0].kwargs) or bench.cases[0].args
     groups = trace(bench.model, traced_inputs(bench.cases[0]))
-    readers = readers_of(groups, dense.maps)
+    readers = [r for r in readers_of(groups, dense.maps) if heads or "mlp" in r.key]
     curves = [unit_curve(r, dense, 0.01) for r in readers]
     whole = sum(p.numel() for p in bench.model.parameters())
     limit = budget_from({"params": whole - (1 - float(target)) * block_parameters(bench)})
@@ -268,6 +272,7 @@ def units(bench: Bench, target: str, *, even: bool = False, ridge: float = 0.5) 
         damping=ridge,
         n_data=TERMS_PER_WEIGHT * bench.found.weights,
         on_block=_told("units"),
+        mending=bench.found.samples if mend else (),
     )
     left = {k: int(v.sum()) for k, v in keep.items()}
     return {"evidence": sum(e.nats for e in evidence.values()), "left": left, "ridge": ridge}
@@ -302,11 +307,15 @@ METHODS: dict[str, Callable[[Bench, str], dict[str, Any]]] = {
     "ours, equal shares": lambda b, t: ours(b, t, even=True),
     "ours, lambda .05 and tau .3 everywhere": lambda b, t: ours(b, t, chosen=False),
     "ours, input side only (tau 1)": lambda b, t: ours(b, t, chosen=False, sides=1.0),
+    "ours, nothing makes up for drift": lambda b, t: ours(b, t, mend=False),
     "ours, the evidence stops": stopped,
     "units, ours": units,
     "units, ours, refit at .2": lambda b, t: units(b, t, ridge=0.2),
     "units, ours, refit at 1": lambda b, t: units(b, t, ridge=1.0),
     "units, ours, equally many": lambda b, t: units(b, t, even=True),
+    "units, ours, nothing makes up for drift": lambda b, t: units(b, t, mend=False),
+    "units, ours, MLPs only": lambda b, t: units(b, t, heads=False),
+    "units, ours, MLPs only, nothing makes up for drift": lambda b, t: units(b, t, heads=False, mend=False),
     "units, flap": flap,
     "magnitude": lambda b, t: rival(b, t, solver=lambda _: magnitude, lambdas=(0.0,)),
     "wanda": lambda b, t: rival(b, t, solver=lambda _: wanda, lambdas=(0.0,)),

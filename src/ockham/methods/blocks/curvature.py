@@ -22,14 +22,19 @@ from ockham.surgery.copies import configured
 __all__ = [
     "BlockCall",
     "BlockMap",
+    "Drift",
     "FactorStore",
+    "Levels",
     "Stream",
     "add_curvature_",
+    "answer_without",
+    "drift_of",
     "evaluating_blocks",
     "find_blocks",
     "map_of",
     "rows_of",
     "weights_of",
+    "writers_of",
 ]
 
 
@@ -145,10 +150,12 @@ class Stream:
         return found
 
     @torch.no_grad()
-    def advance(self, calls: Sequence[BlockCall]) -> None:
-        """Run the block at hand as it is now and go on to the next."""
+    def advance(self, calls: Sequence[BlockCall]) -> list[Any]:
+        """Run the block at hand as it is now and go on to the next; what it answered, for each case."""
+        given = []
         for answers, (args, kwargs) in zip(self._answers, calls, strict=True):
             answers[self.at] = self._blocks[self.at](*args, **kwargs)
+            given.append(answers[self.at])
             for i in [i for i in answers if self._last[i] <= self.at]:
                 # tensors of the same shape without memory: nothing reads them, and what did would read NaN
                 answers[i] = pytree.tree_map_only(
@@ -157,6 +164,7 @@ class Stream:
                     answers[i],
                 )
         self.at += 1
+        return given
 
     def _last_readers(self) -> list[int]:
         """For each block the last one that reads its answer, directly or through code between them.
@@ -193,6 +201,7 @@ class Stream:
 
 
 _INDEX = "index.json"
+_RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -342,6 +351,194 @@ def rows_of(use: Use, mask: Tensor | None) -> Tensor:
     if mask is None or rows.shape[1] != mask.numel():
         return rows
     return rows[:, mask.flatten()]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Drift:
+    """What a matrix of a reduced network sees, and what lacks in its block's output. Sums over rows.
+
+    Attributes:
+        inputs: A of the data that decide, ``[inputs, inputs]``.
+        missing: C = sum r x', ``[outputs, inputs]``, of them: r is the dense network's output less the present one.
+        held_inputs: A of the data that judge.
+        held_missing: C of the data that judge.
+    """
+
+    inputs: Tensor
+    missing: Tensor
+    held_inputs: Tensor
+    held_missing: Tensor
+
+    def correction(self, outputs: Tensor, keep: Tensor | None = None) -> Tensor:
+        r"""Change of the matrix that makes up for what lacks, as far as held-out data bear it out.
+
+            D = a C (A + l mean(diag A) I)^-1
+
+        ``l`` and ``a`` in [0, 1] are those with which the data that judge have the least sum of (r - D x)' G (r - D x);
+        ``a`` is known in closed form. D is then made anew from all data.
+
+        Args:
+            outputs: G of the matrix, ``[outputs, outputs]``: what a change of the block's output does to the loss.
+            keep: boolean ``[inputs]``, True = may be used; None: all.
+
+        Returns:
+            ``[outputs, inputs]``, zero where nothing is borne out.
+        """
+        some = slice(None) if keep is None else keep
+        fit, missing, held, lacks = (
+            t.double()[..., some] for t in (self.inputs, self.missing, self.held_inputs, self.held_missing)
+        )
+        fit, held = fit[some], held[some]
+        values, vectors = torch.linalg.eigh(fit)
+        g = outputs.double()
+        turned, seen, wanted = missing @ vectors, vectors.mT @ held @ vectors, g @ lacks @ vectors
+        best, share, ridge = 0.0, 0.0, 1.0
+        for each in _RIDGES:
+            change = turned / (values.clamp_min(0) + each * values.mean())
+            along, bend = float((wanted * change).sum()), float(((g @ change @ seen) * change).sum())
+            step = min(1.0, max(0.0, along / max(bend, 1e-30)))
+            gain = step * (2 * along - step * bend)
+            if gain > best:
+                best, share, ridge = gain, step, each
+        found = torch.zeros_like(self.missing)
+        if share:
+            a = fit + held
+            a.diagonal().add_(ridge * a.diagonal().mean())
+            solved = torch.linalg.solve(a, (missing + lacks).mT).mT
+            found[:, some] = (share * solved).to(found.dtype)
+        return found
+
+
+Levels = tuple[frozenset[str], ...]
+"""Keys of matrices by level: of a transformer's block the MLP's last matrix, then that of its attention."""
+
+
+@torch.no_grad()
+def writers_of(block: nn.Module, block_map: BlockMap, call: BlockCall) -> Levels:
+    """Matrices whose products are added, as they are, to what the block answers; level after level.
+
+    With the products of all earlier levels taken for zero, those of a level are. Of ``x + mlp(x + attention(x))`` the
+    MLP's last matrix is the first level and the attention's last matrix the second.
+    """
+    parameters = weights_of(block, block_map.name)
+    levels: list[frozenset[str]] = []
+    left = [k for k, m in block_map.matrices.items() if block_map.calls[k] == 1 and m.groups == 1]
+    left = [k for k in left if k == block_map.matrices[k].weight.name]
+    while left:
+        silent = frozenset[str]().union(*levels)
+        before = answer_without(block, parameters, call, silent)
+        added = {k: _pushed(block, parameters, call, silent, k, before) for k in left} if before is not None else {}
+        found = frozenset(k for k, is_added in added.items() if is_added)
+        if not found:
+            break
+        levels.append(found)
+        left = [k for k in left if k not in found]
+    return tuple(levels)
+
+
+def answer_without(
+    block: nn.Module, parameters: Mapping[str, Tensor], call: BlockCall, silent: Collection[str]
+) -> Tensor | None:
+    """What a block answers (the first floating tensor of it) where the products of some matrices are taken for zero."""
+    args, kwargs = call
+    if not silent:
+        return _output(block(*args, **kwargs))
+
+    def silence(use: Use, result: Tensor) -> None:
+        if use.matrix.key in silent:
+            result.zero_()
+
+    with Using(parameters, silence):
+        return _output(block(*args, **kwargs))
+
+
+def _pushed(
+    block: nn.Module,
+    parameters: Mapping[str, Tensor],
+    call: BlockCall,
+    silent: Collection[str],
+    key: str,
+    before: Tensor,
+) -> bool:
+    """True where noise on a matrix's product comes out of the block as it is."""
+    added: list[Tensor] = []
+
+    def push(use: Use, result: Tensor) -> None:
+        if use.matrix.key in silent:
+            result.zero_()
+        elif use.matrix.key == key and result.numel() == before.numel() and result.is_floating_point():
+            generator = torch.Generator(result.device).manual_seed(0)
+            noise = torch.randn(result.shape, generator=generator, device=result.device, dtype=result.dtype)
+            added.append(noise * before.std())
+            result.add_(added[0])
+
+    args, kwargs = call
+    with Using(parameters, push):
+        after = _output(block(*args, **kwargs))
+    if len(added) != 1 or after is None or after.shape != before.shape:
+        return False
+    expected = added[0].reshape(before.shape)
+    return bool((after - before - expected).norm() <= 1e-2 * expected.norm())
+
+
+@torch.no_grad()
+def drift_of(
+    block: nn.Module,
+    block_map: BlockMap,
+    key: str,
+    calls: Sequence[BlockCall],
+    cases: Sequence[Case],
+    *,
+    dense: Sequence[Tensor],
+    silent: Collection[str],
+    held: Collection[int],
+) -> Drift | None:
+    """What a matrix of `writers_of` sees, and what its block lacks, over all cases; None where it is not used.
+
+    Args:
+        block: the block as it is now.
+        block_map: its matrices.
+        key: the matrix.
+        calls: what the block is called with.
+        cases: the data.
+        dense: what the dense network's block answers without the silent ones.
+        silent: matrices of earlier levels.
+        held: cases that judge.
+    """
+    parameters = weights_of(block, block_map.name)
+    sums: list[list[Tensor]] = [[], []]
+    for i, ((args, kwargs), case) in enumerate(zip(calls, cases, strict=True)):
+        uses: list[tuple[Use, Tensor]] = []
+
+        def note(use: Use, result: Tensor, uses: list[tuple[Use, Tensor]] = uses) -> None:
+            if use.matrix.key == key:
+                uses.append((use, result))
+            elif use.matrix.key in silent:
+                result.zero_()
+
+        with Using(parameters, note):
+            answer = _output(block(*args, **kwargs))
+        if not uses or answer is None:
+            continue
+        use, result = uses[0]
+        lacks = use.gradients((dense[i] - answer).reshape(result.shape))
+        rows = rows_of(use, case.mask)[0].float()
+        if case.mask is not None and lacks.shape[1] == case.mask.numel():
+            lacks = lacks[:, case.mask.flatten()]
+        part = sums[i in held]
+        if not part:
+            part += [rows.new_zeros(1, rows.shape[1], rows.shape[1]), rows.new_zeros(lacks.shape[2], rows.shape[1])]
+        add_gram_(part[0], rows[None])
+        part[1] += lacks[0].float().mT @ rows
+    if not (sums[0] and sums[1]):
+        return None
+    (a, c), (held_a, held_c) = sums
+    return Drift(symmetric(a)[0], c, symmetric(held_a)[0], held_c)
+
+
+def _output(answer: Any) -> Tensor | None:
+    """The first floating tensor of what a block answers."""
+    return next((t for t in pytree.tree_leaves(answer) if isinstance(t, Tensor) and t.is_floating_point()), None)
 
 
 def add_curvature_(

@@ -253,6 +253,7 @@ class BlockJob:
                 damping=self._settings.unit_damping,
                 n_data=self._settings.n_data or TERMS_PER_WEIGHT * found.weights,
                 on_block=teller("reduction"),
+                mending=found.samples,
             )
             if self._settings.posterior:
                 n_data = self._settings.n_data or TERMS_PER_WEIGHT * found.weights
@@ -366,12 +367,17 @@ class BlockJob:
         dense, done = found.dense, 0
         before: dict[str, MatrixEvidence] = {}
         while done < len(dense.blocks) and (folder / f"{done}.json").exists():
-            state = dense.blocks[done].state_dict()
-            for name, value in load_file(folder / f"{done}.safetensors").items():
-                state[name].copy_(value)
             before |= {k: MatrixEvidence(**v) for k, v in read_json(folder / f"{done}.json").items()}
             done += 1
         tell = teller("reduction")
+
+        def finished(j: int) -> bool:
+            if j >= done:
+                return False
+            state = dense.blocks[j].state_dict()
+            for name, value in load_file(folder / f"{j}.safetensors").items():
+                state[name].copy_(value)
+            return True
 
         def on_block(count: int, evidence: Mapping[str, MatrixEvidence]) -> None:
             j = count - 1
@@ -383,8 +389,10 @@ class BlockJob:
             tell(count, len(dense.blocks))
 
         if done == len(dense.blocks):
+            for j in range(done):
+                finished(j)
             return before
-        return before | reduce_blocks_(model, cases, dense, orders, done=done, on_block=on_block)
+        return before | reduce_blocks_(model, cases, dense, orders, finished=finished, on_block=on_block)
 
     def _until_the_evidence_ends(
         self, model: nn.Module, cases: Sequence[Case], found: Study, orders: Orders, folder: Path

@@ -17,13 +17,18 @@ from ockham.methods.blocks.cases import Case, CaseObjective
 from ockham.methods.blocks.curvature import (
     BlockCall,
     BlockMap,
+    Drift,
     FactorStore,
+    Levels,
     Stream,
     add_curvature_,
+    answer_without,
+    drift_of,
     find_blocks,
     map_of,
     rows_of,
     weights_of,
+    writers_of,
 )
 from ockham.methods.blocks.solve import (
     Damping,
@@ -50,6 +55,7 @@ from ockham.methods.blocks.stop import (
 
 __all__ = [
     "Dense",
+    "DenseAnswers",
     "MatrixEvidence",
     "Orders",
     "Study",
@@ -106,6 +112,7 @@ class Orders:
         n_data: terms behind the trained weights, for the evidence.
         rounds: rounds of removal.
         steps: conjugate gradient steps after a round and after the last.
+        mend: True lets the last matrices of a block's branches make up for what the reduced blocks lack (`Drift`).
     """
 
     keep: Mapping[str, float | NofM]
@@ -113,6 +120,7 @@ class Orders:
     n_data: float
     rounds: int = 4
     steps: tuple[int, int] = (3, 8)
+    mend: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +155,62 @@ OnBlock = Callable[[int, Mapping[str, MatrixEvidence]], None]
 """Called after a block with (blocks done, evidence so far)."""
 
 
+class DenseAnswers:
+    """What the dense network's blocks answer to the calibration data, and what of it the reduced ones lack.
+
+    Args:
+        model: network as `prepared` leaves it, its weights still dense.
+        cases: calibration data; every fourth judges.
+        dense: its blocks and curvature.
+    """
+
+    def __init__(self, model: nn.Module, cases: Sequence[Case], dense: Dense) -> None:
+        self._cases, self._dense, self._held = cases, dense, held_out(len(cases))
+        self._stream = Stream(model, cases, dense.blocks)
+        self._levels: dict[frozenset[str], Levels] = {}  # names of a block's matrices to levels of such names
+        self._answers: list[list[Tensor]] = []  # by level
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Run the next block, which is dense yet."""
+        if not self._held:
+            return
+        j, calls = self._stream.at, self._stream.calls()
+        block, block_map = self._dense.blocks[j], self._dense.maps[j]
+        look, within = self._look(j)
+        if look not in self._levels:
+            levels = writers_of(block, block_map, calls[0])
+            self._levels[look] = tuple(frozenset(k[within:] for k in level) for level in levels)
+        parameters, self._answers = weights_of(block, block_map.name), []
+        for level in range(len(self._levels[look])):
+            silent = self._silent(j, level)
+            found = [answer_without(block, parameters, call, silent) for call in calls]
+            self._answers.append([t for t in found if t is not None])
+        self._stream.advance(calls)
+
+    def drift(self, key: str, j: int, calls: Sequence[BlockCall]) -> Drift | None:
+        """What a matrix can make up for; None where it is not the last of a residual branch, or no data can judge."""
+        if not self._held:
+            return None
+        look, within = self._look(j)
+        level = next((i for i, names in enumerate(self._levels[look]) if key[within:] in names), None)
+        if level is None:
+            return None
+        dense, silent = self._answers[level], self._silent(j, level)
+        block, block_map = self._dense.blocks[j], self._dense.maps[j]
+        return drift_of(block, block_map, key, calls, self._cases, dense=dense, silent=silent, held=self._held)
+
+    def _look(self, j: int) -> tuple[frozenset[str], int]:
+        block_map = self._dense.maps[j]
+        within = len(block_map.name)
+        return frozenset(k[within:] for k in block_map.matrices), within
+
+    def _silent(self, j: int, level: int) -> frozenset[str]:
+        """Keys of the matrices of earlier levels."""
+        names = frozenset[str]().union(*self._levels[self._look(j)[0]][:level])
+        return frozenset(self._dense.maps[j].name + n for n in names)
+
+
 @torch.no_grad()
 def reduce_blocks_(
     model: nn.Module,
@@ -154,32 +218,36 @@ def reduce_blocks_(
     dense: Dense,
     orders: Orders,
     *,
-    done: int = 0,
+    finished: Callable[[int], bool] = lambda j: False,
     on_block: OnBlock | None = None,
 ) -> dict[str, MatrixEvidence]:
     """Reduce the matrices of every block in place.
 
     Args:
-        model: network as `prepared` leaves it; its weights are still dense, except in the first ``done`` blocks.
+        model: network as `prepared` leaves it; its weights are still dense.
         cases: calibration data.
         dense: its blocks and curvature.
         orders: what to do.
-        done: blocks that are reduced already.
+        finished: function from a block's number to True where it is reduced already; it puts the weights there.
         on_block: function called after each block.
 
     Returns:
         Evidence of each reduced matrix.
     """
     stream = Stream(model, cases, dense.blocks)
+    whole = DenseAnswers(model, cases, dense) if orders.mend else None
     evidence: dict[str, MatrixEvidence] = {}
     for j, block_map in enumerate(dense.maps):
         calls = stream.calls()
+        if whole is not None:
+            whole.take()
         parameters = weights_of(dense.blocks[j], block_map.name)
-        for stage in block_map.stages if j >= done else ():
+        for stage in () if finished(j) else block_map.stages:
             wanted = [k for k in stage if k in orders.keep]
-            sums = inputs_of_stage(dense.blocks[j], block_map, wanted, calls, cases)
+            drifts = {k: d for k in wanted if whole is not None and (d := whole.drift(k, j, calls)) is not None}
+            sums = inputs_of_stage(dense.blocks[j], block_map, [k for k in wanted if k not in drifts], calls, cases)
             for key in wanted:
-                found = _reduced(key, block_map, parameters, sums, (dense, orders))
+                found = _reduced(key, block_map, parameters, sums, (dense, orders), drifts.get(key))
                 if found is not None:
                     evidence[key] = found
         stream.advance(calls)
@@ -237,10 +305,13 @@ def _reduced(
     parameters: Mapping[str, Tensor],
     sums: Mapping[str, Tensor],
     given: tuple[Dense, Orders],
+    drift: Drift | None,
 ) -> MatrixEvidence | None:
     """Reduce one matrix; None where no data reach it, and it stays."""
     dense, orders = given
     matrix, keep, inputs = block_map.matrices[key], orders.keep[key], sums.get(block_map.source[key])
+    if drift is not None:
+        inputs = (drift.inputs + drift.held_inputs)[None]
     if inputs is None or (not dense.store.has(f"G:{key}") and not dense.store.has(f"G:{key}.held")):
         return None
     outputs, scale = dense.outputs(key), dense.scale(block_map, key)
@@ -250,9 +321,10 @@ def _reduced(
     curvature = quadratic(inputs, outputs, orders.damping.get(matrix_kind(key), DEFAULT_DAMPING))
     worth = curvature.conditional()
     bias = matrix.bias is not None
-    small = sparse_matrix(target, curvature, worth, keep=keep, bias=bias, rounds=orders.rounds, steps=orders.steps)
+    wanted = target if drift is None else target + drift.correction(outputs[0])
+    small = sparse_matrix(wanted, curvature, worth, keep=keep, bias=bias, rounds=orders.rounds, steps=orders.steps)
     matrix.write(parameters, small)
-    change = matrix.read(parameters) - target
+    change = matrix.read(parameters) - wanted
     gone = (small == 0)[..., : target.shape[-1] - bias]
     volume = freed(target, worth, (inputs, outputs), scale, gone=gone, n_data=orders.n_data)
     cost = loss_increase(change, inputs, outputs, scale)

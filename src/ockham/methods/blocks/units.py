@@ -14,7 +14,7 @@ Reference: Hassibi & Stork 1993; An et al. 2024, FLAP, arXiv 2312.11983 (the bia
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,14 @@ from ockham.choose.prices import Budget, Subject, first_within, most_allowed
 from ockham.errors import OckhamError
 from ockham.methods.blocks.cases import Case
 from ockham.methods.blocks.curvature import BlockMap, Stream, weights_of
-from ockham.methods.blocks.reduction import Dense, MatrixEvidence, freed, inputs_of_stage, typical_precision
+from ockham.methods.blocks.reduction import (
+    Dense,
+    DenseAnswers,
+    MatrixEvidence,
+    freed,
+    inputs_of_stage,
+    typical_precision,
+)
 from ockham.methods.blocks.solve import damped, loss_increase, quadratic
 from ockham.methods.blocks.stop import DEFAULT_DAMPING, matrix_kind
 from ockham.surgery.copies import clone
@@ -256,6 +263,7 @@ def refit_units_(
     damping: float,
     n_data: float,
     on_block: Callable[[int, int], None],
+    mending: Collection[str] = (),
 ) -> dict[str, MatrixEvidence]:
     """Zero the columns that read units which go, and refit the others, block by block in place.
 
@@ -268,34 +276,42 @@ def refit_units_(
         damping: l of the refit.
         n_data: terms behind the trained weights, for the evidence.
         on_block: function called with (blocks done, blocks).
+        mending: keys of matrices that may make up for what the reduced blocks lack, where they can (`Drift`).
 
     Returns:
         Evidence of each matrix that reads fewer units now.
     """
     found: dict[str, MatrixEvidence] = {}
     stream = Stream(model, cases, dense.blocks)
+    whole = DenseAnswers(model, cases, dense) if mending else None
     for j, block_map in enumerate(dense.maps):
         calls, block = stream.calls(), dense.blocks[j]
+        if whole is not None:
+            whole.take()
         parameters = weights_of(block, block_map.name)
         mine = {r.key: r for r in readers if r.block == j and not bool(keep[r.group].all())}
         for stage in block_map.stages:
-            wanted = [k for k in stage if k in mine]
-            sums = inputs_of_stage(block, block_map, wanted, calls, cases)
-            for key in wanted:
-                matrix, inputs = block_map.matrices[key], sums[block_map.source[key]]
-                stays = torch.ones(inputs.shape[-1], dtype=torch.bool, device=inputs.device)
-                stays[mine[key].columns[~keep[mine[key].group]].flatten().to(inputs.device)] = False
-                weight = matrix.read(parameters)
-                small = refitted(weight[0], inputs[0], stays, damping)[None]
-                matrix.write(parameters, small)
-                outputs, scale = dense.outputs(key), dense.scale(block_map, key)
-                worth = quadratic(inputs, outputs, DEFAULT_DAMPING).conditional()
-                gone = (~stays).expand_as(weight)[..., : weight.shape[-1] - (matrix.bias is not None)]
-                volume = freed(weight, worth, (inputs, outputs), scale, gone=gone, n_data=n_data)
-                cost = loss_increase(small - weight, inputs, outputs, scale)
-                kept = 1 - float(gone.float().mean())
-                found[key] = MatrixEvidence(
-                    block_map.name, gone.numel(), kept, cost, volume, n_data, typical_precision(weight)
+            may = [k for k in stage if k in mending]
+            drifts = {k: d for k in may if whole is not None and (d := whole.drift(k, j, calls)) is not None}
+            sums = inputs_of_stage(block, block_map, [k for k in stage if k in mine and k not in drifts], calls, cases)
+            for key in (k for k in stage if k in mine or k in drifts):
+                matrix, drift = block_map.matrices[key], drifts.get(key)
+                inputs = sums[block_map.source[key]][0] if drift is None else drift.inputs + drift.held_inputs
+                weight, stays = matrix.read(parameters), torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
+                small = weight
+                if key in mine:
+                    stays[mine[key].columns[~keep[mine[key].group]].flatten().to(inputs.device)] = False
+                    small = refitted(weight[0], inputs, stays, damping)[None]
+                    outputs, scale = dense.outputs(key), dense.scale(block_map, key)
+                    worth = quadratic(inputs[None], outputs, DEFAULT_DAMPING).conditional()
+                    gone = (~stays).expand_as(weight)[..., : weight.shape[-1] - (matrix.bias is not None)]
+                    volume = freed(weight, worth, (inputs[None], outputs), scale, gone=gone, n_data=n_data)
+                    cost = loss_increase(small - weight, inputs[None], outputs, scale)
+                    kept = 1 - float(gone.float().mean())
+                    prior = typical_precision(weight)
+                    found[key] = MatrixEvidence(block_map.name, gone.numel(), kept, cost, volume, n_data, prior)
+                matrix.write(
+                    parameters, small if drift is None else small + drift.correction(dense.outputs(key)[0], stays)
                 )
         stream.advance(calls)
         on_block(j + 1, len(dense.maps))

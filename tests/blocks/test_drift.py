@@ -1,0 +1,199 @@
+"""What a reduced network lacks, and the last matrix of a block that makes up for it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ockham.methods.blocks.cases import Case
+from ockham.methods.blocks.curvature import (
+    Drift,
+    answer_without,
+    drift_of,
+    find_blocks,
+    map_of,
+    weights_of,
+    writers_of,
+)
+from ockham.methods.blocks.job import PruneSettings
+from ockham.methods.blocks.prune import prune
+from ockham.methods.blocks.reduction import Orders, reduce_blocks_
+from ockham.methods.blocks.solve import Damping
+from ockham.methods.blocks.stop import matrix_kind
+
+from .networks import batches, ids, network
+from .test_curvature import studied
+
+G = torch.diag(torch.tensor([1.0, 3.0, 0.2, 1.0])) + 0.1
+
+
+def sums(x: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    return x.T @ x, r.T @ x
+
+
+def drift(rows: int, noise: float, seed: int = 0) -> tuple[Drift, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Six inputs, four outputs: r = M x + noise."""
+    g = torch.Generator().manual_seed(seed)
+    mixing, truth = torch.randn(6, 6, generator=g), torch.randn(4, 6, generator=g)
+    x, held = (torch.randn(n, 6, generator=g) @ mixing for n in (rows, rows // 3))
+    r, lacks = (v @ truth.T + noise * torch.randn(len(v), 4, generator=g) for v in (x, held))
+    return Drift(*sums(x, r), *sums(held, lacks)), (x, r, held, lacks)
+
+
+@pytest.mark.parametrize(("rows", "noise"), [(30, 1.0), (30, 30.0), (300, 3.0)])
+def test_the_correction_is_the_best_of_a_grid_on_held_out_rows(rows: int, noise: float) -> None:
+    found, (x, r, held, lacks) = drift(rows, noise)
+    best = (float(((lacks @ G) * lacks).sum()), torch.zeros(4, 6))
+    for ridge in (0.03, 0.1, 0.3, 1.0, 3.0, 10.0):
+        penalty = (ridge * x.square().sum() / 6).sqrt() * torch.eye(6)  # ridge as six more rows of a least squares
+        d = torch.linalg.lstsq(torch.cat([x, penalty]), torch.cat([r, torch.zeros(6, 4)])).solution.T
+        every, wanted = torch.cat([x, held]), torch.cat([r, lacks])
+        penalty = (ridge * every.square().sum() / 6).sqrt() * torch.eye(6)
+        anew = torch.linalg.lstsq(torch.cat([every, penalty]), torch.cat([wanted, torch.zeros(6, 4)])).solution.T
+        for share in torch.linspace(0, 1, 2001):
+            rest = lacks - share * held @ d.T
+            left = float(((rest @ G) * rest).sum())
+            if left < best[0]:
+                best = (left, share * anew)
+    torch.testing.assert_close(found.correction(G), best[1], rtol=2e-3, atol=1e-3 * float(best[1].norm() + 1e-3))
+
+
+def test_nothing_is_made_up_for_where_held_out_rows_speak_against_it() -> None:
+    found, (_x, _r, _held, _lacks) = drift(300, 0.1)
+    against = Drift(found.inputs, found.missing, found.held_inputs, -found.held_missing)
+    assert not bool(against.correction(G).any())
+    assert bool(found.correction(G).any())
+
+
+def test_only_columns_that_stay_are_used() -> None:
+    found, (x, r, held, lacks) = drift(300, 3.0)
+    keep = torch.tensor([True, False, True, True, False, True])
+    less = Drift(*sums(x[:, keep], r), *sums(held[:, keep], lacks)).correction(G)
+    got = found.correction(G, keep)
+    torch.testing.assert_close(got[:, keep], less)
+    assert not bool(got[:, ~keep].any())
+
+
+class Parallel(nn.Module):
+    """A block of two branches side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(6, 6), nn.Linear(6, 9), nn.Linear(9, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.one(x) + self.three(torch.tanh(self.two(x)))
+
+
+class Serial(Parallel):
+    """A block of two branches one after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.one(x)
+        return x + self.three(torch.tanh(self.two(x)))
+
+
+class PostNorm(nn.Module):
+    """A block that ends in a normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm = nn.Linear(6, 6), nn.LayerNorm(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.one(torch.tanh(x)))
+
+
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        (Parallel(), [{"b.one.weight", "b.three.weight"}]),
+        (Serial(), [{"b.three.weight"}, {"b.one.weight"}]),
+        (PostNorm(), []),
+        (nn.Sequential(nn.Linear(6, 6), nn.ReLU()), []),
+        (nn.Sequential(nn.ReLU(), nn.Linear(6, 6)), [{"b.1.weight"}]),
+    ],
+)
+def test_writers_are_those_whose_products_are_added_as_they_are(block: nn.Module, expected: list[set[str]]) -> None:
+    call = ((torch.randn(5, 6, generator=torch.Generator().manual_seed(0)),), {})
+    before = {n: p.clone() for n, p in block.named_parameters()}
+    assert writers_of(block, map_of("b", block, call), call) == tuple(expected)
+    assert all(torch.equal(before[n], p) for n, p in block.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("llama", [{"mlp.down_proj.weight"}, {"self_attn.o_proj.weight"}]),
+        ("gpt2", [{"mlp.c_proj.weight"}, {"attn.c_proj.weight"}]),
+        ("bert", []),
+    ],
+)
+def test_writers_of_transformers(kind: str, expected: list[set[str]], tmp_path: Path) -> None:
+    model = network(kind).eval()
+    found, _, cases = studied(model, batches(kind), tmp_path)
+    name, block = find_blocks(model, cases[0])[1]
+    calls: list = []
+    handle = block.register_forward_pre_hook(lambda m, a, k: calls.append((a, k)), with_kwargs=True)
+    with torch.no_grad():
+        model(*cases[0].args, **cases[0].kwargs)
+    handle.remove()
+    levels = writers_of(block, found.dense.maps[1], calls[0])
+    assert [{k.removeprefix(name + ".") for k in level} for level in levels] == expected
+
+
+def test_what_lacks_at_a_branch_is_measured_where_it_ends() -> None:
+    torch.manual_seed(0)
+    block, dense = Serial(), Serial()
+    cases = [Case((torch.randn(5, 6),), {}) for _ in range(4)]
+    calls = [(c.args, {}) for c in cases]
+    block_map = map_of("b", block, calls[0])
+    answers = [answer_without(dense, weights_of(dense, "b"), c, {"b.three.weight"}) for c in calls]
+    found = drift_of(block, block_map, "b.one.weight", calls, cases, dense=answers, silent={"b.three.weight"}, held={3})
+    x, held = torch.cat([c.args[0] for c in cases[:3]]), cases[3].args[0]
+    with torch.no_grad():
+        r, lacks = (dense.one(v) - block.one(v) for v in (x, held))
+    x, held = (torch.cat([v, torch.ones(len(v), 1)], 1) for v in (x, held))
+    for got, wanted in zip((found.inputs, found.missing), sums(x, r), strict=True):
+        torch.testing.assert_close(got, wanted)
+    for got, wanted in zip((found.held_inputs, found.held_missing), sums(held, lacks), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_reduced_network_lacks_less_where_its_blocks_make_up_for_it(tmp_path: Path) -> None:
+    windows = [ids(2, 48, seed=i) for i in range(24)]
+    far = {}
+    for mend in (True, False):
+        model = network("llama")
+        dense = copy.deepcopy(model)
+        found, _, cases = studied(model, windows, tmp_path / str(mend))
+        damping = {matrix_kind(k): Damping(0.1, 1.0) for k in found.samples}
+        reduce_blocks_(model, cases, found.dense, Orders(dict.fromkeys(found.samples, 0.3), damping, 1e4, mend=mend))
+        fresh = [ids(2, 48, seed=100 + i) for i in range(6)]
+        with torch.no_grad():
+            pairs = [(model.model(w)[0], dense.model(w)[0]) for w in fresh]
+        far[mend] = sum(float((a - b).square().mean()) for a, b in pairs)
+    assert far[True] < 0.97 * far[False]
+
+
+def test_what_is_to_be_left_alone_makes_up_for_nothing() -> None:
+    model = network("llama")
+    windows = [ids(2, 32, seed=i) for i in range(8)]
+    done = prune(model, windows, keep_share=0.4, settings=PruneSettings(ignore=["re:down_proj"]))
+    for name, p in model.named_parameters():
+        if "down_proj" in name:
+            assert torch.equal(done.model.get_parameter(name), p), name
+    done = prune(
+        model,
+        windows,
+        structure="uneven",
+        budget={"params": "93%"},
+        settings=PruneSettings(ignore=["re:down_proj"]),
+    )
+    for name, p in model.named_parameters():
+        if "down_proj" in name:
+            assert torch.equal(done.model.get_parameter(name), p), name
