@@ -258,7 +258,7 @@ def units(
     """Ours: whole units, in the order of their exact joint cost per parameter, and a refit."""
     dense, example = bench.found.dense, dict(bench.cases[0].kwargs) or bench.cases[0].args
     groups = trace(bench.model, traced_inputs(bench.cases[0]))
-    readers = [r for r in readers_of(groups, dense.maps) if heads or "mlp" in r.key]
+    readers = [r for r in readers_of(groups, dense.maps) if heads or "mlp" in r.keys[0]]
     curves = [unit_curve(r, dense, 0.01) for r in readers]
     whole = sum(p.numel() for p in bench.model.parameters())
     limit = budget_from({"params": whole - (1 - float(target)) * block_parameters(bench)})

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ockham.methods.blocks.cases import Case, CaseObjective, cases_from, objective_for
 from ockham.methods.blocks.curvature import Stream, evaluating_blocks, find_blocks, map_of, weights_of
+from ockham.methods.blocks.prune import prune
 from ockham.methods.blocks.reduction import Study, study, surviving_posterior
 from ockham.methods.blocks.solve import Damping, Use, Using, add_gram_, symmetric
 from ockham.methods.blocks.stop import matrix_kind
@@ -231,3 +232,28 @@ def test_the_posterior_is_the_conditional_one_under_the_damped_factors(tmp_path:
     torch.testing.assert_close(got.precision[got.keep].double(), expected[got.keep], rtol=2e-3, atol=0.0)
     bias = posterior[key.replace("weight", "bias")]  # zero at the start, and no less alive
     torch.testing.assert_close(bias.precision.double(), p0 + 1e5 * h[:, -1], rtol=2e-3, atol=0.0)
+
+
+class Beside(nn.Module):
+    """Two layers that read one tensor, one of them with a bias (GPT-J's attention and MLP)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.biased, self.last = nn.Linear(6, 6, bias=False), nn.Linear(6, 9), nn.Linear(9, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.plain(x) + self.last(torch.tanh(self.biased(x)))
+
+
+def test_layers_with_and_without_a_bias_share_no_factor(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Beside(), Beside())
+    data = [(torch.randn(20, 6), torch.arange(20) % 6) for _ in range(4)]
+    found, _, cases = studied(model, data, tmp_path)
+    b = found.dense.maps[0]
+    x = torch.cat([c.args[0] for c in cases])
+    for key, columns in (("0.plain.weight", x), ("0.biased.weight", torch.cat([x, torch.ones(80, 1)], 1))):
+        torch.testing.assert_close(found.dense.inputs(b, key)[0], columns.T @ columns)
+    assert b.stages[0] == ("0.plain.weight", "0.biased.weight")
+    done = prune(model, data, keep_share=0.5)
+    assert done.keep_share == pytest.approx(0.5, abs=0.02)

@@ -16,7 +16,7 @@ from torch import nn
 from ockham.core.batch import Batch
 from ockham.core.likelihood import CausalLanguage, Loss
 from ockham.core.network import PruneProgress
-from ockham.errors import DataError, OckhamError
+from ockham.errors import DataError, OckhamError, OckhamWarning
 from ockham.methods.blocks.job import PruneSettings
 from ockham.methods.blocks.prune import prune
 from ockham.methods.blocks.solve import Damping
@@ -186,6 +186,20 @@ def test_a_network_without_blocks_is_one_block() -> None:
     done = prune(net, data, keep_share=0.5)
     assert set(done.evidence) == {"0.weight", "4.weight"} and set(done.evidence.blocks) == {""}
     assert not torch.equal(net[1].running_var, done.model[1].running_var)  # taken anew under the weights left
+
+
+def test_kinds_of_matrices_that_no_pattern_fits_stay_as_they_are() -> None:
+    torch.manual_seed(0)
+
+    def block() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1), nn.ReLU())
+
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sequential(block(), block()), nn.Flatten(), nn.Linear(8 * 36, 4))
+    data = [(torch.randn(16, 3, 6, 6), torch.arange(16) % 4) for _ in range(4)]
+    with pytest.warns(OckhamWarning, match="do not fit the pattern"):
+        done = prune(net, data, pattern="2:4")
+    assert done.shares.keys() == {"1.0.1.weight", "1.1.1.weight"}
+    assert set(done.shares.values()) == {0.5} and set(done.untouched) == {"1.0.0.weight", "1.1.0.weight"}
 
 
 def test_one_step_of_words_for_every_bad_argument() -> None:

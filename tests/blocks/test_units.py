@@ -46,12 +46,12 @@ def test_costs_of_units_are_those_of_brute_force(tmp_path: Path) -> None:
     model, data = mlp()
     found, _, cases = studied(model, data, tmp_path)
     reader = readers_of(ockham.trace(model, cases[0].args), found.dense.maps)[0]
-    assert reader.key == "0.down.weight" and tuple(reader.columns.shape) == (10, 1)
+    assert reader.keys == ("0.down.weight",) and tuple(reader.columns.shape) == (10, 1)
     curve = unit_curve(reader, found.dense, 0.05)
     b = found.dense.maps[0]
-    a, g = found.dense.inputs(b, reader.key)[0].double(), found.dense.outputs(reader.key)[0].double()
+    a, g = found.dense.inputs(b, reader.keys[0])[0].double(), found.dense.outputs(reader.keys[0])[0].double()
     a = a + 0.05 * a.diagonal().mean() * torch.eye(10).double()
-    h = torch.kron(g + 1e-12 * torch.eye(6), a) / found.dense.scale(b, reader.key)
+    h = torch.kron(g + 1e-12 * torch.eye(6), a) / found.dense.scale(b, reader.keys[0])
     w = model[0].down.weight.detach().double().flatten()
 
     def joint(gone: list[int]) -> float:
@@ -176,3 +176,29 @@ def test_budgets_that_cannot_be_met_say_what_can() -> None:
         prune(model, data, structure="uneven", budget={"params": "10%"})
     with pytest.raises(OckhamError, match="no unit"):
         prune(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), data, structure="uneven", budget={"params": "90%"})
+
+
+def test_width_inside_experts_goes_by_the_cost_over_all_of_them(tmp_path: Path) -> None:
+    model, data = network("mixtral"), batches("mixtral")
+    groups = ockham.trace(model, data[0])
+    found, _, _ = studied(model, data, tmp_path)
+    readers = [r for r in readers_of(groups, found.dense.maps) if "experts" in r.group]
+    assert [len(r.keys) for r in readers] == [4, 4, 4]
+    b, reader = found.dense.maps[1], readers[1]
+    curve = unit_curve(reader, found.dense, 0.05)
+    total = torch.zeros(40, dtype=torch.float64)
+    for key in reader.keys:  # the first unit that goes costs least over the experts
+        a, g = found.dense.inputs(b, key)[0].double(), found.dense.outputs(key)[0].double()
+        h = torch.linalg.inv(a + 0.05 * a.diagonal().mean() * torch.eye(40).double())
+        w = b.matrices[key].read(dict(model.named_parameters()))[0].double()
+        total += 0.5 * (w * (g @ w)).sum(0) / h.diagonal() / found.dense.scale(b, key)
+    first = int(total.argmin())
+    assert curve.order[0] == first and curve.costs[0] == pytest.approx(float(total[first]), rel=1e-4)
+
+    done = prune(model, data, structure="uneven", budget={"params": "85%"})
+    widths = [e.down_proj.shape[2] for e in (layer.mlp.experts for layer in done.model.model.layers)]
+    assert min(widths) < 40
+    ockham_input = ids(3, 9, seed=50)
+    with torch.no_grad():
+        wanted = in_old_widths("mixtral", done).eval()(ockham_input).logits
+        torch.testing.assert_close(done.model.eval()(ockham_input).logits, wanted, rtol=1e-4, atol=1e-5)

@@ -338,10 +338,12 @@ def map_of(name: str, block: nn.Module, call: BlockCall) -> BlockMap:
     whole = {m.weight.name for k, m in matrices.items() if k == m.weight.name}
     bad |= {m.weight.name for k, m in matrices.items() if k != m.weight.name and m.weight.name in whole}
     read = {m.key: s for m, s in uses}
-    source = {k: str(read[k]) if calls[k] == 1 and k == m.weight.name else k for k, m in matrices.items()}
+    alone = {k: calls[k] == 1 and k == m.weight.name for k, m in matrices.items()}
+    # A with the 1 of a bias is another than A without it
+    source = {k: f"{read[k]} {m.bias is not None}" if alone[k] else k for k, m in matrices.items()}
     stages: dict[str, list[str]] = {}
     for key, m in matrices.items():
-        stages.setdefault(source[key] if key == m.weight.name else m.weight.name, []).append(key)
+        stages.setdefault(str(read[key]) if alone[key] else m.weight.name, []).append(key)
     return BlockMap(name, matrices, tuple(tuple(s) for s in stages.values()), source, calls).without(bad)
 
 

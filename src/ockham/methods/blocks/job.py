@@ -228,9 +228,11 @@ class BlockJob:
     ) -> tuple[nn.Module, Plan, dict[str, MatrixEvidence]]:
         """A network in which the units are gone that a budget does not allow; ``model`` itself is left half done."""
         limit = budget_from(budget)
+        with evaluating_blocks(model):
+            (first, *_), _ = self._data(model)
+        groups = trace(model, traced_inputs(first), ignore=self._settings.ignore)  # experts as the network runs them
         with self._studied(model, "units") as (cases, found, _):
             example = dict(cases[0].kwargs) or cases[0].args
-            groups = trace(model, traced_inputs(cases[0]), ignore=self._settings.ignore)
             readers = readers_of(groups, found.dense.maps)
             if uniform and getattr(model, "config", None) is not None:
                 readers = describable(readers, groups, model)

@@ -504,7 +504,7 @@ def study_damping(
     store, kinds = found.dense.store, dict[str, list[tuple[int, str]]]()
     for j in found.tried:
         for key in found.dense.maps[j].matrices:
-            if key in found.samples:
+            if key in found.samples and key in keep:
                 kinds.setdefault(matrix_kind(key), []).append((j, key))
     chosen, every = {}, []
     for i, (kind, places) in enumerate(kinds.items()):

@@ -32,7 +32,7 @@ from ockham.methods.blocks.reduction import (
     inputs_of_stage,
     typical_precision,
 )
-from ockham.methods.blocks.solve import damped, loss_increase, quadratic
+from ockham.methods.blocks.solve import BlockMatrix, damped, loss_increase, quadratic
 from ockham.methods.blocks.stop import DEFAULT_DAMPING, matrix_kind
 from ockham.surgery.copies import clone
 from ockham.surgery.groups import Groups, Plan, plan_masks
@@ -55,18 +55,18 @@ _MOST_GONE = 2 / 3
 
 @dataclass(frozen=True, slots=True, eq=False)
 class UnitReader:
-    """A group of units and the one matrix that reads them.
+    """A group of units and the matrix that reads them, or the matrices of one parameter that do (experts).
 
     Attributes:
         group: id of the group.
         block: index of the block.
-        key: key of the matrix.
-        columns: ``[units, n]``, its columns that read each unit.
+        keys: keys of the matrices.
+        columns: ``[units, n]``, their columns that read each unit.
     """
 
     group: str
     block: int
-    key: str
+    keys: tuple[str, ...]
     columns: Tensor
 
 
@@ -87,19 +87,24 @@ class UnitCurve:
 
 def readers_of(groups: Groups, maps: Sequence[BlockMap]) -> list[UnitReader]:
     """Groups that live in one block and are read by whole columns of one matrix of it."""
-    places = {m.weight.name: (j, key, m) for j, b in enumerate(maps) for key, m in b.matrices.items() if m.groups == 1}
+    places: dict[str, list[tuple[int, str, BlockMatrix]]] = {}
+    for j, block_map in enumerate(maps):
+        for key, matrix in block_map.matrices.items():
+            if matrix.groups == 1:
+                places.setdefault(matrix.weight.name, []).append((j, key, matrix))
     found = []
     for group in groups:
         reading = [m for m in group.members if m.learned and m.consumes]
         if len(reading) != 1 or reading[0].name not in places:
             continue
         member = reading[0]
-        j, key, matrix = places[member.name]
+        (j, key, matrix), *more = places[member.name]
         inside = all(m.name.startswith(maps[j].name) for m in group.members)
-        if inside and key == member.name and member.dim == (0 if matrix.transposed else 1) and not member.makes:
+        slices = key != member.name  # one of several matrices in the parameter, along its first dimension
+        if inside and member.dim == (0 if matrix.transposed else 1) + slices and not member.makes:
             spread = torch.Size(matrix.weight.size[2:]).numel()  # the kernel of a convolution, 1 elsewhere
             columns = member.index.unsqueeze(-1) * spread + torch.arange(spread)
-            found.append(UnitReader(group.id, j, key, columns.flatten(1)))
+            found.append(UnitReader(group.id, j, (key, *(k for _, k, _ in more)), columns.flatten(1)))
     return found
 
 
@@ -127,34 +132,44 @@ def unit_curve(reader: UnitReader, dense: Dense, damping: float) -> UnitCurve:
         damping: l, share of A's mean diagonal.
     """
     block_map = dense.maps[reader.block]
-    matrix = block_map.matrices[reader.key]
-    weight = matrix.read(weights_of(dense.blocks[reader.block], block_map.name))[0]
-    a = damped(dense.inputs(block_map, reader.key), damping)
-    mean = dense.inputs(block_map, reader.key).diagonal(dim1=-2, dim2=-1).mean()
-    outputs = dense.outputs(reader.key)[0] * (mean / dense.scale(block_map, reader.key))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(a[0].double())).to(weight.dtype)
-    units = len(reader.columns)
-    columns = reader.columns.to(weight.device)
-    alive = torch.ones(units, dtype=torch.bool, device=weight.device)
+    parameters = weights_of(dense.blocks[reader.block], block_map.name)
+    weights, outputs, inverses = [], [], []
+    for key in reader.keys:
+        if not dense.store.has(f"G:{key}") and not dense.store.has(f"G:{key}.held"):
+            continue  # an expert that no data reach
+        a = damped(dense.inputs(block_map, key), damping)
+        mean = dense.inputs(block_map, key).diagonal(dim1=-2, dim2=-1).mean()
+        weights.append(block_map.matrices[key].read(parameters)[0])
+        outputs.append(dense.outputs(key)[0] * (mean / dense.scale(block_map, key)))
+        inverses.append(torch.cholesky_inverse(torch.linalg.cholesky(a[0].double())).to(weights[-1].dtype))
+    units, device = len(reader.columns), next(iter(parameters.values())).device
+    columns = reader.columns.to(device)
+    alive = torch.ones(units, dtype=torch.bool, device=device)
     order: list[int] = []
     costs: list[float] = []
-    while len(order) < min(units - 1, int(_MOST_GONE * units)):
-        cost = _costs(weight, outputs @ weight, inverse, columns).masked_fill(~alive, torch.inf)
-        some = min(_TOGETHER if columns.shape[1] == 1 else 1, min(units - 1, int(_MOST_GONE * units)) - len(order))
+    most = min(units - 1, int(_MOST_GONE * units))
+    while len(order) < most:
+        cost = torch.zeros(units, device=device)
+        for w, g, inverse in zip(weights, outputs, inverses, strict=True):
+            cost += _costs(w, g @ w, inverse, columns)
+        cost = cost.masked_fill(~alive, torch.inf)
+        some = min(_TOGETHER if columns.shape[1] == 1 else 1, most - len(order))
         gone = cost.topk(some, largest=False).indices
         order += gone.tolist()
         costs += cost[gone].tolist()
         alive[gone] = False
         p = columns[gone].flatten()
-        among = torch.linalg.solve(inverse[p][:, p].double(), inverse[p].double()).to(weight.dtype)
-        weight = weight - weight[:, p] @ among
-        inverse = inverse - inverse[:, p] @ among
-        weight[:, p] = 0
-        inverse.diagonal()[p] = 1  # so that what is gone divides by nothing
+        for i, inverse in enumerate(inverses):
+            among = torch.linalg.solve(inverse[p][:, p].double(), inverse[p].double()).to(inverse.dtype)
+            weights[i] = weights[i] - weights[i][:, p] @ among
+            inverses[i] = inverse - inverse[:, p] @ among
+            weights[i][:, p] = 0
+            inverses[i].diagonal()[p] = 1  # so that what is gone divides by nothing
     return UnitCurve(reader, tuple(order), tuple(max(0.0, c) for c in costs))
 
 
 def _costs(weight: Tensor, turned: Tensor, inverse: Tensor, columns: Tensor) -> Tensor:
+    """Nats per term of each unit by itself; rounding may leave one a little below zero."""
     if columns.shape[1] == 1:
         p = columns[:, 0]
         return 0.5 * (weight * turned).sum(0)[p] / inverse.diagonal()[p].clamp_min(1e-20)
@@ -289,13 +304,15 @@ def refit_units_(
         if whole is not None:
             whole.take()
         parameters = weights_of(block, block_map.name)
-        mine = {r.key: r for r in readers if r.block == j and not bool(keep[r.group].all())}
+        mine = {k: r for r in readers if r.block == j and not bool(keep[r.group].all()) for k in r.keys}
         for stage in block_map.stages:
             may = [k for k in stage if k in mending]
             drifts = {k: d for k in may if whole is not None and (d := whole.drift(k, j, calls)) is not None}
             sums = inputs_of_stage(block, block_map, [k for k in stage if k in mine and k not in drifts], calls, cases)
             for key in (k for k in stage if k in mine or k in drifts):
                 matrix, drift = block_map.matrices[key], drifts.get(key)
+                if drift is None and block_map.source[key] not in sums:
+                    continue  # an expert that no data reach: its columns go as they are
                 inputs = sums[block_map.source[key]][0] if drift is None else drift.inputs + drift.held_inputs
                 weight, stays = matrix.read(parameters), torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
                 small = weight
