@@ -268,7 +268,8 @@ def _causal(model: nn.Module, case: Case, tokens: Tensor, output: Callable[[Any]
         return False
     some = tokens[:1, :_PROBE]
     other = some.clone()
-    other[:, -1] = torch.where(other[:, -1] == 0, 1, 0)
+    given = tokens.unique()  # a token of the data where there is another: 0 is often padding
+    other[:, -1] = given[given != some[0, -1]][-1] if len(given) > 1 else torch.where(other[:, -1] == 0, 1, 0)
     answers = []
     for ids in (some, other):
         one = Case((ids,), {}) if case.args else Case((), {"input_ids": ids})

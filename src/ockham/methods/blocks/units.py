@@ -101,7 +101,8 @@ def readers_of(groups: Groups, maps: Sequence[BlockMap]) -> list[UnitReader]:
         (j, key, matrix), *more = places[member.name]
         inside = all(m.name.startswith(maps[j].name) for m in group.members)
         slices = key != member.name  # one of several matrices in the parameter, along its first dimension
-        if inside and member.dim == (0 if matrix.transposed else 1) + slices and not member.makes:
+        making, reads = matrix.weight.stride[:2][:: -1 if matrix.transposed else 1]
+        if inside and member.dim == (0 if reads > making else 1) + slices and not member.makes:
             spread = torch.Size(matrix.weight.size[2:]).numel()  # the kernel of a convolution, 1 elsewhere
             columns = member.index.unsqueeze(-1) * spread + torch.arange(spread)
             found.append(UnitReader(group.id, j, (key, *(k for _, k, _ in more)), columns.flatten(1)))
