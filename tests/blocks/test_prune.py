@@ -188,6 +188,15 @@ def test_a_network_without_blocks_is_one_block() -> None:
     assert not torch.equal(net[1].running_var, done.model[1].running_var)  # taken anew under the weights left
 
 
+def test_a_network_that_always_fills_a_cache() -> None:
+    import transformers as hf
+
+    torch.manual_seed(0)
+    config = hf.XLMConfig(vocab_size=TOKENS, emb_dim=24, n_layers=2, n_heads=4, n_langs=1, pad_index=0)
+    done = prune(hf.XLMModel(config), [ids(seed=i).clamp_min(1) for i in range(4)], keep_share=0.5)
+    assert done.keep_share == pytest.approx(0.5, abs=0.01)
+
+
 def test_kinds_of_matrices_that_no_pattern_fits_stay_as_they_are() -> None:
     torch.manual_seed(0)
 

@@ -34,12 +34,22 @@ __all__ = [
     "map_of",
     "rows_of",
     "weights_of",
+    "without_caches",
     "writers_of",
 ]
 
 
 BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
 """What a block is called with."""
+
+
+def without_caches(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BlockCall:
+    """A call without transformers' caches of past tokens, which a block that runs again would add to."""
+
+    def kept(value: Any) -> Any:
+        return None if "Cache" in type(value).__name__ else value
+
+    return tuple(kept(a) for a in args), {k: kept(v) for k, v in kwargs.items()}
 
 
 class _Reached(BaseException):
@@ -134,7 +144,7 @@ class Stream:
         found: list[BlockCall] = []
 
         def stop(*args: Any, **kwargs: Any) -> Any:
-            raise _Reached((args, kwargs))
+            raise _Reached(without_caches(args, kwargs))
 
         for case, answers in zip(self._cases, self._answers, strict=True):
             given = [lambda *_, i=i, answers=answers, **__: answers[i] for i in range(self.at)]
@@ -601,6 +611,7 @@ def _recomputed(block: nn.Module, *, alone: bool) -> Callable[..., Any]:
         return own
 
     def run(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = without_caches(args, kwargs)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         floats = [i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.is_floating_point()]
         if floats and not leaves[floats[0]].requires_grad:

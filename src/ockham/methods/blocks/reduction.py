@@ -28,6 +28,7 @@ from ockham.methods.blocks.curvature import (
     map_of,
     rows_of,
     weights_of,
+    without_caches,
     writers_of,
 )
 from ockham.methods.blocks.solve import (
@@ -534,7 +535,7 @@ def _maps(model: nn.Module, named: Sequence[tuple[str, nn.Module]], case: Case) 
     calls: dict[int, BlockCall] = {}
     handles = [
         b.register_forward_pre_hook(
-            lambda m, args, kwargs: calls.setdefault(id(m), (args, kwargs)) and None, with_kwargs=True
+            lambda m, args, kwargs: calls.setdefault(id(m), without_caches(args, kwargs)) and None, with_kwargs=True
         )
         for _, b in named
     ]
