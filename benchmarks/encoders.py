@@ -73,6 +73,7 @@ class Bench:
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = Embedder(AutoModel.from_pretrained(folder, dtype=torch.float32)).eval()
         self.seed = seed
+        self.scratch = TemporaryDirectory()  # the curvature that rivals' shares come from is taken once
         lines = lines_of(text / "valid.txt")
         order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(seed)).tolist()
         self.calibration = self.batches([lines[i] for i in order[:calibration]])
@@ -111,11 +112,17 @@ def rival(
         made: dict[float, nn.Module] = {}
         for damping in lambdas:
             small = copy.deepcopy(bench.model)
-            with evaluating_blocks(small) as device, TemporaryDirectory() as scratch, torch.no_grad():
+            with evaluating_blocks(small) as device, torch.no_grad():
                 cases = cases_from(bench.calibration, None, small, device)
                 objective = objective_for(small, cases[0], "auto", None)
                 found = study(
-                    small, cases, objective, folder=Path(scratch), seed=bench.seed, spared=(), on_case=lambda i, n: None
+                    small,
+                    cases,
+                    objective,
+                    folder=Path(bench.scratch.name),
+                    seed=bench.seed,
+                    spared=(),
+                    on_case=lambda i, n: None,
                 )
                 shares = shares_for(found.samples, keep) if shared else dict.fromkeys(found.samples, keep)
                 layerwise_(small, cases, found, solver(damping), shares, len(found.dense.maps))

@@ -1,7 +1,7 @@
 """`ockham.prune` on architectures nobody here wrote: a share, a pattern and whole units, each checked from outside.
 
-The right answer never comes from Ockham: zeros are counted in the parameters, a pattern is looked up along the inputs of the
-matrices, and a network that lost units is compared with one of the old widths that holds its weights and zeros elsewhere.
+The right answer never comes from Ockham: zeros are counted in the parameters, and a network that lost units is compared
+with one of the old widths that holds its weights, and zeros elsewhere.
 
     python benchmarks/prune_families.py [NAME ...] [--limit 240] [--again]
 
