@@ -202,3 +202,31 @@ def test_width_inside_experts_goes_by_the_cost_over_all_of_them(tmp_path: Path) 
     with torch.no_grad():
         wanted = in_old_widths("mixtral", done).eval()(ockham_input).logits
         torch.testing.assert_close(done.model.eval()(ockham_input).logits, wanted, rtol=1e-4, atol=1e-5)
+
+
+class Written(nn.Module):
+    """A residual MLP that multiplies by a transposed parameter of its own, as Falcon does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 10), nn.Parameter(torch.randn(6, 10) / 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tanh(self.up(x)) @ self.down.T
+
+
+def test_units_read_by_a_transposed_parameter_go(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Written(), Written())
+    data = mlp()[1]
+    found, _, cases = studied(model, data, tmp_path)
+    readers = readers_of(ockham.trace(model, cases[0].args), found.dense.maps)
+    assert [r.keys for r in readers] == [("0.down",), ("1.down",)]
+    done = prune(model, data, structure="uneven", budget={"params": "80%"})
+    full = nn.Sequential(Written(), Written())
+    with torch.no_grad():
+        for name, p in full.named_parameters():
+            kept = [done.plan.kept(name, d) for d in range(p.ndim)]
+            p.zero_()[torch.meshgrid(*kept, indexing="ij")] = done.model.get_parameter(name)
+        x = torch.randn(7, 6)
+        torch.testing.assert_close(done.model(x), full(x), rtol=1e-5, atol=1e-6)
