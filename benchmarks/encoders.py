@@ -101,8 +101,9 @@ class Bench:
         return (found * self.dense[id(sentences)]).sum(-1)
 
 
-def ours(bench: Bench, keep: float) -> tuple[nn.Module, dict[str, Any]]:
-    done = ockham.prune(bench.model, bench.calibration, keep_share=keep, settings=PruneSettings(seed=bench.seed))
+def ours(bench: Bench, keep: float, *, even: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+    settings = PruneSettings(seed=bench.seed, even=even)
+    done = ockham.prune(bench.model, bench.calibration, keep_share=keep, settings=settings)
     return done.model, {"damping": {k: [d.inputs, d.outputs] for k, d in done.damping.items()}}
 
 
@@ -189,6 +190,7 @@ METHODS: dict[str, tuple[float, Callable[[Bench, float], tuple[nn.Module, dict[s
     "ALPS": (0.5, rival(alps)),
     "ALPS, our shares": (0.5, rival(alps, shared=True)),
     "ours": (0.5, ours),
+    "ours, equal shares": (0.5, lambda b, k: ours(b, k, even=True)),
     "units: by size": (0.7, units_by_size),
     "units: FLAP": (0.7, flap),
     "units: ours, equally many": (0.7, units("even")),
