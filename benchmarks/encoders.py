@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 import ockham
+from harness import SEEDS, Benchmark, Option, Record, section
 from ockham.methods.blocks.cases import Case, cases_from, objective_for
 from ockham.methods.blocks.curvature import evaluating_blocks
 from ockham.methods.blocks.prune import PruneSettings
@@ -37,7 +37,6 @@ from ockham.methods.blocks.reduction import study
 from ockham.methods.blocks.stop import shares_for
 from pruning_rivals import Solver, alps, flap_, layerwise_, magnitude, sparsegpt, wanda
 
-RESULTS = HERE / "results" / "encoders"
 LAMBDAS = (0.01, 0.05, 0.1)
 BATCH, TOKENS = 32, 64
 
@@ -198,68 +197,52 @@ METHODS: dict[str, tuple[float, Callable[[Bench, float], tuple[nn.Module, dict[s
 }
 
 
+def measured(bench: Bench, name: str) -> Record:
+    """A method, and the cosines that its network has on the test's sentences."""
+    keep, method = METHODS[name]
+    began = time.process_time()
+    small, facts = method(bench, keep)
+    seconds = time.process_time() - began
+    cosines = bench.cosines(small, bench.test).double()
+    facts |= {"kept": keep, "cosine": float(cosines.mean()), "cosine_worst_tenth": float(cosines.quantile(0.1))}
+    return facts | {"cpu_seconds": seconds, "torch": torch.__version__}
+
+
 def run(args: argparse.Namespace) -> None:
-    RESULTS.mkdir(parents=True, exist_ok=True)
     for seed in args.seed:
-        bench: Bench | None = None
-        path = RESULTS / f"seed{seed}.json"
-        rows: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-        for name, (keep, method) in METHODS.items():
-            if name in rows or (args.only and name not in args.only):
-                continue
-            bench = bench or Bench(args.model, args.text, seed, args.calibration, args.test)
-            began = time.process_time()
-            small, facts = method(bench, keep)
-            seconds = time.process_time() - began
-            cosines = bench.cosines(small, bench.test).double()
-            facts |= {"kept": keep, "cosine": float(cosines.mean()), "cosine_worst_tenth": float(cosines.quantile(0.1))}
-            facts |= {"cpu_seconds": seconds, "calibration": args.calibration, "test": args.test}
-            facts |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
-            rows[name] = facts
-            path.write_text(json.dumps(rows, indent=1))
-            print(seed, name, f"{facts['cosine']:.4f}, {seconds:.0f} CPU s", flush=True)
+        bench = Bench(args.model, args.text, seed, args.calibration, args.test)
+        for name in METHODS:
+            if not args.only or name in args.only:
+                made = {"calibration": args.calibration, "test": args.test, "seed": seed}
+                BENCH.record(f"seed{seed}", lambda n=name, b=bench: measured(b, n), row=name, **made)
 
 
-def table() -> None:
-    every = {p.stem.removeprefix("seed"): json.loads(p.read_text()) for p in sorted(RESULTS.glob("seed*.json"))}
-    some = next(iter(next(iter(every.values())).values()))
-    lines = [
-        "# all-MiniLM-L6-v2, reduced in one sitting",
-        "",
-        f"`python benchmarks/encoders.py --model MODEL --text WIKITEXT --seed {' '.join(every)}`",
-        "",
-        f"Cosine of a sentence's embedding to the dense one's, {some['test']} sentences of wikitext-2 test, mean (and "
-        f"tenth percentile), a column a seed of the {some['calibration']} calibration sentences of valid.txt. Weights: "
-        "half of those in the blocks stay. Units: 70 % of the MLPs' units stay, nothing else goes. Processor seconds "
-        "are of one thread, means, the choice of damping included.",
-        "",
-        "| method | " + " | ".join(f"seed {s}" for s in every) + " | processor seconds |",
-        "| --- " * (len(every) + 2) + "|",
-    ]
+def pages() -> dict[str, list[str]]:
+    every = {stem.removeprefix("seed"): rows for stem, rows in BENCH.records("seed*").items()}
+    some = next((row for rows in every.values() for row in rows.values()), {"test": 0, "calibration": 0})
+    said = f"""`python benchmarks/encoders.py --model MODEL --text WIKITEXT --seed {" ".join(every)}`
+
+Cosine of a sentence's embedding to the dense one's, {some["test"]} sentences of wikitext-2 test, mean (and tenth
+percentile), a column a seed of the {some["calibration"]} calibration sentences of valid.txt. Weights: half of those in
+the blocks stay. Units: 70 % of the MLPs' units stay, nothing else goes. Processor seconds are of one thread of a shared
+machine, means, the choice of damping included."""
+    table = []
     for name in METHODS:
         rows = [found.get(name) for found in every.values()]
-        cells = [f"{r['cosine']:.4f} ({r['cosine_worst_tenth']:.4f})" if r else "–" for r in rows]
         spent = [r["cpu_seconds"] for r in rows if r]
-        if spent:
-            lines.append(f"| {name} | " + " | ".join(cells) + f" | {sum(spent) / len(spent):.0f} |")
-    RESULTS.with_suffix(".md").write_text("\n".join([*lines, ""]))
-    print("\n".join(lines))
+        cells = [f"{r['cosine']:.4f} ({r['cosine_worst_tenth']:.4f})" if r else "–" for r in rows]
+        table.append([name, *cells, f"{sum(spent) / len(spent):.0f}" if spent else "–"])
+    head = ["method", *(f"seed {s}" for s in every), "processor seconds"]
+    return {"encoders.md": section("# all-MiniLM-L6-v2, reduced in one sitting", said, head, table)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="folder of the encoder")
-    parser.add_argument("--text", type=Path, help="folder with valid.txt and test.txt")
-    parser.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--calibration", type=int, default=256, help="sentences")
-    parser.add_argument("--test", type=int, default=1000, help="sentences")
-    parser.add_argument("--only", nargs="*", help="methods by name")
-    parser.add_argument("--table", action="store_true", help="write the table only")
-    args = parser.parse_args()
-    if not args.table:
-        run(args)
-    table()
-
+BENCH = Benchmark(
+    __file__, __doc__, run, pages, seed=SEEDS,
+    model=Option(Path("model"), "folder of the encoder"),
+    text=Option(Path("text"), "folder with valid.txt and test.txt"),
+    calibration=Option(256, "sentences"), test=Option(1000, "sentences"), only=Option([], "methods by name"),
+)  # fmt: skip
+main = BENCH.main
 
 if __name__ == "__main__":
     main()

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ockham.methods.blocks.cases import Case
 from ockham.methods.blocks.curvature import (
-    Drift,
     answer_without,
     drift_of,
     find_blocks,
@@ -23,7 +22,7 @@ from ockham.methods.blocks.job import PruneSettings
 from ockham.methods.blocks.prune import prune
 from ockham.methods.blocks.reduction import Orders, reduce_blocks_
 from ockham.methods.blocks.solve import Damping
-from ockham.methods.blocks.stop import matrix_kind
+from ockham.methods.blocks.stop import Drift, matrix_kind
 
 from .networks import batches, ids, network
 from .test_curvature import studied

@@ -17,12 +17,12 @@ from ockham.core.files import read_json, write_json
 from ockham.errors import OckhamError
 from ockham.methods.blocks.cases import Case, CaseObjective
 from ockham.methods.blocks.solve import BlockMatrix, Use, Using, add_gram_, symmetric
+from ockham.methods.blocks.stop import Drift
 from ockham.surgery.copies import configured
 
 __all__ = [
     "BlockCall",
     "BlockMap",
-    "Drift",
     "FactorStore",
     "Levels",
     "Stream",
@@ -211,7 +211,6 @@ class Stream:
 
 
 _INDEX = "index.json"
-_RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -363,62 +362,6 @@ def rows_of(use: Use, mask: Tensor | None) -> Tensor:
     if mask is None or rows.shape[1] != mask.numel():
         return rows
     return rows[:, mask.flatten()]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Drift:
-    """What a matrix of a reduced network sees, and what lacks in its block's output. Sums over rows.
-
-    Attributes:
-        inputs: A of the data that decide, ``[inputs, inputs]``.
-        missing: C = sum r x', ``[outputs, inputs]``, of them: r is the dense network's output less the present one.
-        held_inputs: A of the data that judge.
-        held_missing: C of the data that judge.
-    """
-
-    inputs: Tensor
-    missing: Tensor
-    held_inputs: Tensor
-    held_missing: Tensor
-
-    def correction(self, outputs: Tensor, keep: Tensor | None = None) -> Tensor:
-        r"""Change of the matrix that makes up for what lacks, as far as held-out data bear it out.
-
-            D = a C (A + l mean(diag A) I)^-1
-
-        ``l`` and ``a`` in [0, 1] are those with which the data that judge have the least sum of (r - D x)' G (r - D x);
-        ``a`` is known in closed form. D is then made anew from all data.
-
-        Args:
-            outputs: G of the matrix, ``[outputs, outputs]``: what a change of the block's output does to the loss.
-            keep: boolean ``[inputs]``, True = may be used; None: all.
-
-        Returns:
-            ``[outputs, inputs]``, zero where nothing is borne out.
-        """
-        some = slice(None) if keep is None else keep
-        fit, missing, held, lacks = (
-            t.double()[..., some] for t in (self.inputs, self.missing, self.held_inputs, self.held_missing)
-        )
-        fit, held = fit[some], held[some]
-        values, vectors = torch.linalg.eigh(fit)
-        g = outputs.double()
-        turned, seen, wanted = missing @ vectors, vectors.mT @ held @ vectors, g @ lacks @ vectors
-        best, share, ridge = 0.0, 0.0, 1.0
-        for each in _RIDGES:
-            change = turned / (values.clamp_min(0) + each * values.mean())
-            along, bend = float((wanted * change).sum()), float(((g @ change @ seen) * change).sum())
-            step = min(1.0, max(0.0, along / max(bend, 1e-30)))
-            gain = step * (2 * along - step * bend)
-            if gain > best:
-                best, share, ridge = gain, step, each
-        found = torch.zeros_like(self.missing)
-        if share:
-            a = fit + held
-            a.diagonal().add_(ridge * a.diagonal().mean())
-            solved = torch.linalg.solve(a, (missing + lacks).mT).mT
-            found[:, some] = (share * solved).to(found.dtype)
-        return found
 
 
 Levels = tuple[frozenset[str], ...]

@@ -17,7 +17,6 @@ from ockham.methods.blocks.cases import Case, CaseObjective
 from ockham.methods.blocks.curvature import (
     BlockCall,
     BlockMap,
-    Drift,
     FactorStore,
     Levels,
     Stream,
@@ -48,6 +47,7 @@ from ockham.methods.blocks.stop import (
     CostSample,
     DampingProblem,
     DampingTrial,
+    Drift,
     chosen_damping,
     cost_sample,
     matrix_kind,

@@ -1,4 +1,4 @@
-"""How much goes: damping per kind of matrix, shares per matrix, and the stop by evidence."""
+"""How much goes, and how much is made up for: damping per kind of matrix, shares, drift, the stop by evidence."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ __all__ = [
     "CostSample",
     "DampingProblem",
     "DampingTrial",
+    "Drift",
     "Shot",
     "best_shot",
     "chosen_damping",
@@ -103,6 +104,65 @@ def predicted(samples: Mapping[str, CostSample], keep_share: float, n_data: floa
         cost += each * float(sample.costs[:gone].sum())
         volume += each * 0.5 * float((n_data * sample.determined[:gone]).log1p().sum())
     return cost, volume
+
+
+_RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Drift:
+    """What a matrix of a reduced network sees, and what lacks in its block's output. Sums over rows.
+
+    Attributes:
+        inputs: A of the data that decide, ``[inputs, inputs]``.
+        missing: C = sum r x', ``[outputs, inputs]``, of them: r is the dense network's output less the present one.
+        held_inputs: A of the data that judge.
+        held_missing: C of the data that judge.
+    """
+
+    inputs: Tensor
+    missing: Tensor
+    held_inputs: Tensor
+    held_missing: Tensor
+
+    def correction(self, outputs: Tensor, keep: Tensor | None = None) -> Tensor:
+        r"""Change of the matrix that makes up for what lacks, as far as held-out data bear it out.
+
+            D = a C (A + l mean(diag A) I)^-1
+
+        ``l`` and ``a`` in [0, 1] are those with which the data that judge have the least sum of (r - D x)' G (r - D x);
+        ``a`` is known in closed form. D is then made anew from all data.
+
+        Args:
+            outputs: G of the matrix, ``[outputs, outputs]``: what a change of the block's output does to the loss.
+            keep: boolean ``[inputs]``, True = may be used; None: all.
+
+        Returns:
+            ``[outputs, inputs]``, zero where nothing is borne out.
+        """
+        some = slice(None) if keep is None else keep
+        fit, missing, held, lacks = (
+            t.double()[..., some] for t in (self.inputs, self.missing, self.held_inputs, self.held_missing)
+        )
+        fit, held = fit[some], held[some]
+        values, vectors = torch.linalg.eigh(fit)
+        g = outputs.double()
+        turned, seen, wanted = missing @ vectors, vectors.mT @ held @ vectors, g @ lacks @ vectors
+        best, share, ridge = 0.0, 0.0, 1.0
+        for each in _RIDGES:
+            change = turned / (values.clamp_min(0) + each * values.mean())
+            along, bend = float((wanted * change).sum()), float(((g @ change @ seen) * change).sum())
+            step = min(1.0, max(0.0, along / max(bend, 1e-30)))
+            gain = step * (2 * along - step * bend)
+            if gain > best:
+                best, share, ridge = gain, step, each
+        found = torch.zeros_like(self.missing)
+        if share:
+            a = fit + held
+            a.diagonal().add_(ridge * a.diagonal().mean())
+            solved = torch.linalg.solve(a, (missing + lacks).mT).mT
+            found[:, some] = (share * solved).to(found.dtype)
+        return found
 
 
 DEFAULT_DAMPING = Damping(0.05, 0.3)
