@@ -256,8 +256,8 @@ def units(
     bench: Bench, target: str, *, even: bool = False, ridge: float = 0.5, mend: bool = True, heads: bool = True
 ) -> dict[str, Any]:
     """Ours: whole units, in the order of their exact joint cost per parameter, and a refit."""
-    dense, example = bench.found.dense, dict(bench.cases[0].kwargs) or bench.cases[0].args
-    groups = trace(bench.model, traced_inputs(bench.cases[0]))
+    dense, example = bench.found.dense, bench.cases[0].inputs(bench.model)
+    groups = trace(bench.model, traced_inputs(bench.model, bench.cases[0]))
     readers = [r for r in readers_of(groups, dense.maps) if heads or "mlp" in r.keys[0]]
     curves = [unit_curve(r, dense, 0.01) for r in readers]
     whole = sum(p.numel() for p in bench.model.parameters())

@@ -20,7 +20,7 @@ from ockham.methods.blocks.curvature import (
 )
 from ockham.methods.blocks.job import PruneSettings
 from ockham.methods.blocks.prune import prune
-from ockham.methods.blocks.reduction import Orders, reduce_blocks_
+from ockham.methods.blocks.reduction import DenseAnswers, Orders, reduce_blocks_
 from ockham.methods.blocks.solve import Damping
 from ockham.methods.blocks.stop import Drift, matrix_kind
 
@@ -114,6 +114,7 @@ class PostNorm(nn.Module):
         (Serial(), [{"b.three.weight"}, {"b.one.weight"}]),
         (PostNorm(), []),
         (nn.Sequential(nn.Linear(6, 6), nn.ReLU()), []),
+        (nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)), [{"b.2.weight"}]),
         (nn.Sequential(nn.ReLU(), nn.Linear(6, 6)), [{"b.1.weight"}]),
     ],
 )
@@ -143,6 +144,32 @@ def test_writers_of_transformers(kind: str, expected: list[set[str]], tmp_path: 
     handle.remove()
     levels = writers_of(block, found.dense.maps[1], calls[0])
     assert [{k.removeprefix(name + ".") for k in level} for level in levels] == expected
+
+
+class Either(Serial):
+    """The same names, built in one of two ways."""
+
+    def __init__(self, *, after: bool) -> None:
+        super().__init__()
+        self.after, self.norm = after, nn.LayerNorm(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = super().forward(x if self.after else self.norm(x))
+        return self.norm(x) if self.after else x
+
+
+def test_blocks_of_the_same_names_are_each_looked_at(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Either(after=False), Either(after=True), Either(after=False))
+    data = [(torch.randn(20, 6), torch.arange(20) % 6) for _ in range(4)]
+    found, _, cases = studied(model, data, tmp_path)
+    answers, seen = DenseAnswers(model, cases, found.dense), []
+    for j in range(3):
+        answers.take()
+        calls = [(c.args, {}) for c in cases]
+        keys = [f"{j}.{n}.weight" for n in ("one", "two", "three")]
+        seen.append([k for k in keys if answers.drift(k, j, calls) is not None])
+    assert seen == [["0.one.weight", "0.three.weight"], [], ["2.one.weight", "2.three.weight"]]
 
 
 def test_what_lacks_at_a_branch_is_measured_where_it_ends() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -136,18 +137,54 @@ def test_long_texts_are_traced_by_their_first_tokens(monkeypatch) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+class Anything(nn.Module):
+    """Takes inputs of every size."""
+
+    def forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> None:
+        """Nothing."""
+
+
 def test_only_numbers_and_masks_of_texts_are_cut() -> None:
     long, mask = ids(2, 80), torch.ones(2, 80, dtype=torch.bool)
-    cut = traced_inputs(Case((), {"input_ids": long, "attention_mask": mask, "labels": long[:, :20]}, None))
+    cut = traced_inputs(Anything(), Case((), {"input_ids": long, "attention_mask": mask, "labels": long[:, :20]}, None))
     assert {k: tuple(t.shape) for k, t in cut.items()} == {
         "input_ids": (2, 32), "attention_mask": (2, 32), "labels": (2, 20)
     }  # fmt: skip
     assert torch.equal(cut["input_ids"], long[:, :32])
     for other in (torch.randn(2, 80), torch.randn(2, 3, 80, 80), torch.ones(2, 80, 80, dtype=torch.bool)):
         given = {"input_ids": long, "other": other}
-        assert traced_inputs(Case((), given, None)) == given
-    (image,) = traced_inputs(Case((torch.randn(2, 3, 80, 80),), {}, None))
+        assert traced_inputs(Anything(), Case((), given, None)) == given
+    (image,) = traced_inputs(Anything(), Case((torch.randn(2, 3, 80, 80),), {}, None))
     assert image.shape == (2, 3, 80, 80)
+
+
+class Columns(nn.Module):
+    """A table of forty columns of numbers, each with its vector: it takes no fewer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.first, self.body, self.last = nn.Embedding(9, 2), nn.Linear(80, 6), mlp()[0], nn.Linear(6, 3)
+
+    def forward(self, x: torch.Tensor, *, scale: torch.Tensor) -> torch.Tensor:
+        return self.last(self.body(self.first(self.table(x).flatten(1))) * scale)
+
+
+def test_columns_of_a_table_are_not_cut_and_both_kinds_of_inputs_are_given() -> None:
+    torch.manual_seed(0)
+    model = Columns()
+    batches = [
+        ockham.Batch((torch.randint(0, 9, (20, 40)),), {"scale": torch.full((20, 1), 2)}, torch.arange(20) % 3)
+        for _ in range(4)
+    ]
+    done = prune(model, batches, structure="uneven", budget={"params": "90%"})
+    assert done.plan.removed and done.model(*batches[0].args, **batches[0].kwargs).shape == (20, 3)
+
+
+def test_units_of_which_nothing_is_known_stay(tmp_path: Path) -> None:
+    model, data = mlp()
+    found, _, cases = studied(model, data, tmp_path)
+    readers = readers_of(ockham.trace(model, cases[0].args), found.dense.maps)
+    assert unit_curve(replace(readers[0], keys=("0.nowhere",)), found.dense, 0.05).order == ()
 
 
 def test_refit_makes_good_for_what_went() -> None:

@@ -7,6 +7,7 @@ predictive, for which no targets are needed.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -47,6 +48,12 @@ class Case:
     kwargs: Mapping[str, Any]
     target: Tensor | None = None
     mask: Tensor | None = None
+
+    def inputs(self, model: nn.Module) -> Any:
+        """Example inputs as `ockham.trace` takes them: positions, or names where there are any."""
+        if not self.kwargs:
+            return self.args
+        return {**inspect.signature(model.forward).bind_partial(*self.args).arguments, **self.kwargs}
 
     def answer(self, model: nn.Module, output: Callable[[Any], Tensor]) -> Tensor:
         """What the network says, one tensor.
@@ -224,16 +231,23 @@ def _pieces(case: Case, least: int) -> list[Case]:
     return [Case(*pytree.tree_unflatten(values, spec)) for values in cut]
 
 
-def traced_inputs(case: Case) -> Any:
+def traced_inputs(model: nn.Module, case: Case) -> Any:
     """Inputs of one case for `ockham.trace`, which runs them some thirty times: of text the first tokens will do.
 
-    Numbers and masks of (examples, tokens) are cut to 32 tokens; inputs among which is anything else stay as they are.
+    Numbers and masks of (examples, tokens) are cut to 32 tokens; inputs among which is anything else, and those of a
+    network that cannot take fewer, stay as they are.
     """
-    inputs = dict(case.kwargs) or case.args
+    inputs = case.inputs(model)
     tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.ndim]
     if not all(t.ndim == 2 and not t.is_floating_point() for t in tensors):
         return inputs
-    return pytree.tree_map_only(Tensor, lambda t: t[:, :_TOKENS] if t.ndim else t, inputs)
+    cut = pytree.tree_map_only(Tensor, lambda t: t[:, :_TOKENS] if t.ndim else t, inputs)
+    try:
+        with torch.no_grad():
+            model(**cut) if case.kwargs else model(*cut)
+    except Exception:  # whatever its forward raises: columns of a table are numbers of two dimensions, too
+        return inputs
+    return cut
 
 
 def answer_tensor(found: Any) -> Tensor:

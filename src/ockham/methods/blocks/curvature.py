@@ -31,6 +31,7 @@ __all__ = [
     "drift_of",
     "evaluating_blocks",
     "find_blocks",
+    "floating_output",
     "map_of",
     "rows_of",
     "weights_of",
@@ -369,16 +370,22 @@ Levels = tuple[frozenset[str], ...]
 
 
 @torch.no_grad()
-def writers_of(block: nn.Module, block_map: BlockMap, call: BlockCall) -> Levels:
+def writers_of(block: nn.Module, block_map: BlockMap, call: BlockCall, among: Collection[str] | None = None) -> Levels:
     """Matrices whose products are added, as they are, to what the block answers; level after level.
 
     With the products of all earlier levels taken for zero, those of a level are. Of ``x + mlp(x + attention(x))`` the
     MLP's last matrix is the first level and the attention's last matrix the second.
+
+    Args:
+        block: the block.
+        block_map: its matrices.
+        call: what it is called with.
+        among: keys that are tried; None: all.
     """
     parameters = weights_of(block, block_map.name)
     levels: list[frozenset[str]] = []
     left = [k for k, m in block_map.matrices.items() if block_map.calls[k] == 1 and m.groups == 1]
-    left = [k for k in left if k == block_map.matrices[k].weight.name]
+    left = [k for k in left if k == block_map.matrices[k].weight.name and (among is None or k in among)]
     while left:
         silent = frozenset[str]().union(*levels)
         before = answer_without(block, parameters, call, silent)
@@ -397,14 +404,14 @@ def answer_without(
     """What a block answers (the first floating tensor of it) where the products of some matrices are taken for zero."""
     args, kwargs = call
     if not silent:
-        return _output(block(*args, **kwargs))
+        return floating_output(block(*args, **kwargs))
 
     def silence(use: Use, result: Tensor) -> None:
         if use.matrix.key in silent:
             result.zero_()
 
     with Using(parameters, silence):
-        return _output(block(*args, **kwargs))
+        return floating_output(block(*args, **kwargs))
 
 
 def _pushed(
@@ -429,11 +436,11 @@ def _pushed(
 
     args, kwargs = call
     with Using(parameters, push):
-        after = _output(block(*args, **kwargs))
+        after = floating_output(block(*args, **kwargs))
     if len(added) != 1 or after is None or after.shape != before.shape:
         return False
-    expected = added[0].reshape(before.shape)
-    return bool((after - before - expected).norm() <= 1e-2 * expected.norm())
+    expected = added[0].reshape(before.shape)  # zero where the block answers a constant: that tells nothing
+    return bool((after - before - expected).norm() < 1e-2 * expected.norm())
 
 
 @torch.no_grad()
@@ -444,7 +451,7 @@ def drift_of(
     calls: Sequence[BlockCall],
     cases: Sequence[Case],
     *,
-    dense: Sequence[Tensor],
+    dense: Sequence[Tensor | None],
     silent: Collection[str],
     held: Collection[int],
 ) -> Drift | None:
@@ -472,11 +479,12 @@ def drift_of(
                 result.zero_()
 
         with Using(parameters, note):
-            answer = _output(block(*args, **kwargs))
-        if not uses or answer is None:
+            answer = floating_output(block(*args, **kwargs))
+        wanted = dense[i]
+        if not uses or answer is None or wanted is None:
             continue
         use, result = uses[0]
-        lacks = use.gradients((dense[i] - answer).reshape(result.shape))
+        lacks = use.gradients((wanted - answer).reshape(result.shape))
         rows = rows_of(use, case.mask)[0].float()
         if case.mask is not None and lacks.shape[1] == case.mask.numel():
             lacks = lacks[:, case.mask.flatten()]
@@ -491,7 +499,7 @@ def drift_of(
     return Drift(symmetric(a)[0], c, symmetric(held_a)[0], held_c)
 
 
-def _output(answer: Any) -> Tensor | None:
+def floating_output(answer: Any) -> Tensor | None:
     """The first floating tensor of what a block answers."""
     return next((t for t in pytree.tree_leaves(answer) if isinstance(t, Tensor) and t.is_floating_point()), None)
 

@@ -229,10 +229,9 @@ class BlockJob:
         """A network in which the units are gone that a budget does not allow; ``model`` itself is left half done."""
         limit = budget_from(budget)
         with evaluating_blocks(model):
-            (first, *_), _ = self._data(model)
-        groups = trace(model, traced_inputs(first), ignore=self._settings.ignore)  # experts as the network runs them
+            example = traced_inputs(model, self._data(model)[0][0])
+        groups = trace(model, example, ignore=self._settings.ignore)  # experts as the network runs them
         with self._studied(model, "units") as (cases, found, _):
-            example = dict(cases[0].kwargs) or cases[0].args
             readers = readers_of(groups, found.dense.maps)
             if uniform and getattr(model, "config", None) is not None:
                 readers = describable(readers, groups, model)
@@ -245,7 +244,7 @@ class BlockJob:
                 )
             every = watched(readers, "units", readers)
             curves = [unit_curve(reader, found.dense, _CURVE_DAMPING) for reader in every]
-            plan, keep = chosen_units(curves, groups, Subject(model, example), limit, uniform=uniform)
+            plan, keep = chosen_units(curves, groups, Subject(model, cases[0].inputs(model)), limit, uniform=uniform)
             evidence = refit_units_(
                 model,
                 cases,

@@ -24,6 +24,7 @@ from ockham.methods.blocks.curvature import (
     answer_without,
     drift_of,
     find_blocks,
+    floating_output,
     map_of,
     rows_of,
     weights_of,
@@ -168,8 +169,9 @@ class DenseAnswers:
     def __init__(self, model: nn.Module, cases: Sequence[Case], dense: Dense) -> None:
         self._cases, self._dense, self._held = cases, dense, held_out(len(cases))
         self._stream = Stream(model, cases, dense.blocks)
-        self._levels: dict[frozenset[str], Levels] = {}  # names of a block's matrices to levels of such names
-        self._answers: list[list[Tensor]] = []  # by level
+        self._writers: dict[frozenset[str], frozenset[str]] = {}  # names of a block's matrices to those that write
+        self._levels: Levels = ()  # of the block at hand
+        self._answers: list[list[Tensor | None]] = []  # by level
 
     @torch.no_grad()
     def take(self) -> None:
@@ -178,38 +180,32 @@ class DenseAnswers:
             return
         j, calls = self._stream.at, self._stream.calls()
         block, block_map = self._dense.blocks[j], self._dense.maps[j]
-        look, within = self._look(j)
-        if look not in self._levels:
-            levels = writers_of(block, block_map, calls[0])
-            self._levels[look] = tuple(frozenset(k[within:] for k in level) for level in levels)
-        parameters, self._answers = weights_of(block, block_map.name), []
-        for level in range(len(self._levels[look])):
-            silent = self._silent(j, level)
-            found = [answer_without(block, parameters, call, silent) for call in calls]
-            self._answers.append([t for t in found if t is not None])
-        self._stream.advance(calls)
+        within = len(block_map.name)
+        look = frozenset(k[within:] for k in block_map.matrices)
+        # blocks of the same names are rarely built otherwise, so only the writers of the first are tried on the next
+        known = self._writers.get(look)
+        among = None if known is None else {block_map.name + n for n in known}
+        self._levels = writers_of(block, block_map, calls[0], among)
+        self._writers.setdefault(look, frozenset(k[within:] for level in self._levels for k in level))
+        parameters = weights_of(block, block_map.name)
+        later = [
+            [answer_without(block, parameters, call, self._silent(level)) for call in calls]
+            for level in range(1, len(self._levels))
+        ]
+        self._answers = [[floating_output(a) for a in self._stream.advance(calls)], *later]
 
     def drift(self, key: str, j: int, calls: Sequence[BlockCall]) -> Drift | None:
         """What a matrix can make up for; None where it is not the last of a residual branch, or no data can judge."""
-        if not self._held:
-            return None
-        look, within = self._look(j)
-        level = next((i for i, names in enumerate(self._levels[look]) if key[within:] in names), None)
+        level = next((i for i, keys in enumerate(self._levels) if key in keys), None)
         if level is None:
             return None
-        dense, silent = self._answers[level], self._silent(j, level)
+        dense, silent = self._answers[level], self._silent(level)
         block, block_map = self._dense.blocks[j], self._dense.maps[j]
         return drift_of(block, block_map, key, calls, self._cases, dense=dense, silent=silent, held=self._held)
 
-    def _look(self, j: int) -> tuple[frozenset[str], int]:
-        block_map = self._dense.maps[j]
-        within = len(block_map.name)
-        return frozenset(k[within:] for k in block_map.matrices), within
-
-    def _silent(self, j: int, level: int) -> frozenset[str]:
+    def _silent(self, level: int) -> frozenset[str]:
         """Keys of the matrices of earlier levels."""
-        names = frozenset[str]().union(*self._levels[self._look(j)[0]][:level])
-        return frozenset(self._dense.maps[j].name + n for n in names)
+        return frozenset[str]().union(*self._levels[:level])
 
 
 @torch.no_grad()

@@ -143,6 +143,8 @@ def unit_curve(reader: UnitReader, dense: Dense, damping: float) -> UnitCurve:
         weights.append(block_map.matrices[key].read(parameters)[0])
         outputs.append(dense.outputs(key)[0] * (mean / dense.scale(block_map, key)))
         inverses.append(torch.cholesky_inverse(torch.linalg.cholesky(a[0].double())).to(weights[-1].dtype))
+    if not weights:
+        return UnitCurve(reader, (), ())  # nothing is known, so nothing goes
     units, device = len(reader.columns), next(iter(parameters.values())).device
     columns = reader.columns.to(device)
     alive = torch.ones(units, dtype=torch.bool, device=device)
