@@ -378,23 +378,31 @@ def _stop(*_: Any) -> None:
 
 def networks(args: argparse.Namespace) -> None:
     """Try the architectures that are named, or all that have no lasting verdict."""
+    if args.list:
+        print(*(name for name, _ in architectures()), sep="\n")
+    else:
+        tried(BENCH, "families", args, examine, seeds=list(SEEDS), most=0.9)
+
+
+def tried(
+    bench: Benchmark, stem: str, args: argparse.Namespace, look: Callable[[Make], Record], **arguments: Any
+) -> None:
+    """Look at the architectures that are named, or at all that have no lasting verdict; one row each."""
     signal.signal(signal.SIGPROF, _stop)
-    rows = BENCH.records("families").get("families", {})
+    rows = bench.records(stem).get(stem, {})
     for name, make in architectures():
-        if args.list:
-            print(name)
-        elif name in args.names or not args.names:
+        if name in args.names or not args.names:
             if name in rows and (args.names or args.again or rows[name]["verdict"] in REPEATED):
-                rest = {k: v for k, v in BENCH.records("families")["families"].items() if k != name}
-                write(BENCH.path("families"), json.dumps(rest, indent=1) + "\n")
-            BENCH.record("families", lambda m=make: limited(m, args.limit), row=name, seeds=list(SEEDS), most=0.9)
+                rest = {k: v for k, v in bench.records(stem)[stem].items() if k != name}
+                write(bench.path(stem), json.dumps(rest, indent=1) + "\n")
+            bench.record(stem, lambda m=make: limited(lambda: look(m), args.limit), row=name, **arguments)
 
 
-def limited(make: Make, seconds: int) -> Record:
+def limited(look: Callable[[], Record], seconds: int) -> Record:
     """Return what happened to one architecture within some seconds of CPU time."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
-        return examine(make)
+        return look()
     except _TooSlowError:
         return {"verdict": "too slow"}
     finally:

@@ -221,16 +221,10 @@ class Benchmark:
 
     def _stamp(self, arguments: Mapping[str, Any]) -> Record:
         """Where a record comes from."""
-        git = partial(subprocess.run, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
-        commit = git(["git", "describe", "--always", "--exclude=*"]).stdout.strip()
-        changed = git(["git", "status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results"]).stdout.strip()
         return {
             "command": self._command,
             "arguments": dict(arguments),
-            "commit": f"{commit}-dirty" if changed else commit,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": machine(),
-            "versions": {"ockham": ockham.__version__, "python": platform.python_version(), "torch": torch.__version__},
+            **origin(),
             "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         }
 
@@ -250,6 +244,19 @@ class Benchmark:
             same = [re.sub(r"(?m)^Written \d{4}-\d\d-\d\d by .*$", "", t) for t in (old, text)]
             found[name] = old if same[0] == same[1] else text
         return found
+
+
+def origin() -> Record:
+    """Commit, date, machine and versions of what is being measured."""
+    git = partial(subprocess.run, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
+    commit = git(["git", "describe", "--always", "--exclude=*"]).stdout.strip()
+    changed = git(["git", "status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results"]).stdout.strip()
+    return {
+        "commit": f"{commit}-dirty" if changed else commit,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": {"ockham": ockham.__version__, "python": platform.python_version(), "torch": torch.__version__},
+    }
 
 
 def machine() -> str:

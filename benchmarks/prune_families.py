@@ -12,8 +12,6 @@ about quality here.
 from __future__ import annotations
 
 import argparse
-import json
-import signal
 import sys
 import warnings
 from typing import Any
@@ -22,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 import ockham
-from families import REPEATED, Make, _stop, _TooSlowError, architectures, call, zeroed
-from harness import Benchmark, Option, Record, markdown, write
+from families import Make, call, tried, zeroed
+from harness import Benchmark, Option, Record, markdown
 from ockham.surgery.copies import difference
 
 TARGETS: dict[str, dict[str, Any]] = {
@@ -117,29 +115,6 @@ def widened(net: nn.Module, done: Any) -> nn.Module:
     return full.eval()
 
 
-def networks(args: argparse.Namespace) -> None:
-    """Try the architectures that are named, or all that have no lasting verdict."""
-    signal.signal(signal.SIGPROF, _stop)
-    rows = BENCH.records("prune_families").get("prune_families", {})
-    for name, make in architectures():
-        if name in args.names or not args.names:
-            if name in rows and (args.names or args.again or rows[name]["verdict"] in REPEATED):
-                rest = {k: v for k, v in BENCH.records("prune_families")["prune_families"].items() if k != name}
-                write(BENCH.path("prune_families"), json.dumps(rest, indent=1) + "\n")
-            BENCH.record("prune_families", lambda m=make: limited(m, args.limit), row=name)
-
-
-def limited(make: Make, seconds: int) -> Record:
-    """Return what happened to one architecture within some seconds of CPU time."""
-    signal.setitimer(signal.ITIMER_PROF, seconds)
-    try:
-        return examine(make)
-    except _TooSlowError:
-        return {"verdict": "too slow"}
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-
-
 def pages() -> dict[str, list[str]]:
     """Return the results as a table in Markdown."""
     rows = dict(sorted(BENCH.records("prune_families").get("prune_families", {}).items()))
@@ -158,7 +133,7 @@ def pages() -> dict[str, list[str]]:
 
 def run(args: argparse.Namespace) -> None:
     """Run what is asked for; fail where a network came out wrong or an error was no message of ours."""
-    networks(args)
+    tried(BENCH, "prune_families", args, examine)
     rows = BENCH.records("prune_families").get("prune_families", {})
     bad = [f"{n}: {row['verdict']}" for n, row in rows.items() if row["verdict"] in ("wrong", "raw exception")]
     if bad:

@@ -43,6 +43,7 @@ sys.path[:] = [*(p for p in sys.path if Path(p or ".").resolve() != HERE), str(H
 import torch
 from torch import Tensor
 
+from harness import origin
 from ockham.choose.prices import Subject, budget_from
 from ockham.methods.blocks.cases import Case, CaseObjective, cases_from, objective_for, traced_inputs
 from ockham.methods.blocks.curvature import evaluating_blocks
@@ -350,7 +351,7 @@ def run(args: argparse.Namespace) -> None:
             facts |= {"cpu_seconds": seconds, "zeros": bench.zeros(), "calibration_windows": args.calibration}
             facts |= {"blocks": args.blocks, "test_windows": args.test}
             facts |= {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
-            path.write_text(json.dumps(facts, indent=1))
+            path.write_text(json.dumps(facts | origin(), indent=1))
             print(
                 json.dumps({k: facts[k] for k in ("method", "target", "perplexity", "cpu_seconds", "zeros")}),
                 flush=True,

@@ -21,6 +21,7 @@ from ockham.core.posterior import load_posterior
 from ockham.core.seal import sealed
 from ockham.errors import DataError, OckhamError, ResultError
 from ockham.methods.blocks import prune as verb
+from ockham.methods.blocks import reduction
 from ockham.methods.blocks.job import PruneSettings
 from ockham.methods.blocks.prune import prune_folder, read_calibration, token_measures, token_windows
 from ockham.methods.blocks.solve import Damping
@@ -194,7 +195,9 @@ def test_a_share_of_the_parameters_makes_a_narrower_folder(source: Path, tmp_pat
 
 
 @pytest.mark.parametrize("target", [{"keep_share": 0.5}, {}])
-def test_a_stopped_job_on_a_folder_goes_on_at_its_last_block(source: Path, tmp_path: Path, target: dict) -> None:
+def test_a_stopped_job_on_a_folder_goes_on_at_its_last_block(
+    source: Path, tmp_path: Path, target: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Stopped(Exception):
         pass
 
@@ -218,7 +221,10 @@ def test_a_stopped_job_on_a_folder_goes_on_at_its_last_block(source: Path, tmp_p
         if p.stage == "reduction" and p.done == 3:
             assert [b.stat().st_mtime_ns for b in blocks] == written
 
+    reduced, keys = reduction._reduced, []
+    monkeypatch.setattr(reduction, "_reduced", lambda key, *given: keys.append(key) or reduced(key, *given))
     prune_folder(source, source / "text.txt", tmp_path / "out", progress=look, **options)
+    assert keys[0].startswith("model.layers.2.")  # what was reduced is read, not reduced again
     for name in ("model.safetensors", "posterior.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert [p.name for p in (tmp_path / "out" / "work").iterdir()] == ["notes.txt"]
