@@ -225,7 +225,7 @@ def pages() -> dict[str, list[str]]:
 Cosine of a sentence's embedding to the dense one's, {some["test"]} sentences of wikitext-2 test, mean (and tenth
 percentile), a column a seed of the {some["calibration"]} calibration sentences of valid.txt. Weights: half of those in
 the blocks stay. Units: 70 % of the MLPs' units stay, nothing else goes. Processor seconds are of one thread of a shared
-machine, means, the choice of damping included."""
+machine, means, the choice of damping included. The row with equal shares was added when the others had been seen."""
     table = []
     for name in METHODS:
         rows = [found.get(name) for found in every.values()]
