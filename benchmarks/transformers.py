@@ -326,6 +326,8 @@ METHODS: dict[str, Callable[[Bench, str], dict[str, Any]]] = {
     "sparsegpt": lambda b, t: rival(b, t, solver=sparsegpt, lambdas=LAMBDAS),
     "sparsegpt, ours' shares": lambda b, t: rival(b, t, solver=sparsegpt, lambdas=LAMBDAS, even=False),
     "alps, lambda .01": lambda b, t: rival(b, t, solver=alps, lambdas=(0.01,)),
+    "alps, lambda .1": lambda b, t: rival(b, t, solver=alps, lambdas=(0.1,)),
+    "alps, lambda .1, ours' shares": lambda b, t: rival(b, t, solver=alps, lambdas=(0.1,), even=False),
     "alps": lambda b, t: rival(b, t, solver=alps, lambdas=LAMBDAS),
     "alps, ours' shares": lambda b, t: rival(b, t, solver=alps, lambdas=LAMBDAS, even=False),
 }
