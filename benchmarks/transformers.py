@@ -181,12 +181,14 @@ class Bench:
         nll, terms = loss_of(self.model, cases, self.objective)
         return float(nll.sum() / terms.sum())
 
-    def damping(self, keep: Mapping[str, float | NofM], label: str) -> Mapping[str, Damping]:
+    def damping(self, keep: Mapping[str, float | NofM], label: str, rounds: int | None = None) -> Mapping[str, Damping]:
         """Ours, by kind of matrix; kept in a file, since several rows want it."""
+        label = label if rounds is None else f"{label}-rounds{rounds}"
         part = "" if self.blocks is None else f"-first{self.blocks}"
         path = self.work / f"damping-{self.seed}-{len(self.cases)}-{label}{part}.json"
         if not path.exists():
-            chosen, trials = study_damping(self.found, keep, lambda i, n: print(f"damping {i}/{n}", flush=True))
+            told = lambda i, n: print(f"damping {i}/{n}", flush=True)  # noqa: E731
+            chosen, trials = study_damping(self.found, keep, told, rounds)
             rows = {k: [d.inputs, d.outputs] for k, d in chosen.items()}
             tried = [[t.kind, t.damping.inputs, t.damping.outputs, t.cost] for t in trials]
             path.write_text(json.dumps({"chosen": rows, "tried": tried}, indent=1))
@@ -200,15 +202,21 @@ class Bench:
 
 
 def ours(
-    bench: Bench, target: str, *, even: bool = False, chosen: bool = True, sides: float = 0.3, mend: bool = True
+    bench: Bench,
+    target: str,
+    *,
+    even: bool = False,
+    chosen: bool = True,
+    sides: float = 0.3,
+    mend: bool = True,
+    rounds: int | None = None,
 ) -> dict[str, Any]:
     keep = targets(bench, target, even)
     share = "2-4" if target == "2:4" else target
-    damping = bench.damping(keep, share) if chosen else {matrix_kind(k): Damping(0.05, sides) for k in keep}
+    damping = bench.damping(keep, share, rounds) if chosen else {matrix_kind(k): Damping(0.05, sides) for k in keep}
     n_data = TERMS_PER_WEIGHT * bench.found.weights
-    evidence = reduce_blocks_(
-        bench.model, bench.cases, bench.found.dense, Orders(keep, damping, n_data, mend=mend), on_block=_told("ours")
-    )
+    orders = Orders(keep, damping, n_data, rounds, mend=mend)
+    evidence = reduce_blocks_(bench.model, bench.cases, bench.found.dense, orders, on_block=_told("ours"))
     return {"evidence": sum(e.nats for e in evidence.values()), "cost": sum(e.cost for e in evidence.values())}
 
 
@@ -309,6 +317,8 @@ METHODS: dict[str, Callable[[Bench, str], dict[str, Any]]] = {
     "ours, lambda .05 and tau .3 everywhere": lambda b, t: ours(b, t, chosen=False),
     "ours, input side only (tau 1)": lambda b, t: ours(b, t, chosen=False, sides=1.0),
     "ours, nothing makes up for drift": lambda b, t: ours(b, t, mend=False),
+    "ours, greedy in 4 rounds": lambda b, t: ours(b, t, rounds=4),
+    "ours, greedy in 4 rounds, nothing makes up for drift": lambda b, t: ours(b, t, rounds=4, mend=False),
     "ours, the evidence stops": stopped,
     "units, ours": units,
     "units, ours, refit at .2": lambda b, t: units(b, t, ridge=0.2),

@@ -148,7 +148,8 @@ class PruneSettings:
         damping: setting of every matrix; None chooses it by kind of matrix on calibration data held out.
         unit_damping: ridge of the refit after whole units went, a share of the inputs' mean square.
         even: True takes the same share from every matrix instead of one threshold over all.
-        rounds: number of rounds in which weights go.
+        rounds: number of rounds in which weights go greedily, in about half of the time; None lets those that went come
+            back for others, which costs less of the loss.
         ignore: parameters to protect: names, "re:" patterns, module names or types.
         seed: seed of drawn targets.
         folder: place where finished work is kept; the same call with the same folder goes on where it was stopped.
@@ -159,7 +160,7 @@ class PruneSettings:
     damping: Damping | None = None
     unit_damping: float = 0.5
     even: bool = False
-    rounds: int = 4
+    rounds: int | None = None
     ignore: Ignore = ()
     seed: int = 0
     folder: str | Path | None = None
@@ -278,7 +279,7 @@ class BlockJob:
             n_data = self._settings.n_data or TERMS_PER_WEIGHT * found.weights
             asked = self._kept(found, keep if keep is not None else 0.5)
             if self._settings.damping is None:
-                damping, trials = study_damping(found, asked, teller("damping"))
+                damping, trials = study_damping(found, asked, teller("damping"), self._settings.rounds)
             else:
                 damping, trials = {matrix_kind(k): self._settings.damping for k in found.samples}, []
             orders = Orders(asked, damping, n_data, self._settings.rounds)

@@ -112,7 +112,7 @@ class Orders:
         keep: key to the share or pattern that stays; matrices left out stay as they are.
         damping: kind of matrix to its setting.
         n_data: terms behind the trained weights, for the evidence.
-        rounds: rounds of removal.
+        rounds: rounds of greedy removal; None lets weights come back for others (`solve.sparse_matrix`).
         steps: conjugate gradient steps after a round and after the last.
         mend: True lets the last matrices of a block's branches make up for what the reduced blocks lack (`Drift`).
     """
@@ -120,7 +120,7 @@ class Orders:
     keep: Mapping[str, float | NofM]
     damping: Mapping[str, Damping]
     n_data: float
-    rounds: int = 4
+    rounds: int | None = None
     steps: tuple[int, int] = (3, 8)
     mend: bool = True
 
@@ -495,7 +495,10 @@ def study(
 
 
 def study_damping(
-    found: Study, keep: Mapping[str, float | NofM], on_kind: Callable[[int, int], None]
+    found: Study,
+    keep: Mapping[str, float | NofM],
+    on_kind: Callable[[int, int], None],
+    rounds: int | None = None,
 ) -> tuple[Mapping[str, Damping], list[DampingTrial]]:
     """The setting for each kind of matrix, and everything that was tried; nothing where no data were held out."""
     store, kinds = found.dense.store, dict[str, list[tuple[int, str]]]()
@@ -518,7 +521,7 @@ def study_damping(
             scale = store.rows[parts[1][0]] * found.held_terms
             problems.append(DampingProblem(weight, matrix.bias is not None, fit, held, scale))
         if problems:
-            every += chosen_damping(kind, problems, keep[places[0][1]])
+            every += chosen_damping(kind, problems, keep[places[0][1]], rounds)
             chosen[kind] = min((t for t in every if t.kind == kind), key=lambda t: t.cost).damping
         on_kind(i + 1, len(kinds))
     return chosen, every

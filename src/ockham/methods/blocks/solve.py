@@ -314,7 +314,8 @@ def symmetric(sums: Tensor) -> Tensor:
 
 _TINY = 1e-30
 _TOLERANCE = 1e-4
-_ROUNDS, _STEPS, _LAST_STEPS = 4, 3, 8
+_STEPS, _LAST_STEPS = 3, 8
+_SWAPS, _SETTLED, _WEAKER = 300, 30, 3  # steps at most; from which one a support that stands ends them; weaker starts
 _TOP = 16  # directions of the inputs that the preconditioner treats exactly
 
 
@@ -427,7 +428,8 @@ def sparse_matrix(
     *,
     keep: float | NofM,
     bias: bool = False,
-    rounds: int = _ROUNDS,
+    rounds: int | None = None,
+    swaps: int = _SWAPS,
     steps: tuple[int, int] = (_STEPS, _LAST_STEPS),
 ) -> Tensor:
     """The matrix with zeros where weights went, and the others where they make good for it.
@@ -438,29 +440,88 @@ def sparse_matrix(
         worth: its `Quadratic.conditional`.
         keep: share of the weights that stays, over the whole matrix, or a pattern along the inputs.
         bias: True where the last column is a bias, which stays.
-        rounds: how finely; the share falls geometrically.
-        steps: conjugate gradient steps after a round and after the last.
+        rounds: None lets weights that went come back for others (`_swapped`); a number takes them greedily in so many
+            rounds, the cheapest given all others first, in a third of the time and at a higher cost.
+        swaps: without rounds, steps of the search for a support at most.
+        steps: conjugate gradient steps after a round and at the end.
     """
-    free = target.shape[-1] - bias
-    stays = torch.ones_like(target, dtype=torch.bool)
-    pattern = keep if isinstance(keep, NofM) else None
+    free, top = target.shape[-1] - bias, _top(curvature.inputs)
+    if rounds is None:
+        stays, start = _swapped(target, curvature, keep, free, swaps)
+        return _on_support(target, curvature, stays, start, steps[1], top=top)
+    stays, moved = torch.ones_like(target, dtype=torch.bool), target
     share = keep.n / keep.m if isinstance(keep, NofM) else keep
-    moved, top = target.clone(), _top(curvature.inputs)
     for i in range(1, rounds + 1):
-        value = (moved.square() * worth)[..., :free].masked_fill(~stays[..., :free], -1.0)
-        gone = round(value.numel() * (1 - share ** (i / rounds)))
-        flat = value.flatten()
-        if pattern is not None:  # only so many of a run go as the pattern lets go
-            runs = value.reshape(-1, pattern.m)
-            may = torch.zeros_like(runs, dtype=torch.bool)
-            may.scatter_(1, runs.topk(pattern.m - pattern.n, 1, largest=False).indices, True)
-            flat = flat.masked_fill(~may.flatten(), torch.inf)
-            gone = min(gone, int(may.sum()))
-        left = torch.ones_like(flat, dtype=torch.bool)
-        left[flat.topk(gone, largest=False).indices] = False
-        stays[..., :free] = left.view(value.shape)
+        value = (moved.square() * worth).masked_fill(~stays, -1.0)
+        stays = _largest(value, keep, share ** (i / rounds), free)
         moved = _on_support(target, curvature, stays, moved, steps[i == rounds], top=top)
     return moved
+
+
+def _largest(value: Tensor, keep: float | NofM, share: float, free: int) -> Tensor:
+    """True for the largest share of a matrix (only so many of a run go as a pattern lets), and for its bias."""
+    stays = torch.ones_like(value, dtype=torch.bool)
+    flat = value[..., :free].reshape(-1)
+    gone = round(flat.numel() * (1 - share))
+    if isinstance(keep, NofM):
+        runs = flat.view(-1, keep.m)
+        may = torch.zeros_like(runs, dtype=torch.bool)
+        may.scatter_(1, runs.topk(keep.m - keep.n, 1, largest=False).indices, True)
+        flat = flat.masked_fill(~may.flatten(), torch.inf)
+        gone = min(gone, int(may.sum()))
+    left = torch.ones_like(flat, dtype=torch.bool)
+    left[flat.topk(gone, largest=False).indices] = False
+    stays[..., :free] = left.view(stays[..., :free].shape)
+    return stays
+
+
+def _swapped(target: Tensor, curvature: Quadratic, keep: float | NofM, free: int, most: int) -> tuple[Tensor, Tensor]:
+    r"""A support, and a start for the weights on it, by the alternating direction method of multipliers.
+
+        X = argmin 1/2 tr G' (X - T) A' (X - T)' + <V, X> + r/2 ||X - S||^2,    S = the largest of X + V / r,
+        V = V + r (X - S)
+
+    in units in which A' and G' have a diagonal of ones; X is exact, in the eigenvectors of both. r grows as long as the
+    support moves (the steps of ALPS, Meng et al. 2024, arXiv 2406.07831, which knows A only), so the two meet.
+    """
+    share = keep.n / keep.m if isinstance(keep, NofM) else keep
+    sides = [curvature.inputs] if curvature.outputs is None else [curvature.inputs, curvature.outputs]
+    roots = [f.diagonal(dim1=-2, dim2=-1).sqrt() for f in sides]
+    plain = [f / r.unsqueeze(-1) / r.unsqueeze(-2) for f, r in zip(sides, roots, strict=True)]
+    (values, right), *rest = [torch.linalg.eigh(f) for f in plain]
+    bend, scale, left = values.unsqueeze(-2), roots[0].unsqueeze(-2), None
+    if rest:
+        bend, scale, left = rest[0][0].unsqueeze(-1) * bend, roots[1].unsqueeze(-1) * scale, rest[0][1]
+
+    def turned(x: Tensor, back: bool = False) -> Tensor:
+        x = x @ (right.mT if back else right)
+        return x if left is None else (left if back else left.mT) @ x
+
+    dense = target * scale
+    first = _largest(dense.square(), keep, share, free)
+    goal, count, penalty, tries = bend * turned(dense), int(first[..., :free].sum()), 0.1, 0
+    x, sparse, dual, before, grown = dense, dense * first, torch.zeros_like(dense), first, False
+    for i in range(1, most + 1):
+        x = turned((goal + turned(penalty * sparse - dual)) / (bend + penalty), back=True)
+        sum_ = x + dual / penalty
+        stays = _largest(sum_.square(), keep, share, free)
+        sparse = sum_ * stays
+        dual = penalty * (sum_ - sparse)
+        if i % 3:
+            continue
+        moved = int((stays != before).sum())
+        factor = 1.3 if moved > 0.1 * count else 1.2 if moved > 0.005 * count else 1.1
+        if factor > 1.1 or (grown and moved):
+            grown, penalty, before = True, penalty * factor, stays
+        elif grown or tries == _WEAKER:
+            break
+        else:  # so high a penalty from the start that little moves
+            penalty, tries = penalty / 5, tries + 1
+            x, sparse, dual = dense, dense * first, torch.zeros_like(dense)
+        if i >= _SETTLED and moved < 3e-4 * count:
+            break
+    stays = _largest(x.square(), keep, share, free)
+    return stays, x * stays / scale
 
 
 def _on_support(

@@ -169,7 +169,7 @@ DEFAULT_DAMPING = Damping(0.05, 0.3)
 _INPUTS = (0.01, 0.03, 0.1, 0.3)
 _OUTPUTS = (0.1, 0.3, 0.6, 1.0)
 _PER_LOOK = 3
-_QUICK = (2, 4)
+_QUICK, _QUICK_SWAPS = (2, 4), 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,19 +225,24 @@ def sampled_blocks(kinds: Sequence[frozenset[str]]) -> list[int]:
     return sorted(set(found))
 
 
-def chosen_damping(kind: str, problems: Sequence[DampingProblem], keep: float | NofM) -> list[DampingTrial]:
+def chosen_damping(
+    kind: str, problems: Sequence[DampingProblem], keep: float | NofM, rounds: int | None = None
+) -> list[DampingTrial]:
     """Try lambda at the usual tau, then tau at the best lambda; the least cost over all problems is the choice.
 
     Returns:
         Every trial, the best first.
     """
+    quick = rounds and min(2, rounds)
 
     def tried(damping: Damping) -> DampingTrial:
         cost = 0.0
         for p in problems:
             curvature = quadratic(*p.fit(), damping)
             worth = curvature.conditional()
-            small = sparse_matrix(p.weight, curvature, worth, keep=keep, bias=p.bias, rounds=2, steps=_QUICK)
+            small = sparse_matrix(
+                p.weight, curvature, worth, keep=keep, bias=p.bias, rounds=quick, swaps=_QUICK_SWAPS, steps=_QUICK
+            )
             cost += loss_increase(small - p.weight, *p.held(), p.scale)
         return DampingTrial(kind, damping, cost / len(problems))
 
