@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -126,3 +128,90 @@ def test_factors_that_are_not_finite_are_refused() -> None:
     a[0, 0, 0] = torch.nan
     with pytest.raises(OckhamError, match="not positive definite"):
         quadratic(a, g, Damping(0.1, 1.0)).conditional()
+
+
+def cost_of(change: torch.Tensor, q: Quadratic) -> float:
+    return float((q.apply(change) * change).sum())
+
+
+def best_of_all(q: Quadratic, target: torch.Tensor, stay: int) -> float:
+    """The least cost over every support of so many weights, each solved densely."""
+    h, t = dense_of(q, target), target.flatten()
+    costs = []
+    for chosen in itertools.combinations(range(t.numel()), stay):
+        stays = torch.zeros(t.numel(), dtype=torch.bool)
+        stays[list(chosen)] = True
+        d = constrained(h, t, stays) - t
+        costs.append(float(d @ h @ d))
+    return min(costs)
+
+
+def dense_of(q: Quadratic, target: torch.Tensor) -> torch.Tensor:
+    outputs = torch.eye(target.shape[1], dtype=torch.float64) if q.outputs is None else q.outputs[0]
+    return torch.kron(outputs, q.inputs[0])
+
+
+def correlated(seed: int, outputs: int, inputs: int, tau: float) -> tuple[Quadratic, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(n: int) -> torch.Tensor:
+        x = torch.randn(1, n + 2, n, generator=generator, dtype=torch.float64)
+        x = x + 2 * torch.randn(1, n + 2, 1, generator=generator, dtype=torch.float64)  # a direction common to all
+        return x.mT @ x
+
+    a, g = draw(inputs), draw(outputs)
+    weight = torch.randn(1, outputs, inputs, generator=generator, dtype=torch.float64)
+    return quadratic(a, g, Damping(0.02, tau)), weight
+
+
+@pytest.mark.parametrize("tau", [0.2, 1.0])
+def test_swapping_comes_nearer_to_the_best_support_than_rounds_do(tau: float) -> None:
+    swapped = greedy = best = 0.0
+    for seed in range(12):
+        q, weight = correlated(seed, 2, 5, tau)
+        given = {"keep": 0.5, "steps": (100, 100)}
+        swapped += cost_of(sparse(weight, q, q.conditional(), **given) - weight, q)
+        greedy += cost_of(sparse(weight, q, q.conditional(), rounds=4, **given) - weight, q)
+        best += best_of_all(q, weight, 5)
+    assert best <= swapped * (1 + 1e-9)
+    assert swapped < greedy
+    assert swapped < 1.25 * best
+
+
+def test_without_correlation_the_largest_stay_as_they_are() -> None:
+    generator = torch.Generator().manual_seed(8)
+    a, g = (torch.rand(1, n, generator=generator, dtype=torch.float64) + 0.1 for n in (IN, OUT))
+    weight = torch.randn(1, OUT, IN, generator=generator, dtype=torch.float64)
+    q = Quadratic(torch.diag_embed(a), torch.diag_embed(g))
+    small = sparse(weight, q, q.conditional(), keep=0.4)
+    worth = weight.square() * g[..., None] * a[..., None, :]
+    expected = torch.where(worth >= worth.flatten().topk(16).values.min(), weight, 0.0)
+    torch.testing.assert_close(small, expected)
+
+
+def test_units_of_inputs_and_outputs_do_not_decide_what_stays() -> None:
+    q, weight = correlated(3, 4, 6, 0.3)
+    assert q.outputs is not None
+    generator = torch.Generator().manual_seed(4)
+    c, r = (torch.rand(1, n, generator=generator, dtype=torch.float64) * 9 + 0.5 for n in (6, 4))
+    other = Quadratic(q.inputs * c[..., None] * c[..., None, :], q.outputs * r[..., None] * r[..., None, :])
+    moved = weight / c[..., None, :] / r[..., None]
+    one = sparse(weight, q, q.conditional(), keep=0.5, steps=(50, 200))
+    two = sparse(moved, other, other.conditional(), keep=0.5, steps=(50, 200))
+    assert torch.equal(one == 0, two == 0)
+
+
+@pytest.mark.parametrize("rounds", [None, 3])
+@pytest.mark.parametrize("keep", [1.0, 0.0])
+def test_all_or_nothing(keep: float, rounds: int | None) -> None:
+    q, weight = correlated(5, 3, 4, 0.3)
+    small = sparse(weight, q, q.conditional(), keep=keep, rounds=rounds)
+    torch.testing.assert_close(small, weight * keep)
+
+
+def test_a_row_of_zeros_is_no_trouble() -> None:
+    q, weight = correlated(6, 3, 4, 0.3)
+    weight[:, 1] = 0
+    small = sparse(weight, q, q.conditional(), keep=0.5)
+    assert bool(torch.isfinite(small).all())
+    assert int((small != 0).sum()) == 6

@@ -447,8 +447,9 @@ def sparse_matrix(
     """
     free, top = target.shape[-1] - bias, _top(curvature.inputs)
     if rounds is None:
-        stays, start = _swapped(target, curvature, keep, free, swaps)
-        return _on_support(target, curvature, stays, start, steps[1], top=top)
+        found = _swapped(target, curvature, keep, free, swaps)
+        solved = [_on_support(target, curvature, *support, steps[1], top=top) for support in found]
+        return min(solved, key=lambda x: float((curvature.apply(x - target) * (x - target)).sum()))
     stays, moved = torch.ones_like(target, dtype=torch.bool), target
     share = keep.n / keep.m if isinstance(keep, NofM) else keep
     for i in range(1, rounds + 1):
@@ -520,8 +521,7 @@ def _swapped(target: Tensor, curvature: Quadratic, keep: float | NofM, free: int
             x, sparse, dual = dense, dense * first, torch.zeros_like(dense)
         if i >= _SETTLED and moved < 3e-4 * count:
             break
-    stays = _largest(x.square(), keep, share, free)
-    return stays, x * stays / scale
+    return [(first, target), (_largest(x.square(), keep, share, free), x / scale)]
 
 
 def _on_support(
