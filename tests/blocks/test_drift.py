@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ockham.methods.blocks.cases import Case
+from ockham.methods.blocks.cases import Case, held_out
 from ockham.methods.blocks.curvature import (
     answer_without,
     drift_of,
@@ -163,7 +163,7 @@ def test_blocks_of_the_same_names_are_each_looked_at(tmp_path: Path) -> None:
     model = nn.Sequential(Either(after=False), Either(after=True), Either(after=False))
     data = [(torch.randn(20, 6), torch.arange(20) % 6) for _ in range(4)]
     found, _, cases = studied(model, data, tmp_path)
-    answers, seen = DenseAnswers(model, cases, found.dense), []
+    answers, seen = DenseAnswers(model, cases, held_out(len(cases)), found.dense), []
     for j in range(3):
         answers.take()
         calls = [(c.args, {}) for c in cases]

@@ -112,15 +112,36 @@ class Processes:
             who = ", ".join(str(rank) for rank in failed.nonzero().flatten().tolist())
             raise OckhamError(f"stopped, since process {who} failed: the message there says why")
 
-    def told_bytes(self, content: bytes) -> bytes:
-        """The bytes of process 0, however many there are here."""
+    def told_bytes(self, content: bytes, by: int = 0) -> bytes:
+        """The bytes of process ``by``, however many there are here."""
         if self.count == 1:
             return content
-        size = int(self.told(torch.tensor(len(content))))
+        size = int(self.told(torch.tensor(len(content)), by))
         mine = torch.zeros(size, dtype=torch.uint8)
-        if self.rank == 0 and size:
+        if self.rank == by and size:
             mine = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        return self.told(mine).numpy().tobytes()
+        return self.told(mine, by).numpy().tobytes()
+
+    def own(self, count: int) -> list[int]:
+        """The numbers below ``count`` that this process works on, in turn with the others."""
+        return list(range(self.rank, count, self.count))
+
+    def joined(self, sums: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """The sums over all processes; a process that has none of a key adds nothing.
+
+        Args:
+            sums: sums of this process.
+            shapes: shapes of all that any process may have, in the same order everywhere.
+        """
+        if self.count == 1 or not shapes:
+            return dict(sums)
+        there = self.summed(torch.tensor([float(k in sums) for k in shapes])).tolist()
+        some = next(iter(sums.values()), torch.zeros(0))
+        return {
+            k: self.summed(sums[k] if k in sums else some.new_zeros(tuple(shape)))
+            for (k, shape), n in zip(shapes.items(), there, strict=True)
+            if n
+        }
 
     def agree(self, tensors: Iterable[Tensor]) -> None:
         """Compare checksums of what all processes should hold alike.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import NoneType
 from typing import Any
@@ -22,15 +22,26 @@ from torch.utils import _pytree as pytree
 from ockham.core.batch import PYTHON_ERRORS, Batch, asked, described, inputs_of, to_device
 from ockham.core.likelihood import CausalLanguage, Classification, Likelihood, Loss, Regression, likelihood_from
 from ockham.core.objective import DETACHED, blame
+from ockham.core.processes import Processes
 from ockham.errors import DataError, OckhamError
 
-__all__ = ["Case", "CaseObjective", "answer_tensor", "cases_from", "objective_for", "traced_inputs"]
+__all__ = [
+    "Case",
+    "CaseObjective",
+    "answer_tensor",
+    "cases_from",
+    "held_out",
+    "objective_for",
+    "own_cases",
+    "traced_inputs",
+]
 
 _POSITIONS = 1024
 _CASES = 8
 _IGNORED = -100
 _PROBE = 16
 _TOKENS = 32
+_HELD_EVERY = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -340,3 +351,24 @@ def _with_targets(likelihood: Likelihood, output: Callable[[Any], Tensor]) -> Ca
 
     name = type(likelihood).__name__.lower()
     return CaseObjective(name, nll, curvature, lambda f, c: int(likelihood.terms(pair(f, c)[1])), output)
+
+
+def held_out(count: int) -> frozenset[int]:
+    """Cases that judge and do not decide: every fourth; none where there are fewer than four."""
+    return frozenset(range(_HELD_EVERY - 1, count, _HELD_EVERY))
+
+
+def own_cases(cases: Sequence[Case]) -> tuple[Sequence[Case], frozenset[int]]:
+    """The cases that this process works on, all where it is alone, and the positions among them of those that judge.
+
+    Raises:
+        OckhamError: there are more processes than cases.
+    """
+    processes = Processes.world()
+    if len(cases) < processes.count:
+        raise OckhamError(
+            f"{processes.count} processes divide the calibration data among them, and there are {len(cases)} batches: "
+            "pass smaller and more batches, or start fewer processes"
+        )
+    mine, held = processes.own(len(cases)), held_out(len(cases))
+    return [cases[i] for i in mine], frozenset(at for at, i in enumerate(mine) if i in held)

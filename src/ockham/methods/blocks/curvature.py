@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from ockham.core.files import read_json, write_json
+from ockham.core.processes import Processes
 from ockham.errors import OckhamError
 from ockham.methods.blocks.cases import Case, CaseObjective
 from ockham.methods.blocks.solve import BlockMatrix, Use, Using, add_gram_, symmetric
@@ -274,6 +276,25 @@ class FactorStore:
         self.terms = list(terms)
         write_json(self._folder / _INDEX, {"shapes": self._shapes, "rows": self.rows, "terms": self.terms})
 
+    def join(self, terms: Sequence[int]) -> list[int]:
+        """Add up the sums of all processes, each of which has seen its own cases; the terms of all come back."""
+        processes = Processes.world()
+        if processes.count == 1:
+            return list(terms)
+        shapes: dict[str, tuple[int, ...]] = {}
+        for rank in range(processes.count):
+            shapes |= json.loads(processes.told_bytes(json.dumps(self._shapes).encode(), rank))
+        for key in sorted(shapes):
+            sums = self._mapped(key, tuple(shapes[key]))
+            sums.copy_(processes.summed(sums.to(self._device)))
+        rows = torch.tensor([self.rows.get(k, 0.0) for k in sorted(shapes)], dtype=torch.float64)
+        self.rows = dict(zip(sorted(shapes), processes.summed(rows).tolist(), strict=True))
+        return [int(t) for t in processes.summed(torch.tensor(terms, dtype=torch.float64)).tolist()]
+
+    def clear(self) -> None:
+        """Forget all sums."""
+        self._shapes, self.rows, self.terms = {}, {}, []
+
     def add(self, key: str, rows: Tensor) -> None:
         """Add the Gram matrix of ``[groups, rows, n]``."""
         shape = (rows.shape[0], rows.shape[2], rows.shape[2])
@@ -467,7 +488,7 @@ def drift_of(
         silent: matrices of earlier levels.
         held: cases that judge.
     """
-    parameters = weights_of(block, block_map.name)
+    parameters, matrix = weights_of(block, block_map.name), block_map.matrices[key]
     sums: list[list[Tensor]] = [[], []]
     for i, ((args, kwargs), case) in enumerate(zip(calls, cases, strict=True)):
         uses: list[tuple[Use, Tensor]] = []
@@ -493,9 +514,13 @@ def drift_of(
             part += [rows.new_zeros(1, rows.shape[1], rows.shape[1]), rows.new_zeros(lacks.shape[2], rows.shape[1])]
         add_gram_(part[0], rows[None])
         part[1] += lacks[0].float().mT @ rows
-    if not (sums[0] and sums[1]):
+    n, rows_ = matrix.fan_in + (matrix.bias is not None), matrix.weights // matrix.fan_in
+    mine = {f"{i}{j}": t for i, part in enumerate(sums) for j, t in enumerate(part)}
+    shapes = {f"{i}{j}": shape for i in range(2) for j, shape in enumerate([(1, n, n), (rows_, n)])}
+    found = Processes.world().joined(mine, shapes)
+    if len(found) < len(shapes):
         return None
-    (a, c), (held_a, held_c) = sums
+    a, c, held_a, held_c = (found[k] for k in shapes)
     return Drift(symmetric(a)[0], c, symmetric(held_a)[0], held_c)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,15 +22,15 @@ from ockham.core.files import read_json, write_json
 from ockham.core.likelihood import Likelihood
 from ockham.core.network import Ignore, device_of, protected_names, teller, watched
 from ockham.core.posterior import Gaussian, Posterior
+from ockham.core.processes import Processes
 from ockham.errors import DataError, OckhamError, OckhamWarning
 from ockham.fit.predict import refresh_batchnorm
-from ockham.methods.blocks.cases import Case, CaseObjective, cases_from, objective_for, traced_inputs
+from ockham.methods.blocks.cases import Case, CaseObjective, cases_from, held_out, objective_for, traced_inputs
 from ockham.methods.blocks.curvature import evaluating_blocks
 from ockham.methods.blocks.reduction import (
     MatrixEvidence,
     Orders,
     Study,
-    held_out,
     loss_of,
     reduce_blocks_,
     study,
@@ -319,7 +320,10 @@ class BlockJob:
             cases, objective = self._data(model)
             judges = held_out(len(cases)) if judged else frozenset()
             cases = [c for i, c in enumerate(cases) if i not in judges]
-            folder = Path(scratch if self._settings.folder is None else self._settings.folder) / name
+            folder = Path(scratch if self._settings.folder is None else self._settings.folder)
+            if (rank := Processes.world().rank) > 0:  # every process keeps its own: they may share no disk
+                folder /= f"process-{rank}"
+            folder /= name
             folder.mkdir(parents=True, exist_ok=True)
             self._same_job(folder, model, cases)
             self._objective = objective
@@ -371,6 +375,7 @@ class BlockJob:
         while done < len(dense.blocks) and (folder / f"{done}.json").exists():
             before |= {k: MatrixEvidence(**v) for k, v in read_json(folder / f"{done}.json").items()}
             done += 1
+        done = int(Processes.world().gathered(torch.tensor(float(done))).min())
         tell = teller("reduction")
 
         def finished(j: int) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ockham.core.posterior import Gaussian, Posterior
+from ockham.core.processes import Processes
 from ockham.errors import OckhamError
-from ockham.methods.blocks.cases import Case, CaseObjective
+from ockham.methods.blocks.cases import Case, CaseObjective, held_out, own_cases
 from ockham.methods.blocks.curvature import (
     BlockCall,
     BlockMap,
@@ -32,6 +34,7 @@ from ockham.methods.blocks.curvature import (
     writers_of,
 )
 from ockham.methods.blocks.solve import (
+    BlockMatrix,
     Damping,
     NofM,
     Use,
@@ -62,7 +65,6 @@ __all__ = [
     "Orders",
     "Study",
     "freed",
-    "held_out",
     "inputs_of_stage",
     "loss_of",
     "reduce_blocks_",
@@ -162,12 +164,13 @@ class DenseAnswers:
 
     Args:
         model: network as `prepared` leaves it, its weights still dense.
-        cases: calibration data; every fourth judges.
+        cases: calibration data of this process (`own_cases`).
+        held: positions among them that judge.
         dense: its blocks and curvature.
     """
 
-    def __init__(self, model: nn.Module, cases: Sequence[Case], dense: Dense) -> None:
-        self._cases, self._dense, self._held = cases, dense, held_out(len(cases))
+    def __init__(self, model: nn.Module, cases: Sequence[Case], held: frozenset[int], dense: Dense) -> None:
+        self._cases, self._dense, self._held = cases, dense, held
         self._stream = Stream(model, cases, dense.blocks)
         self._writers: dict[frozenset[str], frozenset[str]] = {}  # names of a block's matrices to those that write
         self._levels: Levels = ()  # of the block at hand
@@ -176,8 +179,6 @@ class DenseAnswers:
     @torch.no_grad()
     def take(self) -> None:
         """Run the next block, which is dense yet."""
-        if not self._held:
-            return
         j, calls = self._stream.at, self._stream.calls()
         block, block_map = self._dense.blocks[j], self._dense.maps[j]
         within = len(block_map.name)
@@ -185,7 +186,9 @@ class DenseAnswers:
         # blocks of the same names are rarely built otherwise, so only the writers of the first are tried on the next
         known = self._writers.get(look)
         among = None if known is None else {block_map.name + n for n in known}
-        self._levels = writers_of(block, block_map, calls[0], among)
+        levels = [sorted(level) for level in writers_of(block, block_map, calls[0], among)]
+        told = Processes.world().told_bytes(json.dumps(levels).encode())  # noise is each process's own
+        self._levels = tuple(frozenset(level) for level in json.loads(told))
         self._writers.setdefault(look, frozenset(k[within:] for level in self._levels for k in level))
         parameters = weights_of(block, block_map.name)
         later = [
@@ -231,8 +234,10 @@ def reduce_blocks_(
     Returns:
         Evidence of each reduced matrix.
     """
+    processes, every = Processes.world(), len(cases)
+    cases, held = own_cases(cases)
     stream = Stream(model, cases, dense.blocks)
-    whole = DenseAnswers(model, cases, dense) if orders.mend else None
+    whole = DenseAnswers(model, cases, held, dense) if orders.mend and held_out(every) else None
     evidence: dict[str, MatrixEvidence] = {}
     for j, block_map in enumerate(dense.maps):
         calls = stream.calls()
@@ -243,14 +248,34 @@ def reduce_blocks_(
             wanted = [k for k in stage if k in orders.keep]
             drifts = {k: d for k in wanted if whole is not None and (d := whole.drift(k, j, calls)) is not None}
             sums = inputs_of_stage(dense.blocks[j], block_map, [k for k in wanted if k not in drifts], calls, cases)
-            for key in wanted:
-                found = _reduced(key, block_map, parameters, sums, (dense, orders), drifts.get(key))
-                if found is not None:
-                    evidence[key] = found
+            owners = processes.shares([float(block_map.matrices[k].weights) for k in wanted])
+            found: dict[str, MatrixEvidence | None] = {}
+            with processes.together():
+                for key in (k for k, owner in zip(wanted, owners, strict=True) if owner == processes.rank):
+                    found[key] = _reduced(key, block_map, parameters, sums, (dense, orders), drifts.get(key))
+            for key, owner in zip(wanted, owners, strict=True):
+                if (one := _told(processes, owner, block_map.matrices[key], parameters, found.get(key))) is not None:
+                    evidence[key] = replace(one, block=block_map.name)
         stream.advance(calls)
         if on_block is not None:
             on_block(j + 1, evidence)
     return evidence
+
+
+def _told(
+    processes: Processes,
+    owner: int,
+    matrix: BlockMatrix,
+    parameters: Mapping[str, Tensor],
+    mine: MatrixEvidence | None,
+) -> MatrixEvidence | None:
+    """A matrix as the process has left it that reduced it, and its evidence; the block's name is left out."""
+    if processes.count == 1:
+        return mine
+    facts = [float(mine is not None), *(astuple(mine)[1:] if mine is not None else [0.0] * 6)]
+    there, size, *others = processes.told(torch.tensor(facts, dtype=torch.float64), owner).tolist()
+    matrix.write(parameters, processes.told(matrix.read(parameters), owner))
+    return MatrixEvidence("", int(size), *others) if there else None
 
 
 class _Enough(BaseException):
@@ -293,7 +318,12 @@ def inputs_of_stage(
                 block(*args, **kwargs)
         except _Enough:
             pass
-    return {k: symmetric(s) for k, s in sums.items()}
+    shapes = {}
+    for key in wanted:
+        matrix = block_map.matrices[key]
+        n = matrix.fan_in + (matrix.bias is not None)
+        shapes[block_map.source[key]] = (matrix.groups, n, n)
+    return {k: symmetric(s) for k, s in Processes.world().joined(sums, shapes).items()}
 
 
 def _reduced(
@@ -399,7 +429,6 @@ def freed(
 
 
 _ALLOCATION_DAMPING = 0.01
-_HELD_EVERY = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -422,11 +451,6 @@ class Study:
     def weights(self) -> int:
         """Weights that may go."""
         return sum(s.size for s in self.samples.values())
-
-
-def held_out(count: int) -> frozenset[int]:
-    """Cases that judge and do not decide: every fourth; none where there are fewer than four."""
-    return frozenset(range(_HELD_EVERY - 1, count, _HELD_EVERY))
 
 
 @torch.no_grad()
@@ -477,16 +501,22 @@ def study(
             f"{type(model).__name__} multiplies by no weight matrix of its own (linear, addmm, matmul, convolutions): "
             "there is nothing to take out"
         )
-    store, generator = FactorStore(folder, device), torch.Generator(device).manual_seed(seed)
+    processes, store, generator = Processes.world(), FactorStore(folder, device), torch.Generator(device)
     tried = sampled_blocks([frozenset(matrix_kind(k) for k in m.matrices) for m in maps])
     halved, held, terms = {k for j in tried for k in maps[j].matrices}, held_out(len(cases)), [0, 0]
     pairs = list(zip(blocks, maps, strict=True))
-    for i, case in enumerate(() if store.terms else cases):
-        part = {k: ".held" for k in halved} if i in held else {}
-        terms[i in held] += add_curvature_(store, model, case, objective, pairs, generator=generator, part=part)
-        on_case(i + 1, len(cases))
-    if not store.terms:
-        store.close(terms)
+    if not bool(processes.gathered(torch.tensor(bool(store.terms)).float()).all()):
+        store.clear()
+        with processes.together():
+            own_cases(cases)
+            for i in processes.own(len(cases)):
+                part = {k: ".held" for k in halved} if i in held else {}
+                generator.manual_seed(seed * 1_000_003 + i)  # what is drawn does not hang on who draws it
+                terms[i in held] += add_curvature_(
+                    store, model, cases[i], objective, pairs, generator=generator, part=part
+                )
+                on_case(i + 1, len(cases))
+        store.close(store.join(terms))
     terms = store.terms
     if sum(terms) == 0:
         raise OckhamError("the calibration data hold no log-likelihood terms: every target is padding")

@@ -448,7 +448,7 @@ def sparse_matrix(
     free, top = target.shape[-1] - bias, _top(curvature.inputs)
     if rounds is None:
         found = _swapped(target, curvature, keep, free, swaps)
-        solved = [_on_support(target, curvature, *support, steps[1], top=top) for support in found]
+        solved = [_on_support(target, curvature, stays, start, steps[1], top=top) for stays, start in found]
         return min(solved, key=lambda x: float((curvature.apply(x - target) * (x - target)).sum()))
     stays, moved = torch.ones_like(target, dtype=torch.bool), target
     share = keep.n / keep.m if isinstance(keep, NofM) else keep
@@ -476,8 +476,10 @@ def _largest(value: Tensor, keep: float | NofM, share: float, free: int) -> Tens
     return stays
 
 
-def _swapped(target: Tensor, curvature: Quadratic, keep: float | NofM, free: int, most: int) -> tuple[Tensor, Tensor]:
-    r"""A support, and a start for the weights on it, by the alternating direction method of multipliers.
+def _swapped(
+    target: Tensor, curvature: Quadratic, keep: float | NofM, free: int, most: int
+) -> list[tuple[Tensor, Tensor]]:
+    r"""Supports with starts for their weights: the largest weights', and from there by alternating directions.
 
         X = argmin 1/2 tr G' (X - T) A' (X - T)' + <V, X> + r/2 ||X - S||^2,    S = the largest of X + V / r,
         V = V + r (X - S)

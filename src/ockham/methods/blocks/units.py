@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ockham.choose.prices import Budget, Subject, first_within, most_allowed
 from ockham.errors import OckhamError
-from ockham.methods.blocks.cases import Case
+from ockham.methods.blocks.cases import Case, held_out, own_cases
 from ockham.methods.blocks.curvature import BlockMap, Stream, weights_of
 from ockham.methods.blocks.reduction import (
     Dense,
@@ -300,8 +300,10 @@ def refit_units_(
         Evidence of each matrix that reads fewer units now.
     """
     found: dict[str, MatrixEvidence] = {}
+    every = len(cases)
+    cases, held = own_cases(cases)
     stream = Stream(model, cases, dense.blocks)
-    whole = DenseAnswers(model, cases, dense) if mending else None
+    whole = DenseAnswers(model, cases, held, dense) if mending and held_out(every) else None
     for j, block_map in enumerate(dense.maps):
         calls, block = stream.calls(), dense.blocks[j]
         if whole is not None:

@@ -1,0 +1,113 @@
+"""Two processes that divide the calibration data prune as one does.
+
+Starting processes takes longer than what they do here, so one pair does everything and the tests look at its files.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import ockham
+from ockham.errors import OckhamError
+from ockham.methods.blocks.prune import Pruned, PruneSettings
+
+from .networks import batches, ids, network
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+# an odd number of batches: the two have unequally many, and of the five only the fourth judges
+WORK: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "llama": ("llama", 5, {"keep_share": 0.5}),
+    "pattern": ("llama", 5, {"pattern": "2:4"}),
+    "experts": ("mixtral", 5, {"keep_share": 0.6}),
+    "units": ("vit", 5, {"structure": "uneven", "budget": {"params": "80%"}}),
+    "evidence": ("gpt2", 9, {}),
+    "posterior": ("bert", 4, {"keep_share": 0.5}),
+}
+
+
+def pruned(name: str, folder: Path | None = None) -> Pruned:
+    kind, count, target = WORK[name]
+    settings = PruneSettings(folder=folder, posterior=name == "posterior", n_data=2e3 if name == "evidence" else None)
+    return ockham.prune(network(kind), batches(kind, count), settings=settings, **target)
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {n: t.detach().clone().contiguous() for n, t in model.state_dict().items()}
+
+
+def worker(rank: int, where: Path, port: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    for name in WORK:
+        done = pruned(name)
+        save_file(state(done.model), where / f"{name}.{rank}.safetensors")
+        (where / f"{name}.{rank}.json").write_text(json.dumps(dict(done.evidence)))
+        if done.posterior is not None:
+            done.posterior.save(where / f"{name}.posterior.{rank}.safetensors")
+    first = pruned("llama", where / "work")
+    # one process was stopped a block earlier than the other
+    if rank == 1:
+        (where / "work" / "process-1" / "weights" / "keep-0.5" / "2.json").unlink()
+    again = pruned("llama", where / "work")
+    assert all(torch.equal(a, b) for a, b in zip(state(first.model).values(), state(again.model).values(), strict=True))
+    try:
+        ockham.prune(network("llama"), [ids(1)], keep_share=0.5)
+        said = "nothing"
+    except OckhamError as error:
+        said = str(error)
+    (where / f"refused.{rank}").write_text(said)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    where = tmp_path_factory.mktemp("several")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with mock.patch.object(sys, "path", [str(Path(__file__).parents[1]), *sys.path]):  # where this file's package is
+        mp.spawn(worker, (where, port), nprocs=2)
+    return where
+
+
+@pytest.mark.parametrize("name", WORK)
+def test_two_prune_as_one(folder: Path, name: str) -> None:
+    one, two = (load_file(folder / f"{name}.{rank}.safetensors") for rank in range(2))
+    assert all(torch.equal(t, two[n]) for n, t in one.items())
+    whole = pruned(name)
+    expected = state(whole.model)
+    assert {n: t.shape for n, t in one.items()} == {n: t.shape for n, t in expected.items()}
+    near = 0.1 if name == "experts" else 0.02  # which expert a token goes to hangs on the last digits
+    for n, t in expected.items():
+        assert float(((t == 0) != (one[n] == 0)).float().mean()) < 0.01, n
+        assert float((one[n] - t).norm()) <= near * float(t.norm()) + 1e-6, n
+    nats = json.loads((folder / f"{name}.0.json").read_text())
+    assert nats == json.loads((folder / f"{name}.1.json").read_text())
+    assert nats == pytest.approx(dict(whole.evidence), rel=0.02, abs=0.5)
+
+
+def test_the_posterior_is_that_of_all_data(folder: Path) -> None:
+    found = ockham.load_posterior(folder / "posterior.posterior.0.safetensors")
+    whole = pruned("posterior").posterior
+    assert whole is not None
+    for name, g in whole.items():
+        there = g.keep & found[name].keep
+        torch.testing.assert_close(found[name].precision[there], g.precision[there], rtol=1e-3, atol=0)
+
+
+def test_more_processes_than_batches_are_refused_by_all(folder: Path) -> None:
+    for rank in range(2):
+        assert "2 processes divide" in (folder / f"refused.{rank}").read_text()
