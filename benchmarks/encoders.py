@@ -100,8 +100,10 @@ class Bench:
         return (found * self.dense[id(sentences)]).sum(-1)
 
 
-def ours(bench: Bench, keep: float, *, even: bool = False) -> tuple[nn.Module, dict[str, Any]]:
-    settings = PruneSettings(seed=bench.seed, even=even)
+def ours(
+    bench: Bench, keep: float, *, even: bool = False, rounds: int | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
+    settings = PruneSettings(seed=bench.seed, even=even, rounds=rounds)
     done = ockham.prune(bench.model, bench.calibration, keep_share=keep, settings=settings)
     return done.model, {"damping": {k: [d.inputs, d.outputs] for k, d in done.damping.items()}}
 
@@ -190,6 +192,8 @@ METHODS: dict[str, tuple[float, Callable[[Bench, float], tuple[nn.Module, dict[s
     "ALPS, our shares": (0.5, rival(alps, shared=True)),
     "ours": (0.5, ours),
     "ours, equal shares": (0.5, lambda b, k: ours(b, k, even=True)),
+    "ours, greedy in 4 rounds": (0.5, lambda b, k: ours(b, k, rounds=4)),
+    "ours, equal shares, greedy in 4 rounds": (0.5, lambda b, k: ours(b, k, even=True, rounds=4)),
     "units: by size": (0.7, units_by_size),
     "units: FLAP": (0.7, flap),
     "units: ours, equally many": (0.7, units("even")),
