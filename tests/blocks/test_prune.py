@@ -185,7 +185,25 @@ def test_a_network_without_blocks_is_one_block() -> None:
     data = [(torch.randn(16, 3, 8, 8), torch.arange(16) % 4) for _ in range(4)]
     done = prune(net, data, keep_share=0.5)
     assert set(done.evidence) == {"0.weight", "4.weight"} and set(done.evidence.blocks) == {""}
-    assert not torch.equal(net[1].running_var, done.model[1].running_var)  # taken anew under the weights left
+
+
+@pytest.mark.parametrize("stale", [True, False])
+def test_statistics_of_batch_norm_are_taken_anew_where_that_helps(stale: bool) -> None:
+    """Calibration data may be unlike those of training (augmented): what they say of mean and variance is judged."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 2)).eval()
+    x = torch.randn(8, 64, 6)
+    right = [x.flatten(0, 1) @ net[0].weight.T.detach() + net[0].bias.detach()]
+    mean, var = right[0].mean(0), right[0].var(0)
+    with torch.no_grad():
+        net[1].running_mean.copy_(mean)
+        net[1].running_var.copy_(var if stale else 4 * var)
+        data = [(b, net(b)) for b in x]  # what the network says with the statistics that it has now
+        if stale:
+            net[1].running_var.copy_(9 * var)
+    done = prune(net, data, keep_share=1.0)
+    changed = not torch.equal(net[1].running_var, done.model[1].running_var)
+    assert changed is stale
 
 
 def test_a_network_that_always_fills_a_cache() -> None:

@@ -437,8 +437,17 @@ class BlockJob:
         return ({} if best is None else kept[best.keep_share][1]), fired
 
     def _refreshed(self, model: nn.Module) -> nn.Module:
-        """Statistics of BatchNorm under the weights that are left."""
+        """Statistics of BatchNorm under the weights that are left; the old ones where data that judge prefer those."""
         cases, _ = self._data(model)
         loader: Any = [Batch(tuple(c.args), dict(c.kwargs)) for c in cases]
-        refresh_batchnorm(model, loader, batches=len(loader), batch=lambda case: case)
+        old = {n: t.clone() for n, t in model.named_buffers()}
+        if not refresh_batchnorm(model, loader, batches=len(loader), batch=lambda case: case):
+            return model
+        new, after = {n: t.clone() for n, t in model.named_buffers()}, self.mean_loss(model)
+        for n, t in model.named_buffers():
+            t.copy_(old[n])
+        before = self.mean_loss(model)
+        if before is None or after is None or after < before:
+            for n, t in model.named_buffers():
+                t.copy_(new[n])
         return model
