@@ -61,9 +61,11 @@ WORK: dict[str, tuple[str, int, dict[str, Any]]] = {
 }
 
 
-def pruned(name: str, folder: Path | None = None) -> Pruned:
+def pruned(name: str, folder: Path | None = None, *, divided: bool = False) -> Pruned:
     kind, count, target = WORK[name]
-    settings = PruneSettings(folder=folder, posterior=name == "posterior", n_data=2e3 if name == "evidence" else None)
+    settings = PruneSettings(
+        folder=folder, posterior=name == "posterior", n_data=2e3 if name == "evidence" else None, divided=divided
+    )
     model, data = given(kind, count)
     return ockham.prune(model, data, settings=settings, **target)
 
@@ -76,23 +78,25 @@ def worker(rank: int, where: Path, port: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     for name in WORK:
-        done = pruned(name)
+        done = pruned(name, divided=True)
         save_file(state(done.model), where / f"{name}.{rank}.safetensors")
         (where / f"{name}.{rank}.json").write_text(json.dumps(dict(done.evidence)))
         if done.posterior is not None:
             done.posterior.save(where / f"{name}.posterior.{rank}.safetensors")
-    first = pruned("llama", where / "work")
+    first = pruned("llama", where / "work", divided=True)
     # one process was stopped a block earlier than the other
     if rank == 1:
         (where / "work" / "process-1" / "weights" / "keep-0.5" / "2.json").unlink()
-    again = pruned("llama", where / "work")
+    again = pruned("llama", where / "work", divided=True)
     assert all(torch.equal(a, b) for a, b in zip(state(first.model).values(), state(again.model).values(), strict=True))
     try:
-        ockham.prune(network("llama"), [ids(1)], keep_share=0.5)
+        ockham.prune(network("llama"), [ids(1)], keep_share=0.5, settings=PruneSettings(divided=True))
         said = "nothing"
     except OckhamError as error:
         said = str(error)
     (where / f"refused.{rank}").write_text(said)
+    if rank == 0:  # the other is not waited for
+        save_file(state(pruned("llama").model), where / "alone.safetensors")
     dist.destroy_process_group()
 
 
@@ -122,6 +126,16 @@ def test_two_prune_as_one(folder: Path, name: str) -> None:
     nats = json.loads((folder / f"{name}.0.json").read_text())
     assert nats == json.loads((folder / f"{name}.1.json").read_text())
     assert nats == pytest.approx(dict(whole.evidence), rel=0.02, abs=0.5)
+
+
+def test_one_of_several_may_prune_by_itself(folder: Path) -> None:
+    alone, whole = load_file(folder / "alone.safetensors"), state(pruned("llama").model)
+    assert all(torch.equal(t, alone[n]) for n, t in whole.items())
+
+
+def test_work_is_divided_among_a_group_only() -> None:
+    with pytest.raises(OckhamError, match="init_process_group"):
+        pruned("llama", divided=True)
 
 
 def test_the_posterior_is_that_of_all_data(folder: Path) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from types import NoneType
 from typing import Any
@@ -22,7 +24,7 @@ from torch.utils import _pytree as pytree
 from ockham.core.batch import PYTHON_ERRORS, Batch, asked, described, inputs_of, to_device
 from ockham.core.likelihood import CausalLanguage, Classification, Likelihood, Loss, Regression, likelihood_from
 from ockham.core.objective import DETACHED, blame
-from ockham.core.processes import Processes
+from ockham.core.processes import ALONE, Processes
 from ockham.errors import DataError, OckhamError
 
 __all__ = [
@@ -30,9 +32,11 @@ __all__ = [
     "CaseObjective",
     "answer_tensor",
     "cases_from",
+    "dividing",
     "held_out",
     "objective_for",
     "own_cases",
+    "team",
     "traced_inputs",
 ]
 
@@ -358,13 +362,38 @@ def held_out(count: int) -> frozenset[int]:
     return frozenset(range(_HELD_EVERY - 1, count, _HELD_EVERY))
 
 
+_TEAM: ContextVar[Processes] = ContextVar("team", default=ALONE)
+
+
+def team() -> Processes:
+    """The processes that divide the work at hand: this one alone, but inside `dividing`."""
+    return _TEAM.get()
+
+
+@contextmanager
+def dividing(wanted: bool) -> Iterator[None]:
+    """Inside this block all processes of torch's group work together, if ``wanted``.
+
+    Raises:
+        OckhamError: there is no process group.
+    """
+    processes = Processes.world() if wanted else ALONE
+    if wanted and processes.group is None:
+        raise OckhamError("divided=True divides the work among several processes: call init_process_group first")
+    token = _TEAM.set(processes)
+    try:
+        yield
+    finally:
+        _TEAM.reset(token)
+
+
 def own_cases(cases: Sequence[Case]) -> tuple[Sequence[Case], frozenset[int]]:
     """The cases that this process works on, all where it is alone, and the positions among them of those that judge.
 
     Raises:
         OckhamError: there are more processes than cases.
     """
-    processes = Processes.world()
+    processes = team()
     if len(cases) < processes.count:
         raise OckhamError(
             f"{processes.count} processes divide the calibration data among them, and there are {len(cases)} batches: "

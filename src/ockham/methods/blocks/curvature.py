@@ -15,9 +15,8 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from ockham.core.files import read_json, write_json
-from ockham.core.processes import Processes
 from ockham.errors import OckhamError
-from ockham.methods.blocks.cases import Case, CaseObjective
+from ockham.methods.blocks.cases import Case, CaseObjective, team
 from ockham.methods.blocks.solve import BlockMatrix, Use, Using, add_gram_, symmetric
 from ockham.methods.blocks.stop import Drift
 from ockham.surgery.copies import configured
@@ -278,7 +277,7 @@ class FactorStore:
 
     def join(self, terms: Sequence[int]) -> list[int]:
         """Add up the sums of all processes, each of which has seen its own cases; the terms of all come back."""
-        processes = Processes.world()
+        processes = team()
         if processes.count == 1:
             return list(terms)
         shapes: dict[str, tuple[int, ...]] = {}
@@ -517,7 +516,7 @@ def drift_of(
     n, rows_ = matrix.fan_in + (matrix.bias is not None), matrix.weights // matrix.fan_in
     mine = {f"{i}{j}": t for i, part in enumerate(sums) for j, t in enumerate(part)}
     shapes = {f"{i}{j}": shape for i in range(2) for j, shape in enumerate([(1, n, n), (rows_, n)])}
-    found = Processes.world().joined(mine, shapes)
+    found = team().joined(mine, shapes)
     if len(found) < len(shapes):
         return None
     a, c, held_a, held_c = (found[k] for k in shapes)

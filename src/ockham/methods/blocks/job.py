@@ -22,10 +22,9 @@ from ockham.core.files import read_json, write_json
 from ockham.core.likelihood import Likelihood
 from ockham.core.network import Ignore, device_of, protected_names, teller, watched
 from ockham.core.posterior import Gaussian, Posterior
-from ockham.core.processes import Processes
 from ockham.errors import DataError, OckhamError, OckhamWarning
 from ockham.fit.predict import refresh_batchnorm
-from ockham.methods.blocks.cases import Case, CaseObjective, cases_from, held_out, objective_for, traced_inputs
+from ockham.methods.blocks.cases import Case, CaseObjective, cases_from, held_out, objective_for, team, traced_inputs
 from ockham.methods.blocks.curvature import evaluating_blocks
 from ockham.methods.blocks.reduction import (
     MatrixEvidence,
@@ -154,6 +153,8 @@ class PruneSettings:
         ignore: parameters to protect: names, "re:" patterns, module names or types.
         seed: seed of drawn targets.
         folder: place where finished work is kept; the same call with the same folder goes on where it was stopped.
+        divided: True lets all processes of torch's group divide data and matrices among them; all must call `prune`,
+            with the same network and all of the data.
         posterior: True makes a posterior of the weights that stay as well, which takes as much memory as they do.
     """
 
@@ -165,6 +166,7 @@ class PruneSettings:
     ignore: Ignore = ()
     seed: int = 0
     folder: str | Path | None = None
+    divided: bool = False
     posterior: bool = False
 
 
@@ -321,7 +323,7 @@ class BlockJob:
             judges = held_out(len(cases)) if judged else frozenset()
             cases = [c for i, c in enumerate(cases) if i not in judges]
             folder = Path(scratch if self._settings.folder is None else self._settings.folder)
-            if (rank := Processes.world().rank) > 0:  # every process keeps its own: they may share no disk
+            if (rank := team().rank) > 0:  # every process keeps its own: they may share no disk
                 folder /= f"process-{rank}"
             folder /= name
             folder.mkdir(parents=True, exist_ok=True)
@@ -375,7 +377,7 @@ class BlockJob:
         while done < len(dense.blocks) and (folder / f"{done}.json").exists():
             before |= {k: MatrixEvidence(**v) for k, v in read_json(folder / f"{done}.json").items()}
             done += 1
-        done = int(Processes.world().gathered(torch.tensor(float(done))).min())
+        done = int(team().gathered(torch.tensor(float(done))).min())
         tell = teller("reduction")
 
         def finished(j: int) -> bool:

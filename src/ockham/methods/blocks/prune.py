@@ -20,7 +20,7 @@ from ockham.core.likelihood import Likelihood
 from ockham.core.network import PruneProgress, copied, listening
 from ockham.core.posterior import POSTERIOR, Posterior
 from ockham.errors import DataError, OckhamError
-from ockham.methods.blocks.cases import answer_tensor, cases_from
+from ockham.methods.blocks.cases import answer_tensor, cases_from, dividing
 from ockham.methods.blocks.curvature import evaluating_blocks
 from ockham.methods.blocks.job import BlockJob, PruneSettings, Removal, page_of
 from ockham.methods.blocks.reduction import MatrixEvidence
@@ -213,7 +213,7 @@ def prune(
     _check(keep_share, pattern, structure, budget)
     began = time.perf_counter()
     settings = settings or PruneSettings()
-    with listening(progress):
+    with listening(progress), dividing(settings.divided):
         job = BlockJob(calibration, likelihood, batch, output, settings)
         small, plan = copied(model), Plan({}, {}, {}, {n: tuple(t.shape) for n, t in named_tensors(model).items()})
         units: dict[str, MatrixEvidence] = {}

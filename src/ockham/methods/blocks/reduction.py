@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.core.processes import Processes
 from ockham.errors import OckhamError
-from ockham.methods.blocks.cases import Case, CaseObjective, held_out, own_cases
+from ockham.methods.blocks.cases import Case, CaseObjective, held_out, own_cases, team
 from ockham.methods.blocks.curvature import (
     BlockCall,
     BlockMap,
@@ -187,7 +187,7 @@ class DenseAnswers:
         known = self._writers.get(look)
         among = None if known is None else {block_map.name + n for n in known}
         levels = [sorted(level) for level in writers_of(block, block_map, calls[0], among)]
-        told = Processes.world().told_bytes(json.dumps(levels).encode())  # noise is each process's own
+        told = team().told_bytes(json.dumps(levels).encode())  # noise is each process's own
         self._levels = tuple(frozenset(level) for level in json.loads(told))
         self._writers.setdefault(look, frozenset(k[within:] for level in self._levels for k in level))
         parameters = weights_of(block, block_map.name)
@@ -234,7 +234,7 @@ def reduce_blocks_(
     Returns:
         Evidence of each reduced matrix.
     """
-    processes, every = Processes.world(), len(cases)
+    processes, every = team(), len(cases)
     cases, held = own_cases(cases)
     stream = Stream(model, cases, dense.blocks)
     whole = DenseAnswers(model, cases, held, dense) if orders.mend and held_out(every) else None
@@ -323,7 +323,7 @@ def inputs_of_stage(
         matrix = block_map.matrices[key]
         n = matrix.fan_in + (matrix.bias is not None)
         shapes[block_map.source[key]] = (matrix.groups, n, n)
-    return {k: symmetric(s) for k, s in Processes.world().joined(sums, shapes).items()}
+    return {k: symmetric(s) for k, s in team().joined(sums, shapes).items()}
 
 
 def _reduced(
@@ -429,6 +429,7 @@ def freed(
 
 
 _ALLOCATION_DAMPING = 0.01
+_COSTS = "costs.safetensors"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -501,12 +502,13 @@ def study(
             f"{type(model).__name__} multiplies by no weight matrix of its own (linear, addmm, matmul, convolutions): "
             "there is nothing to take out"
         )
-    processes, store, generator = Processes.world(), FactorStore(folder, device), torch.Generator(device)
+    processes, store, generator = team(), FactorStore(folder, device), torch.Generator(device)
     tried = sampled_blocks([frozenset(matrix_kind(k) for k in m.matrices) for m in maps])
     halved, held, terms = {k for j in tried for k in maps[j].matrices}, held_out(len(cases)), [0, 0]
     pairs = list(zip(blocks, maps, strict=True))
     if not bool(processes.gathered(torch.tensor(bool(store.terms)).float()).all()):
         store.clear()
+        (folder / _COSTS).unlink(missing_ok=True)  # of other sums
         with processes.together():
             own_cases(cases)
             for i in processes.own(len(cases)):
@@ -521,7 +523,7 @@ def study(
     if sum(terms) == 0:
         raise OckhamError("the calibration data hold no log-likelihood terms: every target is padding")
     dense = Dense(blocks, maps, store, sum(terms))
-    return Study(dense, _samples(dense, spared, folder / "costs.safetensors"), tuple(tried) if held else (), terms[1])
+    return Study(dense, _samples(dense, spared, folder / _COSTS), tuple(tried) if held else (), terms[1])
 
 
 def study_damping(
