@@ -210,10 +210,13 @@ def ours(
     sides: float = 0.3,
     mend: bool = True,
     rounds: int | None = None,
+    tuned: int | None = None,
 ) -> dict[str, Any]:
     keep = targets(bench, target, even)
     share = "2-4" if target == "2:4" else target
-    damping = bench.damping(keep, share, rounds) if chosen else {matrix_kind(k): Damping(0.05, sides) for k in keep}
+    damping = (
+        bench.damping(keep, share, rounds or tuned) if chosen else {matrix_kind(k): Damping(0.05, sides) for k in keep}
+    )
     n_data = TERMS_PER_WEIGHT * bench.found.weights
     orders = Orders(keep, damping, n_data, rounds, mend=mend)
     evidence = reduce_blocks_(bench.model, bench.cases, bench.found.dense, orders, on_block=_told("ours"))
@@ -317,6 +320,7 @@ METHODS: dict[str, Callable[[Bench, str], dict[str, Any]]] = {
     "ours, lambda .05 and tau .3 everywhere": lambda b, t: ours(b, t, chosen=False),
     "ours, input side only (tau 1)": lambda b, t: ours(b, t, chosen=False, sides=1.0),
     "ours, nothing makes up for drift": lambda b, t: ours(b, t, mend=False),
+    "ours, damping of greedy rounds": lambda b, t: ours(b, t, tuned=4),
     "ours, greedy in 4 rounds": lambda b, t: ours(b, t, rounds=4),
     "ours, greedy in 4 rounds, nothing makes up for drift": lambda b, t: ours(b, t, rounds=4, mend=False),
     "ours, the evidence stops": stopped,

@@ -187,6 +187,14 @@ def test_a_network_without_blocks_is_one_block() -> None:
     assert set(done.evidence) == {"0.weight", "4.weight"} and set(done.evidence.blocks) == {""}
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"rounds": 0}, {"rounds": -1}, {"rounds": 2.5}, {"n_data": 0.0}, {"n_data": -1.0}, {"unit_damping": 0.0}]
+)
+def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(OckhamError, match=next(iter(wrong))):
+        PruneSettings(**wrong)
+
+
 @pytest.mark.parametrize("stale", [True, False])
 def test_statistics_of_batch_norm_are_taken_anew_where_that_helps(stale: bool) -> None:
     """Calibration data may be unlike those of training (augmented): what they say of mean and variance is judged."""

@@ -291,7 +291,8 @@ class FactorStore:
         return [int(t) for t in processes.summed(torch.tensor(terms, dtype=torch.float64)).tolist()]
 
     def clear(self) -> None:
-        """Forget all sums."""
+        """Forget all sums, in the folder first: a job that dies before they are taken anew must not find them."""
+        (self._folder / _INDEX).unlink(missing_ok=True)
         self._shapes, self.rows, self.terms = {}, {}, []
 
     def add(self, key: str, rows: Tensor) -> None:

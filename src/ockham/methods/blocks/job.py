@@ -148,7 +148,7 @@ class PruneSettings:
         damping: setting of every matrix; None chooses it by kind of matrix on calibration data held out.
         unit_damping: ridge of the refit after whole units went, a share of the inputs' mean square.
         even: True takes the same share from every matrix instead of one threshold over all.
-        rounds: number of rounds in which weights go greedily, in about half of the time; None lets those that went come
+        rounds: number of rounds in which weights go greedily, in some .4 of the time; None lets those that went come
             back for others, which costs less of the loss.
         ignore: parameters to protect: names, "re:" patterns, module names or types.
         seed: seed of drawn targets.
@@ -168,6 +168,14 @@ class PruneSettings:
     folder: str | Path | None = None
     divided: bool = False
     posterior: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rounds is not None and not (isinstance(self.rounds, int) and self.rounds >= 1):
+            raise OckhamError(f"PruneSettings: rounds is a whole number from 1, or None to swap; got {self.rounds!r}")
+        if self.n_data is not None and not 0 < self.n_data < math.inf:
+            raise OckhamError(f"PruneSettings: n_data counts terms trained on, a number above 0; got {self.n_data!r}")
+        if not 0 < self.unit_damping < math.inf:
+            raise OckhamError(f"PruneSettings: unit_damping is a ridge, a number above 0; got {self.unit_damping!r}")
 
 
 @dataclass(frozen=True, slots=True)

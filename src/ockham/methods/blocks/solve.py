@@ -441,7 +441,7 @@ def sparse_matrix(
         keep: share of the weights that stays, over the whole matrix, or a pattern along the inputs.
         bias: True where the last column is a bias, which stays.
         rounds: None lets weights that went come back for others (`_swapped`); a number takes them greedily in so many
-            rounds, the cheapest given all others first, in a third of the time and at a higher cost.
+            rounds, the cheapest given all others first, which is faster and costs more of the loss.
         swaps: without rounds, steps of the search for a support at most.
         steps: conjugate gradient steps after a round and at the end.
     """
