@@ -47,17 +47,11 @@ from harness import origin
 from ockham.choose.prices import Subject, budget_from
 from ockham.methods.blocks.cases import Case, CaseObjective, cases_from, objective_for, traced_inputs
 from ockham.methods.blocks.curvature import evaluating_blocks
-from ockham.methods.blocks.reduction import (
-    MatrixEvidence,
-    Orders,
-    loss_of,
-    reduce_blocks_,
-    study,
-    study_damping,
-)
+from ockham.methods.blocks.reduction import Orders, loss_of, reduce_blocks_, study, study_damping
 from ockham.methods.blocks.solve import Damping, NofM
 from ockham.methods.blocks.stop import (
     TERMS_PER_WEIGHT,
+    MatrixEvidence,
     Shot,
     best_shot,
     matrix_kind,

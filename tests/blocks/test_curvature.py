@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ockham.methods.blocks.cases import Case, CaseObjective, cases_from, objective_for
-from ockham.methods.blocks.curvature import Stream, evaluating_blocks, find_blocks, map_of, weights_of
+from ockham.methods.blocks.curvature import FactorStore, Stream, evaluating_blocks, find_blocks, map_of, weights_of
 from ockham.methods.blocks.prune import prune
 from ockham.methods.blocks.reduction import Study, study, surviving_posterior
 from ockham.methods.blocks.solve import Damping, Use, Using, add_gram_, symmetric
@@ -257,3 +257,16 @@ def test_layers_with_and_without_a_bias_share_no_factor(tmp_path: Path) -> None:
     assert b.stages[0] == ("0.plain.weight", "0.biased.weight")
     done = prune(model, data, keep_share=0.5)
     assert done.keep_share == pytest.approx(0.5, abs=0.02)
+
+
+def test_sums_that_are_forgotten_are_not_found_again(tmp_path: Path) -> None:
+    """A job that dies while it takes them anew would otherwise go on from half of them."""
+    store = FactorStore(tmp_path, torch.device("cpu"))
+    store.add("A:x", torch.ones(1, 3, 2))
+    store.close([3, 0])
+    assert FactorStore(tmp_path, torch.device("cpu")).terms == [3, 0]
+    store.clear()
+    again = FactorStore(tmp_path, torch.device("cpu"))
+    assert not again.terms and not again.has("A:x")
+    again.add("A:x", torch.ones(1, 1, 2))
+    assert torch.equal(again.get("A:x"), torch.ones(1, 2, 2))

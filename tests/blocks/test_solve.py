@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from ockham.errors import OckhamError
-from ockham.methods.blocks.solve import Damping, NofM, Quadratic, damped, loss_increase, quadratic, single_costs
+from ockham.methods.blocks.solve import Damping, NofM, Quadratic, damped, loss_increase, quadratic
 from ockham.methods.blocks.solve import sparse_matrix as sparse
+from ockham.methods.blocks.stop import single_costs
 
 OUT, IN = 5, 8
 

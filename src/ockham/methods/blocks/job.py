@@ -27,7 +27,6 @@ from ockham.fit.predict import refresh_batchnorm
 from ockham.methods.blocks.cases import Case, CaseObjective, cases_from, held_out, objective_for, team, traced_inputs
 from ockham.methods.blocks.curvature import evaluating_blocks
 from ockham.methods.blocks.reduction import (
-    MatrixEvidence,
     Orders,
     Study,
     loss_of,
@@ -40,6 +39,7 @@ from ockham.methods.blocks.solve import Damping, NofM
 from ockham.methods.blocks.stop import (
     TERMS_PER_WEIGHT,
     DampingTrial,
+    MatrixEvidence,
     Shot,
     best_shot,
     matrix_kind,

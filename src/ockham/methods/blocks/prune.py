@@ -23,9 +23,8 @@ from ockham.errors import DataError, OckhamError
 from ockham.methods.blocks.cases import answer_tensor, cases_from, dividing
 from ockham.methods.blocks.curvature import evaluating_blocks
 from ockham.methods.blocks.job import BlockJob, PruneSettings, Removal, page_of
-from ockham.methods.blocks.reduction import MatrixEvidence
 from ockham.methods.blocks.solve import Damping, NofM
-from ockham.methods.blocks.stop import DampingTrial, Shot, matrix_kind
+from ockham.methods.blocks.stop import DampingTrial, MatrixEvidence, Shot, matrix_kind
 from ockham.run.folder import ResultFolder, loading_lines, save_pretrained
 from ockham.run.weights import huggingface_model
 from ockham.surgery import Plan

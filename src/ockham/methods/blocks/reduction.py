@@ -42,7 +42,6 @@ from ockham.methods.blocks.solve import (
     add_gram_,
     loss_increase,
     quadratic,
-    single_costs,
     sparse_matrix,
     symmetric,
 )
@@ -52,26 +51,27 @@ from ockham.methods.blocks.stop import (
     DampingProblem,
     DampingTrial,
     Drift,
+    MatrixEvidence,
     chosen_damping,
     cost_sample,
+    freed,
     matrix_kind,
     sampled_blocks,
+    single_costs,
+    typical_precision,
 )
 
 __all__ = [
     "Dense",
     "DenseAnswers",
-    "MatrixEvidence",
     "Orders",
     "Study",
-    "freed",
     "inputs_of_stage",
     "loss_of",
     "reduce_blocks_",
     "study",
     "study_damping",
     "surviving_posterior",
-    "typical_precision",
 ]
 
 
@@ -125,34 +125,6 @@ class Orders:
     rounds: int | None = None
     steps: tuple[int, int] = (3, 8)
     mend: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class MatrixEvidence:
-    """What the removal from one matrix did to the evidence.
-
-    Attributes:
-        block: name of the block.
-        size: weights of the matrix.
-        kept: share of its weights that stay.
-        cost: rise of the loss, nats per term, by the matrix's curvature and with the survivors moved.
-        volume: nats freed, 1/2 sum over the removed of ln(1 + n_data h / P0).
-        n_data: terms that the cost counts for.
-        prior_precision: P0, one over the mean square of the trained weights.
-    """
-
-    block: str
-    size: int
-    kept: float
-    cost: float
-    volume: float
-    n_data: float
-    prior_precision: float
-
-    @property
-    def nats(self) -> float:
-        """Change of the log evidence, positive where the data prefer the reduced matrix."""
-        return self.volume - self.n_data * self.cost
 
 
 OnBlock = Callable[[int, Mapping[str, MatrixEvidence]], None]
@@ -360,11 +332,6 @@ def _reduced(
     return MatrixEvidence(block_map.name, gone.numel(), kept, cost, volume, orders.n_data, prior)
 
 
-def typical_precision(weight: Tensor) -> float:
-    """Precision of a prior under which a matrix's weights are typical: one over their mean square."""
-    return 1 / max(float(weight.double().square().mean()), 1e-30)
-
-
 @torch.no_grad()
 def surviving_posterior(
     found: Study,
@@ -407,25 +374,6 @@ def surviving_posterior(
             spread = precision[name].masked_fill(~keep, torch.inf)
             moments[name] = Gaussian(mean, spread, prior[name], mean.new_zeros(()), keep)
     return Posterior(moments, float(n_data), 1.0, "Laplace (kronecker, by blocks)", likelihood=likelihood)
-
-
-def freed(
-    weight: Tensor, worth: Tensor, factors: tuple[Tensor, Tensor], scale: float, *, gone: Tensor, n_data: float
-) -> float:
-    """1/2 sum over removed weights of ln(1 + n_data h / P0), nats: what their freedom had cost.
-
-    Args:
-        weight: trained matrix, ``[groups, outputs, inputs]``, perhaps with a bias as last column.
-        worth: worth of `Quadratic.conditional`: h in units of the mean diagonal of the curvature.
-        factors: A and G, summed.
-        scale: rows x terms.
-        gone: True where a weight went, without the bias.
-        n_data: terms behind the trained weights; P0 is 1 / mean square of the weights.
-    """
-    free = gone.shape[-1]
-    unit = factors[0].diagonal(dim1=-2, dim2=-1).mean(-1) * factors[1].diagonal(dim1=-2, dim2=-1).mean(-1) / scale
-    determined = worth[..., :free] * unit[:, None, None] * weight[..., :free].square().mean()
-    return 0.5 * float((n_data * determined).log1p().expand_as(gone)[gone].sum(dtype=torch.float64))
 
 
 _ALLOCATION_DAMPING = 0.01

@@ -27,7 +27,6 @@ __all__ = [
     "damped",
     "loss_increase",
     "quadratic",
-    "single_costs",
     "sparse_matrix",
     "symmetric",
 ]
@@ -396,24 +395,6 @@ def quadratic(inputs: Tensor, outputs: Tensor, damping: Damping) -> Quadratic:
         return Quadratic(damped(inputs, damping.inputs), None)
     tau = damping.outputs
     return Quadratic(damped(inputs, damping.inputs), (1 - tau) * damped(outputs, tau / (1 - tau)))
-
-
-def single_costs(weight: Tensor, inputs: Tensor, outputs: Tensor, scale: float, damping: float) -> Tensor:
-    r"""What each weight costs by itself, its row making good for it: nats per term, ``[groups, outputs, inputs]``.
-
-        s_rj = 1/2 w_rj^2 G_rr / [A_l^-1]_jj / scale,      A_l = A + damping mean(diag A) I
-
-    Args:
-        weight: the matrix.
-        inputs: A, summed.
-        outputs: G, summed.
-        scale: rows x terms; the sums divided by it are the curvature of one term.
-        damping: l.
-    """
-    mean = inputs.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None]
-    conditional = mean / _inverse_diagonal(damped(inputs, damping))
-    rows = outputs.diagonal(dim1=-2, dim2=-1).clamp_min(0)
-    return 0.5 * weight.square() * (rows[:, :, None] * (conditional[:, None, :] / scale))
 
 
 def loss_increase(change: Tensor, inputs: Tensor, outputs: Tensor, scale: float) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ockham.errors import OckhamError
-from ockham.methods.blocks.solve import Damping, NofM, loss_increase, quadratic, sparse_matrix
+from ockham.methods.blocks.solve import Damping, NofM, Quadratic, damped, loss_increase, quadratic, sparse_matrix
 
 __all__ = [
     "DEFAULT_DAMPING",
@@ -20,10 +20,12 @@ __all__ = [
     "DampingProblem",
     "DampingTrial",
     "Drift",
+    "MatrixEvidence",
     "Shot",
     "best_shot",
     "chosen_damping",
     "cost_sample",
+    "freed",
     "matrix_kind",
     "predicted",
     "sampled_blocks",
@@ -31,12 +33,84 @@ __all__ = [
     "shares_under",
     "shot_from",
     "shots",
+    "single_costs",
+    "typical_precision",
 ]
 
 
 _SAMPLE = 1 << 15
 _LEAST_KEPT = 1 / 3  # of what would stay of a matrix at equal shares: costs of single weights say little beyond it
 _STEPS = 60
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixEvidence:
+    """What the removal from one matrix did to the evidence.
+
+    Attributes:
+        block: name of the block.
+        size: weights of the matrix.
+        kept: share of its weights that stay.
+        cost: rise of the loss, nats per term, by the matrix's curvature and with the survivors moved.
+        volume: nats freed, 1/2 sum over the removed of ln(1 + n_data h / P0).
+        n_data: terms that the cost counts for.
+        prior_precision: P0, one over the mean square of the trained weights.
+    """
+
+    block: str
+    size: int
+    kept: float
+    cost: float
+    volume: float
+    n_data: float
+    prior_precision: float
+
+    @property
+    def nats(self) -> float:
+        """Change of the log evidence, positive where the data prefer the reduced matrix."""
+        return self.volume - self.n_data * self.cost
+
+
+def typical_precision(weight: Tensor) -> float:
+    """Precision of a prior under which a matrix's weights are typical: one over their mean square."""
+    return 1 / max(float(weight.double().square().mean()), 1e-30)
+
+
+def freed(
+    weight: Tensor, worth: Tensor, factors: tuple[Tensor, Tensor], scale: float, *, gone: Tensor, n_data: float
+) -> float:
+    """1/2 sum over removed weights of ln(1 + n_data h / P0), nats: what their freedom had cost.
+
+    Args:
+        weight: trained matrix, ``[groups, outputs, inputs]``, perhaps with a bias as last column.
+        worth: worth of `Quadratic.conditional`: h in units of the mean diagonal of the curvature.
+        factors: A and G, summed.
+        scale: rows x terms.
+        gone: True where a weight went, without the bias.
+        n_data: terms behind the trained weights; P0 is 1 / mean square of the weights.
+    """
+    free = gone.shape[-1]
+    unit = factors[0].diagonal(dim1=-2, dim2=-1).mean(-1) * factors[1].diagonal(dim1=-2, dim2=-1).mean(-1) / scale
+    determined = worth[..., :free] * unit[:, None, None] * weight[..., :free].square().mean()
+    return 0.5 * float((n_data * determined).log1p().expand_as(gone)[gone].sum(dtype=torch.float64))
+
+
+def single_costs(weight: Tensor, inputs: Tensor, outputs: Tensor, scale: float, damping: float) -> Tensor:
+    r"""What each weight costs by itself, its row making good for it: nats per term, ``[groups, outputs, inputs]``.
+
+        s_rj = 1/2 w_rj^2 G_rr / [A_l^-1]_jj / scale,      A_l = A + damping mean(diag A) I
+
+    Args:
+        weight: the matrix.
+        inputs: A, summed.
+        outputs: G, summed.
+        scale: rows x terms; the sums divided by it are the curvature of one term.
+        damping: l.
+    """
+    mean = inputs.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None]
+    conditional = mean * Quadratic(damped(inputs, damping), None).conditional().squeeze(-2)
+    rows = outputs.diagonal(dim1=-2, dim2=-1).clamp_min(0)
+    return 0.5 * weight.square() * (rows[:, :, None] * (conditional[:, None, :] / scale))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

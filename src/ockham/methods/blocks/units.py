@@ -24,16 +24,9 @@ from ockham.choose.prices import Budget, Subject, first_within, most_allowed
 from ockham.errors import OckhamError
 from ockham.methods.blocks.cases import Case, held_out, own_cases
 from ockham.methods.blocks.curvature import BlockMap, Stream, weights_of
-from ockham.methods.blocks.reduction import (
-    Dense,
-    DenseAnswers,
-    MatrixEvidence,
-    freed,
-    inputs_of_stage,
-    typical_precision,
-)
+from ockham.methods.blocks.reduction import Dense, DenseAnswers, inputs_of_stage
 from ockham.methods.blocks.solve import BlockMatrix, damped, loss_increase, quadratic
-from ockham.methods.blocks.stop import DEFAULT_DAMPING, matrix_kind
+from ockham.methods.blocks.stop import DEFAULT_DAMPING, MatrixEvidence, freed, matrix_kind, typical_precision
 from ockham.surgery.copies import clone
 from ockham.surgery.groups import Groups, Plan, plan_masks
 from ockham.surgery.shrinking import says_its_widths, shrink
