@@ -17,6 +17,7 @@ from ockham.core.batch import Batch
 from ockham.core.likelihood import CausalLanguage, Loss
 from ockham.core.network import PruneProgress
 from ockham.errors import DataError, OckhamError, OckhamWarning
+from ockham.methods.blocks import job
 from ockham.methods.blocks.job import PruneSettings
 from ockham.methods.blocks.prune import prune
 from ockham.methods.blocks.solve import Damping
@@ -142,6 +143,25 @@ def test_the_evidence_ends_the_removal(cycle: tuple[nn.Module, list[torch.Tensor
     assert math.exp(nll(done.model, data) - nll(model, data)) < 1.1
     surer = prune(model, data, settings=replace(FIXED, n_data=2e8))
     assert surer.keep_share > done.keep_share  # the more data stand behind the weights, the more of them stay
+
+
+def test_shots_are_greedy_and_the_last_is_as_the_settings_say(
+    cycle: tuple[nn.Module, list[torch.Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = cycle
+    own, rounds = job.reduce_blocks_, []
+    monkeypatch.setattr(job, "reduce_blocks_", lambda *a, **k: rounds.append(a[3].rounds) or own(*a, **k))
+    done = prune(model, data, settings=FIXED)
+    assert rounds == [4] * (len(done.shots) - 1) + [None]
+    *tried, last = done.shots
+    best = min((s for s in tried if s.nats >= 0), key=lambda s: s.keep_share)
+    assert last.keep_share == best.keep_share
+    taken = max(best, last, key=lambda s: s.nats)
+    judges = [x for i, x in enumerate(data) if i % 4 == 3]
+    assert nll(done.model, judges) - nll(model, judges) == pytest.approx(taken.rise, abs=1e-5)
+    rounds.clear()
+    prune(model, data, settings=replace(FIXED, rounds=2))
+    assert set(rounds) == {2}
 
 
 def test_a_stopped_job_goes_on_to_the_same_bits(tmp_path: Path) -> None:

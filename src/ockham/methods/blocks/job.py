@@ -136,6 +136,18 @@ def page_of(facts: Mapping[str, Any]) -> str:
 
 
 _CURVE_DAMPING = 0.01
+_SHOT_ROUNDS = 4
+
+
+def _write_block(block: nn.Module, folder: Path, j: int) -> None:
+    save_file({n: t.clone().contiguous() for n, t in block.state_dict().items()}, folder / f"{j}.safetensors")
+
+
+@torch.no_grad()
+def _read_block_(block: nn.Module, folder: Path, j: int) -> None:
+    state = block.state_dict()
+    for name, value in load_file(folder / f"{j}.safetensors").items():
+        state[name].copy_(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,12 +228,12 @@ class BlockJob:
         likelihood: str | Likelihood,
         batch: Callable[[Any], Any] | None,
         output: Callable[[Any], Tensor] | None,
-        settings: PruneSettings | None,
+        settings: PruneSettings,
     ) -> None:
         whole = isinstance(calibration, (Tensor, Mapping)) or not isinstance(calibration, Iterable)
         self._items = calibration if whole else list(calibration)  # read once: a loader may shuffle
         self._given, self._batch, self._output = likelihood, batch, output
-        self._settings = settings or PruneSettings()
+        self.settings = settings
         self.likelihood = str(likelihood)
         self.posterior: Posterior | None = None
 
@@ -242,7 +254,7 @@ class BlockJob:
         limit = budget_from(budget)
         with evaluating_blocks(model):
             example = traced_inputs(model, self._data(model)[0][0])
-        groups = trace(model, example, ignore=self._settings.ignore)  # experts as the network runs them
+        groups = trace(model, example, ignore=self.settings.ignore)  # experts as the network runs them
         with self._studied(model, "units") as (cases, found, _):
             readers = readers_of(groups, found.dense.maps)
             if uniform and getattr(model, "config", None) is not None:
@@ -263,13 +275,13 @@ class BlockJob:
                 found.dense,
                 readers,
                 keep,
-                damping=self._settings.unit_damping,
-                n_data=self._settings.n_data or TERMS_PER_WEIGHT * found.weights,
+                damping=self.settings.unit_damping,
+                n_data=self.settings.n_data or TERMS_PER_WEIGHT * found.weights,
                 on_block=teller("reduction"),
                 mending=found.samples,
             )
-            if self._settings.posterior:
-                n_data = self._settings.n_data or TERMS_PER_WEIGHT * found.weights
+            if self.settings.posterior:
+                n_data = self.settings.n_data or TERMS_PER_WEIGHT * found.weights
                 whole = surviving_posterior(found, evidence, {}, n_data, self.likelihood)
 
                 def cut(name: str, g: Gaussian) -> Gaussian:
@@ -287,24 +299,25 @@ class BlockJob:
             found,
             folder,
         ):
-            n_data = self._settings.n_data or TERMS_PER_WEIGHT * found.weights
+            n_data = self.settings.n_data or TERMS_PER_WEIGHT * found.weights
             asked = self._kept(found, keep if keep is not None else 0.5)
-            if self._settings.damping is None:
-                damping, trials = study_damping(found, asked, teller("damping"), self._settings.rounds)
-            else:
-                damping, trials = {matrix_kind(k): self._settings.damping for k in found.samples}, []
-            orders = Orders(asked, damping, n_data, self._settings.rounds)
+            damping, trials = self._damping(found, asked, self.settings.rounds)
+            orders = Orders(asked, damping, n_data, self.settings.rounds)
             fired: list[Shot] = []
             if keep is None:
-                evidence, fired = self._until_the_evidence_ends(model, cases, found, orders, folder)
+                quick = orders
+                if orders.rounds is None:
+                    greedy, _ = self._damping(found, asked, _SHOT_ROUNDS)
+                    quick = replace(orders, damping=greedy, rounds=_SHOT_ROUNDS)
+                evidence, fired = self._until_the_evidence_ends(model, cases, found, (quick, orders), folder)
             else:
                 name = f"keep-{keep.n}-of-{keep.m}" if isinstance(keep, NofM) else f"keep-{keep:g}"
                 evidence = self._reduced_(model, cases, found, orders, folder / name)
-            if self._settings.posterior:
+            if self.settings.posterior:
                 self.posterior = surviving_posterior(found, evidence, damping, n_data, self.likelihood)
         self._refreshed(model)
         known = {k for m in found.dense.maps for k in m.matrices} - evidence.keys()
-        spared = protected_names(model, self._settings.ignore)
+        spared = protected_names(model, self.settings.ignore)
         untouched = tuple(sorted(k for k in known if k.partition("[")[0] not in spared))
         if untouched and keep != 1 and (keep is not None or evidence):
             warnings.warn(
@@ -330,20 +343,20 @@ class BlockJob:
             cases, objective = self._data(model)
             judges = held_out(len(cases)) if judged else frozenset()
             cases = [c for i, c in enumerate(cases) if i not in judges]
-            folder = Path(scratch if self._settings.folder is None else self._settings.folder)
+            folder = Path(scratch if self.settings.folder is None else self.settings.folder)
             if (rank := team().rank) > 0:  # every process keeps its own: they may share no disk
                 folder /= f"process-{rank}"
             folder /= name
             folder.mkdir(parents=True, exist_ok=True)
             self._same_job(folder, model, cases)
             self._objective = objective
-            spared = protected_names(model, self._settings.ignore)
+            spared = protected_names(model, self.settings.ignore)
             found = study(
                 model,
                 cases,
                 objective,
                 folder=folder / "curvature",
-                seed=self._settings.seed,
+                seed=self.settings.seed,
                 spared=spared,
                 on_case=teller("curvature"),
             )
@@ -357,7 +370,7 @@ class BlockJob:
         for case in cases:
             for t in (*case.args, *case.kwargs.values()):
                 marks.update(f"{tuple(t.shape)} {float(t.double().sum())}".encode() if isinstance(t, Tensor) else b"-")
-        marks.update(repr((self._given, replace(self._settings, folder=None))).encode())
+        marks.update(repr((self._given, replace(self.settings, folder=None))).encode())
         mark, path = {"work": marks.hexdigest()}, folder / "job.json"
         if path.exists() and read_json(path) != mark:
             raise OckhamError(
@@ -366,19 +379,27 @@ class BlockJob:
             )
         write_json(path, mark)
 
+    def _damping(
+        self, found: Study, keep: Mapping[str, float | NofM], rounds: int | None
+    ) -> tuple[Mapping[str, Damping], list[DampingTrial]]:
+        """The setting of every kind of matrix, and what was tried for it."""
+        if self.settings.damping is None:
+            return study_damping(found, keep, teller("damping"), rounds)
+        return {matrix_kind(k): self.settings.damping for k in found.samples}, []
+
     def _kept(self, found: Study, keep: float | NofM) -> dict[str, float | NofM]:
         if isinstance(keep, NofM):
             fits = {k: m.matrices[k].weight for m in found.dense.maps for k in m.matrices if k in found.samples}
             sizes = {k: m.matrices[k].fan_in for m in found.dense.maps for k in m.matrices}
             return {k: keep for k in fits if sizes[k] % keep.m == 0}
-        if self._settings.even:
+        if self.settings.even:
             return dict.fromkeys(found.samples, keep)
         return dict(shares_for(found.samples, keep))
 
     def _reduced_(
-        self, model: nn.Module, cases: Sequence[Case], found: Study, orders: Orders, folder: Path
+        self, model: nn.Module, cases: Sequence[Case], found: Study, orders: Orders, folder: Path, *, keep: bool = False
     ) -> dict[str, MatrixEvidence]:
-        """Reduce block after block, keeping each in a file; blocks that lie there already are read."""
+        """Reduce block after block, each kept in a file where asked to; those that lie there already are read."""
         folder.mkdir(parents=True, exist_ok=True)
         dense, done = found.dense, 0
         before: dict[str, MatrixEvidence] = {}
@@ -389,18 +410,14 @@ class BlockJob:
         tell = teller("reduction")
 
         def finished(j: int) -> bool:
-            if j >= done:
-                return False
-            state = dense.blocks[j].state_dict()
-            for name, value in load_file(folder / f"{j}.safetensors").items():
-                state[name].copy_(value)
-            return True
+            if j < done:
+                _read_block_(dense.blocks[j], folder, j)
+            return j < done
 
         def on_block(count: int, evidence: Mapping[str, MatrixEvidence]) -> None:
             j = count - 1
-            if j >= done and self._settings.folder is not None:
-                state = dense.blocks[j].state_dict()
-                save_file({n: t.clone().contiguous() for n, t in state.items()}, folder / f"{j}.safetensors")
+            if j >= done and (keep or self.settings.folder is not None):
+                _write_block(dense.blocks[j], folder, j)
                 own = {k: asdict(evidence[k]) for k in dense.maps[j].matrices if k in evidence}
                 write_json(folder / f"{j}.json", own)
             tell(count, len(dense.blocks))
@@ -412,9 +429,12 @@ class BlockJob:
         return before | reduce_blocks_(model, cases, dense, orders, finished=finished, on_block=on_block)
 
     def _until_the_evidence_ends(
-        self, model: nn.Module, cases: Sequence[Case], found: Study, orders: Orders, folder: Path
+        self, model: nn.Module, cases: Sequence[Case], found: Study, orders: tuple[Orders, Orders], folder: Path
     ) -> tuple[dict[str, MatrixEvidence], list[Shot]]:
-        """Shots at several shares, from the dense weights each; the smallest that the evidence allows is left."""
+        """Shots at several shares, from the dense weights each; the smallest that the evidence allows is left.
+
+        Shots follow the first orders, which are fast; one more at the share that was found follows the second.
+        """
         every, _ = self._data(model)
         judges = [every[i] for i in sorted(held_out(len(every)))]
         if not judges:
@@ -422,29 +442,43 @@ class BlockJob:
                 f"without a target the evidence is judged on calibration data held out, which takes 4 batches or more; "
                 f"there are {len(every)}. Pass more batches, or keep_share"
             )
-        dense_loss = loss_of(model, judges, self._objective)
-        original = {n: t.detach().clone() for n, t in model.state_dict().items()}
-        kept: dict[float, tuple[dict[str, Tensor], dict[str, MatrixEvidence]]] = {}
+        dense_loss, blocks = loss_of(model, judges, self._objective), found.dense.blocks
+        original = folder / "dense"
+        original.mkdir(exist_ok=True)
+        for j, block in enumerate(blocks):
+            _write_block(block, original, j)
+        done: dict[Path, dict[str, MatrixEvidence]] = {}
 
-        def restore(values: Mapping[str, Tensor]) -> None:
-            for n, t in model.state_dict().items():
-                t.copy_(values[n])
+        def restore(place: Path) -> None:
+            for j, block in enumerate(blocks):
+                _read_block_(block, place, j)
+
+        def fired_at(share: float, told: Orders) -> tuple[Shot, Path]:
+            restore(original)
+            place = folder / f"shot-{share:.6f}{'' if told.rounds is None else f'-in-{told.rounds}'}"
+            done[place] = self._reduced_(
+                model, cases, found, replace(told, keep=self._kept(found, share)), place, keep=True
+            )
+            volume = sum(e.volume for e in done[place].values())
+            losses = loss_of(model, judges, self._objective)
+            return shot_from(share, dense_loss, losses, volume, told.n_data), place
+
+        places: dict[float, Path] = {}
 
         def fire(share: float) -> Shot:
-            restore(original)
-            wanted = Orders(self._kept(found, share), orders.damping, orders.n_data, orders.rounds)
-            done = self._reduced_(model, cases, found, wanted, folder / f"shot-{share:.6f}")
-            volume = sum(e.volume for e in done.values())
-            shot = shot_from(share, dense_loss, loss_of(model, judges, self._objective), volume, orders.n_data)
-            if shot.nats >= 0 and share < min(kept, default=1.0):
-                kept.clear()
-                kept[share] = {n: t.detach().clone() for n, t in model.state_dict().items()}, done
+            shot, places[share] = fired_at(share, orders[0])
             return shot
 
-        fired = shots(found.samples, orders.n_data, fire)
-        best = best_shot(fired)
-        restore(original if best is None else kept[best.keep_share][0])
-        return ({} if best is None else kept[best.keep_share][1]), fired
+        fired = shots(found.samples, orders[0].n_data, fire)
+        best, taken = best_shot(fired), original
+        if best is not None:
+            taken = places[best.keep_share]
+            if orders[0] is not orders[1]:
+                last, place = fired_at(best.keep_share, orders[1])
+                fired.append(last)
+                taken = place if last.nats >= best.nats else taken
+        restore(taken)
+        return done.get(taken, {}), fired
 
     def _refreshed(self, model: nn.Module) -> nn.Module:
         """Statistics of BatchNorm under the weights that are left; the old ones where data that judge prefer those."""

@@ -35,6 +35,7 @@ __all__ = ["BlockEvidence", "Pruned", "prune", "prune_folder", "read_calibration
 
 
 _STRUCTURES = ("auto", "even", "uneven")
+_TARGETS = ("keep_share", "pattern", "structure", "budget")
 
 
 class BlockEvidence(Mapping[str, float]):
@@ -210,37 +211,42 @@ def prune(
     >>> small = prune(net, data, keep_share=0.5).model
     """
     _check(keep_share, pattern, structure, budget)
-    began = time.perf_counter()
-    settings = settings or PruneSettings()
-    with listening(progress), dividing(settings.divided):
-        job = BlockJob(calibration, likelihood, batch, output, settings)
-        small, plan = copied(model), Plan({}, {}, {}, {n: tuple(t.shape) for n, t in named_tensors(model).items()})
-        units: dict[str, MatrixEvidence] = {}
-        if structure is not None and budget is not None:
-            described = callable(getattr(getattr(model, "config", None), "to_dict", None))
-            uniform = structure == "even" or (structure == "auto" and described)
-            small, plan, units = job.without_units(small, budget, uniform=uniform)
-        if keep_share is not None or pattern is not None or structure is None:
-            done = job.without_weights(small, NofM.parse(pattern) if pattern is not None else keep_share)
-        else:
-            done = Removal(units, {}, {}, (), (), ())
-        size = sum(e.size for e in done.evidence.values())
-        return Pruned(
-            small,
-            plan,
-            BlockEvidence(done.evidence),
-            sum(e.kept * e.size for e in done.evidence.values()) / size if size else 1.0,
-            {k: e.kept for k, e in done.evidence.items()},
-            job.likelihood,
-            done.damping,
-            done.trials,
-            done.shots,
-            job.mean_loss(model),
-            job.mean_loss(small),
-            time.perf_counter() - began,
-            done.untouched,
-            job.posterior,
-        )
+    job = BlockJob(calibration, likelihood, batch, output, settings or PruneSettings())
+    with listening(progress), dividing(job.settings.divided):
+        return _pruned(model, copied(model), job, (keep_share, pattern, structure, budget))
+
+
+def _pruned(model: nn.Module, small: nn.Module, job: BlockJob, target: tuple[Any, ...]) -> Pruned:
+    """What a job makes of a network; ``small`` is changed: a copy of the network, or itself where it may go."""
+    keep_share, pattern, structure, budget = target
+    began, before = time.perf_counter(), job.mean_loss(model)
+    plan = Plan({}, {}, {}, {n: tuple(t.shape) for n, t in named_tensors(model).items()})
+    units: dict[str, MatrixEvidence] = {}
+    if structure is not None and budget is not None:
+        described = callable(getattr(getattr(model, "config", None), "to_dict", None))
+        uniform = structure == "even" or (structure == "auto" and described)
+        small, plan, units = job.without_units(small, budget, uniform=uniform)
+    if keep_share is not None or pattern is not None or structure is None:
+        done = job.without_weights(small, NofM.parse(pattern) if pattern is not None else keep_share)
+    else:
+        done = Removal(units, {}, {}, (), (), ())
+    size = sum(e.size for e in done.evidence.values())
+    return Pruned(
+        small,
+        plan,
+        BlockEvidence(done.evidence),
+        sum(e.kept * e.size for e in done.evidence.values()) / size if size else 1.0,
+        {k: e.kept for k, e in done.evidence.items()},
+        job.likelihood,
+        done.damping,
+        done.trials,
+        done.shots,
+        before,
+        job.mean_loss(small),
+        time.perf_counter() - began,
+        done.untouched,
+        job.posterior,
+    )
 
 
 def _check(
@@ -373,7 +379,7 @@ def prune_folder(
         DataError: the text is missing or too short.
     """
     began, path, target = time.perf_counter(), Path(out), dict(target or {})
-    _check(*(target.get(k) for k in ("keep_share", "pattern", "structure", "budget")))
+    _check(*(target.get(k) for k in _TARGETS))
     if path.resolve() == Path(source).resolve():
         raise OckhamError(f"{out} holds the model itself: pass another folder for the result")
     model, tokenizer, stored = _loaded(Path(source))
@@ -385,8 +391,14 @@ def prune_folder(
         settings = replace(settings or PruneSettings(), posterior=True)
         if settings.folder is None:
             settings = replace(settings, folder=path / "work")
-        found = prune(model, every[judges:], **target, progress=progress, settings=settings)
+        job = BlockJob(every[judges:], "auto", None, None, settings)
+        with listening(progress), dividing(settings.divided):
+            # in place, since two copies beside the factors are one too many; the folder has the dense one
+            found = _pruned(model, model, job, tuple(target.get(k) for k in _TARGETS))
         found.model.to(stored)  # the numbers are those of the weights that are written
+        found.save(folder.stage)
+        found, job.posterior = replace(found, posterior=None), None
+        model, _, _ = _loaded(Path(source))
         times = latencies([model, found.model.float()], every[:1], repeats=5, warmup=1)
         sides = _measured(model, found, every[:judges])
         for side, network, seconds in zip(sides.values(), (model, found.model), times, strict=True):
@@ -400,8 +412,6 @@ def prune_folder(
             "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "calibration_tokens": int(every[judges:].numel()),
         }
-        found.model.to(stored)
-        found.save(folder.stage)
         tokenizer.save_pretrained(str(folder.stage))
         lines = "\n".join(loading_lines(found.model, found.plan)).replace('"."', repr(str(path)))
         write_bytes(folder.path("report.html"), page_of(found.facts() | {"text": metrics, "load": lines}).encode())

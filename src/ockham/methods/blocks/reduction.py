@@ -371,7 +371,9 @@ def surviving_posterior(
         for name in (n for n in parameters if n in held):
             mean, known = parameters[name].detach().float().clone(), precision[name] > 0
             keep = known if name in biases else known & (mean != 0)
-            spread = precision[name].masked_fill(~keep, torch.inf)
+            spread, first = precision.pop(name).masked_fill_(~keep, torch.inf), prior[name].flatten()[:1]
+            if bool((prior[name] == first).all()):
+                prior[name] = first.clone().expand(mean.numel()).view(mean.shape)  # the memory of one number
             moments[name] = Gaussian(mean, spread, prior[name], mean.new_zeros(()), keep)
     return Posterior(moments, float(n_data), 1.0, "Laplace (kronecker, by blocks)", likelihood=likelihood)
 

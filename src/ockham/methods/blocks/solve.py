@@ -452,7 +452,7 @@ def _largest(value: Tensor, keep: float | NofM, share: float, free: int) -> Tens
         flat = flat.masked_fill(~may.flatten(), torch.inf)
         gone = min(gone, int(may.sum()))
     left = torch.ones_like(flat, dtype=torch.bool)
-    left[flat.topk(gone, largest=False).indices] = False
+    left[flat.topk(gone, largest=False, sorted=False).indices] = False
     stays[..., :free] = left.view(stays[..., :free].shape)
     return stays
 
