@@ -378,6 +378,7 @@ def run(args: argparse.Namespace) -> None:
         for row in (r.strip() for r in args.rows.split(";")):
             name, _, target = row.rpartition(" ")
             part = "" if args.blocks is None else f"-first{args.blocks}"
+            part += "" if args.calibration == 16 else f"-windows{args.calibration}"
             path = RESULTS / f"{re.sub(r'[^a-z0-9]+', '-', row.lower()).strip('-')}{part}-seed{seed}.json"
             if path.exists():
                 continue
@@ -455,13 +456,15 @@ def table() -> None:
     """Every row, mean over seeds, as Markdown: one table for each number of reduced blocks and test windows."""
     rows = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("*.json"))]
     lines = ["# SmolLM2-135M-Instruct, reduced in one sitting", ""]
-    for blocks, count in sorted({(r.get("blocks") or 0, r["test_windows"]) for r in rows}):
-        here = [r for r in rows if (r.get("blocks") or 0, r["test_windows"]) == (blocks, count)]
+    kinds = {(r.get("blocks") or 0, r["test_windows"], r["calibration_windows"]) for r in rows}
+    for blocks, count, calibration in sorted(kinds):
+        kind = blocks, count, calibration
+        here = [r for r in rows if (r.get("blocks") or 0, r["test_windows"], r["calibration_windows"]) == kind]
         # the dense network is the same however many blocks are reduced
         dense = [r["nll"] for r in rows if r["method"] == "dense" and r["test_windows"] == count]
         what = f"The first {blocks} blocks only" if blocks else "All blocks"
         lines += [
-            f"{what}; {count} test windows of {WINDOW} tokens, {here[0]['calibration_windows']} for calibration.",
+            f"{what}; {count} test windows of {WINDOW} tokens, {calibration} for calibration.",
             "",
             "| target | method | perplexity by seed | mean rise over dense | CPU s |",
             "| --- | --- | --- | --- | --- |",
