@@ -46,7 +46,15 @@ from torch import Tensor
 
 from harness import origin
 from ockham.choose.prices import Subject, budget_from
-from ockham.methods.blocks.cases import Case, CaseObjective, cases_from, objective_for, traced_inputs
+from ockham.methods.blocks.cases import (
+    Case,
+    CaseObjective,
+    DenseRows,
+    cases_from,
+    held_out,
+    objective_for,
+    traced_inputs,
+)
 from ockham.methods.blocks.curvature import evaluating_blocks
 from ockham.methods.blocks.reduction import Orders, loss_of, reduce_blocks_, study, study_damping
 from ockham.methods.blocks.solve import Damping, NofM
@@ -156,7 +164,7 @@ class Bench:
             self.model,
             self.cases,
             self.objective,
-            folder=work / f"curvature-{seed}-{calibration}",
+            folder=work / f"fisher-{seed}-{calibration}",
             seed=seed,
             spared=(),
             on_case=lambda i, n: print(f"curvature {i}/{n}, {time.process_time() - began:.0f} CPU s", flush=True),
@@ -193,10 +201,11 @@ class Bench:
         """Ours, by kind of matrix; kept in a file, since several rows want it."""
         label = label if rounds is None else f"{label}-rounds{rounds}"
         part = "" if self.blocks is None else f"-first{self.blocks}"
-        path = self.work / f"damping-{self.seed}-{len(self.cases)}-{label}{part}.json"
+        path = self.work / f"trust-{self.seed}-{len(self.cases)}-{label}{part}.json"
         if not path.exists():
             told = lambda i, n: print(f"damping {i}/{n}", flush=True)  # noqa: E731
-            chosen, trials = study_damping(self.found, keep, told, rounds)
+            judges = DenseRows(self.model, [self.cases[i] for i in sorted(held_out(len(self.cases)))], self.objective)
+            chosen, trials = study_damping(self.found, keep, lambda: judges.distance(self.model), told, rounds)
             rows = {k: [d.inputs, d.outputs] for k, d in chosen.items()}
             tried = [[t.kind, t.damping.inputs, t.damping.outputs, t.cost] for t in trials]
             path.write_text(json.dumps({"chosen": rows, "tried": tried}, indent=1))

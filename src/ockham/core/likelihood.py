@@ -161,7 +161,7 @@ class Classification(TermLikelihood):
 
     def drawn(self, output: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
         """Labels drawn from softmax(outputs)."""
-        logits, labels = self._fitted(output, target)
+        logits, labels = self.fitted(output, target)
         p = logits.softmax(1).movedim(1, -1)
         label = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator).view(labels.shape)
         return torch.where(labels == self.ignore_index, labels, label).view(target.shape)
@@ -181,7 +181,7 @@ class Classification(TermLikelihood):
 
     def right(self, output: Tensor, target: Tensor) -> Tensor:
         """Share of the targets that count whose class has the largest logit."""
-        logits, labels = self._fitted(output.detach(), target)
+        logits, labels = self.fitted(output.detach(), target)
         counts = labels != self.ignore_index
         return ((logits.argmax(1) == labels) & counts).float().sum() / counts.sum()
 
@@ -205,7 +205,7 @@ class Classification(TermLikelihood):
                     "or on the last: say which by likelihood=ockham.Classification(axis=1) or axis=-1"
                 )
             self.axis = 1 if first else -1 if last else None
-        logits, labels = self._fitted(output, target)
+        logits, labels = self.fitted(output, target)
         real, classes = labels[labels != self.ignore_index], logits.shape[1]
         if real.numel() and (int(real.min()) < 0 or int(real.max()) >= classes):
             hint = ". For one logit use likelihood='binary'" if classes == 1 else ""
@@ -218,7 +218,7 @@ class Classification(TermLikelihood):
 
     def _cross_entropy(self, output: Tensor, target: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
         """Cross-entropy, and the labels that it was taken of."""
-        fitted = self._fitted(output, target)
+        fitted = self.fitted(output, target)
         try:
             found = nn.functional.cross_entropy(*fitted, ignore_index=self.ignore_index, reduction=reduction)
         except IndexError:  # of a later batch: `check` saw the first
@@ -226,7 +226,7 @@ class Classification(TermLikelihood):
             raise
         return found, fitted[1]
 
-    def _fitted(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def fitted(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Logits with the classes on axis 1, and labels as int64 without an axis of size 1 too many."""
         labels = target if target.dtype == torch.int64 else target.long()
         if output.ndim == labels.ndim == 2 and labels.shape[1] == 1 != output.shape[1]:
@@ -260,12 +260,13 @@ class CausalLanguage(Classification):
 
     def drawn(self, output: Tensor, target: Tensor, generator: torch.Generator) -> Tensor:
         """Labels with every predicted token drawn from softmax(outputs); the first one stays."""
-        logits, labels = self._fitted(output, target)
+        logits, labels = self.fitted(output, target)
         flat = logits.softmax(1).movedim(1, -1).reshape(-1, logits.shape[1])
         label = torch.multinomial(flat, 1, generator=generator).view(labels.shape)
         return torch.cat([target[:, :1], torch.where(labels == self.ignore_index, labels, label).to(target.dtype)], 1)
 
-    def _fitted(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def fitted(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the predicted tokens with the words on axis 1, and these tokens."""
         if output.ndim != 3 or target.ndim != 2 or output.shape[:2] != target.shape:
             raise DataError(
                 "causal-lm needs logits [N, T, K] for labels [N, T] of the same tokens (the shift is made inside); got "

@@ -30,6 +30,7 @@ from ockham.errors import DataError, OckhamError
 __all__ = [
     "Case",
     "CaseObjective",
+    "DenseRows",
     "answer_tensor",
     "cases_from",
     "dividing",
@@ -100,6 +101,8 @@ class CaseObjective:
         curvature: (answer, case, generator) to the summed NLL whose gradients make the curvature.
         terms: (answer, case) to the number of log-likelihood terms in a case.
         output: what the network returns to one tensor.
+        rows: (answer, case) to what counts of an answer, ``[rows, numbers]``: logits where there are classes.
+        classes: True where rows are logits, False where they are means of Gaussians.
     """
 
     name: str
@@ -107,6 +110,8 @@ class CaseObjective:
     curvature: Callable[[Tensor, Case, torch.Generator], Tensor]
     terms: Callable[[Tensor, Case], int]
     output: Callable[[Any], Tensor] = field(repr=False)
+    rows: Callable[[Tensor, Case], Tensor]
+    classes: bool
 
 
 def cases_from(
@@ -164,10 +169,16 @@ def objective_for(
         given: Any = case.target if case.target is not None else _tokens(case)
         CausalLanguage().check(answer, given)
         return CaseObjective(
-            "next-token", _next_token, lambda f, c, _: _next_token(f, c)[0], lambda f, c: _next_token(f, c)[1], chosen
+            "next-token",
+            _next_token,
+            lambda f, c, g: _fisher_noise(*_next_tokens(f, c), g),
+            lambda f, c: int(_next_tokens(f, c)[1].sum()),
+            chosen,
+            lambda f, c: f[:, :-1][_next_tokens(f, c)[1].view(f[:, :-1].shape[:2])],
+            classes=True,
         )
     if likelihood == "own":
-        return CaseObjective("own predictive", None, _own, lambda f, c: len(f), chosen)
+        return CaseObjective("own predictive", None, _own, lambda f, c: len(f), chosen, _numbers, classes=False)
     known = likelihood_from(likelihood)
     if case.target is None:
         raise DataError(
@@ -306,15 +317,52 @@ def _causal(model: nn.Module, case: Case, tokens: Tensor, output: Callable[[Any]
     return answers[0].shape[-1] > int(tokens.max()) and torch.allclose(answers[0], answers[1], rtol=1e-4, atol=1e-5)
 
 
-def _next_token(answer: Tensor, case: Case) -> tuple[Tensor, int]:
+def _next_tokens(answer: Tensor, case: Case) -> tuple[Tensor, Tensor]:
+    """Logits ``[positions, words]`` of a batch, and which of them something follows that counts."""
+    target = _following(case)
+    return answer[:, :-1].flatten(0, 1), target != _IGNORED
+
+
+def _following(case: Case) -> Tensor:
+    """The token after each, ``[positions]``; -100 where it does not count."""
     given = case.target if case.target is not None else _tokens(case)
     if given is None:
         raise DataError("likelihood 'next-token' needs token ids [examples, positions] as input")
     target = given[:, 1:]
-    target = (target if case.mask is None else target.masked_fill(~case.mask[:, 1:], _IGNORED)).flatten()
+    return (target if case.mask is None else target.masked_fill(~case.mask[:, 1:], _IGNORED)).flatten()
+
+
+def _next_token(answer: Tensor, case: Case) -> tuple[Tensor, int]:
+    target = _following(case)
     logits = answer[:, :-1].flatten(0, 1)
     nll = F.cross_entropy(logits.float(), target, ignore_index=_IGNORED, reduction="sum")
     return nll, int((target != _IGNORED).sum())
+
+
+def _fisher_noise(logits: Tensor, counted: Tensor, generator: torch.Generator) -> Tensor:
+    r"""A sum whose gradient in each row's logits is Gaussian with the softmax's Fisher information as covariance.
+
+        d = u - p sum(u),    u_k = sqrt(p_k) z_k,    z ~ N(0, 1):    E d d' = diag(p) - p p'
+
+    Labels drawn from the softmax have the same, and where the network is sure nearly all of them say nothing.
+
+    Args:
+        logits: logits, ``[rows, classes]``.
+        counted: boolean ``[rows]``.
+        generator: generator of the draw.
+    """
+    root = logits.detach().float().softmax(-1).sqrt_()
+    noise = torch.randn(root.shape, generator=generator, device=root.device).mul_(root)
+    noise -= root.square_().mul_(noise.sum(-1, keepdim=True))
+    noise *= counted[:, None]
+    return (logits * noise).sum()
+
+
+def _numbers(answer: Tensor, case: Case) -> Tensor:
+    """An answer ``[rows, numbers]``, without what is only padding."""
+    if case.mask is not None and answer.shape[: case.mask.ndim] == case.mask.shape:
+        answer = answer[case.mask]
+    return answer.reshape(-1, answer.shape[-1]) if answer.ndim > 1 else answer[:, None]
 
 
 def _own(answer: Tensor, case: Case, generator: torch.Generator) -> Tensor:
@@ -332,29 +380,95 @@ def _by_class(likelihood: Likelihood, answer: Tensor, target: Tensor) -> tuple[T
     return answer, target
 
 
-def _with_targets(likelihood: Likelihood, output: Callable[[Any], Tensor]) -> CaseObjective:
-    def pair(answer: Tensor, case: Case) -> tuple[Tensor, Tensor]:
-        if case.target is None:
-            raise DataError("some calibration batches have targets and others have none; give all of them targets")
-        return _by_class(likelihood, answer.float(), case.target)
+def _pair(likelihood: Likelihood, answer: Tensor, case: Case) -> tuple[Tensor, Tensor]:
+    """Answers in the shape that the likelihood has, and targets."""
+    if case.target is None:
+        raise DataError("some calibration batches have targets and others have none; give all of them targets")
+    return _by_class(likelihood, answer.float(), case.target)
 
+
+def _with_targets(likelihood: Likelihood, output: Callable[[Any], Tensor]) -> CaseObjective:
     def nll(answer: Tensor, case: Case) -> tuple[Tensor, int]:
-        f, y = pair(answer, case)
+        f, y = _pair(likelihood, answer, case)
         terms = int(likelihood.terms(y))
         return likelihood.nll(f, y) * terms, terms
 
     def curvature(answer: Tensor, case: Case, generator: torch.Generator) -> Tensor:
-        f, y = pair(answer, case)
-        if isinstance(likelihood, Classification):
-            p = f.detach().softmax(1).movedim(1, -1)
-            drawn = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator).view(y.shape)
-            y = torch.where(y == likelihood.ignore_index, y, drawn)
-        elif isinstance(likelihood, Regression):
+        f, y = _pair(likelihood, answer, case)
+        if isinstance(likelihood, Regression):
             return _own(f, replace(case, mask=None), generator)
         return likelihood.nll(f, y) * likelihood.terms(y)
 
+    def terms(answer: Tensor, case: Case) -> int:
+        return int(likelihood.terms(_pair(likelihood, answer, case)[1]))
+
     name = type(likelihood).__name__.lower()
-    return CaseObjective(name, nll, curvature, lambda f, c: int(likelihood.terms(pair(f, c)[1])), output)
+    if isinstance(likelihood, Classification):
+        rows, noise = _with_classes(likelihood)
+        return CaseObjective(name, nll, noise, terms, output, rows, classes=True)
+    return CaseObjective(name, nll, curvature, terms, output, _numbers, classes=False)
+
+
+def _with_classes(
+    likelihood: Classification,
+) -> tuple[Callable[[Tensor, Case], Tensor], Callable[[Tensor, Case, torch.Generator], Tensor]]:
+    """What counts of an answer, and a sum whose gradients make the curvature."""
+
+    def classes(answer: Tensor, case: Case) -> tuple[Tensor, Tensor]:
+        logits, labels = likelihood.fitted(*_pair(likelihood, answer, case))
+        return logits.movedim(1, -1).reshape(-1, logits.shape[1]), labels.reshape(-1) != likelihood.ignore_index
+
+    def rows(answer: Tensor, case: Case) -> Tensor:
+        logits, counted = classes(answer, case)
+        return logits[counted]
+
+    def noise(answer: Tensor, case: Case, generator: torch.Generator) -> Tensor:
+        if likelihood.class_weights is None:
+            return _fisher_noise(*classes(answer, case), generator)
+        f, y = _pair(likelihood, answer, case)
+        return likelihood.nll(f, likelihood.drawn(f, y, generator)) * likelihood.terms(y)
+
+    return rows, noise
+
+
+_JUDGED, _KEPT_NUMBERS = 2000, 1 << 25
+
+
+class DenseRows:
+    """What the dense network says to data that judge, and how far a changed one is from it.
+
+    Args:
+        model: the dense network.
+        cases: data that judge, of this process; so many are used that there are some 2,000 rows of all processes.
+        objective: the likelihood.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, cases: Sequence[Case], objective: CaseObjective) -> None:
+        self._objective, self._held = objective, list[tuple[Case, int, Tensor]]()
+        seen, few = 0, _JUDGED / team().count
+        for case in cases:
+            if seen >= few:
+                break
+            found = objective.rows(case.answer(model, objective.output), case).float()
+            seen += len(found)
+            step = math.ceil(found.numel() * max(1.0, few / max(1, len(found))) / _KEPT_NUMBERS)
+            self._held.append((case, step, found[::step].clone()))
+
+    @torch.no_grad()
+    def distance(self, model: nn.Module) -> float:
+        """Nats a row between what the dense network says and what the model does: mean KL(dense || model)."""
+        total = torch.zeros(2, dtype=torch.float64)
+        for case, step, dense in self._held:
+            found = self._objective.rows(case.answer(model, self._objective.output), case)[::step].float()
+            if self._objective.classes:
+                expected, got = dense.log_softmax(-1), found.log_softmax(-1)
+                far = (expected.exp() * (expected - got)).sum(dtype=torch.float64)
+            else:
+                far = 0.5 * (found - dense).square().sum(dtype=torch.float64)
+            total += torch.stack([far.cpu(), torch.tensor(float(len(dense)), dtype=torch.float64)])
+        total = team().summed(total)
+        return float(total[0] / total[1].clamp_min(1))
 
 
 def held_out(count: int) -> frozenset[int]:

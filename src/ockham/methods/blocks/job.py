@@ -24,7 +24,17 @@ from ockham.core.network import Ignore, device_of, protected_names, teller, watc
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import DataError, OckhamError, OckhamWarning
 from ockham.fit.predict import refresh_batchnorm
-from ockham.methods.blocks.cases import Case, CaseObjective, cases_from, held_out, objective_for, team, traced_inputs
+from ockham.methods.blocks.cases import (
+    Case,
+    CaseObjective,
+    DenseRows,
+    cases_from,
+    held_out,
+    objective_for,
+    own_cases,
+    team,
+    traced_inputs,
+)
 from ockham.methods.blocks.curvature import evaluating_blocks
 from ockham.methods.blocks.reduction import (
     Orders,
@@ -301,13 +311,15 @@ class BlockJob:
         ):
             n_data = self.settings.n_data or TERMS_PER_WEIGHT * found.weights
             asked = self._kept(found, keep if keep is not None else 0.5)
-            damping, trials = self._damping(found, asked, self.settings.rounds)
+            own, held = own_cases(cases)
+            judges = [own[i] for i in sorted(held) if found.tried]
+            damping, trials = self._damping(model, judges, found, asked, self.settings.rounds)
             orders = Orders(asked, damping, n_data, self.settings.rounds)
             fired: list[Shot] = []
             if keep is None:
                 quick = orders
                 if orders.rounds is None:
-                    greedy, _ = self._damping(found, asked, _SHOT_ROUNDS)
+                    greedy, _ = self._damping(model, judges, found, asked, _SHOT_ROUNDS)
                     quick = replace(orders, damping=greedy, rounds=_SHOT_ROUNDS)
                 evidence, fired = self._until_the_evidence_ends(model, cases, found, (quick, orders), folder)
             else:
@@ -380,12 +392,18 @@ class BlockJob:
         write_json(path, mark)
 
     def _damping(
-        self, found: Study, keep: Mapping[str, float | NofM], rounds: int | None
+        self,
+        model: nn.Module,
+        judges: Sequence[Case],
+        found: Study,
+        keep: Mapping[str, float | NofM],
+        rounds: int | None,
     ) -> tuple[Mapping[str, Damping], list[DampingTrial]]:
         """The setting of every kind of matrix, and what was tried for it."""
-        if self.settings.damping is None:
-            return study_damping(found, keep, teller("damping"), rounds)
-        return {matrix_kind(k): self.settings.damping for k in found.samples}, []
+        if self.settings.damping is not None:
+            return {matrix_kind(k): self.settings.damping for k in found.samples}, []
+        dense = DenseRows(model, judges, self._objective)
+        return study_damping(found, keep, lambda: dense.distance(model), teller("damping"), rounds)
 
     def _kept(self, found: Study, keep: float | NofM) -> dict[str, float | NofM]:
         if isinstance(keep, NofM):

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -390,13 +391,11 @@ class Study:
         dense: blocks, matrices and their curvature.
         samples: key to what its weights cost one by one; of matrices that may go and that the data reach.
         tried: blocks on which settings can be tried: their curvature was taken in two parts.
-        held_terms: terms of the part that is held out of them.
     """
 
     dense: Dense
     samples: Mapping[str, CostSample]
     tried: tuple[int, ...]
-    held_terms: int
 
     @property
     def weights(self) -> int:
@@ -473,16 +472,25 @@ def study(
     if sum(terms) == 0:
         raise OckhamError("the calibration data hold no log-likelihood terms: every target is padding")
     dense = Dense(blocks, maps, store, sum(terms))
-    return Study(dense, _samples(dense, spared, folder / _COSTS), tuple(tried) if held else (), terms[1])
+    return Study(dense, _samples(dense, spared, folder / _COSTS), tuple(tried) if held else ())
 
 
 def study_damping(
     found: Study,
     keep: Mapping[str, float | NofM],
+    distance: Callable[[], float],
     on_kind: Callable[[int, int], None],
     rounds: int | None = None,
 ) -> tuple[Mapping[str, Damping], list[DampingTrial]]:
-    """The setting for each kind of matrix, and everything that was tried; nothing where no data were held out."""
+    """The setting for each kind of matrix, and everything that was tried; nothing where no data were held out.
+
+    Args:
+        found: study of the network, whose weights are the dense ones.
+        keep: key to the share or pattern that stays.
+        distance: function to how far the network is from the dense one on the data held out (`DenseRows`).
+        on_kind: function called with (kinds done, kinds).
+        rounds: rounds of `sparse_matrix`.
+    """
     store, kinds = found.dense.store, dict[str, list[tuple[int, str]]]()
     for j in found.tried:
         for key in found.dense.maps[j].matrices:
@@ -494,17 +502,21 @@ def study_damping(
         for j, key in places[:3]:
             block_map = found.dense.maps[j]
             names = f"A:{block_map.source[key]}", f"G:{key}"
-            parts = [tuple(n + end for n in names) for end in ("", ".held")]
-            if not all(store.has(n) for part in parts for n in part):
+            if not all(store.has(n) for n in names):
                 continue
-            matrix = block_map.matrices[key]
-            fit, held = (lambda a=a, g=g: (store.get(a), store.get(g)) for a, g in parts)
-            weight = matrix.read(weights_of(found.dense.blocks[j], block_map.name))
-            scale = store.rows[parts[1][0]] * found.held_terms
-            problems.append(DampingProblem(weight, matrix.bias is not None, fit, held, scale))
+            matrix, parameters = block_map.matrices[key], weights_of(found.dense.blocks[j], block_map.name)
+
+            def factors(names: tuple[str, str] = names) -> tuple[Tensor, Tensor]:
+                return store.get(names[0]), store.get(names[1])
+
+            def write(value: Tensor, matrix: BlockMatrix = matrix, parameters: Any = parameters) -> None:
+                matrix.write(parameters, value)
+
+            problems.append(DampingProblem(matrix.read(parameters), matrix.bias is not None, factors, write))
         if problems:
-            every += chosen_damping(kind, problems, keep[places[0][1]], rounds)
-            chosen[kind] = min((t for t in every if t.kind == kind), key=lambda t: t.cost).damping
+            trials = chosen_damping(kind, problems, keep[places[0][1]], distance, rounds)
+            every += trials
+            chosen[kind] = trials[0].damping
         on_kind(i + 1, len(kinds))
     return chosen, every
 

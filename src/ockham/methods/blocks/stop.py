@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ockham.errors import OckhamError
-from ockham.methods.blocks.solve import Damping, NofM, Quadratic, damped, loss_increase, quadratic, sparse_matrix
+from ockham.methods.blocks.solve import Damping, NofM, Quadratic, damped, quadratic, sparse_matrix
 
 __all__ = [
     "DEFAULT_DAMPING",
@@ -253,7 +253,8 @@ class DampingTrial:
     Attributes:
         kind: kind of matrix.
         damping: the setting.
-        cost: nats per term on the data held out, a matrix.
+        cost: nats a term between what the dense network says to the data held out and what it says with some matrices
+            of this kind reduced.
     """
 
     kind: str
@@ -263,21 +264,19 @@ class DampingTrial:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DampingProblem:
-    """A matrix with the factors of two parts of the data.
+    """A matrix on which a setting is tried.
 
     Attributes:
         weight: the trained matrix.
         bias: whether its last column is one.
-        fit: function to A and G of the data that decide.
-        held: function to A and G of the data that judge.
-        scale: rows x terms of the judging sums.
+        factors: function to A and G of the data that decide.
+        write: function that puts a value into the network.
     """
 
     weight: Tensor
     bias: bool
-    fit: Callable[[], tuple[Tensor, Tensor]]
-    held: Callable[[], tuple[Tensor, Tensor]]
-    scale: float
+    factors: Callable[[], tuple[Tensor, Tensor]]
+    write: Callable[[Tensor], None]
 
 
 def matrix_kind(key: str) -> str:
@@ -300,9 +299,20 @@ def sampled_blocks(kinds: Sequence[frozenset[str]]) -> list[int]:
 
 
 def chosen_damping(
-    kind: str, problems: Sequence[DampingProblem], keep: float | NofM, rounds: int | None = None
+    kind: str,
+    problems: Sequence[DampingProblem],
+    keep: float | NofM,
+    distance: Callable[[], float],
+    rounds: int | None = None,
 ) -> list[DampingTrial]:
-    """Try lambda at the usual tau, then tau at the best lambda; the least cost over all problems is the choice.
+    """Try lambda at the usual tau, then tau at the best lambda, on all problems at once; the network is as before then.
+
+    Args:
+        kind: kind of matrix.
+        problems: some matrices of it.
+        keep: share or pattern that stays.
+        distance: function to how far the network is from the dense one on data held out.
+        rounds: rounds of `sparse_matrix`.
 
     Returns:
         Every trial, the best first.
@@ -310,19 +320,23 @@ def chosen_damping(
     quick = rounds and min(2, rounds)
 
     def tried(damping: Damping) -> DampingTrial:
-        cost = 0.0
         for p in problems:
-            curvature = quadratic(*p.fit(), damping)
+            curvature = quadratic(*p.factors(), damping)
             worth = curvature.conditional()
-            small = sparse_matrix(
-                p.weight, curvature, worth, keep=keep, bias=p.bias, rounds=quick, swaps=_QUICK_SWAPS, steps=_QUICK
+            p.write(
+                sparse_matrix(
+                    p.weight, curvature, worth, keep=keep, bias=p.bias, rounds=quick, swaps=_QUICK_SWAPS, steps=_QUICK
+                )
             )
-            cost += loss_increase(small - p.weight, *p.held(), p.scale)
-        return DampingTrial(kind, damping, cost / len(problems))
+        return DampingTrial(kind, damping, distance())
 
-    found = [tried(Damping(value, DEFAULT_DAMPING.outputs)) for value in _INPUTS]
-    best = min(found, key=lambda t: t.cost).damping.inputs
-    found += [tried(Damping(best, v)) for v in _OUTPUTS if v != DEFAULT_DAMPING.outputs]
+    try:
+        found = [tried(Damping(value, DEFAULT_DAMPING.outputs)) for value in _INPUTS]
+        best = min(found, key=lambda t: t.cost).damping.inputs
+        found += [tried(Damping(best, v)) for v in _OUTPUTS if v != DEFAULT_DAMPING.outputs]
+    finally:
+        for p in problems:
+            p.write(p.weight)
     return sorted(found, key=lambda t: t.cost)
 
 
