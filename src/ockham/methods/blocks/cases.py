@@ -431,7 +431,7 @@ def _with_classes(
     return rows, noise
 
 
-_JUDGED, _KEPT_NUMBERS = 2000, 1 << 25
+_JUDGED, _KEPT_NUMBERS, _ROWS = 2000, 1 << 25, 128
 
 
 class DenseRows:
@@ -461,14 +461,17 @@ class DenseRows:
         total = torch.zeros(2, dtype=torch.float64)
         for case, step, dense in self._held:
             found = self._objective.rows(case.answer(model, self._objective.output), case)[::step].float()
-            if self._objective.classes:
-                expected, got = dense.log_softmax(-1), found.log_softmax(-1)
-                far = (expected.exp() * (expected - got)).sum(dtype=torch.float64)
-            else:
-                far = 0.5 * (found - dense).square().sum(dtype=torch.float64)
-            total += torch.stack([far.cpu(), torch.tensor(float(len(dense)), dtype=torch.float64)])
+            for before, after in zip(dense.split(_ROWS), found.split(_ROWS), strict=True):
+                total[0] += self._divergence(before.double(), after.double()).cpu()
+            total[1] += len(dense)
         total = team().summed(total)
         return float(total[0] / total[1].clamp_min(1))
+
+    def _divergence(self, before: Tensor, after: Tensor) -> Tensor:
+        if not self._objective.classes:
+            return 0.5 * (after - before).square().sum()
+        expected = before.log_softmax(-1)  # in float64: of networks that are near nothing would be left
+        return (expected.exp() * (expected - after.log_softmax(-1))).sum()
 
 
 def held_out(count: int) -> frozenset[int]:

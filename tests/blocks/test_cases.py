@@ -1,0 +1,156 @@
+"""What the curvature is drawn from, and how far a changed network is from the dense one on data that judge."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ockham.core.likelihood import Classification
+from ockham.methods.blocks.cases import DenseRows, cases_from, objective_for
+from ockham.methods.blocks.solve import Damping
+from ockham.methods.blocks.stop import DampingProblem, chosen_damping
+
+from .networks import batches, network
+
+
+def first(found: Any) -> Tensor:
+    return found
+
+
+class Given(nn.Module):
+    """Answers with a parameter, whatever is asked: gradients in it are those in the logits."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits
+
+
+@pytest.mark.parametrize("classes", [4, 2])
+def test_the_curvature_of_classes_is_the_fisher_information(classes: int) -> None:
+    torch.manual_seed(0)
+    model = Given(3 * torch.randn(5, classes, dtype=torch.float64))
+    target = torch.tensor([0, 1, -100, 1, 0])
+    (case,) = cases_from([(torch.zeros(5, 1), target)], None, model, torch.device("cpu"))
+    objective = objective_for(model, case, "classification", first)
+    generator, sums, draws = torch.Generator().manual_seed(0), torch.zeros(5, classes, classes), 20_000
+    for _ in range(draws):
+        noise = objective.curvature(model(case.args[0]), case, generator)
+        (g,) = torch.autograd.grad(noise, model.logits)
+        sums += (g[:, :, None] * g[:, None, :]).float() / draws
+    p = model.logits.detach().softmax(-1).float()
+    expected = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    expected[2] = 0  # padding
+    assert torch.allclose(sums, expected, atol=0.01)
+    # where the network is nearly sure every draw says something, of which labels would say mostly nothing
+    assert (g[[0, 1, 3, 4]].abs().sum(-1) > 0).all()
+
+
+def test_the_curvature_of_next_tokens_counts_what_follows() -> None:
+    model = network("llama")
+    ids = batches("llama")[0]
+    labels = ids.clone()
+    labels[:, 5:] = -100
+    (case, *_) = cases_from([{"input_ids": ids, "labels": labels}], None, model, torch.device("cpu"))
+    objective = objective_for(model, case, "next-token", None)
+    logits = case.answer(model, objective.output).detach().requires_grad_(True)
+    (g,) = torch.autograd.grad(objective.curvature(logits, case, torch.Generator().manual_seed(1)), logits)
+    assert (g.abs().sum(-1) > 0).sum() == 4 * len(case.target) == objective.terms(logits, case)
+    assert not g[:, 4:].any() and g[:, :4].abs().sum(-1).all()
+    assert g.sum(-1).abs().max() < 1e-5  # a softmax does not change with a constant
+    assert objective.rows(logits, case).shape == (4 * len(case.target), logits.shape[-1])
+
+
+@pytest.mark.parametrize("kind", ["classes", "positions", "weights of classes", "numbers", "own"])
+def test_the_distance_is_the_divergence_from_the_dense_answers(kind: str) -> None:
+    torch.manual_seed(1)
+    dense = nn.Linear(6, 4)
+    x = torch.randn(40, 6) if kind != "positions" else torch.randn(40, 7, 6)
+    like: Any = {"numbers": "regression", "own": "own"}.get(kind, "classification")
+    target: Any = torch.randint(0, 4, x.shape[:-1])
+    target = torch.randn(40, 4) if kind == "numbers" else None if kind == "own" else target
+    if kind == "weights of classes":
+        like = Classification(class_weights=[1.0, 2.0, 1.0, 1.0])
+    if kind in ("classes", "positions"):
+        target[3] = -100
+    cases = cases_from([(x, target) if target is not None else x], None, dense, torch.device("cpu"))
+    objective = objective_for(dense, cases[0], like, first)
+    rows = DenseRows(dense, cases, objective)
+    assert rows.distance(dense) == pytest.approx(0, abs=1e-7)
+    before = dense(x).detach()
+    with torch.no_grad():
+        dense.weight += 0.3 * torch.randn(4, 6)
+    after = dense(x).detach()
+    if objective.classes:
+        far = F.kl_div(after.log_softmax(-1), before.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+        expected = far[target != -100].mean()
+    else:
+        expected = 0.5 * (after - before).square().sum(-1).mean()
+    assert rows.distance(dense) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_long_answers_are_compared_in_some_of_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ockham.methods.blocks import cases as module
+
+    torch.manual_seed(0)
+    model, x = nn.Linear(6, 4), torch.randn(300, 6)
+    cases = cases_from(
+        [(part, torch.zeros(len(part)).long()) for part in x.split(100)], None, model, torch.device("cpu")
+    )
+    objective = objective_for(model, cases[0], "classification", first)
+    monkeypatch.setattr(module, "_JUDGED", 150)
+    monkeypatch.setattr(module, "_KEPT_NUMBERS", 200)  # 50 rows of 4 classes
+    rows = DenseRows(model, cases, objective)
+    before = model(x).detach()
+    with torch.no_grad():
+        model.weight.mul_(0.5)
+    some = torch.cat([torch.arange(0, 100, 3), torch.arange(100, 200, 3)])  # the third case is not needed
+    far = F.kl_div(model(x).detach().log_softmax(-1), before.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    assert rows.distance(model) == pytest.approx(float(far[some].mean()), rel=1e-5)
+
+
+def test_the_setting_is_the_nearest_of_those_tried_and_the_network_is_as_before() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(1, 8, 12)
+    a, g = torch.randn(1, 40, 12), torch.randn(1, 20, 8)
+    state = {"w": weight.clone()}
+    seen: list[Tensor] = []
+
+    def write(value: Tensor) -> None:
+        state["w"] = value
+        seen.append(value)
+
+    def distance() -> float:
+        return abs(float(state["w"].square().sum()) - 40.0) + math.fabs(float(state["w"][0, 0, 0])) * 1e-3
+
+    problem = DampingProblem(weight, False, lambda: (a.mT @ a, g.mT @ g), write)
+    trials = chosen_damping("w", [problem], 0.5, distance)
+    costs = [t.cost for t in trials]
+    assert costs == sorted(costs) and len(trials) == 7 and len({t.damping for t in trials}) == 7
+    assert torch.equal(state["w"], weight)
+    for value in seen[:-1]:
+        assert int((value == 0).sum()) == 48
+    assert {t.damping.inputs for t in trials} == {0.01, 0.03, 0.1, 0.3}
+    (best_of_first,) = [
+        t
+        for t in trials
+        if t.damping.outputs == 0.3 and t.cost == min(t.cost for t in trials if t.damping.outputs == 0.3)
+    ]
+    assert {t.damping for t in trials} >= {Damping(best_of_first.damping.inputs, v) for v in (0.1, 0.6, 1.0)}
+
+    class Broken(Exception):
+        pass
+
+    def fails() -> float:
+        raise Broken
+
+    with pytest.raises(Broken):
+        chosen_damping("w", [problem], 0.5, fails)
+    assert torch.equal(state["w"], weight)
