@@ -36,21 +36,20 @@ class Given(nn.Module):
 @pytest.mark.parametrize("classes", [4, 2])
 def test_the_curvature_of_classes_is_the_fisher_information(classes: int) -> None:
     torch.manual_seed(0)
-    model = Given(3 * torch.randn(5, classes, dtype=torch.float64))
-    target = torch.tensor([0, 1, -100, 1, 0])
-    (case,) = cases_from([(torch.zeros(5, 1), target)], None, model, torch.device("cpu"))
+    draws = 20_000
+    logits = 3 * torch.randn(5, classes, dtype=torch.float64)
+    model, target = Given(logits.repeat(draws, 1)), torch.tensor([0, 1, -100, 1, 0]).repeat(draws)
+    (case,) = cases_from([(torch.zeros(5 * draws, 1), target)], None, model, torch.device("cpu"))
     objective = objective_for(model, case, "classification", first)
-    generator, sums, draws = torch.Generator().manual_seed(0), torch.zeros(5, classes, classes), 20_000
-    for _ in range(draws):
-        noise = objective.curvature(model(case.args[0]), case, generator)
-        (g,) = torch.autograd.grad(noise, model.logits)
-        sums += (g[:, :, None] * g[:, None, :]).float() / draws
-    p = model.logits.detach().softmax(-1).float()
+    noise = objective.curvature(model(case.args[0]), case, torch.Generator().manual_seed(0))
+    (g,) = torch.autograd.grad(noise, model.logits)
+    found = torch.einsum("dnk,dnl->nkl", *[g.view(draws, 5, classes)] * 2) / draws
+    p = logits.softmax(-1)
     expected = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
     expected[2] = 0  # padding
-    assert torch.allclose(sums, expected, atol=0.01)
-    # where the network is nearly sure every draw says something, of which labels would say mostly nothing
-    assert (g[[0, 1, 3, 4]].abs().sum(-1) > 0).all()
+    assert torch.allclose(found, expected, atol=0.01)
+    # where the network is nearly sure every draw says something; labels would say nothing mostly
+    assert (g.view(draws, 5, classes)[:, [0, 1, 3, 4]].abs().sum(-1) > 0).all()
 
 
 def test_the_curvature_of_next_tokens_counts_what_follows() -> None:
