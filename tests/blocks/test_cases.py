@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ockham.core.likelihood import Classification
+from ockham.errors import DataError
 from ockham.methods.blocks.cases import DenseRows, cases_from, objective_for
+from ockham.methods.blocks.prune import prune
 from ockham.methods.blocks.solve import Damping
 from ockham.methods.blocks.stop import DampingProblem, chosen_damping
 
@@ -153,3 +155,18 @@ def test_the_setting_is_the_nearest_of_those_tried_and_the_network_is_as_before(
     with pytest.raises(Broken):
         chosen_damping("w", [problem], 0.5, fails)
     assert torch.equal(state["w"], weight)
+
+
+def test_where_the_data_that_judge_are_padding_nothing_is_chosen() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3)], nn.Linear(8, 3))
+    data = [(torch.randn(32, 8), torch.randint(0, 3, (32,))) for _ in range(8)]
+    some = [(x, torch.full_like(y, -100) if i == 3 else y) for i, (x, y) in enumerate(data)]
+    none = [(x, torch.full_like(y, -100) if i % 4 == 3 else y) for i, (x, y) in enumerate(data)]
+    assert prune(model, some, keep_share=0.5, likelihood="classification").trials
+    done = prune(model, none, keep_share=0.5, likelihood="classification")
+    assert not done.trials and done.keep_share == pytest.approx(0.5, abs=1e-3)
+    real = [F.cross_entropy(model(x), y).item() for i, (x, y) in enumerate(none) if i % 4 != 3]
+    assert done.before == pytest.approx(sum(real) / len(real), rel=1e-5)  # there are no others
+    with pytest.raises(DataError, match="every target is padding: shuffle"):
+        prune(model, none, likelihood="classification")

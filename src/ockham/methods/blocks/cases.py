@@ -391,7 +391,7 @@ def _with_targets(likelihood: Likelihood, output: Callable[[Any], Tensor]) -> Ca
     def nll(answer: Tensor, case: Case) -> tuple[Tensor, int]:
         f, y = _pair(likelihood, answer, case)
         terms = int(likelihood.terms(y))
-        return likelihood.nll(f, y) * terms, terms
+        return (likelihood.nll(f, y) * terms if terms else f.new_zeros(())), terms  # a mean of nothing is NaN
 
     def curvature(answer: Tensor, case: Case, generator: torch.Generator) -> Tensor:
         f, y = _pair(likelihood, answer, case)
@@ -441,6 +441,9 @@ class DenseRows:
         model: the dense network.
         cases: data that judge, of this process; so many are used that there are some 2,000 rows of all processes.
         objective: the likelihood.
+
+    Attributes:
+        rows: rows that are compared, of all processes; with none nothing can be judged.
     """
 
     @torch.no_grad()
@@ -452,8 +455,11 @@ class DenseRows:
                 break
             found = objective.rows(case.answer(model, objective.output), case).float()
             seen += len(found)
-            step = math.ceil(found.numel() * max(1.0, few / max(1, len(found))) / _KEPT_NUMBERS)
+            if not len(found):  # only padding
+                continue
+            step = math.ceil(found.numel() * max(1.0, few / len(found)) / _KEPT_NUMBERS)
             self._held.append((case, step, found[::step].clone()))
+        self.rows = float(team().summed(torch.tensor(float(sum(len(d) for _, _, d in self._held)))))
 
     @torch.no_grad()
     def distance(self, model: nn.Module) -> float:

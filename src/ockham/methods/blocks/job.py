@@ -255,6 +255,8 @@ class BlockJob:
                 return None
             some = held_out(len(cases)) or range(len(cases))
             nll, terms = loss_of(model, [cases[i] for i in some], objective)
+            if not bool(terms.any()):
+                nll, terms = loss_of(model, cases, objective)
         return float(nll.sum() / terms.sum().clamp_min(1))
 
     def without_units(
@@ -403,6 +405,8 @@ class BlockJob:
         if self.settings.damping is not None:
             return {matrix_kind(k): self.settings.damping for k in found.samples}, []
         dense = DenseRows(model, judges, self._objective)
+        if not dense.rows:
+            return {}, []
         return study_damping(found, keep, lambda: dense.distance(model), teller("damping"), rounds)
 
     def _kept(self, found: Study, keep: float | NofM) -> dict[str, float | NofM]:
@@ -461,6 +465,11 @@ class BlockJob:
                 f"there are {len(every)}. Pass more batches, or keep_share"
             )
         dense_loss, blocks = loss_of(model, judges, self._objective), found.dense.blocks
+        if not bool(dense_loss[1].any()):
+            raise DataError(
+                "without a target the evidence is judged on every fourth calibration batch, and in those every target is "
+                "padding: shuffle the batches, or pass keep_share"
+            )
         original = folder / "dense"
         original.mkdir(exist_ok=True)
         for j, block in enumerate(blocks):
