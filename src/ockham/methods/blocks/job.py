@@ -467,7 +467,7 @@ class BlockJob:
         dense_loss, blocks = loss_of(model, judges, self._objective), found.dense.blocks
         if not bool(dense_loss[1].any()):
             raise DataError(
-                "without a target the evidence is judged on every fourth calibration batch, and in those every target is "
+                "without a target the evidence is judged on every fourth calibration batch, and there every target is "
                 "padding: shuffle the batches, or pass keep_share"
             )
         original = folder / "dense"
