@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ockham.core.likelihood import Classification
 from ockham.errors import DataError
 from ockham.methods.blocks.cases import DenseRows, cases_from, objective_for
+from ockham.methods.blocks.job import BlockJob, PruneSettings
 from ockham.methods.blocks.prune import prune
 from ockham.methods.blocks.solve import Damping
 from ockham.methods.blocks.stop import DampingProblem, chosen_damping
@@ -131,7 +132,7 @@ def test_the_setting_is_the_nearest_of_those_tried_and_the_network_is_as_before(
     def distance() -> float:
         return abs(float(state["w"].square().sum()) - 40.0) + math.fabs(float(state["w"][0, 0, 0])) * 1e-3
 
-    problem = DampingProblem(weight, False, lambda: (a.mT @ a, g.mT @ g), write)
+    problem = DampingProblem(weight, False, lambda: (a.mT @ a, g.mT @ g), write, lambda: write(weight))
     trials = chosen_damping("w", [problem], 0.5, distance)
     costs = [t.cost for t in trials]
     assert costs == sorted(costs) and len(trials) == 7 and len({t.damping for t in trials}) == 7
@@ -170,3 +171,17 @@ def test_where_the_data_that_judge_are_padding_nothing_is_chosen() -> None:
     assert done.before == pytest.approx(sum(real) / len(real), rel=1e-5)  # there are no others
     with pytest.raises(DataError, match="every target is padding: shuffle"):
         prune(model, none, likelihood="classification")
+
+
+def test_trying_settings_leaves_every_bit_of_the_network() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3)], nn.Linear(8, 3)).double()
+    for p in model.parameters():
+        p.detach().add_(1e-9 * torch.randn(p.shape, dtype=torch.float64))  # what float32 cannot hold
+    data = [(torch.randn(32, 8).double(), torch.randint(0, 3, (32,))) for _ in range(8)]
+    job = BlockJob(data, "auto", None, None, PruneSettings())
+    trained = {n: t.clone() for n, t in model.state_dict().items()}
+    with job._studied(model, "weights") as (cases, found, _):
+        chosen, trials = job._damping(model, cases[3::4], found, dict.fromkeys(found.samples, 0.5), None)
+    assert trials and chosen
+    assert all(torch.equal(t, trained[n]) for n, t in model.state_dict().items())  # float64 is more than what is solved

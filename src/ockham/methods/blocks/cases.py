@@ -319,8 +319,7 @@ def _causal(model: nn.Module, case: Case, tokens: Tensor, output: Callable[[Any]
 
 def _next_tokens(answer: Tensor, case: Case) -> tuple[Tensor, Tensor]:
     """Logits ``[positions, words]`` of a batch, and which of them something follows that counts."""
-    target = _following(case)
-    return answer[:, :-1].flatten(0, 1), target != _IGNORED
+    return answer[:, :-1].flatten(0, 1), _following(case) != _IGNORED
 
 
 def _following(case: Case) -> Tensor:
@@ -333,10 +332,9 @@ def _following(case: Case) -> Tensor:
 
 
 def _next_token(answer: Tensor, case: Case) -> tuple[Tensor, int]:
-    target = _following(case)
-    logits = answer[:, :-1].flatten(0, 1)
-    nll = F.cross_entropy(logits.float(), target, ignore_index=_IGNORED, reduction="sum")
-    return nll, int((target != _IGNORED).sum())
+    logits, counted = _next_tokens(answer, case)
+    nll = F.cross_entropy(logits.float(), _following(case), ignore_index=_IGNORED, reduction="sum")
+    return nll, int(counted.sum())
 
 
 def _fisher_noise(logits: Tensor, counted: Tensor, generator: torch.Generator) -> Tensor:
@@ -476,8 +474,8 @@ class DenseRows:
     def _divergence(self, before: Tensor, after: Tensor) -> Tensor:
         if not self._objective.classes:
             return 0.5 * (after - before).square().sum()
-        expected = before.log_softmax(-1)  # in float64: of networks that are near nothing would be left
-        return (expected.exp() * (expected - after.log_softmax(-1))).sum()
+        # in float64: of networks that are near nothing would be left
+        return F.kl_div(after.log_softmax(-1), before.log_softmax(-1), reduction="sum", log_target=True)
 
 
 def held_out(count: int) -> frozenset[int]:

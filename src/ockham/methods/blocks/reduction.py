@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -491,34 +490,47 @@ def study_damping(
         on_kind: function called with (kinds done, kinds).
         rounds: rounds of `sparse_matrix`.
     """
-    store, kinds = found.dense.store, dict[str, list[tuple[int, str]]]()
+    kinds: dict[str, list[tuple[int, str]]] = {}
     for j in found.tried:
         for key in found.dense.maps[j].matrices:
             if key in found.samples and key in keep:
                 kinds.setdefault(matrix_kind(key), []).append((j, key))
-    chosen, every = {}, []
+    chosen: dict[str, Damping] = {}
+    every: list[DampingTrial] = []
     for i, (kind, places) in enumerate(kinds.items()):
-        problems = []
+        problems: list[DampingProblem] = []
         for j, key in places[:3]:
-            block_map = found.dense.maps[j]
-            names = f"A:{block_map.source[key]}", f"G:{key}"
-            if not all(store.has(n) for n in names):
-                continue
-            matrix, parameters = block_map.matrices[key], weights_of(found.dense.blocks[j], block_map.name)
-
-            def factors(names: tuple[str, str] = names) -> tuple[Tensor, Tensor]:
-                return store.get(names[0]), store.get(names[1])
-
-            def write(value: Tensor, matrix: BlockMatrix = matrix, parameters: Any = parameters) -> None:
-                matrix.write(parameters, value)
-
-            problems.append(DampingProblem(matrix.read(parameters), matrix.bias is not None, factors, write))
+            problem = _problem(found.dense, j, key)
+            problems += [] if problem is None else [problem]
         if problems:
             trials = chosen_damping(kind, problems, keep[places[0][1]], distance, rounds)
             every += trials
             chosen[kind] = trials[0].damping
         on_kind(i + 1, len(kinds))
     return chosen, every
+
+
+def _problem(dense: Dense, j: int, key: str) -> DampingProblem | None:
+    """A matrix of block j to try settings on; None where no data that decide reach it."""
+    block_map, block = dense.maps[j], dense.blocks[j]
+    names = f"A:{block_map.source[key]}", f"G:{key}"
+    if not all(dense.store.has(n) for n in names):
+        return None
+    matrix, parameters = block_map.matrices[key], weights_of(block, block_map.name)
+    regions = [r.of(parameters) for r in (matrix.weight, matrix.bias) if r is not None]
+    trained = [r.clone() for r in regions]
+
+    def restore() -> None:
+        for region, value in zip(regions, trained, strict=True):
+            region.copy_(value)
+
+    return DampingProblem(
+        matrix.read(parameters),
+        matrix.bias is not None,
+        lambda: (dense.store.get(names[0]), dense.store.get(names[1])),
+        lambda value: matrix.write(parameters, value),
+        restore,
+    )
 
 
 def _maps(model: nn.Module, named: Sequence[tuple[str, nn.Module]], case: Case) -> list[BlockMap]:

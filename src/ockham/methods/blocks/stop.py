@@ -271,12 +271,14 @@ class DampingProblem:
         bias: whether its last column is one.
         factors: function to A and G of the data that decide.
         write: function that puts a value into the network.
+        restore: function that puts the trained one back, to the bits.
     """
 
     weight: Tensor
     bias: bool
     factors: Callable[[], tuple[Tensor, Tensor]]
     write: Callable[[Tensor], None]
+    restore: Callable[[], None]
 
 
 def matrix_kind(key: str) -> str:
@@ -336,7 +338,7 @@ def chosen_damping(
         found += [tried(Damping(best, v)) for v in _OUTPUTS if v != DEFAULT_DAMPING.outputs]
     finally:
         for p in problems:
-            p.write(p.weight)
+            p.restore()
     return sorted(found, key=lambda t: t.cost)
 
 
