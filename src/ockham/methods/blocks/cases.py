@@ -429,7 +429,7 @@ def _with_classes(
     return rows, noise
 
 
-_JUDGED, _KEPT_NUMBERS, _ROWS = 2000, 1 << 25, 128
+_JUDGED, _KEPT_NUMBERS, _ROWS = 1000, 1 << 25, 128
 
 
 class DenseRows:
@@ -437,7 +437,7 @@ class DenseRows:
 
     Args:
         model: the dense network.
-        cases: data that judge, of this process; so many are used that there are some 2,000 rows of all processes.
+        cases: data that judge, of this process; so many are used that there are some 1,000 rows of all processes.
         objective: the likelihood.
 
     Attributes:

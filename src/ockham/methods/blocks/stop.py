@@ -26,6 +26,7 @@ __all__ = [
     "chosen_damping",
     "cost_sample",
     "freed",
+    "lowest",
     "matrix_kind",
     "predicted",
     "sampled_blocks",
@@ -240,8 +241,8 @@ class Drift:
 
 
 DEFAULT_DAMPING = Damping(0.05, 0.3)
-_INPUTS = (0.01, 0.03, 0.1, 0.3)
-_OUTPUTS = (0.1, 0.3, 0.6, 1.0)
+_INPUTS, _FIRST_INPUTS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0), 3
+_OUTPUTS = (0.03, 0.1, 0.3, 0.6, 1.0)
 _PER_LOOK = 3
 _QUICK, _QUICK_SWAPS = (2, 4), 9
 
@@ -307,7 +308,9 @@ def chosen_damping(
     distance: Callable[[], float],
     rounds: int | None = None,
 ) -> list[DampingTrial]:
-    """Try lambda at the usual tau, then tau at the best lambda, on all problems at once; the network is as before then.
+    """Go down in lambda at the usual tau, then in tau at the best lambda, on all problems at once.
+
+    Each way leads along its grid from a usual value to where the distance grows. The network is as before then.
 
     Args:
         kind: kind of matrix.
@@ -320,26 +323,39 @@ def chosen_damping(
         Every trial, the best first.
     """
     quick = rounds and min(2, rounds)
+    found: dict[Damping, DampingTrial] = {}
 
-    def tried(damping: Damping) -> DampingTrial:
-        for p in problems:
-            curvature = quadratic(*p.factors(), damping)
-            worth = curvature.conditional()
-            p.write(
-                sparse_matrix(
+    def cost(damping: Damping) -> float:
+        if damping not in found:
+            for p in problems:
+                curvature = quadratic(*p.factors(), damping)
+                worth = curvature.conditional()
+                small = sparse_matrix(
                     p.weight, curvature, worth, keep=keep, bias=p.bias, rounds=quick, swaps=_QUICK_SWAPS, steps=_QUICK
                 )
-            )
-        return DampingTrial(kind, damping, distance())
+                p.write(small)
+            found[damping] = DampingTrial(kind, damping, distance())
+        return found[damping].cost
 
     try:
-        found = [tried(Damping(value, DEFAULT_DAMPING.outputs)) for value in _INPUTS]
-        best = min(found, key=lambda t: t.cost).damping.inputs
-        found += [tried(Damping(best, v)) for v in _OUTPUTS if v != DEFAULT_DAMPING.outputs]
+        tau = DEFAULT_DAMPING.outputs
+        best = lowest([Damping(v, tau) for v in _INPUTS], _FIRST_INPUTS, cost).inputs
+        lowest([Damping(best, v) for v in _OUTPUTS], _OUTPUTS.index(tau), cost)
     finally:
         for p in problems:
             p.restore()
-    return sorted(found, key=lambda t: t.cost)
+    return sorted(found.values(), key=lambda t: t.cost)
+
+
+def lowest(line: Sequence[Damping], start: int, cost: Callable[[Damping], float]) -> Damping:
+    """Where the cost ends to fall along a line, from the start to one side, and to the other if that brings nothing."""
+    at = start
+    for step in (-1, 1):
+        while 0 <= at + step < len(line) and cost(line[at + step]) < cost(line[at]):
+            at += step
+        if at != start:
+            break
+    return line[at]
 
 
 TERMS_PER_WEIGHT = 20
