@@ -272,3 +272,18 @@ def test_a_folder_that_lacks_weights_is_refused(source: Path, tmp_path: Path) ->
     save_file(state, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(OckhamError, match="would be random"):
         prune_folder(tmp_path / "model", source / "text.txt", tmp_path / "out", target={"keep_share": 0.5})
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not tell what is mapped")
+def test_the_network_and_its_posterior_lie_in_files_while_they_are_worked_on(source: Path, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def look(p: PruneProgress) -> None:
+        seen.append(Path("/proc/self/maps").read_text().count(str(tmp_path / "out" / "work" / "mapped-")))
+
+    settings = PruneSettings(damping=Damping(0.1, 0.5))
+    given = {"windows": (12, 32), "progress": look, "settings": settings, "target": {"keep_share": 0.5}}
+    prune_folder(source, source / "text.txt", tmp_path / "out", **given)
+    assert min(seen) == max(seen) == len(list(network("llama").parameters()))
+    reduced = load_posterior(tmp_path / "out")
+    assert all(bool(torch.isfinite(g.precision[g.keep]).all()) for g in reduced.values())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import stat
 import struct
 from pathlib import Path
 
@@ -166,3 +168,26 @@ def _edit_header(path: Path, old: str, new: str) -> None:
     json.loads(changed)
     changed += " " * (-len(changed) % 8)
     path.write_bytes(struct.pack("<Q", len(changed)) + changed.encode() + raw[8 + length :])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="modes of POSIX")
+def test_a_tree_is_for_those_that_other_new_files_are_for(tmp_path: Path, tree: dict) -> None:
+    before = os.umask(0o027)
+    try:
+        write_tree(tmp_path / "tree.safetensors", tree, kind="network")
+        write_bytes(tmp_path / "plain", b"x")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE((tmp_path / n).stat().st_mode) for n in ("tree.safetensors", "plain")} == {0o640}
+    assert {p.name for p in tmp_path.iterdir()} == {"tree.safetensors", "plain"}
+
+
+def test_parts_of_one_memory_are_written_whole_and_only_they(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).view(3, 4)
+    tree = {"whole": whole, "same": whole, "row": whole[1], "column": whole[:, 2], "one": torch.ones(1).expand(5)}
+    tree["single"] = torch.ones(()).expand(1)
+    write_tree(tmp_path / "a", tree, kind="network")
+    for name, value in read_tree(tmp_path / "a", kind="network").items():
+        assert torch.equal(value, tree[name])
+    write_tree(tmp_path / "b", {"row": torch.zeros(1000, 4)[5]}, kind="network")
+    assert (tmp_path / "b").stat().st_size < 1000

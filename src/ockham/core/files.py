@@ -11,18 +11,18 @@ import secrets
 import stat
 import tomllib
 import types
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, field, fields, is_dataclass
 from functools import lru_cache
-from io import BufferedReader, FileIO
+from io import BufferedReader, BufferedWriter, FileIO
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from ockham.errors import OckhamError, ResultError
@@ -223,28 +223,36 @@ TEXT_LIMIT = 2**28
 def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
     """Write a file so that a crash leaves the old one or the new one, never a part.
 
-    The content goes to a new file of a random name, which no other process and no link can have, and takes the place of
-    the old one by one rename. ``durable`` waits for the disk, which also guards against loss of power.
-
     Raises:
         OckhamError: the folder cannot be written.
     """
+    with _replacing(path, durable=durable) as file:
+        file.write(content)
+
+
+@contextmanager
+def _replacing(path: Path, *, durable: bool) -> Iterator[BufferedWriter]:
+    """A new file, of a random name that nobody can have guessed, takes the place of the old one by one rename.
+
+    ``durable`` waits for the disk, which also guards against loss of power.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(os.open(temporary, flags | getattr(os, "O_BINARY", 0), 0o666), "wb") as file:
-            file.write(content)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
+        with open(temporary, "xb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            yield file
+        if os.stat(temporary).st_mode != mode:  # safetensors puts a file of its own there, for its owner only
+            os.chmod(temporary, stat.S_IMODE(mode))
+        if durable:
+            with open(temporary, "r+b") as written:
+                os.fsync(written.fileno())
         os.replace(temporary, path)
         if durable:
             sync_folder(path.parent)
-    except OSError as error:
-        raise OckhamError(
-            f"cannot write {printable(path)}: {error.strerror or error}. Choose a folder you may write to"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise OckhamError(f"cannot write {printable(path)}: {why}. Choose a folder you may write to") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -386,10 +394,7 @@ def read_json(path: Path) -> Any:
     Raises:
         ResultError: the file is missing, is not JSON, or is nested too deep.
     """
-    try:
-        return json.loads(read_text(path))
-    except (ValueError, RecursionError, MemoryError) as error:
-        raise ResultError(f"{printable(path)}: not readable as JSON ({printable(error)})") from error
+    return _parsed(path, json.loads, "JSON")
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -398,10 +403,15 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         ResultError: the file is missing, is not TOML, or is nested too deep.
     """
+    table: dict[str, Any] = _parsed(path, tomllib.loads, "TOML")
+    return table
+
+
+def _parsed(path: Path, parse: Callable[[str], Any], kind: str) -> Any:
     try:
-        return tomllib.loads(read_text(path))
+        return parse(read_text(path))
     except (ValueError, RecursionError, MemoryError) as error:
-        raise ResultError(f"{printable(path)}: not readable as TOML ({printable(error)})") from error
+        raise ResultError(f"{printable(path)}: not readable as {kind} ({printable(error)})") from error
 
 
 def write_tree(path: Path, tree: Mapping[str, Any], *, kind: str, durable: bool = True) -> None:
@@ -419,7 +429,8 @@ def write_tree(path: Path, tree: Mapping[str, Any], *, kind: str, durable: bool 
     tensors: dict[str, Tensor] = {}
     about = {"schema": TREE_SCHEMA, "kind": kind, "tree": _flatten(tree, "", tensors)}
     about["sha256"] = _digest(about, tensors)
-    write_bytes(path, save(tensors, metadata={"ockham": json.dumps(about)}), durable=durable)
+    with _replacing(path, durable=durable) as file:
+        save_file(tensors, file.name, metadata={"ockham": json.dumps(about)})
 
 
 def read_tree(path: Path, *, kind: str, verify: bool = True) -> dict[str, Any]:
@@ -488,7 +499,10 @@ def _digest(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 def _flatten(value: Any, at: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
-        tensors[at] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        own = value.detach().cpu().contiguous()
+        shared = any(own.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in tensors.values())
+        partial = own.numel() == 1 or own.untyped_storage().nbytes() > own.nbytes  # one number may have any stride
+        tensors[at] = own.clone(memory_format=torch.contiguous_format) if shared or partial else own
         return {"tensor": at}
     if isinstance(value, Mapping):
         pairs = [[key, _flatten(v, f"{at}/{key}", tensors)] for key, v in value.items()]

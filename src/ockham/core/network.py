@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import difflib
+import os
 import random
 import re
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -37,6 +40,8 @@ __all__ = [
     "ignored",
     "keeping_modes",
     "listening",
+    "map_parameters_",
+    "mapped",
     "parse_device",
     "protected_names",
     "seeded",
@@ -143,6 +148,70 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
             "else than parameters and buffers. After the old torch.nn.utils.weight_norm or spectral_norm, use those of "
             "torch.nn.utils.parametrizations, or take them off (torch.nn.utils.remove_weight_norm)"
         ) from error
+
+
+@torch.no_grad()
+def mapped(values: Tensor, folder: Path, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy of a tensor of the CPU in a mapped file: memory holds it while it is used, the disk when it is not.
+
+    The file has no name once it is mapped (where the system allows that), so nothing is left of it after the process.
+
+    Args:
+        values: the tensor.
+        folder: place for the file.
+        dtype: dtype of the copy; None: that of ``values``.
+
+    Raises:
+        OckhamError: there is no room on the disk, or the folder cannot be written.
+    """
+    dtype = dtype or values.dtype
+    size = values.numel() * dtype.itemsize
+    if not size:
+        return values.to(dtype)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix="mapped-", dir=folder)
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(handle, 0, size)  # to write where the disk has no room would end the process
+            storage = torch.UntypedStorage.from_file(name, True, size)
+        finally:
+            os.close(handle)
+            with suppress(OSError):
+                os.unlink(name)
+    except (OSError, RuntimeError) as error:
+        raise OckhamError(
+            f"cannot lay {size / 2**20:,.0f} MiB into a file in {folder} ({first_line(error)}): make room there, or "
+            "choose another folder"
+        ) from error
+    found = torch.empty(0, dtype=dtype)
+    found.set_(storage, 0, values.shape)  # type: ignore[call-overload]
+    return found.copy_(values)
+
+
+def map_parameters_(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
+    """Let the parameters lie in mapped files, in place, so that a network need not fit into memory (`mapped`).
+
+    Args:
+        model: network on the CPU; parameters that share memory go on doing so, others than floating ones stay.
+        folder: place for the files.
+        dtype: dtype of the parameters afterwards, and of the floating buffers, which stay in memory; those that are
+            made anew with a network, such as frequencies, are not rounded to it.
+
+    Raises:
+        OckhamError: there is no room on the disk, or the folder cannot be written.
+    """
+    placed: dict[tuple[Any, ...], Tensor] = {}
+    for p in model.parameters():
+        if p.is_floating_point():
+            place = p.data_ptr(), p.shape, p.stride(), p.dtype
+            if place not in placed:
+                placed[place] = mapped(p.detach(), folder, dtype)
+            p.data = placed[place]
+    kept = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and (name in kept or dtype.itemsize > buffer.dtype.itemsize):
+            buffer.data = buffer.data.to(dtype)
 
 
 def frozen_modules(model: nn.Module) -> set[nn.Module]:

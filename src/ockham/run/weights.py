@@ -199,10 +199,14 @@ def fitted(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[dict[str, Ten
     return {name: found[name] for name in own}, tuple(notes)
 
 
-def huggingface_model(folder: str | Path) -> nn.Module:
+def huggingface_model(folder: str | Path, *, max_bytes: float | None = None) -> nn.Module:
     """The model of a folder that ``save_pretrained`` of transformers wrote, by the class that its configuration names.
 
     Only classes of the installed transformers, weights of safetensors, and files of the folder are used.
+
+    Args:
+        folder: the folder.
+        max_bytes: most bytes of a file of weights; None: the memory that is free.
 
     Raises:
         ResultError: no configuration, an unknown class, or weights that do not fit.
@@ -222,7 +226,7 @@ def huggingface_model(folder: str | Path) -> nn.Module:
             f"{printable(home)}/config.json: names the architecture {printable(repr(name))}, which transformers "
             f"{transformers.__version__} does not have"
         )
-    read_weights(home)
+    read_weights(home, max_bytes=max_bytes)
     try:
         model, read = getattr(transformers, name).from_pretrained(
             home, local_files_only=True, use_safetensors=True, output_loading_info=True

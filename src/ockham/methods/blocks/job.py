@@ -248,6 +248,11 @@ class BlockJob:
         self.likelihood = str(likelihood)
         self.posterior: Posterior | None = None
 
+    @property
+    def _kept_in(self) -> Path | None:
+        """Place for what need not lie in memory."""
+        return None if self.settings.folder is None else Path(self.settings.folder)
+
     def mean_loss(self, model: nn.Module) -> float | None:
         """Mean NLL on the part of the data that judges, nats per term; None where the data have no targets."""
         with evaluating_blocks(model):
@@ -295,7 +300,7 @@ class BlockJob:
             )
             if self.settings.posterior:
                 n_data = self.settings.n_data or TERMS_PER_WEIGHT * found.weights
-                whole = surviving_posterior(found, evidence, {}, n_data, self.likelihood)
+                whole = surviving_posterior(found, evidence, {}, n_data, self.likelihood, self._kept_in)
 
                 def cut(name: str, g: Gaussian) -> Gaussian:
                     cut = {f.name: getattr(g, f.name) for f in fields(g)}
@@ -329,7 +334,7 @@ class BlockJob:
                 name = f"keep-{keep.n}-of-{keep.m}" if isinstance(keep, NofM) else f"keep-{keep:g}"
                 evidence = self._reduced_(model, cases, found, orders, folder / name)
             if self.settings.posterior:
-                self.posterior = surviving_posterior(found, evidence, damping, n_data, self.likelihood)
+                self.posterior = surviving_posterior(found, evidence, damping, n_data, self.likelihood, self._kept_in)
         self._refreshed(model)
         known = {k for m in found.dense.maps for k in m.matrices} - evidence.keys()
         spared = protected_names(model, self.settings.ignore)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from ockham.core.files import write_bytes, write_json
 from ockham.core.likelihood import Likelihood
-from ockham.core.network import PruneProgress, copied, listening
+from ockham.core.network import PruneProgress, copied, listening, map_parameters_
 from ockham.core.posterior import POSTERIOR, Posterior
 from ockham.errors import DataError, OckhamError
 from ockham.methods.blocks.cases import answer_tensor, cases_from, dividing
@@ -391,15 +392,20 @@ def prune_folder(
         settings = replace(settings or PruneSettings(), posterior=True)
         if settings.folder is None:
             settings = replace(settings, folder=path / "work")
+        lay = partial(map_parameters_, folder=Path(settings.folder or path))
+        lay(model, dtype=torch.float32)
         job = BlockJob(every[judges:], "auto", None, None, settings)
         with listening(progress), dividing(settings.divided):
             # in place, since two copies beside the factors are one too many; the folder has the dense one
             found = _pruned(model, model, job, tuple(target.get(k) for k in _TARGETS))
-        found.model.to(stored)  # the numbers are those of the weights that are written
+        if stored is not torch.float32:
+            lay(found.model, dtype=stored)  # the numbers are those of the weights that are written
         found.save(folder.stage)
         found, job.posterior = replace(found, posterior=None), None
         model, _, _ = _loaded(Path(source))
-        times = latencies([model, found.model.float()], every[:1], repeats=5, warmup=1)
+        for network in (model, found.model):
+            lay(network, dtype=torch.float32)
+        times = latencies([model, found.model], every[:1], repeats=5, warmup=1)
         sides = _measured(model, found, every[:judges])
         for side, network, seconds in zip(sides.values(), (model, found.model), times, strict=True):
             parameters = list(network.parameters())
@@ -427,10 +433,10 @@ def prune_folder(
 
 
 def _loaded(source: Path) -> tuple[Any, Any, torch.dtype]:
-    """The model in float32, its tokenizer, and the dtype of its files."""
+    """The model as it is stored, its tokenizer, and the dtype of its files."""
     if not (source / "config.json").is_file():
         raise OckhamError(f"{source} is no model folder: it has no config.json. Pass a folder of save_pretrained")
-    model: Any = huggingface_model(source)
+    model: Any = huggingface_model(source, max_bytes=math.inf)  # the files are mapped
     if getattr(model.config, "is_encoder_decoder", False):
         raise OckhamError(
             f"{source} holds an encoder-decoder ({type(model).__name__}), which needs pairs of texts, not one: call "
@@ -445,7 +451,7 @@ def _loaded(source: Path) -> tuple[Any, Any, torch.dtype]:
             f"{source}: its tokenizer cannot be read ({error}). Save it beside the model by tokenizer.save_pretrained"
         ) from error
     stored = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return model.float(), tokenizer, stored
+    return model, tokenizer, stored
 
 
 def _text_windows(model: Any, tokenizer: Any, text: str, windows: tuple[int, int], seed: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ockham.core.network import mapped
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.core.processes import Processes
 from ockham.errors import OckhamError
@@ -339,6 +340,7 @@ def surviving_posterior(
     damping: Mapping[str, Damping],
     n_data: float,
     likelihood: str,
+    folder: Path | None = None,
 ) -> Posterior:
     r"""Gaussian of every weight that stays in the matrices of the blocks, the others at their means.
 
@@ -350,7 +352,9 @@ def surviving_posterior(
         damping: kind of matrix to its setting.
         n_data: terms behind the trained weights.
         likelihood: name of it.
+        folder: place for files in which it lies (`mapped`); None: it lies in memory.
     """
+    lay: Callable[[Tensor], Tensor] = (lambda t: t) if folder is None else (lambda t: mapped(t, folder))
     moments: dict[str, Gaussian] = {}
     for block, block_map in zip(found.dense.blocks, found.dense.maps, strict=True):
         parameters = weights_of(block, block_map.name)
@@ -369,9 +373,9 @@ def surviving_posterior(
             matrix.write(precision, (p0 + n_data * worth * unit[:, None, None]).expand_as(weight))
             matrix.write(prior, torch.full_like(weight, p0))
         for name in (n for n in parameters if n in held):
-            mean, known = parameters[name].detach().float().clone(), precision[name] > 0
-            keep = known if name in biases else known & (mean != 0)
-            spread, first = precision.pop(name).masked_fill_(~keep, torch.inf), prior[name].flatten()[:1]
+            mean, known = lay(parameters[name].detach().float().clone()), precision[name] > 0
+            keep = lay(known if name in biases else known & (mean != 0))
+            spread, first = lay(precision.pop(name).masked_fill_(~keep, torch.inf)), prior[name].flatten()[:1]
             if bool((prior[name] == first).all()):
                 prior[name] = first.clone().expand(mean.numel()).view(mean.shape)  # the memory of one number
             moments[name] = Gaussian(mean, spread, prior[name], mean.new_zeros(()), keep)
