@@ -23,6 +23,7 @@ from ockham.core.files import (
     unpack_mask,
     write_tree,
 )
+from ockham.core.network import mapped
 from ockham.core.seal import sealed
 from ockham.errors import OckhamError, ResultError
 from ockham.evidence.kronecker import KroneckerPrecision
@@ -268,7 +269,7 @@ def save_posterior(posterior: Posterior, path: Path) -> None:
         "n_data": posterior.n_data,
         "temperature": posterior.temperature,
         "source": posterior.source,
-        "moments": {name: _pack(g) for name, g in posterior.items()},
+        "moments": {name: _pack(g, path.parent) for name, g in posterior.items()},
         "matrices": [
             {"weight": m.weight, "bias": m.bias} | {name: getattr(m.precision, name) for name in _FACTORS}
             for m in posterior.matrices
@@ -361,8 +362,11 @@ def domain_error(posterior: Posterior) -> str:
     return ""
 
 
-def _pack(g: Gaussian) -> dict[str, Any]:
-    node: dict[str, Any] = {"shape": list(g.mean.shape), "mean": g.mean[g.keep], "precision": g.precision[g.keep]}
+def _pack(g: Gaussian, folder: Path) -> dict[str, Any]:
+    """What is written of one parameter; of moments that lie in mapped files it lies in such files too."""
+    lay: Callable[[Tensor], Tensor] = lambda t: mapped(t, folder) if g.mean.untyped_storage().filename else t  # noqa: E731
+    node: dict[str, Any] = {"shape": list(g.mean.shape)}
+    node |= {"mean": lay(g.mean[g.keep]), "precision": lay(g.precision[g.keep])}
     if not bool(g.keep.all()):
         node["keep"] = pack_mask(g.keep)
         fixed = g.mean.masked_fill(g.keep, 0.0).reshape(-1)
@@ -377,7 +381,7 @@ def _pack(g: Gaussian) -> dict[str, Any]:
         node[name] = values.contiguous()
     for name in ("marginal_precision", "inclusion"):
         if getattr(g, name) is not None:
-            node[name] = getattr(g, name)[g.keep]
+            node[name] = lay(getattr(g, name)[g.keep])
     return node
 
 
