@@ -56,18 +56,16 @@ from ockham.methods.blocks.cases import (
     traced_inputs,
 )
 from ockham.methods.blocks.curvature import evaluating_blocks
+from ockham.methods.blocks.job import PruneSettings
+from ockham.methods.blocks.prune import prune
 from ockham.methods.blocks.reduction import Orders, loss_of, reduce_blocks_, study, study_damping
 from ockham.methods.blocks.solve import Damping, NofM
 from ockham.methods.blocks.stop import (
     TERMS_PER_WEIGHT,
     MatrixEvidence,
-    Shot,
-    best_shot,
     matrix_kind,
     predicted,
     shares_for,
-    shot_from,
-    shots,
 )
 from ockham.methods.blocks.units import chosen_units, readers_of, refit_units_, unit_curve
 from ockham.surgery import trace
@@ -256,29 +254,19 @@ def rival(
 
 
 def stopped(bench: Bench, target: str) -> dict[str, Any]:
-    """No target: shots until the share is known at which the evidence ends."""
-    found, n_data = bench.found, TERMS_PER_WEIGHT * bench.found.weights
-    damping = bench.damping(dict(shares_for(found.samples, 0.5)), "0.5")
-    dense = loss_of(bench.model, bench.choice, bench.objective)
-    weights: dict[float, dict[str, Tensor]] = {}
-
-    def fire(share: float) -> Shot:
-        bench.restore()
-        orders = Orders(dict(shares_for(found.samples, share)), damping, n_data)
-        done = reduce_blocks_(bench.model, bench.cases, found.dense, orders, on_block=_told(f"shot {share:.3f}"))
-        volume = sum(e.volume for e in done.values())
-        shot = shot_from(share, dense, loss_of(bench.model, bench.choice, bench.objective), volume, n_data)
-        print(f"  kept {share:.3f}: rise {shot.rise:.4f} +- {shot.rise_error:.4f}, {shot.nats:.0f} nats", flush=True)
-        weights[share] = {n: p.detach().clone() for n, p in bench.model.named_parameters()}
-        return shot
-
-    fired = shots(found.samples, n_data, fire)
-    best = best_shot(fired)
-    bench.restore()
-    for n, p in bench.model.named_parameters():
-        p.detach().copy_(weights[best.keep_share][n] if best is not None else p)
-    told = [{"kept": s.keep_share, "rise": s.rise, "error": s.rise_error, "nats": s.nats} for s in fired]
-    return {"shots": told, "kept": None if best is None else best.keep_share}
+    """No target: `ockham.prune` as anybody calls it, curvature and all; it goes on where it was stopped."""
+    windows_ = torch.cat([case.args[0] for case in bench.cases])
+    folder = bench.work / f"stop-{bench.seed}-{len(bench.cases)}"
+    tell = lambda p: print(f"  {p.stage} {p.done}/{p.total}", flush=True)  # noqa: E731
+    settings = PruneSettings(folder=folder, seed=bench.seed)
+    done = prune(bench.model, windows_, likelihood="next-token", progress=tell, settings=settings)
+    for p, new in zip(bench.model.parameters(), done.model.parameters(), strict=True):
+        p.detach().copy_(new.detach())
+    told = [
+        {"kept": s.keep_share, "rise": s.rise, "error": s.rise_error, "nats": s.nats, "certainty": s.certainty}
+        for s in done.shots
+    ]
+    return {"shots": told, "kept": done.keep_share}
 
 
 def units(
