@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,3 +58,23 @@ def network(kind: str, seed: int = 0) -> nn.Module:
 
 
 KINDS = ("llama", "qwen3", "mixtral", "gpt2", "t5", "bert", "vit")
+
+
+WORDS = [f"w{i}" for i in range(TOKENS - 3)]
+
+
+def text_folder(folder: Path) -> Path:
+    """A language model in bfloat16 with a tokenizer, and text, ``text.txt``, beside it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {w: i for i, w in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
+    network("llama").to(torch.bfloat16).save_pretrained(folder)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(0, len(WORDS), (900,), generator=generator)
+    (folder / "text.txt").write_text(" ".join(WORDS[i] for i in drawn.tolist()))
+    return folder

@@ -20,11 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import ockham
+from ockham.core.seal import sealed
 from ockham.errors import OckhamError
-from ockham.methods.blocks.prune import Pruned, PruneSettings
+from ockham.methods.blocks.prune import Pruned, PruneSettings, prune_folder
 from ockham.methods.blocks.solve import Damping
 
-from .networks import batches, ids, network
+from .networks import batches, ids, network, text_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -78,6 +79,12 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     return {n: t.detach().clone().contiguous() for n, t in model.state_dict().items()}
 
 
+def folder_pruned(where: Path, name: str, *, divided: bool) -> dict[str, Any]:
+    settings = PruneSettings(damping=Damping(0.1, 0.5), divided=divided)
+    given = {"target": {"keep_share": 0.5}, "windows": (12, 32), "settings": settings}
+    return prune_folder(where / "source", where / "source" / "text.txt", where / name, **given)
+
+
 def worker(rank: int, where: Path, port: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
@@ -93,6 +100,11 @@ def worker(rank: int, where: Path, port: int) -> None:
         (where / "work" / "process-1" / "weights" / "keep-0.5" / "2.json").unlink()
     again = pruned("llama", where / "work", divided=True)
     assert all(torch.equal(a, b) for a, b in zip(state(first.model).values(), state(again.model).values(), strict=True))
+    (where / f"metrics.{rank}.json").write_text(json.dumps(folder_pruned(where, "together", divided=True)))
+    try:
+        folder_pruned(where, "together", divided=True)
+    except OckhamError as error:
+        (where / f"finished.{rank}").write_text(str(error))
     try:
         ockham.prune(network("llama"), [ids(1)], keep_share=0.5, settings=PruneSettings(divided=True))
         said = "nothing"
@@ -107,6 +119,7 @@ def worker(rank: int, where: Path, port: int) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     where = tmp_path_factory.mktemp("several")
+    text_folder(where / "source")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -154,3 +167,18 @@ def test_the_posterior_is_that_of_all_data(folder: Path) -> None:
 def test_more_processes_than_batches_are_refused_by_all(folder: Path) -> None:
     for rank in range(2):
         assert "2 processes divide" in (folder / f"refused.{rank}").read_text()
+
+
+def test_a_folder_is_pruned_by_two_and_written_by_one(folder: Path) -> None:
+    metrics, others = (json.loads((folder / f"metrics.{rank}.json").read_text()) for rank in range(2))
+    assert others == {} and json.loads((folder / "together" / "metrics.json").read_text()) == metrics
+    whole = folder_pruned(folder, "by_itself", divided=False)
+    assert metrics["kept"] == pytest.approx(whole["kept"])
+    assert metrics["after"]["nll"] == pytest.approx(whole["after"]["nll"], rel=1e-3)
+    assert sealed(folder / "together") is not None and not (folder / "together" / "work").exists()
+    one, two = (load_file(folder / n / "model.safetensors") for n in ("by_itself", "together"))
+    for name, t in one.items():
+        assert float((two[name].float() - t.float()).norm()) <= 0.02 * float(t.float().norm()) + 1e-6, name
+    # a finished result is refused by the one that writes, and the other does not wait
+    assert "overwrite" in (folder / "finished.0").read_text()
+    assert "process 0 failed" in (folder / "finished.1").read_text()

@@ -26,27 +26,12 @@ from ockham.methods.blocks.job import PruneSettings
 from ockham.methods.blocks.prune import prune_folder, read_calibration, token_measures, token_windows
 from ockham.methods.blocks.solve import Damping
 
-from .networks import TOKENS, ids, network
-
-WORDS = [f"w{i}" for i in range(TOKENS - 3)]
+from .networks import ids, network, text_folder
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("model")
-    vocabulary = {w: i for i, w in enumerate(["<unk>", "<s>", "</s>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
-    network("llama").to(torch.bfloat16).save_pretrained(folder)
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(0, len(WORDS), (900,), generator=generator)
-    (folder / "text.txt").write_text(" ".join(WORDS[i] for i in drawn.tolist()))
-    return folder
+    return text_folder(tmp_path_factory.mktemp("model"))
 
 
 def test_a_folder_becomes_a_smaller_one_that_loads_as_it_did(source: Path, tmp_path: Path) -> None:

@@ -399,21 +399,28 @@ def _run_blocks(o: BlockOptions) -> None:
     target: dict[str, Any] = {"keep_share": o.keep_share, "pattern": o.pattern}
     if o.params is not None:
         target |= {"structure": "auto", "budget": {"params": f"{100 * o.params}%"}}
-    try:
-        with terminated(), Bars(err_console, quiet=o.quiet, unit="") as bars:
-            found = prune_folder(
-                o.model.removeprefix("hf:"),
-                str(o.calibrate),
-                o.out,
-                target=target,
-                windows=(o.windows, o.window),
-                progress=bars.stage,
-                settings=PruneSettings(ignore=o.ignore, seed=o.seed),
-                overwrite=o.overwrite,
-            )
-    except KeyboardInterrupt:
-        _say(f"ockham: stopped; finished blocks are kept in {printable(o.out)}. Run the same command to go on", "")
-        raise typer.Exit(130) from None
+    with _beside("cpu") as processes:
+        first = processes.rank == 0
+        settings = PruneSettings(ignore=o.ignore, seed=o.seed, divided=processes.count > 1)
+        try:
+            with terminated(), Bars(err_console, quiet=o.quiet or not first, unit="") as bars:
+                found = prune_folder(
+                    o.model.removeprefix("hf:"),
+                    str(o.calibrate),
+                    o.out,
+                    target=target,
+                    windows=(o.windows, o.window),
+                    progress=bars.stage,
+                    settings=settings,
+                    overwrite=o.overwrite,
+                )
+        except KeyboardInterrupt:
+            if first:
+                kept = f"finished blocks are kept in {printable(o.out)}"
+                _say(f"ockham: stopped; {kept}. Run the same command to go on", "")
+            raise typer.Exit(130) from None
+    if not first:
+        return
     _table(out_console, {side: found[side] for side in ("before", "after")})
     line = f"kept {found['kept']:.2%} of the weights of its blocks in {found['seconds']:.1f} s, seed {o.seed}"
     out_console.print(line, highlight=False)

@@ -7,9 +7,8 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from ockham.core.likelihood import Likelihood
 from ockham.core.network import PruneProgress, copied, listening, map_parameters_
 from ockham.core.posterior import POSTERIOR, Posterior
 from ockham.errors import DataError, OckhamError
-from ockham.methods.blocks.cases import answer_tensor, cases_from, dividing
+from ockham.methods.blocks.cases import answer_tensor, cases_from, dividing, team
 from ockham.methods.blocks.curvature import evaluating_blocks
 from ockham.methods.blocks.job import BlockJob, PruneSettings, Removal, page_of
 from ockham.methods.blocks.solve import Damping, NofM
@@ -383,53 +382,76 @@ def prune_folder(
     _check(*(target.get(k) for k in _TARGETS))
     if path.resolve() == Path(source).resolve():
         raise OckhamError(f"{out} holds the model itself: pass another folder for the result")
+    settings = replace(settings or PruneSettings(), posterior=True)
+    work = Path(settings.folder or path / "work")
+    settings = replace(settings, folder=work)
     model, tokenizer, stored = _loaded(Path(source))
-    every = _text_windows(model, tokenizer, read_calibration(text), windows, (settings or PruneSettings()).seed)
-    with ResultFolder(path, overwrite=overwrite) as folder:
-        if overwrite:
-            _cleared(path / "work")
-        judges = max(1, min(_JUDGING, len(every) // 5))
-        settings = replace(settings or PruneSettings(), posterior=True)
-        if settings.folder is None:
-            settings = replace(settings, folder=path / "work")
-        lay = partial(map_parameters_, folder=Path(settings.folder or path))
-        lay(model, dtype=torch.float32)
+    every = _text_windows(model, tokenizer, read_calibration(text), windows, settings.seed)
+    judges = max(1, min(_JUDGING, len(every) // 5))
+    with dividing(settings.divided), ExitStack() as held:
+        processes, folder = team(), None
+        with processes.together():
+            if processes.rank == 0:
+                folder = held.enter_context(ResultFolder(path, overwrite=overwrite))
+        with processes.together():
+            own = work if processes.rank == 0 else work / f"process-{processes.rank}"
+            if overwrite:
+                _cleared(own)
+            map_parameters_(model, own, torch.float32)
         job = BlockJob(every[judges:], "auto", None, None, settings)
-        with listening(progress), dividing(settings.divided):
+        with listening(progress if processes.rank == 0 else None):
             # in place, since two copies beside the factors are one too many; the folder has the dense one
             found = _pruned(model, model, job, tuple(target.get(k) for k in _TARGETS))
-        if stored is not torch.float32:
-            lay(found.model, dtype=stored)  # the numbers are those of the weights that are written
-        found.save(folder.stage)
-        found, job.posterior = replace(found, posterior=None), None
-        model, _, _ = _loaded(Path(source))
-        for network in (model, found.model):
-            lay(network, dtype=torch.float32)
-        times = latencies([model, found.model], every[:1], repeats=5, warmup=1)
-        sides = _measured(model, found, every[:judges])
-        for side, network, seconds in zip(sides.values(), (model, found.model), times, strict=True):
-            parameters = list(network.parameters())
-            side |= {"parameters": sum(p.numel() for p in parameters), "latency_seconds": seconds}
-            side["nonzero"] = sum(int(p.count_nonzero()) for p in parameters)
-        metrics: dict[str, Any] = sides | {
-            "kept": found.keep_share,
-            "judged_on": f"{judges} windows of the text that took no part in the calibration",
-            "seconds": time.perf_counter() - began,
-            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "calibration_tokens": int(every[judges:].numel()),
-        }
-        tokenizer.save_pretrained(str(folder.stage))
-        lines = "\n".join(loading_lines(found.model, found.plan)).replace('"."', repr(str(path)))
-        write_bytes(folder.path("report.html"), page_of(found.facts() | {"text": metrics, "load": lines}).encode())
-        write_json(folder.path("metrics.json"), metrics)
-        for part in [
-            p for p in folder.stage.iterdir() if p.is_dir()
-        ]:  # templates beside a tokenizer; a seal has files only
-            shutil.copytree(part, path / part.name, dirs_exist_ok=True)
-            shutil.rmtree(part)
-        folder.commit()
-        _cleared(path / "work")
+        job.posterior = None
+        with processes.together():
+            metrics: dict[str, Any] = {}
+            if folder is not None:
+                _save(found, folder, (path, work), tokenizer, stored)
+                found = replace(found, posterior=None)
+                sides = _compared(Path(source), found, every[:judges], work)
+                metrics = sides | {
+                    "kept": found.keep_share,
+                    "judged_on": f"{judges} windows of the text that took no part in the calibration",
+                    "seconds": time.perf_counter() - began,
+                    "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+                    "calibration_tokens": int(every[judges:].numel()),
+                }
+                lines = "\n".join(loading_lines(found.model, found.plan)).replace('"."', repr(str(path)))
+                page = page_of(found.facts() | {"text": metrics, "load": lines})
+                write_bytes(folder.path("report.html"), page.encode())
+                write_json(folder.path("metrics.json"), metrics)
+                folder.commit()
+        for rank in reversed(range(processes.count)):  # the first has the others' places in its own
+            with processes.together():
+                if rank == processes.rank:
+                    _cleared(own)
     return metrics
+
+
+def _save(found: Pruned, folder: ResultFolder, places: tuple[Path, Path], tokenizer: Any, stored: torch.dtype) -> None:
+    """The network as it was stored, its tokenizer and posterior; the numbers are those of the files from here on."""
+    if stored is not torch.float32:
+        map_parameters_(found.model, places[1], stored)
+    found.save(folder.stage)
+    tokenizer.save_pretrained(str(folder.stage))
+    parts = [p for p in folder.stage.iterdir() if p.is_dir()]  # templates beside a tokenizer; a seal has files only
+    for part in parts:
+        shutil.copytree(part, places[0] / part.name, dirs_exist_ok=True)
+        shutil.rmtree(part)
+
+
+def _compared(source: Path, found: Pruned, windows: Tensor, work: Path) -> dict[str, Any]:
+    """Measures of the dense and the reduced network, and how large and fast they are."""
+    model, _, _ = _loaded(source)
+    for network in (model, found.model):
+        map_parameters_(network, work, torch.float32)
+    times = latencies([model, found.model], windows[:1], repeats=5, warmup=1)
+    sides = _measured(model, found, windows)
+    for side, network, seconds in zip(sides.values(), (model, found.model), times, strict=True):
+        parameters = list(network.parameters())
+        side |= {"parameters": sum(p.numel() for p in parameters), "latency_seconds": seconds}
+        side["nonzero"] = sum(int(p.count_nonzero()) for p in parameters)
+    return dict(sides)
 
 
 def _loaded(source: Path) -> tuple[Any, Any, torch.dtype]:
