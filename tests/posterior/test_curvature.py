@@ -148,7 +148,7 @@ def test_factors_of_one_example_and_position_are_its_gradient(layer, shape):
     sums = taps.matrices_of(layer, frozenset(["weight", "bias"]))["weight"]
     with taps.tapped({"weight": sums}):
         (layer(x) * weigh).sum().backward()
-    assert sums.bias == "bias" and sums.rows == math.prod(layer(x).shape[2:]) if x.ndim > 2 else 1
+    assert sums.bias == "bias" and sums.rows == (math.prod(layer(x).shape[2:]) if x.ndim > 2 else 1)
     outer = gradient_sums(layer, "weight", x, lambda y: (y * weigh).sum())
     a = sums.inputs[:, :-1, :-1]
     if sums.rows == 1:
