@@ -25,6 +25,7 @@ blocks are reduced, on a machine that has no time for all; such rows are not com
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import re
@@ -46,6 +47,7 @@ from torch import Tensor
 
 from harness import origin
 from ockham.choose.prices import Subject, budget_from
+from ockham.core.posterior import load_posterior
 from ockham.methods.blocks.cases import (
     Case,
     CaseObjective,
@@ -86,6 +88,7 @@ RESULTS = Path(__file__).parent / "results" / "transformers"
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 WINDOW = 512
 LAMBDAS = (0.01, 0.05, 0.1)
+RECOVERY_RATE = 1e-4
 CHOICE_BLOCKS = 6  # of the blocks, the first: where a rival's damping is chosen
 
 
@@ -295,6 +298,59 @@ def units(
     return {"evidence": sum(e.nats for e in evidence.values()), "left": left, "ridge": ridge}
 
 
+def recovered(bench: Bench, target: str, *, seconds: float = 1800) -> dict[str, Any]:
+    """Units of MLPs go, then the smaller network learns for half an hour of one core what the dense one says."""
+    facts = units(bench, target, heads=False)
+    facts |= {"nll_of_choice_before": bench.nll(bench.choice)}
+    small = copy.deepcopy(bench.model)
+    gone = [(block.mlp.down_proj.weight == 0).all(0) for block in small.model.layers]
+    for block, out in zip(small.model.layers, gone, strict=True):
+        for part, dim in ((block.mlp.gate_proj, 0), (block.mlp.up_proj, 0), (block.mlp.down_proj, 1)):
+            part.weight = torch.nn.Parameter(part.weight.detach().index_select(dim, (~out).nonzero().squeeze(1)))
+    bench.restore()
+    done = _taught(small, bench, seconds)
+    for block, own, out in zip(bench.model.model.layers, small.model.layers, gone, strict=True):
+        bias = own.mlp.down_proj.bias
+        block.mlp.down_proj.bias = None if bias is None else torch.nn.Parameter(bias.detach(), requires_grad=False)
+        learned = dict(own.named_parameters())
+        for name, p in block.named_parameters():
+            if p.shape == learned[name].shape:
+                p.copy_(learned[name])
+            else:
+                p.zero_()[(slice(None), ~out) if p.shape[0] == learned[name].shape[0] else ~out] = learned[name]
+    bench.model.model.norm.weight.copy_(small.model.norm.weight)
+    bench.model.model.embed_tokens.weight.copy_(small.model.embed_tokens.weight)
+    facts |= {"nll_of_choice": bench.nll(bench.choice), "recovery_cpu_seconds": seconds}
+    return facts | {"recovery_windows": done, "rate": RECOVERY_RATE}
+
+
+def _taught(small: Any, bench: Bench, seconds: float) -> int:
+    """Train by KL(dense || small) on windows of valid.txt, those of the choice left out; the number of windows.
+
+    Nothing but that divergence: were the text itself learned, the rows would tell of the text. AdamW, four windows a
+    step, the rate linear up and down.
+    """
+    spared = {tuple(w.tolist()) for case in bench.choice for w in case.args[0]}
+    text = [w for w in windows(bench.work, "valid", 10**6, bench.seed) if tuple(w.tolist()) not in spared]
+    optimizer = torch.optim.AdamW(small.requires_grad_(True).parameters(), weight_decay=0.0)
+    began, done = time.process_time(), 0
+    while (used := (time.process_time() - began) / seconds) < 1:
+        optimizer.param_groups[0]["lr"] = RECOVERY_RATE * min(used / 0.05, (1 - used) / 0.95)
+        total = 0.0
+        for _ in range(4):
+            ids, done = text[done % len(text)][None], done + 1
+            wanted = bench.model(ids).logits[0, :-1].log_softmax(-1).detach()
+            with torch.enable_grad():
+                said = small(ids).logits[0, :-1].log_softmax(-1)
+                loss = torch.nn.functional.kl_div(said, wanted, reduction="batchmean", log_target=True) / 4
+                loss.backward()
+            total += float(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+        print(f"  {done} windows, {time.process_time() - began:.0f} CPU s, KL {total:.4f}", flush=True)
+    return done
+
+
 def flap(bench: Bench, target: str) -> dict[str, Any]:
     """MLP units of the blocks by FLAP."""
     readers = [block.mlp.down_proj for block in bench.found.dense.blocks]
@@ -350,6 +406,7 @@ METHODS: dict[str, Callable[[Bench, str], dict[str, Any]]] = {
     "units, ours, equally many": lambda b, t: units(b, t, even=True),
     "units, ours, nothing makes up for drift": lambda b, t: units(b, t, mend=False),
     "units, ours, MLPs only": lambda b, t: units(b, t, heads=False),
+    "units, ours, MLPs only, recovered": recovered,
     "units, ours, MLPs only, nothing makes up for drift": lambda b, t: units(b, t, heads=False, mend=False),
     "units, flap": flap,
     "units, slicegpt": slicegpt,
@@ -449,6 +506,40 @@ def latency(args: argparse.Namespace) -> None:
     print(path.read_text())
 
 
+@torch.no_grad()
+def calibration(args: argparse.Namespace) -> None:
+    """Dense network, reduced one and the predictive of its posterior (mean over draws), on the test windows."""
+    from transformers import AutoModelForCausalLM
+
+    text, posterior = windows(args.work, "test", args.test), load_posterior(args.out)
+    dense = AutoModelForCausalLM.from_pretrained(args.work / "model", dtype=torch.float32).eval()
+    small = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32).eval()
+    drawn = []
+    for seed in range(4):
+        model, generator = copy.deepcopy(small), torch.Generator().manual_seed(seed)
+        for name, g in posterior.items():
+            noise = torch.randn(g.mean.shape, generator=generator)
+            model.get_parameter(name).copy_(torch.where(g.keep, g.mean + noise * g.precision.rsqrt(), g.mean))
+        drawn.append(model)
+    found: dict[str, Any] = {"test_windows": args.test, "draws": len(drawn)}
+    for side, models in (("dense", [dense]), ("reduced", [small]), ("reduced, predictive", drawn)):
+        confident, right, nll = [], [], []
+        for ids in text.split(1):
+            p = sum(m(ids).logits[0, :-1].softmax(-1) for m in models) / len(models)
+            best, target = p.max(-1), ids[0, 1:]
+            confident.append(best.values.double())
+            right.append((best.indices == target).double())
+            nll.append(-p.gather(1, target[:, None]).log().squeeze(1).double())
+        sure, hit = torch.cat(confident), torch.cat(right)
+        bins = (sure * 15).long().clamp(0, 14)
+        gaps = torch.zeros(15, dtype=torch.float64).index_add_(0, bins, sure - hit)
+        found[side] = {"nll": float(torch.cat(nll).mean()), "accuracy": float(hit.mean())}
+        found[side] |= {"ece": float(gaps.abs().sum()) / len(sure), "confidence": float(sure.mean())}
+    path = RESULTS.parent / "transformers_calibration.json"
+    path.write_text(json.dumps(found | origin(), indent=1))
+    print(path.read_text())
+
+
 def table() -> None:
     """Every row, mean over seeds, as Markdown: one table for each number of reduced blocks and test windows."""
     rows = [json.loads(p.read_text()) for p in sorted(RESULTS.glob("*.json"))]
@@ -482,19 +573,20 @@ def table() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=["prepare", "run", "allowance", "latency", "table"])
+    parser.add_argument("verb", choices=["prepare", "run", "allowance", "latency", "calibration", "table"])
     parser.add_argument("--text", type=Path)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--rows", default="dense 1; ours 0.5; sparsegpt 0.5; sparsegpt, ours' shares 0.5; wanda 0.5")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--calibration", type=int, default=16)
     parser.add_argument("--test", type=int, default=16)
+    parser.add_argument("--out", type=Path, help="a folder of ockham prune, for calibration")
     parser.add_argument("--blocks", type=int, help="reduce the first so many only")
     args = parser.parse_args()
     if args.verb == "prepare":
         prepare(args.text, args.work)
     elif args.verb != "table":
-        {"run": run, "allowance": allowance, "latency": latency}[args.verb](args)
+        {"run": run, "allowance": allowance, "latency": latency, "calibration": calibration}[args.verb](args)
     else:
         table()
 
