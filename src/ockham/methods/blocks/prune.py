@@ -508,4 +508,6 @@ def _cleared(folder: Path) -> None:
     for mark in folder.glob("*/job.json"):
         shutil.rmtree(mark.parent)
     with suppress(OSError):
+        for left in folder.glob("mapped-*"):  # some systems keep the names of mapped files
+            left.unlink()
         folder.rmdir()
