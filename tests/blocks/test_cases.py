@@ -150,6 +150,10 @@ def test_the_setting_is_the_nearest_of_those_tried_and_the_network_is_as_before(
     at = grid.index(min(then, key=then.__getitem__))
     assert set(grid[max(0, at - 1) : at + 2]) <= set(then)
 
+    told = iter([math.nan, 4.0, 5.0, 3.9, 6.0])  # lambda .03, .1, .3; tau .1, .03
+    trials = chosen_damping("w", [problem], 0.5, lambda: next(told))
+    assert [t.damping for t in trials[:2]] == [Damping(0.1, 0.1), Damping(0.1, 0.3)] and math.isnan(trials[-1].cost)
+
     class Broken(Exception):
         pass
 

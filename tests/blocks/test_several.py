@@ -95,6 +95,11 @@ def worker(rank: int, where: Path, port: int) -> None:
         if done.posterior is not None:
             done.posterior.save(where / f"{name}.posterior.{rank}.safetensors")
     first = pruned("llama", where / "work", divided=True)
+    if rank == 0:  # what two have begun one may end
+        ended = pruned("llama", where / "work")
+        assert all(
+            torch.equal(a, b) for a, b in zip(state(first.model).values(), state(ended.model).values(), strict=True)
+        )
     # one process was stopped a block earlier than the other
     if rank == 1:
         (where / "work" / "process-1" / "weights" / "keep-0.5" / "2.json").unlink()

@@ -272,3 +272,38 @@ def test_the_network_and_its_posterior_lie_in_files_while_they_are_worked_on(sou
     assert min(seen) == max(seen) == len(list(network("llama").parameters()))
     reduced = load_posterior(tmp_path / "out")
     assert all(bool(torch.isfinite(g.precision[g.keep]).all()) for g in reduced.values())
+
+
+def test_a_folder_of_the_users_keeps_what_is_in_it(source: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    (mine / "other").mkdir(parents=True)
+    for name in ("other/job.json", "other/data.csv", "mapped-reads.bam"):
+        (mine / name).write_text("{}")
+    settings = PruneSettings(damping=Damping(0.1, 0.5), folder=mine)
+    given = {"windows": (12, 32), "settings": settings, "target": {"keep_share": 0.5}}
+    for overwrite in (False, True):
+        prune_folder(source, source / "text.txt", tmp_path / "out", overwrite=overwrite, **given)
+        assert {p.name for p in mine.iterdir()} == {"other", "mapped-reads.bam", "weights"}
+        assert (mine / "other" / "data.csv").exists() and not (tmp_path / "out" / "work").exists()
+
+
+def test_the_work_of_several_processes_goes_with_the_rest(source: Path, tmp_path: Path) -> None:
+    for name in ("weights", "process-1/weights"):
+        (tmp_path / "out" / "work" / name).mkdir(parents=True)
+    (tmp_path / "out" / "work" / "process-1" / "weights" / "job.json").write_text("{}")
+    given = {"windows": (12, 32), "settings": PruneSettings(damping=Damping(0.1, 0.5)), "target": {"keep_share": 0.5}}
+    prune_folder(source, source / "text.txt", tmp_path / "out", **given)
+    assert not (tmp_path / "out" / "work").exists()
+
+
+def test_a_quantized_model_is_refused(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = verb.huggingface_model
+
+    def quantized(*given: Any, **named: Any) -> Any:
+        model: Any = plain(*given, **named)
+        model.is_quantized = True
+        return model
+
+    monkeypatch.setattr(verb, "huggingface_model", quantized)
+    with pytest.raises(OckhamError, match="weights before that"):
+        prune_folder(source, source / "text.txt", tmp_path / "out", target={"keep_share": 0.5})

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ockham.core import files
 from ockham.core.files import (
     TREE_SCHEMA,
     pack,
@@ -186,8 +187,23 @@ def test_parts_of_one_memory_are_written_whole_and_only_they(tmp_path: Path) -> 
     whole = torch.arange(12.0).view(3, 4)
     tree = {"whole": whole, "same": whole, "row": whole[1], "column": whole[:, 2], "one": torch.ones(1).expand(5)}
     tree["single"] = torch.ones(()).expand(1)
+    tree |= {"conjugate": torch.tensor([1 + 2j]).conj(), "negative": torch.tensor([1 + 2j]).conj().imag}
     write_tree(tmp_path / "a", tree, kind="network")
     for name, value in read_tree(tmp_path / "a", kind="network").items():
         assert torch.equal(value, tree[name])
     write_tree(tmp_path / "b", {"row": torch.zeros(1000, 4)[5]}, kind="network")
     assert (tmp_path / "b").stat().st_size < 1000
+
+
+def test_what_ends_the_writing_of_a_tree_leaves_the_old_one_alone(tmp_path: Path, tree: dict, monkeypatch) -> None:
+    write_tree(tmp_path / "a", tree, kind="network")
+    before = (tmp_path / "a").read_bytes()
+
+    def ends(tensors: object, file: Path, metadata: object) -> None:
+        Path(file).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, "save_file", ends)
+    with pytest.raises(KeyboardInterrupt):
+        write_tree(tmp_path / "a", tree, kind="network")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"] and (tmp_path / "a").read_bytes() == before

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import Field, fields
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any
@@ -461,7 +462,8 @@ def _beside(device: str) -> Iterator[Processes]:
         return
     if device.startswith("cuda"):
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    # the first may write and measure for long while the others wait
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(days=7))
     try:
         yield Processes.world()
     finally:

@@ -8,14 +8,15 @@ import math
 import os
 import reprlib
 import secrets
+import shutil
 import stat
 import tomllib
 import types
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, field, fields, is_dataclass
 from functools import lru_cache
-from io import BufferedReader, BufferedWriter, FileIO
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
@@ -223,36 +224,28 @@ TEXT_LIMIT = 2**28
 def write_bytes(path: Path, content: bytes, *, durable: bool = True) -> None:
     """Write a file so that a crash leaves the old one or the new one, never a part.
 
+    The content goes to a new file of a random name, which no other process and no link can have, and takes the place of
+    the old one by one rename. ``durable`` waits for the disk, which also guards against loss of power.
+
     Raises:
         OckhamError: the folder cannot be written.
     """
-    with _replacing(path, durable=durable) as file:
-        file.write(content)
-
-
-@contextmanager
-def _replacing(path: Path, *, durable: bool) -> Iterator[BufferedWriter]:
-    """A new file, of a random name that nobody can have guessed, takes the place of the old one by one rename.
-
-    ``durable`` waits for the disk, which also guards against loss of power.
-    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "xb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            yield file
-        if os.stat(temporary).st_mode != mode:  # safetensors puts a file of its own there, for its owner only
-            os.chmod(temporary, stat.S_IMODE(mode))
-        if durable:
-            with open(temporary, "r+b") as written:
-                os.fsync(written.fileno())
+        with open(os.open(temporary, flags | getattr(os, "O_BINARY", 0), 0o666), "wb") as file:
+            file.write(content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
         if durable:
             sync_folder(path.parent)
-    except (OSError, SafetensorError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise OckhamError(f"cannot write {printable(path)}: {why}. Choose a folder you may write to") from error
+    except OSError as error:
+        raise OckhamError(
+            f"cannot write {printable(path)}: {error.strerror or error}. Choose a folder you may write to"
+        ) from error
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -427,10 +420,27 @@ def write_tree(path: Path, tree: Mapping[str, Any], *, kind: str, durable: bool 
         OckhamError: an unsupported value, or the folder cannot be written.
     """
     tensors: dict[str, Tensor] = {}
-    about = {"schema": TREE_SCHEMA, "kind": kind, "tree": _flatten(tree, "", tensors)}
+    about = {"schema": TREE_SCHEMA, "kind": kind, "tree": _flatten(tree, "", tensors, set())}
     about["sha256"] = _digest(about, tensors)
-    with _replacing(path, durable=durable) as file:
-        save_file(tensors, file.name, metadata={"ockham": json.dumps(about)})
+    # the library writes a file of its own and renames it: both lie in a folder that is cleared, if not now then later
+    room = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        room.mkdir()
+        save_file(tensors, room / "new", metadata={"ockham": json.dumps(about)})
+        with open(room / "like", "xb") as other:  # what is written by it is for its owner only
+            os.chmod(room / "new", stat.S_IMODE(os.fstat(other.fileno()).st_mode))
+        if durable:
+            with open(room / "new", "r+b") as file:
+                os.fsync(file.fileno())
+        os.replace(room / "new", path)
+        if durable:
+            sync_folder(path.parent)
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise OckhamError(f"cannot write {printable(path)}: {why}. Choose a folder you may write to") from error
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
 
 
 def read_tree(path: Path, *, kind: str, verify: bool = True) -> dict[str, Any]:
@@ -497,18 +507,21 @@ def _digest(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def _flatten(value: Any, at: str, tensors: dict[str, Tensor]) -> Any:
+def _flatten(value: Any, at: str, tensors: dict[str, Tensor], written: set[int]) -> Any:
     if isinstance(value, Tensor):
-        own = value.detach().cpu().contiguous()
-        shared = any(own.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() for t in tensors.values())
-        partial = own.numel() == 1 or own.untyped_storage().nbytes() > own.nbytes  # one number may have any stride
-        tensors[at] = own.clone(memory_format=torch.contiguous_format) if shared or partial else own
+        own = value.detach().cpu().resolve_conj().resolve_neg().contiguous()
+        memory = own.untyped_storage()
+        # a part of a memory, or one that is written already; and one number may have any stride
+        if memory.nbytes() > own.nbytes or memory.data_ptr() in written or own.numel() == 1:
+            own = own.clone(memory_format=torch.contiguous_format)
+        written.add(own.untyped_storage().data_ptr())
+        tensors[at] = own
         return {"tensor": at}
     if isinstance(value, Mapping):
-        pairs = [[key, _flatten(v, f"{at}/{key}", tensors)] for key, v in value.items()]
+        pairs = [[key, _flatten(v, f"{at}/{key}", tensors, written)] for key, v in value.items()]
         return {"mapping": pairs}
     if isinstance(value, (list, tuple)):
-        return {"list": [_flatten(v, f"{at}/{i}", tensors) for i, v in enumerate(value)]}
+        return {"list": [_flatten(v, f"{at}/{i}", tensors, written) for i, v in enumerate(value)]}
     if value is None or isinstance(value, (bool, int, float, str)):
         return {"value": value}
     raise OckhamError(f"cannot save {at or 'value'}: {type(value).__name__} is neither a tensor nor a plain value")

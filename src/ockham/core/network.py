@@ -7,6 +7,7 @@ import difflib
 import os
 import random
 import re
+import shutil
 import tempfile
 import time
 import warnings
@@ -154,7 +155,8 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
 def mapped(values: Tensor, folder: Path, dtype: torch.dtype | None = None) -> Tensor:
     """A copy of a tensor of the CPU in a mapped file: memory holds it while it is used, the disk when it is not.
 
-    The file has no name once it is mapped (where the system allows that), so nothing is left of it after the process.
+    The file has no name once it is mapped, so nothing is left of it after the process. On Windows, which does not allow
+    that, the copy lies in memory.
 
     Args:
         values: the tensor.
@@ -166,14 +168,16 @@ def mapped(values: Tensor, folder: Path, dtype: torch.dtype | None = None) -> Te
     """
     dtype = dtype or values.dtype
     size = values.numel() * dtype.itemsize
-    if not size:
-        return values.to(dtype)
+    if not size or os.name == "nt":
+        return values.to(dtype, copy=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix="mapped-", dir=folder)
         try:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(handle, 0, size)  # to write where the disk has no room would end the process
+            elif shutil.disk_usage(folder).free < size:
+                raise OSError("no space left")
             storage = torch.UntypedStorage.from_file(name, True, size)
         finally:
             os.close(handle)
@@ -193,7 +197,8 @@ def map_parameters_(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:
     """Let the parameters lie in mapped files, in place, so that a network need not fit into memory (`mapped`).
 
     Args:
-        model: network on the CPU; parameters that share memory go on doing so, others than floating ones stay.
+        model: network on the CPU; parameters that are one memory seen the same way stay so, others than floating ones
+            stay as they are.
         folder: place for the files.
         dtype: dtype of the parameters afterwards, and of the floating buffers, which stay in memory; those that are
             made anew with a network, such as frequencies, are not rounded to it.

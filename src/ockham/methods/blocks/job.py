@@ -62,7 +62,7 @@ from ockham.report import page
 from ockham.surgery import Plan, shrink, trace
 from ockham.surgery.shrinking import slice_tensor
 
-__all__ = ["BlockJob", "PruneSettings", "Removal", "page_of"]
+__all__ = ["JOBS", "BlockJob", "PruneSettings", "Removal", "page_of"]
 
 
 _MEASURES = {
@@ -148,6 +148,8 @@ def page_of(facts: Mapping[str, Any]) -> str:
 
 _CURVE_DAMPING = 0.01
 _SHOT_ROUNDS = 4
+JOBS = ("units", "weights", "evidence")
+"""Names of the folders of work."""
 
 
 def _write_block(block: nn.Module, folder: Path, j: int) -> None:
@@ -273,7 +275,7 @@ class BlockJob:
         with evaluating_blocks(model):
             example = traced_inputs(model, self._data(model)[0][0])
         groups = trace(model, example, ignore=self.settings.ignore)  # experts as the network runs them
-        with self._studied(model, "units") as (cases, found, _):
+        with self._studied(model, JOBS[0]) as (cases, found, _):
             readers = readers_of(groups, found.dense.maps)
             if uniform and getattr(model, "config", None) is not None:
                 readers = describable(readers, groups, model)
@@ -312,7 +314,7 @@ class BlockJob:
 
     def without_weights(self, model: nn.Module, keep: float | NofM | None) -> Removal:
         """Take weights out of a network in place: a share or pattern stays, or (None) what the evidence says."""
-        with self._studied(model, "weights" if keep is not None else "evidence", judged=keep is None) as (
+        with self._studied(model, JOBS[1] if keep is not None else JOBS[2], judged=keep is None) as (
             cases,
             found,
             folder,
@@ -390,7 +392,7 @@ class BlockJob:
         for case in cases:
             for t in (*case.args, *case.kwargs.values()):
                 marks.update(f"{tuple(t.shape)} {float(t.double().sum())}".encode() if isinstance(t, Tensor) else b"-")
-        marks.update(repr((self._given, replace(self.settings, folder=None))).encode())
+        marks.update(repr((self._given, replace(self.settings, folder=None, divided=False))).encode())
         mark, path = {"work": marks.hexdigest()}, folder / "job.json"
         if path.exists() and read_json(path) != mark:
             raise OckhamError(

@@ -22,7 +22,7 @@ from ockham.core.posterior import POSTERIOR, Posterior
 from ockham.errors import DataError, OckhamError
 from ockham.methods.blocks.cases import answer_tensor, cases_from, dividing, team
 from ockham.methods.blocks.curvature import evaluating_blocks
-from ockham.methods.blocks.job import BlockJob, PruneSettings, Removal, page_of
+from ockham.methods.blocks.job import JOBS, BlockJob, PruneSettings, Removal, page_of
 from ockham.methods.blocks.solve import Damping, NofM
 from ockham.methods.blocks.stop import DampingTrial, MatrixEvidence, Shot, matrix_kind
 from ockham.run.folder import ResultFolder, loading_lines, save_pretrained
@@ -382,22 +382,20 @@ def prune_folder(
     _check(*(target.get(k) for k in _TARGETS))
     if path.resolve() == Path(source).resolve():
         raise OckhamError(f"{out} holds the model itself: pass another folder for the result")
-    settings = replace(settings or PruneSettings(), posterior=True)
-    work = Path(settings.folder or path / "work")
-    settings = replace(settings, folder=work)
+    settings = settings or PruneSettings()
     model, tokenizer, stored = _loaded(Path(source))
     every = _text_windows(model, tokenizer, read_calibration(text), windows, settings.seed)
     judges = max(1, min(_JUDGING, len(every) // 5))
     with dividing(settings.divided), ExitStack() as held:
-        processes, folder = team(), None
+        processes, folder, work = team(), None, path / "work"
         with processes.together():
             if processes.rank == 0:
                 folder = held.enter_context(ResultFolder(path, overwrite=overwrite))
+                if overwrite:
+                    _cleared(work)
+        settings = replace(settings, folder=settings.folder or work, posterior=folder is not None)
         with processes.together():
-            own = work if processes.rank == 0 else work / f"process-{processes.rank}"
-            if overwrite:
-                _cleared(own)
-            map_parameters_(model, own, torch.float32)
+            map_parameters_(model, work, torch.float32)
         job = BlockJob(every[judges:], "auto", None, None, settings)
         with listening(progress if processes.rank == 0 else None):
             # in place, since two copies beside the factors are one too many; the folder has the dense one
@@ -421,10 +419,8 @@ def prune_folder(
                 write_bytes(folder.path("report.html"), page.encode())
                 write_json(folder.path("metrics.json"), metrics)
                 folder.commit()
-        for rank in reversed(range(processes.count)):  # the first has the others' places in its own
-            with processes.together():
-                if rank == processes.rank:
-                    _cleared(own)
+        if folder is not None:
+            _cleared(work)
     return metrics
 
 
@@ -472,6 +468,8 @@ def _loaded(source: Path) -> tuple[Any, Any, torch.dtype]:
         raise OckhamError(
             f"{source}: its tokenizer cannot be read ({error}). Save it beside the model by tokenizer.save_pretrained"
         ) from error
+    if getattr(model, "is_quantized", False):
+        raise OckhamError(f"{source} holds a quantized model: pass the folder of the weights before that")
     stored = next(p.dtype for p in model.parameters() if p.is_floating_point())
     return model, tokenizer, stored
 
@@ -504,10 +502,10 @@ def _measured(model: Any, found: Pruned, windows: Tensor) -> dict[str, dict[str,
 
 
 def _cleared(folder: Path) -> None:
-    """Work that is done with: the folders that a reduction made, nothing else."""
-    for mark in folder.glob("*/job.json"):
-        shutil.rmtree(mark.parent)
-    with suppress(OSError):
-        for left in folder.glob("mapped-*"):  # some systems keep the names of mapped files
-            left.unlink()
-        folder.rmdir()
+    """Work that is done with: the folders that a reduction made, of every process; nothing else."""
+    for place in (*folder.glob("process-*"), folder):
+        for name in JOBS:
+            if (place / name / "job.json").exists():
+                shutil.rmtree(place / name)
+        with suppress(OSError):
+            place.rmdir()

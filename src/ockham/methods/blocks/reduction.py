@@ -352,9 +352,12 @@ def surviving_posterior(
         damping: kind of matrix to its setting.
         n_data: terms behind the trained weights.
         likelihood: name of it.
-        folder: place for files in which it lies (`mapped`); None: it lies in memory.
+        folder: place for files in which it lies (`mapped`); None: it lies in memory, as it does on other devices.
     """
-    lay: Callable[[Tensor], Tensor] = (lambda t: t) if folder is None else (lambda t: mapped(t, folder))
+
+    def lay(t: Tensor) -> Tensor:
+        return t if folder is None or t.device.type != "cpu" else mapped(t, folder)
+
     moments: dict[str, Gaussian] = {}
     for block, block_map in zip(found.dense.blocks, found.dense.maps, strict=True):
         parameters = weights_of(block, block_map.name)
@@ -509,7 +512,8 @@ def study_damping(
         if problems:
             trials = chosen_damping(kind, problems, keep[places[0][1]], distance, rounds)
             every += trials
-            chosen[kind] = trials[0].damping
+            if not math.isnan(trials[0].cost):
+                chosen[kind] = trials[0].damping
         on_kind(i + 1, len(kinds))
     return chosen, every
 

@@ -320,7 +320,7 @@ def chosen_damping(
         rounds: rounds of `sparse_matrix`.
 
     Returns:
-        Every trial, the best first.
+        Every trial, the best first; those without a distance (NaN) last.
     """
     quick = rounds and min(2, rounds)
     found: dict[Damping, DampingTrial] = {}
@@ -344,7 +344,7 @@ def chosen_damping(
     finally:
         for p in problems:
             p.restore()
-    return sorted(found.values(), key=lambda t: t.cost)
+    return sorted(found.values(), key=lambda t: (math.isnan(t.cost), t.cost))
 
 
 def lowest(line: Sequence[Damping], start: int, cost: Callable[[Damping], float]) -> Damping:
