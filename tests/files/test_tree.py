@@ -17,16 +17,13 @@ from hypothesis import strategies as st
 from ockham.core import files
 from ockham.core.files import (
     TREE_SCHEMA,
-    pack,
-    pack_mask,
     read_json,
     read_tree,
-    unpack,
-    unpack_mask,
     write_bytes,
     write_json,
     write_tree,
 )
+from ockham.core.posterior import pack, pack_mask, unpack, unpack_mask
 from ockham.errors import OckhamError, ResultError
 
 

@@ -20,7 +20,6 @@ from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -39,8 +38,6 @@ __all__ = [
     "header",
     "inside",
     "open_regular",
-    "pack",
-    "pack_mask",
     "printable",
     "read_json",
     "read_text",
@@ -49,8 +46,6 @@ __all__ = [
     "rest",
     "sync_folder",
     "to_plain",
-    "unpack",
-    "unpack_mask",
     "write_bytes",
     "write_json",
     "write_tree",
@@ -553,11 +548,6 @@ def header(path: Path) -> dict[str, str]:
         return dict(file.metadata() or {})
 
 
-def pack_mask(keep: Tensor) -> Tensor:
-    """Boolean tensor to uint8 bits, row-major, most significant bit first, padded with zeros."""
-    return torch.from_numpy(np.packbits(keep.detach().cpu().contiguous().reshape(-1).numpy()))
-
-
 def checked_shape(sizes: Any) -> tuple[int, ...]:
     """Sizes from a file as a shape.
 
@@ -569,55 +559,3 @@ def checked_shape(sizes: Any) -> tuple[int, ...]:
     if len(sizes) > 64 or math.prod(n or 1 for n in sizes) > 2**62:
         raise ResultError(f"no tensor can have the shape {printable(str(sizes)[:60])}")
     return tuple(sizes)
-
-
-def unpack_mask(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The boolean tensor of the given shape.
-
-    Raises:
-        ResultError: the number of bits does not fit the shape.
-    """
-    count = math.prod(shape)
-    if bits.dtype is not torch.uint8 or bits.numel() != -(-count // 8):
-        raise ResultError(f"a mask of shape {shape} needs {-(-count // 8)} bytes; the file has {bits.numel()}")
-    flags = np.unpackbits(bits.reshape(-1).numpy(), count=count).view(np.bool_)
-    return torch.from_numpy(flags).view(shape)
-
-
-def pack(tensor: Tensor, keep: Tensor | None = None) -> dict[str, Any]:
-    """Plain tree of a tensor: dense, or shape, bits and values, whichever is smaller.
-
-    Args:
-        tensor: any floating tensor.
-        keep: which elements to store; default: those that are not zero (a negative zero counts as a value).
-    """
-    dense = tensor.detach().cpu().contiguous()
-    keep = (dense != 0) | torch.signbit(dense) if keep is None and dense.is_floating_point() else keep
-    if keep is None:
-        return {"dense": dense}
-    keep = keep.cpu()
-    kept, whole = int(torch.count_nonzero(keep)) * dense.element_size(), dense.numel() * dense.element_size()
-    if kept + -(-dense.numel() // 8) >= whole:
-        return {"dense": dense}
-    return {"shape": list(dense.shape), "bits": pack_mask(keep), "values": dense[keep]}
-
-
-def unpack(node: Mapping[str, Any]) -> Tensor:
-    """The dense tensor, zero where nothing was stored.
-
-    Raises:
-        ResultError: bits and values do not fit.
-    """
-    if "dense" in node:
-        tensor = node["dense"]
-        if not isinstance(tensor, Tensor):
-            raise ResultError("a dense entry holds no tensor")
-        return tensor
-    shape, values = checked_shape(node["shape"]), node["values"]
-    keep = unpack_mask(node["bits"], shape)
-    if int(keep.sum()) != values.numel():
-        raise ResultError(f"the bitmask marks {int(keep.sum())} values, the file holds {values.numel()}")
-    afford(keep.numel() * values.element_size(), "a tensor of the network")
-    result = torch.zeros(shape, dtype=values.dtype)
-    result[keep] = values.reshape(-1)
-    return result

@@ -9,6 +9,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,11 +17,8 @@ from ockham.core.files import (
     afford,
     checked_shape,
     inside,
-    pack_mask,
     printable,
     read_tree,
-    unpack,
-    unpack_mask,
     write_tree,
 )
 from ockham.core.network import mapped
@@ -36,7 +34,11 @@ __all__ = [
     "domain_error",
     "gaussian_kl",
     "load_posterior",
+    "pack",
+    "pack_mask",
     "save_posterior",
+    "unpack",
+    "unpack_mask",
 ]
 
 POSTERIOR = "posterior.safetensors"
@@ -420,5 +422,62 @@ def _spread(values: Tensor, keep: Tensor, fill: float) -> Tensor:
         raise ResultError(f"the mask keeps {int(keep.sum())} weights, the file holds {values.numel()}")
     afford(keep.numel() * values.element_size(), "a tensor of the posterior")
     result = torch.full(keep.shape, fill, dtype=values.dtype)
+    result[keep] = values.reshape(-1)
+    return result
+
+
+def pack_mask(keep: Tensor) -> Tensor:
+    """Boolean tensor to uint8 bits, row-major, most significant bit first, padded with zeros."""
+    return torch.from_numpy(np.packbits(keep.detach().cpu().contiguous().reshape(-1).numpy()))
+
+
+def unpack_mask(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The boolean tensor of the given shape.
+
+    Raises:
+        ResultError: the number of bits does not fit the shape.
+    """
+    count = math.prod(shape)
+    if bits.dtype is not torch.uint8 or bits.numel() != -(-count // 8):
+        raise ResultError(f"a mask of shape {shape} needs {-(-count // 8)} bytes; the file has {bits.numel()}")
+    flags = np.unpackbits(bits.reshape(-1).numpy(), count=count).view(np.bool_)
+    return torch.from_numpy(flags).view(shape)
+
+
+def pack(tensor: Tensor, keep: Tensor | None = None) -> dict[str, Any]:
+    """Plain tree of a tensor: dense, or shape, bits and values, whichever is smaller.
+
+    Args:
+        tensor: any floating tensor.
+        keep: which elements to store; default: those that are not zero (a negative zero counts as a value).
+    """
+    dense = tensor.detach().cpu().contiguous()
+    keep = (dense != 0) | torch.signbit(dense) if keep is None and dense.is_floating_point() else keep
+    if keep is None:
+        return {"dense": dense}
+    keep = keep.cpu()
+    kept, whole = int(torch.count_nonzero(keep)) * dense.element_size(), dense.numel() * dense.element_size()
+    if kept + -(-dense.numel() // 8) >= whole:
+        return {"dense": dense}
+    return {"shape": list(dense.shape), "bits": pack_mask(keep), "values": dense[keep]}
+
+
+def unpack(node: Mapping[str, Any]) -> Tensor:
+    """The dense tensor, zero where nothing was stored.
+
+    Raises:
+        ResultError: bits and values do not fit.
+    """
+    if "dense" in node:
+        tensor = node["dense"]
+        if not isinstance(tensor, Tensor):
+            raise ResultError("a dense entry holds no tensor")
+        return tensor
+    shape, values = checked_shape(node["shape"]), node["values"]
+    keep = unpack_mask(node["bits"], shape)
+    if int(keep.sum()) != values.numel():
+        raise ResultError(f"the bitmask marks {int(keep.sum())} values, the file holds {values.numel()}")
+    afford(keep.numel() * values.element_size(), "a tensor of the network")
+    result = torch.zeros(shape, dtype=values.dtype)
     result[keep] = values.reshape(-1)
     return result

@@ -24,16 +24,14 @@ from torch import Tensor, nn
 
 from ockham.core.files import (
     inside,
-    pack,
     printable,
     read_text,
     read_tree,
     sync_folder,
-    unpack,
     write_bytes,
     write_tree,
 )
-from ockham.core.posterior import POSTERIOR, Posterior
+from ockham.core.posterior import POSTERIOR, Posterior, pack, unpack
 from ockham.core.processes import Processes
 from ockham.core.seal import (
     CHECKPOINTS,
