@@ -30,8 +30,7 @@ from torch import Tensor, nn
 
 import ockham
 from harness import SEEDS, Benchmark, Option, Record, section
-from ockham.methods.blocks.cases import Case, cases_from, objective_for
-from ockham.methods.blocks.curvature import evaluating_blocks
+from ockham.methods.blocks.cases import Case, cases_from, evaluating_blocks, objective_for
 from ockham.methods.blocks.prune import PruneSettings
 from ockham.methods.blocks.reduction import study
 from ockham.methods.blocks.stop import shares_for

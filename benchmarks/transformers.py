@@ -53,11 +53,11 @@ from ockham.methods.blocks.cases import (
     CaseObjective,
     DenseRows,
     cases_from,
+    evaluating_blocks,
     held_out,
     objective_for,
     traced_inputs,
 )
-from ockham.methods.blocks.curvature import evaluating_blocks
 from ockham.methods.blocks.job import PruneSettings
 from ockham.methods.blocks.prune import prune
 from ockham.methods.blocks.reduction import Orders, loss_of, reduce_blocks_, study, study_damping

@@ -10,11 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ockham.methods.blocks.cases import Case, CaseObjective, cases_from, objective_for
-from ockham.methods.blocks.curvature import FactorStore, Stream, evaluating_blocks, find_blocks, map_of, weights_of
+from ockham.methods.blocks.cases import (
+    Case,
+    CaseObjective,
+    add_gram_,
+    cases_from,
+    evaluating_blocks,
+    objective_for,
+    symmetric,
+)
+from ockham.methods.blocks.curvature import FactorStore, Stream, find_blocks, map_of, weights_of
 from ockham.methods.blocks.prune import prune
 from ockham.methods.blocks.reduction import Study, study, surviving_posterior
-from ockham.methods.blocks.solve import Damping, Use, Using, add_gram_, symmetric
+from ockham.methods.blocks.solve import Damping, Use, Using
 from ockham.methods.blocks.stop import matrix_kind
 
 from .networks import KINDS, batches, ids, network

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ockham.methods.blocks import reduction
 from ockham.methods.blocks.cases import Case, held_out
 from ockham.methods.blocks.curvature import (
     answer_without,
     drift_of,
     find_blocks,
     map_of,
+    unheard,
     weights_of,
     writers_of,
 )
@@ -144,6 +146,65 @@ def test_writers_of_transformers(kind: str, expected: list[set[str]], tmp_path: 
     handle.remove()
     levels = writers_of(block, found.dense.maps[1], calls[0])
     assert [{k.removeprefix(name + ".") for k in level} for level in levels] == expected
+
+
+class Gated(Serial):
+    """An MLP with a gate, whose second matrix is heard by another way as well."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.one(x)
+        inner = self.two(x)
+        return x + self.three(torch.tanh(inner)) + (0.0 if self.training else 1e-3 * inner[:, :6])
+
+
+@pytest.mark.parametrize(
+    ("block", "silent", "expected"),
+    [
+        (Serial(), {"b.three.weight"}, {"b.two.weight"}),
+        (Serial(), set(), set()),
+        (Serial(), {"b.one.weight"}, set()),
+        (Parallel(), {"b.three.weight"}, {"b.two.weight"}),
+        (Gated().train(), {"b.three.weight"}, {"b.two.weight"}),
+        (Gated().eval(), {"b.three.weight"}, set()),
+    ],
+)
+def test_unheard_is_what_changes_nothing_once_others_are_silent(
+    block: nn.Module, silent: set[str], expected: set[str]
+) -> None:
+    call = ((torch.randn(5, 6, generator=torch.Generator().manual_seed(0)),), {})
+    block_map = map_of("b", block, call)
+    assert unheard(block, block_map, call, silent) == expected
+    assert unheard(block, block_map, call, silent, {"b.two.weight"}) == expected
+    assert unheard(block, block_map, call, silent, frozenset()) == frozenset()
+    made = []
+    handle = block.two.register_forward_hook(lambda m, a, out: made.append(float(out.detach().abs().sum())))
+    parameters = weights_of(block, "b")
+    quick = answer_without(block, parameters, call, silent | expected)
+    handle.remove()
+    assert (sum(made) == 0) == bool(expected)
+    for name in silent:
+        p = dict(block.named_parameters())[name.removeprefix("b.").replace("weight", "bias")]
+        with torch.no_grad():  # the right answer: branches whose last matrix is zero
+            p.zero_()
+            dict(block.named_parameters())[name.removeprefix("b.")].zero_()
+    assert quick is not None and torch.equal(quick, block(*call[0]))
+
+
+def test_what_is_not_computed_leaves_every_bit_of_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = [ids(2, 24, seed=i) for i in range(8)]
+    settings = PruneSettings(damping=Damping(0.1, 0.5))
+    quick = prune(network("llama"), windows, keep_share=0.5, settings=settings).model
+    asked = []
+
+    def all_is_heard(*given: object) -> frozenset[str]:
+        asked.append(given)
+        return frozenset()
+
+    monkeypatch.setattr(reduction, "unheard", all_is_heard)
+    slow = prune(network("llama"), windows, keep_share=0.5, settings=settings).model
+    assert asked
+    for name, p in quick.named_parameters():
+        assert torch.equal(p, slow.get_parameter(name)), name
 
 
 class Either(Serial):

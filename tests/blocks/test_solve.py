@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ockham.errors import OckhamError
+from ockham.methods.blocks import solve
 from ockham.methods.blocks.solve import Damping, NofM, Quadratic, damped, loss_increase, quadratic
 from ockham.methods.blocks.solve import sparse_matrix as sparse
 from ockham.methods.blocks.stop import single_costs
@@ -216,3 +217,23 @@ def test_a_row_of_zeros_is_no_trouble() -> None:
     small = sparse(weight, q, q.conditional(), keep=0.5)
     assert bool(torch.isfinite(small).all())
     assert int((small != 0).sum()) == 6
+
+
+@pytest.mark.parametrize("kind", ["plain", "ties", "one value", "sorted", "infinite", "bunched"])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.5, 0.97, 1.0])
+def test_so_many_of_the_lowest_of_a_large_matrix(kind: str, share: float) -> None:
+    n = 80_001
+    values = torch.randn(n, generator=torch.Generator().manual_seed(0)).square()
+    values = {
+        "plain": values,
+        "ties": (values * 3).round(),
+        "one value": torch.ones(n),
+        "sorted": values.sort().values,
+        "infinite": values.masked_fill(torch.arange(n) % 4 > 1, torch.inf),
+        "bunched": torch.where(torch.arange(n) % 61 == 0, values, values + 10),  # the sample sees other values only
+    }[kind]
+    count = round(share * n)
+    found = solve.lowest_of(values, count)
+    assert int(found.sum()) == count
+    if 0 < count < n:
+        assert float(values[found].max()) <= float(values[~found].min())

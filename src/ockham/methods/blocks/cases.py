@@ -26,22 +26,28 @@ from ockham.core.likelihood import CausalLanguage, Classification, Likelihood, L
 from ockham.core.objective import DETACHED, blame
 from ockham.core.processes import ALONE, Processes
 from ockham.errors import DataError, OckhamError
+from ockham.surgery.copies import configured
 
 __all__ = [
+    "BlockCall",
     "Case",
     "CaseObjective",
     "DenseRows",
+    "add_gram_",
     "answer_tensor",
     "cases_from",
     "dividing",
+    "evaluating_blocks",
     "held_out",
     "objective_for",
     "own_cases",
+    "symmetric",
     "team",
     "traced_inputs",
+    "without_caches",
 ]
 
-_POSITIONS = 1024
+_POSITIONS = 512
 _CASES = 8
 _IGNORED = -100
 _PROBE = 16
@@ -244,7 +250,7 @@ def _is_weight(value: Any, target: Any) -> bool:
 
 
 def _pieces(case: Case, least: int) -> list[Case]:
-    """The case cut along its examples into at least so many pieces, of about a thousand token positions at most."""
+    """The case cut along its examples into at least so many pieces, of about five hundred token positions at most."""
     leaves, spec = pytree.tree_flatten((case.args, dict(case.kwargs), case.target, case.mask))
     tensors = [t for t in leaves if isinstance(t, Tensor)]
     tokens = [t for t in tensors if t.ndim == 2 and not t.is_floating_point()]
@@ -353,7 +359,7 @@ def _fisher_noise(logits: Tensor, counted: Tensor, generator: torch.Generator) -
     noise = torch.randn(root.shape, generator=generator, device=root.device).mul_(root)
     noise -= root.square_().mul_(noise.sum(-1, keepdim=True))
     noise *= counted[:, None]
-    return (logits * noise).sum()
+    return logits.reshape(-1) @ noise.reshape(-1).to(logits.dtype)  # a product of the two would take their room again
 
 
 def _numbers(answer: Tensor, case: Case) -> Tensor:
@@ -481,6 +487,57 @@ class DenseRows:
 def held_out(count: int) -> frozenset[int]:
     """Cases that judge and do not decide: every fourth; none where there are fewer than four."""
     return frozenset(range(_HELD_EVERY - 1, count, _HELD_EVERY))
+
+
+@contextmanager
+def evaluating_blocks(model: nn.Module) -> Iterator[torch.device]:
+    """Evaluation mode, no gradients for parameters, no cache of past tokens, experts one by one; undone after it."""
+    modes = {m: m.training for m in model.modules()}
+    wanted = {p: p.requires_grad for p in model.parameters()}
+    model.eval().requires_grad_(False)
+    try:
+        with configured(model, use_cache=False, _experts_implementation_internal="eager"):
+            yield next((p.device for p in model.parameters()), torch.device("cpu"))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for p, need in wanted.items():
+            p.requires_grad_(need)
+
+
+BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a block is called with."""
+
+
+def without_caches(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BlockCall:
+    """A call without transformers' caches of past tokens, which a block that runs again would add to."""
+
+    def kept(value: Any) -> Any:
+        return None if "Cache" in type(value).__name__ else value
+
+    return tuple(kept(a) for a in args), {k: kept(v) for k, v in kwargs.items()}
+
+
+_STRIP = 384  # rows of a Gram matrix that are made at a time
+
+
+def add_gram_(sums: Tensor, rows: Tensor) -> None:
+    """Add rows' rows to the lower triangle of ``sums``; `symmetric` completes it.
+
+    Args:
+        sums: ``[groups, n, n]``, changed.
+        rows: ``[groups, rows, n]``.
+    """
+    x = rows.to(sums.dtype)
+    for first in range(0, sums.shape[-1], _STRIP):
+        last = first + _STRIP
+        sums[:, first:last, :last] += x[..., first:last].mT @ x[..., :last]
+
+
+def symmetric(sums: Tensor) -> Tensor:
+    """The matrix whose lower triangle was summed."""
+    lower = sums.tril()
+    return lower + lower.tril(-1).mT
 
 
 _TEAM: ContextVar[Processes] = ContextVar("team", default=ALONE)

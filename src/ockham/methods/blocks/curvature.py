@@ -16,10 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ockham.core.files import read_json, write_json
 from ockham.errors import OckhamError
-from ockham.methods.blocks.cases import Case, CaseObjective, team
-from ockham.methods.blocks.solve import BlockMatrix, Use, Using, add_gram_, symmetric
+from ockham.methods.blocks.cases import BlockCall, Case, CaseObjective, add_gram_, symmetric, team, without_caches
+from ockham.methods.blocks.solve import BlockMatrix, Use, Using
 from ockham.methods.blocks.stop import Drift
-from ockham.surgery.copies import configured
 
 __all__ = [
     "BlockCall",
@@ -30,28 +29,14 @@ __all__ = [
     "add_curvature_",
     "answer_without",
     "drift_of",
-    "evaluating_blocks",
     "find_blocks",
     "floating_output",
     "map_of",
     "rows_of",
+    "unheard",
     "weights_of",
-    "without_caches",
     "writers_of",
 ]
-
-
-BlockCall = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a block is called with."""
-
-
-def without_caches(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BlockCall:
-    """A call without transformers' caches of past tokens, which a block that runs again would add to."""
-
-    def kept(value: Any) -> Any:
-        return None if "Cache" in type(value).__name__ else value
-
-    return tuple(kept(a) for a in args), {k: kept(v) for k, v in kwargs.items()}
 
 
 class _Reached(BaseException):
@@ -89,22 +74,6 @@ def find_blocks(model: nn.Module, case: Case) -> list[tuple[str, nn.Module]]:
     if len(order) < 2 or len(set(order)) < len(order):
         return [("", model)]
     return [(n, found[n]) for n in order]
-
-
-@contextmanager
-def evaluating_blocks(model: nn.Module) -> Iterator[torch.device]:
-    """Evaluation mode, no gradients for parameters, no cache of past tokens, experts one by one; undone after it."""
-    modes = {m: m.training for m in model.modules()}
-    wanted = {p: p.requires_grad for p in model.parameters()}
-    model.eval().requires_grad_(False)
-    try:
-        with configured(model, use_cache=False, _experts_implementation_internal="eager"):
-            yield next((p.device for p in model.parameters()), torch.device("cpu"))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        for p, need in wanted.items():
-            p.requires_grad_(need)
 
 
 @contextmanager
@@ -426,13 +395,40 @@ def answer_without(
     args, kwargs = call
     if not silent:
         return floating_output(block(*args, **kwargs))
-
-    def silence(use: Use, result: Tensor) -> None:
-        if use.matrix.key in silent:
-            result.zero_()
-
-    with Using(parameters, silence):
+    with Using(parameters, lambda use, result: None, silent=silent):
         return floating_output(block(*args, **kwargs))
+
+
+@torch.no_grad()
+def unheard(
+    block: nn.Module,
+    block_map: BlockMap,
+    call: BlockCall,
+    silent: Collection[str],
+    among: Collection[str] | None = None,
+) -> frozenset[str]:
+    """Matrices whose products change nothing where those of others are zero: of a silent MLP what it reads itself.
+
+    Args:
+        block: the block.
+        block_map: its matrices.
+        call: what it is called with.
+        silent: matrices whose products are zero.
+        among: keys of which it is asked whether they are all; None: all keys are tried, one after the other.
+    """
+    if not silent or among == frozenset():
+        return frozenset()
+    parameters = weights_of(block, block_map.name)
+    wanted = answer_without(block, parameters, call, silent)
+
+    def same(keys: Collection[str]) -> bool:
+        found = answer_without(block, parameters, call, {*silent, *keys})
+        return wanted is not None and found is not None and torch.equal(found, wanted)
+
+    once = [k for k, m in block_map.matrices.items() if block_map.calls[k] == 1 and m.groups == 1 and k not in silent]
+    once = [k for k in once if k == block_map.matrices[k].weight.name and (among is None or k in among)]
+    alone = frozenset(once if among is not None else (k for k in once if same([k])))
+    return alone if same(alone) else frozenset()
 
 
 def _pushed(
@@ -447,16 +443,14 @@ def _pushed(
     added: list[Tensor] = []
 
     def push(use: Use, result: Tensor) -> None:
-        if use.matrix.key in silent:
-            result.zero_()
-        elif use.matrix.key == key and result.numel() == before.numel() and result.is_floating_point():
+        if use.matrix.key == key and result.numel() == before.numel() and result.is_floating_point():
             generator = torch.Generator(result.device).manual_seed(0)
             noise = torch.randn(result.shape, generator=generator, device=result.device, dtype=result.dtype)
             added.append(noise * before.std())
             result.add_(added[0])
 
     args, kwargs = call
-    with Using(parameters, push):
+    with Using(parameters, push, silent=silent):
         after = floating_output(block(*args, **kwargs))
     if len(added) != 1 or after is None or after.shape != before.shape:
         return False
@@ -485,7 +479,7 @@ def drift_of(
         calls: what the block is called with.
         cases: the data.
         dense: what the dense network's block answers without the silent ones.
-        silent: matrices of earlier levels.
+        silent: matrices whose products are taken for zero.
         held: cases that judge.
     """
     parameters, matrix = weights_of(block, block_map.name), block_map.matrices[key]
@@ -496,10 +490,8 @@ def drift_of(
         def note(use: Use, result: Tensor, uses: list[tuple[Use, Tensor]] = uses) -> None:
             if use.matrix.key == key:
                 uses.append((use, result))
-            elif use.matrix.key in silent:
-                result.zero_()
 
-        with Using(parameters, note):
+        with Using(parameters, note, silent=silent):
             answer = floating_output(block(*args, **kwargs))
         wanted = dense[i]
         if not uses or answer is None or wanted is None:

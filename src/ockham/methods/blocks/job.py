@@ -29,13 +29,13 @@ from ockham.methods.blocks.cases import (
     CaseObjective,
     DenseRows,
     cases_from,
+    evaluating_blocks,
     held_out,
     objective_for,
     own_cases,
     team,
     traced_inputs,
 )
-from ockham.methods.blocks.curvature import evaluating_blocks
 from ockham.methods.blocks.reduction import (
     Orders,
     Study,

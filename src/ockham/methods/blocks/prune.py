@@ -20,8 +20,7 @@ from ockham.core.likelihood import Likelihood
 from ockham.core.network import PruneProgress, copied, listening, map_parameters_
 from ockham.core.posterior import POSTERIOR, Posterior
 from ockham.errors import DataError, OckhamError
-from ockham.methods.blocks.cases import answer_tensor, cases_from, dividing, team
-from ockham.methods.blocks.curvature import evaluating_blocks
+from ockham.methods.blocks.cases import answer_tensor, cases_from, dividing, evaluating_blocks, team
 from ockham.methods.blocks.job import JOBS, BlockJob, PruneSettings, Removal, page_of
 from ockham.methods.blocks.solve import Damping, NofM
 from ockham.methods.blocks.stop import DampingTrial, MatrixEvidence, Shot, matrix_kind

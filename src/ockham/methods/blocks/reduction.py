@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
@@ -16,7 +17,16 @@ from ockham.core.network import mapped
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.core.processes import Processes
 from ockham.errors import OckhamError
-from ockham.methods.blocks.cases import Case, CaseObjective, held_out, own_cases, team
+from ockham.methods.blocks.cases import (
+    Case,
+    CaseObjective,
+    add_gram_,
+    held_out,
+    own_cases,
+    symmetric,
+    team,
+    without_caches,
+)
 from ockham.methods.blocks.curvature import (
     BlockCall,
     BlockMap,
@@ -30,8 +40,8 @@ from ockham.methods.blocks.curvature import (
     floating_output,
     map_of,
     rows_of,
+    unheard,
     weights_of,
-    without_caches,
     writers_of,
 )
 from ockham.methods.blocks.solve import (
@@ -40,11 +50,9 @@ from ockham.methods.blocks.solve import (
     NofM,
     Use,
     Using,
-    add_gram_,
     loss_increase,
     quadratic,
     sparse_matrix,
-    symmetric,
 )
 from ockham.methods.blocks.stop import (
     DEFAULT_DAMPING,
@@ -146,7 +154,9 @@ class DenseAnswers:
         self._cases, self._dense, self._held = cases, dense, held
         self._stream = Stream(model, cases, dense.blocks)
         self._writers: dict[frozenset[str], frozenset[str]] = {}  # names of a block's matrices to those that write
+        self._quiet: dict[frozenset[str], list[frozenset[str]]] = {}  # and to those that `unheard` says, by level
         self._levels: Levels = ()  # of the block at hand
+        self._silent: list[frozenset[str]] = []  # by level: those of earlier ones, and what says nothing without them
         self._answers: list[list[Tensor | None]] = []  # by level
 
     @torch.no_grad()
@@ -163,9 +173,16 @@ class DenseAnswers:
         told = team().told_bytes(json.dumps(levels).encode())  # noise is each process's own
         self._levels = tuple(frozenset(level) for level in json.loads(told))
         self._writers.setdefault(look, frozenset(k[within:] for level in self._levels for k in level))
+        before = [frozenset[str]().union(*self._levels[:i]) for i in range(len(self._levels))]
+        said = self._quiet.get(look, [])
+        tried = [{block_map.name + n for n in said[i]} if i < len(said) else None for i in range(len(before))]
+        quiet = [sorted(unheard(block, block_map, calls[0], s, t)) for s, t in zip(before, tried, strict=True)]
+        quiet = json.loads(team().told_bytes(json.dumps(quiet).encode()))
+        self._quiet.setdefault(look, [frozenset(k[within:] for k in q) for q in quiet])
+        self._silent = [s | frozenset(q) for s, q in zip(before, quiet, strict=True)]
         parameters = weights_of(block, block_map.name)
         later = [
-            [answer_without(block, parameters, call, self._silent(level)) for call in calls]
+            [answer_without(block, parameters, call, self._silent[level]) for call in calls]
             for level in range(1, len(self._levels))
         ]
         self._answers = [[floating_output(a) for a in self._stream.advance(calls)], *later]
@@ -175,13 +192,9 @@ class DenseAnswers:
         level = next((i for i, keys in enumerate(self._levels) if key in keys), None)
         if level is None:
             return None
-        dense, silent = self._answers[level], self._silent(level)
+        dense, silent = self._answers[level], self._silent[level]
         block, block_map = self._dense.blocks[j], self._dense.maps[j]
         return drift_of(block, block_map, key, calls, self._cases, dense=dense, silent=silent, held=self._held)
-
-    def _silent(self, level: int) -> frozenset[str]:
-        """Keys of the matrices of earlier levels."""
-        return frozenset[str]().union(*self._levels[:level])
 
 
 @torch.no_grad()
@@ -286,11 +299,8 @@ def inputs_of_stage(
                 if seen == expected:
                     raise _Enough
 
-        try:
-            with Using(parameters, lambda use, result: None, before):
-                block(*args, **kwargs)
-        except _Enough:
-            pass
+        with suppress(_Enough), Using(parameters, lambda use, result: None, before):
+            block(*args, **kwargs)
     shapes = {}
     for key in wanted:
         matrix = block_map.matrices[key]
@@ -474,10 +484,9 @@ def study(
                 )
                 on_case(i + 1, len(cases))
         store.close(store.join(terms))
-    terms = store.terms
-    if sum(terms) == 0:
+    if sum(store.terms) == 0:
         raise OckhamError("the calibration data hold no log-likelihood terms: every target is padding")
-    dense = Dense(blocks, maps, store, sum(terms))
+    dense = Dense(blocks, maps, store, sum(store.terms))
     return Study(dense, _samples(dense, spared, folder / _COSTS), tuple(tried) if held else ())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,16 +23,12 @@ __all__ = [
     "Region",
     "Use",
     "Using",
-    "add_gram_",
     "damped",
     "loss_increase",
+    "lowest_of",
     "quadratic",
     "sparse_matrix",
-    "symmetric",
 ]
-
-
-_STRIP = 384  # rows of a Gram matrix that are made at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,13 +139,18 @@ class Using(TorchFunctionMode):
         parameters: name to parameter, two-dimensional ones or more; biases among them too.
         visitor: function called with each use and its result. It may raise to end the forward pass.
         before: function called with the use before the product is made; it may raise as well.
+        silent: keys of matrices whose products are zero in this pass, and not made.
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], visitor: Visitor, before: Callable[[Use], None] | None = None
+        self,
+        parameters: Mapping[str, Tensor],
+        visitor: Visitor,
+        before: Callable[[Use], None] | None = None,
+        silent: Collection[str] = (),
     ) -> None:
         super().__init__()
-        self._visitor, self._before = visitor, before
+        self._visitor, self._before, self._silent = visitor, before, silent
         placed = sorted((p.data_ptr(), name) for name, p in parameters.items() if p.numel())
         self._starts, self._names = [s for s, _ in placed], [n for _, n in placed]
         self._parameters = parameters
@@ -167,7 +168,13 @@ class Using(TorchFunctionMode):
             return func(*args, **kwargs)
         if self._before is not None:
             self._before(use)
-        result = func(*args, **kwargs)
+        if use.matrix.key not in self._silent:
+            result = func(*args, **kwargs)
+        elif func in _CONVOLUTIONS:
+            result = func(*args, **kwargs).zero_()
+        else:
+            outputs = use.matrix.weights // use.matrix.fan_in
+            result = use.source.new_zeros(*use.source.shape[:-1], outputs)
         self._visitor(use, result)
         return result
 
@@ -271,6 +278,7 @@ def _windows(x: Tensor, kernel: Any, stride: tuple[int, ...], dilation: tuple[in
     return x
 
 
+_CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d)
 _READERS: dict[Any, Callable[[Using, Any, Any], Use | None]] = {
     F.linear: lambda mode, args, kwargs: _dense(
         mode,
@@ -288,33 +296,15 @@ _READERS: dict[Any, Callable[[Using, Any, Any], Use | None]] = {
             mode, args[0], _given(args, kwargs, 1, "other", kwargs.get("mat2")), None, transposed=True
         ),
     ),
-    **dict.fromkeys([torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d], _convolution),
+    **dict.fromkeys(_CONVOLUTIONS, _convolution),
 }
-
-
-def add_gram_(sums: Tensor, rows: Tensor) -> None:
-    """Add rows' rows to the lower triangle of ``sums``; `symmetric` completes it.
-
-    Args:
-        sums: ``[groups, n, n]``, changed.
-        rows: ``[groups, rows, n]``.
-    """
-    x = rows.to(sums.dtype)
-    for first in range(0, sums.shape[-1], _STRIP):
-        last = first + _STRIP
-        sums[:, first:last, :last] += x[..., first:last].mT @ x[..., :last]
-
-
-def symmetric(sums: Tensor) -> Tensor:
-    """The matrix whose lower triangle was summed."""
-    lower = sums.tril()
-    return lower + lower.tril(-1).mT
 
 
 _TINY = 1e-30
 _TOLERANCE = 1e-4
 _STEPS, _LAST_STEPS = 3, 8
 _SWAPS, _SETTLED, _WEAKER = 300, 30, 3  # steps at most; from which one a support that stands ends them; weaker starts
+_SAMPLED = 1 << 16  # values from which on a sample tells where the lowest end
 _TOP = 16  # directions of the inputs that the preconditioner treats exactly
 
 
@@ -451,10 +441,25 @@ def _largest(value: Tensor, keep: float | NofM, share: float, free: int) -> Tens
         may.scatter_(1, runs.topk(keep.m - keep.n, 1, largest=False).indices, True)
         flat = flat.masked_fill(~may.flatten(), torch.inf)
         gone = min(gone, int(may.sum()))
-    left = torch.ones_like(flat, dtype=torch.bool)
-    left[flat.topk(gone, largest=False, sorted=False).indices] = False
-    stays[..., :free] = left.view(stays[..., :free].shape)
+    stays[..., :free] = ~lowest_of(flat, gone).view(stays[..., :free].shape)
     return stays
+
+
+def lowest_of(values: Tensor, count: int) -> Tensor:
+    """True for so many of the lowest values ``[n]``: those below what a sample says, and the rest of those near it."""
+    found = torch.zeros_like(values, dtype=torch.bool)
+    if len(values) > _SAMPLED and 0 < count < len(values):
+        sample = values[::61].sort().values  # an odd step sees every column
+        at, margin = count / len(values) * len(sample), 3 * len(sample) ** 0.5
+        low, high = (sample[max(0, min(len(sample) - 1, int(at + m)))] for m in (-margin, margin))
+        below = values < low
+        near = ((values >= low) & (values <= high)).nonzero().squeeze(1)
+        sure = int(below.sum())
+        if sure <= count <= sure + len(near):
+            below[near[values[near].topk(count - sure, largest=False, sorted=False).indices]] = True
+            return below
+    found[values.topk(count, largest=False, sorted=False).indices] = True
+    return found
 
 
 def _swapped(

@@ -217,25 +217,26 @@ class Drift:
         """
         some = slice(None) if keep is None else keep
         fit, missing, held, lacks = (
-            t.double()[..., some] for t in (self.inputs, self.missing, self.held_inputs, self.held_missing)
+            t.float()[..., some] for t in (self.inputs, self.missing, self.held_inputs, self.held_missing)
         )
         fit, held = fit[some], held[some]
         values, vectors = torch.linalg.eigh(fit)
-        g = outputs.double()
+        g = outputs.float()
         turned, seen, wanted = missing @ vectors, vectors.mT @ held @ vectors, g @ lacks @ vectors
         best, share, ridge = 0.0, 0.0, 1.0
         for each in _RIDGES:
             change = turned / (values.clamp_min(0) + each * values.mean())
-            along, bend = float((wanted * change).sum()), float(((g @ change @ seen) * change).sum())
+            along = float((wanted * change).sum(dtype=torch.float64))
+            bend = float(((g @ change @ seen) * change).sum(dtype=torch.float64))
             step = min(1.0, max(0.0, along / max(bend, 1e-30)))
             gain = step * (2 * along - step * bend)
             if gain > best:
                 best, share, ridge = gain, step, each
         found = torch.zeros_like(self.missing)
         if share:
-            a = fit + held
+            a = (fit + held).double()
             a.diagonal().add_(ridge * a.diagonal().mean())
-            solved = torch.linalg.solve(a, (missing + lacks).mT).mT
+            solved = torch.linalg.solve(a, (missing + lacks).double().mT).mT
             found[:, some] = (share * solved).to(found.dtype)
         return found
 
