@@ -184,7 +184,7 @@ def test_parts_of_one_memory_are_written_whole_and_only_they(tmp_path: Path) -> 
     whole = torch.arange(12.0).view(3, 4)
     tree = {"whole": whole, "same": whole, "row": whole[1], "column": whole[:, 2], "one": torch.ones(1).expand(5)}
     tree["single"] = torch.ones(()).expand(1)
-    tree |= {"conjugate": torch.tensor([1 + 2j]).conj(), "negative": torch.tensor([1 + 2j]).conj().imag}
+    tree |= {"conjugate": torch.tensor([1 + 2j, 3j]).conj(), "negative": torch.tensor([1 + 2j, 3j]).conj().imag}
     write_tree(tmp_path / "a", tree, kind="network")
     for name, value in read_tree(tmp_path / "a", kind="network").items():
         assert torch.equal(value, tree[name])

@@ -1,16 +1,14 @@
-"""Flat memory of an optimizer's state: slices, noise in pieces, Adam's step, checks of its settings."""
+"""Flat memory of an optimizer's state: slices, noise in pieces, what is saved, checks of its parameters."""
 
 from __future__ import annotations
 
 import copy
 import io
-import math
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from numbers import Real
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from ockham.core.processes import Processes, dividers, holders, own_rows, rows_here, sharded_as, whole
 from ockham.errors import OckhamError, check_keywords
-from ockham.fit.priors import GroupPrior, Prior, restored_prior, slice_scales
+from ockham.fit.priors import GroupPrior, Prior, plain_prior, restored_prior, slice_scales
 
 if TYPE_CHECKING:
     from ockham.fit.optimizer import VariationalOptimizer
@@ -37,10 +35,10 @@ __all__ = [
     "cache_chunks",
     "check_group",
     "check_keep",
-    "check_settings",
     "read",
     "read_state",
     "renew_",
+    "saved_state",
     "schedule_of",
     "sliced",
     "spans",
@@ -437,6 +435,25 @@ def fitted_state(p: Tensor, state: Mapping[str, Any], vectors: Sequence[str]) ->
     return {k: v for k, v in mine.items() if k != "keep"} | ({"keep": keep} if left else {})
 
 
+def saved_state(optimizer: VariationalOptimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Torch's state of an optimizer made plain, with that of its noise: what `read_state` reads."""
+    groups = state["param_groups"]
+    state["param_groups"] = [{k: plain_prior(v) if isinstance(v, Prior) else v for k, v in g.items()} for g in groups]
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    if optimizer._dividers:
+        optimizer._generator(order[0].device)  # torch.distributed.checkpoint loads what is there already
+    noise = {str(d): g.get_state() for d, g in optimizer._generators.items()}
+    state["sampler"] = {"pending": optimizer._pending, "phase": optimizer._phase, "seed": optimizer._seed}
+    state["sampler"]["generators"] = noise
+    if optimizer._dividers:
+        vectors, there = (*optimizer._vectors, "noise"), [at for at, value in state["state"].items() if value]
+        state["state"] = {
+            at: divided_state(p := order[at], optimizer.state[p], optimizer._keep_of(p), vectors) for at in there
+        }
+        state["param_groups"][0]["sampler"] = state["sampler"]  # its state_dict functions keep nothing but groups
+    return state
+
+
 def read_state(
     owner: str, saved: Mapping[str, Any], own: Sequence[Mapping[str, Any]], vectors: Sequence[str]
 ) -> tuple[Mapping[str, Any], list[dict[str, Any]], dict[Any, dict[str, Any]]]:
@@ -564,32 +581,3 @@ def check_keep(name: str, mask: Tensor, by_name: Mapping[str, Tensor]) -> None:
             f"keep[{name!r}] must be boolean (True = stays) of shape {tuple(by_name[name].shape)}; "
             f"got {mask.dtype} of shape {tuple(mask.shape)}"
         )
-
-
-_POSITIVE = ("n_data", "lr", "eps", "initial_std", "std_rate", "temperature", "prior_interval")
-
-
-def check_settings(owner: str, s: Mapping[str, Any], kind: type = Prior, example: str = "FixedPrior(1.0)") -> None:
-    """Numbers in their ranges, as far as the optimizer has them, and a prior of its kind.
-
-    Raises:
-        OckhamError: names the setting, what it was, and what it may be.
-    """
-    for name in _POSITIVE:
-        value = s.get(name, 1.0)
-        number = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
-        if not (number and 0 < value < math.inf):
-            raise OckhamError(f"{owner}: {name} must be a number, positive and finite; got {value!r}")
-    mean = s.get("prior_mean", 0.0)
-    if not (isinstance(mean, Real) and math.isfinite(mean)):
-        got = f"a tensor of shape {tuple(mean.shape)}" if isinstance(mean, Tensor) else repr(mean)
-        raise OckhamError(
-            f"{owner}: prior_mean must be one finite number for all weights of a group; got {got}. For a mean "
-            "per weight, train the difference from it"
-        )
-    if not s.get("kl_warmup", 0) >= 0:
-        raise OckhamError(f"{owner}: kl_warmup counts steps and cannot be negative; got {s['kl_warmup']}")
-    if not all(0 <= b < 1 for b in s.get("betas", ()) if b is not None):
-        raise OckhamError(f"{owner}: betas must lie in [0, 1); got {s['betas']}")
-    if "prior" in s and not isinstance(s["prior"], kind):
-        raise OckhamError(f"{owner}: prior must be a {kind.__name__} such as ockham.{example}; got {s['prior']!r}")

@@ -35,17 +35,16 @@ from ockham.fit.memory import (
     alive_index,
     check_group,
     check_keep,
-    check_settings,
-    divided_state,
     fitted_state,
     read,
     read_state,
     renew_,
+    saved_state,
     sliced,
     spans,
     write,
 )
-from ockham.fit.priors import Prior, plain_prior
+from ockham.fit.priors import Prior, check_settings
 
 __all__ = ["VariationalOptimizer"]
 
@@ -399,22 +398,7 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
             OckhamError: called inside `sampled`.
         """
         self._outside("state_dict")
-        state = super().state_dict()
-        groups = state["param_groups"]
-        state["param_groups"] = [
-            {k: plain_prior(v) if isinstance(v, Prior) else v for k, v in g.items()} for g in groups
-        ]
-        order = [p for group in self.param_groups for p in group["params"]]
-        if self._dividers:
-            self._generator(order[0].device)  # torch.distributed.checkpoint loads what is there already
-        noise = {str(d): g.get_state() for d, g in self._generators.items()}
-        state["sampler"] = {"pending": self._pending, "phase": self._phase, "seed": self._seed, "generators": noise}
-        if self._dividers:
-            vectors, there = (*self._vectors, "noise"), [at for at, value in state["state"].items() if value]
-            full = {at: divided_state(p := order[at], self.state[p], self._keep_of(p), vectors) for at in there}
-            state["state"] = full
-            state["param_groups"][0]["sampler"] = state["sampler"]  # its state_dict functions keep nothing but groups
-        return state
+        return saved_state(self, super().state_dict())
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -436,9 +420,9 @@ class VariationalOptimizer(torch.optim.Optimizer, ABC):
         self._arenas.clear()
         every, vectors = (p for group in self.param_groups for p in group["params"]), (*self._vectors, "noise")
         keys = [key for group in groups for key in group["params"]]
-        for p, saved_state in ((p, states[key]) for key, p in zip(keys, every, strict=True) if key in states):
+        for p, given in ((p, states[key]) for key, p in zip(keys, every, strict=True) if key in states):
             state = self.state[p]  # torch cast it to the parameter's dtype; masks and noise have their own
-            state.update({k: state[k].to(v.dtype) for k, v in saved_state.items() if isinstance(v, Tensor)})
+            state.update({k: state[k].to(v.dtype) for k, v in given.items() if isinstance(v, Tensor)})
             if self._dividers or hasattr(state["noise"], "device_mesh"):
                 self.state[p] = state = fitted_state(p, state, vectors)
             if "keep" in state:

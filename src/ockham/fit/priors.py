@@ -9,9 +9,11 @@ the prior (measured; docs: gotchas).
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +31,7 @@ __all__ = [
     "LayerScale",
     "Prior",
     "Units",
+    "check_settings",
     "learn_scales",
     "plain_prior",
     "prior_of",
@@ -407,3 +410,32 @@ def _along(dim: int, values: Tensor, shape: torch.Size) -> Tensor:
     if not shape:
         return values.reshape(())
     return values.view([-1 if d == dim else 1 for d in range(len(shape))]).expand(shape)
+
+
+_POSITIVE = ("n_data", "lr", "eps", "initial_std", "std_rate", "temperature", "prior_interval")
+
+
+def check_settings(owner: str, s: Mapping[str, Any], kind: type = Prior, example: str = "FixedPrior(1.0)") -> None:
+    """Numbers in their ranges, as far as the optimizer has them, and a prior of its kind.
+
+    Raises:
+        OckhamError: names the setting, what it was, and what it may be.
+    """
+    for name in _POSITIVE:
+        value = s.get(name, 1.0)
+        number = isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+        if not (number and 0 < value < math.inf):
+            raise OckhamError(f"{owner}: {name} must be a number, positive and finite; got {value!r}")
+    mean = s.get("prior_mean", 0.0)
+    if not (isinstance(mean, Real) and math.isfinite(mean)):
+        got = f"a tensor of shape {tuple(mean.shape)}" if isinstance(mean, Tensor) else repr(mean)
+        raise OckhamError(
+            f"{owner}: prior_mean must be one finite number for all weights of a group; got {got}. For a mean "
+            "per weight, train the difference from it"
+        )
+    if not s.get("kl_warmup", 0) >= 0:
+        raise OckhamError(f"{owner}: kl_warmup counts steps and cannot be negative; got {s['kl_warmup']}")
+    if not all(0 <= b < 1 for b in s.get("betas", ()) if b is not None):
+        raise OckhamError(f"{owner}: betas must lie in [0, 1); got {s['betas']}")
+    if "prior" in s and not isinstance(s["prior"], kind):
+        raise OckhamError(f"{owner}: prior must be a {kind.__name__} such as ockham.{example}; got {s['prior']!r}")
