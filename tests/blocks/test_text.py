@@ -25,6 +25,7 @@ from ockham.methods.blocks import reduction
 from ockham.methods.blocks.job import PruneSettings
 from ockham.methods.blocks.prune import prune_folder, read_calibration, token_measures, token_windows
 from ockham.methods.blocks.solve import Damping
+from ockham.report.page import seconds
 
 from .networks import ids, network, text_folder
 
@@ -56,6 +57,7 @@ def test_a_folder_becomes_a_smaller_one_that_loads_as_it_did(source: Path, tmp_p
     page = html.unescape((tmp_path / "out" / "report.html").read_text())
     for side in ("before", "after"):  # the tiles tell of the same text as the table
         assert f"{metrics[side]['nll']:.4f}" in page and f"{metrics[side]['perplexity']:.2f}" in page
+    assert seconds(metrics["seconds"]) in page and "of mapped files happened" in page
     assert "nll_" not in page and "latency_" not in page and "time of a window" in page
     lines: dict[str, Any] = {}
     exec("\n".join(re.findall(r'<pre class="wrap">(.*?)</pre>', page, re.DOTALL)[-1:]), lines)

@@ -91,7 +91,8 @@ def page_of(facts: Mapping[str, Any]) -> str:
         if facts["likelihood"] == "next-token":
             tiles.append(page.tile("Perplexity", f"{math.exp(after):.2f}", f"was {math.exp(before):.2f}"))
     tiles.append(page.tile("Evidence", f"{page.signed(total, 0)} nats", "above the dense network, by the curvature"))
-    tiles.append(page.tile("Time", page.seconds(facts["seconds"]), "the whole job"))
+    # of a folder: what metrics.json and the terminal say, loading and measuring included
+    tiles.append(page.tile("Time", page.seconds((text or facts)["seconds"]), "the whole job"))
     head = page.paragraph("Ockham · a trained network reduced", "eyebrow") + "<h1>What went, and what it cost</h1>"
     head += f'<dl class="tiles">{"".join(tiles)}</dl>'
     parts = []
@@ -101,7 +102,10 @@ def page_of(facts: Mapping[str, Any]) -> str:
             [_MEASURES.get(k, k), *(f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for v in pair)]
             for k, pair in pairs.items()
         ]
-        told = f"Measured on {text['judged_on']}. Most memory used: {page.size(text['peak_bytes'])}."
+        told = (
+            f"Measured on {text['judged_on']}. Most memory used: {page.size(text['peak_bytes'])}, with what of mapped "
+        )
+        told += "files happened to stay in it."
         table = page.table("Before and after", ["measure", "before", "after"], rows)
         parts.append(page.section("text", "On text held out", page.paragraph(told), table))
     if facts["shots"]:
