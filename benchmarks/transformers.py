@@ -59,7 +59,7 @@ from ockham.methods.blocks.cases import (
     traced_inputs,
 )
 from ockham.methods.blocks.job import PruneSettings
-from ockham.methods.blocks.prune import prune
+from ockham.methods.blocks.prune import prune, token_measures
 from ockham.methods.blocks.reduction import Orders, loss_of, reduce_blocks_, study, study_damping
 from ockham.methods.blocks.solve import Damping, NofM
 from ockham.methods.blocks.stop import (
@@ -506,14 +506,27 @@ def latency(args: argparse.Namespace) -> None:
     print(path.read_text())
 
 
+class Mixture(torch.nn.Module):
+    """Mean of what several networks predict, as logits."""
+
+    def __init__(self, networks: Sequence[torch.nn.Module]) -> None:
+        super().__init__()
+        self.networks = torch.nn.ModuleList(networks)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Log of the mean probability of each word."""
+        total = torch.stack([net(ids).logits.log_softmax(-1) for net in self.networks]).logsumexp(0)
+        return total - math.log(len(self.networks))
+
+
 @torch.no_grad()
 def calibration(args: argparse.Namespace) -> None:
     """Dense network, reduced one and the predictive of its posterior (mean over draws), on the test windows."""
     from transformers import AutoModelForCausalLM
 
     text, posterior = windows(args.work, "test", args.test), load_posterior(args.out)
-    dense = AutoModelForCausalLM.from_pretrained(args.work / "model", dtype=torch.float32).eval()
-    small = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32).eval()
+    dense = AutoModelForCausalLM.from_pretrained(args.work / "model", dtype=torch.float32)
+    small = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32)
     drawn = []
     for seed in range(4):
         model, generator = copy.deepcopy(small), torch.Generator().manual_seed(seed)
@@ -522,19 +535,8 @@ def calibration(args: argparse.Namespace) -> None:
             model.get_parameter(name).copy_(torch.where(g.keep, g.mean + noise * g.precision.rsqrt(), g.mean))
         drawn.append(model)
     found: dict[str, Any] = {"test_windows": args.test, "draws": len(drawn)}
-    for side, models in (("dense", [dense]), ("reduced", [small]), ("reduced, predictive", drawn)):
-        confident, right, nll = [], [], []
-        for ids in text.split(1):
-            p = sum(m(ids).logits[0, :-1].softmax(-1) for m in models) / len(models)
-            best, target = p.max(-1), ids[0, 1:]
-            confident.append(best.values.double())
-            right.append((best.indices == target).double())
-            nll.append(-p.gather(1, target[:, None]).log().squeeze(1).double())
-        sure, hit = torch.cat(confident), torch.cat(right)
-        bins = (sure * 15).long().clamp(0, 14)
-        gaps = torch.zeros(15, dtype=torch.float64).index_add_(0, bins, sure - hit)
-        found[side] = {"nll": float(torch.cat(nll).mean()), "accuracy": float(hit.mean())}
-        found[side] |= {"ece": float(gaps.abs().sum()) / len(sure), "confidence": float(sure.mean())}
+    for side, network in (("dense", dense), ("reduced", small), ("reduced, predictive", Mixture(drawn))):
+        found[side] = token_measures(network, text)
     path = RESULTS.parent / "transformers_calibration.json"
     path.write_text(json.dumps(found | origin(), indent=1))
     print(path.read_text())
