@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ockham.methods.blocks import curvature
 from ockham.methods.blocks.cases import (
     Case,
     CaseObjective,
     add_gram_,
     cases_from,
     evaluating_blocks,
+    held_out,
     objective_for,
     symmetric,
 )
@@ -137,9 +139,10 @@ def test_multihead_attention_is_seen_through() -> None:
     }
 
 
-def test_gram_matrices_in_strips() -> None:
-    x = torch.randn(2, 20, 900, dtype=torch.float64)
-    sums = torch.zeros(2, 900, 900, dtype=torch.float64)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_gram_matrices_in_strips(groups: int) -> None:
+    x = torch.randn(groups, 20, 900, dtype=torch.float64)
+    sums = torch.zeros(groups, 900, 900, dtype=torch.float64)
     add_gram_(sums, x[:, :12])
     add_gram_(sums, x[:, 12:])
     torch.testing.assert_close(symmetric(sums), x.mT @ x)
@@ -278,3 +281,38 @@ def test_sums_that_are_forgotten_are_not_found_again(tmp_path: Path) -> None:
     assert not again.terms and not again.has("A:x")
     again.add("A:x", torch.ones(1, 1, 2))
     assert torch.equal(again.get("A:x"), torch.ones(1, 2, 2))
+
+
+@pytest.mark.parametrize(("kind", "limit", "runs"), [("llama", 1 << 29, 3), ("llama", 0, 5), ("mixtral", 0, 5)])
+def test_blocks_beyond_the_room_for_activations_run_twice(
+    kind: str, limit: int, runs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, objective, cases = studied(network(kind), batches(kind), tmp_path / "once")
+    model, ran = network(kind), list[int]()
+    with evaluating_blocks(model):
+        pairs = [(b, m) for (_, b), m in zip(find_blocks(model, cases[0]), found.dense.maps, strict=True)]
+        monkeypatch.setattr(curvature, "_KEPT", limit)
+        for block, _ in pairs:
+            norm = next(m for n, m in block.named_modules() if n == "input_layernorm")
+            norm.register_forward_pre_hook(lambda *_: ran.append(1))
+        store = FactorStore(tmp_path / "again", CPU)
+        part = {k: ".held" for j in found.tried for k in found.dense.maps[j].matrices}
+        for i, case in enumerate(cases):
+            generator = torch.Generator().manual_seed(i)  # as `study` does with seed 0
+            own = part if i in held_out(len(cases)) else {}
+            curvature.add_curvature_(store, model, case, objective, pairs, generator=generator, part=own)
+    assert len(ran) == runs * len(cases)
+    for block_map in found.dense.maps:
+        for key in block_map.matrices:
+            for name in (f"A:{block_map.source[key]}", f"G:{key}"):
+                if found.dense.store.has(name):
+                    assert torch.equal(store.get(name), found.dense.store.get(name)), name
+
+
+def test_what_blocks_keep_is_counted_once() -> None:
+    net = nn.Linear(8, 8)
+    kept, x = curvature._Kept(net), torch.randn(16, 8, requires_grad=True)
+    with kept.counting():
+        h = torch.tanh(net(x))  # keeps its own answer; of the product only the input, and the weight, which is no cost
+        h = h.square()  # keeps the same tensor again
+    assert kept.bytes == kept.most == 4 * (16 * 8 + 16 * 8) and not kept.full and bool(h.requires_grad)

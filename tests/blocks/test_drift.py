@@ -13,7 +13,6 @@ from ockham.methods.blocks import reduction
 from ockham.methods.blocks.cases import Case, held_out
 from ockham.methods.blocks.curvature import (
     answer_without,
-    drift_of,
     find_blocks,
     map_of,
     unheard,
@@ -24,7 +23,7 @@ from ockham.methods.blocks.job import PruneSettings
 from ockham.methods.blocks.prune import prune
 from ockham.methods.blocks.reduction import DenseAnswers, Orders, reduce_blocks_
 from ockham.methods.blocks.solve import Damping
-from ockham.methods.blocks.stop import Drift, matrix_kind
+from ockham.methods.blocks.stop import Drift, drift_of, matrix_kind
 
 from .networks import batches, ids, network
 from .test_curvature import studied

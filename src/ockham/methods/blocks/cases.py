@@ -518,7 +518,7 @@ def without_caches(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BlockCal
     return tuple(kept(a) for a in args), {k: kept(v) for k, v in kwargs.items()}
 
 
-_STRIP = 384  # rows of a Gram matrix that are made at a time
+_STRIP = 128  # rows of a Gram matrix that are made at a time
 
 
 def add_gram_(sums: Tensor, rows: Tensor) -> None:
@@ -531,7 +531,10 @@ def add_gram_(sums: Tensor, rows: Tensor) -> None:
     x = rows.to(sums.dtype)
     for first in range(0, sums.shape[-1], _STRIP):
         last = first + _STRIP
-        sums[:, first:last, :last] += x[..., first:last].mT @ x[..., :last]
+        if len(sums) == 1:  # added as it is made
+            sums[0, first:last, :last].addmm_(x[0, :, first:last].mT, x[0, :, :last])
+        else:
+            sums[:, first:last, :last] += x[..., first:last].mT @ x[..., :last]
 
 
 def symmetric(sums: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from ockham.core.files import read_json, write_json
 from ockham.errors import OckhamError
 from ockham.methods.blocks.cases import BlockCall, Case, CaseObjective, add_gram_, symmetric, team, without_caches
 from ockham.methods.blocks.solve import BlockMatrix, Use, Using
-from ockham.methods.blocks.stop import Drift
 
 __all__ = [
     "BlockCall",
@@ -28,7 +27,6 @@ __all__ = [
     "Stream",
     "add_curvature_",
     "answer_without",
-    "drift_of",
     "find_blocks",
     "floating_output",
     "map_of",
@@ -458,64 +456,6 @@ def _pushed(
     return bool((after - before - expected).norm() < 1e-2 * expected.norm())
 
 
-@torch.no_grad()
-def drift_of(
-    block: nn.Module,
-    block_map: BlockMap,
-    key: str,
-    calls: Sequence[BlockCall],
-    cases: Sequence[Case],
-    *,
-    dense: Sequence[Tensor | None],
-    silent: Collection[str],
-    held: Collection[int],
-) -> Drift | None:
-    """What a matrix of `writers_of` sees, and what its block lacks, over all cases; None where it is not used.
-
-    Args:
-        block: the block as it is now.
-        block_map: its matrices.
-        key: the matrix.
-        calls: what the block is called with.
-        cases: the data.
-        dense: what the dense network's block answers without the silent ones.
-        silent: matrices whose products are taken for zero.
-        held: cases that judge.
-    """
-    parameters, matrix = weights_of(block, block_map.name), block_map.matrices[key]
-    sums: list[list[Tensor]] = [[], []]
-    for i, ((args, kwargs), case) in enumerate(zip(calls, cases, strict=True)):
-        uses: list[tuple[Use, Tensor]] = []
-
-        def note(use: Use, result: Tensor, uses: list[tuple[Use, Tensor]] = uses) -> None:
-            if use.matrix.key == key:
-                uses.append((use, result))
-
-        with Using(parameters, note, silent=silent):
-            answer = floating_output(block(*args, **kwargs))
-        wanted = dense[i]
-        if not uses or answer is None or wanted is None:
-            continue
-        use, result = uses[0]
-        lacks = use.gradients((wanted - answer).reshape(result.shape))
-        rows = rows_of(use, case.mask)[0].float()
-        if case.mask is not None and lacks.shape[1] == case.mask.numel():
-            lacks = lacks[:, case.mask.flatten()]
-        part = sums[i in held]
-        if not part:
-            part += [rows.new_zeros(1, rows.shape[1], rows.shape[1]), rows.new_zeros(lacks.shape[2], rows.shape[1])]
-        add_gram_(part[0], rows[None])
-        part[1] += lacks[0].float().mT @ rows
-    n, rows_ = matrix.fan_in + (matrix.bias is not None), matrix.weights // matrix.fan_in
-    mine = {f"{i}{j}": t for i, part in enumerate(sums) for j, t in enumerate(part)}
-    shapes = {f"{i}{j}": shape for i in range(2) for j, shape in enumerate([(1, n, n), (rows_, n)])}
-    found = team().joined(mine, shapes)
-    if len(found) < len(shapes):
-        return None
-    a, c, held_a, held_c = (found[k] for k in shapes)
-    return Drift(symmetric(a)[0], c, symmetric(held_a)[0], held_c)
-
-
 def floating_output(answer: Any) -> Tensor | None:
     """The first floating tensor of what a block answers."""
     return next((t for t in pytree.tree_leaves(answer) if isinstance(t, Tensor) and t.is_floating_point()), None)
@@ -560,9 +500,10 @@ def add_curvature_(
         if result.requires_grad:
             result.register_hook(lambda g: store.add(f"G:{key}{part.get(key, '')}", use.gradients(g.detach())))
 
+    kept = _Kept(model)
     with torch.enable_grad():
         with (
-            answering([b for b, _ in blocks], [_recomputed(b, alone=b is model) for b, _ in blocks]),
+            answering([b for b, _ in blocks], [_recomputed(b, kept, alone=b is model) for b, _ in blocks]),
             Using(parameters, visit),
         ):
             answer = case.answer(model, objective.output)
@@ -572,8 +513,44 @@ def add_curvature_(
     return objective.terms(answer.detach(), case)
 
 
-def _recomputed(block: nn.Module, *, alone: bool) -> Callable[..., Any]:
-    """The block's forward, whose inner activations are made again on the way back."""
+_KEPT = 1 << 29  # bytes of activations that may lie in memory; blocks beyond run again on the way back
+
+
+class _Kept:
+    """Counts what blocks keep for the way back.
+
+    Args:
+        model: network, whose own tensors do not count.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._seen = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+        self.bytes = self.most = 0
+
+    @property
+    def full(self) -> bool:
+        """True where the next block may have no room."""
+        return self.bytes + self.most > _KEPT
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Inside this block every tensor that is kept for the way back is counted once."""
+        before = self.bytes
+
+        def keep(t: Tensor) -> Tensor:
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in self._seen:
+                self._seen.add(storage.data_ptr())
+                self.bytes += storage.nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            yield
+        self.most = max(self.most, self.bytes - before)
+
+
+def _recomputed(block: nn.Module, kept: _Kept, *, alone: bool) -> Callable[..., Any]:
+    """The block's forward, whose inner activations are made again on the way back where there are too many to keep."""
     own = block.forward
     if alone:
         return own
@@ -585,6 +562,9 @@ def _recomputed(block: nn.Module, *, alone: bool) -> Callable[..., Any]:
         if floats and not leaves[floats[0]].requires_grad:
             leaves[floats[0]] = leaves[floats[0]].detach().requires_grad_(True)
         args, kwargs = pytree.tree_unflatten(leaves, spec)
+        if not kept.full:
+            with kept.counting():
+                return own(*args, **kwargs)
         return checkpoint(own, *args, use_reentrant=False, **kwargs)
 
     return run

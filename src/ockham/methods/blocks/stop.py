@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ockham.errors import OckhamError
-from ockham.methods.blocks.solve import Damping, NofM, Quadratic, damped, quadratic, sparse_matrix
+from ockham.methods.blocks.cases import BlockCall, Case, add_gram_, symmetric, team
+from ockham.methods.blocks.curvature import BlockMap, floating_output, rows_of, weights_of
+from ockham.methods.blocks.solve import Damping, NofM, Quadratic, Use, Using, damped, quadratic, sparse_matrix
 
 __all__ = [
     "DEFAULT_DAMPING",
@@ -25,6 +27,7 @@ __all__ = [
     "best_shot",
     "chosen_damping",
     "cost_sample",
+    "drift_of",
     "freed",
     "lowest",
     "matrix_kind",
@@ -239,6 +242,64 @@ class Drift:
             solved = torch.linalg.solve(a, (missing + lacks).double().mT).mT
             found[:, some] = (share * solved).to(found.dtype)
         return found
+
+
+@torch.no_grad()
+def drift_of(
+    block: nn.Module,
+    block_map: BlockMap,
+    key: str,
+    calls: Sequence[BlockCall],
+    cases: Sequence[Case],
+    *,
+    dense: Sequence[Tensor | None],
+    silent: Collection[str],
+    held: Collection[int],
+) -> Drift | None:
+    """What a matrix of `writers_of` sees, and what its block lacks, over all cases; None where it is not used.
+
+    Args:
+        block: the block as it is now.
+        block_map: its matrices.
+        key: the matrix.
+        calls: what the block is called with.
+        cases: the data.
+        dense: what the dense network's block answers without the silent ones.
+        silent: matrices whose products are taken for zero.
+        held: cases that judge.
+    """
+    parameters, matrix = weights_of(block, block_map.name), block_map.matrices[key]
+    sums: list[list[Tensor]] = [[], []]
+    for i, ((args, kwargs), case) in enumerate(zip(calls, cases, strict=True)):
+        uses: list[tuple[Use, Tensor]] = []
+
+        def note(use: Use, result: Tensor, uses: list[tuple[Use, Tensor]] = uses) -> None:
+            if use.matrix.key == key:
+                uses.append((use, result))
+
+        with Using(parameters, note, silent=silent):
+            answer = floating_output(block(*args, **kwargs))
+        wanted = dense[i]
+        if not uses or answer is None or wanted is None:
+            continue
+        use, result = uses[0]
+        lacks = use.gradients((wanted - answer).reshape(result.shape))
+        rows = rows_of(use, case.mask)[0].float()
+        if case.mask is not None and lacks.shape[1] == case.mask.numel():
+            lacks = lacks[:, case.mask.flatten()]
+        part = sums[i in held]
+        if not part:
+            part += [rows.new_zeros(1, rows.shape[1], rows.shape[1]), rows.new_zeros(lacks.shape[2], rows.shape[1])]
+        add_gram_(part[0], rows[None])
+        part[1] += lacks[0].float().mT @ rows
+    n, rows_ = matrix.fan_in + (matrix.bias is not None), matrix.weights // matrix.fan_in
+    mine = {f"{i}{j}": t for i, part in enumerate(sums) for j, t in enumerate(part)}
+    shapes = {f"{i}{j}": shape for i in range(2) for j, shape in enumerate([(1, n, n), (rows_, n)])}
+    found = team().joined(mine, shapes)
+    if len(found) < len(shapes):
+        return None
+    a, c, held_a, held_c = (found[k] for k in shapes)
+    return Drift(symmetric(a)[0], c, symmetric(held_a)[0], held_c)
 
 
 DEFAULT_DAMPING = Damping(0.05, 0.3)
