@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ockham.core.likelihood import Classification
 from ockham.errors import DataError
-from ockham.methods.blocks.cases import DenseRows, cases_from, objective_for
+from ockham.methods.blocks.cases import DenseRows, cases_from, divergence, objective_for
 from ockham.methods.blocks.job import BlockJob, PruneSettings
 from ockham.methods.blocks.prune import prune
 from ockham.methods.blocks.solve import Damping
@@ -96,6 +96,28 @@ def test_the_distance_is_the_divergence_from_the_dense_answers(kind: str) -> Non
     else:
         expected = 0.5 * (after - before).square().sum(-1).mean()
     assert rows.distance(dense) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0, 300.0])
+@pytest.mark.parametrize("shift", [0.0, 5.0])
+def test_divergence_is_exact_for_near_networks_and_for_far_ones(size: float, shift: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    before = 4 * torch.randn(40, 3000, generator=generator)
+    after = before + size * torch.randn(40, 3000, generator=generator) + shift
+    p, q = before.double().log_softmax(-1), after.double().log_softmax(-1)
+    expected = float((p.exp() * (p - q)).sum())
+    # logits of float32 are rounded by some 1e-6, and so are their differences
+    assert float(divergence(before, after)) == pytest.approx(expected, rel=1e-4 + 1e-6 / size, abs=1e-9)
+    assert float(divergence(before, before.clone())) == 0.0
+
+
+def test_classes_that_both_networks_rule_out_count_for_nothing() -> None:
+    before, after = torch.randn(5, 7), torch.randn(5, 7)
+    expected = float(divergence(before[:, :4], after[:, :4]))
+    before[:, 4:] = after[:, 4:] = -torch.inf
+    assert float(divergence(before, after)) == pytest.approx(expected, rel=1e-5)
+    after[0, 0] = -torch.inf  # and one that only the second rules out is infinitely far
+    assert float(divergence(before, after)) == torch.inf
 
 
 def test_long_answers_are_compared_in_some_of_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:

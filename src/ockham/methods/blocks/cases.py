@@ -36,6 +36,7 @@ __all__ = [
     "add_gram_",
     "answer_tensor",
     "cases_from",
+    "divergence",
     "dividing",
     "evaluating_blocks",
     "held_out",
@@ -472,16 +473,31 @@ class DenseRows:
         for case, step, dense in self._held:
             found = self._objective.rows(case.answer(model, self._objective.output), case)[::step].float()
             for before, after in zip(dense.split(_ROWS), found.split(_ROWS), strict=True):
-                total[0] += self._divergence(before.double(), after.double()).cpu()
+                total[0] += float((divergence if self._objective.classes else _half_squares)(before, after))
             total[1] += len(dense)
         total = team().summed(total)
         return float(total[0] / total[1].clamp_min(1))
 
-    def _divergence(self, before: Tensor, after: Tensor) -> Tensor:
-        if not self._objective.classes:
-            return 0.5 * (after - before).square().sum()
-        # in float64: of networks that are near nothing would be left
-        return F.kl_div(after.log_softmax(-1), before.log_softmax(-1), reduction="sum", log_target=True)
+
+def _half_squares(before: Tensor, after: Tensor) -> Tensor:
+    return 0.5 * (after.double() - before.double()).square().sum()
+
+
+def divergence(before: Tensor, after: Tensor) -> Tensor:
+    r"""Sum over rows of KL(softmax(before) || softmax(after)), nats; float64 of logits ``[rows, classes]``.
+
+        KL = ln(1 + sum_k p_k (exp(c_k) - 1)),    c = d - sum_k p_k d_k,    d = after - before
+
+    A difference of logarithms would lose what near networks differ by. Logits of minus infinity in both count nothing.
+    """
+    p, away = before.softmax(-1), after - before
+    away -= torch.linalg.vecdot(p, away).unsqueeze(-1)
+    rest = torch.linalg.vecdot(p, away).double()  # what rounding has left of the mean
+    found = (away.expm1_().mul_(p).sum(-1, dtype=torch.float64).log1p() - rest).sum()
+    if bool(found.isfinite()):
+        return found
+    old, new = before.double().log_softmax(-1), after.double().log_softmax(-1)
+    return (old.exp() * (old - new)).masked_fill(old.isneginf(), 0.0).sum()
 
 
 def held_out(count: int) -> frozenset[int]:
