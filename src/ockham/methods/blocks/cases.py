@@ -494,10 +494,10 @@ def divergence(before: Tensor, after: Tensor) -> Tensor:
     away -= torch.linalg.vecdot(p, away).unsqueeze(-1)
     rest = torch.linalg.vecdot(p, away).double()  # what rounding has left of the mean
     found = (away.expm1_().mul_(p).sum(-1, dtype=torch.float64).log1p() - rest).sum()
-    if bool(found.isfinite()):
-        return found
-    old, new = before.double().log_softmax(-1), after.double().log_softmax(-1)
-    return (old.exp() * (old - new)).masked_fill(old.isneginf(), 0.0).sum()
+    if not bool(found.isfinite()):
+        old, new = before.double().log_softmax(-1), after.double().log_softmax(-1)
+        found = (old.exp() * (old - new)).masked_fill(old.isneginf(), 0.0).sum()
+    return found
 
 
 def held_out(count: int) -> frozenset[int]:
