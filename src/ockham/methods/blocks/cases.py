@@ -493,7 +493,7 @@ def divergence(before: Tensor, after: Tensor) -> Tensor:
     p, away = before.softmax(-1), after - before
     away -= torch.linalg.vecdot(p, away).unsqueeze(-1)
     rest = torch.linalg.vecdot(p, away).double()  # what rounding has left of the mean
-    found = (away.expm1_().mul_(p).sum(-1, dtype=torch.float64).log1p() - rest).sum()
+    found: Tensor = (away.expm1_().mul_(p).sum(-1, dtype=torch.float64).log1p() - rest).sum()
     if not bool(found.isfinite()):
         old, new = before.double().log_softmax(-1), after.double().log_softmax(-1)
         found = (old.exp() * (old - new)).masked_fill(old.isneginf(), 0.0).sum()
