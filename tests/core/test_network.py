@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from ockham.core.network import map_parameters_, mapped
+from ockham.core.network import map_parameters_, mapped, release
 from ockham.errors import OckhamError
 
 
@@ -82,3 +84,29 @@ def test_what_does_not_fit_on_the_disk_is_said_before_anything_is_written(tmp_pa
         mapped(torch.zeros(3), tmp_path / "file")
     odd = torch.arange(6.0).view(2, 3).mT
     assert torch.equal(mapped(odd, tmp_path), odd) and mapped(odd, tmp_path, torch.float64).dtype is torch.float64
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is let go by a call of Linux")
+def test_memory_of_a_mapped_tensor_is_let_go_and_nothing_lost(tmp_path: Path) -> None:
+    def resident(address: int) -> int:
+        """KiB in memory of the mapping that begins there."""
+        found = False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+                found = int(line.split("-")[0], 16) == address
+            elif found and line.startswith("Rss:"):
+                return int(line.split()[1])
+        raise AssertionError("no such mapping")
+
+    values = torch.randn(1 << 20)
+    there = mapped(values, tmp_path)
+    assert resident(there.untyped_storage().data_ptr()) == 0
+    there[5] = 7.0
+    assert float(there.sum()) == pytest.approx(float(values.sum()) - float(values[5]) + 7, rel=1e-4)
+    assert resident(there.untyped_storage().data_ptr()) == 4096
+    release(there)
+    assert resident(there.untyped_storage().data_ptr()) == 0
+    values[5] = 7.0
+    assert torch.equal(there, values)
+    release(values)  # of an ordinary tensor nothing
+    assert torch.equal(there, values)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import difflib
 import os
 import random
 import re
 import shutil
+import sys
 import tempfile
 import time
 import warnings
@@ -45,9 +47,11 @@ __all__ = [
     "mapped",
     "parse_device",
     "protected_names",
+    "release",
     "seeded",
     "teller",
     "train_",
+    "trim",
     "unwrapped",
     "watched",
 ]
@@ -190,7 +194,29 @@ def mapped(values: Tensor, folder: Path, dtype: torch.dtype | None = None) -> Te
         ) from error
     found = torch.empty(0, dtype=dtype)
     found.set_(storage, 0, values.shape)  # type: ignore[call-overload]
-    return found.copy_(values)
+    release(found.copy_(values))
+    return found
+
+
+_DONTNEED = 4  # of Linux's madvise
+
+
+def release(values: Tensor) -> None:
+    """Let memory go that holds a tensor of `mapped`: the file has it, and it is read again where it is used.
+
+    The system would take that memory when it needs it, but until then it counts for the process.
+    """
+    storage = values.untyped_storage()
+    if sys.platform == "linux" and storage.filename and storage.nbytes():
+        # of a shared mapping nothing is lost: pages that were written stay with the file
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes()), _DONTNEED)
+
+
+def trim() -> None:
+    """Give memory back that was freed and that the C library keeps between what is still in use (glibc)."""
+    found = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if found is not None:
+        found(0)
 
 
 def map_parameters_(model: nn.Module, folder: Path, dtype: torch.dtype) -> None:

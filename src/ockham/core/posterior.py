@@ -21,7 +21,7 @@ from ockham.core.files import (
     read_tree,
     write_tree,
 )
-from ockham.core.network import mapped
+from ockham.core.network import mapped, release
 from ockham.core.seal import sealed
 from ockham.errors import OckhamError, ResultError
 from ockham.evidence.kronecker import KroneckerPrecision
@@ -361,7 +361,13 @@ def domain_error(posterior: Posterior) -> str:
             if bool(wrong.any()):
                 kind = "positive and finite" if what in positive else "finite"
                 return f"{printable(name)}: {what} must be {kind}; got {float(values[wrong][0]):g}"
+        _release(g)
     return ""
+
+
+def _release(g: Gaussian) -> None:
+    for values in (g.mean, g.precision, g.keep):
+        release(values)
 
 
 def _pack(g: Gaussian, folder: Path) -> dict[str, Any]:
@@ -384,6 +390,7 @@ def _pack(g: Gaussian, folder: Path) -> dict[str, Any]:
     for name in ("marginal_precision", "inclusion"):
         if getattr(g, name) is not None:
             node[name] = lay(getattr(g, name)[g.keep])
+    _release(g)
     return node
 
 
