@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ockham.fit.predict import norms_of, refresh_batchnorm
 from ockham.methods.blocks import reduction
 from ockham.methods.blocks.cases import Case, held_out
 from ockham.methods.blocks.curvature import (
@@ -23,7 +24,7 @@ from ockham.methods.blocks.job import PruneSettings
 from ockham.methods.blocks.prune import prune
 from ockham.methods.blocks.reduction import DenseAnswers, Orders, reduce_blocks_
 from ockham.methods.blocks.solve import Damping
-from ockham.methods.blocks.stop import Drift, drift_of, matrix_kind
+from ockham.methods.blocks.stop import Drift, drift_of, lacks_of_branch, lacks_of_product, matrix_kind
 
 from .networks import batches, ids, network
 from .test_curvature import studied
@@ -229,7 +230,9 @@ def test_blocks_of_the_same_names_are_each_looked_at(tmp_path: Path) -> None:
         calls = [(c.args, {}) for c in cases]
         keys = [f"{j}.{n}.weight" for n in ("one", "two", "three")]
         seen.append([k for k in keys if answers.drift(k, j, calls) is not None])
-    assert seen == [["0.one.weight", "0.three.weight"], [], ["2.one.weight", "2.three.weight"]]
+    # behind a norm no product comes out as it is, so each makes up for itself
+    each = ["1.one.weight", "1.two.weight", "1.three.weight"]
+    assert seen == [["0.one.weight", "0.three.weight"], each, ["2.one.weight", "2.three.weight"]]
 
 
 def test_what_lacks_at_a_branch_is_measured_where_it_ends() -> None:
@@ -239,7 +242,8 @@ def test_what_lacks_at_a_branch_is_measured_where_it_ends() -> None:
     calls = [(c.args, {}) for c in cases]
     block_map = map_of("b", block, calls[0])
     answers = [answer_without(dense, weights_of(dense, "b"), c, {"b.three.weight"}) for c in calls]
-    found = drift_of(block, block_map, "b.one.weight", calls, cases, dense=answers, silent={"b.three.weight"}, held={3})
+    lacks = lacks_of_branch(block, block_map, "b.one.weight", calls, dense=answers, silent={"b.three.weight"})
+    found = drift_of(block_map.matrices["b.one.weight"], lacks, cases, held={3})
     x, held = torch.cat([c.args[0] for c in cases[:3]]), cases[3].args[0]
     with torch.no_grad():
         r, lacks = (dense.one(v) - block.one(v) for v in (x, held))
@@ -283,3 +287,121 @@ def test_what_is_to_be_left_alone_makes_up_for_nothing() -> None:
     for name, p in model.named_parameters():
         if "down_proj" in name:
             assert torch.equal(done.model.get_parameter(name), p), name
+
+
+class Normed(nn.Module):
+    """A block with BatchNorm behind each product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm, self.two, self.after = (
+            nn.Linear(6, 9),
+            nn.BatchNorm1d(9),
+            nn.Linear(9, 6),
+            nn.BatchNorm1d(6),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.after(self.two(torch.relu(self.norm(self.one(x))))))
+
+
+@pytest.mark.parametrize("share", [0.4, 1.0])
+def test_statistics_of_batch_norm_follow_what_goes_into_them(share: float, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(Normed(), Normed()), nn.Linear(6, 3)).eval()
+    data = [(torch.randn(n, 6) + 1, torch.arange(n) % 3) for n in (64, 64, 64, 32, 64, 64, 64, 1)]
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm1d)]
+    for m in norms:  # of data unlike these
+        torch.nn.init.normal_(m.running_mean)
+        m.running_var.copy_(torch.rand(m.num_features) + 0.5)
+    model[0][1].after.requires_grad_(False)  # a frozen layer keeps what it knows
+    assert norms_of(model) == (norms[0], norms[1], norms[2])
+    old = {n: t.clone() for n, t in model.named_buffers()}
+
+    def moments() -> list[tuple[Tensor, Tensor]]:
+        seen: dict[nn.Module, list[Tensor]] = {m: [] for m in norms}
+        hooks = [m.register_forward_pre_hook(lambda m, args: seen[m].append(args[0])) for m in norms]
+        with torch.no_grad():
+            for x, _ in data:
+                model(x)
+        for h in hooks:
+            h.remove()
+        rows = [torch.cat(seen[m]) for m in norms]
+        return [(r.mean(0), r.var(0, correction=0)) for r in rows]
+
+    before = moments()
+    statistics = [(m.running_mean.clone(), m.running_var.clone()) for m in norms]
+    found, _, cases = studied(model, data, tmp_path)
+    damping = {matrix_kind(k): Damping(0.1, 1.0) for k in found.samples}
+    orders = Orders(dict.fromkeys(found.samples, share), damping, 1e4, norms=norms_of(model))
+    reduce_blocks_(model, cases, found.dense, orders)
+    if share == 1:
+        assert all(torch.equal(t, old[n]) for n, t in model.named_buffers())
+        return
+    for i, (m, (mean, var), (mean_now, var_now)) in enumerate(zip(norms, before, moments(), strict=True)):
+        had, had_var = statistics[i]
+        if i == 3:
+            assert torch.equal(m.running_mean, had) and torch.equal(m.running_var, had_var)
+            continue
+        torch.testing.assert_close(m.running_mean, had + mean_now - mean, rtol=1e-4, atol=1e-5)
+        ratio = torch.where(var > 0, var_now / var.clamp_min(1e-30), 1.0)
+        torch.testing.assert_close(m.running_var, had_var * ratio, rtol=1e-4, atol=1e-5)
+        assert float((mean_now - mean).abs().max()) > 1e-3
+
+
+def test_what_a_product_lacks_is_measured_at_the_product() -> None:
+    torch.manual_seed(0)
+    dense, other = Normed().eval(), [Case((torch.randn(5, 6),), {}) for _ in range(4)]
+    block = copy.deepcopy(dense)
+    with torch.no_grad():
+        block.one.weight.mul_(0.5)
+    cases = [Case((torch.randn(5, 6),), {}) for _ in range(4)]
+    calls, whole = ([(c.args, {}) for c in some] for some in (cases, other))
+    block_map = map_of("b", block, calls[0])
+    lacks = lacks_of_product(block, block_map, "b.two.weight", calls, (dense, whole))
+    found = drift_of(block_map.matrices["b.two.weight"], lacks, cases, held={3})
+
+    def read(net: Normed, x: Tensor) -> Tensor:
+        return torch.relu(net.norm(net.one(x)))
+
+    with torch.no_grad():
+        x = [read(block, c.args[0]) for c in cases]
+        r = [dense.two(read(dense, o.args[0])) - block.two(v) for o, v in zip(other, x, strict=True)]
+    x = [torch.cat([v, torch.ones(5, 1)], 1) for v in x]
+    for part, (a, c) in (
+        (slice(0, 3), (found.inputs, found.missing)),
+        (slice(3, 4), (found.held_inputs, found.held_missing)),
+    ):
+        for got, wanted in zip((a, c), sums(torch.cat(x[part]), torch.cat(r[part])), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+class Convolved(nn.Module):
+    """A residual block of a CNN: nothing comes out of it as it went in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.two, self.after = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.after(self.two(torch.relu(self.norm(self.one(x))))))
+
+
+def test_matrices_of_a_cnn_make_up_for_what_their_products_lack(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    blocks = nn.Sequential(*(Convolved() for _ in range(4)))
+    dense = nn.Sequential(blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    data = [(torch.randn(16, 8, 8, 8).cumsum(-1), torch.arange(16) % 5) for _ in range(9)]
+    refresh_batchnorm(dense, data)
+    dense.eval()
+    far = {}
+    for mend in (True, False):
+        model = copy.deepcopy(dense)
+        found, _, cases = studied(model, data[:8], tmp_path / str(mend))
+        damping = {matrix_kind(k): Damping(0.1, 1.0) for k in found.samples}
+        orders = Orders(dict.fromkeys(found.samples, 0.3), damping, 1e4, mend=mend, norms=norms_of(model))
+        reduce_blocks_(model, cases, found.dense, orders)
+        with torch.no_grad():
+            far[mend] = float((model[0](data[8][0]) - dense[0](data[8][0])).square().mean())
+    assert far[True] < 0.9 * far[False]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,9 @@ __all__ = [
     "RegressionPrediction",
     "draw_outputs",
     "draw_parameters",
+    "move_statistics_",
+    "norm_inputs",
+    "norms_of",
     "predict",
     "predict_regression",
     "refresh_batchnorm",
@@ -254,6 +258,65 @@ def _seeded(model: nn.Module, draws: int, generator: torch.Generator | None) -> 
 
 
 @torch.no_grad()
+def norms_of(model: nn.Module) -> tuple[_BatchNorm, ...]:
+    """BatchNorm layers with running statistics, less those inside wholly frozen modules."""
+    frozen = frozen_modules(model)
+    every = (m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats)
+    return tuple(m for m in every if m not in frozen)
+
+
+ChannelMoments = Tensor
+"""Number, sum and sum of squares of what goes into each channel of a layer, float64, ``[3, channels]``."""
+
+
+@torch.no_grad()
+def norm_inputs(norms: Collection[nn.Module], runs: Iterable[Callable[[], object]]) -> dict[nn.Module, ChannelMoments]:
+    """What goes into BatchNorm layers in the course of some runs; layers that none of them reaches are left out.
+
+    Args:
+        norms: the layers.
+        runs: functions that run them, in the mode in which the network is.
+    """
+    found: dict[nn.Module, ChannelMoments] = {}
+
+    def note(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows = args[0].detach().transpose(0, 1).flatten(1).double() if args[0].ndim > 1 else args[0][:, None].double()
+        count = torch.full((len(rows),), float(rows.shape[1]), dtype=torch.float64, device=rows.device)
+        seen = torch.stack([count, rows.sum(1), rows.square().sum(1)])
+        found[norm] = found[norm] + seen if norm in found else seen
+
+    with ExitStack() as stack:
+        for norm in norms:
+            stack.callback(norm.register_forward_pre_hook(note).remove)
+        for run in runs:
+            run()
+    return found
+
+
+@torch.no_grad()
+def move_statistics_(norm: _BatchNorm, before: ChannelMoments, after: ChannelMoments) -> bool:
+    """Move a layer's running mean and variance as far as what goes into it has moved; False where it has not.
+
+        mean + (mean of after - mean of before),    variance x (variance of after / variance of before)
+
+    The data need not be like those of the training, and with nothing changed the layer stays as it is, to the bits.
+    """
+    (mean, var), (new_mean, new_var) = (_mean_and_variance(m) for m in (before, after))
+    shift, ratio = new_mean - mean, (new_var / var.clamp_min(1e-30)).where(var > 0, 1.0)
+    if bool((shift.abs() <= 1e-6 * var.sqrt()).all() and ((ratio - 1).abs() <= 1e-6).all()):
+        return False
+    if norm.running_mean is not None and norm.running_var is not None:
+        norm.running_mean += shift.to(norm.running_mean)
+        norm.running_var *= ratio.to(norm.running_var)
+    return True
+
+
+def _mean_and_variance(moments: ChannelMoments) -> tuple[Tensor, Tensor]:
+    count, total, squares = moments
+    mean = total / count
+    return mean, (squares / count - mean.square()).clamp_min(0.0)
+
+
 def refresh_batchnorm(
     model: nn.Module, loader: Iterable[Any], *, batches: int = 100, batch: ReadBatch | None = None
 ) -> int:
@@ -275,8 +338,7 @@ def refresh_batchnorm(
             those of before.
     """
     check_network(model, values=False)
-    frozen = frozen_modules(model)
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats and m not in frozen]
+    norms = norms_of(model)
     if not norms:
         return 0
     momenta, count = {m: m.momentum for m in norms}, None

@@ -20,10 +20,10 @@ from ockham.choose.prices import Subject, budget_from
 from ockham.core.batch import Batch
 from ockham.core.files import read_json, write_json
 from ockham.core.likelihood import Likelihood
-from ockham.core.network import Ignore, device_of, protected_names, teller, watched
+from ockham.core.network import Ignore, device_of, protected_names, teller, trim, watched
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import DataError, OckhamError, OckhamWarning
-from ockham.fit.predict import refresh_batchnorm
+from ockham.fit.predict import norms_of, refresh_batchnorm
 from ockham.methods.blocks.cases import (
     Case,
     CaseObjective,
@@ -43,7 +43,6 @@ from ockham.methods.blocks.reduction import (
     reduce_blocks_,
     study,
     study_damping,
-    surviving_posterior,
 )
 from ockham.methods.blocks.solve import Damping, NofM
 from ockham.methods.blocks.stop import (
@@ -57,7 +56,14 @@ from ockham.methods.blocks.stop import (
     shot_from,
     shots,
 )
-from ockham.methods.blocks.units import chosen_units, describable, readers_of, refit_units_, unit_curve
+from ockham.methods.blocks.units import (
+    chosen_units,
+    describable,
+    readers_of,
+    refit_units_,
+    surviving_posterior,
+    unit_curve,
+)
 from ockham.report import page
 from ockham.surgery import Plan, shrink, trace
 from ockham.surgery.shrinking import slice_tensor
@@ -165,6 +171,12 @@ def _read_block_(block: nn.Module, folder: Path, j: int) -> None:
     state = block.state_dict()
     for name, value in load_file(folder / f"{j}.safetensors").items():
         state[name].copy_(value)
+
+
+@torch.no_grad()
+def _set_buffers(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    for n, t in model.named_buffers():
+        t.copy_(values[n])
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,6 +330,7 @@ class BlockJob:
 
     def without_weights(self, model: nn.Module, keep: float | NofM | None) -> Removal:
         """Take weights out of a network in place: a share or pattern stays, or (None) what the evidence says."""
+        norms, old = norms_of(model), {n: t.clone() for n, t in model.named_buffers()}
         with self._studied(model, JOBS[1] if keep is not None else JOBS[2], judged=keep is None) as (
             cases,
             found,
@@ -328,7 +341,7 @@ class BlockJob:
             own, held = own_cases(cases)
             judges = [own[i] for i in sorted(held) if found.tried]
             damping, trials = self._damping(model, judges, found, asked, self.settings.rounds)
-            orders = Orders(asked, damping, n_data, self.settings.rounds)
+            orders = Orders(asked, damping, n_data, self.settings.rounds, norms=norms)
             fired: list[Shot] = []
             if keep is None:
                 quick = orders
@@ -341,7 +354,7 @@ class BlockJob:
                 evidence = self._reduced_(model, cases, found, orders, folder / name)
             if self.settings.posterior:
                 self.posterior = surviving_posterior(found, evidence, damping, n_data, self.likelihood, self._kept_in)
-        self._refreshed(model)
+        self._refreshed(model, old if norms else None)
         known = {k for m in found.dense.maps for k in m.matrices} - evidence.keys()
         spared = protected_names(model, self.settings.ignore)
         untouched = tuple(sorted(k for k in known if k.partition("[")[0] not in spared))
@@ -454,6 +467,7 @@ class BlockJob:
                 _write_block(dense.blocks[j], folder, j)
                 own = {k: asdict(evidence[k]) for k in dense.maps[j].matrices if k in evidence}
                 write_json(folder / f"{j}.json", own)
+            trim()
             tell(count, len(dense.blocks))
 
         if done == len(dense.blocks):
@@ -519,18 +533,18 @@ class BlockJob:
         restore(taken)
         return done.get(taken, {}), fired
 
-    def _refreshed(self, model: nn.Module) -> nn.Module:
-        """Statistics of BatchNorm under the weights that are left; the old ones where data that judge prefer those."""
+    def _refreshed(self, model: nn.Module, trained: dict[str, Tensor] | None = None) -> nn.Module:
+        """Statistics of BatchNorm under the weights that are left; older ones where data that judge prefer those."""
         cases, _ = self._data(model)
         loader: Any = [Batch(tuple(c.args), dict(c.kwargs)) for c in cases]
-        old = {n: t.clone() for n, t in model.named_buffers()}
+        sides = [{n: t.clone() for n, t in model.named_buffers()}]
         if not refresh_batchnorm(model, loader, batches=len(loader), batch=lambda case: case):
             return model
-        new, after = {n: t.clone() for n, t in model.named_buffers()}, self.mean_loss(model)
-        for n, t in model.named_buffers():
-            t.copy_(old[n])
-        before = self.mean_loss(model)
-        if before is None or after is None or after < before:
-            for n, t in model.named_buffers():
-                t.copy_(new[n])
+        sides = [{n: t.clone() for n, t in model.named_buffers()}, *sides, *([] if trained is None else [trained])]
+        losses = []
+        for side in sides:
+            _set_buffers(model, side)
+            losses.append(self.mean_loss(model))
+        known = [math.inf if loss is None or math.isnan(loss) else loss for loss in losses]
+        _set_buffers(model, sides[known.index(min(known))])
         return model

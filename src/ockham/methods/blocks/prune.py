@@ -440,7 +440,7 @@ def _compared(source: Path, found: Pruned, windows: Tensor, work: Path) -> dict[
     model, _, _ = _loaded(source)
     for network in (model, found.model):
         map_parameters_(network, work, torch.float32)
-    times = latencies([model, found.model], windows[:1], repeats=5, warmup=1)
+    times = latencies([model, found.model], windows[:1], repeats=3, warmup=1)
     sides = _measured(model, found, windows)
     for side, network, seconds in zip(sides.values(), (model, found.model), times, strict=True):
         parameters = list(network.parameters())

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ockham.core.network import mapped
-from ockham.core.posterior import Gaussian, Posterior
 from ockham.core.processes import Processes
 from ockham.errors import OckhamError
+from ockham.fit.predict import move_statistics_, norm_inputs
 from ockham.methods.blocks.cases import (
     Case,
     CaseObjective,
@@ -59,11 +61,14 @@ from ockham.methods.blocks.stop import (
     DampingProblem,
     DampingTrial,
     Drift,
+    Enough,
     MatrixEvidence,
     chosen_damping,
     cost_sample,
     drift_of,
     freed,
+    lacks_of_branch,
+    lacks_of_product,
     matrix_kind,
     sampled_blocks,
     single_costs,
@@ -78,9 +83,10 @@ __all__ = [
     "inputs_of_stage",
     "loss_of",
     "reduce_blocks_",
+    "renorm_",
+    "seen_by",
     "study",
     "study_damping",
-    "surviving_posterior",
 ]
 
 
@@ -126,6 +132,7 @@ class Orders:
         rounds: rounds of greedy removal; None lets weights come back for others (`solve.sparse_matrix`).
         steps: conjugate gradient steps after a round and after the last.
         mend: True lets the last matrices of a block's branches make up for what the reduced blocks lack (`Drift`).
+        norms: BatchNorm layers whose statistics follow what goes into them.
     """
 
     keep: Mapping[str, float | NofM]
@@ -134,6 +141,7 @@ class Orders:
     rounds: int | None = None
     steps: tuple[int, int] = (3, 8)
     mend: bool = True
+    norms: Sequence[nn.Module] = ()
 
 
 OnBlock = Callable[[int, Mapping[str, MatrixEvidence]], None]
@@ -158,6 +166,9 @@ class DenseAnswers:
         self._levels: Levels = ()  # of the block at hand
         self._silent: list[frozenset[str]] = []  # by level: those of earlier ones, and what says nothing without them
         self._answers: list[list[Tensor | None]] = []  # by level
+        self._twin: tuple[nn.Module, Sequence[BlockCall]] | None = (
+            None  # the dense block, where its products are wanted
+        )
 
     @torch.no_grad()
     def take(self) -> None:
@@ -180,6 +191,7 @@ class DenseAnswers:
         quiet = json.loads(team().told_bytes(json.dumps(quiet).encode()))
         self._quiet.setdefault(look, [frozenset(k[within:] for k in q) for q in quiet])
         self._silent = [s | frozenset(q) for s, q in zip(before, quiet, strict=True)]
+        self._twin = None if self._levels else (copy.deepcopy(block), calls)
         parameters = weights_of(block, block_map.name)
         later = [
             [answer_without(block, parameters, call, self._silent[level]) for call in calls]
@@ -188,13 +200,21 @@ class DenseAnswers:
         self._answers = [[floating_output(a) for a in self._stream.advance(calls)], *later]
 
     def drift(self, key: str, j: int, calls: Sequence[BlockCall]) -> Drift | None:
-        """What a matrix can make up for; None where it is not the last of a residual branch, or no data can judge."""
-        level = next((i for i, keys in enumerate(self._levels) if key in keys), None)
-        if level is None:
-            return None
-        dense, silent = self._answers[level], self._silent[level]
+        """What a matrix can make up for; None where that is nothing, or no data can judge.
+
+        The last matrix of a residual branch makes up for what the block lacks there. In a block in which none is that
+        (BatchNorm or a rectifier is behind them), each makes up for what its own product lacks.
+        """
         block, block_map = self._dense.blocks[j], self._dense.maps[j]
-        return drift_of(block, block_map, key, calls, self._cases, dense=dense, silent=silent, held=self._held)
+        level = next((i for i, keys in enumerate(self._levels) if key in keys), None)
+        if level is not None:
+            dense, silent = self._answers[level], self._silent[level]
+            lacks = lacks_of_branch(block, block_map, key, calls, dense=dense, silent=silent)
+        elif self._twin is not None and block_map.calls[key] == 1 and block_map.matrices[key].groups == 1:
+            lacks = lacks_of_product(block, block_map, key, calls, self._twin)
+        else:
+            return None
+        return drift_of(block_map.matrices[key], lacks, self._cases, self._held)
 
 
 @torch.no_grad()
@@ -223,6 +243,7 @@ def reduce_blocks_(
     processes, every = team(), len(cases)
     cases, held = own_cases(cases)
     stream = Stream(model, cases, dense.blocks)
+    seen = seen_by(orders.norms, [partial(model, *case.args, **case.kwargs) for case in cases])
     whole = DenseAnswers(model, cases, held, dense) if orders.mend and held_out(every) else None
     evidence: dict[str, MatrixEvidence] = {}
     for j, block_map in enumerate(dense.maps):
@@ -242,6 +263,8 @@ def reduce_blocks_(
             for key, owner in zip(wanted, owners, strict=True):
                 if (one := _told(processes, owner, block_map.matrices[key], parameters, found.get(key))) is not None:
                     evidence[key] = replace(one, block=block_map.name)
+            if any(e.kept < 1 for e in evidence.values()):
+                renorm_(dense.blocks[j], seen, calls)
         stream.advance(calls)
         if on_block is not None:
             on_block(j + 1, evidence)
@@ -262,10 +285,6 @@ def _told(
     there, size, *others = processes.told(torch.tensor(facts, dtype=torch.float64), owner).tolist()
     matrix.write(parameters, processes.told(matrix.read(parameters), owner))
     return MatrixEvidence("", int(size), *others) if there else None
-
-
-class _Enough(BaseException):
-    """The inputs that are wanted have been seen."""
 
 
 @torch.no_grad()
@@ -297,9 +316,9 @@ def inputs_of_stage(
                 add_gram_(sums[key], rows)
                 seen += 1
                 if seen == expected:
-                    raise _Enough
+                    raise Enough
 
-        with suppress(_Enough), Using(parameters, lambda use, result: None, before):
+        with suppress(Enough), Using(parameters, lambda use, result: None, before):
             block(*args, **kwargs)
     shapes = {}
     for key in wanted:
@@ -307,6 +326,38 @@ def inputs_of_stage(
         n = matrix.fan_in + (matrix.bias is not None)
         shapes[block_map.source[key]] = (matrix.groups, n, n)
     return {k: symmetric(s) for k, s in team().joined(sums, shapes).items()}
+
+
+Seen = dict[nn.Module, Tensor]
+"""BatchNorm layers in the order of their use to what went into them, `fit.predict.norm_inputs`."""
+
+
+def seen_by(norms: Collection[nn.Module], runs: Sequence[Callable[[], object]]) -> Seen:
+    """What goes into BatchNorm layers, of all processes."""
+    found = norm_inputs(norms, runs)
+    if norms and team().count > 1:
+        empty = {n: torch.zeros(3, cast(Any, n).num_features, dtype=torch.float64) for n in norms}
+        found = {n: team().summed(found.get(n, empty[n])) for n in norms}
+    return {n: t for n, t in found.items() if bool(t[0].any())}
+
+
+def renorm_(block: nn.Module, seen: Seen, calls: Sequence[BlockCall]) -> None:
+    """Move the statistics of a block's BatchNorm layers as far as what goes into them has moved, one after the other.
+
+    Args:
+        block: the block as it is now.
+        seen: what went into the layers when their statistics were right; brought up to date.
+        calls: what the block is called with.
+    """
+    inside = set(block.modules())
+    left = [n for n in seen if n in inside]
+    while left:
+        now = seen_by(left, [partial(block, *args, **kwargs) for args, kwargs in calls])
+        at = next((i for i, n in enumerate(left) if n in now and move_statistics_(cast(Any, n), seen[n], now[n])), None)
+        if at is None:
+            return
+        seen[left[at]] = now[left[at]]
+        left = left[at + 1 :]
 
 
 def _reduced(
@@ -341,58 +392,6 @@ def _reduced(
     kept = 1 - float(gone.float().mean())
     prior = typical_precision(target[..., : gone.shape[-1]])
     return MatrixEvidence(block_map.name, gone.numel(), kept, cost, volume, orders.n_data, prior)
-
-
-@torch.no_grad()
-def surviving_posterior(
-    found: Study,
-    evidence: Mapping[str, MatrixEvidence],
-    damping: Mapping[str, Damping],
-    n_data: float,
-    likelihood: str,
-    folder: Path | None = None,
-) -> Posterior:
-    r"""Gaussian of every weight that stays in the matrices of the blocks, the others at their means.
-
-        P_rj = P0 + n_data h_rj,      h_rj = 1 / ([A'^-1]_jj [G'^-1]_rr) in nats per term
-
-    Args:
-        found: the study of the dense network, whose weights are the reduced ones by now.
-        evidence: evidence of the reduction.
-        damping: kind of matrix to its setting.
-        n_data: terms behind the trained weights.
-        likelihood: name of it.
-        folder: place for files in which it lies (`mapped`); None: it lies in memory, as it does on other devices.
-    """
-
-    def lay(t: Tensor) -> Tensor:
-        return t if folder is None or t.device.type != "cpu" else mapped(t, folder)
-
-    moments: dict[str, Gaussian] = {}
-    for block, block_map in zip(found.dense.blocks, found.dense.maps, strict=True):
-        parameters = weights_of(block, block_map.name)
-        matrices = {k: m for k, m in block_map.matrices.items() if k in found.samples}
-        biases = {m.bias.name for m in matrices.values() if m.bias is not None}
-        held = {m.weight.name for m in matrices.values()} | biases
-        precision = {n: torch.zeros_like(parameters[n], dtype=torch.float32) for n in held}
-        prior = {n: torch.ones_like(p) for n, p in precision.items()}
-        for key, matrix in matrices.items():
-            inputs, outputs = found.dense.inputs(block_map, key), found.dense.outputs(key)
-            weight, scale = matrix.read(parameters), found.dense.scale(block_map, key)
-            worth = quadratic(inputs, outputs, damping.get(matrix_kind(key), DEFAULT_DAMPING)).conditional()
-            unit = (inputs.diagonal(dim1=-2, dim2=-1).mean(-1) * outputs.diagonal(dim1=-2, dim2=-1).mean(-1)) / scale
-            free = weight[..., : weight.shape[-1] - (matrix.bias is not None)]
-            p0 = evidence[key].prior_precision if key in evidence else typical_precision(free)
-            matrix.write(precision, (p0 + n_data * worth * unit[:, None, None]).expand_as(weight))
-            matrix.write(prior, torch.full_like(weight, p0))
-        for name in (n for n in parameters if n in held):
-            mean, known = lay(parameters[name].detach().float().clone()), precision[name] > 0
-            keep = lay(known if name in biases else known & (mean != 0))
-            spread, first = lay(precision.pop(name).masked_fill_(~keep, torch.inf)), prior[name].flatten()[:1]
-            if bool((prior[name] == first).all()):
-                prior[name] = first.clone().expand(mean.numel()).view(mean.shape)  # the memory of one number
-            moments[name] = Gaussian(mean, spread, prior[name], mean.new_zeros(()), keep)
-    return Posterior(moments, float(n_data), 1.0, "Laplace (kronecker, by blocks)", likelihood=likelihood)
 
 
 _ALLOCATION_DAMPING = 0.01

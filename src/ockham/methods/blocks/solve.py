@@ -395,7 +395,7 @@ def loss_increase(change: Tensor, inputs: Tensor, outputs: Tensor, scale: float)
 def sparse_matrix(
     target: Tensor,
     curvature: Quadratic,
-    worth: Tensor,
+    worth: Tensor | None = None,
     *,
     keep: float | NofM,
     bias: bool = False,
@@ -408,7 +408,7 @@ def sparse_matrix(
     Args:
         target: the trained matrix, ``[groups, outputs, inputs]``.
         curvature: curvature of `quadratic`.
-        worth: its `Quadratic.conditional`.
+        worth: its `Quadratic.conditional`, which rounds need; None makes it.
         keep: share of the weights that stays, over the whole matrix, or a pattern along the inputs.
         bias: True where the last column is a bias, which stays.
         rounds: None lets weights that went come back for others (`_swapped`); a number takes them greedily in so many
@@ -422,6 +422,7 @@ def sparse_matrix(
         solved = [_on_support(target, curvature, stays, start, steps[1], top=top) for stays, start in found]
         return min(solved, key=lambda x: float((curvature.apply(x - target) * (x - target)).sum()))
     stays, moved = torch.ones_like(target, dtype=torch.bool), target
+    worth = curvature.conditional() if worth is None else worth
     share = keep.n / keep.m if isinstance(keep, NofM) else keep
     for i in range(1, rounds + 1):
         value = (moved.square() * worth).masked_fill(~stays, -1.0)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,17 @@ from torch import Tensor, nn
 from ockham.errors import OckhamError
 from ockham.methods.blocks.cases import BlockCall, Case, add_gram_, symmetric, team
 from ockham.methods.blocks.curvature import BlockMap, floating_output, rows_of, weights_of
-from ockham.methods.blocks.solve import Damping, NofM, Quadratic, Use, Using, damped, quadratic, sparse_matrix
+from ockham.methods.blocks.solve import (
+    BlockMatrix,
+    Damping,
+    NofM,
+    Quadratic,
+    Use,
+    Using,
+    damped,
+    quadratic,
+    sparse_matrix,
+)
 
 __all__ = [
     "DEFAULT_DAMPING",
@@ -22,6 +33,7 @@ __all__ = [
     "DampingProblem",
     "DampingTrial",
     "Drift",
+    "Enough",
     "MatrixEvidence",
     "Shot",
     "best_shot",
@@ -29,6 +41,8 @@ __all__ = [
     "cost_sample",
     "drift_of",
     "freed",
+    "lacks_of_branch",
+    "lacks_of_product",
     "lowest",
     "matrix_kind",
     "predicted",
@@ -244,33 +258,32 @@ class Drift:
         return found
 
 
+Lack = tuple[Use, Tensor]
+"""A use of a matrix, and what the dense network has there more; of the shape of the matrix's product."""
+
+
 @torch.no_grad()
-def drift_of(
+def lacks_of_branch(
     block: nn.Module,
     block_map: BlockMap,
     key: str,
     calls: Sequence[BlockCall],
-    cases: Sequence[Case],
     *,
     dense: Sequence[Tensor | None],
     silent: Collection[str],
-    held: Collection[int],
-) -> Drift | None:
-    """What a matrix of `writers_of` sees, and what its block lacks, over all cases; None where it is not used.
+) -> Iterator[Lack | None]:
+    """What a block lacks where a matrix of `writers_of` adds to it, call by call; None where it is not used.
 
     Args:
         block: the block as it is now.
         block_map: its matrices.
         key: the matrix.
         calls: what the block is called with.
-        cases: the data.
         dense: what the dense network's block answers without the silent ones.
         silent: matrices whose products are taken for zero.
-        held: cases that judge.
     """
-    parameters, matrix = weights_of(block, block_map.name), block_map.matrices[key]
-    sums: list[list[Tensor]] = [[], []]
-    for i, ((args, kwargs), case) in enumerate(zip(calls, cases, strict=True)):
+    parameters = weights_of(block, block_map.name)
+    for (args, kwargs), wanted in zip(calls, dense, strict=True):
         uses: list[tuple[Use, Tensor]] = []
 
         def note(use: Use, result: Tensor, uses: list[tuple[Use, Tensor]] = uses) -> None:
@@ -279,19 +292,73 @@ def drift_of(
 
         with Using(parameters, note, silent=silent):
             answer = floating_output(block(*args, **kwargs))
-        wanted = dense[i]
         if not uses or answer is None or wanted is None:
+            yield None
+        else:
+            yield uses[0][0], (wanted - answer).reshape(uses[0][1].shape)
+
+
+@torch.no_grad()
+def lacks_of_product(
+    block: nn.Module,
+    block_map: BlockMap,
+    key: str,
+    calls: Sequence[BlockCall],
+    dense: tuple[nn.Module, Sequence[BlockCall]],
+) -> Iterator[Lack | None]:
+    """What a matrix's own product lacks against the dense network's, call by call; None where it is not used.
+
+    Args:
+        block: the block as it is now.
+        block_map: its matrices.
+        key: the matrix.
+        calls: what the block is called with.
+        dense: the block of the dense network, and what that is called with.
+    """
+    for call, wanted in zip(calls, dense[1], strict=True):
+        here = _product(block, block_map.name, key, call)
+        there = _product(dense[0], block_map.name, key, wanted)
+        same = here is not None and there is not None and here[1].shape == there[1].shape
+        yield (here[0], there[1] - here[1]) if here is not None and there is not None and same else None
+
+
+def _product(block: nn.Module, name: str, key: str, call: BlockCall) -> tuple[Use, Tensor] | None:
+    found: list[tuple[Use, Tensor]] = []
+
+    def note(use: Use, result: Tensor) -> None:
+        if use.matrix.key == key:
+            found.append((use, result))
+            raise Enough
+
+    with suppress(Enough), Using(weights_of(block, name), note):
+        block(*call[0], **call[1])
+    return found[0] if found else None
+
+
+@torch.no_grad()
+def drift_of(
+    matrix: BlockMatrix, lacks: Iterable[Lack | None], cases: Sequence[Case], held: Collection[int]
+) -> Drift | None:
+    """What a matrix sees, and what lacks, over all cases; None where it is not used.
+
+    Args:
+        matrix: the matrix.
+        lacks: what lacks in each case.
+        cases: the data.
+        held: cases that judge.
+    """
+    sums: list[list[Tensor]] = [[], []]
+    for i, (lack, case) in enumerate(zip(lacks, cases, strict=True)):
+        if lack is None:
             continue
-        use, result = uses[0]
-        lacks = use.gradients((wanted - answer).reshape(result.shape))
-        rows = rows_of(use, case.mask)[0].float()
-        if case.mask is not None and lacks.shape[1] == case.mask.numel():
-            lacks = lacks[:, case.mask.flatten()]
+        missing, rows = lack[0].gradients(lack[1]), rows_of(lack[0], case.mask)[0].float()
+        if case.mask is not None and missing.shape[1] == case.mask.numel():
+            missing = missing[:, case.mask.flatten()]
         part = sums[i in held]
         if not part:
-            part += [rows.new_zeros(1, rows.shape[1], rows.shape[1]), rows.new_zeros(lacks.shape[2], rows.shape[1])]
+            part += [rows.new_zeros(1, rows.shape[1], rows.shape[1]), rows.new_zeros(missing.shape[2], rows.shape[1])]
         add_gram_(part[0], rows[None])
-        part[1] += lacks[0].float().mT @ rows
+        part[1] += missing[0].float().mT @ rows
     n, rows_ = matrix.fan_in + (matrix.bias is not None), matrix.weights // matrix.fan_in
     mine = {f"{i}{j}": t for i, part in enumerate(sums) for j, t in enumerate(part)}
     shapes = {f"{i}{j}": shape for i in range(2) for j, shape in enumerate([(1, n, n), (rows_, n)])}
@@ -300,6 +367,10 @@ def drift_of(
         return None
     a, c, held_a, held_c = (found[k] for k in shapes)
     return Drift(symmetric(a)[0], c, symmetric(held_a)[0], held_c)
+
+
+class Enough(BaseException):
+    """The inputs that are wanted have been seen."""
 
 
 DEFAULT_DAMPING = Damping(0.05, 0.3)
@@ -391,9 +462,8 @@ def chosen_damping(
         if damping not in found:
             for p in problems:
                 curvature = quadratic(*p.factors(), damping)
-                worth = curvature.conditional()
                 small = sparse_matrix(
-                    p.weight, curvature, worth, keep=keep, bias=p.bias, rounds=quick, swaps=_QUICK_SWAPS, steps=_QUICK
+                    p.weight, curvature, keep=keep, bias=p.bias, rounds=quick, swaps=_QUICK_SWAPS, steps=_QUICK
                 )
                 p.write(small)
             found[damping] = DampingTrial(kind, damping, distance())
