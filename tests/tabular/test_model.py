@@ -24,7 +24,7 @@ from ockham.tabular.model import Model, Table, which_inputs
 from ockham.tabular.network import Net
 
 
-def net_of(inputs, hidden, outputs, seed=0, share=0.6):
+def net_of(inputs, hidden, outputs, seed=0, share=0.6, pairs=()):
     g = torch.Generator().manual_seed(seed)
     keep, before, smooth = {}, inputs, []
     for i, units in enumerate(hidden):
@@ -32,9 +32,11 @@ def net_of(inputs, hidden, outputs, seed=0, share=0.6):
         smooth.append(torch.rand(units, generator=g) < 0.5)
         before = units
     keep |= {"out.weight": (outputs, before if hidden else 0), "out.bias": (outputs,), "skip.weight": (outputs, inputs)}
+    if pairs:
+        keep["pair.weight"] = (outputs, len(pairs))
     masks = {n: torch.rand(shape, generator=g) < share for n, shape in keep.items()}
     masks["out.bias"][:] = True
-    return Net(masks, tuple(smooth))
+    return Net(masks, tuple(smooth), pairs)
 
 
 def plain(net, vector, x):
@@ -49,16 +51,20 @@ def plain(net, vector, x):
         z = h @ dense[f"hidden.{i}.weight"].T + dense[f"hidden.{i}.bias"]
         h = torch.where(smooth, z.tanh(), z.relu())
     out = x @ dense["skip.weight"].T + dense["out.bias"]
+    for i, (a, b) in enumerate(net.pairs):
+        out = out + (x[:, a].clamp(-4, 4) * x[:, b].clamp(-4, 4)).unsqueeze(1) * dense["pair.weight"][:, i]
     return out + h @ dense["out.weight"].T if net.smooth else out
 
 
 @pytest.mark.parametrize("hidden", [(6,), (5, 4), ()])
 @pytest.mark.parametrize("outputs", [1, 3])
-def test_outputs_and_derivatives_are_those_of_the_network(hidden, outputs):
-    net = net_of(4, hidden, outputs)
+@pytest.mark.parametrize("pairs", [(), ((0, 2), (1, 3), (2, 3))])
+def test_outputs_and_derivatives_are_those_of_the_network(hidden, outputs, pairs):
+    net = net_of(4, hidden, outputs, pairs=pairs)
     g = torch.Generator().manual_seed(1)
     vectors = torch.randn(2, len(net), generator=g, dtype=torch.float64)
     x = torch.randn(7, 4, generator=g, dtype=torch.float64)
+    x[0, 2] = 9.0
     done = net.run(vectors, x)
     for c in range(2):
         torch.testing.assert_close(done.output[c], plain(net, vectors[c], x))
@@ -70,21 +76,25 @@ def test_outputs_and_derivatives_are_those_of_the_network(hidden, outputs):
         torch.testing.assert_close(net.pullback(done, slope, x)[c], expected)
 
 
-def test_what_reads_an_input_is_counted():
-    net = net_of(5, (4,), 1)
+@pytest.mark.parametrize("pairs", [(), ((0, 2), (1, 3), (2, 3))])
+def test_what_reads_an_input_is_counted(pairs):
+    net = net_of(5, (4,), 1, pairs=pairs)
     expected = net.keep["hidden.0.weight"].sum(0) + net.keep["skip.weight"].sum(0)
+    for pair, lives in zip(pairs, net.keep["pair.weight"][0] if pairs else (), strict=True):
+        expected[list(pair)] += lives
     torch.testing.assert_close(net.used(), expected)
     for j in range(5):
-        assert int((net.reads == j).sum()) == int(expected[j])
+        assert int((net.reads == j).any(1).sum()) == int(expected[j])
 
 
 @pytest.mark.parametrize("hidden", [(6,), (6, 5)])
-def test_without_weights_the_rest_computes_the_same(hidden):
+@pytest.mark.parametrize("pairs", [(), ((0, 1),), ((0, 2), (1, 3), (2, 3))])
+def test_without_weights_the_rest_computes_the_same(hidden, pairs):
     """What is removed beside the asked-for weights is on no path, or a constant."""
-    net = net_of(4, hidden, 2, seed=3)
+    net = net_of(4, hidden, 2, seed=3, pairs=pairs)
     vector = torch.randn(len(net), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     gone = torch.zeros(len(net), dtype=torch.bool)
-    gone[net.reads == 1] = True
+    gone[(net.reads == 1).any(1)] = True
     smaller, stays = net.without(gone)
     assert not bool(gone[stays].any()) and int(smaller.used()[1]) == 0 and len(stays) == len(smaller)
     g = torch.Generator().manual_seed(4)
@@ -95,6 +105,18 @@ def test_without_weights_the_rest_computes_the_same(hidden):
     for i, s in enumerate(smaller.smooth):
         assert bool(smaller.keep[f"hidden.{i}.weight"].any(1).all()) and len(s) == smaller.units[i]
     assert bool(smaller.keep["out.weight"].any(0).all())
+    assert not any(1 in pair for pair in smaller.pairs) and ("pair.weight" in smaller.keep) == bool(smaller.pairs)
+
+
+def test_products_come_with_weights_of_zero_and_what_was_there_stays():
+    net = net_of(4, (5,), 2, pairs=((0, 1),))
+    vector = torch.randn(len(net), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    x = torch.randn(9, 4, dtype=torch.float64)
+    bigger, weights = net.paired(vector, [(1, 3), (0, 2)])
+    torch.testing.assert_close(plain(bigger, weights, x), plain(net, vector, x))
+    assert bigger.pairs == ((0, 1), (1, 3), (0, 2)) and len(bigger) == len(net) + 4
+    first, _ = net_of(4, (), 1).paired(vector[:0].new_zeros(len(net_of(4, (), 1))), [(2, 3)])
+    assert first.pairs == ((2, 3),)
 
 
 @pytest.mark.parametrize("depth", [1, 2])

@@ -21,7 +21,10 @@ from ockham.tabular.inclusion import (
     grow,
     inclusion_of,
     input_removals,
+    likely_products,
+    product_factors,
     search,
+    with_products,
     without_inputs,
 )
 from ockham.tabular.likelihoods import Classes, GaussianNoise
@@ -245,3 +248,62 @@ def test_correlated_inputs_that_do_nothing_do_not_all_stay():
     y = 2 * x[:, 3] - 1.5 * x[:, 7] + 0.7 * g.normal(size=200)
     model = SparseBNNRegressor(n_restarts=1, hidden_layer_sizes=(8,), n_draws=1, random_state=0).fit(x, y)
     assert (model.inclusion_ > 0.5).nonzero()[0].tolist() == [3, 7]
+
+
+@pytest.mark.parametrize("size", [0.0, 0.05, 0.5])
+def test_a_product_is_weighed_as_the_exact_evidence_weighs_it(size):
+    """On a grid a product is orthogonal to what is there, so that its promise is a difference of evidences."""
+    g = torch.Generator().manual_seed(9)
+    line = torch.linspace(-1.5, 1.5, 11, dtype=torch.float64)
+    x = torch.cartesian_prod(line, line)
+    y = x[:, 0] + size * x[:, 0] * x[:, 1] + 0.3 * torch.randn(121, generator=g, dtype=torch.float64)
+    state = linear(x, y)
+    sigma = math.exp(float(state.vector[-1]))
+
+    def exact(*more):
+        design = torch.stack([torch.ones(121, dtype=torch.float64), x[:, 0], x[:, 1], *more], 1)
+        covariance = sigma**2 * torch.eye(121, dtype=torch.float64) + design @ design.T
+        return float(torch.distributions.MultivariateNormal(torch.zeros(121).double(), covariance).log_prob(y))
+
+    inputs, promised = product_factors(state, 0)
+    assert inputs.tolist() == [0, 1]
+    assert float(promised[0, 1]) == pytest.approx(exact(x[:, 0] * x[:, 1]) - exact(), abs=2e-3)
+    assert likely_products(state, 0) == ([(0, 1)] if float(promised[0, 1]) > -3 else [])
+
+
+def test_products_come_where_inputs_act_together_and_not_where_they_add():
+    x, g = columns(10, 200, 5)
+    noise = 0.2 * torch.randn(200, generator=g, dtype=torch.float64)
+    effort = Effort(1, 400, g, 1.0, lambda s: None)
+    start = linear_start(torch.cat([x[:, :4]], 1), x[:, 0] * x[:, 2] + noise)
+    found = search(start, 0, 4, effort).model.nets[0]
+    assert (
+        found.pairs == ((0, 2),) and found.units == (0,) and (found.used() > 0).tolist() == [True, False, True, False]
+    )
+    added = search(linear_start(x[:, :4], x[:, 0] - x[:, 2] + noise), 0, 4, effort).model.nets[0]
+    assert added.pairs == () and (added.used() > 0).tolist() == [True, False, True, False]
+
+
+def test_products_are_looked_for_among_what_does_most_where_columns_are_many():
+    x, g = columns(11, 300, 600)
+    y = x[:, 5] + x[:, 590] + 1.5 * x[:, 5] * x[:, 590] + 0.3 * torch.randn(300, generator=g, dtype=torch.float64)
+    state = linear(x, y, sigma=1.5, mask=[j in (5, 590) for j in range(600)])
+    inputs, promised = product_factors(state, 0)
+    assert len(inputs) <= 402 and {5, 590}.issubset(inputs.tolist()) and promised.shape == (len(inputs),) * 2
+    assert likely_products(state, 0)[0] == (5, 590)
+
+
+def test_what_stands_in_for_an_input_stands_in_for_it_in_products_too():
+    x, g = columns(12, 200, 3)
+    x[:, 2] = x[:, 0] + 0.05 * x[:, 2]
+    y = x[:, 1] + x[:, 0] * x[:, 1] + 0.2 * torch.randn(200, generator=g, dtype=torch.float64)
+    wrong = decide(*_with_product(linear(x, y, mask=[False, True, False]), (1, 2)), 20)
+    assert wrong.model.nets[0].pairs == ((1, 2),)
+    state, found = believed(wrong, 0, torch.Generator().manual_seed(0))
+    assert state.model.nets[0].pairs == ((1, 0),) and state.evidence > wrong.evidence
+    assert float(found[1]) > 0.99 and float(found[0]) > 0.5 and float(found[2]) < 0.5
+
+
+def _with_product(state, pair):
+    grown = with_products(state, 0, [pair])
+    return grown.model, grown.vector

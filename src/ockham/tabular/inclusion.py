@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ockham.errors import NonFiniteLossError
 from ockham.tabular.model import Model, which_inputs
+from ockham.tabular.network import REACH, matched_units, random_units
 
 __all__ = [
     "Effort",
@@ -23,6 +24,7 @@ __all__ = [
     "inclusion_of",
     "input_removals",
     "search",
+    "with_products",
     "without_inputs",
 ]
 
@@ -46,7 +48,7 @@ def believed(state: State, t: int, generator: torch.Generator) -> tuple[State, T
         State, and probabilities [p] of the inputs by `inclusion` among its neighbours.
     """
     for _ in range(_ROUNDS):
-        removed, swapped = _neighbours(state, t)
+        removed, swapped, guessed = _neighbours(state, t, generator)
         best = max([*removed.values(), *swapped.values()], key=lambda s: s.evidence, default=state)
         if best.evidence <= state.evidence:
             break
@@ -54,7 +56,7 @@ def believed(state: State, t: int, generator: torch.Generator) -> tuple[State, T
     return state, inclusion_of(
         state.evidence,
         {j: s.evidence for j, s in removed.items()},
-        {pair: s.evidence for pair, s in swapped.items()},
+        guessed | {pair: s.evidence for pair, s in swapped.items()},
         (state.model.nets[t].used() > 0),
         _additions(state, t, generator),
     )
@@ -88,32 +90,58 @@ def inclusion_of(
     return torch.sigmoid(log_odds)
 
 
-def _neighbours(state: State, t: int) -> tuple[dict[int, State], dict[tuple[int, int], State]]:
-    """Models without an input, and with a correlated one in its place, as far as they are not out of the question."""
-    net, begin, x = state.model.nets[t], state.model.starts[t], state.model.table.x
+Swaps = dict[tuple[int, int], float]
+"""Evidence, nats, with the second input of a pair in the place of the first."""
+
+
+def _neighbours(
+    state: State, t: int, generator: torch.Generator
+) -> tuple[dict[int, State], dict[tuple[int, int], State], Swaps]:
+    """Models without an input, and with a correlated one in its place, as far as they are not out of the question.
+
+    Of all that are correlated with an input the likeliest take its place in earnest; what the others would bring is
+    told from the model without it, as far from the truth as it is of the likeliest.
+    """
+    net, x = state.model.nets[t], state.model.table.x
     used = (net.used() > 0).nonzero()[:, 0].tolist()
     removals = dict(zip(used, input_removals(state, t), strict=True)) if used else {}
     removed = {j: without_inputs(state, t, [r]) for j, r in removals.items() if r.score > _SURE}
-    swapped = {}
-    if len(x) * len(state.vector) ** 2 <= _MOST_WORK:
-        rows = x[:_ROWS]
-        alike = torch.corrcoef(rows.T).nan_to_num() if x.shape[1] > 1 else torch.ones(1, 1)
-        free = [k for k in range(x.shape[1]) if k not in used]
-        for j in used:
-            close = sorted(free, key=lambda k: -abs(float(alike[j, k])))[:_STANDINS]
-            for k in close:
-                if abs(float(alike[j, k])) <= _LIKE:
-                    continue
-                dense = net.tensors(state.vector[None, begin : begin + len(net)])
-                keep = {name: mask.clone() for name, mask in net.keep.items()}
-                for name in net.readers:  # what reads j reads k instead
-                    dense[name][0, :, k], keep[name][:, k] = dense[name][0, :, j] * alike[j, k], keep[name][:, j]
-                    keep[name][:, j] = False
-                other = replace(net, keep=keep)
-                weights = torch.cat([dense[n][0].flatten()[c] for n, c in other.cells.items()])
-                vector = torch.cat([state.vector[:begin], weights, state.vector[begin + len(net) :]])
-                swapped[j, k] = decide(state.model.with_net(t, other), vector, 10, state.steps, learn=0)
-    return removed, swapped
+    swapped: dict[tuple[int, int], State] = {}
+    guessed: Swaps = {}
+    if len(x) * len(state.vector) ** 2 > _MOST_WORK or x.shape[1] == 1:
+        return removed, swapped, guessed
+    alike = torch.corrcoef(x[:_ROWS].T).nan_to_num()
+    free = net.used() == 0
+    for j in used:
+        rivals = ((alike[j].abs() > _LIKE) & free).nonzero()[:, 0]
+        if not len(rivals):
+            continue
+        without = removed[j] if j in removed else without_inputs(state, t, [removals[j]])
+        worth = without.evidence + _additions(without, t, generator)[rivals]
+        order = worth.argsort(descending=True)
+        found = [(int(rivals[i]), float(worth[i])) for i in order]
+        for k, _ in found[:_STANDINS]:
+            swapped[j, k] = _swapped(state, t, j, k, float(alike[j, k]))
+        off = max(0.0, *(swapped[j, k].evidence - said for k, said in found[:_STANDINS]))
+        guessed |= {(j, k): said + off for k, said in found[_STANDINS:]}
+    return removed, swapped, guessed
+
+
+def _swapped(state: State, t: int, j: int, k: int, scale: float) -> State:
+    """The model in which what reads input j reads k instead, at a mode."""
+    net, begin = state.model.nets[t], state.model.starts[t]
+    dense = net.tensors(state.vector[None, begin : begin + len(net)])
+    keep = {name: mask.clone() for name, mask in net.keep.items()}
+    for name in net.readers:
+        dense[name][0, :, k], keep[name][:, k] = dense[name][0, :, j] * scale, keep[name][:, j]
+        keep[name][:, j] = False
+    for i, pair in enumerate(net.pairs):
+        dense["pair.weight"][0, :, i] *= scale ** pair.count(j)
+    pairs = tuple((k if a == j else a, k if b == j else b) for a, b in net.pairs)
+    other = replace(net, keep=keep, pairs=pairs)
+    weights = torch.cat([dense[n][0].flatten()[c] for n, c in other.cells.items()])
+    vector = torch.cat([state.vector[:begin], weights, state.vector[begin + len(net) :]])
+    return decide(state.model.with_net(t, other), vector, 10, state.steps, learn=0)
 
 
 def _additions(state: State, t: int, generator: torch.Generator) -> Tensor:
@@ -122,7 +150,7 @@ def _additions(state: State, t: int, generator: torch.Generator) -> Tensor:
         ln BF = 1/2 a^2 / (g + p) - 1/2 ln(1 + g / p),    a = sum_i wanted_i f(x_i),    g = sum_i weight_i f(x_i)^2
 
     of a form f in the best output, the input itself or a unit that reads it alone, less what the living weights can do
-    in its place, with the prior precision p of a direct weight.
+    in its place, with the prior precision p of a direct weight; and the sum over products with another input.
     """
     model, net = state.model, state.model.nets[t]
     begin, end = model.starts[t], model.starts[t] + len(net)
@@ -152,14 +180,26 @@ def _additions(state: State, t: int, generator: torch.Generator) -> Tensor:
         left = (size[k] - torch.linalg.solve_triangular(root, across[k], upper=False).square().sum(0)).clamp_min(0.0)
         log_factors.append(0.5 * along[k].square() / (left + prior) - 0.5 * (1 + left / prior).log())
     factors = torch.stack(log_factors).amax(0).view(bends + 1, len(free))
-    count, slots = int(used.sum()), net.inputs + model.left_out
-    odds = which_inputs(count + 1, slots) - which_inputs(count, slots)
+    count, every = int(used.sum()), net.inputs + model.left_out
+    odds = which_inputs(count + 1, every) - which_inputs(count, every)
     found = torch.zeros(net.inputs, dtype=torch.float64)
     linear = factors[0]
     if bends:  # a priori an input that bends something is a quarter of those that do anything
         bent = factors[1:].logsumexp(0) - math.log(bends)
         linear = torch.logaddexp(linear + math.log(0.75), bent + math.log(0.25))
     found[free] = linear + odds
+    if net.inputs > 1:  # or as a factor of a product with one that is used, or with another that is not
+        some, factors = product_factors(state, t)
+        partner = used[some]
+        two = which_inputs(count + 2, every) - which_inputs(count, every)
+        slots = [
+            outputs * c * (c - 1) // 2 for c in (count + 1, count + 2)
+        ]  # for weights of products, how many uniform
+        price = torch.where(partner, odds - math.log1p(slots[0]), two - math.log1p(slots[1]))
+        together = factors + price
+        together.fill_diagonal_(-torch.inf)
+        worth = together.logsumexp(1)
+        found[some] = torch.where(partner, found[some], torch.logaddexp(found[some], worth))
     return found
 
 
@@ -177,6 +217,8 @@ _TOLERANCE, _ROUGH = 0.01, 0.05  # nats: of a mode, and of a mode on trial
 _TRIAL_STEPS, _GROWTH_STEPS = 6, 8
 _MARGIN, _MARGIN_PER_ROW = 0.5, 2e-4  # nats: what more units must bring
 _RANDOM_UNITS = 200
+_PAIRS, _PAIRED = 8, 400  # products that come at once; inputs among which they are looked for
+_UNSURE = 3.0  # nats below zero from which nobody tries a product
 _REFUSALS = 3
 _FIRST_UNITS = 4
 _ROWS = 4096
@@ -276,9 +318,16 @@ class Effort:
 
 def search(state: State, t: int, most: int, effort: Effort) -> State:
     """Add units to a network (at most so many in its last hidden layer) and prune, as long as the evidence rises."""
-    state, failed = drop_idle(state, (t,)), 0
+    state, failed, looked = drop_idle(state, (t,)), 0, False
     effort.on_state(state)
     while failed < effort.patience and state.steps < effort.steps:
+        if not looked and (pairs := likely_products(state, t)):
+            trial = drop_idle(with_products(state, t, pairs), (t,))
+            looked = trial.evidence <= state.evidence + _MARGIN + _MARGIN_PER_ROW * len(trial.model.table.x)
+            state = replace(state, steps=trial.steps) if looked else trial
+            effort.on_state(state)
+            continue
+        looked = True
         net = state.model.nets[t]
         units = net.units[-1] if net.smooth else most
         more = min(max(1, max(_FIRST_UNITS, units // 3) >> failed), most - units)
@@ -287,6 +336,7 @@ def search(state: State, t: int, most: int, effort: Effort) -> State:
         trial = drop_idle(grow(state, t, more, effort.generator, effort.smooth), (t,))
         better = trial.evidence > state.evidence + _MARGIN + _MARGIN_PER_ROW * len(trial.model.table.x)
         state, failed = (trial, 0) if better else (replace(state, steps=trial.steps), failed + 1)
+        looked = looked and not better
         effort.on_state(state)
     return state
 
@@ -370,7 +420,7 @@ def _weights(state: State, t: int) -> list[_Removal]:
     net, found = state.model.nets[t], []
     active = int((net.used() > 0).sum())
     for i in range(max(1, len(net.smooth))):
-        names = [f"hidden.{i}.weight", f"hidden.{i}.bias", *([] if i else ["skip.weight"])]
+        names = [f"hidden.{i}.weight", f"hidden.{i}.bias", *([] if i else ["skip.weight", "pair.weight"])]
         block = _Block.of(state, t, [*names, "out.bias"])
         variance = block.covariance.diagonal()
         score = -0.5 * ((block.prior * variance).log() + block.mean.square() / variance)
@@ -380,6 +430,8 @@ def _weights(state: State, t: int) -> list[_Removal]:
             span = net.spans[name]
             living = span.stop - span.start
             slots = len(net.keep[name]) * active if name in net.readers else net.keep[name].numel()
+            if name == "pair.weight":
+                slots = len(net.keep[name]) * active * (active - 1) // 2
             here = (block.free >= span.start) & (block.free < span.stop)
             score[here] += math.log((slots - living + 1) / max(1, living))
         ends = (block.free >= net.spans["out.bias"].start) & (block.free < net.spans["out.bias"].stop)
@@ -392,10 +444,10 @@ def _weights(state: State, t: int) -> list[_Removal]:
 def input_removals(state: State, t: int) -> list[_Removal]:
     """All weights that read one input, of each input that is used, ascending."""
     net = state.model.nets[t]
-    block = _Block.of(state, t, ["hidden.0.weight", "hidden.0.bias", "skip.weight", "out.bias"])
+    block = _Block.of(state, t, ["hidden.0.weight", "hidden.0.bias", "skip.weight", "pair.weight", "out.bias"])
     reads = net.reads[block.free]
     inputs = (net.used() > 0).nonzero()[:, 0].tolist()
-    return [block.removal((reads == j).nonzero()[:, 0]) for j in inputs]
+    return [block.removal((reads == j).any(1).nonzero()[:, 0]) for j in inputs]
 
 
 def _units(state: State, t: int) -> list[_Removal]:
@@ -403,7 +455,7 @@ def _units(state: State, t: int) -> list[_Removal]:
     net, begin = state.model.nets[t], state.model.starts[t]
     if not net.smooth or not net.units[-1]:
         return []
-    block = _Block.of(state, t, ["out.weight", "skip.weight", "out.bias"])
+    block = _Block.of(state, t, ["out.weight", "skip.weight", "pair.weight", "out.bias"])
     prior = state.model.prior[1][begin : begin + len(net)]
     weight, bias = f"hidden.{len(net.smooth) - 1}.weight", f"hidden.{len(net.smooth) - 1}.bias"
     of_weight, of_bias = net.cells[weight] // net.keep[weight].shape[1], net.cells[bias]
@@ -442,12 +494,12 @@ def grow(state: State, t: int, units: int, generator: torch.Generator, kinds: fl
         if i:
             below = torch.cat([*(r[0] for r in done.read[i : i + 1]), wider], 1)
         likely = net.used() > 0 if i == 0 else torch.ones(below.shape[1], dtype=torch.bool)
-        new = _random_units(below, likely, _RANDOM_UNITS if last else units, table.weight, generator, kinds)
+        new = random_units(below, likely, _RANDOM_UNITS if last else units, table.weight, generator, kinds)
         z = below @ new["weight"].T + new["bias"]
         wider = torch.where(new["smooth"], torch.tanh(z), z.clamp_min(0))
         if last:
             basis = [table.x, *(r[0] for r in done.read[i + 1 :])]
-            picked = _matched(
+            picked = matched_units(
                 wider, torch.cat([torch.ones_like(weight).unsqueeze(1), *basis], 1), weight, wanted, units
             )
             new = {name: value[picked] for name, value in new.items()}
@@ -466,7 +518,7 @@ def _solved(model: Model, vector: Tensor, t: int) -> Tensor:
     """The vector with output weights of a network at their minimum, the hidden layers as they are."""
     net, here = model.nets[t], model.passed(vector)
     slope, metric = model.expand(here)
-    spans = (net.spans[n] for n in ("out.weight", "out.bias", "skip.weight"))
+    spans = (net.spans[n] for n in ("out.weight", "out.bias", "skip.weight", "pair.weight") if n in net.spans)
     free = model.starts[t] + torch.cat([torch.arange(s.start, s.stop) for s in spans])
     step = torch.zeros_like(vector)
     step[free] = -torch.linalg.solve(metric[free][:, free], slope[free])
@@ -477,47 +529,55 @@ def _solved(model: Model, vector: Tensor, t: int) -> Tensor:
     return vector
 
 
-def _random_units(
-    below: Tensor, likely: Tensor, count: int, weight: Tensor, generator: torch.Generator, kinds: float
-) -> dict[str, Tensor]:
-    """Weights, biases and kinds of units that bend at rows of the data.
+def product_factors(state: State, t: int) -> tuple[Tensor, Tensor]:
+    r"""Evidence for the product of two inputs in a network, nats, without the price of choosing it.
 
-    They read one, two, three or many columns; three in four read only those that are likely to matter.
+        ln BF = 1/2 a^2 / (g + p) - 1/2 ln(1 + g / p),   a = sum_i wanted_i z_i,   g = sum_i weight_i z_i^2
+
+    of a product z less its mean, with the prior precision p of its weight, in the best output.
+
+    Returns:
+        Inputs [m]: all of them or, of many, those that do most by themselves; and ln BF [m, m].
     """
-    p = below.shape[1]
-    reads = torch.tensor([1, 2, 3, p])[torch.randint(4, (count,), generator=generator)].clamp(max=p)
-    rank = torch.rand(count, p, generator=generator)
-    if bool(likely.any()):
-        narrow = torch.rand(count, 1, generator=generator) < 0.75
-        rank = torch.where(narrow & ~likely, rank + 1, rank)
-        reads = torch.where(narrow[:, 0], reads.clamp(max=int(likely.sum())), reads)
-    order = rank.argsort(1).argsort(1)
-    direction = torch.randn(count, p, generator=generator, dtype=below.dtype) * (order < reads.unsqueeze(1))
-    scale = torch.exp2(torch.randint(-1, 2, (count, 1), generator=generator).to(below.dtype))
-    direction = direction * scale / direction.norm(dim=1, keepdim=True).clamp_min(1e-9)
-    at = below[torch.multinomial(weight, count, replacement=True, generator=generator)]
-    smooth = torch.rand(count, generator=generator) < kinds
-    return {"weight": direction, "bias": -(direction * at).sum(1), "smooth": smooth}
+    model, net, table = state.model, state.model.nets[t], state.model.table.rows(slice(0, _ROWS))
+    x, (n, p) = table.x.clamp(-REACH, REACH), table.x.shape
+    information, wanted = model.pseudo_residuals(state.vector, table, t)
+    some = torch.arange(p)
+    if p > _PAIRED:
+        forms = torch.cat([x, x.square() - x.square().mean(0)], 1)
+        alone = (wanted.T @ forms).square().sum(0).view(2, p).amax(0)
+        some = torch.cat([(net.used() > 0).nonzero()[:, 0], alone.topk(_PAIRED).indices]).unique()
+        x = x[:, some]
+    mean, squares, scale = x.T @ x / n, x.square(), len(model.table.x) / n
+    best = torch.full_like(mean, -torch.inf)
+    prior = model.precision[t].get("pair.weight", 1 / model.slab(t))
+    for k in range(wanted.shape[1]):
+        weight, pull = information[:, k, k], wanted[:, k]
+        size = squares.T @ (squares * weight.unsqueeze(1)) + mean.square() * weight.sum()
+        size = scale * (size - 2 * mean * (x.T @ (x * weight.unsqueeze(1)))).clamp_min(0.0)
+        along = scale * (x.T @ (x * pull.unsqueeze(1)) - mean * pull.sum())
+        best = torch.maximum(best, 0.5 * along.square() / (size + prior) - 0.5 * (size / prior).log1p())
+    return some, best
 
 
-def _matched(units: Tensor, basis: Tensor, weight: Tensor, wanted: Tensor, count: int) -> Tensor:
-    """Indices of units [n, M] that explain most of what is wanted [n, K], one after the other, beyond a basis."""
-    eye = torch.eye(basis.shape[1], dtype=basis.dtype)
-    root = torch.linalg.cholesky(basis.T @ (basis * weight.unsqueeze(1)) + eye)
-    cross = torch.linalg.solve_triangular(root, (basis * weight.unsqueeze(1)).T @ units, upper=False)
-    gram = (units * weight.unsqueeze(1)).T @ units
-    size = gram.diagonal().clone()
-    gram = gram - cross.T @ cross
-    aim = units.T @ wanted - cross.T @ torch.linalg.solve_triangular(root, basis.T @ wanted, upper=False)
-    picked: list[int] = []
-    for _ in range(count):
-        own = gram.diagonal()
-        gain = aim.square().sum(1) / (own.clamp_min(0) + 1)
-        gain[own < 1e-3 * size] = -1.0
-        gain[picked] = -2.0
-        best = int(gain.argmax())
-        picked.append(best)
-        column = gram[:, best] / own[best].clamp_min(1e-9)
-        aim = aim - torch.outer(column, aim[best])
-        gram = gram - torch.outer(column, gram[best])
-    return torch.tensor(picked)
+def likely_products(state: State, t: int) -> list[tuple[int, int]]:
+    """Pairs of inputs whose product might bring evidence, the choice among all pairs paid for: a few, best first."""
+    net = state.model.nets[t]
+    if net.inputs < 2:
+        return []
+    some, factors = product_factors(state, t)
+    rows, columns = torch.triu_indices(len(some), len(some), 1)
+    worth = factors[rows, columns] - math.log(net.inputs * (net.inputs - 1) / 2)
+    order = worth.argsort(descending=True)[: _PAIRS + len(net.pairs)]
+    found = [(int(some[rows[i]]), int(some[columns[i]])) for i in order if float(worth[i]) > -_UNSURE]
+    return [pair for pair in found if pair not in net.pairs and pair[::-1] not in net.pairs][:_PAIRS]
+
+
+def with_products(state: State, t: int, pairs: list[tuple[int, int]]) -> State:
+    """The model with products of inputs in it, at a mode; not yet pruned."""
+    begin, end = state.model.starts[t], state.model.starts[t + 1]
+    net, weights = state.model.nets[t].paired(state.vector[begin:end], pairs)
+    vector = torch.cat([state.vector[:begin], weights, state.vector[end:]])
+    own = {"pair.weight": 1 / state.model.slab(t), **state.model.precision[t]}
+    precision = (*state.model.precision[:t], own, *state.model.precision[t + 1 :])
+    return decide(replace(state.model.with_net(t, net), precision=precision), vector, _GROWTH_STEPS, state.steps)

@@ -210,17 +210,20 @@ class Model:
             found += _UNIT * sum(net.units)
             for name, mask in net.keep.items():
                 living = int(mask.sum())
-                if name in net.readers:
+                if name == "pair.weight":
+                    found += _uniform(living, len(mask) * active * (active - 1) // 2)
+                elif name in net.readers:
                     found += _uniform(living, len(mask) * active)
                 elif name != "out.bias":
                     found += _uniform(living, mask.numel())
                 if name != "out.bias":  # density of the slab variance by its posterior's width in ln v, about 0 where
-                    scaled = _SHAPE * self._slab(t) * self.precision[t][name]  # none live
+                    scaled = _SHAPE * self.slab(t) * self.precision[t][name]  # none live
                     found += _SHAPE * math.log(scaled) - math.lgamma(_SHAPE) - scaled
                     found += 0.5 * math.log(2 * math.pi / (_SHAPE + 0.5 * living))
         return found
 
-    def _slab(self, t: int) -> float:
+    def slab(self, t: int) -> float:
+        """Centre of the prior of a network's slab variances."""
         return _SLAB_OF_SCALE * self.slab_variance if t else self.slab_variance
 
     def learned(self, vector: Tensor, variance: Tensor) -> Model:
@@ -231,7 +234,7 @@ class Model:
             own = {}
             for name, span in net.spans.items():
                 part = second[begin + span.start : begin + span.stop]
-                own[name] = (_SHAPE + 0.5 * len(part)) / (_SHAPE * self._slab(t) + 0.5 * float(part.sum()))
+                own[name] = (_SHAPE + 0.5 * len(part)) / (_SHAPE * self.slab(t) + 0.5 * float(part.sum()))
             found.append(own)
         return replace(self, precision=tuple(found))
 

@@ -1,7 +1,7 @@
 """Sparse networks as values: which weights live, and in closed form their outputs, gradients and Jacobians.
 
-Hidden layers of units that are either rectifiers or hyperbolic tangents, and a linear map from the inputs straight to
-the outputs. Only living weights are numbers, one vector of them is one network.
+Hidden layers of units that are either rectifiers or hyperbolic tangents, and a linear map from the inputs, and from
+products of two of them, straight to the outputs. Only living weights are numbers, one vector of them is one network.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-__all__ = ["Net", "Pass"]
+__all__ = ["REACH", "Net", "Pass", "matched_units", "random_units"]
+
+REACH = 4.0
+"""Value of a standardised input from which its products no longer grow."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,12 +42,14 @@ class Net:
 
     Attributes:
         keep: masks of living weights by tensor name: hidden.i.weight [units, before], hidden.i.bias [units], out.weight
-            [K, units], out.bias [K], skip.weight [K, p].
+            [K, units], out.bias [K], skip.weight [K, p]; where there are products pair.weight [K, products].
         smooth: per hidden layer which units are hyperbolic tangents, [units]; the others are rectifiers.
+        pairs: the two inputs of each product.
     """
 
     keep: Mapping[str, Tensor]
     smooth: tuple[Tensor, ...]
+    pairs: tuple[tuple[int, int], ...] = ()
 
     @staticmethod
     def linear(inputs: int, outputs: int, depth: int, *, reads: bool = True) -> Net:
@@ -91,15 +96,17 @@ class Net:
 
     @cached_property
     def reads(self) -> Tensor:
-        """Input that each living weight reads, -1 where it reads none; [d]."""
-        found = torch.full((len(self),), -1)
+        """Inputs that each living weight reads, two of a product, -1 where it reads fewer; [d, 2]."""
+        found = torch.full((len(self), 2), -1)
         for name in self.readers:
-            found[self.spans[name]] = self.cells[name] % self.keep[name].shape[1]
+            found[self.spans[name], 0] = self.cells[name] % self.keep[name].shape[1]
+        if self.pairs:
+            found[self.spans["pair.weight"]] = torch.tensor(self.pairs)[self.cells["pair.weight"] % len(self.pairs)]
         return found
 
     @property
     def readers(self) -> tuple[str, ...]:
-        """Tensors that read the inputs."""
+        """Tensors that read the inputs, one each."""
         return ("hidden.0.weight", "skip.weight") if self.smooth else ("skip.weight",)
 
     @property
@@ -118,7 +125,16 @@ class Net:
 
     def used(self) -> Tensor:
         """Living weights that read each input, [p]."""
-        return sum((self.keep[n].sum(0) for n in self.readers), torch.zeros(self.inputs, dtype=torch.long))
+        found = sum((self.keep[n].sum(0) for n in self.readers), torch.zeros(self.inputs, dtype=torch.long))
+        for pair, living in zip(self.pairs, self.keep["pair.weight"].sum(0) if self.pairs else (), strict=True):
+            for j in set(pair):
+                found[j] += living
+        return found
+
+    def products(self, x: Tensor) -> Tensor:
+        """Products of inputs, [n, products]; each counts as at most four standard deviations away."""
+        first, second = torch.tensor(self.pairs).unbind(1)
+        return x[:, first].clamp(-REACH, REACH) * x[:, second].clamp(-REACH, REACH)
 
     def tensors(self, vectors: Tensor) -> dict[str, Tensor]:
         """Dense tensors [C, ...] of the networks with these weights [C, d]."""
@@ -150,6 +166,8 @@ class Net:
             slopes.append(slope)
         read.append(h)
         output = affine(x, w["skip.weight"], w["out.bias"])
+        if self.pairs:
+            output = output + self.products(x) @ w["pair.weight"].transpose(1, 2)
         if self.smooth and self.units[-1]:
             output = output + h @ w["out.weight"].transpose(1, 2)
         return Pass(output, w, tuple(read), tuple(slopes))
@@ -159,6 +177,8 @@ class Net:
         if not done.tensors:
             return slope.sum(1)
         found = {"out.bias": slope.sum(1), "skip.weight": slope.transpose(1, 2) @ x}
+        if self.pairs:
+            found["pair.weight"] = slope.transpose(1, 2) @ self.products(x)
         if self.smooth and not self.units[-1]:
             found |= {n: slope.new_zeros(len(slope), k.numel()) for n, k in self.keep.items() if n not in found}
         elif self.smooth:
@@ -179,6 +199,7 @@ class Net:
         if not done.tensors:
             return torch.eye(outputs, dtype=x.dtype).expand(n, -1, -1)
         cells, parts = self.cells, []
+        products = self.products(x) if self.pairs else x
         for k in range(outputs):
             found: dict[str, Tensor] = {}
             if self.smooth and self.units[-1]:
@@ -195,6 +216,8 @@ class Net:
             found["out.bias"] = x.new_zeros(n, outputs)
             found["out.bias"][:, k] = 1.0
             found["skip.weight"] = _of_output(x, cells["skip.weight"], k, outputs)
+            if self.pairs:
+                found["pair.weight"] = _of_output(products, cells["pair.weight"], k, outputs)
             parts.append(torch.cat([found[name] for name in self.keep if name in found], 1))
         return torch.stack(parts, 1) if outputs > 1 else parts[0].unsqueeze(1)
 
@@ -223,7 +246,26 @@ class Net:
                 keep[f"{layer}.bias"][alive[i]],
             )
             keep[after] = keep[after][:, alive[i]]
-        return Net(keep, tuple(s[a] for s, a in zip(self.smooth, alive, strict=True))), stays
+        pairs = self.pairs
+        if pairs:
+            living = keep["pair.weight"].any(0)
+            pairs = tuple(pair for pair, lives in zip(pairs, living.tolist(), strict=True) if lives)
+            keep["pair.weight"] = keep["pair.weight"][:, living]
+            if not pairs:
+                del keep["pair.weight"]
+        return Net(keep, tuple(s[a] for s, a in zip(self.smooth, alive, strict=True)), pairs), stays
+
+    def paired(self, vector: Tensor, more: Sequence[tuple[int, int]]) -> tuple[Net, Tensor]:
+        """Structure and weights [d] with more products of two inputs, whose weights are zero yet."""
+        outputs = len(self.keep["out.bias"])
+        had = self.keep.get("pair.weight", torch.zeros(outputs, 0, dtype=torch.bool))
+        mask = torch.cat([had, torch.ones(outputs, len(more), dtype=torch.bool)], 1)
+        keep = {n: k for n, k in self.keep.items() if n != "pair.weight"} | {"pair.weight": mask}
+        net = Net(keep, self.smooth, (*self.pairs, *more))
+        dense = {n: t[0] for n, t in self.tensors(vector.unsqueeze(0)).items()}
+        old = dense.get("pair.weight", vector.new_zeros(outputs, 0))
+        dense["pair.weight"] = torch.cat([old, vector.new_zeros(outputs, len(more))], 1)
+        return net, torch.cat([dense[n].flatten()[c] for n, c in net.cells.items()])
 
     def grown(self, vector: Tensor, fresh: Sequence[Mapping[str, Tensor]]) -> tuple[Net, Tensor]:
         """Structure and weights with more units in each hidden layer.
@@ -247,7 +289,7 @@ class Net:
             wider = len(new["bias"])
         dense["out.weight"] = torch.cat([dense["out.weight"], fresh[-1]["out"]], 1)
         keep["out.weight"] = torch.cat([keep["out.weight"], torch.ones_like(fresh[-1]["out"], dtype=torch.bool)], 1)
-        net = Net(keep, tuple(smooth))
+        net = Net(keep, tuple(smooth), self.pairs)
         return net, torch.cat([dense[n].flatten()[c] for n, c in net.cells.items()])
 
 
@@ -264,3 +306,49 @@ def _of_output(read: Tensor, cells: Tensor, k: int, outputs: int) -> Tensor:
     """Derivatives [n, cells] of output k in living weights of a last layer that reads [n, units]."""
     columns = read[:, cells % read.shape[1]]
     return columns if outputs == 1 else columns * (cells // read.shape[1] == k)
+
+
+def random_units(
+    below: Tensor, likely: Tensor, count: int, weight: Tensor, generator: torch.Generator, kinds: float
+) -> dict[str, Tensor]:
+    """Weights, biases and kinds of units that bend at rows of the data.
+
+    They read one, two, three or many columns; three in four read only those that are likely to matter.
+    """
+    p = below.shape[1]
+    reads = torch.tensor([1, 2, 3, p])[torch.randint(4, (count,), generator=generator)].clamp(max=p)
+    rank = torch.rand(count, p, generator=generator)
+    if bool(likely.any()):
+        narrow = torch.rand(count, 1, generator=generator) < 0.75
+        rank = torch.where(narrow & ~likely, rank + 1, rank)
+        reads = torch.where(narrow[:, 0], reads.clamp(max=int(likely.sum())), reads)
+    order = rank.argsort(1).argsort(1)
+    direction = torch.randn(count, p, generator=generator, dtype=below.dtype) * (order < reads.unsqueeze(1))
+    scale = torch.exp2(torch.randint(-1, 2, (count, 1), generator=generator).to(below.dtype))
+    direction = direction * scale / direction.norm(dim=1, keepdim=True).clamp_min(1e-9)
+    at = below[torch.multinomial(weight, count, replacement=True, generator=generator)]
+    smooth = torch.rand(count, generator=generator) < kinds
+    return {"weight": direction, "bias": -(direction * at).sum(1), "smooth": smooth}
+
+
+def matched_units(units: Tensor, basis: Tensor, weight: Tensor, wanted: Tensor, count: int) -> Tensor:
+    """Indices of units [n, M] that explain most of what is wanted [n, K], one after the other, beyond a basis."""
+    eye = torch.eye(basis.shape[1], dtype=basis.dtype)
+    root = torch.linalg.cholesky(basis.T @ (basis * weight.unsqueeze(1)) + eye)
+    cross = torch.linalg.solve_triangular(root, (basis * weight.unsqueeze(1)).T @ units, upper=False)
+    gram = (units * weight.unsqueeze(1)).T @ units
+    size = gram.diagonal().clone()
+    gram = gram - cross.T @ cross
+    aim = units.T @ wanted - cross.T @ torch.linalg.solve_triangular(root, basis.T @ wanted, upper=False)
+    picked: list[int] = []
+    for _ in range(count):
+        own = gram.diagonal()
+        gain = aim.square().sum(1) / (own.clamp_min(0) + 1)
+        gain[own < 1e-3 * size] = -1.0
+        gain[picked] = -2.0
+        best = int(gain.argmax())
+        picked.append(best)
+        column = gram[:, best] / own[best].clamp_min(1e-9)
+        aim = aim - torch.outer(column, aim[best])
+        gram = gram - torch.outer(column, gram[best])
+    return torch.tensor(picked)
