@@ -284,6 +284,16 @@ def test_products_come_where_inputs_act_together_and_not_where_they_add():
     assert added.pairs == () and (added.used() > 0).tolist() == [True, False, True, False]
 
 
+def test_inputs_that_are_nearly_the_same_have_no_product():
+    x, g = columns(13, 200, 3)
+    x[:, 1] = x[:, 0] + 0.3 * x[:, 1]
+    y = x[:, 0].square() + 0.3 * torch.randn(200, generator=g, dtype=torch.float64)
+    state = linear(x, y, sigma=1.5)
+    _, promised = product_factors(state, 0)
+    assert float(promised[0, 1]) == -math.inf and likely_products(state, 0) == []
+    assert float(promised[0, 2]) > -math.inf
+
+
 def test_products_are_looked_for_among_what_does_most_where_columns_are_many():
     x, g = columns(11, 300, 600)
     y = x[:, 5] + x[:, 590] + 1.5 * x[:, 5] * x[:, 590] + 0.3 * torch.randn(300, generator=g, dtype=torch.float64)

@@ -48,7 +48,7 @@ def believed(state: State, t: int, generator: torch.Generator) -> tuple[State, T
         State, and probabilities [p] of the inputs by `inclusion` among its neighbours.
     """
     for _ in range(_ROUNDS):
-        removed, swapped, guessed = _neighbours(state, t, generator)
+        removed, swapped = _neighbours(state, t)
         best = max([*removed.values(), *swapped.values()], key=lambda s: s.evidence, default=state)
         if best.evidence <= state.evidence:
             break
@@ -56,7 +56,7 @@ def believed(state: State, t: int, generator: torch.Generator) -> tuple[State, T
     return state, inclusion_of(
         state.evidence,
         {j: s.evidence for j, s in removed.items()},
-        guessed | {pair: s.evidence for pair, s in swapped.items()},
+        {pair: s.evidence for pair, s in swapped.items()},
         (state.model.nets[t].used() > 0),
         _additions(state, t, generator),
     )
@@ -90,41 +90,21 @@ def inclusion_of(
     return torch.sigmoid(log_odds)
 
 
-Swaps = dict[tuple[int, int], float]
-"""Evidence, nats, with the second input of a pair in the place of the first."""
-
-
-def _neighbours(
-    state: State, t: int, generator: torch.Generator
-) -> tuple[dict[int, State], dict[tuple[int, int], State], Swaps]:
-    """Models without an input, and with a correlated one in its place, as far as they are not out of the question.
-
-    Of all that are correlated with an input the likeliest take its place in earnest; what the others would bring is
-    told from the model without it, as far from the truth as it is of the likeliest.
-    """
+def _neighbours(state: State, t: int) -> tuple[dict[int, State], dict[tuple[int, int], State]]:
+    """Models without an input, and with a correlated one in its place, as far as they are not out of the question."""
     net, x = state.model.nets[t], state.model.table.x
     used = (net.used() > 0).nonzero()[:, 0].tolist()
     removals = dict(zip(used, input_removals(state, t), strict=True)) if used else {}
     removed = {j: without_inputs(state, t, [r]) for j, r in removals.items() if r.score > _SURE}
-    swapped: dict[tuple[int, int], State] = {}
-    guessed: Swaps = {}
-    if len(x) * len(state.vector) ** 2 > _MOST_WORK or x.shape[1] == 1:
-        return removed, swapped, guessed
-    alike = torch.corrcoef(x[:_ROWS].T).nan_to_num()
-    free = net.used() == 0
-    for j in used:
-        rivals = ((alike[j].abs() > _LIKE) & free).nonzero()[:, 0]
-        if not len(rivals):
-            continue
-        without = removed[j] if j in removed else without_inputs(state, t, [removals[j]])
-        worth = without.evidence + _additions(without, t, generator)[rivals]
-        order = worth.argsort(descending=True)
-        found = [(int(rivals[i]), float(worth[i])) for i in order]
-        for k, _ in found[:_STANDINS]:
-            swapped[j, k] = _swapped(state, t, j, k, float(alike[j, k]))
-        off = max(0.0, *(swapped[j, k].evidence - said for k, said in found[:_STANDINS]))
-        guessed |= {(j, k): said + off for k, said in found[_STANDINS:]}
-    return removed, swapped, guessed
+    swapped = {}
+    if len(x) * len(state.vector) ** 2 <= _MOST_WORK:
+        alike = torch.corrcoef(x[:_ROWS].T).nan_to_num() if x.shape[1] > 1 else torch.ones(1, 1)
+        free = [k for k in range(x.shape[1]) if k not in used]
+        for j in used:
+            close = sorted(free, key=lambda k: -abs(float(alike[j, k])))[:_STANDINS]
+            for k in (k for k in close if abs(float(alike[j, k])) > _LIKE):
+                swapped[j, k] = _swapped(state, t, j, k, float(alike[j, k]))
+    return removed, swapped
 
 
 def _swapped(state: State, t: int, j: int, k: int, scale: float) -> State:
@@ -218,6 +198,7 @@ _TRIAL_STEPS, _GROWTH_STEPS = 6, 8
 _MARGIN, _MARGIN_PER_ROW = 0.5, 2e-4  # nats: what more units must bring
 _RANDOM_UNITS = 200
 _PAIRS, _PAIRED = 8, 400  # products that come at once; inputs among which they are looked for
+_ALIKE = 0.7  # correlation from where two inputs have no product
 _UNSURE = 3.0  # nats below zero from which nobody tries a product
 _REFUSALS = 3
 _FIRST_UNITS = 4
@@ -537,7 +518,8 @@ def product_factors(state: State, t: int) -> tuple[Tensor, Tensor]:
     of a product z less its mean, with the prior precision p of its weight, in the best output.
 
     Returns:
-        Inputs [m]: all of them or, of many, those that do most by themselves; and ln BF [m, m].
+        Inputs [m]: all of them or, of many, those that do most by themselves; and ln BF [m, m], minus infinity for
+        inputs that are nearly the same.
     """
     model, net, table = state.model, state.model.nets[t], state.model.table.rows(slice(0, _ROWS))
     x, (n, p) = table.x.clamp(-REACH, REACH), table.x.shape
@@ -557,6 +539,8 @@ def product_factors(state: State, t: int) -> tuple[Tensor, Tensor]:
         size = scale * (size - 2 * mean * (x.T @ (x * weight.unsqueeze(1)))).clamp_min(0.0)
         along = scale * (x.T @ (x * pull.unsqueeze(1)) - mean * pull.sum())
         best = torch.maximum(best, 0.5 * along.square() / (size + prior) - 0.5 * (size / prior).log1p())
+    if len(some) > 1:  # the product of two that are alike is nearly a square of either, and says nothing of both
+        best[torch.corrcoef(x.T).nan_to_num().abs() > _ALIKE] = -torch.inf
     return some, best
 
 
