@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ockham.fit.predict import norms_of, refresh_batchnorm
+from ockham.fit.predict import move_statistics_, norm_inputs, norms_of, refresh_batchnorm
 from ockham.methods.blocks import reduction
 from ockham.methods.blocks.cases import Case, held_out
 from ockham.methods.blocks.curvature import (
@@ -22,7 +23,7 @@ from ockham.methods.blocks.curvature import (
 )
 from ockham.methods.blocks.job import PruneSettings
 from ockham.methods.blocks.prune import prune
-from ockham.methods.blocks.reduction import DenseAnswers, Orders, reduce_blocks_
+from ockham.methods.blocks.reduction import DenseAnswers, Orders, reduce_blocks_, seen_by
 from ockham.methods.blocks.solve import Damping
 from ockham.methods.blocks.stop import Drift, drift_of, lacks_of_branch, lacks_of_product, matrix_kind
 
@@ -405,3 +406,26 @@ def test_matrices_of_a_cnn_make_up_for_what_their_products_lack(tmp_path: Path) 
         with torch.no_grad():
             far[mend] = float((model[0](data[8][0]) - dense[0](data[8][0])).square().mean())
     assert far[True] < 0.9 * far[False]
+
+
+def test_statistics_of_a_channel_without_variance_stay_and_no_variance_runs_away() -> None:
+    norm = nn.BatchNorm1d(3).eval()
+    x = torch.randn(500, 3)
+    x[:, 0] = 1000.1  # constant on these data, whatever it was in training; its variance is rounding
+    y = torch.stack([x[:, 0] + 1e-4 * torch.randn(500), 1e-6 * x[:, 1], 2 * x[:, 2] + 1], 1)
+    before, after = (norm_inputs([norm], [partial(norm, input=v)])[norm] for v in (x, y))
+    assert move_statistics_(norm, before, after)
+    expected = [1.0, 0.01, 4.0]
+    torch.testing.assert_close(norm.running_var, torch.tensor(expected), rtol=1e-4, atol=1e-6)
+    assert float(norm.running_mean[2]) == pytest.approx(float(y[:, 2].mean() - x[:, 2].mean()), rel=1e-4)
+
+
+def test_networks_without_batch_norm_are_not_run_for_its_sake() -> None:
+    assert seen_by((), [lambda: pytest.fail("nothing asks for this pass")]) == {}
+
+
+def test_taking_statistics_anew_builds_no_graph() -> None:
+    net, graph = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), []
+    net[0].register_forward_hook(lambda m, args, out: graph.append(out.requires_grad))
+    refresh_batchnorm(net, [(torch.randn(8, 4), torch.zeros(8))])
+    assert graph == [False]

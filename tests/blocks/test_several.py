@@ -56,7 +56,8 @@ WORK: dict[str, tuple[str, int, dict[str, Any]]] = {
     "llama": ("llama", 5, {"keep_share": 0.5}),
     "pattern": ("llama", 5, {"pattern": "2:4"}),
     "drift": ("residual", 9, {"keep_share": 0.5}),
-    "experts": ("mixtral", 5, {"keep_share": 0.7}),
+    # at .6 one support of three hangs on the last digits of the sums, and what follows with it
+    "experts": ("mixtral", 5, {"keep_share": 0.5}),
     "units": ("vit", 5, {"structure": "uneven", "budget": {"params": "80%"}}),
     "evidence": ("residual", 9, {}),
     "posterior": ("bert", 4, {"keep_share": 0.5}),
@@ -140,15 +141,14 @@ def test_two_prune_as_one(folder: Path, name: str) -> None:
     whole = pruned(name)
     expected = state(whole.model)
     assert {n: t.shape for n, t in one.items()} == {n: t.shape for n, t in expected.items()}
+    # which expert a token goes to hangs on the last digits
     near = {"experts": 0.05, "drift": 1e-3}.get(name, 0.02)
     for n, t in expected.items():
-        if name == "experts" and "layers.2" in n:  # which expert a token goes to hangs on the last digits
-            continue
         assert float(((t == 0) != (one[n] == 0)).float().mean()) < 0.01, n
         assert float((one[n] - t).norm()) <= near * float(t.norm()) + 1e-6, n
     nats = json.loads((folder / f"{name}.0.json").read_text())
     assert nats == json.loads((folder / f"{name}.1.json").read_text())
-    assert nats == pytest.approx(dict(whole.evidence), rel=0.1 if name == "experts" else 0.02, abs=0.5)
+    assert nats == pytest.approx(dict(whole.evidence), rel=0.02, abs=0.5)
 
 
 def test_one_of_several_may_prune_by_itself(folder: Path) -> None:

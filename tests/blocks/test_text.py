@@ -266,7 +266,7 @@ def test_the_network_and_its_posterior_lie_in_files_while_they_are_worked_on(sou
     seen: list[int] = []
 
     def look(p: PruneProgress) -> None:
-        seen.append(Path("/proc/self/maps").read_text().count(str(tmp_path / "out" / "work" / "mapped-")))
+        seen.append(Path("/proc/self/maps").read_text().count(str(tmp_path / "out" / "work" / "ockham-mapped-")))
 
     settings = PruneSettings(damping=Damping(0.1, 0.5))
     given = {"windows": (12, 32), "progress": look, "settings": settings, "target": {"keep_share": 0.5}}

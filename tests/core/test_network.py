@@ -110,3 +110,16 @@ def test_memory_of_a_mapped_tensor_is_let_go_and_nothing_lost(tmp_path: Path) ->
     assert torch.equal(there, values)
     release(values)  # of an ordinary tensor nothing
     assert torch.equal(there, values)
+
+
+def test_what_others_have_mapped_keeps_what_was_written_to_it(tmp_path: Path) -> None:
+    torch.save({"w": torch.arange(4096.0)}, tmp_path / "given.pt")
+    given = torch.load(tmp_path / "given.pt", mmap=True, weights_only=True)["w"]
+    given[7] = -1.0
+    release(given)
+    assert float(given[7]) == -1.0
+    torch.arange(4096.0).numpy().tofile(tmp_path / "raw")
+    private = torch.from_file(str(tmp_path / "raw"), shared=False, size=4096)
+    private[7] = -1.0
+    release(private)
+    assert float(private[7]) == -1.0

@@ -176,7 +176,7 @@ def mapped(values: Tensor, folder: Path, dtype: torch.dtype | None = None) -> Te
         return values.to(dtype, copy=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix="mapped-", dir=folder)
+        handle, name = tempfile.mkstemp(prefix=_MAPPED, dir=folder)
         try:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(handle, 0, size)  # to write where the disk has no room would end the process
@@ -198,6 +198,7 @@ def mapped(values: Tensor, folder: Path, dtype: torch.dtype | None = None) -> Te
     return found
 
 
+_MAPPED = "ockham-mapped-"  # how the names of their files begin
 _DONTNEED = 4  # of Linux's madvise
 
 
@@ -207,8 +208,8 @@ def release(values: Tensor) -> None:
     The system would take that memory when it needs it, but until then it counts for the process.
     """
     storage = values.untyped_storage()
-    if sys.platform == "linux" and storage.filename and storage.nbytes():
-        # of a shared mapping nothing is lost: pages that were written stay with the file
+    if sys.platform == "linux" and storage.nbytes() and Path(storage.filename or "").name.startswith(_MAPPED):
+        # those are shared mappings, of which pages that were written stay with the file; private ones would lose them
         ctypes.CDLL(None).madvise(ctypes.c_void_p(storage.data_ptr()), ctypes.c_size_t(storage.nbytes()), _DONTNEED)
 
 

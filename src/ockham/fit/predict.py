@@ -257,7 +257,6 @@ def _seeded(model: nn.Module, draws: int, generator: torch.Generator | None) -> 
     return generator if generator is not None else torch.Generator(device_of(model)).manual_seed(0)
 
 
-@torch.no_grad()
 def norms_of(model: nn.Module) -> tuple[_BatchNorm, ...]:
     """BatchNorm layers with running statistics, less those inside wholly frozen modules."""
     frozen = frozen_modules(model)
@@ -265,6 +264,7 @@ def norms_of(model: nn.Module) -> tuple[_BatchNorm, ...]:
     return tuple(m for m in every if m not in frozen)
 
 
+_CONSTANT, _FACTOR = 1e-10, 100.0
 ChannelMoments = Tensor
 """Number, sum and sum of squares of what goes into each channel of a layer, float64, ``[3, channels]``."""
 
@@ -279,16 +279,16 @@ def norm_inputs(norms: Collection[nn.Module], runs: Iterable[Callable[[], object
     """
     found: dict[nn.Module, ChannelMoments] = {}
 
-    def note(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-        rows = args[0].detach().transpose(0, 1).flatten(1).double() if args[0].ndim > 1 else args[0][:, None].double()
+    def note(norm: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        rows = (args[0] if args else kwargs["input"]).detach().transpose(0, 1).flatten(1).double()
         count = torch.full((len(rows),), float(rows.shape[1]), dtype=torch.float64, device=rows.device)
         seen = torch.stack([count, rows.sum(1), rows.square().sum(1)])
         found[norm] = found[norm] + seen if norm in found else seen
 
     with ExitStack() as stack:
         for norm in norms:
-            stack.callback(norm.register_forward_pre_hook(note).remove)
-        for run in runs:
+            stack.callback(norm.register_forward_pre_hook(note, with_kwargs=True).remove)
+        for run in runs if norms else ():
             run()
     return found
 
@@ -299,10 +299,13 @@ def move_statistics_(norm: _BatchNorm, before: ChannelMoments, after: ChannelMom
 
         mean + (mean of after - mean of before),    variance x (variance of after / variance of before)
 
-    The data need not be like those of the training, and with nothing changed the layer stays as it is, to the bits.
+    The data need not be like those of the training, and with nothing changed the layer stays as it is, to the bits. A
+    variance moves a hundredfold at most, and not at all where the data had none.
     """
     (mean, var), (new_mean, new_var) = (_mean_and_variance(m) for m in (before, after))
-    shift, ratio = new_mean - mean, (new_var / var.clamp_min(1e-30)).where(var > 0, 1.0)
+    # a channel that says the same to all of the data tells nothing of its variance elsewhere
+    known = var > _CONSTANT * (var + mean.square())
+    shift, ratio = new_mean - mean, (new_var / var).where(known, 1.0).clamp(1 / _FACTOR, _FACTOR)
     if bool((shift.abs() <= 1e-6 * var.sqrt()).all() and ((ratio - 1).abs() <= 1e-6).all()):
         return False
     if norm.running_mean is not None and norm.running_var is not None:
@@ -317,6 +320,7 @@ def _mean_and_variance(moments: ChannelMoments) -> tuple[Tensor, Tensor]:
     return mean, (squares / count - mean.square()).clamp_min(0.0)
 
 
+@torch.no_grad()
 def refresh_batchnorm(
     model: nn.Module, loader: Iterable[Any], *, batches: int = 100, batch: ReadBatch | None = None
 ) -> int:

@@ -282,20 +282,12 @@ def lacks_of_branch(
         dense: what the dense network's block answers without the silent ones.
         silent: matrices whose products are taken for zero.
     """
-    parameters = weights_of(block, block_map.name)
-    for (args, kwargs), wanted in zip(calls, dense, strict=True):
-        uses: list[tuple[Use, Tensor]] = []
-
-        def note(use: Use, result: Tensor, uses: list[tuple[Use, Tensor]] = uses) -> None:
-            if use.matrix.key == key:
-                uses.append((use, result))
-
-        with Using(parameters, note, silent=silent):
-            answer = floating_output(block(*args, **kwargs))
-        if not uses or answer is None or wanted is None:
+    for call, wanted in zip(calls, dense, strict=True):
+        used, answer = _used(block, block_map, key, call, silent)
+        if used is None or answer is None or wanted is None:
             yield None
         else:
-            yield uses[0][0], (wanted - answer).reshape(uses[0][1].shape)
+            yield used[0], (wanted - answer).reshape(used[1].shape)
 
 
 @torch.no_grad()
@@ -316,23 +308,29 @@ def lacks_of_product(
         dense: the block of the dense network, and what that is called with.
     """
     for call, wanted in zip(calls, dense[1], strict=True):
-        here = _product(block, block_map.name, key, call)
-        there = _product(dense[0], block_map.name, key, wanted)
-        same = here is not None and there is not None and here[1].shape == there[1].shape
-        yield (here[0], there[1] - here[1]) if here is not None and there is not None and same else None
+        (here, _), (there, _) = _used(block, block_map, key, call), _used(dense[0], block_map, key, wanted)
+        if here is None or there is None or here[1].shape != there[1].shape:
+            yield None
+        else:
+            yield here[0], there[1] - here[1]
 
 
-def _product(block: nn.Module, name: str, key: str, call: BlockCall) -> tuple[Use, Tensor] | None:
+def _used(
+    block: nn.Module, block_map: BlockMap, key: str, call: BlockCall, silent: Collection[str] | None = None
+) -> tuple[tuple[Use, Tensor] | None, Tensor | None]:
+    """A use of a matrix with its product, and what the block answers; without ``silent`` the pass ends at the product."""
     found: list[tuple[Use, Tensor]] = []
 
     def note(use: Use, result: Tensor) -> None:
         if use.matrix.key == key:
             found.append((use, result))
-            raise Enough
+            if silent is None:
+                raise Enough
 
-    with suppress(Enough), Using(weights_of(block, name), note):
-        block(*call[0], **call[1])
-    return found[0] if found else None
+    answer = None
+    with suppress(Enough), Using(weights_of(block, block_map.name), note, silent=silent or ()):
+        answer = floating_output(block(*call[0], **call[1]))
+    return (found[0] if found else None), answer
 
 
 @torch.no_grad()
