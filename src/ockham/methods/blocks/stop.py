@@ -318,7 +318,7 @@ def lacks_of_product(
 def _used(
     block: nn.Module, block_map: BlockMap, key: str, call: BlockCall, silent: Collection[str] | None = None
 ) -> tuple[tuple[Use, Tensor] | None, Tensor | None]:
-    """A use of a matrix with its product, and what the block answers; without ``silent`` the pass ends at the product."""
+    """A use of a matrix with its product, and what the block answers; no ``silent``: the pass ends at the product."""
     found: list[tuple[Use, Tensor]] = []
 
     def note(use: Use, result: Tensor) -> None:
