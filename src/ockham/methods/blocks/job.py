@@ -96,7 +96,8 @@ def page_of(facts: Mapping[str, Any]) -> str:
         tiles.append(page.tile("NLL, nats a term", page.number(after), f"was {page.number(before)}"))
         if facts["likelihood"] == "next-token":
             tiles.append(page.tile("Perplexity", f"{math.exp(after):.2f}", f"was {math.exp(before):.2f}"))
-    tiles.append(page.tile("Evidence", f"{page.signed(total, 0)} nats", "above the dense network, by the curvature"))
+    unit, nats = ("million nats", page.signed(total / 1e6, 1)) if abs(total) >= 1e6 else ("nats", page.signed(total, 0))
+    tiles.append(page.tile("Evidence", nats, f"{unit} against the dense network, by the curvature"))
     # of a folder: what metrics.json and the terminal say, loading and measuring included
     tiles.append(page.tile("Time", page.seconds((text or facts)["seconds"]), "the whole job"))
     head = page.paragraph("Ockham · a trained network reduced", "eyebrow") + "<h1>What went, and what it cost</h1>"
