@@ -284,6 +284,18 @@ def test_products_come_where_inputs_act_together_and_not_where_they_add():
     assert added.pairs == () and (added.used() > 0).tolist() == [True, False, True, False]
 
 
+def test_the_price_of_a_product_counts_the_products_of_the_inputs_that_are_used():
+    """Of two outputs and four inputs of six that are used there are 2 x 6; a slab at its centre has its density."""
+    keep = Net.linear(6, 2, 0).keep | {"skip.weight": torch.tensor([[True, True, True, True, False, False]] * 2)}
+    table = Table(torch.zeros(5, 6).double(), torch.zeros(5).long(), torch.ones(5).double())
+    before = Model((Net(keep, ()),), Classes(), table, 1.0, (dict.fromkeys(keep, 1.0),), 0.0, 0)
+    net, _ = before.nets[0].paired(torch.zeros(len(before.nets[0])).double(), [(0, 2)])
+    after = replace(before.with_net(0, net), precision=({**before.precision[0], "pair.weight": 1.0},))
+    choice = -math.log(13) - math.log(math.comb(12, 2))  # how many of twelve, and then which two
+    density = 2 * math.log(2) - 2 + 0.5 * math.log(2 * math.pi / 3)
+    assert after.belief() - before.belief() == pytest.approx(choice + density)
+
+
 def test_inputs_that_are_nearly_the_same_have_no_product():
     x, g = columns(13, 200, 3)
     x[:, 1] = x[:, 0] + 0.3 * x[:, 1]

@@ -115,8 +115,6 @@ def _swapped(state: State, t: int, j: int, k: int, scale: float) -> State:
     for name in net.readers:
         dense[name][0, :, k], keep[name][:, k] = dense[name][0, :, j] * scale, keep[name][:, j]
         keep[name][:, j] = False
-    for i, pair in enumerate(net.pairs):
-        dense["pair.weight"][0, :, i] *= scale ** pair.count(j)
     pairs = tuple((k if a == j else a, k if b == j else b) for a, b in net.pairs)
     other = replace(net, keep=keep, pairs=pairs)
     weights = torch.cat([dense[n][0].flatten()[c] for n, c in other.cells.items()])
