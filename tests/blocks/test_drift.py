@@ -25,7 +25,7 @@ from ockham.methods.blocks.job import PruneSettings
 from ockham.methods.blocks.prune import prune
 from ockham.methods.blocks.reduction import DenseAnswers, Orders, reduce_blocks_, seen_by
 from ockham.methods.blocks.solve import Damping
-from ockham.methods.blocks.stop import Drift, drift_of, lacks_of_branch, lacks_of_product, matrix_kind
+from ockham.methods.blocks.stop import Drift, drifts_of, lacks_of_branch, lacks_of_products, matrix_kind
 
 from .networks import batches, ids, network
 from .test_curvature import studied
@@ -230,7 +230,7 @@ def test_blocks_of_the_same_names_are_each_looked_at(tmp_path: Path) -> None:
         answers.take()
         calls = [(c.args, {}) for c in cases]
         keys = [f"{j}.{n}.weight" for n in ("one", "two", "three")]
-        seen.append([k for k in keys if answers.drift(k, j, calls) is not None])
+        seen.append(list(answers.drifts(keys, j, calls)))
     # behind a norm no product comes out as it is, so each makes up for itself
     each = ["1.one.weight", "1.two.weight", "1.three.weight"]
     assert seen == [["0.one.weight", "0.three.weight"], each, ["2.one.weight", "2.three.weight"]]
@@ -244,7 +244,7 @@ def test_what_lacks_at_a_branch_is_measured_where_it_ends() -> None:
     block_map = map_of("b", block, calls[0])
     answers = [answer_without(dense, weights_of(dense, "b"), c, {"b.three.weight"}) for c in calls]
     lacks = lacks_of_branch(block, block_map, "b.one.weight", calls, dense=answers, silent={"b.three.weight"})
-    found = drift_of(block_map.matrices["b.one.weight"], lacks, cases, held={3})
+    found = drifts_of(block_map, ["b.one.weight"], lacks, cases, held={3})["b.one.weight"]
     x, held = torch.cat([c.args[0] for c in cases[:3]]), cases[3].args[0]
     with torch.no_grad():
         r, lacks = (dense.one(v) - block.one(v) for v in (x, held))
@@ -359,8 +359,8 @@ def test_what_a_product_lacks_is_measured_at_the_product() -> None:
     cases = [Case((torch.randn(5, 6),), {}) for _ in range(4)]
     calls, whole = ([(c.args, {}) for c in some] for some in (cases, other))
     block_map = map_of("b", block, calls[0])
-    lacks = lacks_of_product(block, block_map, "b.two.weight", calls, (dense, whole))
-    found = drift_of(block_map.matrices["b.two.weight"], lacks, cases, held={3})
+    lacks = lacks_of_products(block, block_map, ["b.two.weight"], calls, (dense, whole))
+    found = drifts_of(block_map, ["b.two.weight"], lacks, cases, held={3})["b.two.weight"]
 
     def read(net: Normed, x: Tensor) -> Tensor:
         return torch.relu(net.norm(net.one(x)))
@@ -429,3 +429,39 @@ def test_taking_statistics_anew_builds_no_graph() -> None:
     net[0].register_forward_hook(lambda m, args, out: graph.append(out.requires_grad))
     refresh_batchnorm(net, [(torch.randn(8, 4), torch.zeros(8))])
     assert graph == [False]
+
+
+class Gated(nn.Module):
+    """Two matrices read the same, one reads their product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(6, 9), nn.Linear(6, 9), nn.Linear(9, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(torch.sigmoid(self.gate(x)) * self.up(x))
+
+
+def test_products_that_read_the_same_lack_together_what_each_lacks_alone() -> None:
+    torch.manual_seed(0)
+    dense = Gated().eval()
+    block = copy.deepcopy(dense)
+    cases = [Case((torch.randn(7, 6),), {}) for _ in range(4)]
+    whole = [(torch.randn(7, 6),) for _ in range(4)]
+    calls = [(c.args, {}) for c in cases]
+    block_map, keys = map_of("b", block, calls[0]), ["b.gate.weight", "b.up.weight"]
+
+    def found(which: list[str]) -> dict[str, Drift]:
+        lacks = lacks_of_products(block, block_map, which, calls, (dense, [(x, {}) for x in whole]))
+        return drifts_of(block_map, which, lacks, cases, held={1})
+
+    both, alone = found(keys), [found([k])[k] for k in keys]
+    for key, one in zip(keys, alone, strict=True):
+        for name in ("inputs", "missing", "held_inputs", "held_missing"):
+            torch.testing.assert_close(getattr(both[key], name), getattr(one, name))
+    assert block_map.source[keys[0]] == block_map.source[keys[1]]  # A is summed once
+    x = torch.cat([c.args[0] for i, c in enumerate(cases) if i != 1])
+    r = torch.cat(
+        [dense.up(w[0]) - block.up(c.args[0]) for i, (w, c) in enumerate(zip(whole, cases, strict=True)) if i != 1]
+    )
+    torch.testing.assert_close(both["b.up.weight"].missing[:, :6], (r.mT @ x).detach(), rtol=1e-4, atol=1e-5)

@@ -65,10 +65,10 @@ from ockham.methods.blocks.stop import (
     MatrixEvidence,
     chosen_damping,
     cost_sample,
-    drift_of,
+    drifts_of,
     freed,
     lacks_of_branch,
-    lacks_of_product,
+    lacks_of_products,
     matrix_kind,
     sampled_blocks,
     single_costs,
@@ -166,9 +166,7 @@ class DenseAnswers:
         self._levels: Levels = ()  # of the block at hand
         self._silent: list[frozenset[str]] = []  # by level: those of earlier ones, and what says nothing without them
         self._answers: list[list[Tensor | None]] = []  # by level
-        self._twin: tuple[nn.Module, Sequence[BlockCall]] | None = (
-            None  # the dense block, where its products are wanted
-        )
+        self._twin: tuple[nn.Module, Sequence[BlockCall]] | None = None  # the dense block, where its products count
 
     @torch.no_grad()
     def take(self) -> None:
@@ -199,22 +197,24 @@ class DenseAnswers:
         ]
         self._answers = [[floating_output(a) for a in self._stream.advance(calls)], *later]
 
-    def drift(self, key: str, j: int, calls: Sequence[BlockCall]) -> Drift | None:
-        """What a matrix can make up for; None where that is nothing, or no data can judge.
+    def drifts(self, keys: Sequence[str], j: int, calls: Sequence[BlockCall]) -> dict[str, Drift]:
+        """What matrices can make up for; without those for which that is nothing, or no data can judge.
 
         The last matrix of a residual branch makes up for what the block lacks there. In a block in which none is that
-        (BatchNorm or a rectifier is behind them), each makes up for what its own product lacks.
+        (BatchNorm or a rectifier is behind them), each makes up for what its own product lacks. All are of one stage.
         """
         block, block_map = self._dense.blocks[j], self._dense.maps[j]
-        level = next((i for i, keys in enumerate(self._levels) if key in keys), None)
-        if level is not None:
-            dense, silent = self._answers[level], self._silent[level]
-            lacks = lacks_of_branch(block, block_map, key, calls, dense=dense, silent=silent)
-        elif self._twin is not None and block_map.calls[key] == 1 and block_map.matrices[key].groups == 1:
-            lacks = lacks_of_product(block, block_map, key, calls, self._twin)
-        else:
-            return None
-        return drift_of(block_map.matrices[key], lacks, self._cases, self._held)
+        level = {k: i for i, writers in enumerate(self._levels) for k in writers}
+        found: dict[str, Drift] = {}
+        for key in (k for k in keys if k in level):
+            answers, silent = self._answers[level[key]], self._silent[level[key]]
+            lacks = lacks_of_branch(block, block_map, key, calls, dense=answers, silent=silent)
+            found |= drifts_of(block_map, [key], lacks, self._cases, self._held)
+        once = [k for k in keys if k not in level and block_map.calls[k] == 1 and block_map.matrices[k].groups == 1]
+        if once and self._twin is not None:
+            lacks = lacks_of_products(block, block_map, once, calls, self._twin)
+            found |= drifts_of(block_map, once, lacks, self._cases, self._held)
+        return found
 
 
 @torch.no_grad()
@@ -253,7 +253,7 @@ def reduce_blocks_(
         parameters = weights_of(dense.blocks[j], block_map.name)
         for stage in () if finished(j) else block_map.stages:
             wanted = [k for k in stage if k in orders.keep]
-            drifts = {k: d for k in wanted if whole is not None and (d := whole.drift(k, j, calls)) is not None}
+            drifts = {} if whole is None else whole.drifts(wanted, j, calls)
             sums = inputs_of_stage(dense.blocks[j], block_map, [k for k in wanted if k not in drifts], calls, cases)
             owners = processes.shares([float(block_map.matrices[k].weights) for k in wanted])
             found: dict[str, MatrixEvidence | None] = {}

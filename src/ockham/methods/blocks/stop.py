@@ -15,7 +15,6 @@ from ockham.errors import OckhamError
 from ockham.methods.blocks.cases import BlockCall, Case, add_gram_, symmetric, team
 from ockham.methods.blocks.curvature import BlockMap, floating_output, rows_of, weights_of
 from ockham.methods.blocks.solve import (
-    BlockMatrix,
     Damping,
     NofM,
     Quadratic,
@@ -39,10 +38,10 @@ __all__ = [
     "best_shot",
     "chosen_damping",
     "cost_sample",
-    "drift_of",
+    "drifts_of",
     "freed",
     "lacks_of_branch",
-    "lacks_of_product",
+    "lacks_of_products",
     "lowest",
     "matrix_kind",
     "predicted",
@@ -258,8 +257,8 @@ class Drift:
         return found
 
 
-Lack = tuple[Use, Tensor]
-"""A use of a matrix, and what the dense network has there more; of the shape of the matrix's product."""
+Lacks = Mapping[str, tuple[Use, Tensor]]
+"""Keys of matrices to a use of each, and what the dense network has there more; of the shape of the product."""
 
 
 @torch.no_grad()
@@ -271,8 +270,8 @@ def lacks_of_branch(
     *,
     dense: Sequence[Tensor | None],
     silent: Collection[str],
-) -> Iterator[Lack | None]:
-    """What a block lacks where a matrix of `writers_of` adds to it, call by call; None where it is not used.
+) -> Iterator[Lacks]:
+    """What a block lacks where a matrix of `writers_of` adds to it, call by call; nothing where it is not used.
 
     Args:
         block: the block as it is now.
@@ -283,88 +282,93 @@ def lacks_of_branch(
         silent: matrices whose products are taken for zero.
     """
     for call, wanted in zip(calls, dense, strict=True):
-        used, answer = _used(block, block_map, key, call, silent)
-        if used is None or answer is None or wanted is None:
-            yield None
-        else:
-            yield used[0], (wanted - answer).reshape(used[1].shape)
+        uses, answer = _uses(block, block_map, {key}, call, silent)
+        lacking = {} if answer is None or wanted is None else uses
+        yield {k: (use, (wanted - answer).reshape(t.shape)) for k, (use, t) in lacking.items()}  # type: ignore[operator]
 
 
 @torch.no_grad()
-def lacks_of_product(
+def lacks_of_products(
     block: nn.Module,
     block_map: BlockMap,
-    key: str,
+    keys: Collection[str],
     calls: Sequence[BlockCall],
     dense: tuple[nn.Module, Sequence[BlockCall]],
-) -> Iterator[Lack | None]:
-    """What a matrix's own product lacks against the dense network's, call by call; None where it is not used.
+) -> Iterator[Lacks]:
+    """What matrices' own products lack against the dense network's, call by call; nothing for one that is not used.
 
     Args:
         block: the block as it is now.
         block_map: its matrices.
-        key: the matrix.
+        keys: the matrices; none of them reads what another gives.
         calls: what the block is called with.
         dense: the block of the dense network, and what that is called with.
     """
     for call, wanted in zip(calls, dense[1], strict=True):
-        (here, _), (there, _) = _used(block, block_map, key, call), _used(dense[0], block_map, key, wanted)
-        if here is None or there is None or here[1].shape != there[1].shape:
-            yield None
-        else:
-            yield here[0], there[1] - here[1]
+        here, _ = _uses(block, block_map, keys, call)
+        there, _ = _uses(dense[0], block_map, keys, wanted)
+        both = [k for k, (_, t) in here.items() if k in there and t.shape == there[k][1].shape]
+        yield {k: (here[k][0], there[k][1] - here[k][1]) for k in both}
 
 
-def _used(
-    block: nn.Module, block_map: BlockMap, key: str, call: BlockCall, silent: Collection[str] | None = None
-) -> tuple[tuple[Use, Tensor] | None, Tensor | None]:
-    """A use of a matrix with its product, and what the block answers; no ``silent``: the pass ends at the product."""
-    found: list[tuple[Use, Tensor]] = []
+def _uses(
+    block: nn.Module,
+    block_map: BlockMap,
+    keys: Collection[str],
+    call: BlockCall,
+    silent: Collection[str] | None = None,
+) -> tuple[dict[str, tuple[Use, Tensor]], Tensor | None]:
+    """Uses of matrices with their products, and what the block answers; no ``silent``: a pass ends at the last."""
+    found: dict[str, tuple[Use, Tensor]] = {}
 
     def note(use: Use, result: Tensor) -> None:
-        if use.matrix.key == key:
-            found.append((use, result))
-            if silent is None:
+        if use.matrix.key in keys:
+            found[use.matrix.key] = (use, result)
+            if silent is None and len(found) == len(keys):
                 raise Enough
 
     answer = None
     with suppress(Enough), Using(weights_of(block, block_map.name), note, silent=silent or ()):
         answer = floating_output(block(*call[0], **call[1]))
-    return (found[0] if found else None), answer
+    return found, answer
 
 
 @torch.no_grad()
-def drift_of(
-    matrix: BlockMatrix, lacks: Iterable[Lack | None], cases: Sequence[Case], held: Collection[int]
-) -> Drift | None:
-    """What a matrix sees, and what lacks, over all cases; None where it is not used.
+def drifts_of(
+    block_map: BlockMap, keys: Sequence[str], lacks: Iterable[Lacks], cases: Sequence[Case], held: Collection[int]
+) -> dict[str, Drift]:
+    """What matrices see, and what lacks, over all cases; without those that are not used.
 
     Args:
-        matrix: the matrix.
+        block_map: matrices of the block.
+        keys: those that are asked for.
         lacks: what lacks in each case.
         cases: the data.
         held: cases that judge.
     """
-    sums: list[list[Tensor]] = [[], []]
-    for i, (lack, case) in enumerate(zip(lacks, cases, strict=True)):
-        if lack is None:
-            continue
-        missing, rows = lack[0].gradients(lack[1]), rows_of(lack[0], case.mask)[0].float()
-        if case.mask is not None and missing.shape[1] == case.mask.numel():
-            missing = missing[:, case.mask.flatten()]
-        part = sums[i in held]
-        if not part:
-            part += [rows.new_zeros(1, rows.shape[1], rows.shape[1]), rows.new_zeros(missing.shape[2], rows.shape[1])]
-        add_gram_(part[0], rows[None])
-        part[1] += missing[0].float().mT @ rows
-    n, rows_ = matrix.fan_in + (matrix.bias is not None), matrix.weights // matrix.fan_in
-    mine = {f"{i}{j}": t for i, part in enumerate(sums) for j, t in enumerate(part)}
-    shapes = {f"{i}{j}": shape for i in range(2) for j, shape in enumerate([(1, n, n), (rows_, n)])}
-    found = team().joined(mine, shapes)
-    if len(found) < len(shapes):
-        return None
-    a, c, held_a, held_c = (found[k] for k in shapes)
-    return Drift(symmetric(a)[0], c, symmetric(held_a)[0], held_c)
+    sums: dict[str, Tensor] = {}
+    for i, (each, case) in enumerate(zip(lacks, cases, strict=True)):
+        part, inputs = ("held" if i in held else "fit"), dict[str, Tensor]()
+        for key, (use, lack) in each.items():
+            source, a, c = block_map.source[key], f"{part}:A:{block_map.source[key]}", f"{part}:C:{key}"
+            missing = use.gradients(lack)
+            if case.mask is not None and missing.shape[1] == case.mask.numel():
+                missing = missing[:, case.mask.flatten()]
+            if source not in inputs:
+                rows = inputs[source] = rows_of(use, case.mask)[0].float()
+                add_gram_(sums.setdefault(a, rows.new_zeros(1, rows.shape[1], rows.shape[1])), rows[None])
+            sums.setdefault(c, missing.new_zeros(missing.shape[2], inputs[source].shape[1], dtype=torch.float32))
+            sums[c] += missing[0].float().mT @ inputs[source]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for key in keys:
+        matrix = block_map.matrices[key]
+        n = matrix.fan_in + (matrix.bias is not None)
+        for part in ("fit", "held"):
+            shapes[f"{part}:A:{block_map.source[key]}"] = (1, n, n)
+            shapes[f"{part}:C:{key}"] = (matrix.weights // matrix.fan_in, n)
+    known = {k: symmetric(t)[0] if ":A:" in k else t for k, t in team().joined(sums, shapes).items()}
+    places = {k: [f"{p}:{s}" for p in ("fit", "held") for s in (f"A:{block_map.source[k]}", f"C:{k}")] for k in keys}
+    return {k: Drift(*(known[n] for n in names)) for k, names in places.items() if all(n in known for n in names)}
 
 
 class Enough(BaseException):

@@ -309,7 +309,7 @@ def refit_units_(
         mine = {k: r for r in readers if r.block == j and not bool(keep[r.group].all()) for k in r.keys}
         for stage in block_map.stages:
             may = [k for k in stage if k in mending]
-            drifts = {k: d for k in may if whole is not None and (d := whole.drift(k, j, calls)) is not None}
+            drifts = {} if whole is None else whole.drifts(may, j, calls)
             sums = inputs_of_stage(block, block_map, [k for k in stage if k in mine and k not in drifts], calls, cases)
             for key in (k for k in stage if k in mine or k in drifts):
                 matrix, drift = block_map.matrices[key], drifts.get(key)
