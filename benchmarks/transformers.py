@@ -490,7 +490,15 @@ def latency(args: argparse.Namespace) -> None:
         models.append(AutoModelForCausalLM.from_config(own).eval())
     ids = torch.arange(WINDOW)[None] % config.vocab_size
     found: dict[str, Any] = {"shares": shares, "units": [m.config.intermediate_size for m in models]}
-    found["window_torch"] = latencies(models, ids, repeats=15, warmup=2)
+    found |= {"threads": torch.get_num_threads(), "of_dense": {}}
+    path = RESULTS.parent / "transformers_latency.json"
+
+    def measured(what: str, times: Sequence[float]) -> None:
+        found[what], found["of_dense"][what] = list(times), [t / times[0] for t in times]
+        path.write_text(json.dumps(found | origin(), indent=1))
+        print(what, found["of_dense"][what], flush=True)
+
+    measured("window_torch", latencies(models, ids, repeats=15, warmup=2))
     generated: list[list[float]] = [[] for _ in models]
     for step in range(6):
         for model, own_times in zip(models, generated, strict=True):
@@ -498,15 +506,10 @@ def latency(args: argparse.Namespace) -> None:
             model.generate(ids[:, :64], max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0)
             if step:
                 own_times.append(time.perf_counter() - began)
-    found["generation_torch"] = [sorted(t)[len(t) // 2] for t in generated]
+    measured("generation_torch", [sorted(t)[len(t) // 2] for t in generated])
     for model in models:
         model.config.use_cache = False
-    found["window_onnxruntime"] = onnx_latencies(models, ids, repeats=10, warmup=2)
-    found["of_dense"] = {k: [t / v[0] for t in v] for k, v in found.items() if "_" in k}
-    found["threads"] = torch.get_num_threads()
-    path = RESULTS.parent / "transformers_latency.json"
-    path.write_text(json.dumps(found | origin(), indent=1))
-    print(path.read_text())
+    measured("window_onnxruntime", onnx_latencies(models, ids, repeats=10, warmup=2))
 
 
 def large(args: argparse.Namespace) -> None:

@@ -131,7 +131,7 @@ class Orders:
         n_data: terms behind the trained weights, for the evidence.
         rounds: rounds of greedy removal; None lets weights come back for others (`solve.sparse_matrix`).
         steps: conjugate gradient steps after a round and after the last.
-        mend: True lets the last matrices of a block's branches make up for what the reduced blocks lack (`Drift`).
+        mend: True lets matrices make up for what the reduced network lacks where they are (`Drift`).
         norms: BatchNorm layers whose statistics follow what goes into them.
     """
 
@@ -166,7 +166,7 @@ class DenseAnswers:
         self._levels: Levels = ()  # of the block at hand
         self._silent: list[frozenset[str]] = []  # by level: those of earlier ones, and what says nothing without them
         self._answers: list[list[Tensor | None]] = []  # by level
-        self._twin: tuple[nn.Module, Sequence[BlockCall]] | None = None  # the dense block, where its products count
+        self._twin: tuple[nn.Module, Sequence[BlockCall]] | None = None  # the dense block at hand, and its calls
 
     @torch.no_grad()
     def take(self) -> None:
@@ -189,7 +189,7 @@ class DenseAnswers:
         quiet = json.loads(team().told_bytes(json.dumps(quiet).encode()))
         self._quiet.setdefault(look, [frozenset(k[within:] for k in q) for q in quiet])
         self._silent = [s | frozenset(q) for s, q in zip(before, quiet, strict=True)]
-        self._twin = None if self._levels else (copy.deepcopy(block), calls)
+        self._twin = copy.deepcopy(block), calls
         parameters = weights_of(block, block_map.name)
         later = [
             [answer_without(block, parameters, call, self._silent[level]) for call in calls]
@@ -200,8 +200,8 @@ class DenseAnswers:
     def drifts(self, keys: Sequence[str], j: int, calls: Sequence[BlockCall]) -> dict[str, Drift]:
         """What matrices can make up for; without those for which that is nothing, or no data can judge.
 
-        The last matrix of a residual branch makes up for what the block lacks there. In a block in which none is that
-        (BatchNorm or a rectifier is behind them), each makes up for what its own product lacks. All are of one stage.
+        The last matrix of a residual branch makes up for what the block lacks there, any other for what its own product
+        lacks. All are of one stage.
         """
         block, block_map = self._dense.blocks[j], self._dense.maps[j]
         level = {k: i for i, writers in enumerate(self._levels) for k in writers}
