@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 from dataclasses import replace
@@ -21,7 +22,17 @@ from ockham.methods.blocks import job
 from ockham.methods.blocks.job import PruneSettings
 from ockham.methods.blocks.prune import prune
 from ockham.methods.blocks.solve import Damping
-from ockham.methods.blocks.stop import Shot, best_shot, cost_sample, predicted, shares_for, shot_from, shots
+from ockham.methods.blocks.stop import (
+    Shot,
+    best_shot,
+    cost_sample,
+    passes_to,
+    predicted,
+    shares_for,
+    shot_from,
+    shots,
+    typical_precision,
+)
 
 from .networks import KINDS, TOKENS, batches, ids, network
 
@@ -191,6 +202,66 @@ def test_a_stopped_job_goes_on_to_the_same_bits(tmp_path: Path) -> None:
         prune(network("llama", seed=1), data, keep_share=0.5, settings=settings)
 
 
+@pytest.mark.parametrize("keep", [1.0, 0.9, 0.5, 0.49, 0.25, 0.2, 0.01])
+def test_no_pass_takes_more_than_half_of_what_is_there(keep: float) -> None:
+    shares = passes_to(keep)
+    ratios = [b / a for a, b in itertools.pairwise([1.0, *shares])]
+    assert shares[-1] == keep and min(ratios) >= 0.5 - 1e-9
+    assert ratios == pytest.approx([ratios[0]] * len(ratios))
+    assert len(shares) == 1 or keep ** (1 / (len(shares) - 1)) < 0.5  # and one pass less would
+    assert passes_to(keep, 3)[1:] == pytest.approx([keep ** (2 / 3), keep])
+
+
+def test_passes_are_what_one_gets_by_calling_again() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 3))
+    x = torch.randn(120, 12)
+    data = list(zip(x.split(20), (x[:, 0] > 0).long().split(20), strict=True))
+    with torch.no_grad():
+        net(x)
+    net.eval()
+    both = prune(net, data, keep_share=0.2, settings=replace(FIXED, passes=2, n_data=5000.0))
+    first = prune(net, data, keep_share=0.2**0.5, settings=replace(FIXED, passes=1, n_data=5000.0))
+    second = prune(first.model, data, keep_share=0.2, settings=replace(FIXED, passes=1, n_data=5000.0))
+    for name, value in second.model.state_dict().items():
+        assert torch.equal(both.model.state_dict()[name], value), name
+    for key, found in both.evidence.matrices.items():
+        a, b = first.evidence.matrices[key], second.evidence.matrices[key]
+        assert found.cost == pytest.approx(a.cost + b.cost) and found.kept == b.kept
+        # the prior is that of the trained weights, and every weight that is gone is counted once
+        assert found.prior_precision == pytest.approx(typical_precision(net.get_parameter(key).detach()))
+        assert (
+            b.volume
+            < found.volume
+            < b.volume + 0.5 * (1 - b.kept) * b.size * math.log(b.prior_precision / found.prior_precision)
+        )
+    assert both.before == first.before and both.after == second.after
+
+
+def test_a_second_pass_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    model, data = network("llama"), batches("llama")
+    settings = replace(FIXED, passes=2)
+    whole = prune(model, data, keep_share=0.5, settings=settings)
+    seen: list[PruneProgress] = []
+
+    class Stopped(Exception):
+        pass
+
+    def stop(p: PruneProgress) -> None:
+        seen.append(p)
+        if [q.stage for q in seen].count("reduction") == 4:  # two blocks of the first pass, and of the second
+            raise Stopped
+
+    settings = replace(settings, folder=tmp_path)
+    with pytest.raises(Stopped):
+        prune(model, data, keep_share=0.5, settings=settings, progress=stop)
+    again: list[PruneProgress] = []
+    done = prune(model, data, keep_share=0.5, settings=settings, progress=again.append)
+    assert not any(p.stage == "curvature" for p in again)  # of either pass
+    assert all(torch.equal(t, done.model.state_dict()[n]) for n, t in whole.model.state_dict().items())
+    assert dict(done.evidence) == pytest.approx(dict(whole.evidence))
+
+
 def test_report_and_facts(tmp_path: Path) -> None:
     done = prune(network("bert"), batches("bert"), keep_share=0.5)
     text = done.report(tmp_path / "report.html").read_text()
@@ -208,7 +279,17 @@ def test_a_network_without_blocks_is_one_block() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"rounds": 0}, {"rounds": -1}, {"rounds": 2.5}, {"n_data": 0.0}, {"n_data": -1.0}, {"unit_damping": 0.0}]
+    "wrong",
+    [
+        {"rounds": 0},
+        {"rounds": -1},
+        {"rounds": 2.5},
+        {"passes": 0},
+        {"passes": 1.5},
+        {"n_data": 0.0},
+        {"n_data": -1.0},
+        {"unit_damping": 0.0},
+    ],
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(OckhamError, match=next(iter(wrong))):

@@ -52,6 +52,7 @@ from ockham.methods.blocks.stop import (
     Shot,
     best_shot,
     matrix_kind,
+    passes_to,
     shares_for,
     shot_from,
     shots,
@@ -192,6 +193,8 @@ class PruneSettings:
         even: True takes the same share from every matrix instead of one threshold over all.
         rounds: number of rounds in which weights go greedily, in some .4 of the time; None lets those that went come
             back for others, which costs less of the loss.
+        passes: number of passes over the network in which a share is reached, each with its curvature taken anew; None:
+            as many as let at least half of what is there stay in each.
         ignore: parameters to protect: names, "re:" patterns, module names or types.
         seed: seed of drawn targets.
         folder: place where finished work is kept; the same call with the same folder goes on where it was stopped.
@@ -205,6 +208,7 @@ class PruneSettings:
     unit_damping: float = 0.5
     even: bool = False
     rounds: int | None = None
+    passes: int | None = None
     ignore: Ignore = ()
     seed: int = 0
     folder: str | Path | None = None
@@ -214,6 +218,10 @@ class PruneSettings:
     def __post_init__(self) -> None:
         if self.rounds is not None and not (isinstance(self.rounds, int) and self.rounds >= 1):
             raise OckhamError(f"PruneSettings: rounds is a whole number from 1, or None to swap; got {self.rounds!r}")
+        if self.passes is not None and not (isinstance(self.passes, int) and self.passes >= 1):
+            raise OckhamError(
+                f"PruneSettings: passes is a whole number from 1, or None to go by the share; got {self.passes!r}"
+            )
         if self.n_data is not None and not 0 < self.n_data < math.inf:
             raise OckhamError(f"PruneSettings: n_data counts terms trained on, a number above 0; got {self.n_data!r}")
         if not 0 < self.unit_damping < math.inf:
@@ -330,19 +338,48 @@ class BlockJob:
         return self._refreshed(shrink(model, plan)), plan, evidence
 
     def without_weights(self, model: nn.Module, keep: float | NofM | None) -> Removal:
-        """Take weights out of a network in place: a share or pattern stays, or (None) what the evidence says."""
+        """Take weights out of a network in place: a share or pattern stays, or (None) what the evidence says.
+
+        A small share is reached in passes, each with the curvature and the settings of what the one before has left.
+        """
+        shares: list[float | NofM | None] = [keep]
+        if isinstance(keep, (int, float)):
+            shares = [*passes_to(keep, self.settings.passes)]
+        done = Removal({}, {}, {}, (), (), ())
+        for i, share in enumerate(shares):
+            name = JOBS[2] if keep is None else JOBS[1]
+            done = self._pass(
+                model, share, done.evidence, name if i == 0 else f"{name}/pass-{i + 1}", last=share == shares[-1]
+            )
+        spared = protected_names(model, self.settings.ignore)
+        untouched = tuple(k for k in done.untouched if k.partition("[")[0] not in spared)
+        if untouched and keep != 1 and (keep is not None or done.evidence):
+            warnings.warn(
+                f"{len(untouched)} matrices stay as they are, such as {untouched[0]}: no calibration data reach them, "
+                "or their inputs do not fit the pattern",
+                OckhamWarning,
+                stacklevel=4,
+            )
+        return replace(done, untouched=untouched)
+
+    def _pass(
+        self,
+        model: nn.Module,
+        keep: float | NofM | None,
+        before: Mapping[str, MatrixEvidence],
+        name: str,
+        *,
+        last: bool,
+    ) -> Removal:
+        """One pass over the network; of evidence before it the costs count."""
         norms, old = norms_of(model), {n: t.clone() for n, t in model.named_buffers()}
-        with self._studied(model, JOBS[1] if keep is not None else JOBS[2], judged=keep is None) as (
-            cases,
-            found,
-            folder,
-        ):
+        with self._studied(model, name, judged=keep is None) as (cases, found, folder):
             n_data = self.settings.n_data or TERMS_PER_WEIGHT * found.weights
             asked = self._kept(found, keep if keep is not None else 0.5)
             own, held = own_cases(cases)
             judges = [own[i] for i in sorted(held) if found.tried]
             damping, trials = self._damping(model, judges, found, asked, self.settings.rounds)
-            orders = Orders(asked, damping, n_data, self.settings.rounds, norms=norms)
+            orders = Orders(asked, damping, n_data, self.settings.rounds, norms=norms, before=before)
             fired: list[Shot] = []
             if keep is None:
                 quick = orders
@@ -351,22 +388,13 @@ class BlockJob:
                     quick = replace(orders, damping=greedy, rounds=_SHOT_ROUNDS)
                 evidence, fired = self._until_the_evidence_ends(model, cases, found, (quick, orders), folder)
             else:
-                name = f"keep-{keep.n}-of-{keep.m}" if isinstance(keep, NofM) else f"keep-{keep:g}"
-                evidence = self._reduced_(model, cases, found, orders, folder / name)
-            if self.settings.posterior:
+                place = f"keep-{keep.n}-of-{keep.m}" if isinstance(keep, NofM) else f"keep-{keep:g}"
+                evidence = self._reduced_(model, cases, found, orders, folder / place)
+            if self.settings.posterior and last:
                 self.posterior = surviving_posterior(found, evidence, damping, n_data, self.likelihood, self._kept_in)
         self._refreshed(model, old if norms else None)
         known = {k for m in found.dense.maps for k in m.matrices} - evidence.keys()
-        spared = protected_names(model, self.settings.ignore)
-        untouched = tuple(sorted(k for k in known if k.partition("[")[0] not in spared))
-        if untouched and keep != 1 and (keep is not None or evidence):
-            warnings.warn(
-                f"{len(untouched)} matrices stay as they are, such as {untouched[0]}: no calibration data reach them, "
-                "or their inputs do not fit the pattern",
-                OckhamWarning,
-                stacklevel=4,
-            )
-        return Removal(evidence, damping, orders.keep, trials, fired, untouched)
+        return Removal(evidence, damping, orders.keep, trials, fired, tuple(sorted(known)))
 
     def _data(self, model: nn.Module) -> tuple[list[Case], CaseObjective]:
         cases = cases_from(self._items, self._batch, model, device_of(model))

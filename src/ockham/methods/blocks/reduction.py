@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -133,6 +133,7 @@ class Orders:
         steps: conjugate gradient steps after a round and after the last.
         mend: True lets matrices make up for what the reduced network lacks where they are (`Drift`).
         norms: BatchNorm layers whose statistics follow what goes into them.
+        before: what earlier passes did to the matrices; their costs count, and their prior.
     """
 
     keep: Mapping[str, float | NofM]
@@ -142,6 +143,7 @@ class Orders:
     steps: tuple[int, int] = (3, 8)
     mend: bool = True
     norms: Sequence[nn.Module] = ()
+    before: Mapping[str, MatrixEvidence] = field(default_factory=dict)
 
 
 OnBlock = Callable[[int, Mapping[str, MatrixEvidence]], None]
@@ -370,28 +372,27 @@ def _reduced(
 ) -> MatrixEvidence | None:
     """Reduce one matrix; None where no data reach it, and it stays."""
     dense, orders = given
-    matrix, keep, inputs = block_map.matrices[key], orders.keep[key], sums.get(block_map.source[key])
-    if drift is not None:
-        inputs = (drift.inputs + drift.held_inputs)[None]
+    matrix, keep = block_map.matrices[key], orders.keep[key]
+    inputs = sums.get(block_map.source[key]) if drift is None else (drift.inputs + drift.held_inputs)[None]
     if inputs is None or (not dense.store.has(f"G:{key}") and not dense.store.has(f"G:{key}.held")):
         return None
     outputs, scale = dense.outputs(key), dense.scale(block_map, key)
     if not (bool(inputs.any()) and bool(outputs.any())):
         return None
-    target = matrix.read(parameters)
+    target, bias = matrix.read(parameters), matrix.bias is not None
     curvature = quadratic(inputs, outputs, orders.damping.get(matrix_kind(key), DEFAULT_DAMPING))
     worth = curvature.conditional()
-    bias = matrix.bias is not None
     wanted = target if drift is None else target + drift.correction(outputs[0])
     small = sparse_matrix(wanted, curvature, worth, keep=keep, bias=bias, rounds=orders.rounds, steps=orders.steps)
     matrix.write(parameters, small)
     change = matrix.read(parameters) - wanted
     gone = (small == 0)[..., : target.shape[-1] - bias]
-    volume = freed(target, worth, (inputs, outputs), scale, gone=gone, n_data=orders.n_data)
-    cost = loss_increase(change, inputs, outputs, scale)
-    kept = 1 - float(gone.float().mean())
-    prior = typical_precision(target[..., : gone.shape[-1]])
-    return MatrixEvidence(block_map.name, gone.numel(), kept, cost, volume, orders.n_data, prior)
+    before = orders.before.get(key)
+    prior = typical_precision(target[..., : gone.shape[-1]]) if before is None else before.prior_precision
+    volume = freed(worth, (inputs, outputs), scale, gone=gone, n_data=orders.n_data, prior_precision=prior)
+    cost = loss_increase(change, inputs, outputs, scale) + (0.0 if before is None else before.cost)
+    left = 1 - float(gone.float().mean())
+    return MatrixEvidence(block_map.name, gone.numel(), left, cost, volume, orders.n_data, prior)
 
 
 _ALLOCATION_DAMPING = 0.01

@@ -44,6 +44,7 @@ __all__ = [
     "lacks_of_products",
     "lowest",
     "matrix_kind",
+    "passes_to",
     "predicted",
     "sampled_blocks",
     "shares_for",
@@ -94,21 +95,27 @@ def typical_precision(weight: Tensor) -> float:
 
 
 def freed(
-    weight: Tensor, worth: Tensor, factors: tuple[Tensor, Tensor], scale: float, *, gone: Tensor, n_data: float
+    worth: Tensor,
+    factors: tuple[Tensor, Tensor],
+    scale: float,
+    *,
+    gone: Tensor,
+    n_data: float,
+    prior_precision: float,
 ) -> float:
     """1/2 sum over removed weights of ln(1 + n_data h / P0), nats: what their freedom had cost.
 
     Args:
-        weight: trained matrix, ``[groups, outputs, inputs]``, perhaps with a bias as last column.
         worth: worth of `Quadratic.conditional`: h in units of the mean diagonal of the curvature.
         factors: A and G, summed.
         scale: rows x terms.
-        gone: True where a weight went, without the bias.
-        n_data: terms behind the trained weights; P0 is 1 / mean square of the weights.
+        gone: True where a weight went, ``[groups, outputs, inputs]`` without a bias.
+        n_data: terms behind the trained weights.
+        prior_precision: P0.
     """
     free = gone.shape[-1]
     unit = factors[0].diagonal(dim1=-2, dim2=-1).mean(-1) * factors[1].diagonal(dim1=-2, dim2=-1).mean(-1) / scale
-    determined = worth[..., :free] * unit[:, None, None] * weight[..., :free].square().mean()
+    determined = worth[..., :free] * unit[:, None, None] / prior_precision
     return 0.5 * float((n_data * determined).log1p().expand_as(gone)[gone].sum(dtype=torch.float64))
 
 
@@ -181,6 +188,16 @@ def shares_for(samples: Mapping[str, CostSample], keep_share: float) -> dict[str
     return {k: min(1.0, (1 - gone[k]) * keep_share * total / left) for k in samples}
 
 
+def passes_to(keep_share: float, passes: int | None = None) -> list[float]:
+    """Shares that stay after each pass, each the same part of the one before.
+
+    >>> passes_to(0.5), [round(s, 3) for s in passes_to(0.2)]
+    ([0.5], [0.585, 0.342, 0.2])
+    """
+    count = passes or max(1, math.ceil(math.log2(1 / keep_share) - 1e-9))
+    return [*(keep_share ** (i / count) for i in range(1, count)), keep_share]
+
+
 def predicted(samples: Mapping[str, CostSample], keep_share: float, n_data: float) -> tuple[float, float]:
     """What a reduction costs and frees by the sum over single weights.
 
@@ -238,12 +255,14 @@ class Drift:
         fit, held = fit[some], held[some]
         values, vectors = torch.linalg.eigh(fit)
         g = outputs.float()
-        turned, seen, wanted = missing @ vectors, vectors.mT @ held @ vectors, g @ lacks @ vectors
+        turned, seen, wanted = missing @ vectors, vectors.mT @ held @ vectors, g @ (lacks @ vectors)
+        weighed = g @ turned
         best, share, ridge = 0.0, 0.0, 1.0
         for each in _RIDGES:
-            change = turned / (values.clamp_min(0) + each * values.mean())
+            shrunk = values.clamp_min(0) + each * values.mean()
+            change = turned / shrunk
             along = float((wanted * change).sum(dtype=torch.float64))
-            bend = float(((g @ change @ seen) * change).sum(dtype=torch.float64))
+            bend = float((((weighed / shrunk) @ seen) * change).sum(dtype=torch.float64))
             step = min(1.0, max(0.0, along / max(bend, 1e-30)))
             gain = step * (2 * along - step * bend)
             if gain > best:
@@ -337,15 +356,7 @@ def _uses(
 def drifts_of(
     block_map: BlockMap, keys: Sequence[str], lacks: Iterable[Lacks], cases: Sequence[Case], held: Collection[int]
 ) -> dict[str, Drift]:
-    """What matrices see, and what lacks, over all cases; without those that are not used.
-
-    Args:
-        block_map: matrices of the block.
-        keys: those that are asked for.
-        lacks: what lacks in each case.
-        cases: the data.
-        held: cases that judge.
-    """
+    """What matrices of a block see, and what lacks, over all cases; ``held`` judge; without those that are not used."""
     sums: dict[str, Tensor] = {}
     for i, (each, case) in enumerate(zip(lacks, cases, strict=True)):
         part, inputs = ("held" if i in held else "fit"), dict[str, Tensor]()

@@ -324,10 +324,11 @@ def refit_units_(
                     outputs, scale = dense.outputs(key), dense.scale(block_map, key)
                     worth = quadratic(inputs[None], outputs, DEFAULT_DAMPING).conditional()
                     gone = (~stays).expand_as(weight)[..., : weight.shape[-1] - (matrix.bias is not None)]
-                    volume = freed(weight, worth, (inputs[None], outputs), scale, gone=gone, n_data=n_data)
+                    prior = typical_precision(weight[..., : gone.shape[-1]])
+                    factors = inputs[None], outputs
+                    volume = freed(worth, factors, scale, gone=gone, n_data=n_data, prior_precision=prior)
                     cost = loss_increase(small - weight, inputs[None], outputs, scale)
                     kept = 1 - float(gone.float().mean())
-                    prior = typical_precision(weight)
                     found[key] = MatrixEvidence(block_map.name, gone.numel(), kept, cost, volume, n_data, prior)
                 matrix.write(
                     parameters, small if drift is None else small + drift.correction(dense.outputs(key)[0], stays)
