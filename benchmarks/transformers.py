@@ -61,12 +61,13 @@ from ockham.methods.blocks.cases import (
 )
 from ockham.methods.blocks.job import PruneSettings
 from ockham.methods.blocks.prune import prune, token_measures
-from ockham.methods.blocks.reduction import Orders, loss_of, reduce_blocks_, study, study_damping
+from ockham.methods.blocks.reduction import Orders, Study, loss_of, reduce_blocks_, study, study_damping
 from ockham.methods.blocks.solve import Damping, NofM
 from ockham.methods.blocks.stop import (
     TERMS_PER_WEIGHT,
     MatrixEvidence,
     matrix_kind,
+    passes_to,
     predicted,
     shares_for,
 )
@@ -162,15 +163,7 @@ class Bench:
         self.choice = cases_from(windows(work, "valid", calibration + 8, seed)[calibration:], None, self.model, device)
         self.objective: CaseObjective = objective_for(self.model, self.cases[0], "next-token", None)
         began = time.process_time()
-        self.found = study(
-            self.model,
-            self.cases,
-            self.objective,
-            folder=work / f"fisher-{seed}-{calibration}",
-            seed=seed,
-            spared=(),
-            on_case=lambda i, n: print(f"curvature {i}/{n}, {time.process_time() - began:.0f} CPU s", flush=True),
-        )
+        self.found = self.studied()
         if blocks is not None:
             dense, kept = self.found.dense, self.found.dense.maps[:blocks]
             inside = {k for m in kept for k in m.matrices}
@@ -184,6 +177,15 @@ class Bench:
         self.curvature_seconds = time.process_time() - began
         self.dense = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         self.hooks: list[Any] = []
+
+    def studied(self, label: str = "") -> Study:
+        """Curvature of the network as it is now."""
+        began = time.process_time()
+        name = f"fisher-{self.seed}-{len(self.cases)}" + (f"-{label}" if label else "")
+        tell = lambda i, n: print(f"curvature {i}/{n}, {time.process_time() - began:.0f} CPU s", flush=True)  # noqa: E731
+        return study(
+            self.model, self.cases, self.objective, folder=self.work / name, seed=self.seed, spared=(), on_case=tell
+        )
 
     def restore(self) -> None:
         """The dense weights again, without the biases of `flap` and the hooks of `slicegpt`."""
@@ -231,15 +233,28 @@ def ours(
     rounds: int | None = None,
     tuned: int | None = None,
 ) -> dict[str, Any]:
-    keep = targets(bench, target, even)
-    share = "2-4" if target == "2:4" else target
-    damping = (
-        bench.damping(keep, share, rounds or tuned) if chosen else {matrix_kind(k): Damping(0.05, sides) for k in keep}
-    )
-    n_data = TERMS_PER_WEIGHT * bench.found.weights
-    orders = Orders(keep, damping, n_data, rounds, mend=mend)
-    evidence = reduce_blocks_(bench.model, bench.cases, bench.found.dense, orders, on_block=_told("ours"))
-    return {"evidence": sum(e.nats for e in evidence.values()), "cost": sum(e.cost for e in evidence.values())}
+    whole, evidence = bench.found, dict[str, MatrixEvidence]()
+    try:
+        for i, share in enumerate(["2:4"] if target == "2:4" else passes_to(float(target))):
+            if i:
+                bench.found = bench.studied(f"{target}-pass{i + 1}")
+            keep = targets(bench, str(share), even)
+            label = target.replace(":", "-") + (f"-pass{i + 1}" if i else "")
+            damping = (
+                bench.damping(keep, label, rounds or tuned)
+                if chosen
+                else {matrix_kind(k): Damping(0.05, sides) for k in keep}
+            )
+            n_data = TERMS_PER_WEIGHT * bench.found.weights
+            orders = Orders(keep, damping, n_data, rounds, mend=mend, before=evidence)
+            evidence = reduce_blocks_(bench.model, bench.cases, bench.found.dense, orders, on_block=_told("ours"))
+    finally:
+        bench.found = whole
+    return {
+        "evidence": sum(e.nats for e in evidence.values()),
+        "cost": sum(e.cost for e in evidence.values()),
+        "passes": i + 1,
+    }
 
 
 def rival(
