@@ -191,6 +191,26 @@ def test_without_correlation_the_largest_stay_as_they_are() -> None:
     torch.testing.assert_close(small, expected)
 
 
+@pytest.mark.parametrize("swaps", [1, 3, 30])
+def test_the_support_of_the_largest_weights_is_never_better(swaps: int) -> None:
+    """Where the search is ended early it has found little, and the largest weights, solved to the end, win."""
+    won = 0
+    for seed in range(8):
+        a, g, weight = factors(seed)
+        q = quadratic(a, g, Damping(0.3, 0.5))
+        found = cost_of(sparse(weight, q, keep=0.5, swaps=swaps, steps=(3, 60)) - weight, q)
+        sizes = weight.abs() * q.inputs.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-2)
+        assert q.outputs is not None
+        sizes = sizes * q.outputs.diagonal(dim1=-2, dim2=-1).sqrt().unsqueeze(-1)
+        largest = sizes >= sizes.flatten().kthvalue(sizes.numel() - sizes.numel() // 2 + 1).values
+        assert int(largest.sum()) == sizes.numel() // 2
+        top = solve._top(q.inputs)
+        plain = cost_of(solve._on_support(weight, q, largest, weight, 60, top=top) - weight, q)
+        assert found <= plain * (1 + 1e-6)
+        won += found >= plain * (1 - 1e-6)
+    assert won > 0 if swaps == 1 else won < 8
+
+
 def test_units_of_inputs_and_outputs_do_not_decide_what_stays() -> None:
     q, weight = correlated(3, 4, 6, 0.3)
     assert q.outputs is not None

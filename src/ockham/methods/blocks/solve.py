@@ -300,9 +300,9 @@ _READERS: dict[Any, Callable[[Using, Any, Any], Use | None]] = {
 }
 
 
-_TINY = 1e-30
-_TOLERANCE = 1e-4
+_TINY, _TOLERANCE = 1e-30, 1e-4
 _STEPS, _LAST_STEPS = 3, 8
+_WORTH_MORE = 1.1  # a support that its first steps bring so near the other's cost is followed to its end
 _SWAPS, _SETTLED, _WEAKER = 300, 30, 3  # steps at most; from which one a support that stands ends them; weaker starts
 _SAMPLED = 1 << 16  # values from which on a sample tells where the lowest end
 _TOP = 16  # directions of the inputs that the preconditioner treats exactly
@@ -418,9 +418,16 @@ def sparse_matrix(
     """
     free, top = target.shape[-1] - bias, _top(curvature.inputs)
     if rounds is None:
-        found = _swapped(target, curvature, keep, free, swaps)
-        solved = [_on_support(target, curvature, stays, start, steps[1], top=top) for stays, start in found]
-        return min(solved, key=lambda x: float((curvature.apply(x - target) * (x - target)).sum()))
+        (largest, _), (stays, start) = _swapped(target, curvature, keep, free, swaps)
+
+        def cost(x: Tensor) -> float:
+            return float((curvature.apply(x - target) * (x - target)).sum())
+
+        found = _on_support(target, curvature, stays, start, steps[1], top=top)
+        plain = _on_support(target, curvature, largest, target, steps[0], top=top)
+        if cost(plain) < _WORTH_MORE * cost(found):
+            plain = _on_support(target, curvature, largest, plain, steps[1], top=top)
+        return min(found, plain, key=cost)
     stays, moved = torch.ones_like(target, dtype=torch.bool), target
     worth = curvature.conditional() if worth is None else worth
     share = keep.n / keep.m if isinstance(keep, NofM) else keep
