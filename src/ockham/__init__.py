@@ -106,7 +106,7 @@ _ROOMS = {
     "units_of": "choose.units",
     "NonFiniteLossError": "errors",
     "ResultError": "errors",
-    "PointEstimate": "fit.point",
+    "PointEstimate": "fit.mean_field",
     "RegressionPrediction": "fit.predict",
     "EmpiricalBayes": "fit.priors",
     "GroupHorseshoe": "fit.priors",

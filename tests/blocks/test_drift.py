@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ockham.fit.predict import move_statistics_, norm_inputs, norms_of, refresh_batchnorm
-from ockham.methods.blocks import reduction
+from ockham.methods.blocks import dense
 from ockham.methods.blocks.cases import Case, held_out
 from ockham.methods.blocks.curvature import (
     answer_without,
@@ -22,11 +22,12 @@ from ockham.methods.blocks.curvature import (
     weights_of,
     writers_of,
 )
+from ockham.methods.blocks.dense import DenseAnswers, Drift, drifts_of, lacks_of_branch, lacks_of_products
 from ockham.methods.blocks.job import PruneSettings
 from ockham.methods.blocks.prune import prune
-from ockham.methods.blocks.reduction import DenseAnswers, Orders, reduce_blocks_, seen_by
+from ockham.methods.blocks.reduction import Orders, reduce_blocks_, seen_by
 from ockham.methods.blocks.solve import Damping
-from ockham.methods.blocks.stop import Drift, drifts_of, lacks_of_branch, lacks_of_products, matrix_kind
+from ockham.methods.blocks.stop import matrix_kind
 
 from .networks import batches, ids, network
 from .test_curvature import studied
@@ -202,7 +203,7 @@ def test_what_is_not_computed_leaves_every_bit_of_the_result(monkeypatch: pytest
         asked.append(given)
         return frozenset()
 
-    monkeypatch.setattr(reduction, "unheard", all_is_heard)
+    monkeypatch.setattr(dense, "unheard", all_is_heard)
     slow = prune(network("llama"), windows, keep_share=0.5, settings=settings).model
     assert asked
     for name, p in quick.named_parameters():
@@ -229,7 +230,7 @@ def test_blocks_of_the_same_names_are_each_looked_at(tmp_path: Path, monkeypatch
         branches.append(key)
         return lacks_of_branch(block, block_map, key, *rest, **more)
 
-    monkeypatch.setattr(reduction, "lacks_of_branch", noted)
+    monkeypatch.setattr(dense, "lacks_of_branch", noted)
     model = nn.Sequential(Either(after=False), Either(after=True), Either(after=False))
     data = [(torch.randn(20, 6), torch.arange(20) % 6) for _ in range(4)]
     found, _, cases = studied(model, data, tmp_path)

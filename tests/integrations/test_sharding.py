@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 
 import ockham
 from ockham.errors import OckhamError
-from ockham.fit.point import PointEstimate
+from ockham.fit.mean_field import PointEstimate
 from ockham.surgery.groups import plan_masks
 from ockham.surgery.shrinking import mask
 

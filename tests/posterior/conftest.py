@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from ockham.fit.ivon import IVON
-from ockham.fit.mean_field import MeanField
+from ockham.fit.mean_field import MeanField, PointEstimate
 from ockham.fit.optimizer import VariationalOptimizer
-from ockham.fit.point import PointEstimate
 from ockham.fit.priors import EmpiricalBayes, FixedPrior, Prior
 from ockham.methods.spike_slab.optimizer import SpikeSlab
 from ockham.methods.spike_slab.priors import FixedSpikeSlab, LearnedSpikeSlab

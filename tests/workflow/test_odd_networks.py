@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import ockham
 from ockham.core.network import copied
 from ockham.errors import OckhamError, OckhamWarning
-from ockham.fit.point import PointEstimate
+from ockham.fit.mean_field import PointEstimate
 from ockham.methods.gates.training import GateCompression, GateTraining
 from ockham.methods.horseshoe import horseshoe
 

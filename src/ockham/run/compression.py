@@ -34,9 +34,8 @@ from ockham.core.posterior import Posterior
 from ockham.core.processes import ALONE, Processes
 from ockham.errors import OckhamError, OckhamWarning, check_keywords
 from ockham.fit.ivon import IVON
-from ockham.fit.mean_field import MeanField
+from ockham.fit.mean_field import MeanField, PointEstimate
 from ockham.fit.optimizer import VariationalOptimizer
-from ockham.fit.point import PointEstimate
 from ockham.fit.predict import refresh_batchnorm
 from ockham.fit.priors import FixedPrior, Prior
 from ockham.run.engine import Compressed, Engine, EpochInfo, Method, OnStep, RunState, Task

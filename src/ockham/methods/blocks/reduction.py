@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
@@ -33,18 +31,14 @@ from ockham.methods.blocks.curvature import (
     BlockCall,
     BlockMap,
     FactorStore,
-    Levels,
     Stream,
     add_curvature_,
-    answer_without,
     find_blocks,
-    floating_output,
     map_of,
     rows_of,
-    unheard,
     weights_of,
-    writers_of,
 )
+from ockham.methods.blocks.dense import Dense, DenseAnswers, Drift, Enough
 from ockham.methods.blocks.solve import (
     BlockMatrix,
     Damping,
@@ -60,15 +54,10 @@ from ockham.methods.blocks.stop import (
     CostSample,
     DampingProblem,
     DampingTrial,
-    Drift,
-    Enough,
     MatrixEvidence,
     chosen_damping,
     cost_sample,
-    drifts_of,
     freed,
-    lacks_of_branch,
-    lacks_of_products,
     matrix_kind,
     sampled_blocks,
     single_costs,
@@ -76,8 +65,6 @@ from ockham.methods.blocks.stop import (
 )
 
 __all__ = [
-    "Dense",
-    "DenseAnswers",
     "Orders",
     "Study",
     "inputs_of_stage",
@@ -88,37 +75,6 @@ __all__ = [
     "study",
     "study_damping",
 ]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Dense:
-    """What is known of the dense network.
-
-    Attributes:
-        blocks: blocks in the order of their use.
-        maps: maps of their matrices.
-        store: sums of the backward pass.
-        terms: log-likelihood terms that they are of.
-    """
-
-    blocks: Sequence[nn.Module]
-    maps: Sequence[BlockMap]
-    store: FactorStore
-    terms: int
-
-    def outputs(self, key: str) -> Tensor:
-        """G of a matrix, summed over all data."""
-        return self.store.get(f"G:{key}", f"G:{key}.held")
-
-    def inputs(self, block: BlockMap, key: str) -> Tensor:
-        """A of a matrix in the dense network, summed over all data."""
-        return self.store.get(f"A:{block.source[key]}", f"A:{block.source[key]}.held")
-
-    def scale(self, block: BlockMap, key: str) -> float:
-        """Rows x terms: A (x) G over it is the curvature of one term."""
-        source = f"A:{block.source[key]}"
-        rows = self.store.rows.get(source, 0.0) + self.store.rows.get(source + ".held", 0.0)
-        return rows * self.terms
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,75 +104,6 @@ class Orders:
 
 OnBlock = Callable[[int, Mapping[str, MatrixEvidence]], None]
 """Called after a block with (blocks done, evidence so far)."""
-
-
-class DenseAnswers:
-    """What the dense network's blocks answer to the calibration data, and what of it the reduced ones lack.
-
-    Args:
-        model: network as `prepared` leaves it, its weights still dense.
-        cases: calibration data of this process (`own_cases`).
-        held: positions among them that judge.
-        dense: its blocks and curvature.
-    """
-
-    def __init__(self, model: nn.Module, cases: Sequence[Case], held: frozenset[int], dense: Dense) -> None:
-        self._cases, self._dense, self._held = cases, dense, held
-        self._stream = Stream(model, cases, dense.blocks)
-        self._writers: dict[frozenset[str], frozenset[str]] = {}  # names of a block's matrices to those that write
-        self._quiet: dict[frozenset[str], list[frozenset[str]]] = {}  # and to those that `unheard` says, by level
-        self._levels: Levels = ()  # of the block at hand
-        self._silent: list[frozenset[str]] = []  # by level: those of earlier ones, and what says nothing without them
-        self._answers: list[list[Tensor | None]] = []  # by level
-        self._twin: tuple[nn.Module, Sequence[BlockCall]] | None = None  # the dense block at hand, and its calls
-
-    @torch.no_grad()
-    def take(self) -> None:
-        """Run the next block, which is dense yet."""
-        j, calls = self._stream.at, self._stream.calls()
-        block, block_map = self._dense.blocks[j], self._dense.maps[j]
-        within = len(block_map.name)
-        look = frozenset(k[within:] for k in block_map.matrices)
-        # blocks of the same names are rarely built otherwise, so only the writers of the first are tried on the next
-        known = self._writers.get(look)
-        among = None if known is None else {block_map.name + n for n in known}
-        levels = [sorted(level) for level in writers_of(block, block_map, calls[0], among)]
-        told = team().told_bytes(json.dumps(levels).encode())  # noise is each process's own
-        self._levels = tuple(frozenset(level) for level in json.loads(told))
-        self._writers.setdefault(look, frozenset(k[within:] for level in self._levels for k in level))
-        before = [frozenset[str]().union(*self._levels[:i]) for i in range(len(self._levels))]
-        said = self._quiet.get(look, [])
-        tried = [{block_map.name + n for n in said[i]} if i < len(said) else None for i in range(len(before))]
-        quiet = [sorted(unheard(block, block_map, calls[0], s, t)) for s, t in zip(before, tried, strict=True)]
-        quiet = json.loads(team().told_bytes(json.dumps(quiet).encode()))
-        self._quiet.setdefault(look, [frozenset(k[within:] for k in q) for q in quiet])
-        self._silent = [s | frozenset(q) for s, q in zip(before, quiet, strict=True)]
-        self._twin = copy.deepcopy(block), calls
-        parameters = weights_of(block, block_map.name)
-        later = [
-            [answer_without(block, parameters, call, self._silent[level]) for call in calls]
-            for level in range(1, len(self._levels))
-        ]
-        self._answers = [[floating_output(a) for a in self._stream.advance(calls)], *later]
-
-    def drifts(self, keys: Sequence[str], j: int, calls: Sequence[BlockCall]) -> dict[str, Drift]:
-        """What matrices can make up for; without those for which that is nothing, or no data can judge.
-
-        The last matrix of a residual branch makes up for what the block lacks there, any other for what its own product
-        lacks. All are of one stage.
-        """
-        block, block_map = self._dense.blocks[j], self._dense.maps[j]
-        level = {k: i for i, writers in enumerate(self._levels) for k in writers}
-        found: dict[str, Drift] = {}
-        for key in (k for k in keys if k in level):
-            answers, silent = self._answers[level[key]], self._silent[level[key]]
-            lacks = lacks_of_branch(block, block_map, key, calls, dense=answers, silent=silent)
-            found |= drifts_of(block_map, [key], lacks, self._cases, self._held)
-        once = [k for k in keys if k not in level and block_map.calls[k] == 1 and block_map.matrices[k].groups == 1]
-        if once and self._twin is not None:
-            lacks = lacks_of_products(block, block_map, once, calls, self._twin)
-            found |= drifts_of(block_map, once, lacks, self._cases, self._held)
-        return found
 
 
 @torch.no_grad()

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ockham.errors import OckhamError
-from ockham.methods.blocks.cases import BlockCall, Case, add_gram_, symmetric, team
-from ockham.methods.blocks.curvature import BlockMap, floating_output, rows_of, weights_of
 from ockham.methods.blocks.solve import (
     Damping,
     NofM,
     Quadratic,
-    Use,
-    Using,
     damped,
     quadratic,
     sparse_matrix,
@@ -31,17 +26,12 @@ __all__ = [
     "CostSample",
     "DampingProblem",
     "DampingTrial",
-    "Drift",
-    "Enough",
     "MatrixEvidence",
     "Shot",
     "best_shot",
     "chosen_damping",
     "cost_sample",
-    "drifts_of",
     "freed",
-    "lacks_of_branch",
-    "lacks_of_products",
     "lowest",
     "matrix_kind",
     "passes_to",
@@ -212,178 +202,6 @@ def predicted(samples: Mapping[str, CostSample], keep_share: float, n_data: floa
         cost += each * float(sample.costs[:gone].sum())
         volume += each * 0.5 * float((n_data * sample.determined[:gone]).log1p().sum())
     return cost, volume
-
-
-_RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Drift:
-    """What a matrix of a reduced network sees, and what lacks in its block's output. Sums over rows.
-
-    Attributes:
-        inputs: A of the data that decide, ``[inputs, inputs]``.
-        missing: C = sum r x', ``[outputs, inputs]``, of them: r is the dense network's output less the present one.
-        held_inputs: A of the data that judge.
-        held_missing: C of the data that judge.
-    """
-
-    inputs: Tensor
-    missing: Tensor
-    held_inputs: Tensor
-    held_missing: Tensor
-
-    def correction(self, outputs: Tensor, keep: Tensor | None = None) -> Tensor:
-        r"""Change of the matrix that makes up for what lacks, as far as held-out data bear it out.
-
-            D = a C (A + l mean(diag A) I)^-1
-
-        ``l`` and ``a`` in [0, 1] are those with which the data that judge have the least sum of (r - D x)' G (r - D x);
-        ``a`` is known in closed form. D is then made anew from all data.
-
-        Args:
-            outputs: G of the matrix, ``[outputs, outputs]``: what a change of the block's output does to the loss.
-            keep: boolean ``[inputs]``, True = may be used; None: all.
-
-        Returns:
-            ``[outputs, inputs]``, zero where nothing is borne out.
-        """
-        some = slice(None) if keep is None else keep
-        fit, missing, held, lacks = (
-            t.float()[..., some] for t in (self.inputs, self.missing, self.held_inputs, self.held_missing)
-        )
-        fit, held = fit[some], held[some]
-        values, vectors = torch.linalg.eigh(fit)
-        g = outputs.float()
-        turned, seen, wanted = missing @ vectors, vectors.mT @ held @ vectors, g @ (lacks @ vectors)
-        weighed = g @ turned
-        best, share, ridge = 0.0, 0.0, 1.0
-        for each in _RIDGES:
-            shrunk = values.clamp_min(0) + each * values.mean()
-            change = turned / shrunk
-            along = float((wanted * change).sum(dtype=torch.float64))
-            bend = float((((weighed / shrunk) @ seen) * change).sum(dtype=torch.float64))
-            step = min(1.0, max(0.0, along / max(bend, 1e-30)))
-            gain = step * (2 * along - step * bend)
-            if gain > best:
-                best, share, ridge = gain, step, each
-        found = torch.zeros_like(self.missing)
-        if share:
-            a = (fit + held).double()
-            a.diagonal().add_(ridge * a.diagonal().mean())
-            solved = torch.linalg.solve(a, (missing + lacks).double().mT).mT
-            found[:, some] = (share * solved).to(found.dtype)
-        return found
-
-
-Lacks = Mapping[str, tuple[Use, Tensor]]
-"""Keys of matrices to a use of each, and what the dense network has there more; of the shape of the product."""
-
-
-@torch.no_grad()
-def lacks_of_branch(
-    block: nn.Module,
-    block_map: BlockMap,
-    key: str,
-    calls: Sequence[BlockCall],
-    *,
-    dense: Sequence[Tensor | None],
-    silent: Collection[str],
-) -> Iterator[Lacks]:
-    """What a block lacks where a matrix of `writers_of` adds to it, call by call; nothing where it is not used.
-
-    Args:
-        block: the block as it is now.
-        block_map: its matrices.
-        key: the matrix.
-        calls: what the block is called with.
-        dense: what the dense network's block answers without the silent ones.
-        silent: matrices whose products are taken for zero.
-    """
-    for call, wanted in zip(calls, dense, strict=True):
-        uses, answer = _uses(block, block_map, {key}, call, silent)
-        lacking = {} if answer is None or wanted is None else uses
-        yield {k: (use, (wanted - answer).reshape(t.shape)) for k, (use, t) in lacking.items()}  # type: ignore[operator]
-
-
-@torch.no_grad()
-def lacks_of_products(
-    block: nn.Module,
-    block_map: BlockMap,
-    keys: Collection[str],
-    calls: Sequence[BlockCall],
-    dense: tuple[nn.Module, Sequence[BlockCall]],
-) -> Iterator[Lacks]:
-    """What matrices' own products lack against the dense network's, call by call; nothing for one that is not used.
-
-    Args:
-        block: the block as it is now.
-        block_map: its matrices.
-        keys: the matrices; none of them reads what another gives.
-        calls: what the block is called with.
-        dense: the block of the dense network, and what that is called with.
-    """
-    for call, wanted in zip(calls, dense[1], strict=True):
-        here, _ = _uses(block, block_map, keys, call)
-        there, _ = _uses(dense[0], block_map, keys, wanted)
-        both = [k for k, (_, t) in here.items() if k in there and t.shape == there[k][1].shape]
-        yield {k: (here[k][0], there[k][1] - here[k][1]) for k in both}
-
-
-def _uses(
-    block: nn.Module,
-    block_map: BlockMap,
-    keys: Collection[str],
-    call: BlockCall,
-    silent: Collection[str] | None = None,
-) -> tuple[dict[str, tuple[Use, Tensor]], Tensor | None]:
-    """Uses of matrices with their products, and what the block answers; no ``silent``: a pass ends at the last."""
-    found: dict[str, tuple[Use, Tensor]] = {}
-
-    def note(use: Use, result: Tensor) -> None:
-        if use.matrix.key in keys:
-            found[use.matrix.key] = (use, result)
-            if silent is None and len(found) == len(keys):
-                raise Enough
-
-    answer = None
-    with suppress(Enough), Using(weights_of(block, block_map.name), note, silent=silent or ()):
-        answer = floating_output(block(*call[0], **call[1]))
-    return found, answer
-
-
-@torch.no_grad()
-def drifts_of(
-    block_map: BlockMap, keys: Sequence[str], lacks: Iterable[Lacks], cases: Sequence[Case], held: Collection[int]
-) -> dict[str, Drift]:
-    """What matrices of a block see, and what lacks, over all cases; ``held`` judge; without those that are not used."""
-    sums: dict[str, Tensor] = {}
-    for i, (each, case) in enumerate(zip(lacks, cases, strict=True)):
-        part, inputs = ("held" if i in held else "fit"), dict[str, Tensor]()
-        for key, (use, lack) in each.items():
-            source, a, c = block_map.source[key], f"{part}:A:{block_map.source[key]}", f"{part}:C:{key}"
-            missing = use.gradients(lack)
-            if case.mask is not None and missing.shape[1] == case.mask.numel():
-                missing = missing[:, case.mask.flatten()]
-            if source not in inputs:
-                rows = inputs[source] = rows_of(use, case.mask)[0].float()
-                add_gram_(sums.setdefault(a, rows.new_zeros(1, rows.shape[1], rows.shape[1])), rows[None])
-            sums.setdefault(c, missing.new_zeros(missing.shape[2], inputs[source].shape[1], dtype=torch.float32))
-            sums[c] += missing[0].float().mT @ inputs[source]
-    shapes: dict[str, tuple[int, ...]] = {}
-    for key in keys:
-        matrix = block_map.matrices[key]
-        n = matrix.fan_in + (matrix.bias is not None)
-        for part in ("fit", "held"):
-            shapes[f"{part}:A:{block_map.source[key]}"] = (1, n, n)
-            shapes[f"{part}:C:{key}"] = (matrix.weights // matrix.fan_in, n)
-    known = {k: symmetric(t)[0] if ":A:" in k else t for k, t in team().joined(sums, shapes).items()}
-    places = {k: [f"{p}:{s}" for p in ("fit", "held") for s in (f"A:{block_map.source[k]}", f"C:{k}")] for k in keys}
-    return {k: Drift(*(known[n] for n in names)) for k, names in places.items() if all(n in known for n in names)}
-
-
-class Enough(BaseException):
-    """The inputs that are wanted have been seen."""
 
 
 DEFAULT_DAMPING = Damping(0.05, 0.3)

@@ -27,7 +27,8 @@ from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError
 from ockham.methods.blocks.cases import Case, held_out, own_cases
 from ockham.methods.blocks.curvature import BlockMap, Stream, weights_of
-from ockham.methods.blocks.reduction import Dense, DenseAnswers, Study, inputs_of_stage
+from ockham.methods.blocks.dense import Dense, DenseAnswers
+from ockham.methods.blocks.reduction import Study, inputs_of_stage
 from ockham.methods.blocks.solve import BlockMatrix, Damping, damped, loss_increase, quadratic
 from ockham.methods.blocks.stop import DEFAULT_DAMPING, MatrixEvidence, freed, matrix_kind, typical_precision
 from ockham.surgery.copies import clone

@@ -33,7 +33,7 @@ from ockham.core.objective import Objective, fit_noise, objective_of
 from ockham.core.posterior import POINT, Gaussian, Posterior
 from ockham.core.processes import ALONE, Processes
 from ockham.errors import OckhamError, OckhamWarning
-from ockham.fit.point import PointEstimate
+from ockham.fit.mean_field import PointEstimate
 from ockham.fit.predict import refresh_batchnorm
 from ockham.methods.laplace.curvature import Score
 from ockham.methods.laplace.posterior import (

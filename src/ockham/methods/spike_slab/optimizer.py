@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError
+from ockham.fit.mean_field import adam_
 from ockham.fit.memory import Schedule, Span, cache_chunks, schedule_of, sliced
 from ockham.fit.optimizer import VariationalOptimizer
-from ockham.fit.point import adam_
 from ockham.methods.spike_slab.formulas import (
     gaussian_spike_log_odds,
     inclusion_slope,
