@@ -65,8 +65,10 @@ from ockham.methods.blocks.reduction import Orders, Study, loss_of, reduce_block
 from ockham.methods.blocks.solve import Damping, NofM
 from ockham.methods.blocks.stop import (
     TERMS_PER_WEIGHT,
+    DampingTrial,
     MatrixEvidence,
     matrix_kind,
+    measured_costs,
     passes_to,
     predicted,
     shares_for,
@@ -201,19 +203,27 @@ class Bench:
         nll, terms = loss_of(self.model, cases, self.objective)
         return float(nll.sum() / terms.sum())
 
-    def damping(self, keep: Mapping[str, float | NofM], label: str, rounds: int | None = None) -> Mapping[str, Damping]:
-        """Ours, by kind of matrix; kept in a file, since several rows want it."""
+    def trials(
+        self, keep: Mapping[str, float | NofM], label: str, rounds: int | None = None
+    ) -> tuple[Mapping[str, Damping], list[DampingTrial]]:
+        """Our damping by kind of matrix, and what was tried for it; kept in a file, since several rows want it."""
         label = label if rounds is None else f"{label}-rounds{rounds}"
         part = "" if self.blocks is None else f"-first{self.blocks}"
-        path = self.work / f"trust-{self.seed}-{len(self.cases)}-{label}{part}.json"
+        path = self.work / f"trials-{self.seed}-{len(self.cases)}-{label}{part}.json"
         if not path.exists():
             told = lambda i, n: print(f"damping {i}/{n}", flush=True)  # noqa: E731
             judges = DenseRows(self.model, [self.cases[i] for i in sorted(held_out(len(self.cases)))], self.objective)
-            chosen, trials = study_damping(self.found, keep, lambda: judges.distance(self.model), told, rounds)
-            rows = {k: [d.inputs, d.outputs] for k, d in chosen.items()}
-            tried = [[t.kind, t.damping.inputs, t.damping.outputs, t.cost] for t in trials]
-            path.write_text(json.dumps({"chosen": rows, "tried": tried}, indent=1))
-        return {k: Damping(*v) for k, v in json.loads(path.read_text())["chosen"].items()}
+            _, trials = study_damping(self.found, keep, lambda: judges.distance(self.model), told, rounds)
+            rows = [[t.kind, t.damping.inputs, t.damping.outputs, t.cost, t.predicted] for t in trials]
+            path.write_text(json.dumps(rows, indent=1))
+        tried = [DampingTrial(k, Damping(i, o), cost, by) for k, i, o, cost, by in json.loads(path.read_text())]
+        first = {t.kind: t.damping for t in reversed(tried)}  # the best of a kind comes first
+        return first, tried
+
+    def shares(self, target: str) -> dict[str, float]:
+        """Our share of each matrix: by the curvature, and by what trials have measured."""
+        by_curvature = shares_for(self.found.samples, float(target))
+        return shares_for(measured_costs(self.found.samples, self.trials(by_curvature, target)[1]), float(target))
 
     def zeros(self) -> float:
         """Share of the blocks' weights that are zero."""
@@ -232,19 +242,20 @@ def ours(
     mend: bool = True,
     rounds: int | None = None,
     tuned: int | None = None,
+    passes: int = 1,
 ) -> dict[str, Any]:
     whole, evidence = bench.found, dict[str, MatrixEvidence]()
     try:
-        for i, share in enumerate(["2:4"] if target == "2:4" else passes_to(float(target))):
+        for i, share in enumerate(["2:4"] if target == "2:4" else passes_to(float(target), passes)):
             if i:
                 bench.found = bench.studied(f"{target}-pass{i + 1}")
             keep = targets(bench, str(share), even)
-            label = target.replace(":", "-") + (f"-pass{i + 1}" if i else "")
-            damping = (
-                bench.damping(keep, label, rounds or tuned)
-                if chosen
-                else {matrix_kind(k): Damping(0.05, sides) for k in keep}
-            )
+            damping: Mapping[str, Damping] = {matrix_kind(k): Damping(0.05, sides) for k in keep}
+            if chosen:
+                label = target.replace(":", "-") + (f"-pass{i + 1}" if i else "") + ("-even" if even else "")
+                damping, tried = bench.trials(keep, label, rounds or tuned)
+                if not even and target != "2:4":
+                    keep = dict(shares_for(measured_costs(bench.found.samples, tried), float(share)))
             n_data = TERMS_PER_WEIGHT * bench.found.weights
             orders = Orders(keep, damping, n_data, rounds, mend=mend, before=evidence)
             evidence = reduce_blocks_(bench.model, bench.cases, bench.found.dense, orders, on_block=_told("ours"))
@@ -253,14 +264,16 @@ def ours(
     return {
         "evidence": sum(e.nats for e in evidence.values()),
         "cost": sum(e.cost for e in evidence.values()),
-        "passes": i + 1,
+        "passes": passes,
     }
 
 
 def rival(
     bench: Bench, target: str, *, solver: Callable[[float], Solver], lambdas: Sequence[float], even: bool = True
 ) -> dict[str, Any]:
-    keep, blocks = targets(bench, target, even), len(bench.found.dense.maps)
+    keep, blocks = targets(bench, target, True), len(bench.found.dense.maps)
+    if not even and target != "2:4":
+        keep = dict(bench.shares(target))
     tried = {}
     for damping in lambdas if len(lambdas) > 1 else ():
         layerwise_(bench.model, bench.cases, bench.found, solver(damping), keep, CHOICE_BLOCKS)
@@ -412,6 +425,7 @@ METHODS: dict[str, Callable[[Bench, str], dict[str, Any]]] = {
     "ours, lambda .05 and tau .3 everywhere": lambda b, t: ours(b, t, chosen=False),
     "ours, input side only (tau 1)": lambda b, t: ours(b, t, chosen=False, sides=1.0),
     "ours, nothing makes up for drift": lambda b, t: ours(b, t, mend=False),
+    "ours, two passes": lambda b, t: ours(b, t, passes=2),
     "ours, damping of greedy rounds": lambda b, t: ours(b, t, tuned=4),
     "ours, greedy in 4 rounds": lambda b, t: ours(b, t, rounds=4),
     "ours, greedy in 4 rounds, nothing makes up for drift": lambda b, t: ours(b, t, rounds=4, mend=False),

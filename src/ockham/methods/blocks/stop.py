@@ -205,14 +205,13 @@ def measured_costs(samples: Mapping[str, CostSample], trials: Sequence[DampingTr
     return {k: replace(s, costs=s.costs * times[k]) for k, s in samples.items()}
 
 
-def passes_to(keep_share: float, passes: int | None = None) -> list[float]:
+def passes_to(keep_share: float, passes: int) -> list[float]:
     """Shares that stay after each pass, each the same part of the one before.
 
-    >>> passes_to(0.5), [round(s, 3) for s in passes_to(0.2)]
+    >>> passes_to(0.5, 1), [round(s, 3) for s in passes_to(0.2, 3)]
     ([0.5], [0.585, 0.342, 0.2])
     """
-    count = passes or max(1, math.ceil(math.log2(1 / keep_share) - 1e-9))
-    return [*(keep_share ** (i / count) for i in range(1, count)), keep_share]
+    return [*(keep_share ** (i / passes) for i in range(1, passes)), keep_share]
 
 
 def predicted(samples: Mapping[str, CostSample], keep_share: float, n_data: float) -> tuple[float, float]:
