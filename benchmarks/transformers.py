@@ -65,10 +65,8 @@ from ockham.methods.blocks.reduction import Orders, Study, loss_of, reduce_block
 from ockham.methods.blocks.solve import Damping, NofM
 from ockham.methods.blocks.stop import (
     TERMS_PER_WEIGHT,
-    DampingTrial,
     MatrixEvidence,
     matrix_kind,
-    measured_costs,
     passes_to,
     predicted,
     shares_for,
@@ -203,27 +201,19 @@ class Bench:
         nll, terms = loss_of(self.model, cases, self.objective)
         return float(nll.sum() / terms.sum())
 
-    def trials(
-        self, keep: Mapping[str, float | NofM], label: str, rounds: int | None = None
-    ) -> tuple[Mapping[str, Damping], list[DampingTrial]]:
-        """Our damping by kind of matrix, and what was tried for it; kept in a file, since several rows want it."""
+    def damping(self, keep: Mapping[str, float | NofM], label: str, rounds: int | None = None) -> Mapping[str, Damping]:
+        """Ours, by kind of matrix; kept in a file, since several rows want it."""
         label = label if rounds is None else f"{label}-rounds{rounds}"
         part = "" if self.blocks is None else f"-first{self.blocks}"
-        path = self.work / f"trials-{self.seed}-{len(self.cases)}-{label}{part}.json"
+        path = self.work / f"trust-{self.seed}-{len(self.cases)}-{label}{part}.json"
         if not path.exists():
             told = lambda i, n: print(f"damping {i}/{n}", flush=True)  # noqa: E731
             judges = DenseRows(self.model, [self.cases[i] for i in sorted(held_out(len(self.cases)))], self.objective)
-            _, trials = study_damping(self.found, keep, lambda: judges.distance(self.model), told, rounds)
-            rows = [[t.kind, t.damping.inputs, t.damping.outputs, t.cost, t.predicted] for t in trials]
-            path.write_text(json.dumps(rows, indent=1))
-        tried = [DampingTrial(k, Damping(i, o), cost, by) for k, i, o, cost, by in json.loads(path.read_text())]
-        first = {t.kind: t.damping for t in reversed(tried)}  # the best of a kind comes first
-        return first, tried
-
-    def shares(self, target: str) -> dict[str, float]:
-        """Our share of each matrix: by the curvature, and by what trials have measured."""
-        by_curvature = shares_for(self.found.samples, float(target))
-        return shares_for(measured_costs(self.found.samples, self.trials(by_curvature, target)[1]), float(target))
+            chosen, trials = study_damping(self.found, keep, lambda: judges.distance(self.model), told, rounds)
+            rows = {k: [d.inputs, d.outputs] for k, d in chosen.items()}
+            tried = [[t.kind, t.damping.inputs, t.damping.outputs, t.cost] for t in trials]
+            path.write_text(json.dumps({"chosen": rows, "tried": tried}, indent=1))
+        return {k: Damping(*v) for k, v in json.loads(path.read_text())["chosen"].items()}
 
     def zeros(self) -> float:
         """Share of the blocks' weights that are zero."""
@@ -253,9 +243,7 @@ def ours(
             damping: Mapping[str, Damping] = {matrix_kind(k): Damping(0.05, sides) for k in keep}
             if chosen:
                 label = target.replace(":", "-") + (f"-pass{i + 1}" if i else "") + ("-even" if even else "")
-                damping, tried = bench.trials(keep, label, rounds or tuned)
-                if not even and target != "2:4":
-                    keep = dict(shares_for(measured_costs(bench.found.samples, tried), float(share)))
+                damping = bench.damping(keep, label, rounds or tuned)
             n_data = TERMS_PER_WEIGHT * bench.found.weights
             orders = Orders(keep, damping, n_data, rounds, mend=mend, before=evidence)
             evidence = reduce_blocks_(bench.model, bench.cases, bench.found.dense, orders, on_block=_told("ours"))
@@ -271,9 +259,7 @@ def ours(
 def rival(
     bench: Bench, target: str, *, solver: Callable[[float], Solver], lambdas: Sequence[float], even: bool = True
 ) -> dict[str, Any]:
-    keep, blocks = targets(bench, target, True), len(bench.found.dense.maps)
-    if not even and target != "2:4":
-        keep = dict(bench.shares(target))
+    keep, blocks = targets(bench, target, even), len(bench.found.dense.maps)
     tried = {}
     for damping in lambdas if len(lambdas) > 1 else ():
         layerwise_(bench.model, bench.cases, bench.found, solver(damping), keep, CHOICE_BLOCKS)

@@ -22,13 +22,9 @@ from ockham.methods.blocks.job import PruneSettings
 from ockham.methods.blocks.prune import prune
 from ockham.methods.blocks.solve import Damping
 from ockham.methods.blocks.stop import (
-    DampingTrial,
     Shot,
     best_shot,
-    cost_of_lowest,
     cost_sample,
-    matrix_kind,
-    measured_costs,
     passes_to,
     predicted,
     shares_for,
@@ -38,7 +34,6 @@ from ockham.methods.blocks.stop import (
 )
 
 from .networks import KINDS, TOKENS, batches, ids, network
-from .test_curvature import studied
 
 FIXED = PruneSettings(damping=Damping(0.05, 0.3))
 
@@ -204,47 +199,6 @@ def test_a_stopped_job_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     assert seen[0].left >= 0
     with pytest.raises(OckhamError, match="another job"):
         prune(network("llama", seed=1), data, keep_share=0.5, settings=settings)
-
-
-def test_costs_are_as_many_times_higher_as_the_best_trial_of_their_kind_found() -> None:
-    torch.manual_seed(0)
-    weight = torch.randn(20, 30)
-    samples = {f"b.{i}.{n}": cost_sample(weight, weight.square()) for i in range(2) for n in ("one", "two", "three")}
-    some = Damping(0.1, 0.3)
-    trials = [
-        DampingTrial("b.N.one", some, 6.0, 2.0),
-        DampingTrial("b.N.one", Damping(1.0, 0.3), 5.0, 2.0),
-        DampingTrial("b.N.two", some, math.nan, 2.0),
-        DampingTrial("b.N.three", some, 7.0, 0.0),  # no ratio
-    ]
-    found = measured_costs(samples, trials)
-    for key, sample in found.items():
-        times = 2.5 if key.endswith("one") else 1.0
-        torch.testing.assert_close(sample.costs, times * samples[key].costs)
-        assert torch.equal(sample.determined, samples[key].determined) and sample.size == 600
-    # 30 % of the weights, the lightest
-    lightest = weight.square().flatten().sort().values[:180].sum()
-    assert cost_of_lowest(samples["b.0.one"], 0.7) == pytest.approx(float(lightest))
-    shares = shares_for(found, 0.5)
-    assert shares["b.0.one"] > 0.5 > shares["b.0.two"] == shares["b.1.three"]
-
-
-@pytest.mark.parametrize("even", [False, True])
-def test_shares_follow_what_trials_have_measured(even: bool, tmp_path: Path) -> None:
-    model, data = network("llama"), batches("llama")
-    done = prune(model, data, keep_share=0.5, settings=PruneSettings(even=even))
-    found, _, _ = studied(network("llama"), data, tmp_path)
-    before = shares_for(found.samples, 0.5)
-    wanted = shares_for(measured_costs(found.samples, done.trials), 0.5)
-    assert done.trials and wanted != pytest.approx(before, abs=0.02)
-    for key, share in done.shares.items():
-        assert share == pytest.approx(0.5 if even else wanted[key], abs=0.01), key
-    for trial in done.trials:  # what the trials took out costs by the curvature what they say, at the first one's share
-        keys = [k for k in found.samples if matrix_kind(k) == trial.kind]
-        shares = dict.fromkeys(found.samples, 0.5) if even else before
-        first = next(k for j in found.tried for k in found.dense.maps[j].matrices if k in keys)
-        tried = [k for j in found.tried for k in found.dense.maps[j].matrices if k in keys][:3]
-        assert trial.predicted == pytest.approx(sum(cost_of_lowest(found.samples[k], shares[first]) for k in tried))
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.5, 0.2])

@@ -52,7 +52,6 @@ from ockham.methods.blocks.stop import (
     Shot,
     best_shot,
     matrix_kind,
-    measured_costs,
     passes_to,
     shares_for,
     shot_from,
@@ -372,14 +371,12 @@ class BlockJob:
     ) -> Removal:
         """One pass over the network; of evidence before it the costs count."""
         norms, old = norms_of(model), {n: t.clone() for n, t in model.named_buffers()}
-        with self._studied(model, name, judged=keep is None) as (cases, by_curvature, folder):
-            n_data = self.settings.n_data or TERMS_PER_WEIGHT * by_curvature.weights
-            asked = self._kept(by_curvature, keep if keep is not None else 0.5)
-            own, held = own_cases(cases)
-            judges = [own[i] for i in sorted(held) if by_curvature.tried]
-            damping, trials = self._damping(model, judges, by_curvature, asked, self.settings.rounds)
-            found = replace(by_curvature, samples=measured_costs(by_curvature.samples, trials))
+        with self._studied(model, name, judged=keep is None) as (cases, found, folder):
+            n_data = self.settings.n_data or TERMS_PER_WEIGHT * found.weights
             asked = self._kept(found, keep if keep is not None else 0.5)
+            own, held = own_cases(cases)
+            judges = [own[i] for i in sorted(held) if found.tried]
+            damping, trials = self._damping(model, judges, found, asked, self.settings.rounds)
             orders = Orders(asked, damping, n_data, self.settings.rounds, norms=norms, before=before)
             fired: list[Shot] = []
             if keep is None:

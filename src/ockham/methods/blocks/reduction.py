@@ -56,7 +56,6 @@ from ockham.methods.blocks.stop import (
     DampingTrial,
     MatrixEvidence,
     chosen_damping,
-    cost_of_lowest,
     cost_sample,
     freed,
     matrix_kind,
@@ -403,14 +402,11 @@ def study_damping(
     every: list[DampingTrial] = []
     for i, (kind, places) in enumerate(kinds.items()):
         problems: list[DampingProblem] = []
-        share, predicted = keep[places[0][1]], 0.0
         for j, key in places[:3]:
             problem = _problem(found.dense, j, key)
-            if problem is not None:
-                problems.append(problem)
-                predicted += math.nan if isinstance(share, NofM) else cost_of_lowest(found.samples[key], share)
+            problems += [] if problem is None else [problem]
         if problems:
-            trials = chosen_damping(kind, problems, share, distance, rounds, predicted)
+            trials = chosen_damping(kind, problems, keep[places[0][1]], distance, rounds)
             every += trials
             if not math.isnan(trials[0].cost):
                 chosen[kind] = trials[0].damping

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,12 +30,10 @@ __all__ = [
     "Shot",
     "best_shot",
     "chosen_damping",
-    "cost_of_lowest",
     "cost_sample",
     "freed",
     "lowest",
     "matrix_kind",
-    "measured_costs",
     "passes_to",
     "predicted",
     "sampled_blocks",
@@ -180,31 +178,6 @@ def shares_for(samples: Mapping[str, CostSample], keep_share: float) -> dict[str
     return {k: min(1.0, (1 - gone[k]) * keep_share * total / left) for k in samples}
 
 
-def cost_of_lowest(sample: CostSample, keep_share: float) -> float:
-    """What the cheapest weights of a matrix cost one by one, nats per term, where a share of it stays."""
-    gone = round((1 - keep_share) * len(sample.costs))
-    return sample.size / len(sample.costs) * float(sample.costs[:gone].sum())
-
-
-def measured_costs(samples: Mapping[str, CostSample], trials: Sequence[DampingTrial]) -> dict[str, CostSample]:
-    """Samples in which costs are as many times higher as trials of their kind measured them to be.
-
-    Costs of single weights do not know how well the survivors make good for what goes, and what the network does with
-    the change of an answer. Both differ by kind of matrix, and the trials have measured them on data held out.
-
-    Args:
-        samples: samples by matrix.
-        trials: trials; the best of each kind counts. A kind without any, or without a distance, stays as it is.
-    """
-    found: dict[str, float] = {}
-    for kind in {t.kind for t in trials}:
-        best = min((t for t in trials if t.kind == kind and t.cost > 0), key=lambda t: t.cost, default=None)
-        if best is not None and 0 < best.predicted < math.inf and best.cost < math.inf:
-            found[kind] = best.cost / best.predicted
-    times = {k: found.get(matrix_kind(k), 1.0) for k in samples}
-    return {k: replace(s, costs=s.costs * times[k]) for k, s in samples.items()}
-
-
 def passes_to(keep_share: float, passes: int) -> list[float]:
     """Shares that stay after each pass, each the same part of the one before.
 
@@ -225,7 +198,7 @@ def predicted(samples: Mapping[str, CostSample], keep_share: float, n_data: floa
         sample = samples[key]
         gone = round((1 - kept) * len(sample.costs))
         each = sample.size / len(sample.costs)
-        cost += cost_of_lowest(sample, kept)
+        cost += each * float(sample.costs[:gone].sum())
         volume += each * 0.5 * float((n_data * sample.determined[:gone]).log1p().sum())
     return cost, volume
 
@@ -246,13 +219,11 @@ class DampingTrial:
         damping: the setting.
         cost: nats a term between what the dense network says to the data held out and what it says with some matrices
             of this kind reduced.
-        predicted: what the same removals cost by the sum over single weights.
     """
 
     kind: str
     damping: Damping
     cost: float
-    predicted: float = math.nan
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -299,7 +270,6 @@ def chosen_damping(
     keep: float | NofM,
     distance: Callable[[], float],
     rounds: int | None = None,
-    predicted: float = math.nan,
 ) -> list[DampingTrial]:
     """Go down in lambda at the usual tau, then in tau at the best lambda, on all problems at once.
 
@@ -311,7 +281,6 @@ def chosen_damping(
         keep: share or pattern that stays.
         distance: function to how far the network is from the dense one on data held out.
         rounds: rounds of `sparse_matrix`.
-        predicted: what these removals cost by the sum over single weights.
 
     Returns:
         Every trial, the best first; those without a distance (NaN) last.
@@ -327,7 +296,7 @@ def chosen_damping(
                     p.weight, curvature, keep=keep, bias=p.bias, rounds=quick, swaps=_QUICK_SWAPS, steps=_QUICK
                 )
                 p.write(small)
-            found[damping] = DampingTrial(kind, damping, distance(), predicted)
+            found[damping] = DampingTrial(kind, damping, distance())
         return found[damping].cost
 
     try:
