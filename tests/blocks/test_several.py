@@ -54,7 +54,8 @@ def given(kind: str, count: int) -> tuple[nn.Module, list[Any]]:
 
 WORK: dict[str, tuple[str, int, dict[str, Any]]] = {
     "llama": ("llama", 5, {"keep_share": 0.5}),
-    "pattern": ("llama", 5, {"pattern": "2:4"}),
+    # with 5 batches the search for one support of layer 1 hangs on the last digits; with 7, 9 and 11 all agree to 4e-6
+    "pattern": ("llama", 7, {"pattern": "2:4"}),
     "drift": ("residual", 9, {"keep_share": 0.5}),
     # at .6 one support of three hangs on the last digits of the sums, and what follows with it
     "experts": ("mixtral", 5, {"keep_share": 0.5}),
