@@ -29,17 +29,18 @@ import torch
 from torch import Tensor, nn
 
 import ockham
+from encoders import BATCH, mean_state, tokenised
 from harness import SEEDS, Benchmark, Option, Record, section
 from ockham.methods.blocks.prune import PruneSettings
 
-BATCH, TOKENS, RATE = 32, 64, 1e-4
+RATE = 1e-4
 LEAST = 6  # paragraphs of an article, or it is left out
 
 Batch = tuple[Mapping[str, Tensor], Tensor]
 
 
 class Classifier(nn.Module):
-    """An encoder, the mean of its last hidden states over the tokens that are there, a linear layer."""
+    """An encoder, the mean of its last hidden states, a linear layer."""
 
     def __init__(self, encoder: nn.Module, width: int, classes: int) -> None:
         super().__init__()
@@ -47,9 +48,7 @@ class Classifier(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Logits of the articles."""
-        found = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        mask = attention_mask.unsqueeze(-1).to(found.dtype)
-        return self.head((found * mask).sum(1) / mask.sum(1))
+        return self.head(mean_state(self.encoder, input_ids, attention_mask))
 
 
 def paragraphs(path: Path) -> tuple[list[tuple[str, int]], list[tuple[str, int]], int]:
@@ -90,13 +89,8 @@ class Bench:
 
     def batches(self, rows: Sequence[tuple[str, int]]) -> list[Batch]:
         """Paragraphs as the network takes them, padded by batch."""
-        found = []
-        for i in range(0, len(rows), BATCH):
-            texts = [t for t, _ in rows[i : i + BATCH]]
-            ids = self.tokenizer(texts, padding=True, truncation=True, max_length=TOKENS, return_tensors="pt")
-            inputs = {"input_ids": ids.input_ids, "attention_mask": ids.attention_mask}
-            found.append((inputs, torch.tensor([y for _, y in rows[i : i + BATCH]])))
-        return found
+        answers = torch.tensor([y for _, y in rows]).split(BATCH)
+        return list(zip(tokenised(self.tokenizer, [t for t, _ in rows]), answers, strict=True))
 
     def tune(self, epochs: int) -> None:
         """Fine-tune."""

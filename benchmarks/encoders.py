@@ -42,8 +42,26 @@ BATCH, TOKENS = 32, 64
 Sentences = list[Mapping[str, Tensor]]
 
 
+def mean_state(encoder: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """Mean of the last hidden states over the tokens that are there, a row a sentence."""
+    found = encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    mask = attention_mask.unsqueeze(-1).to(found.dtype)
+    return (found * mask).sum(1) / mask.sum(1)
+
+
+def tokenised(tokenizer: Any, lines: Sequence[str]) -> Sentences:
+    """Sentences as an encoder takes them, padded by batch."""
+    found = []
+    for i in range(0, len(lines), BATCH):
+        ids = tokenizer(
+            list(lines[i : i + BATCH]), padding=True, truncation=True, max_length=TOKENS, return_tensors="pt"
+        )
+        found.append({"input_ids": ids.input_ids, "attention_mask": ids.attention_mask})
+    return found
+
+
 class Embedder(nn.Module):
-    """A sentence encoder: mean of the last hidden states over the tokens that are there, of unit length."""
+    """A sentence encoder: `mean_state`, of unit length."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -51,9 +69,7 @@ class Embedder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Embeddings of token numbers, one a row."""
-        found = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        mask = attention_mask.unsqueeze(-1).to(found.dtype)
-        return nn.functional.normalize((found * mask).sum(1) / mask.sum(1), dim=-1)
+        return nn.functional.normalize(mean_state(self.encoder, input_ids, attention_mask), dim=-1)
 
 
 def lines_of(path: Path) -> list[str]:
@@ -75,20 +91,10 @@ class Bench:
         self.scratch = TemporaryDirectory()  # the curvature that rivals' shares come from is taken once
         lines = lines_of(text / "valid.txt")
         order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(seed)).tolist()
-        self.calibration = self.batches([lines[i] for i in order[:calibration]])
-        self.choice = self.batches([lines[i] for i in order[calibration : calibration + 256]])
+        self.calibration = tokenised(self.tokenizer, [lines[i] for i in order[:calibration]])
+        self.choice = tokenised(self.tokenizer, [lines[i] for i in order[calibration : calibration + 256]])
         held = lines_of(text / "test.txt")
-        self.test = self.batches(held[:: max(1, len(held) // test)][:test])
-
-    def batches(self, lines: Sequence[str]) -> Sentences:
-        """Sentences as the encoder takes them, padded by batch."""
-        found = []
-        for i in range(0, len(lines), BATCH):
-            ids = self.tokenizer(
-                list(lines[i : i + BATCH]), padding=True, truncation=True, max_length=TOKENS, return_tensors="pt"
-            )
-            found.append({"input_ids": ids.input_ids, "attention_mask": ids.attention_mask})
-        return found
+        self.test = tokenised(self.tokenizer, held[:: max(1, len(held) // test)][:test])
 
     @torch.no_grad()
     def cosines(self, small: nn.Module, sentences: Sentences) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a reduced network lacks, and the last matrix of a block that makes up for it."""
+"""What a reduced network lacks, and the matrices that make up for it."""
 
 from __future__ import annotations
 

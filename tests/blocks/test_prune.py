@@ -233,6 +233,16 @@ def test_passes_are_what_one_gets_by_calling_again() -> None:
     assert both.before == first.before and both.after == second.after
 
 
+@pytest.mark.parametrize(
+    "target",
+    [{}, {"pattern": "2:4"}, {"structure": "uneven", "budget": {"params": "80%"}}],
+    ids=["stop", "pattern", "units"],
+)
+def test_passes_are_refused_where_no_share_is_asked_for(target: dict[str, Any]) -> None:
+    with pytest.raises(OckhamError, match=r"passes=2.*pass keep_share"):
+        prune(network("llama"), batches("llama"), settings=replace(FIXED, passes=2), **target)
+
+
 def test_a_second_pass_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     model, data = network("llama"), batches("llama")
     settings = replace(FIXED, passes=2)

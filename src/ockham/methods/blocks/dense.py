@@ -66,11 +66,11 @@ _RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Drift:
-    """What a matrix of a reduced network sees, and what lacks in its block's output. Sums over rows.
+    """What a matrix of a reduced network sees, and what lacks in the stream or in its product. Sums over rows.
 
     Attributes:
         inputs: A of the data that decide, ``[inputs, inputs]``.
-        missing: C = sum r x', ``[outputs, inputs]``, of them: r is the dense network's output less the present one.
+        missing: C = sum r x', ``[outputs, inputs]``, of them: r is what the dense network has there less the present.
         held_inputs: A of the data that judge.
         held_missing: C of the data that judge.
     """
@@ -89,7 +89,7 @@ class Drift:
         ``a`` is known in closed form. D is then made anew from all data.
 
         Args:
-            outputs: G of the matrix, ``[outputs, outputs]``: what a change of the block's output does to the loss.
+            outputs: G of the matrix, ``[outputs, outputs]``: what a change of its product does to the loss.
             keep: boolean ``[inputs]``, True = may be used; None: all.
 
         Returns:
@@ -214,9 +214,11 @@ def drifts_of(
                 missing = missing[:, case.mask.flatten()]
             if source not in inputs:
                 rows = inputs[source] = rows_of(use, case.mask)[0].float()
-                add_gram_(sums.setdefault(a, rows.new_zeros(1, rows.shape[1], rows.shape[1])), rows[None])
-            sums.setdefault(c, missing.new_zeros(missing.shape[2], inputs[source].shape[1], dtype=torch.float32))
-            sums[c] += missing[0].float().mT @ inputs[source]
+                if a not in sums:
+                    sums[a] = rows.new_zeros(1, rows.shape[1], rows.shape[1])
+                add_gram_(sums[a], rows[None])
+            along = missing[0].float().mT @ inputs[source]
+            sums[c] = sums[c].add_(along) if c in sums else along
     shapes: dict[str, tuple[int, ...]] = {}
     for key in keys:
         matrix = block_map.matrices[key]

@@ -193,8 +193,8 @@ class PruneSettings:
         even: True takes the same share from every matrix instead of one threshold over all.
         rounds: number of rounds in which weights go greedily, in some .4 of the time; None lets those that went come
             back for others, which costs less of the loss.
-        passes: number of passes over the network in which a share is reached, each with its curvature taken anew. Two
-            take twice the time and cost a little less where four weights of five go.
+        passes: number of passes over the network in which ``keep_share`` is reached, each with its curvature taken
+            anew. Two take twice the time and cost a little less where four weights of five go.
         ignore: parameters to protect: names, "re:" patterns, module names or types.
         seed: seed of drawn targets.
         folder: place where finished work is kept; the same call with the same folder goes on where it was stopped.
@@ -344,11 +344,10 @@ class BlockJob:
         if isinstance(keep, (int, float)):
             shares = [*passes_to(keep, self.settings.passes)]
         done = Removal({}, {}, {}, (), (), ())
+        name = JOBS[2] if keep is None else JOBS[1]
         for i, share in enumerate(shares):
-            name = JOBS[2] if keep is None else JOBS[1]
-            done = self._pass(
-                model, share, done.evidence, name if i == 0 else f"{name}/pass-{i + 1}", last=share == shares[-1]
-            )
+            place = name if i == 0 else f"{name}/pass-{i + 1}"
+            done = self._pass(model, share, done.evidence, place, last=i == len(shares) - 1)
         spared = protected_names(model, self.settings.ignore)
         untouched = tuple(k for k in done.untouched if k.partition("[")[0] not in spared)
         if untouched and keep != 1 and (keep is not None or done.evidence):

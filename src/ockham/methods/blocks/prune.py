@@ -218,6 +218,11 @@ def prune(
 def _pruned(model: nn.Module, small: nn.Module, job: BlockJob, target: tuple[Any, ...]) -> Pruned:
     """What a job makes of a network; ``small`` is changed: a copy of the network, or itself where it may go."""
     keep_share, pattern, structure, budget = target
+    if job.settings.passes > 1 and keep_share is None:
+        raise OckhamError(
+            f"PruneSettings(passes={job.settings.passes}) reaches a share of weights in steps: pass keep_share, or "
+            "leave passes out"
+        )
     began, before = time.perf_counter(), job.mean_loss(model)
     plan = Plan({}, {}, {}, {n: tuple(t.shape) for n, t in named_tensors(model).items()})
     units: dict[str, MatrixEvidence] = {}

@@ -418,16 +418,16 @@ def sparse_matrix(
     """
     free, top = target.shape[-1] - bias, _top(curvature.inputs)
     if rounds is None:
-        (largest, _), (stays, start) = _swapped(target, curvature, keep, free, swaps)
+        largest, stays, start = _swapped(target, curvature, keep, free, swaps)
 
-        def cost(x: Tensor) -> float:
-            return float((curvature.apply(x - target) * (x - target)).sum())
+        def solved(support: Tensor, start: Tensor, count: int) -> tuple[Tensor, float]:
+            x = _on_support(target, curvature, support, start, count, top=top)
+            return x, float((curvature.apply(x - target) * (x - target)).sum())
 
-        found = _on_support(target, curvature, stays, start, steps[1], top=top)
-        plain = _on_support(target, curvature, largest, target, steps[0], top=top)
-        if cost(plain) < _WORTH_MORE * cost(found):
-            plain = _on_support(target, curvature, largest, plain, steps[1], top=top)
-        return min(found, plain, key=cost)
+        found, cost = solved(stays, start, steps[1])
+        plain, other = solved(largest, target, steps[0])
+        plain, other = solved(largest, plain, steps[1]) if other < _WORTH_MORE * cost else (plain, other)
+        return plain if other < cost else found
     stays, moved = torch.ones_like(target, dtype=torch.bool), target
     worth = curvature.conditional() if worth is None else worth
     share = keep.n / keep.m if isinstance(keep, NofM) else keep
@@ -472,8 +472,8 @@ def lowest_of(values: Tensor, count: int) -> Tensor:
 
 def _swapped(
     target: Tensor, curvature: Quadratic, keep: float | NofM, free: int, most: int
-) -> list[tuple[Tensor, Tensor]]:
-    r"""Supports with starts for their weights: the largest weights', and from there by alternating directions.
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Supports: the largest weights', and from there by alternating directions, this one with a start for its weights.
 
         X = argmin 1/2 tr G' (X - T) A' (X - T)' + <V, X> + r/2 ||X - S||^2,    S = the largest of X + V / r,
         V = V + r (X - S)
@@ -517,7 +517,7 @@ def _swapped(
             x, sparse, dual = dense, dense * first, torch.zeros_like(dense)
         if i >= _SETTLED and moved < 3e-4 * count:
             break
-    return [(first, target), (_largest(x.square(), keep, share, free), x / scale)]
+    return first, _largest(x.square(), keep, share, free), x / scale
 
 
 def _on_support(
