@@ -243,6 +243,17 @@ def test_passes_are_refused_where_no_share_is_asked_for(target: dict[str, Any]) 
         prune(network("llama"), batches("llama"), settings=replace(FIXED, passes=2), **target)
 
 
+def test_the_posterior_of_several_passes_is_made_once_and_of_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    own = job.surviving_posterior
+    monkeypatch.setattr(job, "surviving_posterior", lambda *args: made.append(own(*args)) or made[-1])
+    done = prune(network("llama"), batches("llama"), keep_share=0.25, settings=replace(FIXED, passes=2, posterior=True))
+    assert made == [done.posterior] and done.posterior is not None
+    for name, g in done.posterior.items():
+        if name in done.shares:
+            assert torch.equal(g.keep, done.model.get_parameter(name) != 0)
+
+
 def test_a_second_pass_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     model, data = network("llama"), batches("llama")
     settings = replace(FIXED, passes=2)
