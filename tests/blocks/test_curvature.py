@@ -27,6 +27,7 @@ from ockham.methods.blocks.reduction import Study, study
 from ockham.methods.blocks.solve import Damping, Use, Using
 from ockham.methods.blocks.stop import matrix_kind
 from ockham.methods.blocks.units import surviving_posterior
+from ockham.methods.laplace.curvature import DRAWS
 
 from .networks import KINDS, batches, ids, network
 
@@ -82,22 +83,22 @@ class Layers(nn.Module):
 
 def test_factors_are_the_sums_over_examples(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(Layers(), nn.Linear(3, 3))
-    x, y = torch.randn(9, 6), torch.randn(9, 3)
+    model = nn.Sequential(Layers(), nn.Linear(3, DRAWS))
+    x, y = torch.randn(9, 6), torch.randn(9, DRAWS)
     found, _, _ = studied(model, [(x, y)], tmp_path, "regression")
     store = found.dense.store
     a = F.pad(x, (0, 1), value=1.0)
     torch.testing.assert_close(store.get("A:0.first.weight")[0], a.T @ a)
-    signs = torch.randint(0, 2, (9, 3), generator=torch.Generator().manual_seed(0)).float() * 2 - 1
     hidden = model[0].first(x).detach().requires_grad_()
     inner = (torch.tanh(hidden) @ model[0].bare).detach().requires_grad_()
     h = torch.tanh(hidden) @ model[0].bare
     out = model[1](torch.tanh(F.linear(h, model[0].experts[0]) + F.linear(h, model[0].experts[1])))
-    (g,) = torch.autograd.grad((out * signs).sum(), hidden)
-    torch.testing.assert_close(store.get("G:0.first.weight")[0], g.T @ g)
+    # as many numbers a row as draws: no scatter within a row, and none between rows of a network that mixes none
+    every = [torch.autograd.grad(out[:, i].sum(), hidden, retain_graph=True)[0] for i in range(DRAWS)]
+    torch.testing.assert_close(store.get("G:0.first.weight")[0], sum(g.T @ g for g in every))
     b = found.dense.maps[0]
     torch.testing.assert_close(found.dense.inputs(b, "0.experts[1]")[0], (inner.T @ inner).detach())
-    assert found.dense.scale(b, "0.experts[1]") == 9 * 27  # rows x terms
+    assert found.dense.scale(b, "0.experts[1]") == 9 * 9 * DRAWS  # rows x terms
     torch.testing.assert_close(b.matrices["0.bare"].read(weights_of(model, ""))[0], model[0].bare.T.detach())
 
 
@@ -157,8 +158,12 @@ def test_padding_takes_no_part(tmp_path: Path) -> None:
     short = [{"input_ids": tokens[:1]}, {"input_ids": tokens[1:, :6]}]
     apart, _, _ = studied(model, short, tmp_path / "b")
     assert padded.dense.terms == apart.dense.terms == 9 + 5
-    for name in ("A:model.layers.1.mlp.down_proj.weight", "G:model.layers.1.mlp.down_proj.weight"):
-        torch.testing.assert_close(padded.dense.store.get(name), apart.dense.store.get(name), rtol=1e-3, atol=1e-6)
+    other, _, _ = studied(model, [{"input_ids": tokens + 3 * (1 - mask), "attention_mask": mask}], tmp_path / "c")
+    inputs, outputs = (f"{side}:model.layers.1.mlp.down_proj.weight" for side in "AG")
+    for name, same in ((inputs, apart), (inputs, other), (outputs, other)):
+        torch.testing.assert_close(padded.dense.store.get(name), same.dense.store.get(name), rtol=1e-3, atol=1e-6)
+    traces = [f.dense.store.get(outputs).diagonal(dim1=1, dim2=2).sum() for f in (padded, apart)]
+    torch.testing.assert_close(*traces, rtol=0.5, atol=0)  # of other draws, and of as many tokens
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -284,8 +289,10 @@ def test_sums_that_are_forgotten_are_not_found_again(tmp_path: Path) -> None:
     assert torch.equal(again.get("A:x"), torch.ones(1, 2, 2))
 
 
-@pytest.mark.parametrize(("kind", "limit", "runs"), [("llama", 1 << 29, 3), ("llama", 0, 5), ("mixtral", 0, 5)])
-def test_blocks_beyond_the_room_for_activations_run_twice(
+@pytest.mark.parametrize(
+    ("kind", "limit", "runs"), [("llama", 1 << 29, 3), ("llama", 0, 3 + 2 * DRAWS), ("mixtral", 0, 3 + 2 * DRAWS)]
+)
+def test_blocks_beyond_the_room_for_activations_run_again(
     kind: str, limit: int, runs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found, objective, cases = studied(network(kind), batches(kind), tmp_path / "once")

@@ -26,6 +26,7 @@ from ockham.core.likelihood import CausalLanguage, Classification, Likelihood, L
 from ockham.core.objective import DETACHED, blame
 from ockham.core.processes import ALONE, Processes
 from ockham.errors import DataError, OckhamError
+from ockham.methods.laplace.curvature import DRAWS, fisher_noise, signs
 from ockham.surgery.copies import configured
 
 __all__ = [
@@ -105,7 +106,8 @@ class CaseObjective:
     Attributes:
         name: what it is, for reports.
         nll: (answer, case) to the summed NLL in nats and the number of terms; None where the data have no targets.
-        curvature: (answer, case, generator) to the summed NLL whose gradients make the curvature.
+        curvature: (answer, case, generator) to sums whose gradients make the curvature, each of them by itself.
+        draws: number of those sums; more than one where they are drawn.
         terms: (answer, case) to the number of log-likelihood terms in a case.
         output: what the network returns to one tensor.
         rows: (answer, case) to what counts of an answer, ``[rows, numbers]``: logits where there are classes.
@@ -114,7 +116,8 @@ class CaseObjective:
 
     name: str
     nll: Callable[[Tensor, Case], tuple[Tensor, int]] | None
-    curvature: Callable[[Tensor, Case, torch.Generator], Tensor]
+    curvature: Callable[[Tensor, Case, torch.Generator], Iterator[Tensor]]
+    draws: int
     terms: Callable[[Tensor, Case], int]
     output: Callable[[Any], Tensor] = field(repr=False)
     rows: Callable[[Tensor, Case], Tensor]
@@ -178,14 +181,15 @@ def objective_for(
         return CaseObjective(
             "next-token",
             _next_token,
-            lambda f, c, g: _fisher_noise(*_next_tokens(f, c), g),
+            lambda f, c, g: fisher_noise(*_next_tokens(f, c), g),
+            DRAWS,
             lambda f, c: int(_next_tokens(f, c)[1].sum()),
             chosen,
             lambda f, c: f[:, :-1][_next_tokens(f, c)[1].view(f[:, :-1].shape[:2])],
             classes=True,
         )
     if likelihood == "own":
-        return CaseObjective("own predictive", None, _own, lambda f, c: len(f), chosen, _numbers, classes=False)
+        return CaseObjective("own predictive", None, _own, DRAWS, lambda f, c: len(f), chosen, _numbers, classes=False)
     known = likelihood_from(likelihood)
     if case.target is None:
         raise DataError(
@@ -344,25 +348,6 @@ def _next_token(answer: Tensor, case: Case) -> tuple[Tensor, int]:
     return nll, int(counted.sum())
 
 
-def _fisher_noise(logits: Tensor, counted: Tensor, generator: torch.Generator) -> Tensor:
-    r"""A sum whose gradient in each row's logits is Gaussian with the softmax's Fisher information as covariance.
-
-        d = u - p sum(u),    u_k = sqrt(p_k) z_k,    z ~ N(0, 1):    E d d' = diag(p) - p p'
-
-    Labels drawn from the softmax have the same, and where the network is sure nearly all of them say nothing.
-
-    Args:
-        logits: logits, ``[rows, classes]``.
-        counted: boolean ``[rows]``.
-        generator: generator of the draw.
-    """
-    root = logits.detach().float().softmax(-1).sqrt_()
-    noise = torch.randn(root.shape, generator=generator, device=root.device).mul_(root)
-    noise -= root.square_().mul_(noise.sum(-1, keepdim=True))
-    noise *= counted[:, None]
-    return logits.reshape(-1) @ noise.reshape(-1).to(logits.dtype)  # a product of the two would take their room again
-
-
 def _numbers(answer: Tensor, case: Case) -> Tensor:
     """An answer ``[rows, numbers]``, without what is only padding."""
     if case.mask is not None and answer.shape[: case.mask.ndim] == case.mask.shape:
@@ -370,12 +355,13 @@ def _numbers(answer: Tensor, case: Case) -> Tensor:
     return answer.reshape(-1, answer.shape[-1]) if answer.ndim > 1 else answer[:, None]
 
 
-def _own(answer: Tensor, case: Case, generator: torch.Generator) -> Tensor:
+def _own(answer: Tensor, case: Case, generator: torch.Generator) -> Iterator[Tensor]:
     """A Gaussian around what the network says: residuals of random sign, whose squares have the curvature as mean."""
-    sign = torch.randint(0, 2, answer.shape, generator=generator, device=answer.device).to(answer.dtype) * 2 - 1
+    counted = answer.new_ones(())
     if case.mask is not None and answer.shape[: case.mask.ndim] == case.mask.shape:
-        sign = sign * case.mask.to(answer.dtype).reshape(*case.mask.shape, *[1] * (answer.ndim - case.mask.ndim))
-    return (answer * sign).sum()
+        counted = case.mask.to(answer.dtype).reshape(*case.mask.shape, *[1] * (answer.ndim - case.mask.ndim))
+    for sign in signs(answer.shape, generator, answer):
+        yield (answer * sign * counted).sum()
 
 
 def _by_class(likelihood: Likelihood, answer: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -398,11 +384,12 @@ def _with_targets(likelihood: Likelihood, output: Callable[[Any], Tensor]) -> Ca
         terms = int(likelihood.terms(y))
         return (likelihood.nll(f, y) * terms if terms else f.new_zeros(())), terms  # a mean of nothing is NaN
 
-    def curvature(answer: Tensor, case: Case, generator: torch.Generator) -> Tensor:
+    def curvature(answer: Tensor, case: Case, generator: torch.Generator) -> Iterator[Tensor]:
         f, y = _pair(likelihood, answer, case)
         if isinstance(likelihood, Regression):
-            return _own(f, replace(case, mask=None), generator)
-        return likelihood.nll(f, y) * likelihood.terms(y)
+            yield from _own(f, replace(case, mask=None), generator)
+        else:
+            yield likelihood.nll(f, y) * likelihood.terms(y)
 
     def terms(answer: Tensor, case: Case) -> int:
         return int(likelihood.terms(_pair(likelihood, answer, case)[1]))
@@ -410,14 +397,15 @@ def _with_targets(likelihood: Likelihood, output: Callable[[Any], Tensor]) -> Ca
     name = type(likelihood).__name__.lower()
     if isinstance(likelihood, Classification):
         rows, noise = _with_classes(likelihood)
-        return CaseObjective(name, nll, noise, terms, output, rows, classes=True)
-    return CaseObjective(name, nll, curvature, terms, output, _numbers, classes=False)
+        return CaseObjective(name, nll, noise, DRAWS, terms, output, rows, classes=True)
+    draws = DRAWS if isinstance(likelihood, Regression) else 1
+    return CaseObjective(name, nll, curvature, draws, terms, output, _numbers, classes=False)
 
 
 def _with_classes(
     likelihood: Classification,
-) -> tuple[Callable[[Tensor, Case], Tensor], Callable[[Tensor, Case, torch.Generator], Tensor]]:
-    """What counts of an answer, and a sum whose gradients make the curvature."""
+) -> tuple[Callable[[Tensor, Case], Tensor], Callable[[Tensor, Case, torch.Generator], Iterator[Tensor]]]:
+    """What counts of an answer, and sums whose gradients make the curvature."""
 
     def classes(answer: Tensor, case: Case) -> tuple[Tensor, Tensor]:
         logits, labels = likelihood.fitted(*_pair(likelihood, answer, case))
@@ -427,11 +415,13 @@ def _with_classes(
         logits, counted = classes(answer, case)
         return logits[counted]
 
-    def noise(answer: Tensor, case: Case, generator: torch.Generator) -> Tensor:
+    def noise(answer: Tensor, case: Case, generator: torch.Generator) -> Iterator[Tensor]:
         if likelihood.class_weights is None:
-            return _fisher_noise(*classes(answer, case), generator)
+            yield from fisher_noise(*classes(answer, case), generator)
+            return
         f, y = _pair(likelihood, answer, case)
-        return likelihood.nll(f, likelihood.drawn(f, y, generator)) * likelihood.terms(y)
+        for _ in range(DRAWS):
+            yield likelihood.nll(f, likelihood.drawn(f, y, generator)) * likelihood.terms(y)
 
     return rows, noise
 

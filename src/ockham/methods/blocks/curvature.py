@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -507,9 +508,9 @@ def add_curvature_(
             Using(parameters, visit),
         ):
             answer = case.answer(model, objective.output)
-        loss = objective.curvature(answer, case, generator)
-        if loss.requires_grad:
-            loss.backward()
+        for i, total in enumerate(objective.curvature(answer, case, generator), 1):
+            if total.requires_grad:
+                (total / math.sqrt(objective.draws)).backward(retain_graph=i < objective.draws)
     return objective.terms(answer.detach(), case)
 
 

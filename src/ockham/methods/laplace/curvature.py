@@ -19,7 +19,20 @@ from ockham.core.likelihood import TermLikelihood
 from ockham.core.objective import Objective, blame
 from ockham.errors import DataError, OckhamError
 
-__all__ = ["ExampleGradients", "MatrixSums", "Score", "gradient_factors_", "matrices_of", "tapped"]
+__all__ = [
+    "DRAWS",
+    "ExampleGradients",
+    "MatrixSums",
+    "Score",
+    "fisher_noise",
+    "gradient_factors_",
+    "matrices_of",
+    "signs",
+    "tapped",
+]
+
+DRAWS = 2
+"""Sums of `fisher_noise`, a power of two."""
 
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -260,3 +273,46 @@ class ExampleGradients:
             options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
             examples = [torch.autograd.grad(value, list(leaf.values()), **options) for value in losses]
         return {name: torch.stack(each) for name, each in zip(leaf, zip(*examples, strict=True), strict=True)}
+
+
+def fisher_noise(logits: Tensor, counted: Tensor, generator: torch.Generator) -> Iterator[Tensor]:
+    r"""Sums whose gradients in each row's logits have the softmax's Fisher information as covariance.
+
+        d = u - p sum(u),    u_k = sqrt(p_k) z_k,    z = +1 or -1:    E d d' = diag(p) - p p'
+
+    Labels drawn from the softmax have the same, and where the network is sure nearly all of them say nothing; Gaussian
+    z have more scatter. Signs of the likeliest classes are orthogonal over the draws: together, not each by itself,
+    these have the covariance, without scatter where there are no other classes. Every row has one more sign, so that
+    rows know nothing of each other.
+
+    Args:
+        logits: logits, ``[rows, classes]``.
+        counted: boolean ``[rows]``.
+        generator: generator of the draws.
+    """
+    root = logits.detach().float().softmax(-1).sqrt_()
+    top = root.topk(min(DRAWS, root.shape[-1]), -1).indices
+    for own in _orthogonal(root):
+        z = _signs(root.shape, generator, root)
+        z.scatter_(-1, top, own[: top.shape[-1]] * _signs((len(root), 1), generator, root))
+        z.addcmul_(root, torch.einsum("rc,rc->r", z, root)[:, None], value=-1).mul_(root).mul_(counted[:, None])
+        yield logits.reshape(-1) @ z.reshape(-1).to(logits.dtype)  # a product of the two would take their room again
+
+
+def signs(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Iterator[Tensor]:
+    """Numbers +1 and -1, ``[rows..., numbers]``, in draws; every `DRAWS` of a row, one after the other, are orthogonal."""
+    for own in _orthogonal(like):
+        drawn = _signs((*shape[:-1], -(-shape[-1] // DRAWS)), generator, like)
+        yield (drawn.unsqueeze(-1) * own).flatten(-2)[..., : shape[-1]]
+
+
+def _orthogonal(like: Tensor) -> Tensor:
+    """A Hadamard matrix ``[DRAWS, DRAWS]``."""
+    found = like.new_ones(1, 1)
+    while len(found) < DRAWS:
+        found = torch.kron(like.new_tensor([[1, 1], [1, -1]]), found)
+    return found
+
+
+def _signs(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
+    return torch.randint(0, 2, shape, generator=generator, device=like.device, dtype=like.dtype).mul_(2).sub_(1)
