@@ -254,6 +254,23 @@ def test_the_posterior_of_several_passes_is_made_once_and_of_the_last(monkeypatc
             assert torch.equal(g.keep, done.model.get_parameter(name) != 0)
 
 
+def test_two_jobs_in_one_folder_are_refused(tmp_path: Path) -> None:
+    settings, refused = replace(FIXED, folder=tmp_path), list[str]()
+
+    def second(progress: PruneProgress) -> None:
+        if progress.stage in ("curvature", "reduction") and progress.done == 1:
+            with pytest.raises(OckhamError, match="is being written by process") as caught:
+                prune(network("llama"), batches("llama"), keep_share=0.5, settings=settings)
+            refused.append(str(caught.value))
+
+    found = prune(network("llama"), batches("llama"), keep_share=0.5, settings=settings, progress=second)
+    alone = prune(network("llama"), batches("llama"), keep_share=0.5, settings=FIXED)
+    assert len(refused) == 2 and "choose another folder" in refused[0]
+    for (name, p), q in zip(found.model.named_parameters(), alone.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    assert not list(tmp_path.rglob(".lock*"))
+
+
 def test_a_second_pass_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     model, data = network("llama"), batches("llama")
     settings = replace(FIXED, passes=2)

@@ -376,6 +376,15 @@ class FolderLock:
                 ) from error
         raise OckhamError(f"{printable(self.path)}: others take and leave this lock all the time; try again")
 
+    def __enter__(self) -> FolderLock:
+        """Take the lock, as `acquire`."""
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the lock back."""
+        self.release()
+
     def release(self) -> None:
         """Give the lock back; one that another process has taken over in the meantime stays."""
         with suppress(OSError, ResultError):
@@ -397,7 +406,7 @@ class FolderLock:
             if other.host == "?":
                 time.sleep(0.05)
                 return
-            here = "wait for it, or choose another --out"
+            here = "wait for it, or choose another folder (--out of a command)"
             away = f"if that machine or process is gone, remove {printable(self.path)}"
             advice = here if other.host == socket.gethostname() else away
             raise OckhamError(f"{printable(self.folder)} is being written by {other}: {advice}")

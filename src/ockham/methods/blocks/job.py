@@ -22,6 +22,7 @@ from ockham.core.files import read_json, write_json
 from ockham.core.likelihood import Likelihood
 from ockham.core.network import Ignore, device_of, protected_names, teller, trim, watched
 from ockham.core.posterior import Gaussian, Posterior
+from ockham.core.seal import FolderLock
 from ockham.errors import DataError, OckhamError, OckhamWarning
 from ockham.fit.predict import norms_of, refresh_batchnorm
 from ockham.methods.blocks.cases import (
@@ -413,19 +414,20 @@ class BlockJob:
                 folder /= f"process-{rank}"
             folder /= name
             folder.mkdir(parents=True, exist_ok=True)
-            self._same_job(folder, model, cases)
-            self._objective = objective
-            spared = protected_names(model, self.settings.ignore)
-            found = study(
-                model,
-                cases,
-                objective,
-                folder=folder / "curvature",
-                seed=self.settings.seed,
-                spared=spared,
-                on_case=teller("curvature"),
-            )
-            yield cases, found, folder
+            with FolderLock(folder):  # sums of two jobs in one folder would be of neither
+                self._same_job(folder, model, cases)
+                self._objective = objective
+                spared = protected_names(model, self.settings.ignore)
+                found = study(
+                    model,
+                    cases,
+                    objective,
+                    folder=folder / "curvature",
+                    seed=self.settings.seed,
+                    spared=spared,
+                    on_case=teller("curvature"),
+                )
+                yield cases, found, folder
 
     def _same_job(self, folder: Path, model: nn.Module, cases: Sequence[Case]) -> None:
         """Refuse a folder in which another network or other data were worked on."""
