@@ -192,8 +192,8 @@ class PruneSettings:
         damping: setting of every matrix; None chooses it by kind of matrix on calibration data held out.
         unit_damping: ridge of the refit after whole units went, a share of the inputs' mean square.
         even: True takes the same share from every matrix instead of one threshold over all.
-        rounds: number of rounds in which weights go greedily, in some two thirds of the time; None lets those that went come
-            back for others, which costs less of the loss.
+        rounds: number of rounds in which weights go greedily, in some two thirds of the time; None lets those that
+            went come back for others, which costs less of the loss.
         passes: number of passes over the network in which ``keep_share`` is reached, each with its curvature taken
             anew. Two take twice the time and cost a little less where four weights of five go.
         ignore: parameters to protect: names, "re:" patterns, module names or types.
