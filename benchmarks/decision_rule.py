@@ -242,6 +242,7 @@ def run(args: argparse.Namespace) -> None:
 
 def pages() -> dict[str, list[str]]:
     said = "`python benchmarks/decision_rule.py`; what the columns mean is said there. Cells: NLL (accuracy %)."
+    said += " Records of resnet20 and transformer are from before and of test data; lenet5's are as said there."
     lines = ["# In which order weights go", "", said, ""]
     for network in SUBJECTS:
         found = {key.split(".")[1]: record for key, record in BENCH.records(f"{network}.*").items()}
