@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 DRAWS = 2
-"""Sums of `fisher_noise`, a power of two: four cost 1.7 times the pass of two and bring little more."""
+"""Sums of `fisher_noise`, a power of two; with four a pass over SmolLM2-135M takes 1.7 times as long as with two."""
 
 
 _Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
