@@ -71,7 +71,15 @@ from ockham.methods.blocks.stop import (
     predicted,
     shares_for,
 )
-from ockham.methods.blocks.units import chosen_units, readers_of, refit_units_, unit_curve
+from ockham.methods.blocks.units import (
+    chosen_branches,
+    chosen_units,
+    droppable,
+    measured_curves,
+    readers_of,
+    refit_units_,
+    unit_curve,
+)
 from ockham.surgery import trace
 from ockham.surgery.costs import latencies, onnx_latencies
 from pruning_rivals import (
@@ -294,10 +302,13 @@ def units(
     dense, example = bench.found.dense, bench.cases[0].inputs(bench.model)
     groups = trace(bench.model, traced_inputs(bench.model, bench.cases[0]))
     readers = [r for r in readers_of(groups, dense.maps) if heads or "mlp" in r.keys[0]]
+    judge = DenseRows(bench.model, [bench.cases[i] for i in sorted(held_out(len(bench.cases)))], bench.objective)
     curves = [unit_curve(r, dense, 0.01) for r in readers]
+    curves = measured_curves(curves, bench.found, lambda: judge.distance(bench.model))
     whole = sum(p.numel() for p in bench.model.parameters())
     limit = budget_from({"params": whole - (1 - float(target)) * block_parameters(bench)})
-    _, keep = chosen_units(curves, groups, Subject(bench.model, example), limit, uniform=even)
+    subject = Subject(bench.model, example)
+    _, keep = chosen_units(curves, groups, subject, limit, uniform=even, round_to=PruneSettings().round_to)
     evidence: Mapping[str, MatrixEvidence] = refit_units_(
         bench.model,
         bench.cases,
@@ -311,6 +322,23 @@ def units(
     )
     left = {k: int(v.sum()) for k, v in keep.items()}
     return {"evidence": sum(e.nats for e in evidence.values()), "left": left, "ridge": ridge}
+
+
+def depth(bench: Bench, target: str) -> dict[str, Any]:
+    """Ours: whole blocks, the one with the least measured KL per parameter first; the matrices that stay make up."""
+    dense, model = bench.found.dense, bench.model
+    groups = trace(model, traced_inputs(model, bench.cases[0]), whole=("branches",))
+    candidates = droppable(groups, dense.maps, model, uniform=True)
+    whole = sum(p.numel() for p in model.parameters())
+    limit = budget_from({"params": whole - (1 - float(target)) * block_parameters(bench)})
+    judge = DenseRows(model, [bench.cases[i] for i in sorted(held_out(len(bench.cases)))], bench.objective)
+    subject = Subject(model, bench.cases[0].inputs(model))
+    plan = chosen_branches(candidates, groups, subject, limit, lambda: judge.distance(model))
+    n_data = TERMS_PER_WEIGHT * bench.found.weights
+    options: dict[str, Any] = {"damping": 0.5, "n_data": n_data, "mending": bench.found.samples, "lost": plan.lost}
+    evidence = refit_units_(model, bench.cases, dense, [], {}, on_block=_told("depth"), **options)
+    gone = sorted(b.id for b in plan.dropped)
+    return {"evidence": sum(e.nats for e in evidence.values()), "gone": gone, "candidates": len(candidates)}
 
 
 def recovered(bench: Bench, target: str, *, seconds: float = 1800) -> dict[str, Any]:
@@ -422,7 +450,9 @@ METHODS: dict[str, Callable[[Bench, str], dict[str, Any]]] = {
     "units, ours, equally many": lambda b, t: units(b, t, even=True),
     "units, ours, nothing makes up for drift": lambda b, t: units(b, t, mend=False),
     "units, ours, MLPs only": lambda b, t: units(b, t, heads=False),
+    "units, ours, MLPs only, equally many": lambda b, t: units(b, t, heads=False, even=True),
     "units, ours, MLPs only, recovered": recovered,
+    "blocks, ours": depth,
     "units, ours, MLPs only, nothing makes up for drift": lambda b, t: units(b, t, heads=False, mend=False),
     "units, flap": flap,
     "units, slicegpt": slicegpt,
@@ -489,6 +519,8 @@ def allowance(args: argparse.Namespace) -> None:
 def latency(args: argparse.Namespace) -> None:
     """Times of the dense network and of two with fewer MLP units, equally many in every layer; nothing may run beside.
 
+    Widths are multiples of sixteen, as `ockham.prune` leaves them.
+
     What weights are worth does not change how long they take, so the networks have random ones.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -501,7 +533,7 @@ def latency(args: argparse.Namespace) -> None:
         if not models:
             block = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).model.layers[0].parameters())
         own = AutoConfig.from_pretrained(args.work / "model")
-        own.intermediate_size = config.intermediate_size - round((1 - share) * block / each)
+        own.intermediate_size = (config.intermediate_size - round((1 - share) * block / each)) // 16 * 16
         models.append(AutoModelForCausalLM.from_config(own).eval())
     ids = torch.arange(WINDOW)[None] % config.vocab_size
     found: dict[str, Any] = {"shares": shares, "units": [m.config.intermediate_size for m in models]}

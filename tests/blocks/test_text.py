@@ -155,7 +155,7 @@ def test_a_failure_at_the_end_leaves_the_folder_that_was_there(source: Path, tmp
     settings = PruneSettings(damping=Damping(0.1, 0.5))
     prune_folder(source, text, out, target={"keep_share": 0.5}, windows=(12, 32), settings=settings)
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    monkeypatch.setattr(verb, "page_of", lambda *_: 1 / 0)
+    monkeypatch.setattr(verb, "reduction_page", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prune_folder(source, text, out, target={"keep_share": 0.3}, windows=(12, 32), settings=settings, overwrite=True)
     assert {p.name: p.read_bytes() for p in out.iterdir() if p.name != "work"} == before and sealed(out)

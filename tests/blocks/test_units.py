@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +15,17 @@ from torch import nn
 import ockham
 from ockham.errors import OckhamError
 from ockham.methods.blocks import job
-from ockham.methods.blocks.cases import Case, traced_inputs
-from ockham.methods.blocks.prune import prune
-from ockham.methods.blocks.units import readers_of, refitted, unit_curve
+from ockham.methods.blocks.cases import Case, DenseRows, traced_inputs
+from ockham.methods.blocks.prune import PruneSettings, prune
+from ockham.methods.blocks.units import (
+    UnitCurve,
+    UnitReader,
+    _steps,
+    measured_curves,
+    readers_of,
+    refitted,
+    unit_curve,
+)
 from ockham.surgery.costs import cost
 
 from .networks import batches, ids, network
@@ -267,3 +276,143 @@ def test_units_read_by_a_transposed_parameter_go(tmp_path: Path) -> None:
             p.zero_()[torch.meshgrid(*kept, indexing="ij")] = done.model.get_parameter(name)
         x = torch.randn(7, 6)
         torch.testing.assert_close(done.model(x), full(x), rtol=1e-5, atol=1e-6)
+
+
+def without_layers(kind: str, done: Any) -> nn.Module:
+    """A network of all layers with the small one's weights, and zeros in the layers that went."""
+    full, prefix = network(kind), {"llama": "model.layers", "gpt2": "transformer.h", "vit": "vit.layers"}[kind]
+    count = len(full.get_submodule(prefix))
+    gone = {int(b.id.removeprefix(f"{prefix}.").partition(".")[0]) for b in done.plan.dropped}
+    kept = [i for i in range(count) if i not in gone]
+    state = {}
+    for name, value in done.model.state_dict().items():
+        at, _, rest = name.removeprefix(f"{prefix}.").partition(".")
+        state[f"{prefix}.{kept[int(at)]}.{rest}" if name.startswith(f"{prefix}.") else name] = value
+    lost = {n: torch.zeros_like(t) for n, t in full.state_dict().items() if n not in state}
+    full.load_state_dict(state | lost)
+    return full
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "vit"])
+def test_whole_blocks_go_and_the_network_is_the_one_with_zeros_there(kind: str, tmp_path: Path) -> None:
+    model, data = network(kind), batches(kind)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    done = prune(model, data, structure="depth", budget={"params": "85%"}, settings=PruneSettings(posterior=True))
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    count = sum(p.numel() for p in done.model.parameters()) / sum(p.numel() for p in model.parameters())
+    assert 0.5 < count <= 0.85 and type(done.model) is type(model)
+    full = without_layers(kind, done).eval()
+    inputs = {"pixel_values": data[0][0]} if kind == "vit" else {"input_ids": ids(3, 7, seed=9)}
+    with torch.no_grad():
+        said = done.model.eval()(**inputs).logits
+        torch.testing.assert_close(said, full(**inputs).logits, rtol=1e-4, atol=1e-5)
+    done.save(tmp_path / "out")
+    again = type(model).from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, said)
+        if kind != "vit":
+            assert again.generate(ids(1, 5), max_new_tokens=4, do_sample=False, pad_token_id=0).shape == (1, 9)
+    left = dict(done.model.named_parameters())
+    assert done.posterior is not None and set(done.posterior) <= set(left)
+    assert all(g.mean.shape == left[n].shape and torch.equal(g.mean, left[n]) for n, g in done.posterior.items())
+    gone = {k for k, e in done.evidence.matrices.items() if e.kept == 0}
+    assert gone and all(done.evidence.matrices[k].volume > 0 and done.evidence.matrices[k].cost > 0 for k in gone)
+
+
+def test_the_branch_that_goes_is_the_one_whose_absence_is_measured_least() -> None:
+    model, data = mlp()
+    model = nn.Sequential(*model, Block(), Block())
+    with torch.no_grad():
+        for i, size in enumerate((1.0, 0.2, 0.6, 0.4)):
+            model[i].down.weight *= size
+
+    def distance(gone: list[int]) -> float:
+        zeroed = copy.deepcopy(model)
+        for i in gone:
+            zeroed[i].down.weight.detach().zero_()
+        with torch.no_grad():
+            p, q = model(data[3][0]).log_softmax(-1), zeroed(data[3][0]).log_softmax(-1)
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    first = min(range(4), key=lambda i: distance([i]))
+    second = min((i for i in range(4) if i != first), key=lambda i: distance([first, i]))
+    done = prune(model, data, structure="depth", budget={"params": "50%"})
+    assert {b.id.partition(".")[0] for b in done.plan.dropped} == {str(first), str(second)}
+    costs = {k.partition(".")[0]: v[0] for k, v in done.plan.nats.items()}
+    assert costs[str(first)] == pytest.approx(distance([first]), rel=1e-4)
+    assert sum(costs.values()) == pytest.approx(distance([first, second]), rel=1e-4)
+    small = ockham.shrink(model, done.plan)
+    with torch.no_grad():
+        x = torch.cat([x for x, _ in data])
+        errors = [float((m(x) - model(x)).square().mean()) for m in (done.model, small)]
+    assert errors[0] < errors[1]  # those that stay make up for what went
+
+
+def test_blocks_that_cannot_go_are_refused_with_the_way_out() -> None:
+    model, data = mlp()
+    with pytest.raises(OckhamError, match="cannot be met: with every block gone"):
+        prune(nn.Sequential(*model, nn.Linear(6, 6)), data, structure="depth", budget={"params": "10%"})
+    with pytest.raises(OckhamError, match="no block of Sequential can go"):
+        prune(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), data, structure="depth", budget={"params": "90%"})
+    spared = PruneSettings(ignore=["0.down"])
+    done = prune(model, data, structure="depth", budget={"params": "60%"}, settings=spared)
+    assert [b.id.partition(".")[0] for b in done.plan.dropped] == ["1"]
+
+
+class Wide(nn.Module):
+    """A residual MLP of 200 units."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 200), nn.Linear(200, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+def test_widths_become_multiples_and_small_groups_have_any() -> None:
+    torch.manual_seed(0)
+    model, data = nn.Sequential(Wide(), Wide(), Block()), mlp()[1]
+    for settings, multiple in ((PruneSettings(), 16), (PruneSettings(round_to=25), 25), (PruneSettings(round_to=1), 1)):
+        done = prune(model, data, structure="uneven", budget={"params": "71%"}, settings=settings)
+        widths = [b.up.out_features for b in done.model]
+        assert all(w % multiple == 0 or w == 200 for w in widths[:2]) and min(widths) < 200
+        share = sum(p.numel() for p in done.model.parameters()) / sum(p.numel() for p in model.parameters())
+        assert 0.71 - 2 * 13 * multiple / 5500 < share <= 0.71
+    with pytest.raises(OckhamError, match="round_to is a whole number from 1"):
+        PruneSettings(round_to=0)
+
+
+def test_a_step_of_several_units_costs_what_they_cost_together() -> None:
+    reader = UnitReader("a", 0, ("k",), torch.arange(35)[:, None])
+    curve = UnitCurve(reader, tuple(range(30)), tuple(float(i) for i in range(30)))
+    steps = _steps([curve], {"a": 2.0}, uniform=False, round_to=4)
+    assert [(upto, units) for _, _, upto, units in steps][:3] == [(3, 3), (7, 4), (11, 4)]
+    assert [rate for rate, *_ in steps][:2] == [pytest.approx(3 / 6), pytest.approx((3 + 4 + 5 + 6) / 8)]
+    assert len(_steps([curve], {"a": 2.0}, uniform=False, round_to=5)) == 30  # too few units for multiples of five
+
+
+def test_a_kind_of_units_costs_what_is_measured_on_data_held_out(tmp_path: Path) -> None:
+    model, data = mlp()
+    found, objective, cases = studied(model, data, tmp_path)
+    assert found.tried
+    readers = readers_of(ockham.trace(model, cases[0].args), found.dense.maps)
+    curves = [unit_curve(r, found.dense, 0.01) for r in readers]
+    judge = DenseRows(model, [cases[3]], objective)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    scaled = measured_curves(curves, found, lambda: judge.distance(model))
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    other, said = copy.deepcopy(model), 0.0
+    with torch.no_grad():
+        for j in found.tried:
+            curve, key = curves[j], f"{j}.down.weight"
+            stays = torch.ones(10, dtype=torch.bool)
+            stays[list(curve.order[:2])] = False
+            said += sum(curve.costs[:2])
+            weight = other.get_parameter(key)
+            weight.copy_(refitted(weight, found.dense.store.get(f"A:{key}")[0], stays, 0.5))
+        p, q = (m(data[3][0]).log_softmax(-1).double() for m in (model, other))
+    measured = float((p.exp() * (p - q)).sum(-1).mean())
+    for old, new in zip(curves, scaled, strict=True):
+        assert new.order == old.order
+        assert sum(new.costs) == pytest.approx(sum(old.costs) * measured / said, rel=1e-3)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 __all__ = [
     "code",
@@ -19,6 +20,7 @@ __all__ = [
     "number",
     "paragraph",
     "percent",
+    "reduction_page",
     "seconds",
     "section",
     "signed",
@@ -288,3 +290,87 @@ th,td{{padding:6px 7px}}caption{{padding:10px 10px 4px}}table{{font-size:13.5px}
 details::details-content{{content-visibility:visible;block-size:auto}}.scroll{{overflow:visible}}
 .grid{{grid-template-columns:repeat(2,1fr)}}tr,.tile,.note{{break-inside:avoid}}}}
 """
+
+
+_MEASURES = {
+    "nll": "NLL, nats a token",
+    "ece": "calibration error of the likeliest token",
+    "accuracy": "accuracy of the likeliest token",
+    "cosine": "cosine to the dense answers",
+    "nonzero": "parameters that are not zero",
+    "latency_seconds": "time of a window, seconds",
+}
+
+
+def reduction_page(facts: Mapping[str, Any]) -> str:
+    """The page about a reduction.
+
+    Args:
+        facts: facts of `Pruned.facts`; under "text", where it is there, what `prune_folder` measured on text held out,
+            and under "load" lines that load the folder.
+    """
+    text = facts.get("text")
+    before, after = (text[k].get("nll") if text else facts[f"nll_{k}"] for k in ("before", "after"))
+    total = sum(facts["evidence"]["matrices"].values())
+    tiles = [tile("Weights kept", percent(facts["keep_share"]), "of the matrices in the blocks")]
+    if before is not None and after is not None:
+        tiles.append(tile("NLL, nats a term", number(after), f"was {number(before)}"))
+        if facts["likelihood"] == "next-token":
+            tiles.append(tile("Perplexity", f"{math.exp(after):.2f}", f"was {math.exp(before):.2f}"))
+    unit, nats = ("million nats", signed(total / 1e6, 1)) if abs(total) >= 1e6 else ("nats", signed(total, 0))
+    tiles.append(tile("Evidence", nats, f"{unit} against the dense network, by the curvature"))
+    # of a folder: what metrics.json and the terminal say, loading and measuring included
+    tiles.append(tile("Time", seconds((text or facts)["seconds"]), "the whole job"))
+    head = paragraph("Ockham · a trained network reduced", "eyebrow") + "<h1>What went, and what it cost</h1>"
+    head += f'<dl class="tiles">{"".join(tiles)}</dl>'
+    parts = []
+    if text:
+        pairs = {k: (value, text["after"][k]) for k, value in text["before"].items()}
+        rows = [
+            [_MEASURES.get(k, k), *(f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for v in pair)]
+            for k, pair in pairs.items()
+        ]
+        told = f"Measured on {text['judged_on']}. Most memory used: {size(text['peak_bytes'])}, with what of mapped "
+        told += "files happened to stay in it."
+        lines = table("Before and after", ["measure", "before", "after"], rows)
+        parts.append(section("text", "On text held out", paragraph(told), lines))
+    if facts["shots"]:
+        rows = [
+            [
+                percent(s["keep_share"], 1),
+                f"{s['rise']:.4f} ± {s['rise_error']:.4f}",
+                signed(s["nats"], 0),
+                percent(s["certainty"], 0),
+            ]
+            for s in facts["shots"]
+        ]
+        told = (
+            "No target was given. Networks of several sizes were judged on data that took no part in their reduction; "
+            "the smallest whose evidence is not below that of the dense network was taken. Where a share stands twice, "
+            "the network was reduced to it the fast way first, and then with more care."
+        )
+        header = ["weights kept", "rise of the NLL, nats a term", "evidence, nats", "certainty"]
+        lines = table("Networks judged", header, rows, words=0)
+        parts.append(section("stop", "How far the evidence goes", paragraph(told), lines))
+    rows = [[k, count(w), count(left)] for k, (w, left) in facts["units"].items() if left < w]
+    if rows:
+        lines = table("Units", ["group", "before", "after"], rows)
+        parts.append(section("units", "Units that are gone", lines))
+    if facts["shares"]["kinds"]:
+        rows = []
+        for kind, share in facts["shares"]["kinds"].items():
+            trust = facts["damping"].get(kind, {"inputs": None, "outputs": None})
+            rows.append([kind, percent(share, 1), *("–" if v is None else f"{v:g}" for v in trust.values())])
+        header = ["kind of matrix", "weights kept", "damping of inputs", "of outputs"]
+        parts.append(section("kinds", "Kinds of matrices", table("Shares", header, rows)))
+    if facts["evidence"]["blocks"]:
+        rows = [
+            [name or "the network", percent(facts["shares"]["blocks"][name], 1), signed(nats, 0)]
+            for name, nats in facts["evidence"]["blocks"].items()
+        ]
+        lines = table("Blocks", ["block", "weights kept", "evidence, nats"], rows)
+        parts.append(section("blocks", "Blocks", lines))
+    if facts.get("load"):
+        parts.append(section("load", "How to load this", code(facts["load"])))
+    foot = paragraph("Written by Ockham. This file needs no network and contains no scripts.")
+    return document("A trained network reduced · Ockham", head, parts, foot)

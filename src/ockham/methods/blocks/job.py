@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ockham.choose.prices import Subject, budget_from
+from ockham.choose.prices import Budget, Subject, budget_from
 from ockham.core.batch import Batch
 from ockham.core.files import read_json, write_json
 from ockham.core.likelihood import Likelihood
 from ockham.core.network import Ignore, device_of, protected_names, teller, trim, watched
-from ockham.core.posterior import Gaussian, Posterior
+from ockham.core.posterior import Posterior
 from ockham.core.seal import FolderLock
 from ockham.errors import DataError, OckhamError, OckhamWarning
 from ockham.fit.predict import norms_of, refresh_batchnorm
@@ -44,6 +44,7 @@ from ockham.methods.blocks.reduction import (
     reduce_blocks_,
     study,
     study_damping,
+    surviving_posterior,
 )
 from ockham.methods.blocks.solve import Damping, NofM
 from ockham.methods.blocks.stop import (
@@ -59,105 +60,19 @@ from ockham.methods.blocks.stop import (
     shots,
 )
 from ockham.methods.blocks.units import (
+    UnitReader,
+    chosen_branches,
     chosen_units,
     describable,
+    droppable,
+    measured_curves,
     readers_of,
     refit_units_,
-    surviving_posterior,
     unit_curve,
 )
-from ockham.report import page
-from ockham.surgery import Plan, shrink, trace
-from ockham.surgery.shrinking import slice_tensor
+from ockham.surgery import Groups, Plan, shrink, trace
 
-__all__ = ["JOBS", "BlockJob", "PruneSettings", "Removal", "page_of"]
-
-
-_MEASURES = {
-    "nll": "NLL, nats a token",
-    "ece": "calibration error of the likeliest token",
-    "accuracy": "accuracy of the likeliest token",
-    "cosine": "cosine to the dense answers",
-    "nonzero": "parameters that are not zero",
-    "latency_seconds": "time of a window, seconds",
-}
-
-
-def page_of(facts: Mapping[str, Any]) -> str:
-    """The page about a reduction.
-
-    Args:
-        facts: facts of `Pruned.facts`; under "text", where it is there, what `prune_folder` measured on text held out,
-            and under "load" lines that load the folder.
-    """
-    text = facts.get("text")
-    before, after = (text[k].get("nll") if text else facts[f"nll_{k}"] for k in ("before", "after"))
-    total = sum(facts["evidence"]["matrices"].values())
-    tiles = [page.tile("Weights kept", page.percent(facts["keep_share"]), "of the matrices in the blocks")]
-    if before is not None and after is not None:
-        tiles.append(page.tile("NLL, nats a term", page.number(after), f"was {page.number(before)}"))
-        if facts["likelihood"] == "next-token":
-            tiles.append(page.tile("Perplexity", f"{math.exp(after):.2f}", f"was {math.exp(before):.2f}"))
-    unit, nats = ("million nats", page.signed(total / 1e6, 1)) if abs(total) >= 1e6 else ("nats", page.signed(total, 0))
-    tiles.append(page.tile("Evidence", nats, f"{unit} against the dense network, by the curvature"))
-    # of a folder: what metrics.json and the terminal say, loading and measuring included
-    tiles.append(page.tile("Time", page.seconds((text or facts)["seconds"]), "the whole job"))
-    head = page.paragraph("Ockham · a trained network reduced", "eyebrow") + "<h1>What went, and what it cost</h1>"
-    head += f'<dl class="tiles">{"".join(tiles)}</dl>'
-    parts = []
-    if text:
-        pairs = {k: (value, text["after"][k]) for k, value in text["before"].items()}
-        rows = [
-            [_MEASURES.get(k, k), *(f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for v in pair)]
-            for k, pair in pairs.items()
-        ]
-        told = (
-            f"Measured on {text['judged_on']}. Most memory used: {page.size(text['peak_bytes'])}, with what of mapped "
-        )
-        told += "files happened to stay in it."
-        table = page.table("Before and after", ["measure", "before", "after"], rows)
-        parts.append(page.section("text", "On text held out", page.paragraph(told), table))
-    if facts["shots"]:
-        rows = [
-            [
-                page.percent(s["keep_share"], 1),
-                f"{s['rise']:.4f} ± {s['rise_error']:.4f}",
-                page.signed(s["nats"], 0),
-                page.percent(s["certainty"], 0),
-            ]
-            for s in facts["shots"]
-        ]
-        told = (
-            "No target was given. Networks of several sizes were judged on data that took no part in their reduction; "
-            "the smallest whose evidence is not below that of the dense network was taken. Where a share stands twice, "
-            "the network was reduced to it the fast way first, and then with more care."
-        )
-        header = ["weights kept", "rise of the NLL, nats a term", "evidence, nats", "certainty"]
-        table = page.table("Networks judged", header, rows, words=0)
-        parts.append(page.section("stop", "How far the evidence goes", page.paragraph(told), table))
-    rows = [[k, page.count(w), page.count(left)] for k, (w, left) in facts["units"].items() if left < w]
-    if rows:
-        table = page.table("Units", ["group", "before", "after"], rows)
-        parts.append(page.section("units", "Units that are gone", table))
-    if facts["shares"]["kinds"]:
-        rows = []
-        for kind, share in facts["shares"]["kinds"].items():
-            trust = facts["damping"].get(kind, {"inputs": None, "outputs": None})
-            rows.append([kind, page.percent(share, 1), *("–" if v is None else f"{v:g}" for v in trust.values())])
-        header = ["kind of matrix", "weights kept", "damping of inputs", "of outputs"]
-        parts.append(page.section("kinds", "Kinds of matrices", page.table("Shares", header, rows)))
-    if facts["evidence"]["blocks"]:
-        rows = [
-            [name or "the network", page.percent(facts["shares"]["blocks"][name], 1), page.signed(nats, 0)]
-            for name, nats in facts["evidence"]["blocks"].items()
-        ]
-        table = page.table("Blocks", ["block", "weights kept", "evidence, nats"], rows)
-        parts.append(page.section("blocks", "Blocks", table))
-    if facts.get("load"):
-        parts.append(page.section("load", "How to load this", page.code(facts["load"])))
-    foot = page.paragraph("Written by Ockham. This file needs no network and contains no scripts.")
-    return page.document("A trained network reduced · Ockham", head, parts, foot)
-
+__all__ = ["JOBS", "BlockJob", "PruneSettings", "Removal"]
 
 _CURVE_DAMPING = 0.01
 _SHOT_ROUNDS = 4
@@ -191,6 +106,8 @@ class PruneSettings:
             at which a network of its size is trained at the least cost (Hoffmann et al. 2022, arXiv 2203.15556).
         damping: setting of every matrix; None chooses it by kind of matrix on calibration data held out.
         unit_damping: ridge of the refit after whole units went, a share of the inputs' mean square.
+        round_to: number of which widths become multiples where units go, since processors like them; groups of fewer
+            than eight times as many units have any width. 1: any.
         even: True takes the same share from every matrix instead of one threshold over all.
         rounds: number of rounds in which weights go greedily, in some two thirds of the time; None lets those that
             went come back for others, which costs less of the loss.
@@ -207,6 +124,7 @@ class PruneSettings:
     n_data: float | None = None
     damping: Damping | None = None
     unit_damping: float = 0.5
+    round_to: int = 16
     even: bool = False
     rounds: int | None = None
     passes: int = 1
@@ -219,6 +137,8 @@ class PruneSettings:
     def __post_init__(self) -> None:
         if self.rounds is not None and not (isinstance(self.rounds, int) and self.rounds >= 1):
             raise OckhamError(f"PruneSettings: rounds is a whole number from 1, or None to swap; got {self.rounds!r}")
+        if not (isinstance(self.round_to, int) and self.round_to >= 1):
+            raise OckhamError(f"PruneSettings: round_to is a whole number from 1; got {self.round_to!r}")
         if not (isinstance(self.passes, int) and self.passes >= 1):
             raise OckhamError(f"PruneSettings: passes is a whole number from 1; got {self.passes!r}")
         if self.n_data is not None and not 0 < self.n_data < math.inf:
@@ -292,27 +212,31 @@ class BlockJob:
         return float(nll.sum() / terms.sum().clamp_min(1))
 
     def without_units(
-        self, model: nn.Module, budget: Mapping[str, Any], *, uniform: bool
+        self, model: nn.Module, budget: Mapping[str, Any], *, uniform: bool, depth: bool = False
     ) -> tuple[nn.Module, Plan, dict[str, MatrixEvidence]]:
-        """A network in which the units are gone that a budget does not allow; ``model`` itself is left half done."""
+        """A network without the units (``depth``: whole blocks) that a budget does not allow.
+
+        ``model`` itself is left half done.
+        """
         limit = budget_from(budget)
         with evaluating_blocks(model):
             example = traced_inputs(model, self._data(model)[0][0])
-        groups = trace(model, example, ignore=self.settings.ignore)  # experts as the network runs them
+        # experts as the network runs them
+        groups = trace(model, example, ignore=self.settings.ignore, whole=("branches",) if depth else ())
         with self._studied(model, JOBS[0]) as (cases, found, _):
-            readers = readers_of(groups, found.dense.maps)
-            if uniform and getattr(model, "config", None) is not None:
-                readers = describable(readers, groups, model)
-            if not readers:
-                raise OckhamError(
-                    f"no unit of {type(model).__name__}'s blocks is read by a single matrix"
-                    + (" and numbered by its configuration" if uniform else "")
-                    + ", so none can go by itself; see ockham.trace(model, inputs).frozen for reasons, try "
-                    "structure='uneven', or pass keep_share for single weights"
-                )
-            every = watched(readers, "units", readers)
-            curves = [unit_curve(reader, found.dense, _CURVE_DAMPING) for reader in every]
-            plan, keep = chosen_units(curves, groups, Subject(model, cases[0].inputs(model)), limit, uniform=uniform)
+            subject = Subject(model, cases[0].inputs(model))
+            readers: list[UnitReader] = []
+            keep: dict[str, Tensor] = {}
+            if depth:
+                plan = self._without_blocks(groups, subject, found, cases, limit, uniform=uniform)
+            else:
+                readers = self._readers(model, groups, found, uniform=uniform)
+                every = watched(readers, "units", readers)
+                curves = [unit_curve(reader, found.dense, _CURVE_DAMPING) for reader in every]
+                if found.tried and (judge := self._judge(model, cases)).rows:
+                    curves = measured_curves(curves, found, lambda: judge.distance(model))
+                chosen = chosen_units(curves, groups, subject, limit, uniform=uniform, round_to=self.settings.round_to)
+                plan, keep = chosen
             evidence = refit_units_(
                 model,
                 cases,
@@ -323,18 +247,49 @@ class BlockJob:
                 n_data=self.settings.n_data or TERMS_PER_WEIGHT * found.weights,
                 on_block=teller("reduction"),
                 mending=found.samples,
+                lost=plan.lost,
             )
+            small, whole = model, None
             if self.settings.posterior:
                 n_data = self.settings.n_data or TERMS_PER_WEIGHT * found.weights
                 whole = surviving_posterior(found, evidence, {}, n_data, self.likelihood, self._kept_in)
+        small, moments = shrink(model, plan, posterior=whole or {})
+        if whole is not None:
+            self.posterior = replace(whole, moments=moments)
+        return self._refreshed(small), plan, evidence
 
-                def cut(name: str, g: Gaussian) -> Gaussian:
-                    cut = {f.name: getattr(g, f.name) for f in fields(g)}
-                    same = {k: v for k, v in cut.items() if isinstance(v, Tensor) and v.shape == g.mean.shape}
-                    return replace(g, **{k: slice_tensor(plan, name, v) for k, v in same.items()})
+    def _readers(self, model: nn.Module, groups: Groups, found: Study, *, uniform: bool) -> list[UnitReader]:
+        """What reads the units that can go."""
+        readers = readers_of(groups, found.dense.maps)
+        if uniform and getattr(model, "config", None) is not None:
+            readers = describable(readers, groups, model)
+        if not readers:
+            raise OckhamError(
+                f"no unit of {type(model).__name__}'s blocks is read by a single matrix"
+                + (" and numbered by its configuration" if uniform else "")
+                + ", so none can go by itself; see ockham.trace(model, inputs).frozen for reasons, try "
+                "structure='uneven', or pass keep_share for single weights"
+            )
+        return readers
 
-                self.posterior = replace(whole, moments={n: cut(n, g) for n, g in whole.items()})
-        return self._refreshed(shrink(model, plan)), plan, evidence
+    def _without_blocks(
+        self, groups: Groups, subject: Subject, found: Study, cases: Sequence[Case], limit: Budget, *, uniform: bool
+    ) -> Plan:
+        """The blocks that go, or branches of them where no configuration must describe what is left."""
+        candidates = droppable(groups, found.dense.maps, subject.model, uniform=uniform)
+        if not candidates:
+            raise OckhamError(
+                f"no block of {type(subject.model).__name__} can go as a whole"
+                + (" and leave a network that its configuration describes" if uniform else "")
+                + ": a block can whose output is its input plus what it computes; take units (structure='auto')"
+            )
+        judge = self._judge(subject.model, cases)
+        return chosen_branches(candidates, groups, subject, limit, lambda: judge.distance(subject.model))
+
+    def _judge(self, model: nn.Module, cases: Sequence[Case]) -> DenseRows:
+        """What the dense network says to the data held out; to all, where none are."""
+        own, held = own_cases(cases)
+        return DenseRows(model, [own[i] for i in sorted(held)] or own, self._objective)
 
     def without_weights(self, model: nn.Module, keep: float | NofM | None) -> Removal:
         """Take weights out of a network in place: a share or pattern stays, or (None) what the evidence says.

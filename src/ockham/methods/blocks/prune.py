@@ -21,9 +21,10 @@ from ockham.core.network import PruneProgress, copied, listening, map_parameters
 from ockham.core.posterior import POSTERIOR, Posterior
 from ockham.errors import DataError, OckhamError
 from ockham.methods.blocks.cases import answer_tensor, cases_from, dividing, evaluating_blocks, team
-from ockham.methods.blocks.job import JOBS, BlockJob, PruneSettings, Removal, page_of
+from ockham.methods.blocks.job import JOBS, BlockJob, PruneSettings, Removal
 from ockham.methods.blocks.solve import Damping, NofM
 from ockham.methods.blocks.stop import DampingTrial, MatrixEvidence, Shot, matrix_kind
+from ockham.report.page import reduction_page
 from ockham.run.folder import ResultFolder, loading_lines, save_pretrained
 from ockham.run.weights import huggingface_model
 from ockham.surgery import Plan
@@ -33,7 +34,7 @@ from ockham.surgery.costs import latencies
 __all__ = ["BlockEvidence", "Pruned", "prune", "prune_folder", "read_calibration", "token_measures", "token_windows"]
 
 
-_STRUCTURES = ("auto", "even", "uneven")
+_STRUCTURES = ("auto", "even", "uneven", "depth")
 _TARGETS = ("keep_share", "pattern", "structure", "budget")
 
 
@@ -131,7 +132,7 @@ class Pruned:
 
     def report(self, path: str | Path) -> Path:
         """Write one HTML file about the reduction; it needs no network and holds no scripts."""
-        write_bytes(Path(path), page_of(self.facts()).encode())
+        write_bytes(Path(path), reduction_page(self.facts()).encode())
         return Path(path)
 
     def save(self, folder: str | Path) -> Path:
@@ -187,8 +188,8 @@ def prune(
         pattern: "2:4", or another n:m along the inputs of each matrix, instead of a share.
         structure: whole units (neurons of MLPs, groups of heads, channels) go until the budget is met. "uneven" takes
             them where they cost least; "even" takes equally many from like layers, so that one configuration describes
-            them; "auto" is "even" for transformers models, whose folders would not load otherwise. With a share or
-            pattern as well, weights go from what the units left.
+            them; "auto" is "even" for transformers models, whose folders would not load otherwise; "depth" takes whole
+            blocks. With a share or pattern as well, weights go from what the units left.
         budget: ``{"params": "80%"}``, ``{"macs": "70%"}`` or ``{"latency": seconds}``, of the whole network.
         likelihood: "auto" (next tokens of a causal language model, else by the targets; without targets the network's
             own predictive), "next-token" or "causal-lm", "classification", "regression", "own", or a `Likelihood`.
@@ -228,8 +229,8 @@ def _pruned(model: nn.Module, small: nn.Module, job: BlockJob, target: tuple[Any
     units: dict[str, MatrixEvidence] = {}
     if structure is not None and budget is not None:
         described = callable(getattr(getattr(model, "config", None), "to_dict", None))
-        uniform = structure == "even" or (structure == "auto" and described)
-        small, plan, units = job.without_units(small, budget, uniform=uniform)
+        uniform = structure == "even" or (structure in ("auto", "depth") and described)
+        small, plan, units = job.without_units(small, budget, uniform=uniform, depth=structure == "depth")
     if keep_share is not None or pattern is not None or structure is None:
         done = job.without_weights(small, NofM.parse(pattern) if pattern is not None else keep_share)
     else:
@@ -419,7 +420,7 @@ def prune_folder(
                     "calibration_tokens": int(every[judges:].numel()),
                 }
                 lines = "\n".join(loading_lines(found.model, found.plan)).replace('"."', repr(str(path)))
-                page = page_of(found.facts() | {"text": metrics, "load": lines})
+                page = reduction_page(found.facts() | {"text": metrics, "load": lines})
                 write_bytes(folder.path("report.html"), page.encode())
                 write_json(folder.path("metrics.json"), metrics)
                 folder.commit()

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ockham.core.network import mapped, release, trim
+from ockham.core.posterior import Gaussian, Posterior
 from ockham.core.processes import Processes
 from ockham.errors import OckhamError
 from ockham.fit.predict import move_statistics_, norm_inputs
@@ -74,6 +76,7 @@ __all__ = [
     "seen_by",
     "study",
     "study_damping",
+    "surviving_posterior",
 ]
 
 
@@ -485,3 +488,59 @@ def _samples(dense: Dense, spared: Collection[str], path: Path) -> dict[str, Cos
         values = {f"{k}:costs": c.costs for k, c in found.items()}
         save_file(values | {f"{k}:determined": c.determined for k, c in found.items()}, path)
     return found
+
+
+@torch.no_grad()
+def surviving_posterior(
+    found: Study,
+    evidence: Mapping[str, MatrixEvidence],
+    damping: Mapping[str, Damping],
+    n_data: float,
+    likelihood: str,
+    folder: Path | None = None,
+) -> Posterior:
+    r"""Gaussian of every weight that stays in the matrices of the blocks, the others at their means.
+
+        P_rj = P0 + n_data h_rj,      h_rj = 1 / ([A'^-1]_jj [G'^-1]_rr) in nats per term
+
+    Args:
+        found: the study of the dense network, whose weights are the reduced ones by now.
+        evidence: evidence of the reduction.
+        damping: kind of matrix to its setting.
+        n_data: terms behind the trained weights.
+        likelihood: name of it.
+        folder: place for files in which it lies (`mapped`); None: it lies in memory, as it does on other devices.
+    """
+
+    def lay(t: Tensor) -> Tensor:
+        return t if folder is None or t.device.type != "cpu" else mapped(t, folder)
+
+    moments: dict[str, Gaussian] = {}
+    for block, block_map in zip(found.dense.blocks, found.dense.maps, strict=True):
+        parameters = weights_of(block, block_map.name)
+        matrices = {k: m for k, m in block_map.matrices.items() if k in found.samples}
+        biases = {m.bias.name for m in matrices.values() if m.bias is not None}
+        held = {m.weight.name for m in matrices.values()} | biases
+        precision = {n: torch.zeros_like(parameters[n], dtype=torch.float32) for n in held}
+        prior = {n: torch.ones_like(p) for n, p in precision.items()}
+        for key, matrix in matrices.items():
+            inputs, outputs = found.dense.inputs(block_map, key), found.dense.outputs(key)
+            weight, scale = matrix.read(parameters), found.dense.scale(block_map, key)
+            worth = quadratic(inputs, outputs, damping.get(matrix_kind(key), DEFAULT_DAMPING)).conditional()
+            unit = (inputs.diagonal(dim1=-2, dim2=-1).mean(-1) * outputs.diagonal(dim1=-2, dim2=-1).mean(-1)) / scale
+            free = weight[..., : weight.shape[-1] - (matrix.bias is not None)]
+            p0 = evidence[key].prior_precision if key in evidence else typical_precision(free)
+            matrix.write(precision, (p0 + n_data * worth * unit[:, None, None]).expand_as(weight))
+            matrix.write(prior, torch.full_like(weight, p0))
+        for name in (n for n in parameters if n in held):
+            mean, known = lay(parameters[name].detach().float().clone()), precision[name] > 0
+            keep = lay(known if name in biases else known & (mean != 0))
+            spread, first = lay(precision.pop(name).masked_fill_(~keep, torch.inf)), prior[name].flatten()[:1]
+            if bool((prior[name] == first).all()):
+                prior[name] = first.clone().expand(mean.numel()).view(mean.shape)  # the memory of one number
+            moments[name] = Gaussian(mean, spread, prior[name], mean.new_zeros(()), keep)
+            for values in (mean, spread, keep):
+                release(values)
+        del precision, prior
+        trim()
+    return Posterior(moments, float(n_data), 1.0, "Laplace (kronecker, by blocks)", likelihood=likelihood)

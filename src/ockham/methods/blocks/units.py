@@ -14,41 +14,46 @@ Reference: Hassibi & Stork 1993; An et al. 2024, FLAP, arXiv 2312.11983 (the bia
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ockham.choose.prices import Budget, Subject, first_within, most_allowed
-from ockham.core.network import mapped, release, trim
-from ockham.core.posterior import Gaussian, Posterior
+from ockham.core.network import watched
 from ockham.errors import OckhamError
 from ockham.methods.blocks.cases import Case, held_out, own_cases
 from ockham.methods.blocks.curvature import BlockMap, Stream, weights_of
 from ockham.methods.blocks.dense import Dense, DenseAnswers
 from ockham.methods.blocks.reduction import Study, inputs_of_stage
-from ockham.methods.blocks.solve import BlockMatrix, Damping, damped, loss_increase, quadratic
+from ockham.methods.blocks.solve import BlockMatrix, damped, loss_increase, quadratic
 from ockham.methods.blocks.stop import DEFAULT_DAMPING, MatrixEvidence, freed, matrix_kind, typical_precision
 from ockham.surgery.copies import clone
 from ockham.surgery.groups import Groups, Plan, plan_masks
+from ockham.surgery.resizing import Branch
 from ockham.surgery.shrinking import says_its_widths, shrink
 
 __all__ = [
     "UnitCurve",
     "UnitReader",
+    "chosen_branches",
     "chosen_units",
     "describable",
+    "droppable",
+    "measured_curves",
     "readers_of",
     "refit_units_",
     "refitted",
-    "surviving_posterior",
     "unit_curve",
 ]
 
 _TOGETHER = 16
 _MOST_GONE = 2 / 3
+_TRIED, _TRIED_RIDGE = 0.2, 0.5
+_ROUNDED = 8  # times a multiple: groups of fewer units have any width
+_NEAR = 6  # branches that are tried again once another is gone
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -121,6 +126,154 @@ def describable(readers: Sequence[UnitReader], groups: Groups, model: nn.Module)
     return found
 
 
+def droppable(groups: Groups, maps: Sequence[BlockMap], model: nn.Module, *, uniform: bool) -> list[tuple[Branch, ...]]:
+    """Residual branches that can go as a whole: each by itself, or (``uniform``) all of a block together.
+
+    Args:
+        groups: result of `ockham.trace` with ``whole=("branches",)``.
+        maps: maps of the blocks.
+        model: the network.
+        uniform: True leaves out blocks without which the model's configuration does not describe it.
+    """
+    inside = [
+        [b for b in groups.branches.values() if all(n.startswith(f"{m.name}." if m.name else "") for n in b.parameters)]
+        for m in maps
+    ]
+    if not uniform:
+        return [(branch,) for branches in inside for branch in branches]
+    described: dict[object, bool] = {}  # by names within a block; layers go from a list where values bear it out
+    found = []
+    for block_map, some in zip(maps, inside, strict=True):
+        look = tuple(b.id.removeprefix(block_map.name) for b in some)
+        if some and look not in described:
+            plan = plan_masks(groups, {b.id: torch.tensor([False]) for b in some})
+            described[look] = says_its_widths(shrink(model, plan))
+        found += [tuple(some)] if described.get(look) else []
+    return found
+
+
+@torch.no_grad()
+def chosen_branches(
+    candidates: Sequence[tuple[Branch, ...]],
+    groups: Groups,
+    subject: Subject,
+    limit: Budget,
+    distance: Callable[[], float],
+) -> Plan:
+    """The branches that go so that a budget is met, one after the other: the least measured loss per resource first.
+
+    What a branch costs is measured on the network without it and without those that are gone; once one has gone, the
+    six that cost least before are measured again.
+
+    Args:
+        candidates: what `droppable` found.
+        groups: the same groups.
+        subject: the network and example inputs; its weights are as they were in the end.
+        limit: the budget.
+        distance: function to how far the network is from the dense one, nats per term.
+
+    Raises:
+        OckhamError: the budget cannot be met.
+    """
+    every = range(len(candidates))
+
+    def plan_of(some: Sequence[int], nats: Mapping[str, Tensor] | None = None) -> Plan:
+        branches = [b for i in some for b in candidates[i]]
+        return plan_masks(groups, {b.id: torch.tensor([False]) for b in branches}, nats=nats)
+
+    def left(some: Sequence[int]) -> float:
+        return limit.measure(subject, plan_of(some))
+
+    def without(some: Sequence[int]) -> float:
+        with _zeroed(subject.model, {n for i in some for b in candidates[i] for n in b.parameters}):
+            return distance()
+
+    most, whole, least = most_allowed(limit, subject, groups), left([]), left(every)
+    if least > most:
+        raise OckhamError(
+            f"the budget of {most:,.6g} {limit.unit} cannot be met: with every block gone that can go it is "
+            f"{least:,.6g}. Allow more, or take units (structure='auto')"
+        )
+    shapes = [tuple(sorted(groups.shapes[n] for b in some for n in b.parameters)) for some in candidates]
+    prices = {shape: max(whole - left([i]), 1e-9 * whole) for i, shape in enumerate(shapes)}
+    rates = dict.fromkeys(every, 0.0)
+    gone: list[int] = []
+    nats: dict[str, Tensor] = {}
+    lost = 0.0
+    while left(gone) > most:
+        near = sorted(rates, key=rates.__getitem__)[: _NEAR if gone else None]
+        total = {i: without([*gone, i]) for i in watched(near, "units", near)}
+        rates |= {i: (total[i] - lost) / prices[shapes[i]] for i in near}
+        best = min(near, key=rates.__getitem__)
+        del rates[best]
+        gone.append(best)
+        nats |= {b.id: torch.tensor([(total[best] - lost) / len(candidates[best])]) for b in candidates[best]}
+        lost = total[best]
+    return plan_of(gone, nats)
+
+
+@contextmanager
+def _zeroed(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Some parameters are zero inside."""
+    values = {n: p.clone() for n, p in model.named_parameters() if n in names}
+    for n in values:
+        model.get_parameter(n).zero_()
+    try:
+        yield
+    finally:
+        for n, value in values.items():
+            model.get_parameter(n).copy_(value)
+
+
+@torch.no_grad()
+def measured_curves(curves: Sequence[UnitCurve], found: Study, distance: Callable[[], float]) -> list[UnitCurve]:
+    """Curves with the costs of a kind of unit times what it costs measured, over what its curves say.
+
+    Of each kind a fifth of the units go from blocks of which a part of the data was held out, the others make good by
+    the factors of the data that were not, and the network is run on the data held out. So kinds of units that make good
+    for one another less on other data (groups of heads, of which there are few) are not taken for cheap.
+
+    Args:
+        curves: curves of `unit_curve`.
+        found: study of the network, whose weights are the dense ones.
+        distance: function to how far the network is from the dense one on the data held out, nats per term.
+    """
+    kinds: dict[str, list[UnitCurve]] = {}
+    for curve in curves:
+        if curve.order and curve.reader.block in found.tried:
+            kinds.setdefault(matrix_kind(curve.reader.group), []).append(curve)
+    scales: dict[str, float] = {}
+    for kind, alike in watched(list(kinds.items()), "units", kinds):
+        said, names = 0.0, set[str]()
+        with ExitStack() as held:
+            for curve in alike:
+                count = min(len(curve.order), max(1, round(_TRIED * len(curve.reader.columns))))
+                names |= _tried_(curve, count, found.dense, held)
+                said += sum(curve.costs[:count])
+            if names and said > 0:
+                scales[kind] = distance() / said
+    return [replace(c, costs=tuple(scales.get(matrix_kind(c.reader.group), 1.0) * x for x in c.costs)) for c in curves]
+
+
+def _tried_(curve: UnitCurve, count: int, dense: Dense, held: ExitStack) -> set[str]:
+    """Take units out of a matrix until the stack closes; the keys that were changed."""
+    reader, block_map = curve.reader, dense.maps[curve.reader.block]
+    parameters = weights_of(dense.blocks[reader.block], block_map.name)
+    found = set()
+    for key in reader.keys:
+        place = f"A:{block_map.source[key]}"
+        if not dense.store.has(place):
+            continue
+        matrix, inputs = block_map.matrices[key], dense.store.get(place)[0]
+        stays = torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
+        stays[reader.columns[list(curve.order[:count])].flatten().to(inputs.device)] = False
+        weight = matrix.read(parameters).clone()
+        matrix.write(parameters, refitted(weight[0], inputs, stays, _TRIED_RIDGE)[None])
+        held.callback(matrix.write, parameters, weight)
+        found.add(key)
+    return found
+
+
 @torch.no_grad()
 def unit_curve(reader: UnitReader, dense: Dense, damping: float) -> UnitCurve:
     """Take units away one after the other (sixteen at a time), the cheapest first, until two thirds are gone.
@@ -182,7 +335,7 @@ def _costs(weight: Tensor, turned: Tensor, inverse: Tensor, columns: Tensor) -> 
 
 
 def chosen_units(
-    curves: Sequence[UnitCurve], groups: Groups, subject: Subject, limit: Budget, *, uniform: bool
+    curves: Sequence[UnitCurve], groups: Groups, subject: Subject, limit: Budget, *, uniform: bool, round_to: int = 1
 ) -> tuple[Plan, dict[str, Tensor]]:
     """The units that go under one threshold of cost per resource, so that a budget is met.
 
@@ -192,6 +345,8 @@ def chosen_units(
         subject: the network and example inputs, on which the budget is measured.
         limit: the budget.
         uniform: True takes equally many from all groups of a kind, so that one configuration describes every layer.
+        round_to: number of which widths become multiples, or stay; groups of fewer than eight times as many units
+            have any width.
 
     Returns:
         The plan, and group id to the mask of the units that stay.
@@ -200,11 +355,11 @@ def chosen_units(
         OckhamError: the budget cannot be met.
     """
     price = limit.unit_costs(subject, groups)
-    steps = _steps(curves, price, uniform=uniform)
+    steps = _steps(curves, price, uniform=uniform, round_to=round_to)
     most = most_allowed(limit, subject, groups)
 
     def masks(count: int) -> dict[str, Tensor]:
-        gone = {curve.reader.group: upto for _, alike, upto in steps[:count] for curve in alike}
+        gone = {curve.reader.group: upto for _, alike, upto, _ in steps[:count] for curve in alike}
         keep = {c.reader.group: torch.ones(groups[c.reader.group].size, dtype=torch.bool) for c in curves}
         for c in curves:
             keep[c.reader.group][list(c.order[: gone.get(c.reader.group, 0)])] = False
@@ -219,7 +374,7 @@ def chosen_units(
             f"the budget of {most:,.6g} {limit.unit} cannot be met: with a third of the units of every group left it "
             f"is {least:,.6g}. Allow more, or see ockham.trace(...).frozen for what cannot go"
         )
-    taken = [0.0, *(sum(price[c.reader.group] for c in alike) for _, alike, _ in steps)]
+    taken = [0.0, *(units * sum(price[c.reader.group] for c in alike) for _, alike, _, units in steps)]
     keep = masks(first_within(left, most, torch.tensor(taken, dtype=torch.float64).cumsum(0), least=least))
     nats = {c.reader.group: torch.zeros(groups[c.reader.group].size) for c in curves}
     for c in curves:
@@ -227,12 +382,12 @@ def chosen_units(
     return plan_masks(groups, keep, nats=nats), keep
 
 
-_Step = tuple[float, tuple[UnitCurve, ...], int]
-"""(running maximum of cost per resource, groups that lose a unit, units gone after it)."""
+_Step = tuple[float, tuple[UnitCurve, ...], int, int]
+"""(running maximum of cost per resource, groups that lose units, units gone after it, units that go)."""
 
 
-def _steps(curves: Sequence[UnitCurve], price: Mapping[str, float], *, uniform: bool) -> list[_Step]:
-    """The steps of all groups, the cheapest first; ``uniform`` lets groups of a kind lose a unit at once."""
+def _steps(curves: Sequence[UnitCurve], price: Mapping[str, float], *, uniform: bool, round_to: int) -> list[_Step]:
+    """The steps of all groups, the cheapest first; ``uniform`` lets groups of a kind lose units at once."""
     kinds: dict[object, list[UnitCurve]] = {}
     for curve in curves:
         group = curve.reader.group
@@ -240,9 +395,13 @@ def _steps(curves: Sequence[UnitCurve], price: Mapping[str, float], *, uniform: 
     found: list[_Step] = []
     for alike in kinds.values():
         each, highest = sum(price[c.reader.group] for c in alike), 0.0
-        for i in range(min(len(c.order) for c in alike)):
-            highest = max(highest, sum(c.costs[i] for c in alike) / max(each, 1e-30))
-            found.append((highest, tuple(alike), i + 1))
+        size, most, gone = len(alike[0].reader.columns), min(len(c.order) for c in alike), 0
+        multiple = round_to if size >= _ROUNDED * round_to else 1
+        for upto in range(size % multiple or multiple, most + 1, multiple):
+            cost = sum(sum(c.costs[gone:upto]) for c in alike)
+            highest = max(highest, cost / max(each * (upto - gone), 1e-30))
+            found.append((highest, tuple(alike), upto, upto - gone))
+            gone = upto
     return sorted(found, key=lambda s: (s[0], s[2]))
 
 
@@ -280,6 +439,7 @@ def refit_units_(
     n_data: float,
     on_block: Callable[[int, int], None],
     mending: Collection[str] = (),
+    lost: Collection[str] = (),
 ) -> dict[str, MatrixEvidence]:
     """Zero the columns that read units which go, and refit the others, block by block in place.
 
@@ -293,9 +453,10 @@ def refit_units_(
         n_data: terms behind the trained weights, for the evidence.
         on_block: function called with (blocks done, blocks).
         mending: keys of matrices that may make up for what the reduced blocks lack, where they can (`Drift`).
+        lost: names of parameters that go with whole branches: they are set to zero.
 
     Returns:
-        Evidence of each matrix that reads fewer units now.
+        Evidence of each matrix that reads fewer units now, or is gone.
     """
     found: dict[str, MatrixEvidence] = {}
     every = len(cases)
@@ -307,9 +468,10 @@ def refit_units_(
         if whole is not None:
             whole.take()
         parameters = weights_of(block, block_map.name)
+        found |= _drop_(dense, j, lost, n_data)
         mine = {k: r for r in readers if r.block == j and not bool(keep[r.group].all()) for k in r.keys}
         for stage in block_map.stages:
-            may = [k for k in stage if k in mending]
+            may = [k for k in stage if k in mending and block_map.matrices[k].weight.name not in lost]
             drifts = {} if whole is None else whole.drifts(may, j, calls)
             sums = inputs_of_stage(block, block_map, [k for k in stage if k in mine and k not in drifts], calls, cases)
             for key in (k for k in stage if k in mine or k in drifts):
@@ -339,57 +501,23 @@ def refit_units_(
     return found
 
 
-@torch.no_grad()
-def surviving_posterior(
-    found: Study,
-    evidence: Mapping[str, MatrixEvidence],
-    damping: Mapping[str, Damping],
-    n_data: float,
-    likelihood: str,
-    folder: Path | None = None,
-) -> Posterior:
-    r"""Gaussian of every weight that stays in the matrices of the blocks, the others at their means.
-
-        P_rj = P0 + n_data h_rj,      h_rj = 1 / ([A'^-1]_jj [G'^-1]_rr) in nats per term
-
-    Args:
-        found: the study of the dense network, whose weights are the reduced ones by now.
-        evidence: evidence of the reduction.
-        damping: kind of matrix to its setting.
-        n_data: terms behind the trained weights.
-        likelihood: name of it.
-        folder: place for files in which it lies (`mapped`); None: it lies in memory, as it does on other devices.
-    """
-
-    def lay(t: Tensor) -> Tensor:
-        return t if folder is None or t.device.type != "cpu" else mapped(t, folder)
-
-    moments: dict[str, Gaussian] = {}
-    for block, block_map in zip(found.dense.blocks, found.dense.maps, strict=True):
-        parameters = weights_of(block, block_map.name)
-        matrices = {k: m for k, m in block_map.matrices.items() if k in found.samples}
-        biases = {m.bias.name for m in matrices.values() if m.bias is not None}
-        held = {m.weight.name for m in matrices.values()} | biases
-        precision = {n: torch.zeros_like(parameters[n], dtype=torch.float32) for n in held}
-        prior = {n: torch.ones_like(p) for n, p in precision.items()}
-        for key, matrix in matrices.items():
-            inputs, outputs = found.dense.inputs(block_map, key), found.dense.outputs(key)
-            weight, scale = matrix.read(parameters), found.dense.scale(block_map, key)
-            worth = quadratic(inputs, outputs, damping.get(matrix_kind(key), DEFAULT_DAMPING)).conditional()
-            unit = (inputs.diagonal(dim1=-2, dim2=-1).mean(-1) * outputs.diagonal(dim1=-2, dim2=-1).mean(-1)) / scale
-            free = weight[..., : weight.shape[-1] - (matrix.bias is not None)]
-            p0 = evidence[key].prior_precision if key in evidence else typical_precision(free)
-            matrix.write(precision, (p0 + n_data * worth * unit[:, None, None]).expand_as(weight))
-            matrix.write(prior, torch.full_like(weight, p0))
-        for name in (n for n in parameters if n in held):
-            mean, known = lay(parameters[name].detach().float().clone()), precision[name] > 0
-            keep = lay(known if name in biases else known & (mean != 0))
-            spread, first = lay(precision.pop(name).masked_fill_(~keep, torch.inf)), prior[name].flatten()[:1]
-            if bool((prior[name] == first).all()):
-                prior[name] = first.clone().expand(mean.numel()).view(mean.shape)  # the memory of one number
-            moments[name] = Gaussian(mean, spread, prior[name], mean.new_zeros(()), keep)
-            for values in (mean, spread, keep):
-                release(values)
-        del precision, prior
-        trim()
-    return Posterior(moments, float(n_data), 1.0, "Laplace (kronecker, by blocks)", likelihood=likelihood)
+def _drop_(dense: Dense, j: int, lost: Collection[str], n_data: float) -> dict[str, MatrixEvidence]:
+    """Set to zero what goes of a block with whole branches; evidence of its matrices."""
+    block, block_map, found = dense.blocks[j], dense.maps[j], dict[str, MatrixEvidence]()
+    parameters = weights_of(block, block_map.name)
+    for key, matrix in block_map.matrices.items():
+        known = dense.store.has(f"G:{key}") or dense.store.has(f"G:{key}.held")
+        if matrix.weight.name not in lost or not known:
+            continue
+        weight, scale = matrix.read(parameters), dense.scale(block_map, key)
+        factors = dense.inputs(block_map, key), dense.outputs(key)
+        free = weight[..., : weight.shape[-1] - (matrix.bias is not None)]
+        worth, prior = quadratic(*factors, DEFAULT_DAMPING).conditional(), typical_precision(free)
+        every = torch.ones_like(free, dtype=torch.bool)
+        volume = freed(worth, factors, scale, gone=every, n_data=n_data, prior_precision=prior)
+        cost = loss_increase(-weight, *factors, scale)
+        found[key] = MatrixEvidence(block_map.name, free.numel(), 0.0, cost, volume, n_data, prior)
+    for name, p in block.named_parameters(prefix=block_map.name):
+        if name in lost:
+            p.zero_()
+    return found
