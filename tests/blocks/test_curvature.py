@@ -23,9 +23,10 @@ from ockham.methods.blocks.cases import (
 )
 from ockham.methods.blocks.curvature import FactorStore, Stream, find_blocks, map_of, weights_of
 from ockham.methods.blocks.prune import prune
-from ockham.methods.blocks.reduction import Study, study, surviving_posterior
+from ockham.methods.blocks.reduction import Study, study
 from ockham.methods.blocks.solve import Damping, Use, Using
 from ockham.methods.blocks.stop import matrix_kind
+from ockham.methods.blocks.units import surviving_posterior
 from ockham.methods.laplace.curvature import DRAWS
 
 from .networks import KINDS, batches, ids, network

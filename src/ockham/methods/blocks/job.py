@@ -44,7 +44,7 @@ from ockham.methods.blocks.reduction import (
     reduce_blocks_,
     study,
     study_damping,
-    surviving_posterior,
+    study_shares,
 )
 from ockham.methods.blocks.solve import Damping, NofM
 from ockham.methods.blocks.stop import (
@@ -68,6 +68,7 @@ from ockham.methods.blocks.units import (
     measured_curves,
     readers_of,
     refit_units_,
+    surviving_posterior,
     unit_curve,
 )
 from ockham.surgery import Groups, Plan, shrink, trace
@@ -326,12 +327,16 @@ class BlockJob:
     ) -> Removal:
         """One pass over the network; of evidence before it the costs count."""
         norms, old = norms_of(model), {n: t.clone() for n, t in model.named_buffers()}
-        with self._studied(model, name, judged=keep is None) as (cases, found, folder):
+        with self._studied(model, name, judged=keep is None) as (cases, studied, folder):
+            found = studied
             n_data = self.settings.n_data or TERMS_PER_WEIGHT * found.weights
             asked = self._kept(found, keep if keep is not None else 0.5)
             own, held = own_cases(cases)
             judges = [own[i] for i in sorted(held) if found.tried]
             damping, trials = self._damping(model, judges, found, asked, self.settings.rounds)
+            if not isinstance(keep, NofM) and not self.settings.even and trials:
+                found = self._shared(model, judges, found, asked, (damping, trials))
+                asked = self._kept(found, keep if keep is not None else 0.5)
             orders = Orders(asked, damping, n_data, self.settings.rounds, norms=norms, before=before)
             fired: list[Shot] = []
             if keep is None:
@@ -416,6 +421,19 @@ class BlockJob:
         if not dense.rows:
             return {}, []
         return study_damping(found, keep, lambda: dense.distance(model), teller("damping"), rounds)
+
+    def _shared(
+        self,
+        model: nn.Module,
+        judges: Sequence[Case],
+        found: Study,
+        keep: Mapping[str, Any],
+        damping: tuple[Mapping[str, Damping], Sequence[DampingTrial]],
+    ) -> Study:
+        """The study with costs that tell kinds of matrices apart as data held out do."""
+        dense = DenseRows(model, judges, self._objective)
+        samples = study_shares(found, keep, damping, lambda: dense.distance(model), self.settings.rounds)
+        return replace(found, samples=samples)
 
     def _kept(self, found: Study, keep: float | NofM) -> dict[str, float | NofM]:
         if isinstance(keep, NofM):

@@ -14,8 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ockham.core.network import mapped, release, trim
-from ockham.core.posterior import Gaussian, Posterior
 from ockham.core.processes import Processes
 from ockham.errors import OckhamError
 from ockham.fit.predict import move_statistics_, norm_inputs
@@ -61,7 +59,11 @@ from ockham.methods.blocks.stop import (
     cost_sample,
     freed,
     matrix_kind,
+    quick_matrix,
+    removed_cost,
     sampled_blocks,
+    scaled_samples,
+    shares_for,
     single_costs,
     typical_precision,
 )
@@ -76,7 +78,7 @@ __all__ = [
     "seen_by",
     "study",
     "study_damping",
-    "surviving_posterior",
+    "study_shares",
 ]
 
 
@@ -286,6 +288,7 @@ def _reduced(
 
 
 _ALLOCATION_DAMPING = 0.01
+_ALIKE = 3  # matrices of a kind on which settings are tried
 _COSTS = "costs.safetensors"
 
 
@@ -405,7 +408,7 @@ def study_damping(
     every: list[DampingTrial] = []
     for i, (kind, places) in enumerate(kinds.items()):
         problems: list[DampingProblem] = []
-        for j, key in places[:3]:
+        for j, key in places[:_ALIKE]:
             problem = _problem(found.dense, j, key)
             problems += [] if problem is None else [problem]
         if problems:
@@ -415,6 +418,62 @@ def study_damping(
                 chosen[kind] = trials[0].damping
         on_kind(i + 1, len(kinds))
     return chosen, every
+
+
+_POWERS = (0.5, 1.0)
+_CLEARLY = 0.95
+
+
+@torch.no_grad()
+def study_shares(
+    found: Study,
+    keep: Mapping[str, float],
+    damping: tuple[Mapping[str, Damping], Sequence[DampingTrial]],
+    distance: Callable[[], float],
+    rounds: int | None = None,
+) -> Mapping[str, CostSample]:
+    """Samples of the costs, those of each kind of matrix as many times higher as data held out ask for.
+
+    The trials of damping measured what a removal from matrices of one kind costs, and the costs of single weights had
+    predicted it. The costs times that ratio, or its square root, take other shares from the kinds; the blocks on which
+    settings are tried are reduced by each of these, equally many weights in all, and run on the data held out. Costs
+    stay what they are unless that lowers the distance by a twentieth.
+
+    Args:
+        found: study of the network, whose weights are the dense ones.
+        keep: key to the share that stays by the costs as they are.
+        damping: kind of matrix to its setting, and what was tried for it.
+        distance: function to how far the network is from the dense one on the data held out (`DenseRows`).
+        rounds: rounds of `sparse_matrix`.
+    """
+    places = [(j, k) for j in found.tried for k in found.dense.maps[j].matrices if k in found.samples and k in keep]
+    kinds: dict[str, list[str]] = {}
+    for _, key in places:
+        kinds.setdefault(matrix_kind(key), []).append(key)
+    ratios: dict[str, float] = {}
+    for kind, keys in kinds.items():
+        said = sum(removed_cost(found.samples[k], keep[k]) for k in keys[:_ALIKE])
+        measured = min((t.cost for t in damping[1] if t.kind == kind and t.cost > 0), default=math.nan)
+        if said > 0 and math.isfinite(measured):
+            ratios[kind] = measured / said
+    problems = {key: problem for j, key in places if (problem := _problem(found.dense, j, key)) is not None}
+    inside = {k: found.samples[k] for k in problems}
+    if len(ratios) < 2 or not inside:
+        return found.samples
+    share = sum(keep[k] * c.size for k, c in inside.items()) / sum(c.size for c in inside.values())
+    tried: dict[float, float] = {}
+    try:
+        for power in (0.0, *_POWERS):
+            shares = shares_for(scaled_samples(inside, ratios, power), share)
+            for key, p in problems.items():
+                curvature = quadratic(*p.factors(), damping[0].get(matrix_kind(key), DEFAULT_DAMPING))
+                p.write(quick_matrix(p, curvature, shares[key], rounds))
+            tried[power] = distance()
+    finally:
+        for p in problems.values():
+            p.restore()
+    best = min(_POWERS, key=tried.__getitem__)
+    return scaled_samples(found.samples, ratios, best) if tried[best] < _CLEARLY * tried[0.0] else found.samples
 
 
 def _problem(dense: Dense, j: int, key: str) -> DampingProblem | None:
@@ -488,59 +547,3 @@ def _samples(dense: Dense, spared: Collection[str], path: Path) -> dict[str, Cos
         values = {f"{k}:costs": c.costs for k, c in found.items()}
         save_file(values | {f"{k}:determined": c.determined for k, c in found.items()}, path)
     return found
-
-
-@torch.no_grad()
-def surviving_posterior(
-    found: Study,
-    evidence: Mapping[str, MatrixEvidence],
-    damping: Mapping[str, Damping],
-    n_data: float,
-    likelihood: str,
-    folder: Path | None = None,
-) -> Posterior:
-    r"""Gaussian of every weight that stays in the matrices of the blocks, the others at their means.
-
-        P_rj = P0 + n_data h_rj,      h_rj = 1 / ([A'^-1]_jj [G'^-1]_rr) in nats per term
-
-    Args:
-        found: the study of the dense network, whose weights are the reduced ones by now.
-        evidence: evidence of the reduction.
-        damping: kind of matrix to its setting.
-        n_data: terms behind the trained weights.
-        likelihood: name of it.
-        folder: place for files in which it lies (`mapped`); None: it lies in memory, as it does on other devices.
-    """
-
-    def lay(t: Tensor) -> Tensor:
-        return t if folder is None or t.device.type != "cpu" else mapped(t, folder)
-
-    moments: dict[str, Gaussian] = {}
-    for block, block_map in zip(found.dense.blocks, found.dense.maps, strict=True):
-        parameters = weights_of(block, block_map.name)
-        matrices = {k: m for k, m in block_map.matrices.items() if k in found.samples}
-        biases = {m.bias.name for m in matrices.values() if m.bias is not None}
-        held = {m.weight.name for m in matrices.values()} | biases
-        precision = {n: torch.zeros_like(parameters[n], dtype=torch.float32) for n in held}
-        prior = {n: torch.ones_like(p) for n, p in precision.items()}
-        for key, matrix in matrices.items():
-            inputs, outputs = found.dense.inputs(block_map, key), found.dense.outputs(key)
-            weight, scale = matrix.read(parameters), found.dense.scale(block_map, key)
-            worth = quadratic(inputs, outputs, damping.get(matrix_kind(key), DEFAULT_DAMPING)).conditional()
-            unit = (inputs.diagonal(dim1=-2, dim2=-1).mean(-1) * outputs.diagonal(dim1=-2, dim2=-1).mean(-1)) / scale
-            free = weight[..., : weight.shape[-1] - (matrix.bias is not None)]
-            p0 = evidence[key].prior_precision if key in evidence else typical_precision(free)
-            matrix.write(precision, (p0 + n_data * worth * unit[:, None, None]).expand_as(weight))
-            matrix.write(prior, torch.full_like(weight, p0))
-        for name in (n for n in parameters if n in held):
-            mean, known = lay(parameters[name].detach().float().clone()), precision[name] > 0
-            keep = lay(known if name in biases else known & (mean != 0))
-            spread, first = lay(precision.pop(name).masked_fill_(~keep, torch.inf)), prior[name].flatten()[:1]
-            if bool((prior[name] == first).all()):
-                prior[name] = first.clone().expand(mean.numel()).view(mean.shape)  # the memory of one number
-            moments[name] = Gaussian(mean, spread, prior[name], mean.new_zeros(()), keep)
-            for values in (mean, spread, keep):
-                release(values)
-        del precision, prior
-        trim()
-    return Posterior(moments, float(n_data), 1.0, "Laplace (kronecker, by blocks)", likelihood=likelihood)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,10 @@ __all__ = [
     "matrix_kind",
     "passes_to",
     "predicted",
+    "quick_matrix",
+    "removed_cost",
     "sampled_blocks",
+    "scaled_samples",
     "shares_for",
     "shares_under",
     "shot_from",
@@ -196,11 +200,23 @@ def predicted(samples: Mapping[str, CostSample], keep_share: float, n_data: floa
     cost = volume = 0.0
     for key, kept in shares_for(samples, keep_share).items():
         sample = samples[key]
-        gone = round((1 - kept) * len(sample.costs))
-        each = sample.size / len(sample.costs)
-        cost += each * float(sample.costs[:gone].sum())
-        volume += each * 0.5 * float((n_data * sample.determined[:gone]).log1p().sum())
+        cost += removed_cost(sample, kept)
+        gone = sample.determined[: round((1 - kept) * len(sample.costs))]
+        volume += sample.size / len(sample.costs) * 0.5 * float((n_data * gone).log1p().sum())
     return cost, volume
+
+
+def removed_cost(sample: CostSample, kept: float) -> float:
+    """What the cheapest weights of a matrix cost by themselves, nats per term, where a share of them stays."""
+    gone = round((1 - kept) * len(sample.costs))
+    return sample.size / len(sample.costs) * float(sample.costs[:gone].sum())
+
+
+def scaled_samples(
+    samples: Mapping[str, CostSample], ratios: Mapping[str, float], power: float
+) -> dict[str, CostSample]:
+    """Samples with the costs of each kind of matrix times a power of its ratio; kinds without one as they are."""
+    return {k: replace(c, costs=c.costs * ratios.get(matrix_kind(k), 1.0) ** power) for k, c in samples.items()}
 
 
 DEFAULT_DAMPING = Damping(0.05, 0.3)
@@ -285,17 +301,12 @@ def chosen_damping(
     Returns:
         Every trial, the best first; those without a distance (NaN) last.
     """
-    quick = rounds and min(2, rounds)
     found: dict[Damping, DampingTrial] = {}
 
     def cost(damping: Damping) -> float:
         if damping not in found:
             for p in problems:
-                curvature = quadratic(*p.factors(), damping)
-                small = sparse_matrix(
-                    p.weight, curvature, keep=keep, bias=p.bias, rounds=quick, swaps=_QUICK_SWAPS, steps=_QUICK
-                )
-                p.write(small)
+                p.write(quick_matrix(p, quadratic(*p.factors(), damping), keep, rounds))
             found[damping] = DampingTrial(kind, damping, distance())
         return found[damping].cost
 
@@ -307,6 +318,12 @@ def chosen_damping(
         for p in problems:
             p.restore()
     return sorted(found.values(), key=lambda t: (math.isnan(t.cost), t.cost))
+
+
+def quick_matrix(problem: DampingProblem, curvature: Quadratic, keep: float | NofM, rounds: int | None) -> Tensor:
+    """A matrix reduced with fewer steps than in the end: enough to tell settings apart."""
+    options: dict[str, Any] = {"rounds": rounds and min(2, rounds), "swaps": _QUICK_SWAPS, "steps": _QUICK}
+    return sparse_matrix(problem.weight, curvature, keep=keep, bias=problem.bias, **options)
 
 
 def lowest(line: Sequence[Damping], start: int, cost: Callable[[Damping], float]) -> Damping:

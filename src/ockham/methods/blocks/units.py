@@ -17,18 +17,20 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ockham.choose.prices import Budget, Subject, first_within, most_allowed
-from ockham.core.network import watched
+from ockham.core.network import mapped, release, trim, watched
+from ockham.core.posterior import Gaussian, Posterior
 from ockham.errors import OckhamError
 from ockham.methods.blocks.cases import Case, held_out, own_cases
 from ockham.methods.blocks.curvature import BlockMap, Stream, weights_of
 from ockham.methods.blocks.dense import Dense, DenseAnswers
 from ockham.methods.blocks.reduction import Study, inputs_of_stage
-from ockham.methods.blocks.solve import BlockMatrix, damped, loss_increase, quadratic
+from ockham.methods.blocks.solve import BlockMatrix, Damping, damped, loss_increase, quadratic
 from ockham.methods.blocks.stop import DEFAULT_DAMPING, MatrixEvidence, freed, matrix_kind, typical_precision
 from ockham.surgery.copies import clone
 from ockham.surgery.groups import Groups, Plan, plan_masks
@@ -46,6 +48,7 @@ __all__ = [
     "readers_of",
     "refit_units_",
     "refitted",
+    "surviving_posterior",
     "unit_curve",
 ]
 
@@ -521,3 +524,59 @@ def _drop_(dense: Dense, j: int, lost: Collection[str], n_data: float) -> dict[s
         if name in lost:
             p.zero_()
     return found
+
+
+@torch.no_grad()
+def surviving_posterior(
+    found: Study,
+    evidence: Mapping[str, MatrixEvidence],
+    damping: Mapping[str, Damping],
+    n_data: float,
+    likelihood: str,
+    folder: Path | None = None,
+) -> Posterior:
+    r"""Gaussian of every weight that stays in the matrices of the blocks, the others at their means.
+
+        P_rj = P0 + n_data h_rj,      h_rj = 1 / ([A'^-1]_jj [G'^-1]_rr) in nats per term
+
+    Args:
+        found: the study of the dense network, whose weights are the reduced ones by now.
+        evidence: evidence of the reduction.
+        damping: kind of matrix to its setting.
+        n_data: terms behind the trained weights.
+        likelihood: name of it.
+        folder: place for files in which it lies (`mapped`); None: it lies in memory, as it does on other devices.
+    """
+
+    def lay(t: Tensor) -> Tensor:
+        return t if folder is None or t.device.type != "cpu" else mapped(t, folder)
+
+    moments: dict[str, Gaussian] = {}
+    for block, block_map in zip(found.dense.blocks, found.dense.maps, strict=True):
+        parameters = weights_of(block, block_map.name)
+        matrices = {k: m for k, m in block_map.matrices.items() if k in found.samples}
+        biases = {m.bias.name for m in matrices.values() if m.bias is not None}
+        held = {m.weight.name for m in matrices.values()} | biases
+        precision = {n: torch.zeros_like(parameters[n], dtype=torch.float32) for n in held}
+        prior = {n: torch.ones_like(p) for n, p in precision.items()}
+        for key, matrix in matrices.items():
+            inputs, outputs = found.dense.inputs(block_map, key), found.dense.outputs(key)
+            weight, scale = matrix.read(parameters), found.dense.scale(block_map, key)
+            worth = quadratic(inputs, outputs, damping.get(matrix_kind(key), DEFAULT_DAMPING)).conditional()
+            unit = (inputs.diagonal(dim1=-2, dim2=-1).mean(-1) * outputs.diagonal(dim1=-2, dim2=-1).mean(-1)) / scale
+            free = weight[..., : weight.shape[-1] - (matrix.bias is not None)]
+            p0 = evidence[key].prior_precision if key in evidence else typical_precision(free)
+            matrix.write(precision, (p0 + n_data * worth * unit[:, None, None]).expand_as(weight))
+            matrix.write(prior, torch.full_like(weight, p0))
+        for name in (n for n in parameters if n in held):
+            mean, known = lay(parameters[name].detach().float().clone()), precision[name] > 0
+            keep = lay(known if name in biases else known & (mean != 0))
+            spread, first = lay(precision.pop(name).masked_fill_(~keep, torch.inf)), prior[name].flatten()[:1]
+            if bool((prior[name] == first).all()):
+                prior[name] = first.clone().expand(mean.numel()).view(mean.shape)  # the memory of one number
+            moments[name] = Gaussian(mean, spread, prior[name], mean.new_zeros(()), keep)
+            for values in (mean, spread, keep):
+                release(values)
+        del precision, prior
+        trim()
+    return Posterior(moments, float(n_data), 1.0, "Laplace (kronecker, by blocks)", likelihood=likelihood)
