@@ -55,6 +55,7 @@ from ockham.methods.blocks.stop import (
     best_shot,
     matrix_kind,
     passes_to,
+    predicted,
     shares_for,
     shot_from,
     shots,
@@ -513,7 +514,8 @@ class BlockJob:
             done[place] = self._reduced_(
                 model, cases, found, replace(told, keep=self._kept(found, share)), place, keep=True
             )
-            volume = sum(e.volume for e in done[place].values())
+            # of the curvature as it is: damping says how weights were chosen, not what their freedom had cost
+            _, volume = predicted(found.samples, share, told.n_data)
             losses = loss_of(model, judges, self._objective)
             return shot_from(share, dense_loss, losses, volume, told.n_data), place
 
