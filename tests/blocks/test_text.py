@@ -181,6 +181,25 @@ def test_a_share_of_the_parameters_makes_a_narrower_folder(source: Path, tmp_pat
         assert torch.allclose(g.mean, small.get_parameter(name).float(), rtol=1e-2)
 
 
+def test_a_budget_and_depth_make_a_folder_of_fewer_layers(source: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "out"
+    given = ("--model", f"hf:{source}", "--calibrate", source / "text.txt", "--out", out, *SHORT, "--quiet")
+    done = run(*given, "--params", 0.9, "--depth")
+    assert done.exit_code == 0, done.output
+    small, metrics = AutoModelForCausalLM.from_pretrained(out), json.loads((out / "metrics.json").read_text())
+    assert small.config.num_hidden_layers == len(small.model.layers) == 2
+    assert metrics["after"]["parameters"] == sum(p.numel() for p in small.parameters())
+    assert small.generate(torch.tensor([[4, 5]]), max_new_tokens=3).shape[1] == 5
+    left, posterior = dict(small.named_parameters()), load_posterior(out / "posterior.safetensors")
+    assert all(torch.allclose(g.mean, left[n].float(), rtol=1e-2) for n, g in posterior.items())
+    said = (out / "report.html").read_text()
+    assert "Blocks that are gone" in said and json.loads((out / "prune.json").read_text())["dropped"][0] in said
+    again = run(*given[:4], "--out", tmp_path / "no", *SHORT, "--depth")
+    assert isinstance(again.exception, OckhamError) and "add --params" in str(again.exception)
+
+
 @pytest.mark.parametrize("target", [{"keep_share": 0.5}, {}])
 def test_a_stopped_job_on_a_folder_goes_on_at_its_last_block(
     source: Path, tmp_path: Path, target: dict, monkeypatch: pytest.MonkeyPatch

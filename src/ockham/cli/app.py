@@ -399,7 +399,9 @@ def _run_blocks(o: BlockOptions) -> None:
         torch.set_num_threads(o.threads)
     target: dict[str, Any] = {"keep_share": o.keep_share, "pattern": o.pattern}
     if o.params is not None:
-        target |= {"structure": "auto", "budget": {"params": f"{100 * o.params}%"}}
+        target |= {"structure": "depth" if o.depth else "auto", "budget": {"params": f"{100 * o.params}%"}}
+    elif o.depth:
+        raise OckhamError("--depth takes whole blocks until a budget is met: add --params SHARE")
     with _beside("cpu") as processes:
         first = processes.rank == 0
         settings = PruneSettings(ignore=o.ignore, seed=o.seed, divided=processes.count > 1)

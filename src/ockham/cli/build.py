@@ -185,7 +185,7 @@ class OneShotOptions(Common):
     calibration: int = _option(4000, "Training examples that the curvature is taken from.", TRAINING)
     rule: str = _option("evidence", "evidence; with --keep-share also snr, its order in any case.", REMOVAL)
     structure: bool = _option(False, "Take out whole channels instead of weights.", STRUCTURES)
-    depth: bool = _option(False, "With --structure: whole residual branches, too.", STRUCTURES)
+    depth: bool = _option(False, "Whole residual branches, too; with --calibrate --params: whole blocks.", STRUCTURES)
     macs: float | None = _option(None, "Budget: share of multiply-accumulates that stays.", STRUCTURES)
     params: float | None = _option(None, "Budget: share of the parameters that stays.", STRUCTURES)
     latency: float | None = _option(None, "Budget: share of the measured latency that stays.", STRUCTURES)
@@ -211,6 +211,7 @@ class BlockOptions(Basic):
     window: int = _option(512, "Tokens of a window.", DATA)
     pattern: str | None = _option(None, "2:4, or another n:m along the inputs of each matrix.", REMOVAL)
     params: float | None = _option(None, "Budget: share of all parameters that stays; whole units go.", STRUCTURES)
+    depth: bool = _option(False, "Whole residual branches, too; with --calibrate --params: whole blocks.", STRUCTURES)
 
 
 METHODS: dict[str, type[Basic]] = {
@@ -279,7 +280,6 @@ def options_of(given: Mapping[str, Any], method: str | None = None) -> Basic:
 _T = TypeVar("_T")
 
 ESTIMATORS: dict[str, Estimator] = {"mean-field": mean_field, "ivon": ivon, "map": point_estimate}
-
 LAPLACE = {"laplace": "diagonal", "kronecker": "kronecker"}  # posteriors of given weights, and their structure
 
 BUDGET_RULES: dict[str, Callable[[float, int], Rule]] = {

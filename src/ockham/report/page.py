@@ -352,10 +352,7 @@ def reduction_page(facts: Mapping[str, Any]) -> str:
         header = ["weights kept", "rise of the NLL, nats a term", "evidence, nats", "certainty"]
         lines = table("Networks judged", header, rows, words=0)
         parts.append(section("stop", "How far the evidence goes", paragraph(told), lines))
-    rows = [[k, count(w), count(left)] for k, (w, left) in facts["units"].items() if left < w]
-    if rows:
-        lines = table("Units", ["group", "before", "after"], rows)
-        parts.append(section("units", "Units that are gone", lines))
+    parts += _gone(facts)
     if facts["shares"]["kinds"]:
         rows = []
         for kind, share in facts["shares"]["kinds"].items():
@@ -374,3 +371,15 @@ def reduction_page(facts: Mapping[str, Any]) -> str:
         parts.append(section("load", "How to load this", code(facts["load"])))
     foot = paragraph("Written by Ockham. This file needs no network and contains no scripts.")
     return document("A trained network reduced · Ockham", head, parts, foot)
+
+
+def _gone(facts: Mapping[str, Any]) -> list[str]:
+    """Sections about what has gone as a whole."""
+    parts = []
+    rows = [[k, count(w), count(left)] for k, (w, left) in facts["units"].items() if left < w]
+    if rows:
+        parts.append(section("units", "Units that are gone", table("Units", ["group", "before", "after"], rows)))
+    if facts.get("dropped"):
+        said = f"Gone as a whole, numbered as in the original: {', '.join(facts['dropped'])}."
+        parts.append(section("depth", "Blocks that are gone", paragraph(said)))
+    return parts

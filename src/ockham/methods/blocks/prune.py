@@ -127,6 +127,7 @@ class Pruned:
             "damping": {k: asdict(d) for k, d in self.damping.items()},
             "shots": [asdict(s) | {"nats": s.nats, "certainty": s.certainty} for s in self.shots],
             "units": {k: [w, w - len(self.plan.removed.get(k, ()))] for k, w in self.plan.widths.items()},
+            "dropped": [b.id for b in self.plan.dropped],
             "untouched": list(self.untouched),
         }
 
