@@ -28,6 +28,7 @@ TARGETS: dict[str, dict[str, Any]] = {
     "half": {"keep_share": 0.5},
     "2:4": {"pattern": "2:4"},
     "units": {"structure": "uneven", "budget": {"params": "90%"}},
+    "depth": {"structure": "depth", "budget": {"params": "95%"}},
 }
 
 
@@ -89,9 +90,9 @@ def fault(net: nn.Module, done: Any, inputs: list[Any], name: str) -> str:
     found = call(done.model, inputs[0])
     if not all(bool(torch.isfinite(f).all()) for f in found):
         return "answers are not finite"
-    if name == "units":
-        if not done.plan.removed:
-            return "no unit went"
+    if name in ("units", "depth"):
+        if not (done.plan.removed or done.plan.dropped):
+            return "nothing went"
         worst = max(difference(call(widened(net, done), given), call(done.model, given)) for given in inputs)
         return "" if worst <= 1e-4 else f"masked and shrunk differ by {worst:.2g}"
     matrices = {k.partition("[")[0] for k in done.shares}
@@ -105,6 +106,10 @@ def widened(net: nn.Module, done: Any) -> nn.Module:
     """A network of the old widths with the small one's weights, and zeros for what went."""
     full = zeroed(net, done.plan)
     small = {**dict(done.model.named_parameters()), **dict(done.model.named_buffers())}  # BatchNorm's are taken anew
+    if done.plan.dropped:  # layers move up where a list is shortened: numbers for names say from where
+        names = [n for n, _ in net.named_parameters()]
+        _, now = ockham.shrink(net, done.plan, posterior={n: torch.tensor([i, i]) for i, n in enumerate(names)})
+        small = {names[int(i[0])]: small[n] for n, i in now.items()}
     with torch.no_grad():
         for name, p in [*full.named_parameters(), *full.named_buffers()]:
             if name in small and small[name].shape != p.shape:
@@ -126,7 +131,7 @@ def pages() -> dict[str, list[str]]:
     every = [
         [name, *(str(row.get(k, "")).replace("|", "/").replace("\n", " ") for k in cells)] for name, row in rows.items()
     ]
-    head = "architecture | verdict | half of the weights | 2:4 | units, 90 % of the parameters | why"
+    head = "architecture | verdict | half of the weights | 2:4 | units, 90 % of the parameters | blocks, 95 % | why"
     lines = ["# `ockham.prune` on families", "", f"{BENCH.written()}.", "", f"{len(rows)} architectures: {said}.", ""]
     return {"prune_families.md": [*lines, *markdown(head, every)]}
 

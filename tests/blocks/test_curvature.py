@@ -324,3 +324,32 @@ def test_what_blocks_keep_is_counted_once() -> None:
         h = torch.tanh(net(x))  # keeps its own answer; of the product only the input, and the weight, which is no cost
         h = h.square()  # keeps the same tensor again
     assert kept.bytes == kept.most == 4 * (16 * 8 + 16 * 8) and not kept.full and bool(h.requires_grad)
+
+
+class Shortcut(nn.Module):
+    """A residual block of convolutions whose shortcut reads the same tensor by other windows."""
+
+    def __init__(self, kernel: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(4, 6, kernel, padding=kernel // 2, bias=False), nn.Conv2d(6, 8, 3, 2, 1)
+        self.shortcut = nn.Conv2d(4, 8, 1, 2, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(torch.relu(self.first(x))) + self.shortcut(x)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_convolutions_that_read_one_tensor_by_other_windows_have_their_own_factors(kernel: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Shortcut(kernel), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3))
+    data = [(torch.randn(6, 4, 8, 8), torch.arange(6) % 3) for _ in range(4)]
+    found, _, _ = studied(model, data, tmp_path)
+    (block,) = found.dense.maps
+    images = torch.cat([x for x, _ in data])
+    for key, conv in (("0.first.weight", model[0].first), ("0.shortcut.weight", model[0].shortcut)):
+        rows = torch.nn.functional.unfold(images, conv.kernel_size, padding=conv.padding, stride=conv.stride)
+        rows = rows.mT.flatten(0, 1)
+        torch.testing.assert_close(found.dense.inputs(block, key)[0], rows.mT @ rows, rtol=1e-4, atol=1e-3)
+        assert found.dense.scale(block, key) == len(rows) * found.dense.terms
+    done = prune(model, data, keep_share=0.5)
+    assert done.keep_share == pytest.approx(0.5, abs=0.02)

@@ -312,15 +312,15 @@ def weights_of(block: nn.Module, prefix: str) -> dict[str, Tensor]:
 def map_of(name: str, block: nn.Module, call: BlockCall) -> BlockMap:
     """Watch one forward pass of a block.
 
-    Matrices stand in one stage when they read the same tensor, or are parts of one parameter. A parameter that is used
-    as several matrices that overlap is left out.
+    Matrices stand in one stage when they read the same rows of the same tensor, or are parts of one parameter. A
+    parameter that is used as several matrices that overlap is left out.
     """
-    uses: list[tuple[BlockMatrix, int]] = []
+    uses: list[tuple[BlockMatrix, tuple[object, ...]]] = []
     kept: dict[int, Tensor] = {}  # sources stay alive, so that an identity is one
 
     def note(use: Use, result: Tensor) -> None:
         kept[id(use.source)] = use.source
-        uses.append((use.matrix, id(use.source)))
+        uses.append((use.matrix, (id(use.source), *use.windows)))
 
     args, kwargs = call
     parameters = weights_of(block, name)

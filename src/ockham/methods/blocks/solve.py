@@ -120,12 +120,14 @@ class Use:
         source: tensor that went in.
         rows: function to everything the weight is multiplied with, ``[groups, rows, inputs]``, the 1 of a bias last.
         gradients: function from the gradient of the result to ``[groups, rows, outputs]``.
+        windows: what makes rows of the tensor besides it (kernel, stride, padding, dilation, groups of a convolution).
     """
 
     matrix: BlockMatrix
     source: Tensor
     rows: Callable[[], Tensor]
     gradients: Callable[[Tensor], Tensor]
+    windows: tuple[Any, ...] = ()
 
 
 Visitor = Callable[[Use, Tensor], None]
@@ -220,10 +222,8 @@ def _given(args: Any, kwargs: Any, index: int, name: str, default: Any = None) -
 
 
 def _dense(mode: Using, x: Tensor, weight: Any, bias: Any, *, transposed: bool) -> Use | None:
-    matrix = (
-        mode.matrix(weight, bias, transposed=transposed) if isinstance(weight, Tensor) and weight.ndim == 2 else None
-    )
-    if matrix is None:
+    flat = isinstance(weight, Tensor) and weight.ndim == 2
+    if not flat or (matrix := mode.matrix(weight, bias, transposed=transposed)) is None:
         return None
 
     def rows() -> Tensor:
@@ -240,9 +240,8 @@ def _convolution(mode: Using, args: Any, kwargs: Any) -> Use | None:
     if matrix is None:
         return None
     d = weight.ndim - 2
-    stride, padding, dilation = (
-        _given(args, kwargs, i, n, i != 4) for i, n in ((3, "stride"), (4, "padding"), (5, "dilation"))
-    )
+    settings = ((3, "stride"), (4, "padding"), (5, "dilation"))
+    stride, padding, dilation = (_given(args, kwargs, i, n, i != 4) for i, n in settings)
 
     def rows() -> Tensor:
         columns = _windows(x.detach(), weight.shape[2:], _each(stride, d), _each(dilation, d), padding)
@@ -256,7 +255,8 @@ def _convolution(mode: Using, args: Any, kwargs: Any) -> Use | None:
         per_group: Tensor = g.unflatten(1, (groups, -1)).flatten(3).permute(1, 0, 3, 2)
         return per_group.flatten(1, 2)
 
-    return Use(matrix, x, rows, gradients)
+    look = (tuple(weight.shape[2:]), *(v if isinstance(v, str) else _each(v, d) for v in (stride, padding, dilation)))
+    return Use(matrix, x, rows, gradients, (*look, groups))
 
 
 def _each(value: Any, d: int) -> tuple[int, ...]:
