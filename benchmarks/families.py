@@ -279,6 +279,8 @@ def zeroed(net: nn.Module, plan: ockham.Plan) -> nn.Module:
         for name, parameter in twin.named_parameters():
             for dim, gone in plan.cuts.get(name, {}).items():
                 parameter.index_fill_(dim, torch.tensor(sorted(gone)), 0.0)
+            if name in plan.lost:  # with a whole branch
+                parameter.zero_()
     return twin
 
 
