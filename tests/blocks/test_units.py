@@ -91,6 +91,7 @@ def test_refit_is_ridge_regression_on_the_whole_matrix() -> None:
     got = refitted(w, x.T @ x, keep, 0.3)
     torch.testing.assert_close(got[:, keep], expected)
     assert not bool(got[:, ~keep].any())
+    assert torch.equal(refitted(w, torch.zeros(7, 7).double(), keep, 0.3), w * keep)  # nothing goes in
 
 
 def in_old_widths(kind: str, done: Any) -> nn.Module:

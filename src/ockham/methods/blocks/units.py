@@ -422,6 +422,8 @@ def refitted(weight: Tensor, inputs: Tensor, keep: Tensor, damping: float) -> Te
         ``[outputs, inputs]``, zero where a column went.
     """
     a = inputs.double()
+    if not bool(a.any()):  # nothing goes in, so there is nothing to make good
+        return weight * keep.to(weight.dtype)
     ridge = damping * a.diagonal().mean()
     root = torch.linalg.cholesky(a[keep][:, keep] + ridge * torch.eye(int(keep.sum()), dtype=a.dtype, device=a.device))
     lost = weight.double()[:, ~keep] @ a[~keep][:, keep]
