@@ -271,20 +271,27 @@ def _pieces(case: Case, least: int) -> list[Case]:
 def traced_inputs(model: nn.Module, case: Case) -> Any:
     """Inputs of one case for `ockham.trace`, which runs them some thirty times: of text the first tokens will do.
 
-    Numbers and masks of (examples, tokens) are cut to 32 tokens; inputs among which is anything else, and those of a
-    network that cannot take fewer, stay as they are.
+    Numbers and masks of (examples, tokens) are cut to 32 tokens. A single example is given twice: with one, a size that
+    counts examples and heads looks like one that counts heads. What the network cannot take stays as it is.
     """
     inputs = case.inputs(model)
     tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor) and t.ndim]
-    if not all(t.ndim == 2 and not t.is_floating_point() for t in tensors):
+    text = all(t.ndim == 2 and not t.is_floating_point() for t in tensors)
+    twice = bool(tensors) and all(len(t) == 1 for t in tensors)
+
+    def like(t: Tensor) -> Tensor:
+        cut = t[:, :_TOKENS] if text and t.ndim else t
+        return torch.cat([cut, cut]) if twice and t.ndim else cut
+
+    if not text and not twice:
         return inputs
-    cut = pytree.tree_map_only(Tensor, lambda t: t[:, :_TOKENS] if t.ndim else t, inputs)
+    changed = pytree.tree_map_only(Tensor, like, inputs)
     try:
         with torch.no_grad():
-            model(**cut) if case.kwargs else model(*cut)
+            model(**changed) if case.kwargs else model(*changed)
     except Exception:  # whatever its forward raises: columns of a table are numbers of two dimensions, too
         return inputs
-    return cut
+    return changed
 
 
 def answer_tensor(found: Any) -> Tensor:
