@@ -136,7 +136,7 @@ def test_long_texts_are_traced_by_their_first_tokens(monkeypatch) -> None:
     monkeypatch.setattr(job, "trace", lambda model, given, **more: traced.append(given) or ockham.trace(model, given))
     model, windows = network("llama"), [ids(2, 80, seed=i) for i in range(4)]
     done = prune(model, windows, structure="uneven", budget={"macs": "85%"})
-    assert [tuple(t.shape) for (t,) in traced] == [(1, 32)]
+    assert [tuple(t.shape) for (t,) in traced] == [(2, 32)]  # one text, twice
     left = {name: tuple(p.shape) for name, p in done.model.named_parameters()}
     layers = sum(math.prod(s) for n, s in left.items() if "layers" in n and len(s) == 2) + 24 * 64
     heads = sum(left[f"model.layers.{i}.self_attn.q_proj.weight"][0] for i in range(3))
@@ -166,6 +166,35 @@ def test_only_numbers_and_masks_of_texts_are_cut() -> None:
         assert traced_inputs(Anything(), Case((), given, None)) == given
     (image,) = traced_inputs(Anything(), Case((torch.randn(2, 3, 80, 80),), {}, None))
     assert image.shape == (2, 3, 80, 80)
+    one = torch.randn(1, 3, 8, 8)
+    (image,) = traced_inputs(Anything(), Case((one,), {}, None))
+    assert torch.equal(image, torch.cat([one, one]))
+
+
+class Counting(nn.Module):
+    """Counts examples and heads in one number, as XGLM's attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.up, self.down = 4, nn.Linear(6, 12), nn.Linear(12, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        split = self.up(x).view(len(x), -1, self.heads, 3).transpose(1, 2)
+        flat = split.reshape(len(x) * self.heads, -1, 3).softmax(1)
+        joined = flat.view(len(x), self.heads, -1, 3).transpose(1, 2).flatten(2)
+        return x + self.down(joined)
+
+
+def test_a_single_example_does_not_make_heads_of_examples() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Counting(), Counting())
+    data = [torch.randn(1, 5, 6) for _ in range(4)]
+    small = prune(model, data, structure="uneven", budget={"params": "80%"})
+    assert small.plan.removed
+    together = torch.cat(data)
+    with torch.no_grad():
+        alone = torch.cat([small.model(x) for x in data])
+        torch.testing.assert_close(small.model(together), alone)
 
 
 class Columns(nn.Module):
