@@ -74,6 +74,7 @@ def pruned(name: str, folder: Path | None = None, *, divided: bool = False) -> P
         posterior=name == "posterior",
         n_data=n_data,
         divided=divided,
+        even=name == "posterior",  # what a random BERT's kinds of matrices cost lies near the rounding of a divergence
         damping=Damping(0.05, 0.3) if plain else None,
         rounds=2 if plain else None,
     )

@@ -291,7 +291,8 @@ class BlockJob:
     def _judge(self, model: nn.Module, cases: Sequence[Case]) -> DenseRows:
         """What the dense network says to the data held out; to all, where none are."""
         own, held = own_cases(cases)
-        return DenseRows(model, [own[i] for i in sorted(held)] or own, self._objective)
+        judges = [own[i] for i in sorted(held)] if held_out(len(cases)) else own  # another process may hold all of them
+        return DenseRows(model, judges, self._objective)
 
     def without_weights(self, model: nn.Module, keep: float | NofM | None) -> Removal:
         """Take weights out of a network in place: a share or pattern stays, or (None) what the evidence says.
