@@ -96,6 +96,8 @@ def fault(net: nn.Module, done: Any, inputs: list[Any], name: str) -> str:
         worst = max(difference(call(widened(net, done), given), call(done.model, given)) for given in inputs)
         return "" if worst <= 1e-4 else f"masked and shrunk differ by {worst:.2g}"
     matrices = {k.partition("[")[0] for k in done.shares}
+    if not matrices:
+        raise ockham.OckhamError("no calibration data reach its matrices, which said so in a warning")
     zeros = sum(int((done.model.get_parameter(k) == 0).sum()) for k in matrices)
     share = 1 - zeros / sum(done.model.get_parameter(k).numel() for k in matrices)
     allowed = 0.02 if name == "half" else 0.0
