@@ -304,7 +304,7 @@ def units(
     readers = [r for r in readers_of(groups, dense.maps) if heads or "mlp" in r.keys[0]]
     judge = DenseRows(bench.model, [bench.cases[i] for i in sorted(held_out(len(bench.cases)))], bench.objective)
     curves = [unit_curve(r, dense, 0.01) for r in readers]
-    curves = measured_curves(curves, bench.found, lambda: judge.distance(bench.model))
+    curves = measured_curves(curves, bench.found, lambda: judge.distance(bench.model), ridge)
     whole = sum(p.numel() for p in bench.model.parameters())
     limit = budget_from({"params": whole - (1 - float(target)) * block_parameters(bench)})
     subject = Subject(bench.model, example)

@@ -399,6 +399,9 @@ def test_widths_become_multiples_and_small_groups_have_any() -> None:
         assert all(w % multiple == 0 or w == 200 for w in widths[:2]) and min(widths) < 200
         share = sum(p.numel() for p in done.model.parameters()) / sum(p.numel() for p in model.parameters())
         assert 0.71 - 2 * 13 * multiple / 5500 < share <= 0.71
+    # of 200 units 67 may be left, the nearest multiple of 25 is 75: a budget comes before friendly widths
+    tight = prune(model, data, structure="uneven", budget={"params": "37%"}, settings=PruneSettings(round_to=25))
+    assert sum(p.numel() for p in tight.model.parameters()) <= 0.37 * sum(p.numel() for p in model.parameters())
     with pytest.raises(OckhamError, match="round_to is a whole number from 1"):
         PruneSettings(round_to=0)
 
@@ -420,7 +423,7 @@ def test_a_kind_of_units_costs_what_is_measured_on_data_held_out(tmp_path: Path)
     curves = [unit_curve(r, found.dense, 0.01) for r in readers]
     judge = DenseRows(model, [cases[3]], objective)
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    scaled = measured_curves(curves, found, lambda: judge.distance(model))
+    scaled = measured_curves(curves, found, lambda: judge.distance(model), 0.4)
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     other, said = copy.deepcopy(model), 0.0
     with torch.no_grad():
@@ -430,7 +433,7 @@ def test_a_kind_of_units_costs_what_is_measured_on_data_held_out(tmp_path: Path)
             stays[list(curve.order[:2])] = False
             said += sum(curve.costs[:2])
             weight = other.get_parameter(key)
-            weight.copy_(refitted(weight, found.dense.store.get(f"A:{key}")[0], stays, 0.5))
+            weight.copy_(refitted(weight, found.dense.store.get(f"A:{key}")[0], stays, 0.4))
         p, q = (m(data[3][0]).log_softmax(-1).double() for m in (model, other))
     measured = float((p.exp() * (p - q)).sum(-1).mean())
     for old, new in zip(curves, scaled, strict=True):

@@ -46,6 +46,10 @@ class Dense:
     store: FactorStore
     terms: int
 
+    def reached(self, key: str) -> bool:
+        """True where data reach a matrix (not an expert that is never chosen)."""
+        return self.store.has(f"G:{key}") or self.store.has(f"G:{key}.held")
+
     def outputs(self, key: str) -> Tensor:
         """G of a matrix, summed over all data."""
         return self.store.get(f"G:{key}", f"G:{key}.held")

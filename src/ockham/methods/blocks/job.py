@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -223,10 +224,11 @@ class BlockJob:
         limit = budget_from(budget)
         with evaluating_blocks(model):
             example = traced_inputs(model, self._data(model)[0][0])
-        # experts as the network runs them
+        # of experts: as the network runs them, not one by one
         groups = trace(model, example, ignore=self.settings.ignore, whole=("branches",) if depth else ())
         with self._studied(model, JOBS[0]) as (cases, found, _):
             subject = Subject(model, cases[0].inputs(model))
+            n_data = self.settings.n_data or TERMS_PER_WEIGHT * found.weights
             readers: list[UnitReader] = []
             keep: dict[str, Tensor] = {}
             if depth:
@@ -236,9 +238,10 @@ class BlockJob:
                 every = watched(readers, "units", readers)
                 curves = [unit_curve(reader, found.dense, _CURVE_DAMPING) for reader in every]
                 if found.tried and (judge := self._judge(model, cases)).rows:
-                    curves = measured_curves(curves, found, lambda: judge.distance(model))
-                chosen = chosen_units(curves, groups, subject, limit, uniform=uniform, round_to=self.settings.round_to)
-                plan, keep = chosen
+                    distance = partial(judge.distance, model)
+                    curves = measured_curves(curves, found, distance, self.settings.unit_damping)
+                widths = self.settings.round_to
+                plan, keep = chosen_units(curves, groups, subject, limit, uniform=uniform, round_to=widths)
             evidence = refit_units_(
                 model,
                 cases,
@@ -246,14 +249,13 @@ class BlockJob:
                 readers,
                 keep,
                 damping=self.settings.unit_damping,
-                n_data=self.settings.n_data or TERMS_PER_WEIGHT * found.weights,
+                n_data=n_data,
                 on_block=teller("reduction"),
                 mending=found.samples,
                 lost=plan.lost,
             )
-            small, whole = model, None
+            whole = None
             if self.settings.posterior:
-                n_data = self.settings.n_data or TERMS_PER_WEIGHT * found.weights
                 whole = surviving_posterior(found, evidence, {}, n_data, self.likelihood, self._kept_in)
         small, moments = shrink(model, plan, posterior=whole or {})
         if whole is not None:
@@ -286,7 +288,7 @@ class BlockJob:
                 + ": a block can whose output is its input plus what it computes; take units (structure='auto')"
             )
         judge = self._judge(subject.model, cases)
-        return chosen_branches(candidates, groups, subject, limit, lambda: judge.distance(subject.model))
+        return chosen_branches(candidates, groups, subject, limit, partial(judge.distance, subject.model))
 
     def _judge(self, model: nn.Module, cases: Sequence[Case]) -> DenseRows:
         """What the dense network says to the data held out; to all, where none are."""

@@ -190,7 +190,8 @@ def prune(
         structure: whole units (neurons of MLPs, groups of heads, channels) go until the budget is met. "uneven" takes
             them where they cost least; "even" takes equally many from like layers, so that one configuration describes
             them; "auto" is "even" for transformers models, whose folders would not load otherwise; "depth" takes whole
-            blocks. With a share or pattern as well, weights go from what the units left.
+            blocks (without a configuration, residual branches). With a share or pattern as well, weights go from what
+            the units left.
         budget: ``{"params": "80%"}``, ``{"macs": "70%"}`` or ``{"latency": seconds}``, of the whole network.
         likelihood: "auto" (next tokens of a causal language model, else by the targets; without targets the network's
             own predictive), "next-token" or "causal-lm", "classification", "regression", "own", or a `Likelihood`.

@@ -266,7 +266,7 @@ def _reduced(
     dense, orders = given
     matrix, keep = block_map.matrices[key], orders.keep[key]
     inputs = sums.get(block_map.source[key]) if drift is None else (drift.inputs + drift.held_inputs)[None]
-    if inputs is None or (not dense.store.has(f"G:{key}") and not dense.store.has(f"G:{key}.held")):
+    if inputs is None or not dense.reached(key):
         return None
     outputs, scale = dense.outputs(key), dense.scale(block_map, key)
     if not (bool(inputs.any()) and bool(outputs.any())):
@@ -447,16 +447,16 @@ def study_shares(
         rounds: rounds of `sparse_matrix`.
     """
     places = [(j, k) for j in found.tried for k in found.dense.maps[j].matrices if k in found.samples and k in keep]
+    problems = {key: problem for j, key in places if (problem := _problem(found.dense, j, key)) is not None}
     kinds: dict[str, list[str]] = {}
     for _, key in places:
         kinds.setdefault(matrix_kind(key), []).append(key)
     ratios: dict[str, float] = {}
     for kind, keys in kinds.items():
-        said = sum(removed_cost(found.samples[k], keep[k]) for k in keys[:_ALIKE])
+        said = sum(removed_cost(found.samples[k], keep[k]) for k in keys[:_ALIKE] if k in problems)
         measured = min((t.cost for t in damping[1] if t.kind == kind and t.cost > 0), default=math.nan)
         if said > 0 and math.isfinite(measured):
             ratios[kind] = measured / said
-    problems = {key: problem for j, key in places if (problem := _problem(found.dense, j, key)) is not None}
     inside = {k: found.samples[k] for k in problems}
     if len(ratios) < 2 or not inside:
         return found.samples
@@ -535,8 +535,7 @@ def _samples(dense: Dense, spared: Collection[str], path: Path) -> dict[str, Cos
     for block, block_map in zip(dense.blocks, dense.maps, strict=True):
         parameters = weights_of(block, block_map.name)
         for key, matrix in block_map.matrices.items():
-            there = [n for n in (f"G:{key}", f"G:{key}.held") if dense.store.has(n)]
-            if matrix.weight.name in spared or not there:
+            if matrix.weight.name in spared or not dense.reached(key):
                 continue
             weight, scale = matrix.read(parameters), dense.scale(block_map, key)
             factors = dense.inputs(block_map, key), dense.outputs(key)

@@ -54,7 +54,7 @@ __all__ = [
 
 _TOGETHER = 16
 _MOST_GONE = 2 / 3
-_TRIED, _TRIED_RIDGE = 0.2, 0.5
+_TRIED = 0.2  # share of the units that go where a kind's cost is measured
 _ROUNDED = 8  # times a multiple: groups of fewer units have any width
 _NEAR = 6  # branches that are tried again once another is gone
 
@@ -229,7 +229,9 @@ def _zeroed(model: nn.Module, names: Collection[str]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def measured_curves(curves: Sequence[UnitCurve], found: Study, distance: Callable[[], float]) -> list[UnitCurve]:
+def measured_curves(
+    curves: Sequence[UnitCurve], found: Study, distance: Callable[[], float], damping: float
+) -> list[UnitCurve]:
     """Curves with the costs of a kind of unit times what it costs measured, over what its curves say.
 
     Of each kind a fifth of the units go from blocks of which a part of the data was held out, the others make good by
@@ -240,6 +242,7 @@ def measured_curves(curves: Sequence[UnitCurve], found: Study, distance: Callabl
         curves: curves of `unit_curve`.
         found: study of the network, whose weights are the dense ones.
         distance: function to how far the network is from the dense one on the data held out, nats per term.
+        damping: l of the refit.
     """
     kinds: dict[str, list[UnitCurve]] = {}
     for curve in curves:
@@ -251,14 +254,14 @@ def measured_curves(curves: Sequence[UnitCurve], found: Study, distance: Callabl
         with ExitStack() as held:
             for curve in alike:
                 count = min(len(curve.order), max(1, round(_TRIED * len(curve.reader.columns))))
-                names |= _tried_(curve, count, found.dense, held)
+                names |= _tried_(curve, count, found.dense, held, damping)
                 said += sum(curve.costs[:count])
             if names and said > 0:
                 scales[kind] = distance() / said
     return [replace(c, costs=tuple(scales.get(matrix_kind(c.reader.group), 1.0) * x for x in c.costs)) for c in curves]
 
 
-def _tried_(curve: UnitCurve, count: int, dense: Dense, held: ExitStack) -> set[str]:
+def _tried_(curve: UnitCurve, count: int, dense: Dense, held: ExitStack, damping: float) -> set[str]:
     """Take units out of a matrix until the stack closes; the keys that were changed."""
     reader, block_map = curve.reader, dense.maps[curve.reader.block]
     parameters = weights_of(dense.blocks[reader.block], block_map.name)
@@ -271,7 +274,7 @@ def _tried_(curve: UnitCurve, count: int, dense: Dense, held: ExitStack) -> set[
         stays = torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
         stays[reader.columns[list(curve.order[:count])].flatten().to(inputs.device)] = False
         weight = matrix.read(parameters).clone()
-        matrix.write(parameters, refitted(weight[0], inputs, stays, _TRIED_RIDGE)[None])
+        matrix.write(parameters, refitted(weight[0], inputs, stays, damping)[None])
         held.callback(matrix.write, parameters, weight)
         found.add(key)
     return found
@@ -290,7 +293,7 @@ def unit_curve(reader: UnitReader, dense: Dense, damping: float) -> UnitCurve:
     parameters = weights_of(dense.blocks[reader.block], block_map.name)
     weights, outputs, inverses = [], [], []
     for key in reader.keys:
-        if not dense.store.has(f"G:{key}") and not dense.store.has(f"G:{key}.held"):
+        if not dense.reached(key):
             continue  # an expert that no data reach
         a = damped(dense.inputs(block_map, key), damping)
         mean = dense.inputs(block_map, key).diagonal(dim1=-2, dim2=-1).mean()
@@ -349,7 +352,7 @@ def chosen_units(
         limit: the budget.
         uniform: True takes equally many from all groups of a kind, so that one configuration describes every layer.
         round_to: number of which widths become multiples, or stay; groups of fewer than eight times as many units
-            have any width.
+            have any width. It is halved as often as the budget asks.
 
     Returns:
         The plan, and group id to the mask of the units that stay.
@@ -358,8 +361,8 @@ def chosen_units(
         OckhamError: the budget cannot be met.
     """
     price = limit.unit_costs(subject, groups)
-    steps = _steps(curves, price, uniform=uniform, round_to=round_to)
     most = most_allowed(limit, subject, groups)
+    steps = _steps(curves, price, uniform=uniform, round_to=round_to)
 
     def masks(count: int) -> dict[str, Tensor]:
         gone = {curve.reader.group: upto for _, alike, upto, _ in steps[:count] for curve in alike}
@@ -371,7 +374,9 @@ def chosen_units(
     def left(count: int) -> float:
         return limit.measure(subject, plan_masks(groups, masks(count)))
 
-    least = left(len(steps))
+    while (least := left(len(steps))) > most and round_to > 1:  # a budget comes before friendly widths
+        round_to //= 2
+        steps = _steps(curves, price, uniform=uniform, round_to=round_to)
     if least > most:
         raise OckhamError(
             f"the budget of {most:,.6g} {limit.unit} cannot be met: with a third of the units of every group left it "
@@ -489,15 +494,8 @@ def refit_units_(
                 if key in mine:
                     stays[mine[key].columns[~keep[mine[key].group]].flatten().to(inputs.device)] = False
                     small = refitted(weight[0], inputs, stays, damping)[None]
-                    outputs, scale = dense.outputs(key), dense.scale(block_map, key)
-                    worth = quadratic(inputs[None], outputs, DEFAULT_DAMPING).conditional()
                     gone = (~stays).expand_as(weight)[..., : weight.shape[-1] - (matrix.bias is not None)]
-                    prior = typical_precision(weight[..., : gone.shape[-1]])
-                    factors = inputs[None], outputs
-                    volume = freed(worth, factors, scale, gone=gone, n_data=n_data, prior_precision=prior)
-                    cost = loss_increase(small - weight, inputs[None], outputs, scale)
-                    kept = 1 - float(gone.float().mean())
-                    found[key] = MatrixEvidence(block_map.name, gone.numel(), kept, cost, volume, n_data, prior)
+                    found[key] = _evidence_of(dense, block_map, key, (weight, small), inputs[None], gone, n_data)
                 matrix.write(
                     parameters, small if drift is None else small + drift.correction(dense.outputs(key)[0], stays)
                 )
@@ -506,22 +504,35 @@ def refit_units_(
     return found
 
 
+def _evidence_of(
+    dense: Dense,
+    block_map: BlockMap,
+    key: str,
+    weights: tuple[Tensor, Tensor],
+    inputs: Tensor,
+    gone: Tensor,
+    n_data: float,
+) -> MatrixEvidence:
+    """Evidence of a matrix, ``(before, after)``, of which some weights are gone; ``inputs`` is the A that counts."""
+    factors, scale = (inputs, dense.outputs(key)), dense.scale(block_map, key)
+    prior = typical_precision(weights[0][..., : gone.shape[-1]])
+    worth = quadratic(*factors, DEFAULT_DAMPING).conditional()
+    volume = freed(worth, factors, scale, gone=gone, n_data=n_data, prior_precision=prior)
+    cost = loss_increase(weights[1] - weights[0], *factors, scale)
+    kept = 1 - float(gone.float().mean())
+    return MatrixEvidence(block_map.name, gone.numel(), kept, cost, volume, n_data, prior)
+
+
 def _drop_(dense: Dense, j: int, lost: Collection[str], n_data: float) -> dict[str, MatrixEvidence]:
     """Set to zero what goes of a block with whole branches; evidence of its matrices."""
     block, block_map, found = dense.blocks[j], dense.maps[j], dict[str, MatrixEvidence]()
     parameters = weights_of(block, block_map.name)
     for key, matrix in block_map.matrices.items():
-        known = dense.store.has(f"G:{key}") or dense.store.has(f"G:{key}.held")
-        if matrix.weight.name not in lost or not known:
-            continue
-        weight, scale = matrix.read(parameters), dense.scale(block_map, key)
-        factors = dense.inputs(block_map, key), dense.outputs(key)
-        free = weight[..., : weight.shape[-1] - (matrix.bias is not None)]
-        worth, prior = quadratic(*factors, DEFAULT_DAMPING).conditional(), typical_precision(free)
-        every = torch.ones_like(free, dtype=torch.bool)
-        volume = freed(worth, factors, scale, gone=every, n_data=n_data, prior_precision=prior)
-        cost = loss_increase(-weight, *factors, scale)
-        found[key] = MatrixEvidence(block_map.name, free.numel(), 0.0, cost, volume, n_data, prior)
+        if matrix.weight.name in lost and dense.reached(key):
+            weight = matrix.read(parameters)
+            gone = torch.ones_like(weight[..., : weight.shape[-1] - (matrix.bias is not None)], dtype=torch.bool)
+            pair = weight, torch.zeros_like(weight)
+            found[key] = _evidence_of(dense, block_map, key, pair, dense.inputs(block_map, key), gone, n_data)
     for name, p in block.named_parameters(prefix=block_map.name):
         if name in lost:
             p.zero_()
