@@ -336,6 +336,9 @@ def test_whole_blocks_go_and_the_network_is_the_one_with_zeros_there(kind: str, 
     assert done.posterior is not None and set(done.posterior) <= set(left)
     assert all(g.mean.shape == left[n].shape and torch.equal(g.mean, left[n]) for n, g in done.posterior.items())
     gone = {k for k, e in done.evidence.matrices.items() if e.kept == 0}
+    layers = {"llama": 3, "gpt2": 2, "vit": 2}[kind]
+    assert done.keep_share == pytest.approx(1 - len(done.plan.dropped) / 2 / layers)  # of all blocks, not of those gone
+    assert all(e.nats == 0 for k, e in done.evidence.matrices.items() if k not in gone)
     assert gone and all(done.evidence.matrices[k].volume > 0 and done.evidence.matrices[k].cost > 0 for k in gone)
 
 

@@ -74,8 +74,8 @@ class Pruned:
         model: the new network, of the original's class.
         plan: units that were taken out for good; empty where only weights went.
         evidence: change of the log evidence, nats, by matrix and by block.
-        keep_share: share that is left of the weights in the matrices that lost any (after units went: of what was then
-            left of them, where single weights went as well).
+        keep_share: share that is left of the weights in the matrices that lost any, or of all in the blocks where whole
+            blocks went (where single weights went as well: of what was then left).
         shares: key of a matrix to the share of its weights that is left.
         likelihood: name of what the loss was.
         damping: kind of matrix to how far its factors were trusted.

@@ -524,14 +524,14 @@ def _evidence_of(
 
 
 def _drop_(dense: Dense, j: int, lost: Collection[str], n_data: float) -> dict[str, MatrixEvidence]:
-    """Set to zero what goes of a block with whole branches; evidence of its matrices."""
+    """Set to zero what goes of a block with whole branches; evidence of its matrices, none for those that stay."""
     block, block_map, found = dense.blocks[j], dense.maps[j], dict[str, MatrixEvidence]()
     parameters = weights_of(block, block_map.name)
     for key, matrix in block_map.matrices.items():
-        if matrix.weight.name in lost and dense.reached(key):
-            weight = matrix.read(parameters)
-            gone = torch.ones_like(weight[..., : weight.shape[-1] - (matrix.bias is not None)], dtype=torch.bool)
-            pair = weight, torch.zeros_like(weight)
+        if lost and dense.reached(key):
+            weight, goes = matrix.read(parameters), matrix.weight.name in lost
+            gone = torch.full_like(weight[..., : weight.shape[-1] - (matrix.bias is not None)], goes, dtype=torch.bool)
+            pair = weight, weight * (not goes)
             found[key] = _evidence_of(dense, block_map, key, pair, dense.inputs(block_map, key), gone, n_data)
     for name, p in block.named_parameters(prefix=block_map.name):
         if name in lost:
