@@ -235,8 +235,8 @@ def test_compression_of_uneven_batches_is_that_of_the_joined_batches(folder, nam
     assert whole.rounds and whole.posterior.kept() < 44
     for rank, found in enumerate(pair(folder, f"compress-{name}")):
         alike(found, whole.posterior, rtol=1e-7, atol=1e-7)
-        if whole.noise_variance is not None:
-            torch.testing.assert_close(found.noise_variance, whole.noise_variance, rtol=1e-7, atol=0)
+        if whole.noise_variance is not None:  # its logarithm is a float32 parameter: a last digit of it is 1.2e-7 here
+            torch.testing.assert_close(found.noise_variance, whole.noise_variance, rtol=1e-6, atol=0)
         if whole.plan is not None:
             plan = ockham.Plan.from_json((folder / f"plan.{rank}.json").read_text())
             assert plan.removed == whole.plan.removed != {}
