@@ -517,26 +517,29 @@ def allowance(args: argparse.Namespace) -> None:
 
 
 def latency(args: argparse.Namespace) -> None:
-    """Times of the dense network and of two with fewer MLP units, equally many in every layer; nothing may run beside.
+    """Times of the dense network, of two with fewer MLP units and of two with fewer blocks; nothing may run beside.
 
-    Widths are multiples of sixteen, as `ockham.prune` leaves them.
-
-    What weights are worth does not change how long they take, so the networks have random ones.
+    Units are equally many in every layer, a multiple of sixteen, as `ockham.prune` leaves them. What weights are worth
+    does not change how long they take, so the networks have random ones.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(args.work / "model")
-    shares, models = (1.0, 0.8, 0.7), []
-    each = 3 * config.hidden_size
     torch.manual_seed(0)
-    for share in shares:
-        if not models:
-            block = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).model.layers[0].parameters())
+    models = [AutoModelForCausalLM.from_config(config).eval()]
+    block = sum(p.numel() for p in models[0].model.layers[0].parameters())
+    shares = (1.0, 0.8, 0.7, 0.8, 0.7)
+    for share in shares[1:]:
         own = AutoConfig.from_pretrained(args.work / "model")
-        own.intermediate_size = (config.intermediate_size - round((1 - share) * block / each)) // 16 * 16
+        if len(models) < 3:
+            fewer = round((1 - share) * block / (3 * config.hidden_size))
+            own.intermediate_size = (config.intermediate_size - fewer) // 16 * 16
+        else:
+            own.num_hidden_layers = round(share * config.num_hidden_layers)
         models.append(AutoModelForCausalLM.from_config(own).eval())
     ids = torch.arange(WINDOW)[None] % config.vocab_size
     found: dict[str, Any] = {"shares": shares, "units": [m.config.intermediate_size for m in models]}
+    found["blocks"] = [m.config.num_hidden_layers for m in models]
     found |= {"threads": torch.get_num_threads(), "of_dense": {}}
     path = RESULTS.parent / "transformers_latency.json"
 
