@@ -238,6 +238,7 @@ def ours(
     chosen: bool = True,
     sides: float = 0.3,
     mend: bool = True,
+    reconstruct: int = 0,
     rounds: int | None = None,
     tuned: int | None = None,
     passes: int = 1,
@@ -253,7 +254,7 @@ def ours(
                 label = target.replace(":", "-") + (f"-pass{i + 1}" if i else "") + ("-even" if even else "")
                 damping = bench.damping(keep, label, rounds or tuned)
             n_data = TERMS_PER_WEIGHT * bench.found.weights
-            orders = Orders(keep, damping, n_data, rounds, mend=mend, before=evidence)
+            orders = Orders(keep, damping, n_data, rounds, mend=mend, reconstruct=reconstruct, before=evidence)
             evidence = reduce_blocks_(bench.model, bench.cases, bench.found.dense, orders, on_block=_told("ours"))
     finally:
         bench.found = whole
@@ -439,6 +440,7 @@ METHODS: dict[str, Callable[[Bench, str], dict[str, Any]]] = {
     "ours, lambda .05 and tau .3 everywhere": lambda b, t: ours(b, t, chosen=False),
     "ours, input side only (tau 1)": lambda b, t: ours(b, t, chosen=False, sides=1.0),
     "ours, nothing makes up for drift": lambda b, t: ours(b, t, mend=False),
+    "ours, blocks reconstructed": lambda b, t: ours(b, t, reconstruct=8),
     "ours, two passes": lambda b, t: ours(b, t, passes=2),
     "ours, damping of greedy rounds": lambda b, t: ours(b, t, tuned=4),
     "ours, greedy in 4 rounds": lambda b, t: ours(b, t, rounds=4),

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ockham.methods.blocks.cases import Case, add_gram_, symmetric, team
+from ockham.methods.blocks.cases import Case, add_gram_, held_out, symmetric, team
 from ockham.methods.blocks.curvature import (
     BlockCall,
     BlockMap,
@@ -25,7 +26,7 @@ from ockham.methods.blocks.curvature import (
     weights_of,
     writers_of,
 )
-from ockham.methods.blocks.solve import Use, Using
+from ockham.methods.blocks.solve import BlockMatrix, Use, Using
 
 __all__ = ["Dense", "DenseAnswers", "Drift", "Enough", "Lacks", "drifts_of", "lacks_of_branch", "lacks_of_products"]
 
@@ -306,3 +307,142 @@ class DenseAnswers:
             lacks = lacks_of_products(block, block_map, once, calls, self._twin)
             found |= drifts_of(block_map, once, lacks, self._cases, self._held)
         return found
+
+    def reconstruct_(self, keys: Sequence[str], j: int, calls: Sequence[BlockCall], epochs: int) -> None:
+        r"""Train what is left in matrices of a block to answer as the dense block does; what is zero stays zero.
+
+            sum over rows of (f(x) - f0(x0))' G (f(x) - f0(x0)) -> min
+
+        f and x are the reduced block and what it is called with, f0 and x0 the dense one's; G is what the last matrix
+        of a residual branch has, or the identity. Adam with a falling rate; the values after the epoch that data held
+        out like best are left, those of before it included.
+
+        Args:
+            keys: keys of the matrices.
+            j: number of the block.
+            calls: what the reduced block is called with.
+            epochs: passes over the data that decide.
+        """
+        block, block_map, processes = self._dense.blocks[j], self._dense.maps[j], team()
+        trained = _Trained(weights_of(block, block_map.name), [block_map.matrices[k] for k in keys])
+        every = int(processes.summed(torch.tensor(len(self._cases))))
+        at = {i: n for n, i in enumerate(processes.own(every))}
+        judging = held_out(every)
+        fit = [i for i in range(every) if i not in judging]
+        if not (trained.values and judging):
+            return
+        metric = self._metric(j, calls[0])
+
+        def error(i: int) -> tuple[Tensor, Tensor]:
+            return self._error(j, calls[at[i]], at[i], metric)
+
+        def judged() -> float:
+            sums = torch.zeros(2, dtype=torch.float64)
+            for i in judging & at.keys():
+                sums += torch.stack([t.detach().double().cpu() for t in error(i)])
+            total, rows = processes.summed(sums)
+            return float(total / rows.clamp_min(1))
+
+        best, kept = judged(), trained.copy()
+        groups = -(-len(fit) // _TOGETHER)
+        for epoch in range(epochs):
+            order = torch.randperm(len(fit), generator=torch.Generator().manual_seed(epoch)).tolist()
+            for step in range(groups):
+                here = [fit[n] for n in order[step * _TOGETHER : (step + 1) * _TOGETHER]]
+                with processes.together():
+                    grown = trained.gradients(error, [i for i in here if i in at])
+                trained.step_([processes.summed(g) for g in grown], 1 - (epoch * groups + step) / (epochs * groups))
+            if (found := judged()) < best:
+                best, kept = found, trained.copy()
+        trained.put_(kept)
+
+    def _metric(self, j: int, call: BlockCall) -> tuple[str, Tensor] | None:
+        """A matrix whose product is laid out as the block's answer and added to it, and its G; None: there is none."""
+        block, block_map = self._dense.blocks[j], self._dense.maps[j]
+        among = sorted(k for k in (self._levels or (frozenset(),))[0] if self._dense.reached(k))
+        uses, answer = _uses(block, block_map, among, call, ())
+        for key, (use, product) in uses.items():
+            whole = answer is not None and product.numel() == answer.numel()
+            if whole and use.matrix.groups == 1 and block_map.calls[key] == 1:
+                g = self._dense.outputs(key)[0].float()
+                return key, g / g.diagonal().mean()
+        return None
+
+    def _error(self, j: int, call: BlockCall, n: int, metric: tuple[str, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Sum of weighed squares of what a block lacks on a case, and the number of rows."""
+        mask, wanted = self._cases[n].mask, self._answers[0][n]
+        block, block_map = self._dense.blocks[j], self._dense.maps[j]
+        uses, answer = _uses(block, block_map, () if metric is None else {metric[0]}, call, ())
+        if answer is None or wanted is None:
+            return torch.zeros(()), torch.zeros(())
+        lack = answer.float() - wanted.float()
+        if metric is not None and metric[0] in uses:
+            use, product = uses[metric[0]]
+            rows = use.gradients(lack.reshape(product.shape))[0]
+            rows = rows[mask.flatten()] if mask is not None and len(rows) == mask.numel() else rows
+            return ((rows @ metric[1]) * rows).sum(), torch.tensor(float(len(rows)))
+        rows = lack[mask] if mask is not None and lack.shape[: mask.ndim] == mask.shape else lack
+        return rows.square().sum(), torch.tensor(float(rows.numel()))
+
+
+_TOGETHER = 2  # cases of one step
+_RATE = 2e-3  # of the weights' root mean square
+
+
+class _Trained:
+    """Nonzero weights of matrices and their biases, trained in float32 or finer; the parameters follow them."""
+
+    def __init__(self, parameters: Mapping[str, Tensor], matrices: Sequence[BlockMatrix]) -> None:
+        masks: dict[str, Tensor] = {}
+        for region in (r for m in matrices for r in (m.weight, m.bias) if r is not None):
+            mask = masks.setdefault(region.name, torch.zeros_like(parameters[region.name], dtype=torch.bool))
+            values = region.of(parameters)
+            region.of({region.name: mask}).copy_(values != 0)
+        for matrix in (m for m in matrices if m.bias is not None):
+            matrix.bias.of({matrix.bias.name: masks[matrix.bias.name]}).fill_(True)  # type: ignore[union-attr]
+        masks = {n: m for n, m in masks.items() if bool(m.any())}
+        self._parameters, self._masks = [parameters[n] for n in masks], list(masks.values())
+        self.values = [p.detach().to(torch.promote_types(p.dtype, torch.float32)).clone() for p in self._parameters]
+        sizes = [float(v[m].square().mean().sqrt()) for v, m in zip(self.values, self._masks, strict=True)]
+        usual = max(sizes, default=0.0)  # of biases that are zero yet
+        self._rates = [_RATE * (size or usual) for size in sizes]
+        groups: list[dict[str, Any]] = [
+            {"params": [v], "lr": rate} for v, rate in zip(self.values, self._rates, strict=True)
+        ]
+        self._optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-12) if groups else None
+
+    def copy(self) -> list[Tensor]:
+        """The values as they are."""
+        return [v.clone() for v in self.values]
+
+    def gradients(self, error: Callable[[int], tuple[Tensor, Tensor]], cases: Sequence[int]) -> list[Tensor]:
+        """Gradients of the sum of errors of some cases; zero where there are none."""
+        with torch.enable_grad():
+            for p in self._parameters:
+                p.requires_grad_(True)
+            try:
+                total = torch.stack([error(i)[0] for i in cases]).sum() if cases else torch.zeros(())
+                found = torch.autograd.grad(total, self._parameters, allow_unused=True) if total.requires_grad else ()
+            finally:
+                for p in self._parameters:
+                    p.requires_grad_(False)
+        grown = found or [None] * len(self.values)
+        return [
+            torch.zeros_like(v) if g is None else g.to(v.dtype) * m
+            for g, v, m in zip(grown, self.values, self._masks, strict=True)
+        ]
+
+    def step_(self, gradients: Sequence[Tensor], left: float) -> None:
+        """One step; the rate has fallen to ``left`` of what it was."""
+        assert self._optimizer is not None
+        for group, value, g, rate in zip(
+            self._optimizer.param_groups, self.values, gradients, self._rates, strict=True
+        ):
+            value.grad, group["lr"] = g, rate * left
+        self._optimizer.step()
+        self.put_(self.values)
+
+    def put_(self, values: Sequence[Tensor]) -> None:
+        """Give the parameters these values."""
+        for p, v in zip(self._parameters, values, strict=True):
+            p.detach().copy_(v)

@@ -93,6 +93,7 @@ class Orders:
         rounds: rounds of greedy removal; None lets weights come back for others (`solve.sparse_matrix`).
         steps: conjugate gradient steps after a round and after the last.
         mend: True lets matrices make up for what the reduced network lacks where they are (`Drift`).
+        reconstruct: epochs in which a block is trained to answer as the dense one does, once it is reduced.
         norms: BatchNorm layers whose statistics follow what goes into them.
         before: what earlier passes did to the matrices; their costs count, and their prior.
     """
@@ -103,6 +104,7 @@ class Orders:
     rounds: int | None = None
     steps: tuple[int, int] = (3, 8)
     mend: bool = True
+    reconstruct: int = 0
     norms: Sequence[nn.Module] = ()
     before: Mapping[str, MatrixEvidence] = field(default_factory=dict)
 
@@ -138,7 +140,8 @@ def reduce_blocks_(
     cases, held = own_cases(cases)
     stream = Stream(model, cases, dense.blocks)
     seen = seen_by(orders.norms, [partial(model, *case.args, **case.kwargs) for case in cases])
-    whole = DenseAnswers(model, cases, held, dense) if orders.mend and held_out(every) else None
+    asked = orders.mend or orders.reconstruct > 0
+    whole = DenseAnswers(model, cases, held, dense) if asked and held_out(every) else None
     evidence: dict[str, MatrixEvidence] = {}
     for j, block_map in enumerate(dense.maps):
         calls = stream.calls()
@@ -147,7 +150,7 @@ def reduce_blocks_(
         parameters = weights_of(dense.blocks[j], block_map.name)
         for stage in () if finished(j) else block_map.stages:
             wanted = [k for k in stage if k in orders.keep]
-            drifts = {} if whole is None else whole.drifts(wanted, j, calls)
+            drifts = {} if whole is None or not orders.mend else whole.drifts(wanted, j, calls)
             sums = inputs_of_stage(dense.blocks[j], block_map, [k for k in wanted if k not in drifts], calls, cases)
             owners = processes.shares([float(block_map.matrices[k].weights) for k in wanted])
             found: dict[str, MatrixEvidence | None] = {}
@@ -159,6 +162,10 @@ def reduce_blocks_(
                     evidence[key] = replace(one, block=block_map.name)
             if any(e.kept < 1 for e in evidence.values()):
                 renorm_(dense.blocks[j], seen, calls)
+        left = [k for k in block_map.matrices if k in evidence]
+        if whole is not None and orders.reconstruct and left:
+            whole.reconstruct_(left, j, calls, orders.reconstruct)
+            renorm_(dense.blocks[j], seen, calls)
         stream.advance(calls)
         if on_block is not None:
             on_block(j + 1, evidence)
