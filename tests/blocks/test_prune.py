@@ -175,9 +175,10 @@ def test_shots_are_greedy_and_the_last_is_as_the_settings_say(
     assert set(rounds) == {2}
 
 
-def test_a_stopped_job_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("epochs", [0, 2])
+def test_a_stopped_job_goes_on_to_the_same_bits(epochs: int, tmp_path: Path) -> None:
     model, data = network("llama"), batches("llama")
-    whole = prune(model, data, keep_share=0.5)
+    whole = prune(model, data, keep_share=0.5, settings=PruneSettings(reconstruct=epochs))
 
     class Stopped(Exception):
         pass
@@ -189,7 +190,7 @@ def test_a_stopped_job_goes_on_to_the_same_bits(tmp_path: Path) -> None:
         if p.stage == "reduction" and p.done == 2:
             raise Stopped
 
-    settings = PruneSettings(folder=tmp_path)
+    settings = PruneSettings(folder=tmp_path, reconstruct=epochs)
     with pytest.raises(Stopped):
         prune(model, data, keep_share=0.5, settings=settings, progress=stop)
     again: list[PruneProgress] = []
@@ -323,6 +324,8 @@ def test_a_network_without_blocks_is_one_block() -> None:
         {"n_data": 0.0},
         {"n_data": -1.0},
         {"unit_damping": 0.0},
+        {"reconstruct": -1},
+        {"reconstruct": 1.5},
     ],
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:

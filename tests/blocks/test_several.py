@@ -56,6 +56,7 @@ WORK: dict[str, tuple[str, int, dict[str, Any]]] = {
     "llama": ("llama", 5, {"keep_share": 0.5}),
     "pattern": ("llama", 7, {"pattern": "2:4"}),
     "drift": ("residual", 9, {"keep_share": 0.5}),
+    "reconstructed": ("residual", 21, {"keep_share": 0.3}),
     "experts": ("mixtral", 5, {"keep_share": 0.5}),
     "units": ("vit", 5, {"structure": "uneven", "budget": {"params": "80%"}}),
     "evidence": ("residual", 9, {}),
@@ -72,6 +73,7 @@ def pruned(name: str, folder: Path | None = None, *, divided: bool = False) -> P
     settings = PruneSettings(
         folder=folder,
         posterior=name == "posterior",
+        reconstruct=20 if name == "reconstructed" else 0,
         n_data=n_data,
         divided=divided,
         even=name == "posterior",  # what a random BERT's kinds of matrices cost lies near the rounding of a divergence

@@ -258,6 +258,7 @@ class BlockJob:
                 on_block=teller("reduction"),
                 mending=found.samples,
                 lost=plan.lost,
+                reconstruct=self.settings.reconstruct,
             )
             whole = None
             if self.settings.posterior:
@@ -350,10 +351,10 @@ class BlockJob:
             orders = replace(orders, reconstruct=self.settings.reconstruct)
             fired: list[Shot] = []
             if keep is None:
-                quick = orders
+                quick = replace(orders, reconstruct=0) if orders.reconstruct else orders
                 if orders.rounds is None:
                     greedy, _ = self._damping(model, judges, found, asked, _SHOT_ROUNDS)
-                    quick = replace(orders, damping=greedy, rounds=_SHOT_ROUNDS)
+                    quick = replace(quick, damping=greedy, rounds=_SHOT_ROUNDS)
                 evidence, fired = self._until_the_evidence_ends(model, cases, found, (quick, orders), folder)
             else:
                 place = f"keep-{keep.n}-of-{keep.m}" if isinstance(keep, NofM) else f"keep-{keep:g}"
@@ -379,6 +380,12 @@ class BlockJob:
             cases, objective = self._data(model)
             judges = held_out(len(cases)) if judged else frozenset()
             cases = [c for i, c in enumerate(cases) if i not in judges]
+            if self.settings.reconstruct and not held_out(len(cases)):
+                raise DataError(
+                    f"reconstruct= trains on three calibration batches of four and judges on the fourth; there are "
+                    f"{len(cases)}{' besides those that judge the evidence' if judged else ''}. Pass more batches, of "
+                    "fewer examples each"
+                )
             folder = Path(scratch if self.settings.folder is None else self.settings.folder)
             if (rank := team().rank) > 0:  # every process keeps its own: they may share no disk
                 folder /= f"process-{rank}"

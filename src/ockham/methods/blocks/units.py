@@ -450,6 +450,7 @@ def refit_units_(
     on_block: Callable[[int, int], None],
     mending: Collection[str] = (),
     lost: Collection[str] = (),
+    reconstruct: int = 0,
 ) -> dict[str, MatrixEvidence]:
     """Zero the columns that read units which go, and refit the others, block by block in place.
 
@@ -464,6 +465,7 @@ def refit_units_(
         on_block: function called with (blocks done, blocks).
         mending: keys of matrices that may make up for what the reduced blocks lack, where they can (`Drift`).
         lost: names of parameters that go with whole branches: they are set to zero.
+        reconstruct: epochs in which each block is trained to answer as the dense one does.
 
     Returns:
         Evidence of each matrix that reads fewer units now, or is gone.
@@ -499,6 +501,8 @@ def refit_units_(
                 matrix.write(
                     parameters, small if drift is None else small + drift.correction(dense.outputs(key)[0], stays)
                 )
+        if whole is not None and reconstruct:
+            whole.reconstruct_([k for k in block_map.matrices if k in mending], j, calls, reconstruct)
         stream.advance(calls)
         on_block(j + 1, len(dense.maps))
     return found
