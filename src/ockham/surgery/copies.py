@@ -473,3 +473,28 @@ def configured(model: nn.Module, **fields: Any) -> Iterator[None]:
     finally:
         for config, name, old in reversed(before):
             setattr(config, name, old)
+
+
+def trial_masks(sizes: Mapping[str, int]) -> list[dict[str, Tensor]]:
+    """Return masks of the units that stay in three trials; between them every group loses a part.
+
+    Args:
+        sizes: id of a group to its number of units.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.rand(len(sizes), generator=generator)
+    few = torch.rand(len(sizes), generator=generator) < 0.5
+    # a share of its own for each; as many in all that are alike; hardly anything left of about half of them
+    losses = (0.2 + 0.5 * shares, torch.full_like(shares, 0.35), torch.where(few, 1.0, 0.3 * shares))
+    pairs = [name for name, size in sizes.items() if size == 2]
+    masks: list[dict[str, Tensor]] = []
+    for k, lost in enumerate(losses):
+        masks.append({})
+        for (name, size), share in zip(sizes.items(), lost.tolist(), strict=True):
+            count = min(max(round(share * size), 1), size - 1)
+            if size == 2:  # pairs that lose one each in every trial may be right only together
+                r = pairs.index(name)
+                count = (r >> 1 & 1, r & 1, 1 - (r & 1))[k]
+            masks[k][name] = torch.ones(size, dtype=torch.bool)
+            masks[k][name][torch.randperm(size, generator=generator)[:count]] = False
+    return masks

@@ -35,6 +35,7 @@ from ockham.surgery.copies import (
     still,
     tensors_of,
     to_double,
+    trial_masks,
 )
 from ockham.surgery.groups import Axis, Group, Groups, Plan, build, plan_masks, random_plan
 from ockham.surgery.labels import Labels, Note, Value, along, settle_labels
@@ -283,17 +284,7 @@ def tried(groups: Groups, trial: TrialPair, touching: Mapping[str, Collection[st
     """
     if not len(groups):
         return groups
-    generator = torch.Generator().manual_seed(0)
-    shares = torch.rand(len(groups), generator=generator)
-    few = torch.rand(len(groups), generator=generator) < 0.5
-    alike = torch.full_like(shares, 0.35)
-    # a share of its own for each; as many in all that are alike; hardly anything left of about half of them
-    masks: list[Keep] = [{} for _ in range(3)]
-    for keep, lost in zip(masks, (0.2 + 0.5 * shares, alike, torch.where(few, 1.0, 0.3 * shares)), strict=True):
-        for group, share in zip(groups, lost.tolist(), strict=True):
-            count = min(max(round(share * group.size), 1), group.size - 1)
-            keep[group.id] = torch.ones(group.size, dtype=torch.bool)
-            keep[group.id][torch.randperm(group.size, generator=generator)[:count]] = False
+    masks = trial_masks({group.id: group.size for group in groups})
     search = _Search(trial, touching, masks if isinstance(trial, ByValues) else masks[::2])
     bare = replace(groups, heads=())
     for variant in (groups, bare):
