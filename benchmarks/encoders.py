@@ -106,9 +106,9 @@ class Bench:
 
 
 def ours(
-    bench: Bench, keep: float, *, even: bool = False, rounds: int | None = None
+    bench: Bench, keep: float, *, even: bool = False, rounds: int | None = None, reconstruct: int = 0
 ) -> tuple[nn.Module, dict[str, Any]]:
-    settings = PruneSettings(seed=bench.seed, even=even, rounds=rounds)
+    settings = PruneSettings(seed=bench.seed, even=even, rounds=rounds, reconstruct=reconstruct)
     done = ockham.prune(bench.model, bench.calibration, keep_share=keep, settings=settings)
     return done.model, {"damping": {k: [d.inputs, d.outputs] for k, d in done.damping.items()}}
 
@@ -150,14 +150,14 @@ def readers(model: nn.Module) -> list[nn.Linear]:
     return [m for n, m in model.named_modules() if n.endswith("output.dense") and "attention" not in n]
 
 
-def units(structure: str) -> Callable[[Bench, float], tuple[nn.Module, dict[str, Any]]]:
+def units(structure: str, reconstruct: int = 0) -> Callable[[Bench, float], tuple[nn.Module, dict[str, Any]]]:
     """Ours: units of MLPs only, so that all methods take the same kind of thing."""
 
     def run(bench: Bench, keep: float) -> tuple[nn.Module, dict[str, Any]]:
         whole = sum(p.numel() for p in bench.model.parameters())
         each, width = 2 * readers(bench.model)[0].out_features + 1, readers(bench.model)[0].in_features
         gone = (1 - keep) * width * len(readers(bench.model)) * each
-        settings = PruneSettings(seed=bench.seed, ignore=["re:attention"])
+        settings = PruneSettings(seed=bench.seed, ignore=["re:attention"], reconstruct=reconstruct)
         done = ockham.prune(
             bench.model, bench.calibration, structure=structure, budget={"params": int(whole - gone)}, settings=settings
         )
@@ -197,12 +197,15 @@ METHODS: dict[str, tuple[float, Callable[[Bench, float], tuple[nn.Module, dict[s
     "ALPS, our shares": (0.5, rival(alps, shared=True)),
     "ours": (0.5, ours),
     "ours, equal shares": (0.5, lambda b, k: ours(b, k, even=True)),
+    "ours, blocks reconstructed": (0.5, lambda b, k: ours(b, k, reconstruct=8)),
+    "ours, equal shares, blocks reconstructed": (0.5, lambda b, k: ours(b, k, even=True, reconstruct=8)),
     "ours, greedy in 4 rounds": (0.5, lambda b, k: ours(b, k, rounds=4)),
     "ours, equal shares, greedy in 4 rounds": (0.5, lambda b, k: ours(b, k, even=True, rounds=4)),
     "units: by size": (0.7, units_by_size),
     "units: FLAP": (0.7, flap),
     "units: ours, equally many": (0.7, units("even")),
     "units: ours": (0.7, units("uneven")),
+    "units: ours, equally many, blocks reconstructed": (0.7, units("even", reconstruct=8)),
 }
 
 

@@ -297,7 +297,14 @@ def stopped(bench: Bench, target: str) -> dict[str, Any]:
 
 
 def units(
-    bench: Bench, target: str, *, even: bool = False, ridge: float = 0.5, mend: bool = True, heads: bool = True
+    bench: Bench,
+    target: str,
+    *,
+    even: bool = False,
+    ridge: float = 0.5,
+    mend: bool = True,
+    heads: bool = True,
+    reconstruct: int = 0,
 ) -> dict[str, Any]:
     """Ours: whole units, in the order of their exact joint cost per parameter, and a refit."""
     dense, example = bench.found.dense, bench.cases[0].inputs(bench.model)
@@ -320,6 +327,7 @@ def units(
         n_data=TERMS_PER_WEIGHT * bench.found.weights,
         on_block=_told("units"),
         mending=bench.found.samples if mend else (),
+        reconstruct=reconstruct,
     )
     left = {k: int(v.sum()) for k, v in keep.items()}
     return {"evidence": sum(e.nats for e in evidence.values()), "left": left, "ridge": ridge}
@@ -454,6 +462,7 @@ METHODS: dict[str, Callable[[Bench, str], dict[str, Any]]] = {
     "units, ours, MLPs only": lambda b, t: units(b, t, heads=False),
     "units, ours, MLPs only, equally many": lambda b, t: units(b, t, heads=False, even=True),
     "units, ours, MLPs only, recovered": recovered,
+    "units, ours, MLPs only, blocks reconstructed": lambda b, t: units(b, t, heads=False, reconstruct=8),
     "blocks, ours": depth,
     "units, ours, MLPs only, nothing makes up for drift": lambda b, t: units(b, t, heads=False, mend=False),
     "units, flap": flap,
