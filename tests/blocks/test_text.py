@@ -123,8 +123,10 @@ def test_the_command_writes_a_folder_that_loads_and_talks(source: Path, tmp_path
     monkeypatch.setattr("ockham.cli.app._PIPED", 0.0)  # every line of progress, not one in 30 seconds
 
     given = ("--model", f"hf:{source}", "--calibrate", source / "text.txt", "--out", tmp_path / "out", *SHORT)
-    done = run(*given, "--keep-share", 0.5)
+    done = run(*given, "--keep-share", 0.5, "--reconstruct", 2)
     assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "out" / "prune.json").read_text())["reconstruct"] == 2
+    assert "trained for 2 epochs" in (tmp_path / "out" / "report.html").read_text()
     assert "reduction 3/3" in done.output and "s left" in done.output and "perplexity" in done.output
     out = tmp_path / "out"
     metrics = json.loads((out / "metrics.json").read_text())
@@ -259,6 +261,7 @@ def test_what_the_command_refuses(source: Path, tmp_path: Path) -> None:
         ((*hf, *out), "--calibrate"),
         ((*hf, *text, *out, "--epochs", 3), "does not use --epochs"),
         ((*hf, *text, *out, "--params", 2), "--params"),
+        ((*hf, *text, *out, "--reconstruct", -1), "reconstruct"),
         ((*hf, *text, *out, "--keep-share", 0.5, "--pattern", "2:4"), "not both"),
         ((*hf, *text, *out, "--keep-share", 1.5), "keep_share"),
         ((*hf, *text, "--out", source), "model itself"),

@@ -404,7 +404,8 @@ def _run_blocks(o: BlockOptions) -> None:
         raise OckhamError("--depth takes whole blocks until a budget is met: add --params SHARE")
     with _beside("cpu") as processes:
         first = processes.rank == 0
-        settings = PruneSettings(ignore=o.ignore, seed=o.seed, divided=processes.count > 1)
+        several = processes.count > 1
+        settings = PruneSettings(ignore=o.ignore, seed=o.seed, divided=several, reconstruct=o.reconstruct)
         try:
             with terminated(), Bars(err_console, quiet=o.quiet or not first, unit="") as bars:
                 found = prune_folder(

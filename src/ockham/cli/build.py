@@ -210,6 +210,7 @@ class BlockOptions(Basic):
     windows: int = _option(32, "Windows of the text to calibrate on.", DATA)
     window: int = _option(512, "Tokens of a window.", DATA)
     pattern: str | None = _option(None, "2:4, or another n:m along the inputs of each matrix.", REMOVAL)
+    reconstruct: int = _option(0, "Epochs in which each reduced block is trained to answer as before.", TRAINING)
     params: float | None = _option(None, "Budget: share of all parameters that stays; whole units go.", STRUCTURES)
     depth: bool = _option(False, "Whole residual branches, too; with --calibrate --params: whole blocks.", STRUCTURES)
 
@@ -414,8 +415,7 @@ def _(o: OneShotOptions, recipe: Recipe) -> Recipe:
     structure = _pick("--posterior", o.posterior, LAPLACE)
     if o.rule not in ("evidence", "snr"):
         raise OckhamError(f"{owner} removes by evidence, or to a budget; got --rule {o.rule}")
-    if o.prior_variance is not None:
-        FixedPrior(o.prior_variance)
+    FixedPrior(1.0 if o.prior_variance is None else o.prior_variance)  # refuses what is no variance
     structures = _structures(o)
     budget = _changed(macs=o.macs, params=o.params, latency=o.latency)
     asked = [*budget, *(["depth"] if o.depth else [])]
@@ -432,9 +432,9 @@ def _(o: OneShotOptions, recipe: Recipe) -> Recipe:
     for name, share in budget.items():
         if not 0 < share <= 1:
             raise OckhamError(f"--{name} is the share of it that stays, in (0, 1]; got {share}")
-    shot = OneShot(structure, o.keep_share, o.epochs or 0, structures=structures, budget=budget or None, depth=o.depth)
-    more = _changed(learning_rate=o.learning_rate)
-    shot = replace(shot, prior_variance=o.prior_variance, calibration=o.calibration, **more)
+    more = _changed(learning_rate=o.learning_rate, prior_variance=o.prior_variance, structures=structures)
+    more |= {"depth": o.depth, "calibration": o.calibration, "budget": budget or None}
+    shot = OneShot(structure, o.keep_share, o.epochs or 0, **more)
     return replace(recipe, method=OneShotReduction(shot, o.ignore), epochs=shot.epochs, hold=0.0)
 
 

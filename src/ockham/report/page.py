@@ -366,7 +366,10 @@ def reduction_page(facts: Mapping[str, Any]) -> str:
             for name, nats in facts["evidence"]["blocks"].items()
         ]
         lines = table("Blocks", ["block", "weights kept", "evidence, nats"], rows)
-        parts.append(section("blocks", "Blocks", lines))
+        epochs = facts.get("reconstruct", 0)
+        told = f"Each block was then trained for {epochs} epochs to answer as the dense one; the evidence is of before."
+        more = [paragraph(told)] if epochs else []
+        parts.append(section("blocks", "Blocks", *more, lines))
     if facts.get("load"):
         parts.append(section("load", "How to load this", code(facts["load"])))
     foot = paragraph("Written by Ockham. This file needs no network and contains no scripts.")

@@ -86,6 +86,7 @@ class Pruned:
         seconds: time it took.
         untouched: matrices of the blocks from which nothing could go, since no calibration data reach them.
         posterior: Gaussian of the weights that stay in the blocks' matrices, where `PruneSettings.posterior` asks.
+        reconstruct: epochs for which blocks were trained after their reduction, which the evidence knows nothing of.
     """
 
     model: nn.Module
@@ -102,6 +103,7 @@ class Pruned:
     seconds: float = 0.0
     untouched: tuple[str, ...] = ()
     posterior: Posterior | None = None
+    reconstruct: int = 0
 
     def facts(self) -> dict[str, Any]:
         """Everything but the network, as plain values for JSON."""
@@ -129,6 +131,7 @@ class Pruned:
             "units": {k: [w, w - len(self.plan.removed.get(k, ()))] for k, w in self.plan.widths.items()},
             "dropped": [b.id for b in self.plan.dropped],
             "untouched": list(self.untouched),
+            "reconstruct": self.reconstruct,
         }
 
     def report(self, path: str | Path) -> Path:
@@ -253,6 +256,7 @@ def _pruned(model: nn.Module, small: nn.Module, job: BlockJob, target: tuple[Any
         time.perf_counter() - began,
         done.untouched,
         job.posterior,
+        job.settings.reconstruct,
     )
 
 
