@@ -184,12 +184,13 @@ def test_classifiers_of_any_depth(hidden, outputs):
     x, g = columns(7, 200, 3)
     y = (x[:, 0] + 0.3 * torch.randn(200, generator=g, dtype=torch.float64) > 0).long() + (outputs > 1) * (x[:, 0] > 1)
     table = Table(x, y, torch.ones(200, dtype=torch.float64))
-    found = fit(table, Classes(), replace(PLAN, hidden=hidden, outputs=outputs, steps=80))
+    every = fit(table, Classes(), replace(PLAN, hidden=hidden, outputs=outputs, steps=80))
+    found = every[0]
     used = found.state.model.nets[0].used() > 0
     assert bool(used[0]) and float(found.inclusion[0][0]) > 0.99 and float(found.inclusion[0][2]) < 0.5
     assert len(found.state.model.nets) == len(found.inclusion) == 1
-    again = fit(table, Classes(), replace(PLAN, hidden=hidden, outputs=outputs, steps=80), start=found)
-    assert again.state.steps > found.state.steps
+    again = fit(table, Classes(), replace(PLAN, hidden=hidden, outputs=outputs, steps=80), start=every)
+    assert len(again) == len(every) and again[0].state.steps > found.state.steps
 
 
 @pytest.mark.parametrize("many", [False, True])
@@ -203,15 +204,17 @@ def test_draws_have_the_moments_of_a_conjugate_posterior(many, monkeypatch):
     state = linear(x, y)
     if many:
         monkeypatch.setattr("ockham.tabular.fitting._MOST_DRAWN", 1)
-    vectors, acceptance = drawn(state, 1600, g)
-    assert vectors.shape == (1600, 5) and (acceptance is None) == many
+    found = drawn(state, 1600, g)
+    vectors = found.vectors
+    assert vectors.shape == (1600, 5) and (found.acceptance is None) == many and len(found.model.table.x) == 0
+    assert (found.mode is None) != many
     design = torch.cat([torch.ones(400, 1, dtype=torch.float64), x], 1)
     precision = design.T @ design * math.exp(-2 * float(state.vector[-1])) + torch.eye(4, dtype=torch.float64)
     scale = torch.linalg.inv(precision).diagonal().sqrt()
     assert float(((vectors[:, :4].mean(0) - state.vector[:4]) / scale).abs().max()) < 0.2
     ratio = vectors[:, :4].std(0) / scale
     assert float(ratio.min()) > 0.5 and float(ratio.max()) < 1.25
-    assert drawn(state, 3, g)[0].shape == (3, 5)
+    assert drawn(state, 3, g).vectors.shape == (3, 5)
 
 
 @pytest.mark.parametrize("outputs", [1, 3])

@@ -32,6 +32,7 @@ __all__ = ["SparseBNN"]
 
 _RESERVOIR = 10_000
 _FEW = 20
+_OF = ("of the network that predicts", "of the networks that predict")
 _SAMPLE = 128  # rows that effects are averaged over
 _ANEW = 2.0  # rows so far over those of the last fit from scratch, from where going on is worse than starting again
 
@@ -56,7 +57,7 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         "random_state": ["random_state"],
     }
     _classify: ClassVar[bool]
-    _fitted: Fitted
+    _fitted: tuple[Fitted, ...]
     _draws: Draws
     _kept_rows: tuple[Floats, Floats, Floats]
 
@@ -233,20 +234,30 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         )
         table = Table(inputs[:, self._active].double(), y, weights.double())
         with progress(bool(self.verbose)) as on_step:
-            before = None if first else self._fitted
-            self._fitted = fit(table, self._target.likelihood(y), plan, start=before, on_step=on_step)
-        state = self._fitted.state
-        vectors, acceptance = drawn(state, self.n_draws, torch.Generator().manual_seed(seed))
-        empty = replace(state.model, table=table.rows(slice(0)))
-        self._draws = Draws(empty, vectors, acceptance, state.vector if acceptance is None else None)
-        self._fitted = replace(self._fitted, state=replace(state, model=empty))
-        self.inclusion_ = self._by_feature(self._fitted.inclusion[0].numpy(), self._outside)
-        self.n_weights_ = sum(len(net) for net in state.model.nets) - len(state.model.nets[1:])
-        self.acceptance_ = acceptance
-        self.evidence_curve_ = np.array(self._fitted.curve)
-        self.evidence_, self.n_iter_ = state.evidence, state.steps
+            before = () if first else self._fitted
+            found = fit(table, self._target.likelihood(y), plan, start=before, on_step=on_step)
+        # as many draws of each network as of any other: a mixture of equals
+        each = -(-self.n_draws // len(found))
+        drawings = [drawn(f.state, each, torch.Generator().manual_seed(seed + k)) for k, f in enumerate(found)]
+        self._draws = replace(drawings[0], others=tuple(drawings[1:]))
+        self._fitted = tuple(
+            replace(f, state=replace(f.state, model=d.model)) for f, d in zip(found, drawings, strict=True)
+        )
+        self.inclusion_ = self._by_feature(self._mean_inclusion(0), self._outside)
+        models = [d.model for d in drawings]
+        self.n_weights_ = sum(len(net) for m in models for net in m.nets) - sum(len(m.nets[1:]) for m in models)
+        moved = [d.acceptance for d in drawings if d.acceptance is not None]
+        self.acceptance_ = sum(moved) / len(moved) if moved else None
+        state = found[0].state
+        self.evidence_curve_ = np.array(found[0].curve)
+        self.evidence_, self.n_iter_ = state.evidence, max(f.state.steps for f in found)
         self._remarks: list[str] = []
         return self
+
+    def _mean_inclusion(self, net: int) -> Floats:
+        """Inclusion of the inputs that entered in the location (0) or the noise (1), mean of the networks."""
+        found: Floats = torch.stack([f.inclusion[net] for f in self._fitted]).mean(0).numpy()
+        return found
 
     def _choose_inputs(self, x: Tensor, y: Tensor, weight: Tensor) -> None:
         """Columns that enter: no constants, no duplicates, not more than screening lets through."""
@@ -369,7 +380,7 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
             why=why,
             tiles=[
                 ("inputs used", str(len(used)), f"of {len(names)}"),
-                ("weights", str(self.n_weights_), "of the network that predicts"),
+                ("weights", str(self.n_weights_), _OF[len(self._fitted) > 1]),
                 ("evidence", f"{self.evidence_:.1f}", "nats"),
             ],
             effects=[self.effect(j) for j in used],
@@ -389,7 +400,8 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
 
     def _weights_by_feature(self) -> Floats:
         weights = np.zeros(len(self.inclusion_))
-        np.add.at(weights, self._encoding.origin[self._active.numpy()], self._fitted.state.model.nets[0].used().numpy())
+        for f in self._fitted:
+            np.add.at(weights, self._encoding.origin[self._active.numpy()], f.state.model.nets[0].used().numpy())
         return weights
 
     def _shown(self, rows: Floats) -> Floats:

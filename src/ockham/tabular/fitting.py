@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from ockham.tabular.inclusion import Effort, State, believed, decide, drop_idle,
 from ockham.tabular.likelihoods import GaussianNoise, RowLikelihood, Student
 from ockham.tabular.model import Model, Table
 from ockham.tabular.network import Net
-from ockham.tabular.predicting import hamiltonian
+from ockham.tabular.predicting import Draws, hamiltonian
 
 __all__ = ["FitPlan", "Fitted", "OnFitStep", "drawn", "fit"]
 
@@ -21,6 +21,7 @@ _FIRST_ROWS, _NOISE_ROWS = 1500, 6000
 _WORK = 3e10  # rows times weights times (weights + overhead) of all steps on a large table
 _OVERHEAD = 60
 _NOISE_UNITS = 16
+_FAR = 0.1  # nats a row by which a network's evidence may be below the best's and it still predicts
 _SETTLE = 20
 _CHAINS, _WARMUP, _LEAPS = 8, 12, (6, 14)
 _MOST_DRAWN = 4e5  # rows times weights from where draws are Gaussian about the mode
@@ -37,7 +38,7 @@ class FitPlan:
     Attributes:
         hidden: units of each hidden layer at most.
         outputs: numbers that the network of the location or of the classes gives.
-        restarts: searches side by side; the one with most evidence goes on.
+        restarts: searches side by side.
         steps: second-order steps at most.
         slab_variance: prior variance of living weights, centre of its hyper-prior.
         left_out: inputs that did not enter; they count as excluded.
@@ -77,17 +78,23 @@ def fit(
     likelihood: RowLikelihood,
     plan: FitPlan,
     *,
-    start: Fitted | None = None,
+    start: Sequence[Fitted] = (),
     on_step: OnFitStep | None = None,
-) -> Fitted:
-    """Search on few rows from several starts, go on from the best with all rows, then the noise and the inputs.
+) -> tuple[Fitted, ...]:
+    """Search on few rows from several starts, go on with all rows, then the noise and the inputs.
+
+    On few rows several networks say the same with other units, and a mixture of them predicts better than the one with
+    most evidence: all go on but those whose evidence is far below the best. On many rows the best goes on alone.
 
     Args:
         table: the data.
         likelihood: likelihood of the targets; one with a scale begins with equal noise.
         plan: settings.
-        start: fit to go on from, instead of restarts.
+        start: fits to go on from, instead of restarts.
         on_step: function called now and then.
+
+    Returns:
+        Networks that predict together, the one with most evidence first.
 
     Raises:
         NonFiniteLossError: the energy became NaN or infinite.
@@ -100,49 +107,55 @@ def fit(
         if on_step is not None:
             on_step(state.steps, plan.steps, state.evidence)
 
-    def effort(state_steps: int, patience: int, smooth: float, share: float = 1.0) -> Effort:
-        steps = min(plan.steps, state_steps + int(share * plan.steps))
-        return Effort(patience, steps, generator, smooth, on_state)
-
-    most = plan.hidden[-1] if plan.hidden else 0
     order = torch.randperm(len(table.x), generator=generator)
-    scores: tuple[float, ...] = () if start is None else start.restarts
-    if start is None:
-        few = _first(table, order, _FIRST_ROWS)
-        begin = _linear(few, likelihood, plan)
-        tried, steps = [], 0
-        for r in range(plan.restarts):
-            begin = replace(begin, steps=steps)
-            share = plan.steps * (r + 1) // plan.restarts
-            smooth = 0.5 if r % 2 else 1.0
-            tried.append(search(begin, 0, most, replace(effort(0, plan.patience, smooth), steps=share)))
-            steps = tried[-1].steps
-        scores = tuple(s.evidence for s in tried)
-        state = replace(max(tried, key=lambda s: s.evidence), steps=steps)
+    few = _first(table, order, _NOISE_ROWS if start else _FIRST_ROWS)
+    if start:
+        begun = [decide(replace(f.state.model, table=few), f.state.vector, _SETTLE, 0) for f in start]
+        scores: tuple[float, ...] = start[0].restarts
     else:
-        few = _first(table, order, _NOISE_ROWS)
-        old = start.state
-        state = decide(replace(old.model, table=few), old.vector, _SETTLE, 0)
+        begun, begin = [], _linear(few, likelihood, plan)
+        for r in range(plan.restarts):
+            begin = replace(begin, steps=begun[-1].steps if begun else 0)
+            share = plan.steps * (r + 1) // plan.restarts
+            effort = Effort(plan.patience, share, generator, 0.5 if r % 2 else 1.0, on_state)
+            begun.append(search(begin, 0, plan.hidden[-1] if plan.hidden else 0, effort))
+        scores = tuple(s.evidence for s in begun)
+        steps, best = begun[-1].steps, max(scores)
+        near = best - _FAR * len(table.x) if len(table.x) <= _FIRST_ROWS else best
+        begun = [replace(s, steps=steps) for s in begun if s.evidence >= near]
+        begun = begun if len(table.x) <= _FIRST_ROWS else begun[:1]
+    found, searched = [], tuple(curve)
+    for k, state in enumerate(begun):
+        curve.clear()
+        done, inclusion = _finished(state, table, order, plan, Effort(1, 0, generator, 0.5, on_state), fresh=not start)
+        on_state(done)
+        before = start[k].state.steps if start else 0
+        found.append(Fitted(replace(done, steps=done.steps + before), inclusion, (*searched, *curve), scores))
+    return tuple(sorted(found, key=lambda f: -f.state.evidence))
+
+
+def _finished(
+    state: State, table: Table, order: Tensor, plan: FitPlan, effort: Effort, *, fresh: bool
+) -> tuple[State, tuple[Tensor, ...]]:
+    """A network that few rows gave, on all of them, with its noise and its inputs."""
+    most, first = plan.hidden[-1] if plan.hidden else 0, len(state.model.table.x)
+    patient = replace(effort, patience=max(1, plan.patience - 1))
     some = _first(table, order, _NOISE_ROWS)
-    if len(some.x) > len(few.x) or start is not None:
+    if len(some.x) > first or not fresh:
         state = _on(some, state)
-        state = search(
-            state, 0, most, replace(effort(0, max(1, plan.patience - 1), 0.5), steps=_affordable(state, plan))
-        )
+        state = search(state, 0, most, replace(patient, steps=_affordable(state, plan)))
     if len(state.model.nets) == 2:
-        state = _noisy(state, effort(0, max(1, plan.patience - 1), 0.5), fresh=start is None)
-        state = search(state, 0, most, replace(effort(0, 1, 0.5), steps=_affordable(state, plan)))
+        state = _noisy(state, replace(patient, steps=plan.steps), fresh=fresh)
+        state = search(state, 0, most, replace(effort, steps=_affordable(state, plan)))
     if len(table.x) > len(some.x):
         state = _on(table, state)
-        state = search(state, 0, most, replace(effort(0, 1, 0.5), steps=_affordable(state, plan)))
+        state = search(state, 0, most, replace(effort, steps=_affordable(state, plan)))
     state = drop_idle(state, tuple(range(len(state.model.nets))))
     inside = []
     for t in range(len(state.model.nets)):
-        state, found = believed(state, t, generator)
+        state, found = believed(state, t, effort.generator)
         inside.append(found)
-    on_state(state)
-    before = 0 if start is None else start.state.steps
-    return Fitted(replace(state, steps=state.steps + before), tuple(inside), tuple(curve), scores)
+    return state, tuple(inside)
 
 
 def _first(table: Table, order: Tensor, rows: int) -> Table:
@@ -199,17 +212,19 @@ def _noisy(state: State, effort: Effort, *, fresh: bool) -> State:
     return search(state, 1, _NOISE_UNITS, effort)
 
 
-def drawn(state: State, draws: int, generator: torch.Generator) -> tuple[Tensor, float | None]:
-    """Vectors [draws, d] from the posterior of a model's weights about its mode, and the acceptance of the chains.
+def drawn(state: State, draws: int, generator: torch.Generator) -> Draws:
+    """Networks from the posterior of a model's weights about its mode; their model has an empty table.
 
-    Hamiltonian Monte Carlo; on tables so large that chains would take minutes a Gaussian about the mode, and None.
+    Hamiltonian Monte Carlo; on tables so large that chains would take minutes a Gaussian about the mode.
     Chains move by the metric plus a tenth of its diagonal: of directions that the data leave open, in which gains of
     units make up for each other, a straight line is a tangent only.
     """
+    empty = replace(state.model, table=state.model.table.rows(slice(0)))
     if len(state.model.table.x) * len(state.vector) > _MOST_DRAWN:
         root = torch.linalg.cholesky(state.metric)
         noise = torch.randn(len(state.vector), draws, generator=generator, dtype=torch.float64)
-        return state.vector + torch.linalg.solve_triangular(root.T, noise, upper=True).T, None
+        vectors = state.vector + torch.linalg.solve_triangular(root.T, noise, upper=True).T
+        return Draws(empty, vectors, None, state.vector)
     chains, metric = min(_CHAINS, draws), state.metric + _STIFFEN * state.metric.diagonal().diag()
     found = hamiltonian(
         state.model.slopes,
@@ -220,4 +235,4 @@ def drawn(state: State, draws: int, generator: torch.Generator) -> tuple[Tensor,
         leaps=_LEAPS,
         generator=generator,
     )
-    return found.draws.flatten(0, 1)[:draws], found.acceptance
+    return Draws(empty, found.draws.flatten(0, 1)[:draws], found.acceptance)

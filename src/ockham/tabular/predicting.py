@@ -153,14 +153,26 @@ class Draws:
         vectors: weights and extras, [D, d].
         acceptance: mean acceptance of the chains; None where the draws are Gaussian about the mode.
         mode: mode [d] that Gaussian draws are about; None where chains drew.
+        others: draws of other models of the same inputs and likelihood; all together are equally likely.
     """
 
     model: Model
     vectors: Tensor
     acceptance: float | None
     mode: Tensor | None = None
+    others: tuple[Draws, ...] = ()
 
     def outputs(self, x: Tensor) -> Iterator[Tensor]:
+        """Outputs [D, rows, K] for parts of a table [n, p], float64, of all networks one after the other."""
+        for parts in zip(*(d._own_outputs(x) for d in (self, *self.others)), strict=True):
+            yield torch.cat(parts)
+
+    @property
+    def extras(self) -> Tensor:
+        """Parameters of the likelihood, [D, extras], of all networks one after the other."""
+        return torch.cat([d.model.split(d.vectors)[1] for d in (self, *self.others)])
+
+    def _own_outputs(self, x: Tensor) -> Iterator[Tensor]:
         """Outputs [D, rows, K] for parts of a table [n, p], float64; single precision inside.
 
         Of Gaussian draws by the tangent at the mode, output(mode) + J (draw - mode): a Gaussian belongs to the tangent,
@@ -186,7 +198,7 @@ class Draws:
 
     def means(self, x: Tensor) -> Iterator[Tensor]:
         """What each network expects, [D, rows]: location, rate of counts, or probability of the last class."""
-        likelihood, extra = self.model.likelihood, self.model.split(self.vectors)[1]
+        likelihood, extra = self.model.likelihood, self.extras
         for output in self.outputs(x):
             if isinstance(likelihood, Classes):
                 yield likelihood.probabilities(output, extra)[..., -1]
@@ -197,8 +209,8 @@ class Draws:
         """Location, scale [D, rows] and degrees of freedom [D, 1] of a regression, for parts of a table [n, p]."""
         likelihood = self.model.likelihood
         assert isinstance(likelihood, (GaussianNoise, Student))
-        _, extra = self.model.split(self.vectors)
-        freedom = 2 + extra.exp() if likelihood.extras else torch.full((len(self.vectors), 1), 1e6).double()
+        extra = self.extras
+        freedom = 2 + extra.exp() if likelihood.extras else torch.full((len(extra), 1), 1e6).double()
         for output in self.outputs(x):
             yield output[..., 0], log_scale(output[..., 1], likelihood.floor).exp(), freedom
 
@@ -226,9 +238,8 @@ def log_density(draws: Draws, x: Tensor, y: Tensor) -> Tensor:
     r"""Ln 1/D sum_d p(y; network d at x), nats, [n]; of a regression t_f(y; location_d(x), scale_d(x))."""
     found, begin, likelihood = [], 0, draws.model.likelihood
     if isinstance(likelihood, Counts):
-        extra = draws.model.split(draws.vectors)[1]
         each = torch.cat(list(draws.outputs(x)), 1)
-        return (-likelihood.nll(each, extra, y)).logsumexp(0) - math.log(len(each))
+        return (-likelihood.nll(each, draws.extras, y)).logsumexp(0) - math.log(len(each))
     for location, scale, freedom in draws.with_scales(x):
         part = y[begin : begin + location.shape[1]]
         begin += len(part)
