@@ -41,7 +41,7 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
         feature_importances_: the same, under scikit-learn's name.
         n_weights_: number of weights of the networks that predict, those of their noise included.
         n_noise_weights_: number of weights that move the size of the noise.
-        evidence_: ln of the evidence of the best network and its structure (Laplace), nats; `evidence_curve_` its course.
+        evidence_: Laplace ln evidence of the best network and its structure, nats; `evidence_curve_` its course.
         inclusion_by_target_: `inclusion_` of each of several targets, shape [k, n_features_in_].
         noise_std_: standard deviation of the noise (root mean square over rows), in units of the target.
         noise_inclusion_: probability that a feature moves the size of the noise, shape [n_features_in_].
