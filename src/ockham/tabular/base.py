@@ -412,7 +412,7 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
 
     def _numbers(self, rows: Floats) -> Tensor:
         """Rows of numbers [n, q] as the networks read them."""
-        return self._scaling.apply(rows)[:, self._active].double()
+        return self._scaling.apply(rows, self._active.numpy()).double()
 
     def _names(self) -> list[str]:
         given = getattr(self, "feature_names_in_", None)

@@ -98,7 +98,7 @@ class Encoding:
             names: their names.
             wanted: columns of numbers that anybody reads, 0 in all others; None: all.
         """
-        found = np.zeros((len(parts[0]), len(self.origin)))
+        found = np.zeros((len(parts[0]), len(self.origin)), order="F")  # memory of columns nobody reads is not touched
         for j in np.unique(self.origin if wanted is None else self.origin[wanted]):
             found[:, self.origin == j] = _applied(parts[j], self.columns[j], names[j])
         return found
@@ -303,9 +303,11 @@ class Scaling:
         constant = (present.max(0) == present.min(0)) | ~(std > 1e-12 * np.abs(mean))
         return Scaling(mean, np.where(constant, 1.0, std), constant)
 
-    def apply(self, values: Floats) -> Tensor:
-        """Standardised, float32."""
-        return torch.from_numpy(((values - self.mean) / self.std).astype(np.float32))
+    def apply(self, values: Floats, columns: npt.NDArray[np.intp] | None = None) -> Tensor:
+        """Some columns (None: all), standardised, float32."""
+        some = slice(None) if columns is None else columns
+        scaled = (values[:, some] - self.mean[some]) / self.std[some]
+        return torch.from_numpy(np.ascontiguousarray(scaled, dtype=np.float32))
 
 
 def in_order(x: Floats, y: Floats, weight: Floats) -> tuple[Floats, Floats, Floats]:
