@@ -332,3 +332,24 @@ def test_what_stands_in_for_an_input_stands_in_for_it_in_products_too():
 def _with_product(state, pair):
     grown = with_products(state, 0, [pair])
     return grown.model, grown.vector
+
+
+def test_evidence_for_products_is_of_all_rows_and_not_of_a_part_scaled_up():
+    """Of a part times how many parts there are, chance is taken for evidence: unused columns had inclusion 1."""
+    x, g = columns(13, 10_000, 4)
+    y = x[:, 0] + 0.5 * torch.randn(10_000, generator=g, dtype=torch.float64)
+    state = linear(x, y)
+    some, factors = product_factors(state, 0)
+    assert some.tolist() == [0, 1, 2, 3]
+    information, wanted = state.model.pseudo_residuals(state.vector, state.model.table, 0)
+    clamped = x.clamp(-4, 4)
+    for i, j in ((0, 1), (1, 3), (2, 3)):
+        z = clamped[:, i] * clamped[:, j]
+        z = z - z.mean()
+        a, size = float(wanted[:, 0] @ z), float(information[:, 0, 0] @ z.square())
+        prior = state.model.precision[0].get("pair.weight", 1 / state.model.slab(0))
+        assert float(factors[i, j]) == pytest.approx(
+            0.5 * a**2 / (size + prior) - 0.5 * math.log1p(size / prior), rel=1e-6
+        )
+    model = SparseBNNRegressor(n_restarts=1, hidden_layer_sizes=(4,), n_draws=1, random_state=0, max_iter=60)
+    assert float(model.fit(x.numpy(), y.numpy()).inclusion_[1:].max()) < 0.2

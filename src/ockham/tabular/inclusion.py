@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -508,6 +508,10 @@ def _solved(model: Model, vector: Tensor, t: int) -> Tensor:
     return vector
 
 
+def _total(parts: Iterable[Tensor]) -> Tensor:
+    return torch.stack(list(parts)).sum(0)
+
+
 def product_factors(state: State, t: int) -> tuple[Tensor, Tensor]:
     r"""Evidence for the product of two inputs in a network, nats, without the price of choosing it.
 
@@ -519,24 +523,30 @@ def product_factors(state: State, t: int) -> tuple[Tensor, Tensor]:
         Inputs [m]: all of them or, of many, those that do most by themselves; and ln BF [m, m], minus infinity for
         inputs that are nearly the same.
     """
-    model, net, table = state.model, state.model.nets[t], state.model.table.rows(slice(0, _ROWS))
-    x, (n, p) = table.x.clamp(-REACH, REACH), table.x.shape
-    information, wanted = model.pseudo_residuals(state.vector, table, t)
+    model, net, x = state.model, state.model.nets[t], state.model.table.x
+    n, p = x.shape
+    asked = [(c.x.clamp(-REACH, REACH), *model.pseudo_residuals(state.vector, c, t)) for c in model.chunks]
     some = torch.arange(p)
     if p > _PAIRED:
-        forms = torch.cat([x, x.square() - x.square().mean(0)], 1)
-        alone = (wanted.T @ forms).square().sum(0).view(2, p).amax(0)
+        square = _total(rows.square().sum(0) for rows, _, _ in asked) / n
+        linear = _total(pull.T @ rows for rows, _, pull in asked)
+        curved = _total(pull.T @ (rows.square() - square) for rows, _, pull in asked)
+        alone = torch.cat([linear, curved], 1).square().sum(0).view(2, p).amax(0)
         some = torch.cat([(net.used() > 0).nonzero()[:, 0], alone.topk(_PAIRED).indices]).unique()
-        x = x[:, some]
-    mean, squares, scale = x.T @ x / n, x.square(), len(model.table.x) / n
+        asked = [(rows[:, some], information, pull) for rows, information, pull in asked]
+    mean = _total(rows.T @ rows for rows, _, _ in asked) / n
     best = torch.full_like(mean, -torch.inf)
     prior = model.precision[t].get("pair.weight", 1 / model.slab(t))
-    for k in range(wanted.shape[1]):
-        weight, pull = information[:, k, k], wanted[:, k]
-        size = squares.T @ (squares * weight.unsqueeze(1)) + mean.square() * weight.sum()
-        size = scale * (size - 2 * mean * (x.T @ (x * weight.unsqueeze(1)))).clamp_min(0.0)
-        along = scale * (x.T @ (x * pull.unsqueeze(1)) - mean * pull.sum())
+    for k in range(asked[0][2].shape[1]):
+        size, along = torch.zeros_like(mean), torch.zeros_like(mean)
+        for rows, information, pull in asked:  # all of them: what chance gives a part of the rows is not theirs
+            weight, squares = information[:, k, k], rows.square()
+            size += squares.T @ (squares * weight.unsqueeze(1)) + mean.square() * weight.sum()
+            size -= 2 * mean * (rows.T @ (rows * weight.unsqueeze(1)))
+            along += rows.T @ (rows * pull[:, k : k + 1]) - mean * pull[:, k].sum()
+        size.clamp_min_(0.0)
         best = torch.maximum(best, 0.5 * along.square() / (size + prior) - 0.5 * (size / prior).log1p())
+    x = x[:_ROWS, some].clamp(-REACH, REACH)
     if len(some) > 1:  # the product of two that are alike is nearly a square of either, and says nothing of both
         best[torch.corrcoef(x.T).nan_to_num().abs() > _ALIKE] = -torch.inf
     return some, best
