@@ -120,10 +120,9 @@ def fit(
             effort = Effort(plan.patience, share, generator, 0.5 if r % 2 else 1.0, on_state)
             begun.append(search(begin, 0, plan.hidden[-1] if plan.hidden else 0, effort))
         scores = tuple(s.evidence for s in begun)
-        steps, best = begun[-1].steps, max(scores)
-        near = best - _FAR * len(table.x) if len(table.x) <= _FIRST_ROWS else best
-        begun = [replace(s, steps=steps) for s in begun if s.evidence >= near]
-        begun = begun if len(table.x) <= _FIRST_ROWS else begun[:1]
+        steps, far, alone = begun[-1].steps, max(scores) - _FAR * len(table.x), len(table.x) > _FIRST_ROWS
+        kept = [max(begun, key=lambda s: s.evidence)] if alone else [s for s in begun if s.evidence >= far]
+        begun = [replace(s, steps=steps) for s in kept]
     found, searched = [], tuple(curve)
     for k, state in enumerate(begun):
         curve.clear()
