@@ -23,7 +23,7 @@ from torch import Tensor
 from ockham.errors import OckhamError, OckhamWarning
 from ockham.tabular.data import Encoding, Floats, Scaling, columns_of, counts_for, dense, duplicates, in_order, screen
 from ockham.tabular.explaining import Effect, Facts, bars, effect, paint, progress, strongest_pair, table_of, write_page
-from ockham.tabular.fitting import FitPlan, Fitted, drawn, fit
+from ockham.tabular.fitting import FitPlan, Fitted, drawn, fit, residual_trees
 from ockham.tabular.model import Table
 from ockham.tabular.predicting import Draws
 from ockham.tabular.targets import target_for
@@ -52,6 +52,7 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
         "n_effective": [Interval(Real, 0, None, closed="neither"), None],
         "n_draws": [Interval(Integral, 1, None, closed="left")],
+        "residual_trees": ["boolean", StrOptions({"all"})],
         "warm_start": ["boolean"],
         "verbose": ["verbose"],
         "random_state": ["random_state"],
@@ -75,6 +76,7 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         n_iter_no_change: int = 2,
         n_draws: int = 64,
         n_effective: float | None = None,
+        residual_trees: Any = True,
         warm_start: bool = False,
         verbose: bool = False,
         random_state: Any = None,
@@ -90,6 +92,7 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         self.n_iter_no_change = n_iter_no_change
         self.n_draws = n_draws
         self.n_effective = n_effective
+        self.residual_trees = residual_trees
         self.warm_start = warm_start
         self.verbose = verbose
         self.random_state = random_state
@@ -240,6 +243,10 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         each = -(-self.n_draws // len(found))
         drawings = [drawn(f.state, each, torch.Generator().manual_seed(seed + k)) for k, f in enumerate(found)]
         self._draws = replace(drawings[0], others=tuple(drawings[1:]))
+        every = self.residual_trees == "all"
+        trees = residual_trees(self._draws, table, seed, every=every) if self.residual_trees else None
+        self._draws = replace(self._draws, trees=trees)
+        self.n_leaves_, self.residual_gain_ = (0, 0.0) if trees is None else (len(trees), trees.gain)
         self._fitted = tuple(
             replace(f, state=replace(f.state, model=d.model)) for f, d in zip(found, drawings, strict=True)
         )
@@ -252,6 +259,10 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         self.evidence_curve_ = np.array(found[0].curve)
         self.evidence_, self.n_iter_ = state.evidence, max(f.state.steps for f in found)
         self._remarks: list[str] = []
+        if trees is not None:
+            self._remarks.append(
+                f"trees of {len(trees)} leaves for what networks leave: {trees.gain:.1f} nats on held-out rows"
+            )
         return self
 
     def _mean_inclusion(self, net: int) -> Floats:

@@ -40,6 +40,8 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
             without it, and with its stand-ins.
         feature_importances_: the same, under scikit-learn's name.
         n_weights_: number of weights of the networks that predict, those of their noise included.
+        n_leaves_: number of leaves of the trees for what networks leave; 0 where held-out rows gain nothing by them.
+        residual_gain_: nats by which the log density of held-out rows rose by the trees, for all rows; 0 without.
         n_noise_weights_: number of weights that move the size of the noise.
         evidence_: Laplace ln evidence of the best network and its structure, nats; `evidence_curve_` its course.
         inclusion_by_target_: `inclusion_` of each of several targets, shape [k, n_features_in_].
@@ -80,6 +82,7 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
         n_iter_no_change: int = 2,
         n_draws: int = 64,
         n_effective: float | None = None,
+        residual_trees: Any = True,
         warm_start: bool = False,
         verbose: bool = False,
         random_state: Any = None,
@@ -96,6 +99,7 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
             n_iter_no_change=n_iter_no_change,
             n_draws=n_draws,
             n_effective=n_effective,
+            residual_trees=residual_trees,
             warm_start=warm_start,
             verbose=verbose,
             random_state=random_state,
@@ -268,6 +272,7 @@ class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
         inclusion_: probability that a feature is used, shape [n_features_in_]; as there.
         feature_importances_: the same, under scikit-learn's name.
         n_weights_: weights of the networks that predict.
+        n_leaves_: leaves of trees, and `residual_gain_` what they brought, as there.
         evidence_: ln of the evidence of the best network and its structure, nats; `evidence_curve_` its course.
         acceptance_: mean acceptance of the chains that drew the networks, as there.
         n_iter_: number of second-order steps taken.
@@ -294,6 +299,7 @@ class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
         n_iter_no_change: int = 2,
         n_draws: int = 64,
         n_effective: float | None = None,
+        residual_trees: Any = True,
         class_weight: Any = None,
         label_noise: bool = False,
         warm_start: bool = False,
@@ -312,6 +318,7 @@ class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
             n_iter_no_change=n_iter_no_change,
             n_draws=n_draws,
             n_effective=n_effective,
+            residual_trees=residual_trees,
             warm_start=warm_start,
             verbose=verbose,
             random_state=random_state,
@@ -372,6 +379,9 @@ _PARAMETERS = """Args:
         n_iter_no_change: attempts with more units, without success, that this takes.
         n_draws: networks that are drawn and that a prediction averages.
         n_effective: number of independent observations that the weights of all rows stand for; None: see `fit`.
+        residual_trees: whether boosted trees of the inputs that networks use may add what these leave unexplained; they
+            come only where the log density of held-out rows rises by more than 1/2 ln n nats. "all": trees of every
+            input that entered, whatever its inclusion. False: networks alone.
 CLASS        warm_start: `fit` goes on from the last one instead of starting again.
         verbose: whether to show a progress bar.
         random_state: seed of random units, rows and draws.

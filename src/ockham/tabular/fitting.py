@@ -1,4 +1,4 @@
-"""Fitting sparse networks to a table: restarts, growth and removal by evidence, noise, inputs, draws that predict."""
+"""Fitting to a table: restarts, growth and removal by evidence, noise, inputs, draws, trees for what is left."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from scipy.optimize import minimize
+from sklearn.ensemble import HistGradientBoostingRegressor
 from torch import Tensor
 
+from ockham.tabular.data import Floats
 from ockham.tabular.inclusion import Effort, State, believed, decide, drop_idle, search
-from ockham.tabular.likelihoods import GaussianNoise, RowLikelihood, Student
+from ockham.tabular.likelihoods import GaussianNoise, RowLikelihood, Student, log_scale, student_nll
 from ockham.tabular.model import Model, Table
 from ockham.tabular.network import Net
-from ockham.tabular.predicting import Draws, hamiltonian
+from ockham.tabular.predicting import Draws, ResidualTrees, hamiltonian
 
-__all__ = ["FitPlan", "Fitted", "OnFitStep", "drawn", "fit"]
+__all__ = ["FitPlan", "Fitted", "OnFitStep", "drawn", "fit", "residual_trees"]
 
 _FIRST_ROWS, _NOISE_ROWS = 1500, 6000
 _WORK = 3e10  # rows times weights times (weights + overhead) of all steps on a large table
@@ -26,6 +30,11 @@ _SETTLE = 20
 _CHAINS, _WARMUP, _LEAPS = 8, 12, (6, 14)
 _MOST_DRAWN = 4e5  # rows times weights from where draws are Gaussian about the mode
 _STIFFEN = 0.1
+
+_TREES = {"max_iter": 200, "learning_rate": 0.1, "min_samples_leaf": 5, "max_features": 0.5, "early_stopping": False}
+_FEWEST, _MANY, _JUDGES = 100, 20_000, 4000  # rows: for trees at all, that folds are made of, that judge
+_FOLDS = 5
+_CLIP = 4.0  # working responses, in standard deviations of the noise or in logits
 
 OnFitStep = Callable[[int, int, float], None]
 """(step, of at most, evidence in nats)."""
@@ -235,3 +244,113 @@ def drawn(state: State, draws: int, generator: torch.Generator) -> Draws:
         generator=generator,
     )
     return Draws(empty, found.draws.flatten(0, 1)[:draws], found.acceptance)
+
+
+def residual_trees(draws: Draws, table: Table, seed: int, *, every: bool = False) -> ResidualTrees | None:
+    r"""Boosted trees for what networks leave unexplained; None where held-out rows gain nothing by them.
+
+    They are fitted to working responses of the networks, which stay as they are,
+
+        z = -(d nll / d output) / information,    weights: information
+
+    (of a regression the residuals themselves, weighed by the noise), and by default read no input that the networks do
+    not use. Their share and the factor of the noise's scale have the greatest log density of held-out rows; that must
+    rise by more than 1/2 ln n nats, the price of one parameter. Of the scale only the change counts: networks have seen
+    the rows.
+
+    Args:
+        draws: networks that predict together.
+        table: rows they were fitted to.
+        seed: seed of folds and of the columns that a split looks at.
+        every: whether they read inputs that the networks do not use, too.
+
+    References:
+        Friedman, Hastie & Tibshirani (2000), *Additive logistic regression*, algorithm 3 (working responses).
+    """
+    used = sum((d.model.nets[0].used() > 0).long() for d in (draws, *draws.others))
+    columns, n = torch.as_tensor(used + every).nonzero()[:, 0], len(table.x)
+    if n < _FEWEST or not len(columns):
+        return None
+    price = 0.5 * math.log(max(float(table.weight.sum()), 1.0))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    few = table.rows(order[:_MANY])
+    share, log_shrink, gain = _judged(draws, few, columns, seed)
+    if gain <= price:
+        return None
+    trees = _boosted(table.x[:, columns].numpy(), *_working(draws, table), seed)
+    return ResidualTrees(trees, columns, share, log_shrink, gain)
+
+
+def _working(draws: Draws, table: Table) -> tuple[Floats, Floats]:
+    """Working responses and their weights, [n, K] each, at the mean output of all networks."""
+    likelihood, extra = draws.model.likelihood, draws.extras.mean(0, keepdim=True)
+    output = torch.cat([part.mean(0) for part in draws.outputs(table.x)])
+    several = len(draws.model.nets[0].keep["out.bias"])
+    information = likelihood.information(output, extra[0])[0].diagonal(dim1=1, dim2=2)[:, :several].clamp_min(1e-12)
+    if isinstance(likelihood, Student):  # residuals: its slope would leave out what trees are for
+        response, width = (table.y - output[:, 0]).unsqueeze(1), information.rsqrt()
+    else:
+        response = -likelihood.slopes(output.unsqueeze(0), extra, table.y)[0][0] / information
+        width = torch.ones_like(information)
+    response = response.clamp(-_CLIP * width, _CLIP * width)
+    weight = information * table.weight.unsqueeze(1)
+    return response.numpy(), (weight / weight.mean(0)).numpy()
+
+
+def _boosted(x: Floats, response: Floats, weight: Floats, seed: int) -> tuple[HistGradientBoostingRegressor, ...]:
+    """One sum of trees for each column of responses."""
+    pairs = zip(response.T, weight.T, strict=True)
+    return tuple(HistGradientBoostingRegressor(random_state=seed, **_TREES).fit(x, z, w) for z, w in pairs)
+
+
+def _judged(draws: Draws, table: Table, columns: Tensor, seed: int) -> tuple[float, float, float]:
+    """Share of the trees, ln of the scale's factor, and nats gained for all rows, by rows that trees did not see.
+
+    Args:
+        draws: networks that predict together.
+        table: rows in random order.
+        columns: inputs that trees read.
+        seed: seed of the trees.
+    """
+    x, part = table.x[:, columns].numpy(), np.arange(len(table.x)) % _FOLDS
+    response, weight = _working(draws, table)
+    said = np.zeros_like(response)
+    found = (0.0, 0.0, 0.0)
+    for k in range(_FOLDS):
+        train, test = part != k, part == k
+        trees = _boosted(x[train], response[train], weight[train], seed)
+        said[test] = np.stack([t.predict(x[test]) for t in trees], 1)
+        if k in (1, _FOLDS - 1):
+            rows = (part <= k).nonzero()[0][:_JUDGES]
+            found = _weighed(draws, table.rows(torch.from_numpy(rows)), torch.from_numpy(said[rows]))
+            if found[2] <= 0:
+                break
+    return found[0], found[1], found[2] * float(table.weight.sum())
+
+
+def _weighed(draws: Draws, judges: Table, shift: Tensor) -> tuple[float, float, float]:
+    """Share of shifts [n, K], ln of the scale's factor and nats gained a row, where the log density is greatest."""
+    output, extra = torch.cat(list(draws.outputs(judges.x)), 1), draws.extras
+    likelihood = draws.model.likelihood
+
+    def lost(share: float, log_shrink: float) -> float:
+        """Mean negative log density of the mixture, nats."""
+        moved = output.clone()
+        moved[..., : shift.shape[1]] += share * shift
+        if isinstance(likelihood, Student):
+            log = (log_scale(moved[..., 1], likelihood.floor) + log_shrink).clamp_min(likelihood.floor)
+            nll = student_nll(judges.y - moved[..., 0], log, 2 + extra.exp())
+        else:
+            nll = likelihood.nll(moved, extra, judges.y)
+        log_density = (-nll).logsumexp(0) - math.log(len(nll))
+        return -float(log_density @ judges.weight / judges.weight.sum())
+
+    scaled = isinstance(likelihood, Student)
+    bounds = [(0.0, 1.5), (-3.0, 1.0)] if scaled else [(0.0, 1.5)]
+    found = minimize(
+        lambda p: lost(p[0], p[1] if scaled else 0.0), [0.7, -0.1][: len(bounds)], method="L-BFGS-B", bounds=bounds
+    )
+    alone = minimize(lambda p: lost(0.0, p[0]), [-0.1], method="L-BFGS-B", bounds=bounds[1:]) if scaled else None
+    before = lost(0.0, 0.0) if alone is None else float(alone.fun)
+    log_shrink = 0.0 if alone is None else float(found.x[1] - alone.x[0])
+    return float(found.x[0]), log_shrink, before - float(found.fun)

@@ -1,4 +1,4 @@
-"""Draws of a table model by Hamiltonian Monte Carlo, and predictions from them."""
+"""Draws of a table model by Hamiltonian Monte Carlo, trees for what they leave, and predictions from both."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from scipy.special import pdtr, stdtr, stdtrit
+from sklearn.ensemble import HistGradientBoostingRegressor
 from torch import Tensor
 
 from ockham.errors import OckhamError
@@ -16,7 +17,7 @@ from ockham.tabular.data import Floats
 from ockham.tabular.likelihoods import Classes, Counts, GaussianNoise, Student, log_scale, student_nll
 from ockham.tabular.model import Model
 
-__all__ = ["Chains", "Draws", "hamiltonian", "interval", "log_density", "moments", "noise_std"]
+__all__ = ["Chains", "Draws", "ResidualTrees", "hamiltonian", "interval", "log_density", "moments", "noise_std"]
 
 
 Slopes = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -145,6 +146,36 @@ _ROWS = 2048
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class ResidualTrees:
+    """Boosted trees for what networks leave unexplained: location, log rate or logits move by share * trees(x).
+
+    Attributes:
+        trees: one fitted regressor for each output.
+        columns: inputs that they read, those that the networks use.
+        share: factor of what they say, chosen on held-out rows.
+        log_shrink: ln of the factor that the noise's scale gets, the residuals being smaller.
+        gain: nats by which the log density of held-out rows rose, for all rows.
+    """
+
+    trees: tuple[HistGradientBoostingRegressor, ...]
+    columns: Tensor
+    share: float
+    log_shrink: float
+    gain: float
+
+    def shift(self, x: Tensor) -> Tensor:
+        """What outputs move by, [rows, K], for inputs [rows, p]."""
+        inputs = x[:, self.columns].numpy()
+        if not len(inputs):
+            return x.new_zeros(0, len(self.trees))
+        return self.share * torch.from_numpy(np.stack([t.predict(inputs) for t in self.trees], 1))
+
+    def __len__(self) -> int:
+        """Number of leaves."""
+        return sum(int(p.get_n_leaf_nodes()) for t in self.trees for (p,) in t._predictors)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Draws:
     """Networks drawn from the posterior.
 
@@ -154,6 +185,7 @@ class Draws:
         acceptance: mean acceptance of the chains; None where the draws are Gaussian about the mode.
         mode: mode [d] that Gaussian draws are about; None where chains drew.
         others: draws of other models of the same inputs and likelihood; all together are equally likely.
+        trees: trees for what all of them leave; None where held-out rows gain nothing by them.
     """
 
     model: Model
@@ -161,11 +193,15 @@ class Draws:
     acceptance: float | None
     mode: Tensor | None = None
     others: tuple[Draws, ...] = ()
+    trees: ResidualTrees | None = None
 
     def outputs(self, x: Tensor) -> Iterator[Tensor]:
         """Outputs [D, rows, K] for parts of a table [n, p], float64, of all networks one after the other."""
-        for parts in zip(*(d._own_outputs(x) for d in (self, *self.others)), strict=True):
-            yield torch.cat(parts)
+        for rows, *parts in zip(x.split(_ROWS), *(d._own_outputs(x) for d in (self, *self.others)), strict=True):
+            output = torch.cat(parts)
+            if self.trees is not None:
+                output[..., : len(self.trees.trees)] += self.trees.shift(rows)
+            yield output
 
     @property
     def extras(self) -> Tensor:
@@ -211,8 +247,10 @@ class Draws:
         assert isinstance(likelihood, (GaussianNoise, Student))
         extra = self.extras
         freedom = 2 + extra.exp() if likelihood.extras else torch.full((len(extra), 1), 1e6).double()
+        shrink = 0.0 if self.trees is None else self.trees.log_shrink
         for output in self.outputs(x):
-            yield output[..., 0], log_scale(output[..., 1], likelihood.floor).exp(), freedom
+            log = (log_scale(output[..., 1], likelihood.floor) + shrink).clamp_min(likelihood.floor)
+            yield output[..., 0], log.exp(), freedom
 
 
 def moments(draws: Draws, x: Tensor) -> tuple[Tensor, Tensor]:

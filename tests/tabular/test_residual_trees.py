@@ -1,0 +1,221 @@
+"""Trees for what networks leave unexplained: when they come, what they read, and that densities stay densities."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from ockham.tabular import SparseBNNClassifier, SparseBNNRegressor
+from ockham.tabular.fitting import _weighed, _working, residual_trees
+from ockham.tabular.likelihoods import Classes, Counts, Student
+from ockham.tabular.model import Model, Table
+from ockham.tabular.network import Net
+from ockham.tabular.predicting import Draws
+
+FAST = {"hidden_layer_sizes": (8,), "n_draws": 16, "random_state": 0, "n_restarts": 1}
+
+
+def steps(rows: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A linear term and a step function of two inputs that no few smooth units follow; x3 to x5 do nothing."""
+    g = np.random.default_rng(seed)
+    heights = np.random.default_rng(7).normal(size=(9, 9))
+    x = g.uniform(-1, 1, size=(rows, 6))
+    cell = np.floor((x[:, :2] + 1) * 4.5).astype(int)
+    return x, 2 * x[:, 2] + x[:, 0] + x[:, 1] + heights[cell[:, 0], cell[:, 1]] + 0.1 * g.normal(size=rows)
+
+
+@pytest.fixture(scope="module")
+def rough() -> SparseBNNRegressor:
+    return SparseBNNRegressor(**FAST).fit(*steps(900, 0))
+
+
+def without(model: SparseBNNRegressor) -> SparseBNNRegressor:
+    """The same model, its networks alone."""
+    other = pickle.loads(pickle.dumps(model))
+    other._draws = replace(other._draws, trees=None)
+    return other
+
+
+def test_they_come_where_networks_cannot_follow_and_rows_not_seen_gain(rough: SparseBNNRegressor) -> None:
+    assert rough.n_leaves_ > 500 and rough.residual_gain_ > 100
+    x, y = steps(400, 1)
+    alone = without(rough)
+    assert rough.log_density(x, y).mean() > alone.log_density(x, y).mean() + 0.3
+    assert np.mean((y - rough.predict(x)) ** 2) < 0.6 * np.mean((y - alone.predict(x)) ** 2)
+    lower, upper = rough.predict_interval(x, 0.9)
+    assert 0.82 < np.mean((lower < y) & (y < upper)) < 0.97
+    assert f"{rough.n_leaves_} leaves" in rough.summary()
+
+
+def test_they_read_only_what_networks_use(rough: SparseBNNRegressor) -> None:
+    used = {j for j in range(6) if rough.inclusion_[j] > 0.5}
+    assert {0, 1, 2} <= used < set(range(6))
+    idle = sorted(set(range(6)) - used)
+    x, _ = steps(50, 2)
+    moved = x.copy()
+    moved[:, idle] = np.random.default_rng(3).normal(size=(50, len(idle)))
+    np.testing.assert_array_equal(rough.predict(x), rough.predict(moved))
+    every = SparseBNNRegressor(**FAST, residual_trees="all").fit(*steps(900, 0))
+    assert every.inclusion_ == pytest.approx(rough.inclusion_)
+    assert not np.array_equal(every.predict(x), every.predict(moved))
+
+
+def test_they_stay_away_where_networks_follow_and_where_nobody_wants_them(rough: SparseBNNRegressor) -> None:
+    g = np.random.default_rng(0)
+    x = g.normal(size=(500, 5))
+    smooth = SparseBNNRegressor(**FAST).fit(x, np.sin(x[:, 0]) + x[:, 1] + 0.3 * g.normal(size=500))
+    assert smooth.n_leaves_ == 0 and smooth.residual_gain_ == 0 and smooth._draws.trees is None
+    assert "leaves" not in smooth.summary()
+    few = SparseBNNRegressor(**FAST).fit(*(part[:80] for part in steps(900, 0)))
+    assert few.n_leaves_ == 0
+    off = SparseBNNRegressor(**FAST, residual_trees=False).fit(*steps(900, 0))
+    assert off.n_leaves_ == 0 and off.inclusion_ == pytest.approx(rough.inclusion_)
+    assert off.n_weights_ == rough.n_weights_
+    x, y = steps(60, 4)
+    np.testing.assert_allclose(off.log_density(x, y), without(rough).log_density(x, y), rtol=1e-9)
+
+
+def test_the_density_with_trees_is_one(rough: SparseBNNRegressor) -> None:
+    x, _ = steps(5, 5)
+    grid = np.linspace(-12, 12, 6001)
+    for row in x:
+        density = np.exp(rough.log_density(np.repeat(row[None], len(grid), 0), grid))
+        assert np.trapezoid(density, grid) == pytest.approx(1, abs=1e-3)
+        assert np.trapezoid(density * grid, grid) == pytest.approx(rough.predict(row[None])[0], abs=2e-3)
+        lower, upper = rough.predict_interval(row[None], 0.8)
+        inside = (grid > lower) & (grid < upper)
+        assert np.trapezoid(density[inside], grid[inside]) == pytest.approx(0.8, abs=5e-3)
+
+
+def test_what_is_told_of_the_noise_is_with_trees(rough: SparseBNNRegressor) -> None:
+    assert rough._draws.trees is not None and rough._draws.trees.log_shrink < -0.1
+    x, y = steps(500, 6)
+    assert rough.noise_std_ == pytest.approx(np.std(y - rough.predict(x)), rel=0.35)
+    copy = pickle.loads(pickle.dumps(rough))
+    np.testing.assert_array_equal(copy.predict(x), rough.predict(x))
+
+
+def constant(likelihood: Student | Classes | Counts, outputs: torch.Tensor, extra: float | None = None) -> Draws:
+    """One network whose outputs are the same for every row of a table of two inputs."""
+    nets = [Net.linear(2, len(outputs), 0, reads=False)]
+    parts = [outputs]
+    if isinstance(likelihood, Student):
+        nets.append(Net.linear(2, 1, 1, reads=False))
+        parts = [outputs[:1], outputs[1:]]
+        nets[0] = Net.linear(2, 1, 0, reads=False)
+    empty = Table(torch.zeros(0, 2).double(), torch.zeros(0).double(), torch.zeros(0).double())
+    precision = tuple(dict.fromkeys(net.keep, 1.0) for net in nets)
+    model = Model(tuple(nets), likelihood, empty, 1.0, precision, 0.0, 0)
+    vector = torch.cat([*parts, torch.tensor([] if extra is None else [extra])]).double()
+    return Draws(model, vector.unsqueeze(0), None)
+
+
+def test_share_and_scale_against_least_squares() -> None:
+    """One network, nearly Gaussian noise of scale s: share = <r, t> / <t, t>, scale by the root mean square."""
+    g = torch.Generator().manual_seed(0)
+    shift = torch.randn(700, 1, generator=g).double()
+    y = 0.6 * shift[:, 0] + 0.5 * torch.randn(700, generator=g).double()
+    draws = constant(Student(-6.0), torch.tensor([0.0, 0.1]), 12.0)
+    rows = Table(torch.zeros(700, 2).double(), y, torch.ones(700).double())
+    share, log_shrink, gain = _weighed(draws, rows, shift)
+    expected = float(y @ shift[:, 0] / (shift**2).sum())
+    before = y.square().mean().sqrt()
+    rest = (y - expected * shift[:, 0]).square().mean().sqrt()
+    assert share == pytest.approx(expected, abs=2e-3)
+    assert log_shrink == pytest.approx(float((rest / before).log()), abs=2e-3)
+    assert gain == pytest.approx(-float((rest / before).log()), abs=1e-3)  # nats a row of a Gaussian
+    none = _weighed(draws, rows, torch.randn(700, 1, generator=g).double() * 3)
+    assert none[0] < 0.05 and none[2] < 0.005
+
+
+def test_the_share_of_logits_against_a_logistic_regression() -> None:
+    g = torch.Generator().manual_seed(1)
+    shift = torch.randn(900, 1, generator=g).double()
+    y = (torch.rand(900, generator=g) < torch.sigmoid(0.3 + 0.8 * shift[:, 0])).long()
+    rows = Table(torch.zeros(900, 2).double(), y, torch.ones(900).double())
+    share, log_shrink, gain = _weighed(constant(Classes(), torch.tensor([0.3])), rows, shift)
+
+    def nll(s: float) -> float:
+        p = 1 / (1 + np.exp(-0.3 - s * shift[:, 0].numpy()))
+        return -float(np.mean(np.where(y.numpy() == 1, np.log(p), np.log(1 - p))))
+
+    grid = np.linspace(0, 1.5, 3001)
+    losses = [nll(s) for s in grid]
+    assert share == pytest.approx(grid[int(np.argmin(losses))], abs=2e-3) and log_shrink == 0
+    assert gain == pytest.approx(losses[0] - min(losses), abs=1e-5)
+
+
+def test_working_responses() -> None:
+    """Residuals, 1 / s^2; of a logit (y - p) / p (1 - p), p (1 - p); of a log rate (y - rate) / rate, rate."""
+    weight = torch.tensor([1.0, 2.0, 1.0]).double()
+    x = torch.zeros(3, 2).double()
+    response, w = _working(constant(Student(-6.0), torch.tensor([0.2, 0.1]), 12.0), Table(x, weight * 0.3, weight))
+    np.testing.assert_allclose(response[:, 0], (0.3 * weight - 0.2).numpy(), rtol=1e-6)
+    np.testing.assert_allclose(w[:, 0] / w[0, 0], weight.numpy())
+    y = torch.tensor([0, 1, 1])
+    response, w = _working(constant(Classes(), torch.tensor([0.4])), Table(x, y, weight))
+    p = 1 / (1 + np.exp(-0.4))
+    np.testing.assert_allclose(response[:, 0], (y.numpy() - p) / (p * (1 - p)), rtol=1e-6)
+    response, w = _working(constant(Counts(0.5), torch.tensor([0.1])), Table(x, weight, weight))
+    rate = np.exp(0.6)
+    np.testing.assert_allclose(response[:, 0], (weight.numpy() - rate) / rate, rtol=1e-6)
+    assert w.mean() == pytest.approx(1)
+
+
+def test_classes_and_counts() -> None:
+    g = np.random.default_rng(0)
+    x = g.uniform(-1, 1, size=(900, 3))
+    cell = np.floor((x[:, :2] + 1) * 2).astype(int)
+    odd = (cell.sum(1) % 2).astype(float)
+    kind = (g.random(900) < np.where(odd > 0, 0.95, 0.05)).astype(int)
+    label = np.array(["no", "yes"])[kind]
+    settings = {**FAST, "hidden_layer_sizes": (2,)}
+    classes = SparseBNNClassifier(**settings, residual_trees="all").fit(x[:700], label[:700])
+    assert classes.n_leaves_ > 0
+    alone = without(classes)
+    inputs, trees = classes._inputs(x[700:]), classes._draws.trees
+    assert trees is not None
+    logits = torch.cat(list(alone._draws.outputs(inputs)), 1) + trees.shift(inputs)
+    np.testing.assert_allclose(classes.predict_proba(x[700:])[:, 1], torch.sigmoid(logits).mean(0)[:, 0], rtol=1e-6)
+    assert np.mean(classes.predict(x[700:]) == label[700:]) > np.mean(alone.predict(x[700:]) == label[700:]) + 0.03
+    counts = g.poisson(np.exp(0.5 + 1.5 * odd))
+    rates = SparseBNNRegressor(**settings, loss="poisson", residual_trees="all").fit(x[:700], counts[:700])
+    assert rates.n_leaves_ > 0
+    assert rates.log_density(x[700:], counts[700:]).mean() > without(rates).log_density(x[700:], counts[700:]).mean()
+    assert (rates.predict(x[:50]) > 0).all()
+
+
+def test_nothing_is_read_where_no_input_is_used() -> None:
+    g = torch.Generator().manual_seed(0)
+    rows = Table(
+        torch.randn(300, 2, generator=g).double(), torch.randn(300, generator=g).double(), torch.ones(300).double()
+    )
+    draws = constant(Student(-6.0), torch.tensor([0.0, 0.1]), 3.0)
+    assert residual_trees(draws, rows, 0) is None
+    assert residual_trees(draws, rows, 0, every=True) is None  # noise alone
+
+
+def test_other_words_are_refused() -> None:
+    with pytest.raises(ValueError, match="residual_trees"):
+        SparseBNNRegressor(residual_trees="some").fit(*steps(50, 0))
+
+
+def test_scores_are_of_a_student(rough: SparseBNNRegressor) -> None:
+    """One draw: the density is Student's t about network and trees, its scale shrunk."""
+    x, y = steps(6, 8)
+    draws = rough._draws
+    one = replace(draws, vectors=draws.vectors[:1], others=())
+    location, scale, freedom = (t.numpy() for t in next(iter(one.with_scales(rough._inputs(x)))))
+    plain = next(iter(replace(one, trees=None).with_scales(rough._inputs(x))))
+    assert draws.trees is not None
+    np.testing.assert_allclose(scale, plain[1] * np.exp(draws.trees.log_shrink), rtol=1e-9)
+    centre, std = rough._target.units
+    expected = stats.t.logpdf((y - centre) / std, freedom[0, 0], location[0], scale[0]) - np.log(std)
+    other = pickle.loads(pickle.dumps(rough))
+    other._draws = one
+    np.testing.assert_allclose(other.log_density(x, y), expected, rtol=1e-8)
