@@ -1,7 +1,7 @@
 """Tables: seconds of a fit, densities beside rivals on the UCI splits, inputs believed on simulated tables.
 
     python benchmarks/tables.py speed [--size 500x13 1000x18 20000x18 100000x18 500x2000]
-    python benchmarks/tables.py uci --data PATH/uci [--set yacht ...] [--split 0 1 2 3 4] [--method ockham networks boosting ...]
+    python benchmarks/tables.py uci --data PATH/uci [--set yacht ...] [--split 0 1 2 3 4] [--method ockham boosting ...]
     python benchmarks/tables.py inputs [--seed 0 1 ... 99] [--method ockham lasso ...]
     python benchmarks/tables.py known                            # S1, S2 and Friedman of spike_slab.py
     python benchmarks/tables.py --table
@@ -123,7 +123,10 @@ def _ockham(x: Array, y: Array, x_test: Array, y_test: Array, seed: int, trees: 
     def log_cell() -> Array:  # ln P(y - 1/2 < Y < y + 1/2) by fifteen nodes of Gauss and Legendre
         nodes, weights = np.polynomial.legendre.leggauss(15)
         return np.log(
-            sum(0.5 * w * np.exp(model.log_density(x_test, y_test + 0.5 * t)) for t, w in zip(nodes, weights))
+            sum(
+                0.5 * w * np.exp(model.log_density(x_test, y_test + 0.5 * t))
+                for t, w in zip(nodes, weights, strict=True)
+            )
         )
 
     return {
