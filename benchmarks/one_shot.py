@@ -20,9 +20,10 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import ockham
 from cifar import accuracy, given, parts
@@ -30,6 +31,7 @@ from harness import DATA, SEEDS, Benchmark, Option, Record, section, span
 from ockham.choose.correlated import reduced
 from ockham.choose.rules import BudgetRule, Salience, by_delta_f, by_magnitude, by_snr, score
 from ockham.core.posterior import Posterior
+from ockham.methods.blocks import solve
 from ockham.methods.blocks.prune import PruneSettings
 from ockham.methods.laplace.one_shot import unscored, with_means
 from ockham.zoo.data import Batches
@@ -119,6 +121,21 @@ def by_blocks(*, model: nn.Module, posterior: Batches, keep: float | None) -> nn
     return ockham.prune(model, posterior, keep_share=keep, settings=PruneSettings(n_data=N_DATA)).model
 
 
+def by_blocks_in(order: str, *, model: nn.Module, posterior: Batches, keep: float | None) -> nn.Module:
+    """The path of `ockham.prune`, its shares and its weights on a support, but the support is an order's largest."""
+
+    def support(target: Tensor, curvature: solve.Quadratic, keep: float, free: int, _: int) -> tuple[Tensor, ...]:
+        value = target.square()
+        if order != "magnitude":  # curvature of both sides, as far as a diagonal knows it
+            value = value * curvature.inputs.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+            value = value * curvature.outputs.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+        stays = solve._largest(value, keep, keep, free)
+        return stays, stays, target
+
+    with mock.patch.object(solve, "_swapped", support):
+        return by_blocks(model=model, posterior=posterior, keep=keep)
+
+
 DIAGONAL, KRONECKER = ("diagonal", "mean-square", "monte-carlo"), ("kronecker", "evidence", "monte-carlo")
 Method = tuple[tuple[str, str, str] | None, Callable]  # None: the images themselves instead of a posterior of them
 METHODS: dict[str, Method] = {
@@ -145,6 +162,10 @@ WAYS: dict[str, Callable[[Salience], Callable]] = {
 }
 ABLATION: dict[str, Method] = {
     f"{order}, {way}": (KRONECKER, WAYS[way](ORDERS[order])) for order, way in itertools.product(ORDERS, WAYS)
+} | {
+    "magnitude, by blocks": (None, partial(by_blocks_in, "magnitude")),
+    "P mean^2, by blocks": (None, partial(by_blocks_in, "P mean^2")),
+    "swapped, by blocks": (None, by_blocks),
 }
 
 
@@ -214,10 +235,10 @@ def ablation(stem: str, seeds: list[Mapping[str, Record]]) -> list[str]:
 
 Accuracy, %, BatchNorm as it is: mean (range) over n seeds of the training images and of the drawn targets.
 All rows read the same Kronecker posterior of a seed; rounds are those of `ockham.reduce`, whose order is P mean^2.
-Its rounds, damping and prior were once chosen on test images; nothing was chosen here."""
-    rows = [
-        [order, way, *(cell(f"{order}, {way}", s) for s in shares)] for order, way in itertools.product(ORDERS, WAYS)
-    ]
+Its rounds, damping and prior were once chosen on test images; nothing was chosen here. By blocks: the path of
+`ockham.prune` (curvature taken again, targets of the dense network, shares by measured costs), whose search for a
+support (swapped) is exchanged for the largest of an order; damping is chosen on training images held out."""
+    rows = [[*name.split(", ", 1), *(cell(name, s) for s in shares)] for name in ABLATION]
     return section(title, said, ["order", "survivors", *(f"{s:.0%} removed" for s in shares)], rows) if shares else []
 
 
