@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,10 +93,12 @@ def test_the_density_with_trees_is_one(rough: SparseBNNRegressor) -> None:
         assert np.trapezoid(density[inside], grid[inside]) == pytest.approx(0.8, abs=5e-3)
 
 
-def test_what_is_told_of_the_noise_is_with_trees(rough: SparseBNNRegressor) -> None:
+def test_what_is_told_is_with_trees(rough: SparseBNNRegressor, tmp_path: Path) -> None:
     assert rough._draws.trees is not None and rough._draws.trees.log_shrink < -0.1
     x, y = steps(500, 6)
     assert rough.noise_std_ == pytest.approx(np.std(y - rough.predict(x)), rel=0.35)
+    page = rough.report(tmp_path / "rough.html").read_text()
+    assert f">{rough.n_leaves_}<" in page and "of trees for what networks leave" in page
     copy = pickle.loads(pickle.dumps(rough))
     np.testing.assert_array_equal(copy.predict(x), rough.predict(x))
 

@@ -392,6 +392,7 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
             tiles=[
                 ("inputs used", str(len(used)), f"of {len(names)}"),
                 ("weights", str(self.n_weights_), _OF[len(self._fitted) > 1]),
+                *([("leaves", str(self.n_leaves_), "of trees for what networks leave")] if self.n_leaves_ else []),
                 ("evidence", f"{self.evidence_:.1f}", "nats"),
             ],
             effects=[self.effect(j) for j in used],
