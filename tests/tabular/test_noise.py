@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from scipy import integrate, optimize, stats
 
 from ockham.errors import OckhamError
 from ockham.tabular import SparseBNNClassifier, SparseBNNRegressor
+from ockham.tabular.predicting import interval
 
 SETTINGS = {"n_restarts": 1, "hidden_layer_sizes": (8,), "n_draws": 24, "random_state": 0}
 
@@ -196,3 +200,33 @@ def test_labels_with_mistakes(classes):
     assert -np.log(model.predict_proba(x[600:])[np.arange(900), y[600:]]).mean() < best + 0.03
     assert (model.predict(x[600:]) == truth[600:]).mean() > 0.95
     np.testing.assert_allclose(model.predict_proba(x).sum(1), 1.0)
+
+
+class Mixture:
+    """Stands for draws of which a table asks location, scale and freedom."""
+
+    def __init__(self, location: torch.Tensor, scale: torch.Tensor, freedom: float) -> None:
+        self.model = SimpleNamespace(likelihood=None)
+        self.parts = location, scale, torch.full((len(location), 1), freedom).double()
+
+    def with_scales(self, x: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        for rows in torch.arange(self.parts[0].shape[1]).split(7):
+            yield self.parts[0][:, rows], self.parts[1][:, rows], self.parts[2]
+
+
+@pytest.mark.parametrize("freedom", [2.1, 8.0, 1e6])
+@pytest.mark.parametrize("coverage", [0.02, 0.5, 0.95, 0.999])
+def test_quantiles_of_mixtures_with_far_parts(freedom: float, coverage: float) -> None:
+    """The cdf of the mixture at the ends is what it should be, whatever lies between its parts."""
+    g = torch.Generator().manual_seed(3)
+    location = torch.randn(12, 20, generator=g).double() * torch.logspace(-2, 4, 20).double()
+    location[:, 0] = 1.0
+    scale = torch.rand(12, 20, generator=g).double() * torch.logspace(0, -3, 20).double() + 1e-6
+    scale[:, 0] = 0.3
+    ends = interval(Mixture(location, scale, freedom), torch.zeros(20, 1), coverage)  # type: ignore[arg-type]
+    for end, q in zip(ends, (0.5 - 0.5 * coverage, 0.5 + 0.5 * coverage), strict=True):
+        cdf = stats.t.cdf(end, freedom, location.numpy(), scale.numpy()).mean(0)
+        off = np.abs(cdf - q)
+        beside = stats.t.cdf(end + 1e-6 * scale.numpy().min(0), freedom, location.numpy(), scale.numpy()).mean(0)
+        before = stats.t.cdf(end - 1e-6 * scale.numpy().min(0), freedom, location.numpy(), scale.numpy()).mean(0)
+        assert ((off < 1e-6) | ((before <= q) & (q <= beside))).all()
