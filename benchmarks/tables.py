@@ -228,7 +228,6 @@ def _process(x: Array, y: Array, x_test: Array, y_test: Array, seed: int) -> dic
 DENSITIES: dict[str, Callable[[Array, Array, Array, Array, int], dict[str, float]]] = {
     "ockham": _ockham,
     "networks": partial(_ockham, trees=False),
-    "all inputs": partial(_ockham, trees="all"),
     "boosting": _boosting,
     "mlp": _mlp,
     "catboost": _catboost,

@@ -61,9 +61,32 @@ def test_they_read_only_what_networks_use(rough: SparseBNNRegressor) -> None:
     moved = x.copy()
     moved[:, idle] = np.random.default_rng(3).normal(size=(50, len(idle)))
     np.testing.assert_array_equal(rough.predict(x), rough.predict(moved))
-    every = SparseBNNRegressor(**FAST, residual_trees="all").fit(*steps(900, 0))
-    assert every.inclusion_ == pytest.approx(rough.inclusion_)
-    assert not np.array_equal(every.predict(x), every.predict(moved))
+
+
+def test_an_input_that_only_trees_read_is_named(tmp_path: Path) -> None:
+    g = np.random.default_rng(5)
+    x = g.uniform(-1, 1, size=(900, 5))
+    y = x[:, 0] + np.sign(np.sin(14 * np.pi * x[:, 3])) + 0.2 * g.normal(size=900)
+    model = SparseBNNRegressor(**FAST).fit(x, y)
+    trees = model._draws.trees
+    assert trees is not None
+    only = (trees.inclusion > 0).nonzero()[:, 0].tolist()
+    assert only == [3] and model._weights_by_feature()[3] == 0
+    assert model.inclusion_[3] > 0.99 and model.get_support()[[0, 3]].all()
+    assert set(trees.columns.tolist()) == {j for j in range(5) if model._read()[j]}
+    moved = x.copy()
+    moved[:, 3] = -x[:, 3]
+    assert np.std(model.predict(x) - model.predict(moved)) > 0.5
+    idle = [j for j in range(5) if not model._read()[j]]
+    assert idle and all(model.inclusion_[j] < 0.5 for j in idle)
+    moved = x.copy()
+    moved[:, idle] = 0
+    np.testing.assert_array_equal(model.predict(x), model.predict(moved))
+    assert "x3" in model.summary(top=0)
+    page = model.report(tmp_path / "x3.html").read_text()
+    assert page.index("x3") < page.index("Effects") and np.ptp(model.effect(3).mean) > 0.5
+    off = SparseBNNRegressor(**FAST, residual_trees=False).fit(x, y)
+    assert off.inclusion_[3] < 0.5
 
 
 def test_they_stay_away_where_networks_follow_and_where_nobody_wants_them(rough: SparseBNNRegressor) -> None:
@@ -178,7 +201,7 @@ def test_classes_and_counts() -> None:
     kind = (g.random(900) < np.where(odd > 0, 0.95, 0.05)).astype(int)
     label = np.array(["no", "yes"])[kind]
     settings = {**FAST, "hidden_layer_sizes": (2,)}
-    classes = SparseBNNClassifier(**settings, residual_trees="all").fit(x[:700], label[:700])
+    classes = SparseBNNClassifier(**settings).fit(x[:700], label[:700])
     assert classes.n_leaves_ > 0
     alone = without(classes)
     inputs, trees = classes._inputs(x[700:]), classes._draws.trees
@@ -187,20 +210,19 @@ def test_classes_and_counts() -> None:
     np.testing.assert_allclose(classes.predict_proba(x[700:])[:, 1], torch.sigmoid(logits).mean(0)[:, 0], rtol=1e-6)
     assert np.mean(classes.predict(x[700:]) == label[700:]) > np.mean(alone.predict(x[700:]) == label[700:]) + 0.03
     counts = g.poisson(np.exp(0.5 + 1.5 * odd))
-    rates = SparseBNNRegressor(**settings, loss="poisson", residual_trees="all").fit(x[:700], counts[:700])
+    rates = SparseBNNRegressor(**settings, loss="poisson").fit(x[:700], counts[:700])
     assert rates.n_leaves_ > 0
     assert rates.log_density(x[700:], counts[700:]).mean() > without(rates).log_density(x[700:], counts[700:]).mean()
     assert (rates.predict(x[:50]) > 0).all()
 
 
-def test_nothing_is_read_where_no_input_is_used() -> None:
+def test_noise_alone_brings_no_trees() -> None:
     g = torch.Generator().manual_seed(0)
     rows = Table(
         torch.randn(300, 2, generator=g).double(), torch.randn(300, generator=g).double(), torch.ones(300).double()
     )
     draws = constant(Student(-6.0), torch.tensor([0.0, 0.1]), 3.0)
     assert residual_trees(draws, rows, 0) is None
-    assert residual_trees(draws, rows, 0, every=True) is None  # noise alone
 
 
 def test_other_words_are_refused() -> None:

@@ -52,7 +52,7 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         "n_iter_no_change": [Interval(Integral, 1, None, closed="left")],
         "n_effective": [Interval(Real, 0, None, closed="neither"), None],
         "n_draws": [Interval(Integral, 1, None, closed="left")],
-        "residual_trees": ["boolean", StrOptions({"all"})],
+        "residual_trees": ["boolean"],
         "warm_start": ["boolean"],
         "verbose": ["verbose"],
         "random_state": ["random_state"],
@@ -76,7 +76,7 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         n_iter_no_change: int = 2,
         n_draws: int = 64,
         n_effective: float | None = None,
-        residual_trees: Any = True,
+        residual_trees: bool = True,
         warm_start: bool = False,
         verbose: bool = False,
         random_state: Any = None,
@@ -243,14 +243,15 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         each = -(-self.n_draws // len(found))
         drawings = [drawn(f.state, each, torch.Generator().manual_seed(seed + k)) for k, f in enumerate(found)]
         self._draws = replace(drawings[0], others=tuple(drawings[1:]))
-        every = self.residual_trees == "all"
-        trees = residual_trees(self._draws, table, seed, every=every) if self.residual_trees else None
+        trees = residual_trees(self._draws, table, seed) if self.residual_trees else None
         self._draws = replace(self._draws, trees=trees)
         self.n_leaves_, self.residual_gain_ = (0, 0.0) if trees is None else (len(trees), trees.gain)
         self._fitted = tuple(
             replace(f, state=replace(f.state, model=d.model)) for f, d in zip(found, drawings, strict=True)
         )
-        self.inclusion_ = self._by_feature(self._mean_inclusion(0), self._outside)
+        inside = self._mean_inclusion(0)
+        inside = inside if trees is None else np.maximum(inside, trees.inclusion.numpy())
+        self.inclusion_ = self._by_feature(inside, self._outside)
         models = [d.model for d in drawings]
         self.n_weights_ = sum(len(net) for m in models for net in m.nets) - sum(len(m.nets[1:]) for m in models)
         moved = [d.acceptance for d in drawings if d.acceptance is not None]
@@ -312,7 +313,7 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
     def summary(self, top: int = 10) -> str:
         """Features by inclusion, as a table; all that are used and the ``top`` likeliest of those that are not."""
         check_is_fitted(self)
-        table = table_of(self._names(), self.inclusion_, self._weights_by_feature(), top)
+        table = table_of(self._names(), self.inclusion_, self._weights_by_feature(), self._read(), top)
         return "\n".join([table, f"{self.n_weights_} weights, evidence {self.evidence_:.1f} nats", *self._remarks])
 
     def plot_inclusion(self, *, top: int = 20, ax: Any = None) -> Any:
@@ -388,6 +389,7 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
             names=names,
             inclusion=self.inclusion_,
             weights=self._weights_by_feature(),
+            read=self._read(),
             why=why,
             tiles=[
                 ("inputs used", str(len(used)), f"of {len(names)}"),
@@ -407,8 +409,15 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
     def _used(self) -> list[int]:
         """Features that are used, the likeliest first."""
         check_is_fitted(self)
-        weights = self._weights_by_feature()
-        return [int(j) for j in np.argsort(-self.inclusion_, kind="stable") if weights[j] > 0]
+        read = self._read()
+        return [int(j) for j in np.argsort(-self.inclusion_, kind="stable") if read[j]]
+
+    def _read(self) -> npt.NDArray[np.bool_]:
+        """Whether networks or trees read a feature."""
+        found: npt.NDArray[np.bool_] = self._weights_by_feature() > 0
+        if self._draws.trees is not None:
+            found[self._encoding.origin[self._active.numpy()[self._draws.trees.columns.numpy()]]] = True
+        return found
 
     def _weights_by_feature(self) -> Floats:
         weights = np.zeros(len(self.inclusion_))

@@ -82,7 +82,7 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
         n_iter_no_change: int = 2,
         n_draws: int = 64,
         n_effective: float | None = None,
-        residual_trees: Any = True,
+        residual_trees: bool = True,
         warm_start: bool = False,
         verbose: bool = False,
         random_state: Any = None,
@@ -299,7 +299,7 @@ class SparseBNNClassifier(ClassifierMixin, SparseBNN):  # type: ignore[misc]
         n_iter_no_change: int = 2,
         n_draws: int = 64,
         n_effective: float | None = None,
-        residual_trees: Any = True,
+        residual_trees: bool = True,
         class_weight: Any = None,
         label_noise: bool = False,
         warm_start: bool = False,
@@ -379,9 +379,9 @@ _PARAMETERS = """Args:
         n_iter_no_change: attempts with more units, without success, that this takes.
         n_draws: networks that are drawn and that a prediction averages.
         n_effective: number of independent observations that the weights of all rows stand for; None: see `fit`.
-        residual_trees: whether boosted trees of the inputs that networks use may add what these leave unexplained; they
-            come only where the log density of held-out rows rises by more than 1/2 ln n nats. "all": trees of every
-            input that entered, whatever its inclusion. False: networks alone.
+        residual_trees: whether boosted trees may add what networks leave unexplained; they come only where the log
+            density of held-out rows rises by more than 1/2 ln n nats, and so does every input that networks do not
+            use but trees do. False: networks alone.
 CLASS        warm_start: `fit` goes on from the last one instead of starting again.
         verbose: whether to show a progress bar.
         random_state: seed of random units, rows and draws.

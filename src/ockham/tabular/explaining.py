@@ -156,6 +156,7 @@ class Facts:
         names: features.
         inclusion: probability that each is used.
         weights: living weights that read each.
+        read: whether networks or trees read each.
         why: why a feature is not used, one text each, empty for those that are.
         tiles: (label, value, aside) of the head.
         effects: effects of the features that are used, the likeliest first.
@@ -170,6 +171,7 @@ class Facts:
     names: Sequence[str]
     inclusion: Floats
     weights: Floats
+    read: npt.NDArray[np.bool_]
     why: Sequence[str]
     tiles: Sequence[tuple[str, str, str]]
     effects: Sequence[Effect]
@@ -190,7 +192,7 @@ def write_page(facts: Facts, path: str | Path) -> Path:
     if not path.parent.is_dir():
         raise OckhamError(f"report: the folder {path.parent} does not exist; create it first")
     order = np.argsort(-facts.inclusion, kind="stable")
-    used = [j for j in order if facts.weights[j] > 0]
+    used = [j for j in order if facts.read[j]]
     head = f"<h1>{page.escape(facts.title)}</h1>" + "".join(page.paragraph(r) for r in facts.remarks)
     head += f'<dl class="tiles">{"".join(page.tile(*t) for t in facts.tiles)}</dl>'
     with drawing("inclusion", "inclusion probabilities", 0.7 + 0.26 * min(_BARS, len(order))) as sheet:
@@ -229,7 +231,7 @@ def write_page(facts: Facts, path: str | Path) -> Path:
         shares = [[f"{100 * a:.0f} %", f"{100 * b:.1f} %"] for a, b in zip(*facts.coverage, strict=True)]
         said = page.table("Held-out rows", ["promised", "observed"], shares)
     parts.append(page.section("calibration", "Calibration on held-out rows", said))
-    out = [[facts.names[j], f"{facts.inclusion[j]:.3f}", facts.why[j]] for j in order if facts.weights[j] == 0]
+    out = [[facts.names[j], f"{facts.inclusion[j]:.3f}", facts.why[j]] for j in order if not facts.read[j]]
     left = page.table("Inputs that are not used", ["input", "inclusion", "why"], out, words=3)
     left = left if out else page.paragraph("Nothing: every input is used.")
     parts.append(page.section("out", "What was left out, and why", left))
@@ -254,11 +256,12 @@ def _curves(key: str, effects: Sequence[Effect], target: str) -> str:
     return page.grid(cards) if cards else page.paragraph("No input is used.")
 
 
-def table_of(names: Sequence[str], inclusion: npt.NDArray[Any], weights: npt.NDArray[Any], top: int) -> str:
+def table_of(
+    names: Sequence[str], inclusion: npt.NDArray[Any], weights: npt.NDArray[Any], read: npt.NDArray[Any], top: int
+) -> str:
     """Features by inclusion, the likeliest first, at most ``top`` of those that are out."""
     order = sorted(range(len(names)), key=lambda j: (-inclusion[j], j))
-    inside = [j for j in order if weights[j] > 0]
-    shown = inside + [j for j in order if weights[j] == 0][:top]
+    shown = [j for j in order if read[j]] + [j for j in order if not read[j]][:top]
     width = max([len("feature"), *(len(names[j]) for j in shown)])
     lines = [f"{'feature':<{width}}  inclusion  weights", f"{'-' * width}  ---------  -------"]
     lines += [f"{names[j]:<{width}}  {inclusion[j]:>9.3f}  {int(weights[j]):>7}" for j in shown]

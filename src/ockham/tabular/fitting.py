@@ -33,7 +33,7 @@ _STIFFEN = 0.1
 
 _TREES = {"max_iter": 200, "learning_rate": 0.1, "min_samples_leaf": 5, "max_features": 0.5, "early_stopping": False}
 _FEWEST, _MANY, _JUDGES = 100, 20_000, 4000  # rows: for trees at all, that folds are made of, that judge
-_FOLDS = 5
+_FOLDS, _SHUFFLES = 5, 3
 _CLIP = 4.0  # working responses, in standard deviations of the noise or in logits
 
 OnFitStep = Callable[[int, int, float], None]
@@ -246,39 +246,48 @@ def drawn(state: State, draws: int, generator: torch.Generator) -> Draws:
     return Draws(empty, found.draws.flatten(0, 1)[:draws], found.acceptance)
 
 
-def residual_trees(draws: Draws, table: Table, seed: int, *, every: bool = False) -> ResidualTrees | None:
+def residual_trees(draws: Draws, table: Table, seed: int) -> ResidualTrees | None:
     r"""Boosted trees for what networks leave unexplained; None where held-out rows gain nothing by them.
 
     They are fitted to working responses of the networks, which stay as they are,
 
         z = -(d nll / d output) / information,    weights: information
 
-    (of a regression the residuals themselves, weighed by the noise), and by default read no input that the networks do
-    not use. Their share and the factor of the noise's scale have the greatest log density of held-out rows; that must
-    rise by more than 1/2 ln n nats, the price of one parameter. Of the scale only the change counts: networks have seen
-    the rows.
+    (of a regression the residuals themselves, weighed by the noise). Their share and the factor of the noise's scale
+    have the greatest log density of held-out rows; that must rise by more than 1/2 ln n nats, the price of one
+    parameter. They read the inputs that networks use, and others only where each brings more than the same price: it
+    is then named, with the odds of the nats that held-out rows lose when it is shuffled (less two standard errors and
+    the price). Of the noise's scale only the change counts: networks have seen the rows.
 
     Args:
         draws: networks that predict together.
         table: rows they were fitted to.
         seed: seed of folds and of the columns that a split looks at.
-        every: whether they read inputs that the networks do not use, too.
 
     References:
         Friedman, Hastie & Tibshirani (2000), *Additive logistic regression*, algorithm 3 (working responses).
     """
-    used = sum((d.model.nets[0].used() > 0).long() for d in (draws, *draws.others))
-    columns, n = torch.as_tensor(used + every).nonzero()[:, 0], len(table.x)
-    if n < _FEWEST or not len(columns):
+    reads = torch.stack([d.model.nets[0].used() > 0 for d in (draws, *draws.others)]).any(0)
+    used, rest, n = reads.nonzero()[:, 0], (~reads).nonzero()[:, 0], len(table.x)
+    if n < _FEWEST:
         return None
     price = 0.5 * math.log(max(float(table.weight.sum()), 1.0))
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    few = table.rows(order[:_MANY])
-    share, log_shrink, gain = _judged(draws, few, columns, seed)
-    if gain <= price:
+    few = table.rows(torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:_MANY])
+    best = _Trial(draws, few, used, seed) if len(used) else None
+    gain, inclusion = 0.0 if best is None else best.gain, torch.zeros(len(reads), dtype=torch.float64)
+    every = _Trial(draws, few, torch.arange(len(reads)), seed) if len(rest) else None
+    if every is not None and every.gain > gain + price:
+        lost = every.lost(rest)
+        new = rest[lost > price]
+        columns = torch.cat([used, new]).sort().values
+        again = every if len(new) == len(rest) else _Trial(draws, few, columns, seed) if len(new) else None
+        if again is not None and again.gain > gain + price * len(new):
+            best, gain = again, again.gain
+            inclusion[new] = torch.sigmoid(lost[lost > price] - price)
+    if best is None or gain <= price:
         return None
-    trees = _boosted(table.x[:, columns].numpy(), *_working(draws, table), seed)
-    return ResidualTrees(trees, columns, share, log_shrink, gain)
+    trees = _boosted(table.x[:, best.columns].numpy(), *_working(draws, table), seed)
+    return ResidualTrees(trees, best.columns, best.share, best.log_shrink, gain, inclusion)
 
 
 def _working(draws: Draws, table: Table) -> tuple[Floats, Floats]:
@@ -303,38 +312,68 @@ def _boosted(x: Floats, response: Floats, weight: Floats, seed: int) -> tuple[Hi
     return tuple(HistGradientBoostingRegressor(random_state=seed, **_TREES).fit(x, z, w) for z, w in pairs)
 
 
-def _judged(draws: Draws, table: Table, columns: Tensor, seed: int) -> tuple[float, float, float]:
-    """Share of the trees, ln of the scale's factor, and nats gained for all rows, by rows that trees did not see.
+class _Trial:
+    """Trees of some inputs, judged by rows that they did not see.
 
     Args:
         draws: networks that predict together.
         table: rows in random order.
         columns: inputs that trees read.
         seed: seed of the trees.
+
+    Attributes:
+        share: factor of what they say.
+        log_shrink: ln of the factor of the noise's scale.
+        gain: nats gained for all rows.
     """
-    x, part = table.x[:, columns].numpy(), np.arange(len(table.x)) % _FOLDS
-    response, weight = _working(draws, table)
-    said = np.zeros_like(response)
-    found = (0.0, 0.0, 0.0)
-    for k in range(_FOLDS):
-        train, test = part != k, part == k
-        trees = _boosted(x[train], response[train], weight[train], seed)
-        said[test] = np.stack([t.predict(x[test]) for t in trees], 1)
-        if k in (1, _FOLDS - 1):
-            rows = (part <= k).nonzero()[0][:_JUDGES]
-            found = _weighed(draws, table.rows(torch.from_numpy(rows)), torch.from_numpy(said[rows]))
-            if found[2] <= 0:
-                break
-    return found[0], found[1], found[2] * float(table.weight.sum())
+
+    def __init__(self, draws: Draws, table: Table, columns: Tensor, seed: int) -> None:
+        self.columns, self._draws, self._table = columns, draws, table
+        self._x, self._part = table.x[:, columns].numpy(), np.arange(len(table.x)) % _FOLDS
+        self._weight, self._trees = float(table.weight.sum()), []
+        self.share, self.log_shrink, self.gain = 0.0, 0.0, 0.0
+        response, weight = _working(draws, table)
+        for k in range(_FOLDS):
+            train = self._part != k
+            self._trees.append(_boosted(self._x[train], response[train], weight[train], seed))
+            if k in (1, _FOLDS - 1):
+                self.share, self.log_shrink, gain = _weighed(*self._judges(self._x))
+                self.gain = gain * self._weight
+                if gain <= 0:
+                    break
+
+    def _judges(self, x: Floats) -> tuple[Draws, Table, Tensor]:
+        """Rows that judge, at most 4,000, and what trees that have not seen them say of inputs [n, q]."""
+        rows = (self._part < len(self._trees)).nonzero()[0][:_JUDGES]
+        said = np.zeros((len(rows), len(self._trees[0])))
+        for k, trees in enumerate(self._trees):
+            mine = self._part[rows] == k
+            said[mine] = np.stack([t.predict(x[rows[mine]]) for t in trees], 1)
+        return self._draws, self._table.rows(torch.from_numpy(rows)), torch.from_numpy(said)
+
+    def lost(self, columns: Tensor) -> Tensor:
+        """Nats that all rows lose when the values of an input are shuffled, less two standard errors, of each [q]."""
+        _, judges, said = self._judges(self._x)
+        whole, found = _density(self._draws, judges, said)(self.share, self.log_shrink), []
+        generator = torch.Generator().manual_seed(0)
+        orders = [torch.randperm(len(self._x), generator=generator).numpy() for _ in range(_SHUFFLES)]
+        for j in columns.tolist():
+            shuffled, place = self._x.copy(), self.columns.tolist().index(j)
+            fall = torch.zeros_like(whole)
+            for order in orders:
+                shuffled[:, place] = self._x[order, place]
+                fall += whole - _density(*self._judges(shuffled))(self.share, self.log_shrink)
+            fall = fall / _SHUFFLES * judges.weight / judges.weight.mean()
+            found.append(float(fall.mean() - 2 * fall.std() / len(fall) ** 0.5) * self._weight)
+        return torch.tensor(found, dtype=torch.float64)
 
 
-def _weighed(draws: Draws, judges: Table, shift: Tensor) -> tuple[float, float, float]:
-    """Share of shifts [n, K], ln of the scale's factor and nats gained a row, where the log density is greatest."""
+def _density(draws: Draws, judges: Table, shift: Tensor) -> Callable[[float, float], Tensor]:
+    """Log density of rows, nats, [n], by the share of shifts [n, K] and ln of the factor of the noise's scale."""
     output, extra = torch.cat(list(draws.outputs(judges.x)), 1), draws.extras
     likelihood = draws.model.likelihood
 
-    def lost(share: float, log_shrink: float) -> float:
-        """Mean negative log density of the mixture, nats."""
+    def density(share: float, log_shrink: float) -> Tensor:
         moved = output.clone()
         moved[..., : shift.shape[1]] += share * shift
         if isinstance(likelihood, Student):
@@ -342,15 +381,25 @@ def _weighed(draws: Draws, judges: Table, shift: Tensor) -> tuple[float, float, 
             nll = student_nll(judges.y - moved[..., 0], log, 2 + extra.exp())
         else:
             nll = likelihood.nll(moved, extra, judges.y)
-        log_density = (-nll).logsumexp(0) - math.log(len(nll))
-        return -float(log_density @ judges.weight / judges.weight.sum())
+        return (-nll).logsumexp(0) - math.log(len(nll))
 
-    scaled = isinstance(likelihood, Student)
-    bounds = [(0.0, 1.5), (-3.0, 1.0)] if scaled else [(0.0, 1.5)]
-    found = minimize(
-        lambda p: lost(p[0], p[1] if scaled else 0.0), [0.7, -0.1][: len(bounds)], method="L-BFGS-B", bounds=bounds
-    )
-    alone = minimize(lambda p: lost(0.0, p[0]), [-0.1], method="L-BFGS-B", bounds=bounds[1:]) if scaled else None
-    before = lost(0.0, 0.0) if alone is None else float(alone.fun)
-    log_shrink = 0.0 if alone is None else float(found.x[1] - alone.x[0])
-    return float(found.x[0]), log_shrink, before - float(found.fun)
+    return density
+
+
+def _weighed(draws: Draws, judges: Table, shift: Tensor) -> tuple[float, float, float]:
+    """Share of shifts [n, K], ln of the scale's factor and nats gained a row, where the log density is greatest.
+
+    The factor is that with trees over the one that is best without.
+    """
+    each, scaled = _density(draws, judges, shift), isinstance(draws.model.likelihood, Student)
+
+    def density(share: float, log_shrink: float) -> float:
+        return float(each(share, log_shrink) @ judges.weight / judges.weight.sum())
+
+    bounds = [(0.0, 1.5), (-3.0, 1.0)][: 1 + scaled]
+    start = [0.7, -0.1][: 1 + scaled]
+    found = minimize(lambda p: -density(p[0], p[1] if scaled else 0.0), start, method="L-BFGS-B", bounds=bounds)
+    if not scaled:
+        return float(found.x[0]), 0.0, -float(found.fun) - density(0.0, 0.0)
+    alone = minimize(lambda p: -density(0.0, p[0]), start[1:], method="L-BFGS-B", bounds=bounds[1:])
+    return float(found.x[0]), float(found.x[1] - alone.x[0]), float(alone.fun - found.fun)

@@ -151,10 +151,11 @@ class ResidualTrees:
 
     Attributes:
         trees: one fitted regressor for each output.
-        columns: inputs that they read, those that the networks use.
+        columns: inputs that they read.
         share: factor of what they say, chosen on held-out rows.
         log_shrink: ln of the factor that the noise's scale gets, the residuals being smaller.
         gain: nats by which the log density of held-out rows rose, for all rows.
+        inclusion: probability that an input is used that only trees read, [p]; 0 for all others.
     """
 
     trees: tuple[HistGradientBoostingRegressor, ...]
@@ -162,6 +163,7 @@ class ResidualTrees:
     share: float
     log_shrink: float
     gain: float
+    inclusion: Tensor
 
     def shift(self, x: Tensor) -> Tensor:
         """What outputs move by, [rows, K], for inputs [rows, p]."""
