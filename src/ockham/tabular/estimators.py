@@ -37,7 +37,7 @@ class SparseBNNRegressor(RegressorMixin, SparseBNN):  # type: ignore[misc]
     PARAMETERS
     Attributes:
         inclusion_: probability that a feature is used, shape [n_features_in_]: evidences of the network with and
-            without it, and with its stand-ins.
+            without it, and with its stand-ins; of one that only trees read, what held-out rows lose without it.
         feature_importances_: the same, under scikit-learn's name.
         n_weights_: number of weights of the networks that predict, those of their noise included.
         n_leaves_: number of leaves of the trees for what networks leave; 0 where held-out rows gain nothing by them.
