@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -32,6 +32,7 @@ _MOST_DRAWN = 4e5  # rows times weights from where draws are Gaussian about the 
 _STIFFEN = 0.1
 
 _TREES = {"max_iter": 200, "learning_rate": 0.1, "min_samples_leaf": 5, "max_features": 0.5, "early_stopping": False}
+_HASTY = {**_TREES, "max_iter": 20, "learning_rate": 0.3, "max_leaf_nodes": 15, "max_bins": 63}
 _FEWEST, _MANY, _JUDGES = 100, 20_000, 4000  # rows: for trees at all, that folds are made of, that judge
 _FOLDS, _SHUFFLES = 5, 3
 _CLIP = 4.0  # working responses, in standard deviations of the noise or in logits
@@ -273,9 +274,9 @@ def residual_trees(draws: Draws, table: Table, seed: int) -> ResidualTrees | Non
         return None
     price = 0.5 * math.log(max(float(table.weight.sum()), 1.0))
     few = table.rows(torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:_MANY])
-    best = _Trial(draws, few, used, seed) if len(used) else None
+    best = _tried(draws, few, used, seed)
     gain, inclusion = 0.0 if best is None else best.gain, torch.zeros(len(reads), dtype=torch.float64)
-    every = _Trial(draws, few, torch.arange(len(reads)), seed) if len(rest) else None
+    every = _tried(draws, few, torch.arange(len(reads)), seed) if len(rest) else None
     if every is not None and every.gain > gain + price:
         lost = every.lost(rest)
         new = rest[lost > price]
@@ -306,10 +307,19 @@ def _working(draws: Draws, table: Table) -> tuple[Floats, Floats]:
     return response.numpy(), (weight / weight.mean(0)).numpy()
 
 
-def _boosted(x: Floats, response: Floats, weight: Floats, seed: int) -> tuple[HistGradientBoostingRegressor, ...]:
+def _boosted(
+    x: Floats, response: Floats, weight: Floats, seed: int, effort: Mapping[str, float] = _TREES
+) -> tuple[HistGradientBoostingRegressor, ...]:
     """One sum of trees for each column of responses."""
     pairs = zip(response.T, weight.T, strict=True)
-    return tuple(HistGradientBoostingRegressor(random_state=seed, **_TREES).fit(x, z, w) for z, w in pairs)
+    return tuple(HistGradientBoostingRegressor(random_state=seed, **effort).fit(x, z, w) for z, w in pairs)
+
+
+def _tried(draws: Draws, table: Table, columns: Tensor, seed: int) -> _Trial | None:
+    """A trial of some inputs; None where there are none, or where a few hasty trees on two folds bring no nat."""
+    if not len(columns) or _Trial(draws, table, columns, seed, _HASTY, folds=2).gain < 1:
+        return None
+    return _Trial(draws, table, columns, seed)
 
 
 class _Trial:
@@ -320,6 +330,8 @@ class _Trial:
         table: rows in random order.
         columns: inputs that trees read.
         seed: seed of the trees.
+        effort: settings of the trees.
+        folds: folds of five that judge.
 
     Attributes:
         share: factor of what they say.
@@ -327,20 +339,25 @@ class _Trial:
         gain: nats gained for all rows.
     """
 
-    def __init__(self, draws: Draws, table: Table, columns: Tensor, seed: int) -> None:
+    def __init__(
+        self,
+        draws: Draws,
+        table: Table,
+        columns: Tensor,
+        seed: int,
+        effort: Mapping[str, float] = _TREES,
+        folds: int = _FOLDS,
+    ) -> None:
         self.columns, self._draws, self._table = columns, draws, table
         self._x, self._part = table.x[:, columns].numpy(), np.arange(len(table.x)) % _FOLDS
-        self._weight, self._trees = float(table.weight.sum()), []
-        self.share, self.log_shrink, self.gain = 0.0, 0.0, 0.0
+        self._weight = float(table.weight.sum())
+        self._trees: list[tuple[HistGradientBoostingRegressor, ...]] = []
         response, weight = _working(draws, table)
-        for k in range(_FOLDS):
+        for k in range(folds):
             train = self._part != k
-            self._trees.append(_boosted(self._x[train], response[train], weight[train], seed))
-            if k in (1, _FOLDS - 1):
-                self.share, self.log_shrink, gain = _weighed(*self._judges(self._x))
-                self.gain = gain * self._weight
-                if gain <= 0:
-                    break
+            self._trees.append(_boosted(self._x[train], response[train], weight[train], seed, effort))
+        self.share, self.log_shrink, gain = _weighed(*self._judges(self._x))
+        self.gain = gain * self._weight
 
     def _judges(self, x: Floats) -> tuple[Draws, Table, Tensor]:
         """Rows that judge, at most 4,000, and what trees that have not seen them say of inputs [n, q]."""
