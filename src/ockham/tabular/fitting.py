@@ -33,7 +33,7 @@ _STIFFEN = 0.1
 
 _TREES = {"max_iter": 200, "learning_rate": 0.1, "min_samples_leaf": 5, "max_features": 0.5, "early_stopping": False}
 _HASTY = {**_TREES, "max_iter": 20, "learning_rate": 0.3, "max_leaf_nodes": 15, "max_bins": 63}
-_FEWEST, _MANY, _JUDGES = 100, 20_000, 4000  # rows: for trees at all, that folds are made of, that judge
+_FEWEST, _MANY, _JUDGES = 100, 10_000, 4000  # rows: for trees at all, that folds are made of, that judge
 _FOLDS, _SHUFFLES = 5, 3
 _CLIP = 4.0  # working responses, in standard deviations of the noise or in logits
 
