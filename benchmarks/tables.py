@@ -117,7 +117,7 @@ def run_uci(args: argparse.Namespace) -> None:
                 _write(f"uci.{name}.{split}.{method}", record | scores | {"reference": [before, reference()]})
 
 
-def _ockham(x: Array, y: Array, x_test: Array, y_test: Array, seed: int, trees: bool | str = True) -> dict[str, float]:
+def _ockham(x: Array, y: Array, x_test: Array, y_test: Array, seed: int, trees: bool = True) -> dict[str, float]:
     model = SparseBNNRegressor(random_state=seed, residual_trees=trees).fit(x, y)
     lower, upper = model.predict_interval(x_test, 0.95)
 
@@ -533,8 +533,7 @@ def table() -> str:
     parts.append("## Known truth\n\n" + _known_table())
     text = (
         "Mean ± standard deviation over splits; rows are there for what was run. ockham: defaults; networks: without\n"
-        "trees for what networks leave (`residual_trees=False`); all inputs: trees may read every input that entered,\n"
-        'not only those that networks use (`residual_trees="all"`).\n'
+        "trees for what networks leave (`residual_trees=False`).\n"
         "Densities of boosting and MLP: Student's t fitted to errors on a fifth held out; CatBoost, NGBoost and the\n"
         "Gaussian process say their own, by their defaults. Other jobs ran beside these. Published NLL, not\n"
         "run here: TabResFlow concrete 2.90, energy .77, kin8nm -1.29, power 2.60, yacht .67; TabPFN (unreviewed)\n"
