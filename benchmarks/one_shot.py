@@ -128,7 +128,8 @@ def by_blocks_in(order: str, *, model: nn.Module, posterior: Batches, keep: floa
         value = target.square()
         if order != "magnitude":  # curvature of both sides, as far as a diagonal knows it
             value = value * curvature.inputs.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
-            value = value * curvature.outputs.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+            if curvature.outputs is not None:
+                value = value * curvature.outputs.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
         stays = solve._largest(value, keep, keep, free)
         return stays, stays, target
 
