@@ -216,7 +216,8 @@ def pages() -> dict[str, list[str]]:
         r, of = rs[0], lambda name, digits=2, rs=rs: span([r[name] for r in rs if name in r], digits)
         rows.append(
             f"{r['network']} | {r['method']} | {len(rs)} | {r['asked']:.0%} | {of('macs', 3)} | "
-            f"{of('parameters', 0)} | {r['dense']:.2f} | {of('at_once')} | {of('refreshed')} | {r['epochs']:g} | {of('fine_tuned')} | "
+            f"{of('parameters', 0)} | {r['dense']:.2f} | {of('at_once')} | {of('refreshed')} | {r['epochs']:g} | "
+            f"{of('fine_tuned')} | "
             f"{of('latency')} | {of('latency_1') if 'latency_1' in r else '–'}"
         )
     return {"structured.md": section("# A trained ResNet made narrower, short fine-tuning", said, head, rows)}
