@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from sklearn.ensemble import HistGradientBoostingRegressor
 
 from ockham.tabular import SparseBNNClassifier, SparseBNNRegressor
-from ockham.tabular.fitting import _weighed, _working, residual_trees
+from ockham.tabular.fitting import _weighed, _working, _worth, residual_trees
 from ockham.tabular.likelihoods import Classes, Counts, Student
 from ockham.tabular.model import Model, Table
 from ockham.tabular.network import Net
-from ockham.tabular.predicting import Draws
+from ockham.tabular.predicting import Draws, Trees, _limits
 
 FAST = {"hidden_layer_sizes": (8,), "n_draws": 16, "random_state": 0, "n_restarts": 1}
 
@@ -190,7 +191,58 @@ def test_working_responses() -> None:
     response, w = _working(constant(Counts(0.5), torch.tensor([0.1])), Table(x, weight, weight))
     rate = np.exp(0.6)
     np.testing.assert_allclose(response[:, 0], (weight.numpy() - rate) / rate, rtol=1e-6)
-    assert w.mean() == pytest.approx(1)
+    np.testing.assert_allclose(w[:, 0], rate * weight.numpy(), rtol=1e-6)
+
+
+def test_limits_of_bins() -> None:
+    """Each value its own bin where they are few; else bins hold the same number of rows."""
+    g = np.random.default_rng(0)
+    few, many = g.integers(0, 9, size=400).astype(float) ** 2, g.normal(size=400)
+    np.testing.assert_array_equal(_limits(few, 9), np.arange(8.0) ** 2)
+    limits = _limits(many, 8)
+    assert len(limits) == 7 and set(limits) < set(many)
+    counts = np.bincount(np.searchsorted(limits, many), minlength=8)
+    assert counts.sum() == 400 and 49 <= counts.min() <= counts.max() <= 51
+    assert len(_limits(np.ones(5), 8)) == 0
+
+
+def test_trees_of_bins_are_scikit_learns() -> None:
+    """Rows of equal weight and few values: what scikit-learn says of the raw inputs, between its own limits as well."""
+    g = np.random.default_rng(0)
+    x = g.integers(-5, 6, size=(300, 3)) / 4.0
+    z = np.stack([np.sin(x[:, 0]) + x[:, 1], x[:, 2] ** 2], 1) + 0.1 * g.normal(size=(300, 2))
+    settings = {"max_iter": 20, "min_samples_leaf": 5, "early_stopping": False, "random_state": 3}
+    trees = Trees.fit(x, z, np.ones_like(z), **settings)
+    theirs = np.stack([HistGradientBoostingRegressor(**settings).fit(x, v).predict(x) for v in z.T], 1)
+    np.testing.assert_allclose(trees.predict(x), theirs, rtol=1e-12)
+    np.testing.assert_array_equal(trees.predict(x - 0.01), trees.predict(x))
+    assert trees.predict(x[:0]).shape == (0, 2) and len(trees) > 40
+
+
+def test_weights_of_trees_count_rows() -> None:
+    """A row of weight two is two rows, to what a tree says of it."""
+    g = np.random.default_rng(1)
+    x = g.integers(0, 12, size=(200, 2)).astype(float)
+    z, weight = (np.cos(x[:, 0]) * x[:, 1])[:, None], g.integers(1, 4, size=(200, 1))
+    settings = {"max_iter": 15, "early_stopping": False, "min_samples_leaf": 1, "max_leaf_nodes": 6}
+    twice = np.repeat(np.arange(200), weight[:, 0])
+    weighed = Trees.fit(x, z, weight.astype(float), **settings).predict(x)
+    repeated = Trees.fit(x[twice], z[twice], np.ones((len(twice), 1)), **settings).predict(x)
+    np.testing.assert_allclose(weighed, repeated, rtol=1e-6)
+
+
+def test_worth_of_hasty_trees() -> None:
+    """Nothing for noise; of a step half of the squares it explains over the noise's, each row unseen by its trees."""
+    g = np.random.default_rng(2)
+    x = g.uniform(-1, 1, size=(1000, 2))
+    noise, weight = g.normal(size=(1000, 1)), np.full((1000, 1), 4.0)
+    assert _worth(0.5 * noise, weight, x, 0) < 2
+    against = (np.arange(1000) % 5 == 0)[:, None] - 0.2  # a fold of its own: what the others say has the wrong sign
+    assert _worth(against, weight, x, 0) == 0
+    found = _worth(0.5 * np.sign(x[:, :1]) + 0.5 * noise, weight, x, 0)
+    assert 0.75 * 500 < found < 500
+    wrong = np.stack([np.sign(x[:, 0]), np.zeros(1000)], 1) * 0.5 + 0.5 * g.normal(size=(1000, 2))
+    assert _worth(wrong, np.full((1000, 2), 4.0), x, 0) == pytest.approx(found, rel=0.1)  # outputs add up
 
 
 def test_classes_and_counts() -> None:
@@ -238,7 +290,7 @@ def test_scores_are_of_a_student(rough: SparseBNNRegressor) -> None:
     location, scale, freedom = (t.numpy() for t in next(iter(one.with_scales(rough._inputs(x)))))
     plain = next(iter(replace(one, trees=None).with_scales(rough._inputs(x))))
     assert draws.trees is not None and draws.trees.share != 1
-    said = draws.trees.trees[0].predict(rough._inputs(x)[:, draws.trees.columns].numpy())
+    said = draws.trees.trees.predict(rough._inputs(x)[:, draws.trees.columns].numpy())[:, 0]
     np.testing.assert_allclose(location, plain[0].numpy() + draws.trees.share * said, rtol=1e-6)
     np.testing.assert_allclose(scale, plain[1] * np.exp(draws.trees.log_shrink), rtol=1e-9)
     centre, std = rough._target.units

@@ -245,7 +245,7 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         self._draws = replace(drawings[0], others=tuple(drawings[1:]))
         trees = residual_trees(self._draws, table, seed) if self.residual_trees else None
         self._draws = replace(self._draws, trees=trees)
-        self.n_leaves_, self.residual_gain_ = (0, 0.0) if trees is None else (len(trees), trees.gain)
+        self.n_leaves_, self.residual_gain_ = (0, 0.0) if trees is None else (len(trees.trees), trees.gain)
         self._fitted = tuple(
             replace(f, state=replace(f.state, model=d.model)) for f, d in zip(found, drawings, strict=True)
         )
@@ -262,7 +262,7 @@ class SparseBNN(SelectorMixin, BaseEstimator):  # type: ignore[misc]
         self._remarks: list[str] = []
         if trees is not None:
             self._remarks.append(
-                f"trees of {len(trees)} leaves for what networks leave: {trees.gain:.1f} nats on held-out rows"
+                f"trees of {len(trees.trees)} leaves for what networks leave: {trees.gain:.1f} nats on held-out rows"
             )
         return self
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.optimize import minimize
-from sklearn.ensemble import HistGradientBoostingRegressor
 from torch import Tensor
 
 from ockham.tabular.data import Floats
@@ -17,7 +17,7 @@ from ockham.tabular.inclusion import Effort, State, believed, decide, drop_idle,
 from ockham.tabular.likelihoods import GaussianNoise, RowLikelihood, Student, log_scale, student_nll
 from ockham.tabular.model import Model, Table
 from ockham.tabular.network import Net
-from ockham.tabular.predicting import Draws, ResidualTrees, hamiltonian
+from ockham.tabular.predicting import Draws, ResidualTrees, Trees, hamiltonian
 
 __all__ = ["FitPlan", "Fitted", "OnFitStep", "drawn", "fit", "residual_trees"]
 
@@ -31,10 +31,17 @@ _CHAINS, _WARMUP, _LEAPS = 8, 12, (6, 14)
 _MOST_DRAWN = 4e5  # rows times weights from where draws are Gaussian about the mode
 _STIFFEN = 0.1
 
-_TREES = {"max_iter": 200, "learning_rate": 0.1, "min_samples_leaf": 5, "max_features": 0.5, "early_stopping": False}
-_HASTY = {**_TREES, "max_iter": 20, "learning_rate": 0.3, "max_leaf_nodes": 15, "max_bins": 63}
+_TREES: dict[str, Any] = {
+    "max_iter": 200,
+    "learning_rate": 0.1,
+    "min_samples_leaf": 5,
+    "max_features": 0.5,
+    "early_stopping": False,
+}
+_HASTY: dict[str, Any] = {**_TREES, "max_iter": 10, "learning_rate": 0.5, "max_leaf_nodes": 15, "max_bins": 63}
 _FEWEST, _MANY, _JUDGES = 100, 10_000, 4000  # rows: for trees at all, that folds are made of, that judge
 _FOLDS, _SHUFFLES = 5, 3
+_WORTH = 1.5  # nats of hasty trees, from which all of them are tried
 _CLIP = 4.0  # working responses, in standard deviations of the noise or in logits
 
 OnFitStep = Callable[[int, int, float], None]
@@ -287,7 +294,7 @@ def residual_trees(draws: Draws, table: Table, seed: int) -> ResidualTrees | Non
             inclusion[new] = torch.sigmoid(lost[lost > price] - price)
     if best is None or gain <= price:
         return None
-    trees = _boosted(table.x[:, best.columns].numpy(), *_working(draws, table), seed)
+    trees = _trees(table.x[:, best.columns].numpy(), *_working(draws, table), seed)
     return ResidualTrees(trees, best.columns, best.share, best.log_shrink, gain, inclusion)
 
 
@@ -304,22 +311,32 @@ def _working(draws: Draws, table: Table) -> tuple[Floats, Floats]:
         width = torch.ones_like(information)
     response = response.clamp(-_CLIP * width, _CLIP * width)
     weight = information * table.weight.unsqueeze(1)
-    return response.numpy(), (weight / weight.mean(0)).numpy()
-
-
-def _boosted(
-    x: Floats, response: Floats, weight: Floats, seed: int, effort: Mapping[str, float] = _TREES
-) -> tuple[HistGradientBoostingRegressor, ...]:
-    """One sum of trees for each column of responses."""
-    pairs = zip(response.T, weight.T, strict=True)
-    return tuple(HistGradientBoostingRegressor(random_state=seed, **effort).fit(x, z, w) for z, w in pairs)
+    return response.numpy(), weight.numpy()
 
 
 def _tried(draws: Draws, table: Table, columns: Tensor, seed: int) -> _Trial | None:
-    """A trial of some inputs; None where there are none, or where a few hasty trees on two folds bring no nat."""
-    if not len(columns) or _Trial(draws, table, columns, seed, _HASTY, folds=2).gain < 1:
+    """A trial of some inputs; None where there are none, or where a few hasty trees bring less than 1.5 nats."""
+    if not len(columns) or _worth(*_working(draws, table), table.x[:, columns].numpy(), seed) < _WORTH:
         return None
     return _Trial(draws, table, columns, seed)
+
+
+def _worth(response: Floats, weight: Floats, x: Floats, seed: int) -> float:
+    r"""Nats that a few hasty trees bring to rows they have not seen, to second order in what they say.
+
+    sum_k (sum_n w z t)^2 / (2 sum_n w t^2)   where the share of output k is positive, t: said of row n
+    """
+    said, part = np.zeros_like(response), np.arange(len(x)) % _FOLDS
+    for k in range(_FOLDS):
+        train = part != k
+        said[~train] = _trees(x[train], response[train], weight[train], seed, _HASTY).predict(x[~train])
+    along = (weight * response * said).sum(0).clip(min=0.0)
+    return float((along**2 / (weight * said**2).sum(0).clip(min=1e-300)).sum() / 2)
+
+
+def _trees(x: Floats, response: Floats, weight: Floats, seed: int, effort: Mapping[str, Any] = _TREES) -> Trees:
+    """Fitted to responses [n, K], whose weights need only be in proportion."""
+    return Trees.fit(x, response, weight / weight.mean(0), random_state=seed, **effort)
 
 
 class _Trial:
@@ -330,8 +347,6 @@ class _Trial:
         table: rows in random order.
         columns: inputs that trees read.
         seed: seed of the trees.
-        effort: settings of the trees.
-        folds: folds of five that judge.
 
     Attributes:
         share: factor of what they say.
@@ -339,33 +354,25 @@ class _Trial:
         gain: nats gained for all rows.
     """
 
-    def __init__(
-        self,
-        draws: Draws,
-        table: Table,
-        columns: Tensor,
-        seed: int,
-        effort: Mapping[str, float] = _TREES,
-        folds: int = _FOLDS,
-    ) -> None:
+    def __init__(self, draws: Draws, table: Table, columns: Tensor, seed: int) -> None:
         self.columns, self._draws, self._table = columns, draws, table
         self._x, self._part = table.x[:, columns].numpy(), np.arange(len(table.x)) % _FOLDS
         self._weight = float(table.weight.sum())
-        self._trees: list[tuple[HistGradientBoostingRegressor, ...]] = []
+        self._trees: list[Trees] = []
         response, weight = _working(draws, table)
-        for k in range(folds):
+        for k in range(_FOLDS):
             train = self._part != k
-            self._trees.append(_boosted(self._x[train], response[train], weight[train], seed, effort))
+            self._trees.append(_trees(self._x[train], response[train], weight[train], seed))
         self.share, self.log_shrink, gain = _weighed(*self._judges(self._x))
         self.gain = gain * self._weight
 
     def _judges(self, x: Floats) -> tuple[Draws, Table, Tensor]:
         """Rows that judge, at most 4,000, and what trees that have not seen them say of inputs [n, q]."""
-        rows = (self._part < len(self._trees)).nonzero()[0][:_JUDGES]
-        said = np.zeros((len(rows), len(self._trees[0])))
+        rows = np.arange(min(len(self._part), _JUDGES))
+        said = np.zeros((len(rows), len(self._trees[0].sums)))
         for k, trees in enumerate(self._trees):
             mine = self._part[rows] == k
-            said[mine] = np.stack([t.predict(x[rows[mine]]) for t in trees], 1)
+            said[mine] = trees.predict(x[rows[mine]])
         return self._draws, self._table.rows(torch.from_numpy(rows)), torch.from_numpy(said)
 
     def lost(self, columns: Tensor) -> Tensor:
@@ -389,14 +396,16 @@ def _density(draws: Draws, judges: Table, shift: Tensor) -> Callable[[float, flo
     """Log density of rows, nats, [n], by the share of shifts [n, K] and ln of the factor of the noise's scale."""
     output, extra = torch.cat(list(draws.outputs(judges.x)), 1), draws.extras
     likelihood = draws.model.likelihood
+    if isinstance(likelihood, Student):
+        residual, own = judges.y - output[..., 0], log_scale(output[..., 1], likelihood.floor)
+        floor, freedom = likelihood.floor, 2 + extra.exp()
 
     def density(share: float, log_shrink: float) -> Tensor:
-        moved = output.clone()
-        moved[..., : shift.shape[1]] += share * shift
         if isinstance(likelihood, Student):
-            log = (log_scale(moved[..., 1], likelihood.floor) + log_shrink).clamp_min(likelihood.floor)
-            nll = student_nll(judges.y - moved[..., 0], log, 2 + extra.exp())
+            nll = student_nll(residual - share * shift[:, 0], (own + log_shrink).clamp_min(floor), freedom)
         else:
+            moved = output.clone()
+            moved[..., : shift.shape[1]] += share * shift
             nll = likelihood.nll(moved, extra, judges.y)
         return (-nll).logsumexp(0) - math.log(len(nll))
 
@@ -415,8 +424,9 @@ def _weighed(draws: Draws, judges: Table, shift: Tensor) -> tuple[float, float, 
 
     bounds = [(0.0, 1.5), (-3.0, 1.0)][: 1 + scaled]
     start = [0.7, -0.1][: 1 + scaled]
-    found = minimize(lambda p: -density(p[0], p[1] if scaled else 0.0), start, method="L-BFGS-B", bounds=bounds)
+    settings: dict[str, Any] = {"method": "L-BFGS-B", "options": {"ftol": 1e-6}}
+    found = minimize(lambda p: -density(p[0], p[1] if scaled else 0.0), start, bounds=bounds, **settings)
     if not scaled:
         return float(found.x[0]), 0.0, -float(found.fun) - density(0.0, 0.0)
-    alone = minimize(lambda p: -density(0.0, p[0]), start[1:], method="L-BFGS-B", bounds=bounds[1:])
+    alone = minimize(lambda p: -density(0.0, p[0]), start[1:], bounds=bounds[1:], **settings)
     return float(found.x[0]), float(found.x[1] - alone.x[0]), float(alone.fun - found.fun)

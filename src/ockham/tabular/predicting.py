@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -146,11 +147,58 @@ _ROWS = 2048
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Trees:
+    """Sums of boosted trees over binned inputs, one sum for each output.
+
+    Inputs are binned here: for weighed rows scikit-learn 1.9 takes each limit of a bin by itself, which costs more than
+    the trees.
+
+    Attributes:
+        limits: upper limits of the bins but the last of each input, sorted.
+        sums: one fitted regressor for each output.
+    """
+
+    limits: tuple[Floats, ...]
+    sums: tuple[HistGradientBoostingRegressor, ...]
+
+    @classmethod
+    def fit(cls, x: Floats, response: Floats, weight: Floats, **settings: Any) -> Trees:
+        """Fit to responses and weights [n, K] of inputs [n, q]; `settings` are scikit-learn's."""
+        bins = settings.get("max_bins", 255)
+        found = cls(tuple(_limits(column, bins) for column in x.T), ())
+        codes, pairs = found._codes(x), zip(response.T, weight.T, strict=True)
+        return cls(found.limits, tuple(HistGradientBoostingRegressor(**settings).fit(codes, z, w) for z, w in pairs))
+
+    def predict(self, x: Floats) -> Floats:
+        """Sums [n, K] of inputs [n, q]."""
+        if not len(x):
+            return np.zeros((0, len(self.sums)))
+        codes = self._codes(x)
+        return np.stack([t.predict(codes) for t in self.sums], 1)
+
+    def _codes(self, x: Floats) -> Floats:
+        pairs = zip(self.limits, x.T, strict=True)
+        return np.stack([np.searchsorted(limit, column) for limit, column in pairs], 1).astype(np.float64)
+
+    def __len__(self) -> int:
+        """Number of leaves."""
+        return sum(int(p.get_n_leaf_nodes()) for t in self.sums for (p,) in t._predictors)
+
+
+def _limits(column: Floats, bins: int) -> Floats:
+    """At most `bins` - 1 values of a column that divide it into parts of equal size; each value is one of its own."""
+    values = np.unique(column)
+    if len(values) > bins:
+        return np.unique(np.quantile(column, np.arange(1, bins) / bins, method="lower"))
+    return values[:-1]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class ResidualTrees:
     """Boosted trees for what networks leave unexplained: location, log rate or logits move by share * trees(x).
 
     Attributes:
-        trees: one fitted regressor for each output.
+        trees: the trees.
         columns: inputs that they read.
         share: factor of what they say, chosen on held-out rows.
         log_shrink: ln of the factor that the noise's scale gets, the residuals being smaller.
@@ -158,7 +206,7 @@ class ResidualTrees:
         inclusion: probability that an input is used that only trees read, [p]; 0 for all others.
     """
 
-    trees: tuple[HistGradientBoostingRegressor, ...]
+    trees: Trees
     columns: Tensor
     share: float
     log_shrink: float
@@ -167,14 +215,7 @@ class ResidualTrees:
 
     def shift(self, x: Tensor) -> Tensor:
         """What outputs move by, [rows, K], for inputs [rows, p]."""
-        inputs = x[:, self.columns].numpy()
-        if not len(inputs):
-            return x.new_zeros(0, len(self.trees))
-        return self.share * torch.from_numpy(np.stack([t.predict(inputs) for t in self.trees], 1))
-
-    def __len__(self) -> int:
-        """Number of leaves."""
-        return sum(int(p.get_n_leaf_nodes()) for t in self.trees for (p,) in t._predictors)
+        return self.share * torch.from_numpy(self.trees.predict(x[:, self.columns].numpy()))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -202,7 +243,7 @@ class Draws:
         for rows, *parts in zip(x.split(_ROWS), *(d._own_outputs(x) for d in (self, *self.others)), strict=True):
             output = torch.cat(parts)
             if self.trees is not None:
-                output[..., : len(self.trees.trees)] += self.trees.shift(rows)
+                output[..., : len(self.trees.trees.sums)] += self.trees.shift(rows)
             yield output
 
     @property
