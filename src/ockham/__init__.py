@@ -12,6 +12,7 @@ from typing import Any
 from ockham.choose.planning import plan
 from ockham.choose.prices import Structures
 from ockham.choose.rules import BudgetRule, EvidenceRule, Rounds, diagnose, score
+from ockham.core import __version__
 from ockham.core.batch import Batch
 from ockham.core.likelihood import Classification, Loss, Regression
 from ockham.core.posterior import Posterior, load_posterior
@@ -32,7 +33,6 @@ from ockham.run.compression import Compression, Training, compress
 from ockham.run.engine import Compressed
 from ockham.run.folder import load, save_pretrained
 from ockham.surgery import Plan, export, mask, rotate, shrink, trace, verify
-from ockham.version import __version__
 
 __all__ = [
     "IVON",
@@ -103,6 +103,7 @@ _ROOMS = {
     "by_magnitude": "choose.rules",
     "by_random": "choose.rules",
     "by_snr": "choose.rules",
+    "decide_files": "choose.stored",
     "units_of": "choose.units",
     "NonFiniteLossError": "errors",
     "ResultError": "errors",

@@ -24,6 +24,8 @@ __all__ = [
     "Evidence",
     "EvidenceRule",
     "LearnedOddsRule",
+    "Limit",
+    "LowestRule",
     "RoundInfo",
     "Rounds",
     "Rule",
@@ -36,6 +38,8 @@ __all__ = [
     "counted",
     "diagnose",
     "evidence_falls",
+    "mask_without",
+    "order_keys",
     "score",
     "smallest",
 ]
@@ -64,54 +68,68 @@ def smallest(order: Mapping[str, Tensor], candidates: Mapping[str, Tensor], coun
     tensor([False, False,  True])
     """
     single = all(order[name].dtype is torch.float32 for name in candidates)
-    whole, real = (32, torch.float32) if single else (64, torch.float64)
-    integer, most = (torch.int32, 0x7FFFFFFF) if single else (torch.int64, 2**63 - 1)
 
     def pieces(name: str) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Places, keys and which of them are candidates, piece by piece.
-
-        Keys are integers in the order of the numbers: of a negative one all bits but the sign are turned round.
-        """
+        """Places, keys and which of them are candidates, piece by piece."""
         values, free = order[name], candidates[name]
         size = _AT_ONCE if values.device.type == "cpu" else max(1, values.numel())
         for start in range(0, values.numel(), size):
             place = slice(start, start + size)
-            finite = values[place].to(real).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
-            keys = (finite + 0.0).view(integer)
-            yield place, torch.where(keys < 0, keys ^ most, keys), free[place]
+            yield place, order_keys(values[place], single), free[place]
 
-    threshold, left = 0, count  # the bits of the threshold so far; how many of those that share them are to be chosen
-    for shift in range(whole - _DIGIT, -1, -_DIGIT):
-        counts = torch.zeros(1 << _DIGIT, dtype=torch.int64)
-        for name in candidates:
-            for _, keys, free in pieces(name):
-                digits = ((keys >> shift) & 0xFFFF) if shift + _DIGIT < whole else (keys >> shift) + (1 << 15)
-                inside = free if shift + _DIGIT == whole else free & ((keys >> (shift + _DIGIT)) == threshold)
-                counts += torch.bincount(digits[inside].long(), minlength=1 << _DIGIT).cpu()
-        sums = counts.cumsum(0)
-        digit = int(torch.searchsorted(sums, left))
-        left -= int(sums[digit - 1]) if digit else 0
-        threshold = digit - (1 << 15) if shift + _DIGIT == whole else (threshold << _DIGIT) + digit
-    return _chosen(candidates, pieces, threshold, left)
-
-
-def _chosen(
-    candidates: Mapping[str, Tensor],
-    pieces: Callable[[str], Iterator[tuple[slice, Tensor, Tensor]]],
-    threshold: int,
-    equal: int,
-) -> dict[str, Tensor]:
-    """All below the threshold, and the first ``equal`` of those that lie on it."""
+    limit = Limit.of(lambda: ((k, free) for name in candidates for _, k, free in pieces(name)), count, single)
     found = {name: torch.zeros_like(mask) for name, mask in candidates.items()}
     for name in candidates:
         for place, keys, free in pieces(name):
-            chosen = free & (keys < threshold)
-            if equal:
-                on = (free & (keys == threshold)).nonzero().squeeze(1)[:equal]
-                chosen[on] = True
-                equal -= on.numel()
-            found[name][place] = chosen
+            found[name][place] = limit.below(keys, free)
     return found
+
+
+def order_keys(values: Tensor, single: bool) -> Tensor:
+    """Integers in the order of the numbers, NaN last: of a negative one all bits but the sign are turned round."""
+    real, integer = (torch.float32, torch.int32) if single else (torch.float64, torch.int64)
+    finite = values.to(real).nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    keys = (finite + 0.0).view(integer)
+    return torch.where(keys < 0, keys ^ torch.iinfo(integer).max, keys)
+
+
+@dataclass(slots=True)
+class Limit:
+    """What the smallest keys lie below.
+
+    Attributes:
+        threshold: keys below it are among them.
+        equal: number of those on it that are, the first ones; it falls with each that `below` chooses.
+    """
+
+    threshold: int
+    equal: int
+
+    @classmethod
+    def of(cls, parts: Callable[[], Iterable[tuple[Tensor, Tensor]]], count: int, single: bool) -> Limit:
+        """Of keys and which of them are candidates, which are gone through once for every sixteen bits."""
+        whole = 32 if single else 64
+        threshold, left = 0, count  # the bits so far; how many of those that share them are to be chosen
+        for shift in range(whole - _DIGIT, -1, -_DIGIT):
+            counts = torch.zeros(1 << _DIGIT, dtype=torch.int64)
+            for keys, free in parts():
+                digits = ((keys >> shift) & 0xFFFF) if shift + _DIGIT < whole else (keys >> shift) + (1 << 15)
+                inside = free if shift + _DIGIT == whole else free & ((keys >> (shift + _DIGIT)) == threshold)
+                counts += torch.bincount(digits[inside].long(), minlength=1 << _DIGIT).cpu()
+            sums = counts.cumsum(0)
+            digit = int(torch.searchsorted(sums, left))
+            left -= int(sums[digit - 1]) if digit else 0
+            threshold = digit - (1 << 15) if shift + _DIGIT == whole else (threshold << _DIGIT) + digit
+        return cls(threshold, left)
+
+    def below(self, keys: Tensor, free: Tensor) -> Tensor:
+        """Which of the next candidates are among the smallest."""
+        chosen = free & (keys < self.threshold)
+        if self.equal:
+            on = (free & (keys == self.threshold)).nonzero().squeeze(1)[: self.equal]
+            chosen[on] = True
+            self.equal -= on.numel()
+        return chosen
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -369,8 +387,36 @@ class Rule(ABC):
         """
 
 
+class LowestRule(Rule):
+    """A rule that names candidates and how many of them go; the least salient do."""
+
+    salience: Salience
+
+    @abstractmethod
+    def candidates(self, evidence: Evidence, protected: Collection[str] = ()) -> dict[str, Tensor]:
+        """Which living weights may go, by parameter name, flat."""
+
+    @abstractmethod
+    def number(self, size: int, alive: int, candidates: int, progress: float = 1.0) -> int:
+        """How many of the candidates go, of a posterior of `size` weights of which some are alive."""
+
+    def decide(self, evidence: Evidence, protected: Collection[str] = (), progress: float = 1.0) -> dict[str, Tensor]:
+        """Remove the least salient candidates, as many as the rule allows."""
+        go, whole = self.candidates(evidence, protected), evidence.posterior
+        found = sum(int(g.sum()) for g in go.values())
+        count = self.number(whole.size(), whole.kept(), found, progress)
+        if count < found:
+            go = smallest(self.salience(evidence), go, count)
+        return {name: mask_without(whole[name].keep, gone) for name, gone in go.items()}
+
+
+def mask_without(alive: Tensor, gone: Tensor) -> Tensor:
+    """Mask of what stays when some of the living, flat, go."""
+    return ~gone.view(alive.shape) if gone.numel() == alive.numel() else alive.masked_scatter(alive, ~gone)
+
+
 @dataclass(frozen=True, slots=True)
-class EvidenceRule(Rule):
+class EvidenceRule(LowestRule):
     """Remove every weight with delta_f > log_odds: no target, no threshold to tune.
 
     Attributes:
@@ -388,14 +434,17 @@ class EvidenceRule(Rule):
         if math.isnan(self.log_odds):
             raise OckhamError(f"EvidenceRule: log_odds is ln P(keep)/P(remove) in nats, a number; got {self.log_odds}")
 
-    def decide(self, evidence: Evidence, protected: Collection[str] = (), progress: float = 1.0) -> dict[str, Tensor]:
-        """Remove where delta_f > log_odds, at most a share ``cap`` of the living weights."""
-        go = {n: d > self.log_odds for n, d in evidence.items() if n not in protected}
-        return _capped(evidence, go, self.cap, self.salience)
+    def candidates(self, evidence: Evidence, protected: Collection[str] = ()) -> dict[str, Tensor]:
+        """Where delta_f > log_odds."""
+        return {n: d > self.log_odds for n, d in evidence.items() if n not in protected}
+
+    def number(self, size: int, alive: int, candidates: int, progress: float = 1.0) -> int:
+        """All of them, but at most a share ``cap`` of the living weights."""
+        return _at_most(self.cap, alive, candidates)
 
 
 @dataclass(frozen=True, slots=True)
-class LearnedOddsRule(Rule):
+class LearnedOddsRule(LowestRule):
     """The evidence rule with log-odds learned per parameter tensor under an informative Beta prior.
 
     Attributes:
@@ -411,8 +460,17 @@ class LearnedOddsRule(Rule):
         if not self.strength >= 0:
             raise OckhamError(f"LearnedOddsRule: strength is a share of the tensor's size, >= 0; got {self.strength}")
 
-    def decide(self, evidence: Evidence, protected: Collection[str] = (), progress: float = 1.0) -> dict[str, Tensor]:
-        """Remove where delta_f exceeds the learned log-odds of its tensor."""
+    @property
+    def salience(self) -> Salience:  # type: ignore[override]
+        """Order inside a capped round."""
+        return by_snr
+
+    def number(self, size: int, alive: int, candidates: int, progress: float = 1.0) -> int:
+        """All of them, but at most a share ``cap`` of the living weights."""
+        return _at_most(self.cap, alive, candidates)
+
+    def candidates(self, evidence: Evidence, protected: Collection[str] = ()) -> dict[str, Tensor]:
+        """Where delta_f exceeds the learned log-odds of its tensor."""
         go = {}
         for name, delta in evidence.items():
             if name in protected or delta.numel() == 0:
@@ -420,11 +478,11 @@ class LearnedOddsRule(Rule):
             half = max(0.5 * self.strength * evidence.posterior[name].keep.numel(), 1.0)
             alive = torch.ones_like(delta, dtype=torch.bool)
             go[name] = delta > beta_log_odds(delta, alive, keep_count=half, remove_count=half).to(delta)
-        return _capped(evidence, go, self.cap, by_snr)
+        return go
 
 
 @dataclass(frozen=True, slots=True)
-class BudgetRule(Rule):
+class BudgetRule(LowestRule):
     """Remove the least salient weights until a budget is met, whatever the evidence says.
 
     Attributes:
@@ -444,21 +502,21 @@ class BudgetRule(Rule):
         if not (count or 0 < self.keep <= 1):
             raise OckhamError(f"BudgetRule: keep is a share in (0, 1] or a whole number of weights; got {self.keep}")
 
-    def decide(self, evidence: Evidence, protected: Collection[str] = (), progress: float = 1.0) -> dict[str, Tensor]:
-        """Remove the least salient of all living weights down to this round's budget."""
-        total = evidence.posterior.size()
-        target = budget_count(self.keep, total)
+    def candidates(self, evidence: Evidence, protected: Collection[str] = ()) -> dict[str, Tensor]:
+        """All living weights."""
+        return {n: torch.ones_like(d, dtype=torch.bool) for n, d in evidence.items() if n not in protected}
+
+    def number(self, size: int, alive: int, candidates: int, progress: float = 1.0) -> int:
+        """Down to this round's budget."""
+        target = budget_count(self.keep, size)
         path = (1 - progress) ** self.gradual if self.gradual else 0.0
-        alive = evidence.posterior.kept()
-        excess = alive - max(target, round(target + (total - target) * path))
-        go = {n: torch.ones_like(d, dtype=torch.bool) for n, d in evidence.items() if n not in protected}
-        removable = sum(g.numel() for g in go.values())
-        if go and excess > removable:
+        excess = alive - max(target, round(target + (size - target) * path))
+        if candidates and excess > candidates:
             raise OckhamError(
-                f"the budget of {target} weights cannot be met: protected parameters alone hold {alive - removable}; "
+                f"the budget of {target} weights cannot be met: protected parameters alone hold {alive - candidates}; "
                 "keep more, or protect less"
             )
-        return _lowest(evidence, go, max(0, excess), self.salience)
+        return max(0, excess)
 
 
 def budget_count(keep: float, total: int) -> int:
@@ -485,19 +543,5 @@ def _check_cap(owner: str, cap: float) -> None:
         raise OckhamError(f"{owner}: cap is a share of the living weights in (0, 1]; got {cap}")
 
 
-def _capped(evidence: Evidence, go: Mapping[str, Tensor], cap: float, salience: Salience) -> dict[str, Tensor]:
-    candidates = sum(int(g.sum()) for g in go.values())
-    allowed = int(cap * evidence.posterior.kept()) if cap < 1 else candidates
-    return _lowest(evidence, go, min(candidates, allowed), salience)
-
-
-def _lowest(evidence: Evidence, go: Mapping[str, Tensor], count: int, salience: Salience) -> dict[str, Tensor]:
-    """Remove the ``count`` least salient candidates."""
-    if count < sum(int(g.sum()) for g in go.values()):
-        go = smallest(salience(evidence), go, count)
-    keep = {}
-    for name, gone in go.items():
-        alive = evidence.posterior[name].keep
-        whole = gone.numel() == alive.numel()
-        keep[name] = ~gone.view(alive.shape) if whole else alive.masked_scatter(alive, ~gone)
-    return keep
+def _at_most(cap: float, alive: int, candidates: int) -> int:
+    return min(candidates, int(cap * alive) if cap < 1 else candidates)

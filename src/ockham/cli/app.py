@@ -38,6 +38,7 @@ from ockham.cli.build import (
     load_model,
     options_of,
 )
+from ockham.core import __version__
 from ockham.core.files import printable, read_toml, to_plain
 from ockham.core.network import PruneProgress, listening, parse_device
 from ockham.core.posterior import load_posterior
@@ -53,7 +54,6 @@ from ockham.run.engine import EpochInfo
 from ockham.run.folder import layer_rows, load, resume_hint, terminated
 from ockham.run.measure import mean_predictor, measures, posterior_predictor
 from ockham.run.schema import RESULT, GateFacts, read_result
-from ockham.version import __version__
 from ockham.zoo.data import Dataset
 
 __all__ = ["Bars", "app", "audited", "contents", "evaluation", "main", "metrics", "tensorboard"]

@@ -12,9 +12,9 @@ import shutil
 import stat
 import tomllib
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import MISSING, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import lru_cache
 from io import BufferedReader, FileIO
 from pathlib import Path
@@ -31,6 +31,7 @@ __all__ = [
     "TREE_SCHEMA",
     "Count",
     "Share",
+    "StoredTensor",
     "afford",
     "checked_shape",
     "free_memory",
@@ -438,23 +439,54 @@ def write_tree(path: Path, tree: Mapping[str, Any], *, kind: str, durable: bool 
         shutil.rmtree(room, ignore_errors=True)
 
 
-def read_tree(path: Path, *, kind: str, verify: bool = True) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of a safetensors file that is read a part at a time; nothing of it stays in memory."""
+
+    path: Path
+    key: str
+    shape: tuple[int, ...]
+
+    def numel(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    def flat(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Values in row-major order from one place to another, one-dimensional."""
+        inner, stop = max(math.prod(self.shape[1:]), 1), self.numel() if stop is None else stop
+        with safe_open(str(self.path), framework="pt") as file:  # anew each time: an open file keeps its pages
+            if not self.shape:
+                return torch.as_tensor(file.get_tensor(self.key)).reshape(1)[start:stop]
+            first = start // inner
+            rows: Tensor = file.get_slice(self.key)[first : -(-stop // inner)]
+            return rows.reshape(-1)[start - first * inner : stop - first * inner]
+
+    def parts(self, size: int = 1 << 22) -> Iterator[Tensor]:
+        """All values, `size` of them at a time; one part at least."""
+        return (self.flat(i, min(i + size, self.numel())) for i in range(0, max(self.numel(), 1), size))
+
+
+def read_tree(path: Path, *, kind: str, verify: bool = True, stored: bool = False) -> dict[str, Any]:
     """Read what `write_tree` wrote.
 
     Args:
         path: the file.
         kind: what it must be.
         verify: compare the content with the SHA-256 in the header (files of earlier versions have none).
+        stored: give a `StoredTensor` for every tensor and read none of them into memory.
 
     Raises:
         ResultError: missing, truncated, tampered with, foreign, of another kind or newer; names the file and why.
     """
     with open_regular(path) as opened:
-        afford(os.fstat(opened.fileno()).st_size, path)
+        afford(0 if stored else os.fstat(opened.fileno()).st_size, path)
+    get: Callable[[Any, str], Any] = lambda file, key: (  # noqa: E731
+        StoredTensor(path, key, tuple(file.get_slice(key).get_shape())) if stored else file.get_tensor(key)
+    )
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = (file.metadata() or {}).get("ockham")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+            tensors = {key: get(file, key) for key in file.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError, ValueError, RuntimeError, MemoryError, TypeError, OverflowError) as error:
         raise ResultError(f"{printable(path)}: truncated or not a safetensors file ({printable(error)})") from error
     if metadata is None:
@@ -492,13 +524,16 @@ def read_tree(path: Path, *, kind: str, verify: bool = True) -> dict[str, Any]:
     return tree
 
 
-def _digest(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def _digest(about: Mapping[str, Any], tensors: Mapping[str, Tensor | StoredTensor]) -> str:
     """SHA-256 of kind, tree and the bytes of all tensors by name."""
     found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        found.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        tensor = tensors[name]
+        parts = tensor.parts() if isinstance(tensor, StoredTensor) else (tensor.contiguous().reshape(-1),)
+        for i, part in enumerate(parts):
+            if not i:
+                found.update(json.dumps([name, str(part.dtype), list(tensor.shape)]).encode())
+            found.update(part.contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 
@@ -522,7 +557,7 @@ def _flatten(value: Any, at: str, tensors: dict[str, Tensor], written: set[int])
     raise OckhamError(f"cannot save {at or 'value'}: {type(value).__name__} is neither a tensor nor a plain value")
 
 
-def _restore(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _restore(skeleton: Any, tensors: Mapping[str, Any]) -> Any:
     (kind, content), *rest = skeleton.items()
     if rest:
         raise ValueError("more than one entry in a node")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ockham.core.files import (
+    StoredTensor,
     afford,
     checked_shape,
     inside,
@@ -30,12 +31,14 @@ __all__ = [
     "POSTERIOR",
     "Gaussian",
     "Posterior",
+    "PosteriorPiece",
     "WeightMatrix",
     "domain_error",
     "gaussian_kl",
     "load_posterior",
     "pack",
     "pack_mask",
+    "posterior_pieces",
     "save_posterior",
     "unpack",
     "unpack_mask",
@@ -255,6 +258,7 @@ class WeightMatrix:
         return WeightMatrix(self.weight, self.bias, self.precision.to(device))
 
 
+_DAMAGE = (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError, OverflowError, OckhamError)
 _FACTORS = ("prior_precision", "input_values", "input_vectors", "output_values", "output_vectors")
 
 
@@ -308,16 +312,7 @@ def load_posterior(path: str | Path, *, verify: bool = True) -> Posterior:
         )
         facts = float(tree["n_data"]), float(tree["temperature"]), str(tree["source"]), matrices
         found = Posterior(moments, *facts, tree.get("noise_variance"), tree.get("likelihood"))
-    except (
-        KeyError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        ValueError,
-        RuntimeError,
-        OverflowError,
-        OckhamError,
-    ) as error:
+    except _DAMAGE as error:
         raise ResultError(f"{printable(file)}: its posterior is damaged ({printable(error)})") from error
     problem = domain_error(found)
     if problem:
@@ -331,6 +326,97 @@ def load_posterior(path: str | Path, *, verify: bool = True) -> Posterior:
         if problem:
             raise ResultError(f"{printable(file)}: is not the posterior of the network beside it ({problem})")
     return found
+
+
+def posterior_pieces(path: str | Path, *, verify: bool = True, size: int = 1 << 22) -> Iterator[PosteriorPiece]:
+    """A posterior's file a piece at a time, so that it need not fit into memory.
+
+    Args:
+        path: file of a posterior whose weights are independent, or result folder.
+        verify: whether the content is compared with its SHA-256 first.
+        size: weights of a piece; a multiple of eight.
+
+    Raises:
+        ResultError: as `load_posterior`; or the weights are correlated, which pieces cannot say.
+    """
+    file, seal = Path(path), None
+    if file.is_dir():
+        seal = sealed(file, POSTERIOR, verify=verify)
+        file = inside(file, POSTERIOR)
+    tree = read_tree(file, kind="posterior", verify=verify and seal is None, stored=True)
+    if tree.get("matrices"):
+        raise ResultError(
+            f"{printable(file)}: weights of {printable(tree['matrices'][0].get('weight'))} are correlated there, and "
+            "what goes moves the others; read it as a whole (`load_posterior`, `reduce`)"
+        )
+    try:
+        facts = float(tree["n_data"]), float(tree["temperature"]), str(tree["source"])
+        for name, node in tree["moments"].items():
+            shape = checked_shape(node["shape"])
+            for start, g in _pieces(node, shape, size):
+                piece = Posterior({name: g}, *facts, likelihood=tree.get("likelihood"))
+                problem = domain_error(piece)
+                if problem:
+                    raise ResultError(problem)
+                yield PosteriorPiece(name, shape, start, piece)
+    except _DAMAGE as error:
+        raise ResultError(f"{printable(file)}: its posterior is damaged ({printable(error)})") from error
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PosteriorPiece:
+    """Part of one parameter.
+
+    Attributes:
+        name: the parameter.
+        shape: its shape.
+        start: first place of the piece in row-major order.
+        posterior: the piece, one-dimensional, under the parameter's name.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    posterior: Posterior
+
+
+def _pieces(node: Mapping[str, Any], shape: tuple[int, ...], size: int) -> Iterator[tuple[int, Gaussian]]:
+    count, living, bits = math.prod(shape), 0, node.get("keep")
+    if bits is not None and bits.shape != (-(-count // 8),):
+        raise ResultError(f"a mask of shape {shape} needs {-(-count // 8)} bytes; the file has {bits.shape}")
+    for start in range(0, count, size):
+        n = min(size, count - start)
+        keep = torch.ones(n, dtype=torch.bool)
+        if bits is not None:
+            keep = unpack_mask(bits.flat(start // 8, -(-(start + n) // 8)), (n,))
+        first, living = living, living + int(keep.sum())
+
+        def part(name: str, fill: float, first: int = first, keep: Tensor = keep, last: int = living) -> Tensor | None:
+            return _spread(node[name].flat(first, last), keep, fill) if name in node else None
+
+        mean, precision = part("mean", 0.0), part("precision", torch.inf)
+        assert mean is not None
+        assert precision is not None
+        prior = _places(node["prior_precision"], shape, start, n), _places(node["prior_mean"], shape, start, n)
+        yield (
+            start,
+            Gaussian(mean, precision, *prior, keep, part("marginal_precision", torch.inf), part("inclusion", 0.0)),
+        )
+    if living != node["mean"].numel():
+        raise ResultError(f"the mask keeps {living} weights, the file holds {node['mean'].numel()}")
+
+
+def _places(values: StoredTensor, shape: tuple[int, ...], start: int, count: int) -> Tensor:
+    """Values that broadcast to a shape, at places of it in row-major order, [count]; one for all stays one."""
+    if values.numel() == 1:
+        return values.flat().reshape(())
+    if values.shape == shape:
+        return values.flat(start, start + count)
+    place, index, step = torch.arange(start, start + count), torch.zeros(count, dtype=torch.int64), 1
+    for size, own in zip(shape[::-1], (values.shape[::-1] + (1,) * len(shape))[: len(shape)], strict=True):
+        index += place % size % own * step
+        place, step = place // size, step * own
+    return values.flat()[index]
 
 
 def _stranger(posterior: Posterior, network: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ockham.core import __version__
 from ockham.core.batch import RowsOf
 from ockham.core.files import Count, Share, from_plain, to_plain
 from ockham.core.likelihood import Likelihood
@@ -76,7 +77,6 @@ from ockham.run.schema import (
 from ockham.run.shift import SEVERITIES, corruption_shift, ood_auroc
 from ockham.run.structures import structure
 from ockham.run.weights import fitted
-from ockham.version import __version__
 from ockham.zoo.data import Batches, Dataset, data_fingerprint
 
 __all__ = [

@@ -1,0 +1,123 @@
+"""Decisions about posteriors that lie in files and need not fit into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ockham.choose.rules import BudgetRule, Evidence, EvidenceRule, Limit, Rule, mask_without, order_keys, score
+from ockham.core.files import checked_shape, printable, read_tree, write_tree
+from ockham.core.posterior import PosteriorPiece, pack_mask, posterior_pieces, unpack_mask
+from ockham.errors import OckhamError, ResultError
+
+__all__ = ["StoredMasks", "decide_files"]
+
+
+class StoredMasks(Mapping[str, Tensor]):
+    """Keep masks by parameter name (True = stays), a bit a weight.
+
+    Attributes:
+        size: weights they speak of.
+        kept: weights that stay.
+        gain: summed delta_f of what goes, nats (independent weights).
+    """
+
+    def __init__(self) -> None:
+        self.size, self.kept, self.gain = 0, 0, 0.0
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._bits: dict[str, list[Tensor]] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The mask of one parameter, boolean."""
+        return unpack_mask(torch.cat(self._bits[name]), self._shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        """Names in the order of the files."""
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        """Number of parameters."""
+        return len(self._shapes)
+
+    def save(self, path: Path) -> None:
+        """Write them to one safetensors file; `load` reads it."""
+        masks = {n: {"shape": list(s), "keep": torch.cat(self._bits[n])} for n, s in self._shapes.items()}
+        write_tree(path, {"kept": self.kept, "size": self.size, "gain": self.gain, "masks": masks}, kind="masks")
+
+    @classmethod
+    def load(cls, path: Path) -> StoredMasks:
+        """Read what `save` wrote."""
+        found, tree = cls(), read_tree(path, kind="masks")
+        try:
+            found.size, found.kept, found.gain = int(tree["size"]), int(tree["kept"]), float(tree["gain"])
+            for name, node in tree["masks"].items():
+                found._shapes[name], found._bits[name] = checked_shape(node["shape"]), [node["keep"]]
+            if (found.size, found.kept) != (
+                sum(m.numel() for m in found.values()),
+                sum(int(m.sum()) for m in found.values()),
+            ):
+                raise ValueError("other counts than masks")
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+            raise ResultError(f"{printable(path)}: its masks are damaged ({printable(error)})") from error
+        return found
+
+    def _add(self, piece: PosteriorPiece, keep: Tensor) -> None:
+        if not piece.start:
+            if piece.name in self._shapes:
+                raise OckhamError(f"{printable(piece.name)} is in two of the files; every parameter may be in one")
+            self._shapes[piece.name], self._bits[piece.name] = piece.shape, []
+        self._bits[piece.name].append(pack_mask(keep))
+        self.size, self.kept = self.size + keep.numel(), self.kept + int(keep.sum())
+
+
+def decide_files(
+    files: Collection[str | Path], rule: Rule | None = None, *, protected: Collection[str] = ()
+) -> StoredMasks:
+    """What a rule removes from a posterior that lies in one or several files, without reading any of them whole.
+
+    Weights are scored a piece of four million at a time; a budget over all files is met exactly, by a pass over them
+    for every sixteen bits of the order. What stays in memory is one bit a weight.
+
+    Args:
+        files: files of `save_posterior` (or result folders) with independent weights, each parameter in one of them.
+        rule: `EvidenceRule` (the default) or `BudgetRule`; an order of theirs sees one piece at a time.
+        protected: parameter names from which nothing goes.
+
+    Raises:
+        OckhamError: a rule that needs whole tensors, a parameter in two files, files of different posteriors.
+        ResultError: a file that is damaged or is no posterior.
+    """
+    rule = EvidenceRule() if rule is None else rule
+    if not isinstance(rule, EvidenceRule | BudgetRule):
+        raise OckhamError(f"{type(rule).__name__} needs whole tensors; files are decided by EvidenceRule or BudgetRule")
+    known: set[tuple[float, float]] = set()
+
+    def pieces(verify: bool = False) -> Iterator[tuple[PosteriorPiece, Evidence, Tensor]]:
+        for file in files:
+            for piece in posterior_pieces(file, verify=verify):
+                known.add((piece.posterior.n_data, piece.posterior.temperature))
+                evidence = score(piece.posterior)
+                nothing = torch.zeros(len(evidence[piece.name]), dtype=torch.bool)
+                yield piece, evidence, rule.candidates(evidence, protected).get(piece.name, nothing)
+
+    alive = candidates = size = 0
+    single = True
+    for piece, evidence, go in pieces(verify=True):
+        size, alive = size + piece.posterior.size(), alive + piece.posterior.kept()
+        candidates += int(go.sum())
+        single = single and rule.salience(evidence)[piece.name].dtype is torch.float32
+    if len(known) > 1:
+        raise OckhamError(f"the files are of different posteriors: (n_data, temperature) are {sorted(known)}")
+    count, limit = rule.number(size, alive, candidates), None
+    if count < candidates:
+        keys = lambda: ((order_keys(rule.salience(e)[p.name], single), go) for p, e, go in pieces())  # noqa: E731
+        limit = Limit.of(keys, count, single)
+    found = StoredMasks()
+    for piece, evidence, go in pieces():
+        gone = go if limit is None else limit.below(order_keys(rule.salience(evidence)[piece.name], single), go)
+        found.gain += float(evidence[piece.name][gone].sum(dtype=torch.float64))
+        found._add(piece, mask_without(piece.posterior[piece.name].keep, gone))
+    return found
