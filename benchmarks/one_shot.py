@@ -196,26 +196,27 @@ def run(args: argparse.Namespace) -> None:
 
 
 def pages() -> dict[str, list[str]]:
-    found = BENCH.records()
-    whole = {f"one_shot/{stem}.md": page(stem, rows) for stem, rows in found.items() if "seed" not in stem}
     stems: dict[str, list[Mapping[str, Record]]] = {}
-    for stem, rows in found.items():
+    for stem, rows in BENCH.records().items():
         stems.setdefault(re.sub(r"-seed\d+$", "", stem), []).append(rows)
+    found = {f"one_shot/{stem}.md": page(stem, some) for stem, some in stems.items()}
     orders = {f"one_shot/{stem}-orders.md": ablation(stem, some) for stem, some in stems.items()}
-    return whole | {name: lines for name, lines in orders.items() if lines}
+    return found | {name: lines for name, lines in orders.items() if lines}
 
 
-def page(stem: str, rows: Mapping[str, Record]) -> list[str]:
+def page(stem: str, seeds: list[Mapping[str, Record]]) -> list[str]:
+    """Every method at every share, mean over the seeds that have the row."""
     network, train, test = stem.split("-")
-    dense = f"{rows['dense']['accuracy']:.2f} / {rows['dense']['refreshed']:.2f}"
+    dense = " / ".join(span([rows["dense"][k] for rows in seeds], 2) for k in ("accuracy", "refreshed"))
     said = f"""`python benchmarks/one_shot.py --network {network} --train {train} --test {test}`
 
-Dense: {dense} %. Accuracy, %: as it is / BatchNorm re-estimated."""
+Dense: {dense} %. Accuracy, %: as it is / BatchNorm re-estimated; mean (range) over n seeds where there are several."""
 
     def cell(name: str, share: float | str) -> str:
-        row = rows.get(f"{name} @ {share}")
-        text = f"{row['accuracy']:.2f} / {row['refreshed']:.2f}" if row else "–"
-        return f"{row['removed']:.1%}: {text}" if row and share == "evidence" else text
+        some = [row for rows in seeds if (row := rows.get(f"{name} @ {share}"))]
+        text = " / ".join(span([row[k] for row in some], 2) for k in ("accuracy", "refreshed")) if some else "–"
+        text += f", n = {len(some)}" if len(some) > 1 else ""
+        return f"{span([row['removed'] for row in some], 1, 100)} %: {text}" if some and share == "evidence" else text
 
     head = ["removed", *(f"{s:.0%}" for s in SHARES), "no target given"]
     table = [[name, *(cell(name, s) for s in (*SHARES, "evidence"))] for name in METHODS]

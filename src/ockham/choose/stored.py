@@ -64,13 +64,15 @@ class StoredMasks(Mapping[str, Tensor]):
             raise ResultError(f"{printable(path)}: its masks are damaged ({printable(error)})") from error
         return found
 
-    def _add(self, piece: PosteriorPiece, keep: Tensor) -> None:
+    def _add(self, piece: PosteriorPiece, evidence: Evidence, gone: Tensor) -> None:
         if not piece.start:
             if piece.name in self._shapes:
                 raise OckhamError(f"{printable(piece.name)} is in two of the files; every parameter may be in one")
             self._shapes[piece.name], self._bits[piece.name] = piece.shape, []
+        keep = mask_without(piece.posterior[piece.name].keep, gone)
         self._bits[piece.name].append(pack_mask(keep))
         self.size, self.kept = self.size + keep.numel(), self.kept + int(keep.sum())
+        self.gain += float(evidence[piece.name][gone].sum(dtype=torch.float64))
 
 
 def decide_files(
@@ -103,21 +105,17 @@ def decide_files(
                 nothing = torch.zeros(len(evidence[piece.name]), dtype=torch.bool)
                 yield piece, evidence, rule.candidates(evidence, protected).get(piece.name, nothing)
 
-    alive = candidates = size = 0
-    single = True
+    found, alive, candidates, single = StoredMasks(), 0, 0, True
     for piece, evidence, go in pieces(verify=True):
-        size, alive = size + piece.posterior.size(), alive + piece.posterior.kept()
-        candidates += int(go.sum())
+        alive, candidates = alive + piece.posterior.kept(), candidates + int(go.sum())
         single = single and rule.salience(evidence)[piece.name].dtype is torch.float32
+        found._add(piece, evidence, go)
     if len(known) > 1:
         raise OckhamError(f"the files are of different posteriors: (n_data, temperature) are {sorted(known)}")
-    count, limit = rule.number(size, alive, candidates), None
+    count = rule.number(found.size, alive, candidates)
     if count < candidates:
         keys = lambda: ((order_keys(rule.salience(e)[p.name], single), go) for p, e, go in pieces())  # noqa: E731
-        limit = Limit.of(keys, count, single)
-    found = StoredMasks()
-    for piece, evidence, go in pieces():
-        gone = go if limit is None else limit.below(order_keys(rule.salience(evidence)[piece.name], single), go)
-        found.gain += float(evidence[piece.name][gone].sum(dtype=torch.float64))
-        found._add(piece, mask_without(piece.posterior[piece.name].keep, gone))
+        limit, found = Limit.of(keys, count, single), StoredMasks()
+        for piece, evidence, go in pieces():
+            found._add(piece, evidence, limit.below(order_keys(rule.salience(evidence)[piece.name], single), go))
     return found
