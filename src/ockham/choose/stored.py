@@ -10,10 +10,13 @@ from torch import Tensor
 
 from ockham.choose.rules import BudgetRule, Evidence, EvidenceRule, Limit, Rule, mask_without, order_keys, score
 from ockham.core.files import checked_shape, printable, read_tree, write_tree
+from ockham.core.network import trim
 from ockham.core.posterior import PosteriorPiece, pack_mask, posterior_pieces, unpack_mask
 from ockham.errors import OckhamError, ResultError
 
 __all__ = ["StoredMasks", "decide_files"]
+
+_TRIMMED = 16  # pieces after which freed memory is given back
 
 
 class StoredMasks(Mapping[str, Tensor]):
@@ -80,7 +83,7 @@ def decide_files(
 ) -> StoredMasks:
     """What a rule removes from a posterior that lies in one or several files, without reading any of them whole.
 
-    Weights are scored a piece of four million at a time; a budget over all files is met exactly, by a pass over them
+    Weights are scored a piece of a million at a time; a budget over all files is met exactly, by a pass over them
     for every sixteen bits of the order. What stays in memory is one bit a weight.
 
     Args:
@@ -99,7 +102,9 @@ def decide_files(
 
     def pieces(verify: bool = False) -> Iterator[tuple[PosteriorPiece, Evidence, Tensor]]:
         for file in files:
-            for piece in posterior_pieces(file, verify=verify):
+            for i, piece in enumerate(posterior_pieces(file, verify=verify)):
+                if i % _TRIMMED == 0:
+                    trim()  # between bits that stay the C library keeps what pieces leave, without end
                 known.add((piece.posterior.n_data, piece.posterior.temperature))
                 evidence = score(piece.posterior)
                 nothing = torch.zeros(len(evidence[piece.name]), dtype=torch.bool)

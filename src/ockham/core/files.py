@@ -461,7 +461,7 @@ class StoredTensor:
             rows: Tensor = file.get_slice(self.key)[first : -(-stop // inner)]
             return rows.reshape(-1)[start - first * inner : stop - first * inner]
 
-    def parts(self, size: int = 1 << 22) -> Iterator[Tensor]:
+    def parts(self, size: int = 1 << 20) -> Iterator[Tensor]:
         """All values, `size` of them at a time; one part at least."""
         return (self.flat(i, min(i + size, self.numel())) for i in range(0, max(self.numel(), 1), size))
 

@@ -328,7 +328,7 @@ def load_posterior(path: str | Path, *, verify: bool = True) -> Posterior:
     return found
 
 
-def posterior_pieces(path: str | Path, *, verify: bool = True, size: int = 1 << 22) -> Iterator[PosteriorPiece]:
+def posterior_pieces(path: str | Path, *, verify: bool = True, size: int = 1 << 20) -> Iterator[PosteriorPiece]:
     """A posterior's file a piece at a time, so that it need not fit into memory.
 
     Args:
