@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 import ockham
-from harness import Benchmark, Option, Record, interleaved, section
+from harness import Benchmark, Option, Record, interleaved, peak, section
 from ockham.choose.rules import BudgetRule, EvidenceRule, Rule
 from ockham.choose.stored import decide_files
 from ockham.core.posterior import Gaussian, Posterior, save_posterior
@@ -42,11 +42,6 @@ def moments(seed: int, count: int) -> Gaussian:
     return Gaussian(mean, precision, one, 0 * one, torch.ones(count, dtype=torch.bool))
 
 
-def peak() -> float:
-    """Peak resident set of this process, MB; `ru_maxrss` would be inherited from the parent."""
-    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1e3
-
-
 def of_delta_f() -> Record:
     g = moments(0, 2 * EACH)
     arms = [lambda: (g.mean.clone(), g.precision.clone()), lambda: delta_f(g.mean, g.precision, g.prior_precision)]
@@ -56,7 +51,7 @@ def of_delta_f() -> Record:
 
 def of_score() -> Record:
     posterior = Posterior({f"w{i}": moments(i, 4_000_000) for i in range(25)}, 1000.0)
-    before = peak()
+    before = peak() / 1e3
     began = time.perf_counter()
     evidence = ockham.score(posterior)
     scored = time.perf_counter()
@@ -65,7 +60,7 @@ def of_score() -> Record:
     return {
         "weights": posterior.size(), "score_seconds": scored - began, "masks_seconds": ended - scored,
         "kept": sum(int(m.sum()) for m in masks.values()), "posterior_mb": 9 * posterior.size() / 1e6,
-        "before_mb": before, "at_peak_mb": peak(),
+        "before_mb": before, "at_peak_mb": peak() / 1e3,
     }  # fmt: skip
 
 
@@ -76,11 +71,11 @@ def write_files(folder: Path) -> None:
 
 def of_files(folder: Path, rule: Rule) -> Record:
     files = sorted(folder.glob("part-*.safetensors"))
-    before, began = peak(), time.perf_counter()
+    before, began = peak() / 1e3, time.perf_counter()
     found = decide_files(files, rule)
     return {
         "weights": found.size, "kept": found.kept, "seconds": time.perf_counter() - began,
-        "file_mb": sum(f.stat().st_size for f in files) / 1e6, "before_mb": before, "at_peak_mb": peak(),
+        "file_mb": sum(f.stat().st_size for f in files) / 1e6, "before_mb": before, "at_peak_mb": peak() / 1e3,
     }  # fmt: skip
 
 

@@ -265,6 +265,12 @@ def machine() -> str:
     return f"{platform.machine()}, {count} thread{'s' if count > 1 else ''}"
 
 
+def peak() -> int:
+    """Peak resident set of this process in KiB; `ru_maxrss` would be inherited from the parent."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0])
+
+
 def write(path: Path, text: str) -> None:
     """A whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)

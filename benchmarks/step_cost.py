@@ -18,13 +18,12 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
 
 import ockham
-from harness import Benchmark, Option, Record, interleaved, section, step
+from harness import Benchmark, Option, Record, interleaved, peak, section, step
 from ockham.zoo.networks import NETWORKS
 
 SHAPES = {"lenet_300_100": (1, 28, 28), "lenet5_caffe": (1, 28, 28), "resnet20": (3, 32, 32)}
@@ -122,19 +121,13 @@ def _memory_here(name: str) -> float:
     torch.set_num_threads(1)
     build = (METHODS | SLAB)[name]
     build(nn.Linear(8, 8), torch.randn(2, 8), torch.tensor([0, 1]))()
-    before = _peak()
+    before = peak()
     net = nn.Sequential(*(nn.Linear(2000, 2000) for _ in range(6)))
     weights = sum(p.numel() for p in net.parameters())
     one = build(net, torch.randn(1, 2000), torch.zeros(1, dtype=torch.long))
     for _ in range(5):
         one()
-    return (_peak() - before) * 1024 / 4 / weights
-
-
-def _peak() -> int:
-    """Peak resident set of this process in KiB; `ru_maxrss` would be inherited from the parent."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0])
+    return (peak() - before) * 1024 / 4 / weights
 
 
 def measured(arms: str, rounds: int) -> Record:

@@ -68,6 +68,7 @@ MOVED: dict[str, str] = {
     "reduction.columns": "choose.correlated",
     "reduction.diagnose": "choose.rules",
     "reduction.gate_rules": "methods.gates.rules",
+    "version": "core",
     "reduction.inclusion": "methods.spike_slab.priors",
     "reduction.one_shot": "choose.correlated",
     "reduction.paths": "choose.units",

@@ -165,3 +165,16 @@ def test_a_budget_below_the_protected_weights_is_refused() -> None:
     evidence = score(Posterior({"a": gaussian, "b": gaussian}, 10.0))
     with pytest.raises(OckhamError, match="budget of 4 weights cannot be met: protected parameters alone hold 10"):
         BudgetRule(4).decide(evidence, {"a"}, 1.0)
+
+
+def test_budget_that_only_what_is_gone_could_meet() -> None:
+    """What is not protected has no weight left: the budget is not met in silence."""
+    gone = torch.zeros(4, dtype=torch.bool)
+    one, zero = torch.tensor(1.0), torch.tensor(0.0)
+    moments = {
+        "gone": Gaussian(torch.zeros(4), torch.full((4,), torch.inf), one, zero, gone),
+        "held": Gaussian(torch.ones(4), torch.full((4,), 3.0), one, zero, ~gone),
+    }
+    evidence = score(Posterior(moments, 10.0))
+    with pytest.raises(OckhamError, match="protected parameters alone hold 4"):
+        BudgetRule(0.25).decide(evidence, protected=["held"])

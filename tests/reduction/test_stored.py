@@ -12,9 +12,8 @@ from torch import Tensor
 import ockham
 from ockham.choose.rules import BudgetRule, EvidenceRule, LearnedOddsRule, Rule, by_delta_f, by_magnitude, score
 from ockham.choose.stored import StoredMasks, decide_files
-from ockham.core import posterior as posteriors
 from ockham.core.files import StoredTensor, read_tree, write_tree
-from ockham.core.posterior import Gaussian, Posterior, load_posterior, posterior_pieces, save_posterior
+from ockham.core.posterior import POSTERIOR, Gaussian, Posterior, load_posterior, posterior_pieces, save_posterior
 from ockham.errors import OckhamError, ResultError
 
 
@@ -88,6 +87,7 @@ def test_protected_stay_and_ties_go_first_come(tmp_path: Path) -> None:
     assert found["a"].all() and not found["b"].any() and int(found["c"].sum()) == 20 and not found["c"][:20].any()
     with pytest.raises(OckhamError, match="protected parameters alone hold 80"):
         decide_files([tmp_path / "p.safetensors"], BudgetRule(0.5), protected=["a", "b"])
+    assert decide_files(tmp_path / "p.safetensors", BudgetRule(0.5), protected=["a", "b", "c"]).kept == 120
 
 
 def test_float64_orders_beyond_single_precision(tmp_path: Path) -> None:
@@ -97,6 +97,18 @@ def test_float64_orders_beyond_single_precision(tmp_path: Path) -> None:
     save_posterior(Posterior({"w": one}, 10.0), tmp_path / "p.safetensors")
     found = decide_files([tmp_path / "p.safetensors"], BudgetRule(0.25, by_magnitude))
     assert torch.equal(found["w"], torch.arange(64) < 16)
+
+
+def test_a_folder_a_generator_and_a_parameter_of_no_weights(whole: Posterior, tmp_path: Path) -> None:
+    none = Gaussian(
+        *(torch.zeros(0, 3) for _ in range(2)), torch.tensor(1.0), torch.tensor(0.0), torch.ones(0, 3).bool()
+    )
+    save_posterior(replace(whole, moments={**whole, "none": none}), tmp_path / POSTERIOR)
+    found = decide_files(tmp_path, BudgetRule(0.3))
+    expected = BudgetRule(0.3).decide(score(whole))
+    assert found["none"].shape == (0, 3) and all(torch.equal(found[n], m) for n, m in expected.items())
+    again = decide_files((p for p in [str(tmp_path / POSTERIOR)]), BudgetRule(0.3))
+    assert again.kept == found.kept
 
 
 def test_saved_masks(whole: Posterior, tmp_path: Path) -> None:
@@ -113,8 +125,19 @@ def test_saved_masks(whole: Posterior, tmp_path: Path) -> None:
 
 def test_what_is_refused(whole: Posterior, tmp_path: Path) -> None:
     files = parts(whole, tmp_path)
-    with pytest.raises(OckhamError, match="LearnedOddsRule needs whole tensors"):
+    with pytest.raises(OckhamError, match="LearnedOddsRule may need whole tensors"):
         decide_files(files, LearnedOddsRule())
+    with pytest.raises(OckhamError, match="got no file"):
+        decide_files([])
+    with pytest.raises(OckhamError, match="in none of the files: baas, rwos"):
+        decide_files(files, protected=["rwos", "baas", "rows"])
+
+    class Own(EvidenceRule):
+        def decide(self, *_: object, **__: object) -> dict[str, Tensor]:
+            return {}
+
+    with pytest.raises(OckhamError, match="Own may need"):
+        decide_files(files, Own())
     with pytest.raises(OckhamError, match="one is in two of the files"):
         decide_files([files[0], files[0]])
     save_posterior(Posterior({"other": whole["bias"]}, 5.0), tmp_path / "other.safetensors")
@@ -170,7 +193,7 @@ def test_pieces_are_the_posterior(whole: Posterior, tmp_path: Path) -> None:
     save_posterior(whole, tmp_path / "p.safetensors")
     loaded = load_posterior(tmp_path / "p.safetensors")
     found = list(posterior_pieces(tmp_path / "p.safetensors", size=16))
-    assert max(p.posterior.size() for p in found) == 16 and posteriors.POSTERIOR
+    assert max(p.posterior.size() for p in found) == 16
     for name, g in loaded.items():
         mine = [p.posterior[name] for p in found if p.name == name]
         for what in ("precision", "keep", "scored_precision"):

@@ -404,7 +404,7 @@ class LowestRule(Rule):
         """Remove the least salient candidates, as many as the rule allows."""
         go, whole = self.candidates(evidence, protected), evidence.posterior
         found = sum(int(g.sum()) for g in go.values())
-        count = self.number(whole.size(), whole.kept(), found, progress)
+        count = self.number(whole.size(), whole.kept(), found, progress) if go else 0  # all is protected
         if count < found:
             go = smallest(self.salience(evidence), go, count)
         return {name: mask_without(whole[name].keep, gone) for name, gone in go.items()}
@@ -511,7 +511,7 @@ class BudgetRule(LowestRule):
         target = budget_count(self.keep, size)
         path = (1 - progress) ** self.gradual if self.gradual else 0.0
         excess = alive - max(target, round(target + (size - target) * path))
-        if candidates and excess > candidates:
+        if excess > candidates:
             raise OckhamError(
                 f"the budget of {target} weights cannot be met: protected parameters alone hold {alive - candidates}; "
                 "keep more, or protect less"

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ockham.choose.rules import BudgetRule, Evidence, EvidenceRule, Limit, Rule, mask_without, order_keys, score
+from ockham.choose.rules import (
+    BudgetRule,
+    Evidence,
+    EvidenceRule,
+    Limit,
+    LowestRule,
+    Rule,
+    mask_without,
+    order_keys,
+    score,
+)
 from ockham.core.files import checked_shape, printable, read_tree, write_tree
 from ockham.core.network import trim
 from ockham.core.posterior import PosteriorPiece, pack_mask, posterior_pieces, unpack_mask
@@ -58,10 +69,8 @@ class StoredMasks(Mapping[str, Tensor]):
             found.size, found.kept, found.gain = int(tree["size"]), int(tree["kept"]), float(tree["gain"])
             for name, node in tree["masks"].items():
                 found._shapes[name], found._bits[name] = checked_shape(node["shape"]), [node["keep"]]
-            if (found.size, found.kept) != (
-                sum(m.numel() for m in found.values()),
-                sum(int(m.sum()) for m in found.values()),
-            ):
+            counts = [(mask.numel(), int(mask.sum())) for mask in found.values()]
+            if (found.size, found.kept) != (sum(n for n, _ in counts), sum(n for _, n in counts)):
                 raise ValueError("other counts than masks")
         except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             raise ResultError(f"{printable(path)}: its masks are damaged ({printable(error)})") from error
@@ -79,7 +88,7 @@ class StoredMasks(Mapping[str, Tensor]):
 
 
 def decide_files(
-    files: Collection[str | Path], rule: Rule | None = None, *, protected: Collection[str] = ()
+    files: str | Path | Iterable[str | Path], rule: Rule | None = None, *, protected: Collection[str] = ()
 ) -> StoredMasks:
     """What a rule removes from a posterior that lies in one or several files, without reading any of them whole.
 
@@ -87,40 +96,56 @@ def decide_files(
     for every sixteen bits of the order. What stays in memory is one bit a weight.
 
     Args:
-        files: files of `save_posterior` (or result folders) with independent weights, each parameter in one of them.
+        files: file of `save_posterior` (or result folder) with independent weights, or several, each parameter in one.
         rule: `EvidenceRule` (the default) or `BudgetRule`; an order of theirs sees one piece at a time.
         protected: parameter names from which nothing goes.
 
     Raises:
-        OckhamError: a rule that needs whole tensors, a parameter in two files, files of different posteriors.
+        OckhamError: no file, a rule that needs whole tensors, a parameter in two files, files of different posteriors,
+            a protected name that none of them has.
         ResultError: a file that is damaged or is no posterior.
     """
     rule = EvidenceRule() if rule is None else rule
-    if not isinstance(rule, EvidenceRule | BudgetRule):
-        raise OckhamError(f"{type(rule).__name__} needs whole tensors; files are decided by EvidenceRule or BudgetRule")
-    known: set[tuple[float, float]] = set()
-
-    def pieces(verify: bool = False) -> Iterator[tuple[PosteriorPiece, Evidence, Tensor]]:
-        for file in files:
-            for i, piece in enumerate(posterior_pieces(file, verify=verify)):
-                if i % _TRIMMED == 0:
-                    trim()  # between bits that stay the C library keeps what pieces leave, without end
-                known.add((piece.posterior.n_data, piece.posterior.temperature))
-                evidence = score(piece.posterior)
-                nothing = torch.zeros(len(evidence[piece.name]), dtype=torch.bool)
-                yield piece, evidence, rule.candidates(evidence, protected).get(piece.name, nothing)
-
+    if not isinstance(rule, EvidenceRule | BudgetRule) or type(rule).decide is not LowestRule.decide:
+        raise OckhamError(
+            f"{type(rule).__name__} may need whole tensors; files are decided by EvidenceRule or BudgetRule as they are"
+        )
+    paths = [files] if isinstance(files, str | Path) else list(files)  # they are gone through several times
+    if not paths:
+        raise OckhamError("decide_files: got no file; name the posterior's files")
+    scored = partial(_scored, paths, rule, protected)
     found, alive, candidates, single = StoredMasks(), 0, 0, True
-    for piece, evidence, go in pieces(verify=True):
+    for piece, evidence, go in scored(verify=True):
         alive, candidates = alive + piece.posterior.kept(), candidates + int(go.sum())
         single = single and rule.salience(evidence)[piece.name].dtype is torch.float32
         found._add(piece, evidence, go)
-    if len(known) > 1:
-        raise OckhamError(f"the files are of different posteriors: (n_data, temperature) are {sorted(known)}")
-    count = rule.number(found.size, alive, candidates)
+    if strangers := sorted(set(protected) - set(found)):
+        raise OckhamError(f"protected names that are in none of the files: {printable(', '.join(strangers[:6]))}")
+    count = rule.number(found.size, alive, candidates) if set(found) - set(protected) else 0  # all is protected
     if count < candidates:
-        keys = lambda: ((order_keys(rule.salience(e)[p.name], single), go) for p, e, go in pieces())  # noqa: E731
+        keys = lambda: ((order_keys(rule.salience(e)[p.name], single), go) for p, e, go in scored())  # noqa: E731
         limit, found = Limit.of(keys, count, single), StoredMasks()
-        for piece, evidence, go in pieces():
+        for piece, evidence, go in scored():
             found._add(piece, evidence, limit.below(order_keys(rule.salience(evidence)[piece.name], single), go))
     return found
+
+
+def _scored(
+    paths: Sequence[str | Path], rule: LowestRule, protected: Collection[str], *, verify: bool = False
+) -> Iterator[tuple[PosteriorPiece, Evidence, Tensor]]:
+    """Pieces of all files, their evidence, and which of their living weights may go."""
+    known = None
+    for path in paths:
+        for i, piece in enumerate(posterior_pieces(path, verify=verify)):
+            if i % _TRIMMED == 0:
+                trim()  # between bits that stay the C library keeps what pieces leave, without end
+            facts = piece.posterior.n_data, piece.posterior.temperature
+            known = known or facts
+            if facts != known:
+                raise OckhamError(
+                    f"the files are of different posteriors: (n_data, temperature) is {facts} in {printable(path)} and "
+                    f"{known} before"
+                )
+            evidence = score(piece.posterior)
+            nothing = torch.zeros(len(evidence[piece.name]), dtype=torch.bool)
+            yield piece, evidence, rule.candidates(evidence, protected).get(piece.name, nothing)

@@ -384,7 +384,7 @@ def _pieces(node: Mapping[str, Any], shape: tuple[int, ...], size: int) -> Itera
     count, living, bits = math.prod(shape), 0, node.get("keep")
     if bits is not None and bits.shape != (-(-count // 8),):
         raise ResultError(f"a mask of shape {shape} needs {-(-count // 8)} bytes; the file has {bits.shape}")
-    for start in range(0, count, size):
+    for start in range(0, max(count, 1), size):  # a parameter of no weights is one, too
         n = min(size, count - start)
         keep = torch.ones(n, dtype=torch.bool)
         if bits is not None:

@@ -281,14 +281,15 @@ def residual_trees(draws: Draws, table: Table, seed: int) -> ResidualTrees | Non
         return None
     price = 0.5 * math.log(max(float(table.weight.sum()), 1.0))
     few = table.rows(torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:_MANY])
-    best = _tried(draws, few, used, seed)
+    working = _working(draws, few)
+    best = _tried(draws, few, working, used, seed)
     gain, inclusion = 0.0 if best is None else best.gain, torch.zeros(len(reads), dtype=torch.float64)
-    every = _tried(draws, few, torch.arange(len(reads)), seed) if len(rest) else None
+    every = _tried(draws, few, working, torch.arange(len(reads)), seed) if len(rest) else None
     if every is not None and every.gain > gain + price:
         lost = every.lost(rest)
         new = rest[lost > price]
         columns = torch.cat([used, new]).sort().values
-        again = every if len(new) == len(rest) else _Trial(draws, few, columns, seed) if len(new) else None
+        again = every if len(new) == len(rest) else _Trial(draws, few, working, columns, seed) if len(new) else None
         if again is not None and again.gain > gain + price * len(new):
             best, gain = again, again.gain
             inclusion[new] = torch.sigmoid(lost[lost > price] - price)
@@ -314,11 +315,11 @@ def _working(draws: Draws, table: Table) -> tuple[Floats, Floats]:
     return response.numpy(), weight.numpy()
 
 
-def _tried(draws: Draws, table: Table, columns: Tensor, seed: int) -> _Trial | None:
+def _tried(draws: Draws, table: Table, working: tuple[Floats, Floats], columns: Tensor, seed: int) -> _Trial | None:
     """A trial of some inputs; None where there are none, or where a few hasty trees bring less than 1.5 nats."""
-    if not len(columns) or _worth(*_working(draws, table), table.x[:, columns].numpy(), seed) < _WORTH:
+    if not len(columns) or _worth(*working, table.x[:, columns].numpy(), seed) < _WORTH:
         return None
-    return _Trial(draws, table, columns, seed)
+    return _Trial(draws, table, working, columns, seed)
 
 
 def _worth(response: Floats, weight: Floats, x: Floats, seed: int) -> float:
@@ -345,6 +346,7 @@ class _Trial:
     Args:
         draws: networks that predict together.
         table: rows in random order.
+        working: what trees are fitted to, and its weights.
         columns: inputs that trees read.
         seed: seed of the trees.
 
@@ -354,12 +356,12 @@ class _Trial:
         gain: nats gained for all rows.
     """
 
-    def __init__(self, draws: Draws, table: Table, columns: Tensor, seed: int) -> None:
+    def __init__(self, draws: Draws, table: Table, working: tuple[Floats, Floats], columns: Tensor, seed: int) -> None:
         self.columns, self._draws, self._table = columns, draws, table
         self._x, self._part = table.x[:, columns].numpy(), np.arange(len(table.x)) % _FOLDS
         self._weight = float(table.weight.sum())
         self._trees: list[Trees] = []
-        response, weight = _working(draws, table)
+        response, weight = working
         for k in range(_FOLDS):
             train = self._part != k
             self._trees.append(_trees(self._x[train], response[train], weight[train], seed))

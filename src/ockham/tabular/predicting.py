@@ -243,7 +243,8 @@ class Draws:
         for rows, *parts in zip(x.split(_ROWS), *(d._own_outputs(x) for d in (self, *self.others)), strict=True):
             output = torch.cat(parts)
             if self.trees is not None:
-                output[..., : len(self.trees.trees.sums)] += self.trees.shift(rows)
+                shift = self.trees.shift(rows)
+                output[..., : shift.shape[1]] += shift
             yield output
 
     @property
